@@ -1,0 +1,8 @@
+"""Evaluate a checkpoint. `python evaluate.py checkpoint=outputs/train/demo suite=demo` scores the demo's run."""
+
+from instructblip.cli import main
+from instructblip.config import EvaluateConfig
+from instructblip.evaluation.run import evaluate
+
+if __name__ == "__main__":
+    main("evaluate", EvaluateConfig, evaluate)

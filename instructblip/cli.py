@@ -1,0 +1,85 @@
+"""What the entry points share: compose with Hydra, validate, hand over, and say errors in one line."""
+
+import difflib
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from rich.console import Console
+
+from instructblip.config import Schema, unknown_key, valid_keys, validate
+from instructblip.errors import UserError
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+EXIT_USER_ERROR = 2
+
+
+def main(name: str, schema: type[Schema], task: Callable[[Schema, Console], int | None]) -> None:
+    """Run an entry point: `configs/<name>.yaml` with the command line's overrides, checked against `schema`.
+
+    Exits with 0, with the status that `task` returns, or with 2 after a line on standard error that says what to mend.
+    """
+    console = Console()
+
+    def run(composed: DictConfig) -> None:
+        status = task(validate(composed, schema), console)
+        if status:
+            raise SystemExit(status)
+
+    try:
+        check_overrides(name, schema, sys.argv[1:])
+        hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=name)(run)()
+    except UserError as error:
+        _fail(error)
+    except KeyboardInterrupt:
+        _fail(UserError("interrupted; nothing half-written is left, run the same command again to go on"), status=130)
+
+
+def check_overrides(name: str, schema: Any, arguments: list[str]) -> None:
+    """Compose once before Hydra does, to say what is wrong in one line.
+
+    Sweeps (`-m`) are left to Hydra, whose grammar splits them first; Hydra's own options are too.
+
+    Raises:
+        UserError: an unknown key or an unknown choice of a group, with the nearest valid one.
+    """
+    if any(argument.startswith("-") for argument in arguments):
+        return
+    GlobalHydra.instance().clear()
+    try:
+        with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
+            hydra.compose(name, overrides=arguments)
+    except HydraException as error:
+        raise UserError(_explain(str(error), schema)) from None
+    finally:
+        GlobalHydra.instance().clear()
+
+
+def _explain(message: str, schema: Any) -> str:
+    key = re.search(r"Could not override '([^']+)'", message)
+    if key:
+        return unknown_key(key.group(1), valid_keys(schema))
+    choice = re.search(r"Could not find '([^']+)/([^/']+)'", message)
+    if choice:
+        folder, wanted = choice.groups()
+        known = sorted(path.stem for path in (CONFIGS / folder).glob("*.yaml"))
+        near = difflib.get_close_matches(wanted, known, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        return f"there is no {folder}={wanted}; {hint}configs/{folder} has: {', '.join(known)}"
+    group = re.search(r"Could not override '?([\w/]+)'?\. No match in the defaults list", message)
+    if group:
+        return unknown_key(group.group(1), valid_keys(schema))
+    return f"the command line cannot be understood: {message.splitlines()[0]}"
+
+
+def _fail(error: UserError, status: int = EXIT_USER_ERROR) -> None:
+    Console(stderr=True, soft_wrap=True, highlight=False).print(f"error: {error}", markup=False)
+    raise SystemExit(status)
+
+

@@ -1,0 +1,92 @@
+"""Frozen vision features kept on disk by content, so that an image is encoded once for all epochs and all runs.
+
+One file a shard, named by the shard's SHA-256, in a folder named by what decides the features: the encoder's weights, the
+transform and the image size. The features are stored in the encoder's own precision, so training with the cache and
+without it see the same numbers. Of use whenever training images are not augmented.
+"""
+
+import hashlib
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from instructblip.data.shards import ShardReader
+from instructblip.data.transforms import decode_image, squash
+from instructblip.errors import UserError
+from instructblip.files import atomic_path
+from instructblip.progress import progress_bar
+
+Encode = Callable[[Tensor], Tensor]  # uint8 (B, 3, H, W) -> tokens (B, P, V)
+_BATCH = 50
+
+
+class FeatureCache:
+    """Image tokens by shard and row.
+
+    Args:
+        folder: root of the cache.
+        encoder_fingerprint: of the frozen encoder's weights and settings.
+        image_size: side of the squashed input, pixels.
+    """
+
+    def __init__(self, folder: Path, *, encoder_fingerprint: str, image_size: int) -> None:
+        identity = f"{encoder_fingerprint} squash {image_size}"
+        self.folder = folder / hashlib.sha256(identity.encode()).hexdigest()[:16]
+        self.image_size = image_size
+        self._open: dict[str, Any] = {}
+
+    def fill(self, shards: Sequence[ShardReader], encode: Encode, title: str) -> None:
+        """Encode what is not in the cache yet, with a progress bar.
+
+        Raises:
+            UserError: the features would not fit on the disk, or an image cannot be decoded.
+        """
+        missing = [shard for shard in shards if not self._path(shard).exists()]
+        if not missing:
+            return
+        self._check_space(missing, encode)
+        with progress_bar("images") as progress:
+            task = progress.add_task(title, total=sum(len(shard) for shard in missing))
+            for shard in missing:
+                self._fill_shard(shard, encode, lambda count: progress.advance(task, count))
+
+    def tokens(self, shard: ShardReader, row: int) -> Tensor:
+        """Tokens (P, V) of one image."""
+        path = self._path(shard)
+        if path.name not in self._open:
+            # Kept open: rows are read from the memory map, nothing is loaded whole.
+            self._open[path.name] = safe_open(str(path), framework="pt").get_slice("tokens")
+        return self._open[path.name][row : row + 1][0]
+
+    def _path(self, shard: ShardReader) -> Path:
+        return self.folder / f"{shard.tar_sha256}.safetensors"
+
+    def _fill_shard(self, shard: ShardReader, encode: Encode, advance: Callable[[int], None]) -> None:
+        pieces = []
+        for start in range(0, len(shard), _BATCH):
+            rows = range(start, min(start + _BATCH, len(shard)))
+            pieces.append(encode(torch.stack([self._pixels(shard, row) for row in rows])).cpu())
+            advance(len(rows))
+        with atomic_path(self._path(shard)) as partial:
+            save_file({"tokens": torch.cat(pieces)}, str(partial))
+
+    def _pixels(self, shard: ShardReader, row: int) -> Tensor:
+        data, _ = shard.read(row)
+        return squash(decode_image(data, f"{row} of {shard.path}"), self.image_size)
+
+    def _check_space(self, shards: Sequence[ShardReader], encode: Encode) -> None:
+        probe = encode(torch.zeros(1, 3, self.image_size, self.image_size, dtype=torch.uint8))
+        needed = sum(len(shard) for shard in shards) * probe.numel() * probe.element_size()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(self.folder).free
+        if needed > free:
+            raise UserError(
+                f"the vision features need {needed / 1e9:.1f} GB in {self.folder}, {free / 1e9:.1f} GB are free; "
+                "free some space, set INSTRUCTBLIP_CACHE to another disk, or set data.cache_features=false"
+            )

@@ -1,0 +1,120 @@
+"""easy-VQA (Victor Zhou, MIT licence): questions about one coloured shape in a 64 x 64 picture.
+
+Raw folder: the `data/` of the official package `easy-vqa` 1.0: `{train,test}/questions.json`, a list of
+`[question, answer, image id]`, and `{train,test}/images/<image id>.png`.
+
+The package's train split is divided into `train` and `validation` by image, so that no picture is in both; `test` is
+the package's own. Each yes/no question also gives a `statement` record, to be judged true or false.
+"""
+
+import hashlib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from instructblip.data.readers.base import ImageRecords, Losses
+from instructblip.data.sample import Record
+from instructblip.errors import UserError
+from instructblip.files import read_json
+
+SHAPES = ("circle", "rectangle", "triangle")
+COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
+KIND_OF_ANSWER = {
+    "yes": "yes_no",
+    "no": "yes_no",
+    **dict.fromkeys(SHAPES, "shape"),
+    **dict.fromkeys(COLORS, "color"),
+}
+PACKAGE_SPLIT = {"train": "train", "validation": "train", "test": "test"}
+VALIDATION_SHARE = 10  # one image in ten of the package's train split
+
+_THING = rf"(?P<thing>(?:{'|'.join(COLORS)}) shape|{'|'.join(SHAPES)})"
+# The 8 yes/no forms of the source, each asked of a shape or of a colour: 16 in all. "Yes" makes the statement true,
+# in the negated forms as well: "is there not a red shape?" is answered "yes" where there is none.
+STATEMENT_OF_QUESTION = tuple(
+    (re.compile(question.replace("THING", _THING)), statement)
+    for question, statement in (
+        (r"is there a THING\?", "There is a {thing}."),
+        (r"is there a THING in the image\?", "There is a {thing} in the image."),
+        (r"is a THING present\?", "A {thing} is present."),
+        (r"does the image contain a THING\?", "The image contains a {thing}."),
+        (r"is there not a THING\?", "There is not a {thing}."),
+        (r"is there not a THING in the image\?", "There is not a {thing} in the image."),
+        (r"does the image not contain a THING\?", "The image does not contain a {thing}."),
+        (r"is no THING present\?", "No {thing} is present."),
+    )
+)
+
+
+def read_easy_vqa(raw: Path, split: str, losses: Losses) -> Iterator[ImageRecords]:
+    """Yield the images of `train`, `validation` or `test` in ascending order of their ids.
+
+    Raises:
+        UserError: no such split; `questions.json` missing, cut short or not a list.
+    """
+    if split not in PACKAGE_SPLIT:
+        raise UserError(f"easy_vqa has no split {split!r}; choose one of {', '.join(PACKAGE_SPLIT)}")
+    package_split = PACKAGE_SPLIT[split]
+    path = raw / package_split / "questions.json"
+    entries = read_json(path)
+    if not isinstance(entries, list):
+        raise UserError(f"{path} must hold a list of [question, answer, image id]; fetch the package easy-vqa again")
+    by_image: dict[int, list[tuple[str, str]]] = {}
+    for row, entry in enumerate(entries):
+        if not _well_formed(entry):
+            # Without an image id nobody knows which half of the package's train split it belonged to: count it once.
+            if split != "validation":
+                losses.add("entry is not [question, answer, image id]", f"{package_split}/questions.json entry {row}")
+            continue
+        question, answer, image_id = entry
+        if split_of_image(package_split, image_id) == split:
+            by_image.setdefault(image_id, []).append((question, answer))
+    for image_id in sorted(by_image):
+        yield ImageRecords(
+            key=f"easy_vqa_{package_split}_{image_id:06d}",
+            image_id=str(image_id),
+            image=raw / package_split / "images" / f"{image_id}.png",
+            records=_records(f"{package_split}-{image_id}", by_image[image_id], losses),
+        )
+
+
+def split_of_image(package_split: str, image_id: int) -> str:
+    """Where an image of the package goes: a stable hash of its id, so neither order nor number of images matters."""
+    if package_split == "test":
+        return "test"
+    digest = hashlib.sha256(f"easy_vqa/train/{image_id}".encode()).digest()
+    return "validation" if int.from_bytes(digest[:8], "big") % VALIDATION_SHARE == 0 else "train"
+
+
+def statement_of(question: str) -> str | None:
+    """A yes/no question as the statement that "yes" makes true; None for a form that is not among the 16."""
+    for pattern, statement in STATEMENT_OF_QUESTION:
+        if match := pattern.fullmatch(question):
+            return statement.format(thing=match["thing"])
+    return None
+
+
+def _well_formed(entry: Any) -> bool:
+    return isinstance(entry, list) and [type(value) for value in entry] == [str, str, int] and entry[2] >= 0
+
+
+def _records(image: str, questions: list[tuple[str, str]], losses: Losses) -> list[Record]:
+    records = []
+    for number, (question, answer) in enumerate(questions):
+        record_id = f"{image}-{number}"
+        kind = KIND_OF_ANSWER.get(answer)
+        if kind is None:
+            losses.add("answer is not among the 13", f"{record_id}: {answer!r}")
+            continue
+        records.append(Record(id=record_id, kind=kind, question=question, answers=(answer,)))
+        if kind != "yes_no":
+            continue
+        statement = statement_of(question)
+        if statement is None:
+            losses.add("yes/no question of unknown form gives no statement", f"{record_id}: {question!r}")
+            continue
+        label = int(answer == "yes")
+        truth = ("false", "true")[label]
+        records.append(Record(f"{record_id}-statement", "statement", statement, answers=(truth,), label=label))
+    return records

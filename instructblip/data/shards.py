@@ -1,0 +1,338 @@
+"""Shards: plain WebDataset tars with an index of byte offsets beside them, so that a position is an integer.
+
+`shard-000000.tar` holds two members per image, `<key>.png|jpg` (the encoded image as it came) and `<key>.json`
+(`{"image_id", "records"}`). `shard-000000.index.safetensors` says where they lie. `manifest.json` lists the shards of a
+split. Equal content gives equal bytes in all three.
+
+Letters in shapes: N images of a shard, R records of a shard, n records selected.
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import re
+import struct
+import tarfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, BinaryIO, Self
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError, safe_open
+
+from instructblip.data.sample import Record
+from instructblip.errors import UserError
+from instructblip.files import atomic_path, read_json, sha256_file, write_atomically
+
+Int64Array = npt.NDArray[np.int64]
+
+MANIFEST_NAME = "manifest.json"
+MANIFEST_FORMAT = 1
+INDEX_VERSION = "1"
+INDEX_ARRAYS = (
+    "image_offset",
+    "image_size",
+    "json_offset",
+    "json_size",
+    "record_image",
+    "record_number",
+    "record_kind",
+)
+_KEY = re.compile(r"[A-Za-z0-9_-]+")
+
+
+def shard_path(folder: Path, number: int) -> Path:
+    """Where shard `number` of a split folder stands."""
+    return folder / f"shard-{number:06d}.tar"
+
+
+def index_path(shard: Path) -> Path:
+    """The index beside a shard."""
+    return shard.with_suffix(".index.safetensors")
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+class ShardWriter:
+    """Write one shard and its index: `with ShardWriter.open(path) as writer: writer.add(...)`.
+
+    Attributes:
+        notes: further texts for the index's metadata, to be set before the end.
+    """
+
+    def __init__(self, path: Path, file: BinaryIO, tar: tarfile.TarFile) -> None:
+        self.path = path
+        self.notes: dict[str, str] = {}
+        self._file = file
+        self._tar = tar
+        self._keys: dict[str, str] = {}  # key -> extension
+        self._offsets: list[tuple[int, int, int, int]] = []
+        self._records: list[tuple[int, int, str]] = []  # image row, number within the image, kind
+
+    @classmethod
+    @contextlib.contextmanager
+    def open(cls, path: Path) -> Iterator[Self]:
+        """Give a writer. Both files appear whole at the end, the index last: a shard with an index that matches it is
+        a finished shard. Leaving by an exception leaves nothing.
+
+        Raises:
+            UserError: the disk is full or the folder may not be written.
+        """
+        with atomic_path(path) as partial:
+            with open(partial, "wb") as file:
+                with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
+                    writer = cls(path, file, tar)
+                    yield writer
+                file.flush()
+                os.fsync(file.fileno())
+            tar_sha256, tar_bytes = sha256_file(partial), partial.stat().st_size
+        write_atomically(index_path(path), writer._index(tar_sha256, tar_bytes))
+
+    def add(self, key: str, extension: str, image: bytes, image_id: str, records: Sequence[Record]) -> None:
+        """Append one image with its records.
+
+        Raises:
+            ValueError: a key that WebDataset would read otherwise (a dot, a slash), or one that was used before.
+        """
+        if not _KEY.fullmatch(key) or key in self._keys:
+            raise ValueError(f"{self.path}: image key {key!r} is used twice or is not of letters, digits, _ and -")
+        fields = {"image_id": image_id, "records": [record.to_dict() for record in records]}
+        text = json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode()
+        row = len(self._keys)
+        image_offset = self._add_member(f"{key}.{extension}", image)
+        json_offset = self._add_member(f"{key}.json", text)
+        self._keys[key] = extension
+        self._offsets.append((image_offset, len(image), json_offset, len(text)))
+        self._records += [(row, number, record.kind) for number, record in enumerate(records)]
+
+    def _add_member(self, name: str, content: bytes) -> int:
+        member = tarfile.TarInfo(name)  # time 0, owner 0, mode 0644: nothing of this machine or moment
+        member.size = len(content)
+        self._tar.addfile(member, io.BytesIO(content))
+        padded = -(-len(content) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+        return self._file.tell() - padded
+
+    def _index(self, tar_sha256: str, tar_bytes: int) -> bytes:
+        kinds = sorted({kind for _, _, kind in self._records})
+        offsets = np.array(self._offsets, dtype=np.int64).reshape(-1, 4).T
+        records = [(row, number, kinds.index(kind)) for row, number, kind in self._records]
+        columns = [*offsets, *np.array(records, dtype=np.int64).reshape(-1, 3).T]
+        metadata = {
+            **self.notes,
+            "version": INDEX_VERSION,
+            "kinds": json.dumps(kinds),
+            "keys": json.dumps(list(self._keys)),
+            "extensions": json.dumps(list(self._keys.values())),
+            "tar_sha256": tar_sha256,
+            "tar_bytes": str(tar_bytes),
+        }
+        return safetensors_bytes(dict(zip(INDEX_ARRAYS, columns, strict=True)), metadata)
+
+
+def safetensors_bytes(arrays: dict[str, Int64Array], metadata: dict[str, str]) -> bytes:
+    """A safetensors file of int64 arrays.
+
+    The library's own writer orders the metadata by chance, so equal indexes would differ in bytes from run to run.
+    Format: 8 bytes header length (little endian), JSON header padded with spaces to a multiple of 8, then the arrays.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
+    position = 0
+    for name, array in arrays.items():
+        end = position + 8 * array.size
+        header[name] = {"dtype": "I64", "shape": list(array.shape), "data_offsets": [position, end]}
+        position = end
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    content = b"".join(np.ascontiguousarray(array, dtype="<i8").tobytes() for array in arrays.values())
+    return struct.pack("<Q", len(text)) + text + content
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+class ShardReader:
+    """Read images and records of one shard at the offsets of its index; nothing is unpacked.
+
+    Each read opens the tar, reads one span and closes it: no state, so readers may be forked, pickled and shared among
+    threads, and a data set of many thousand shards does not run into the limit of open files. Beside decoding an image
+    the cost is nothing.
+
+    Attributes:
+        kinds, keys, extensions: lists of the index.
+        arrays: the seven int64 arrays of the index (`INDEX_ARRAYS`), [N] or [R].
+
+    Raises:
+        UserError: shard or index missing, unreadable, cut short, or not belonging together.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.metadata, self.arrays = _read_index(index_path(path))
+        self.kinds: list[str] = json.loads(self.metadata["kinds"])
+        self.keys: list[str] = json.loads(self.metadata["keys"])
+        self.extensions: list[str] = json.loads(self.metadata["extensions"])
+        self.tar_sha256 = self.metadata["tar_sha256"]
+        self.tar_bytes = int(self.metadata["tar_bytes"])
+        try:
+            found = path.stat().st_size
+        except OSError as error:
+            raise _broken(path, f"cannot be read ({error.strerror})") from None
+        self._check_size(found)
+
+    def __len__(self) -> int:
+        """N, the number of images."""
+        return len(self.keys)
+
+    def read(self, row: int) -> tuple[bytes, list[Record]]:
+        """The encoded image of row `row` in [0, N) and all its records.
+
+        Raises:
+            UserError: the shard has changed since it was opened, or the member is damaged.
+        """
+        image_offset, image_size, json_offset, json_size = (int(self.arrays[name][row]) for name in INDEX_ARRAYS[:4])
+        span = self._read_span(image_offset, json_offset + json_size - image_offset)
+        try:
+            fields = json.loads(span[json_offset - image_offset :].decode())
+            records = [Record.from_dict(record) for record in fields["records"]]
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise _broken(self.path, f"image {self.keys[row]} has damaged records") from None
+        return span[:image_size], records
+
+    def _read_span(self, offset: int, size: int) -> bytes:
+        try:
+            descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                self._check_size(os.fstat(descriptor).st_size)
+                content = os.pread(descriptor, size, offset)
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            raise _broken(self.path, f"cannot be read ({error.strerror})") from None
+        if len(content) != size:
+            raise _broken(self.path, f"gave {len(content)} of {size} bytes at {offset}")
+        return content
+
+    def _check_size(self, found: int) -> None:
+        if found != self.tar_bytes:
+            raise _broken(self.path, f"has {found:,} bytes where its index says {self.tar_bytes:,}")
+
+    def records_by_kind(self) -> dict[str, int]:
+        """Number of records of each kind, kinds sorted."""
+        counts = Counter(self.arrays["record_kind"].tolist())
+        return {kind: counts[row] for row, kind in enumerate(self.kinds)}
+
+
+def _broken(shard: Path, what: str) -> UserError:
+    return UserError(f"shard {shard} {what}; run prepare.py again with the same raw= and out= to mend it")
+
+
+def _read_index(path: Path) -> tuple[dict[str, str], dict[str, Int64Array]]:
+    """Metadata and arrays of an index, checked for completeness and for lengths that fit together."""
+    tar = path.name.removesuffix(".index.safetensors") + ".tar"
+    try:
+        with safe_open(path, framework="np") as file:
+            metadata = dict(file.metadata() or {})
+            arrays = {name: file.get_tensor(name) for name in INDEX_ARRAYS}
+    except (OSError, SafetensorError) as error:
+        reason = "is missing" if isinstance(error, FileNotFoundError) else "is damaged"
+        raise _broken(path.with_name(tar), f"has no usable index: {path.name} {reason}") from None
+    needed = {"version", "kinds", "keys", "extensions", "tar_sha256", "tar_bytes"}
+    if not needed <= metadata.keys() or metadata["version"] != INDEX_VERSION:
+        raise _broken(path.with_name(tar), f"has an index of another version than {INDEX_VERSION}")
+    images = len(json.loads(metadata["keys"]))
+    lengths = {len(arrays[name]) for name in INDEX_ARRAYS[:4]}, {len(arrays[name]) for name in INDEX_ARRAYS[4:]}
+    if lengths[0] != {images} or len(lengths[1]) != 1:
+        raise _broken(path.with_name(tar), f"has a damaged index: the lengths in {path.name} differ")
+    return metadata, arrays
+
+
+@dataclass(frozen=True)
+class PreparedSplit:
+    """One split of one prepared dataset, ready to read by location.
+
+    Attributes:
+        folder: the split's folder.
+        manifest: content of its `manifest.json`.
+        shards: one reader per shard, in the manifest's order.
+    """
+
+    folder: Path
+    manifest: dict[str, Any]
+    shards: tuple[ShardReader, ...]
+
+    @property
+    def dataset(self) -> str:
+        """Name of the dataset (of the parent, where a card is a view)."""
+        return str(self.manifest["dataset"])
+
+    @property
+    def split(self) -> str:
+        """Name of the split."""
+        return str(self.manifest["split"])
+
+    @cached_property
+    def sha256(self) -> str:
+        """One hash of the whole split: of its shards' SHA-256, in order."""
+        return hashlib.sha256("".join(shard.tar_sha256 for shard in self.shards).encode()).hexdigest()
+
+    def records(self, kinds: Sequence[str] = ()) -> Int64Array:
+        """Locations of all records of these kinds (none given: of all), in stored order.
+
+        Returns:
+            int64 [n, 3]: shard number, row of the image in the shard, number of the record within the image.
+
+        Raises:
+            UserError: a kind that does not occur in this split.
+        """
+        present = self.manifest["records_by_kind"]
+        if unknown := sorted(set(kinds) - present.keys()):
+            raise UserError(f"{self.folder} has no records of kind {', '.join(unknown)}; it has {', '.join(present)}")
+        parts = [np.zeros((0, 3), dtype=np.int64)]
+        for number, shard in enumerate(self.shards):
+            wanted = [row for row, kind in enumerate(shard.kinds) if not kinds or kind in kinds]
+            chosen = np.isin(shard.arrays["record_kind"], wanted)
+            image, record = shard.arrays["record_image"][chosen], shard.arrays["record_number"][chosen]
+            parts.append(np.stack([np.full_like(image, number), image, record], axis=1))
+        return np.concatenate(parts)
+
+    def read(self, shard: int, row: int) -> tuple[bytes, list[Record]]:
+        """The encoded image at (shard number, row) and all its records."""
+        return self.shards[shard].read(row)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a split folder.
+
+    Raises:
+        UserError: no manifest there, or one of another format.
+    """
+    path = folder / MANIFEST_NAME
+    if not path.is_file():
+        raise UserError(f"{folder} is not a prepared split (no {MANIFEST_NAME}); make it with prepare.py dataset= out=")
+    manifest = read_json(path)
+    if not isinstance(manifest, dict) or manifest.get("format") != MANIFEST_FORMAT:
+        raise UserError(f"{path} is not a manifest of format {MANIFEST_FORMAT}; run prepare.py again")
+    return manifest
+
+
+def open_split(folder: Path) -> PreparedSplit:
+    """Open all shards of a split folder; costs reading the indexes, not the tars.
+
+    Raises:
+        UserError: the folder is not prepared, or a shard is missing, cut short, or not the one of the manifest.
+    """
+    manifest = read_manifest(folder)
+    shards = []
+    for entry in manifest["shards"]:
+        shard = ShardReader(folder / entry["name"])
+        if shard.tar_sha256 != entry["sha256"]:
+            raise _broken(shard.path, "is not the one its manifest lists (another SHA-256 in the index)")
+        shards.append(shard)
+    return PreparedSplit(folder, manifest, tuple(shards))

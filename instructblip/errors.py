@@ -1,0 +1,12 @@
+"""The one kind of error that is the user's to mend, and how it reaches the screen."""
+
+
+class UserError(Exception):
+    """Bad input, a missing file, a full disk: something the person at the keyboard can mend.
+
+    The message is one line that says what is wrong, where, and how to mend it. Entry points print it without a traceback
+    and exit with status 2; any other exception is a defect of this code and keeps its traceback.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.split()))

@@ -1,0 +1,158 @@
+"""What an evaluation leaves behind: results.json, report.html, and a table on the screen."""
+
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from instructblip.evaluation.metrics import accuracy
+from instructblip.evaluation.protocol import Task, majority_answers
+from instructblip.evaluation.report import Report, ReportExample, ReportRow, ReportSection, write_report
+from instructblip.evaluation.runner import TaskResult
+from instructblip.files import write_json
+
+_VERSIONS = ("torch", "torchvision", "timm", "transformers")
+BLIND = "images withheld"
+MAJORITY = "majority per question"
+CHANCE = "chance"
+
+
+@dataclass(frozen=True)
+class DatasetResult:
+    """A task's result and what to hold it against: scores of baselines by name, in the metric's scale."""
+
+    result: TaskResult
+    baselines: dict[str, float]
+
+
+def baselines(task: Task, shards: Path, blind: TaskResult | None) -> dict[str, float]:
+    """What can be had without understanding the image.
+
+    * `images withheld`: the same model on the same questions with a grey picture for every image.
+    * `majority per question`: always the commonest training answer to the question's very words; only for datasets that
+      may be trained on.
+    * `chance`: a class drawn uniformly from the candidates.
+    """
+    found = {}
+    if blind is not None:
+        found[BLIND] = blind.value
+    if task.card.role == "held-in":
+        majority = majority_answers(task.card, shards)
+        guesses = [majority.get(sample.record.question or "", majority[""]) for sample in task.samples]
+        found[MAJORITY] = accuracy(guesses, [sample.record.answers for sample in task.samples]).value
+    if task.protocol.classes:
+        found[CHANCE] = 100.0 / len(set(task.protocol.classes))
+    return found
+
+
+def results_json(results: Sequence[DatasetResult], *, checkpoint: str, fingerprint: str, step: int) -> dict[str, Any]:
+    """Everything a score needs to be trusted: the model, the machine, the versions, and each frozen protocol."""
+    return {
+        "format": 1,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "checkpoint": {"path": checkpoint, "trainable_sha256": fingerprint, "step": step},
+        "machine": {"platform": platform.platform(), "torch_threads": torch.get_num_threads()},
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in _VERSIONS}},
+        "datasets": {
+            item.result.task.card.name: {**item.result.to_json(), "baselines": item.baselines} for item in results
+        },
+    }
+
+
+def write_results(
+    folder: Path, title: str, results: Sequence[DatasetResult], summary: Mapping[str, Any], examples: int
+) -> list[Path]:
+    """Write results.json and report.html; return the paths of everything the evaluation left.
+
+    Args:
+        examples: samples shown for each dataset, wrong and right ones in turn.
+    """
+    write_json(folder / "results.json", summary)
+    report = Report(
+        title=title,
+        checkpoint=f"{summary['checkpoint']['path']} (step {summary['checkpoint']['step']})",
+        created=summary["created"],
+        summary=[_row(item) for item in results],
+        sections=[_section(item, examples) for item in results],
+    )
+    write_report(folder / "report.html", report)
+    predictions = [folder / item.result.task.card.name / "predictions.jsonl" for item in results]
+    return [folder / "results.json", folder / "report.html", *predictions]
+
+
+def score_table(title: str, results: Sequence[DatasetResult]) -> Table:
+    """Scores with their 95% intervals beside the baselines, for the terminal."""
+    table = Table(title=title)
+    names = list(dict.fromkeys(name for item in results for name in item.baselines))
+    table.add_column("dataset")
+    for name in ("accuracy %", "95% interval", *names, "samples"):
+        table.add_column(name, justify="right")
+    for item in results:
+        result = item.result
+        role = " (held out)" if result.task.card.role == "held-out" else ""
+        others = [f"{item.baselines[name]:.1f}" if name in item.baselines else "" for name in names]
+        interval = f"{result.low:.1f} to {result.high:.1f}"
+        table.add_row(result.task.card.name + role, f"{result.value:.1f}", interval, *others, str(len(result.correct)))
+    return table
+
+
+def _row(item: DatasetResult) -> ReportRow:
+    result = item.result
+    return ReportRow(
+        dataset=result.task.card.name,
+        title=result.task.card.title,
+        task=result.task.card.task_group + (", held out" if result.task.card.role == "held-out" else ""),
+        mode="ranking" if result.task.protocol.mode == "rank" else "open generation",
+        metric=f"{result.task.protocol.metric} %",
+        count=len(result.correct),
+        value=result.value,
+        low=result.low,
+        high=result.high,
+        baselines=item.baselines,
+    )
+
+
+def _section(item: DatasetResult, examples: int) -> ReportSection:
+    result = item.result
+    by_answer: dict[str, list[bool]] = {}
+    for sample, right in zip(result.task.samples, result.correct, strict=True):
+        by_answer.setdefault(sample.record.answers[0], []).append(right)
+    breakdown = [
+        (answer, len(rights), 100.0 * sum(rights) / len(rights)) for answer, rights in sorted(by_answer.items())
+    ]
+    return ReportSection(
+        dataset=result.task.card.name,
+        protocol=result.task.protocol.describe(),
+        breakdowns={"answer": breakdown},
+        examples=[_example(result, number) for number in _shown(result.correct, examples)],
+    )
+
+
+def _shown(correct: Sequence[bool], limit: int) -> list[int]:
+    """At most `limit` samples, half of them wrong ones where there are as many, in the order of the split."""
+    wrong = [number for number, right in enumerate(correct) if not right]
+    right = [number for number, right in enumerate(correct) if right]
+    few_wrong = wrong[: max(limit // 2, limit - len(right))]
+    return sorted(few_wrong + right[: limit - len(few_wrong)])
+
+
+def _example(result: TaskResult, number: int) -> ReportExample:
+    sample, prediction = result.task.samples[number], result.predictions[number]
+    image, _ = sample.shard.read(sample.row)
+    return ReportExample(
+        image=image,
+        question=sample.record.question or "",
+        instruction=sample.prompt,
+        answer=" | ".join(sample.record.answers),
+        prediction=prediction.prediction,
+        correct=result.correct[number],
+        scores=list(zip(result.task.protocol.candidates, prediction.scores, strict=True)) if prediction.scores else [],
+    )
+
+

@@ -1,0 +1,67 @@
+"""evaluate.py's work: restore a model, run a suite of cards, write the results."""
+
+from pathlib import Path
+
+from rich.console import Console
+
+from instructblip.build import load_run
+from instructblip.config import EvaluateConfig, to_dict
+from instructblip.data.cards import load_card
+from instructblip.prepared import ensure_prepared
+from instructblip.evaluation.protocol import make_task
+from instructblip.evaluation.suite import evaluate_tasks, finish_evaluation, image_reader
+from instructblip.training.loggers import make_logger
+from instructblip.weights.assets import cache_folder
+
+
+def evaluate(config: EvaluateConfig, console: Console) -> None:
+    """Run evaluate.py with a validated configuration.
+
+    Raises:
+        UserError: no such checkpoint, card, split or device; unreadable shards; disk full.
+    """
+    cards = [load_card(name) for name in (*config.suite.held_in, *config.suite.held_out)]
+    run = load_run(Path(config.checkpoint), device=config.device)
+    shards, folder = Path(config.data.shards), Path(config.output) / config.name
+    ensure_prepared(cards, shards, config.data.sources, console)
+    tasks = [
+        make_task(
+            card,
+            shards,
+            split=config.split,
+            samples=config.samples,
+            mode=config.mode,
+            withhold_images=config.withhold_images,
+        )
+        for card in cards
+    ]
+    cache = cache_folder() / "features" if config.data.cache_features else None
+    results = evaluate_tasks(
+        run.model,
+        tasks,
+        image_reader(run.model, tasks, cache),
+        shards=shards,
+        folder=folder,
+        batch_size=config.batch_size,
+        blind=config.blind_baseline and not config.withhold_images,
+    )
+    finish_evaluation(
+        run.model,
+        results,
+        folder,
+        title=f"{config.suite.name} with {run.checkpoint.parents[1].name}",
+        checkpoint=str(run.checkpoint),
+        step=run.step,
+        examples=config.examples,
+        console=console,
+    )
+    logger = make_logger(
+        config.logger.kind,
+        mode=config.logger.mode,
+        project=config.logger.project,
+        name=config.name,
+        folder=folder,
+        config=to_dict(config),
+    )
+    logger.log({"accuracy": {item.result.task.card.name: item.result.value for item in results}}, run.step)
+    logger.finish()

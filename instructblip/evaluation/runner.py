@@ -1,0 +1,222 @@
+"""Run one evaluation task with a model: predictions, journal, score.
+
+Predictions are appended to a journal keyed by content (model, protocol, sample), so a killed evaluation goes on where it
+stopped and counts every sample once.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from instructblip.data.shards import ShardReader
+from instructblip.data.transforms import decode_image, squash
+from instructblip.evaluation.metrics import accuracy
+from instructblip.evaluation.protocol import EvaluationSample, Task, as_json
+from instructblip.evaluation.statistics import accuracy_interval
+from instructblip.files import write_atomically
+from instructblip.model.instructblip import InstructBLIP
+from instructblip.progress import progress_bar
+
+ReadImage = Callable[[ShardReader, int], Tensor]  # image tokens (P, V) or uint8 pixels (3, H, W)
+PREDICTIONS = "predictions.jsonl"
+_GREY = 127  # a picture that shows nothing, near the middle of what encoders are normalised to
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the model said to one sample; `scores` are log-likelihoods of the protocol's candidates, in nats."""
+
+    key: str
+    id: str
+    prediction: str
+    scores: tuple[float, ...]
+
+    def to_json(self, sample: EvaluationSample, correct: bool) -> dict[str, Any]:
+        """A line of predictions.jsonl."""
+        line = {"key": self.key, "id": self.id, "prompt": sample.prompt, "answers": list(sample.record.answers)}
+        return line | {"prediction": self.prediction, "correct": correct, "scores": list(self.scores)}
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """Score of one task, its 95% interval (images resampled), and what it was computed from."""
+
+    task: Task
+    predictions: tuple[Prediction, ...]
+    correct: tuple[bool, ...]
+    value: float
+    low: float
+    high: float
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """The entry of this dataset in results.json."""
+        scores = {"value": self.value, "low": self.low, "high": self.high, "count": len(self.correct)}
+        return {**scores, "metric": self.task.protocol.metric, "protocol": as_json(self.task.protocol)}
+
+
+def run_task(
+    model: InstructBLIP,
+    task: Task,
+    read_image: ReadImage,
+    *,
+    batch_size: int,
+    model_fingerprint: str = "",
+    folder: Path | None = None,
+    show_progress: bool = True,
+) -> TaskResult:
+    """Answer every sample of a task and score the answers.
+
+    Args:
+        model: put into evaluation mode for the duration.
+        task: samples and protocol.
+        read_image: gives image tokens or pixels.
+        batch_size: samples at a time; the result does not depend on it.
+        model_fingerprint: of the weights; part of the journal's keys.
+        folder: where predictions.jsonl is kept; None keeps nothing.
+        show_progress: draw a progress bar.
+    """
+    started = time.perf_counter()
+    keys = [_key(model_fingerprint, task, sample) for sample in task.samples]
+    done = _read_journal(folder, set(keys))
+    missing = [(key, sample) for key, sample in zip(keys, task.samples, strict=True) if key not in done]
+    # Prompts of one length together: less padding, the same results.
+    missing.sort(key=lambda item: len(item[1].prompt))
+    training = model.training
+    model.eval()
+    try:
+        for batch in _with_progress(_chunks(missing, batch_size), task, len(missing), show_progress):
+            predictions = _answer(model, task, [sample for _, sample in batch], [key for key, _ in batch], read_image)
+            done.update((prediction.key, prediction) for prediction in predictions)
+            _append_journal(folder, predictions)
+    finally:
+        model.train(training)
+    ordered = tuple(done[key] for key in keys)
+    return _score(task, ordered, folder, time.perf_counter() - started)
+
+
+def blank_image(image_size: int) -> Tensor:
+    """A mid-grey uint8 picture (3, H, W), which stands for an image that is withheld."""
+    return torch.full((3, image_size, image_size), _GREY, dtype=torch.uint8)
+
+
+def read_pixels(image_size: int) -> ReadImage:
+    """A reader that decodes and squashes images, for use without a feature cache."""
+
+    def read(shard: ShardReader, row: int) -> Tensor:
+        data, _ = shard.read(row)
+        return squash(decode_image(data, f"{shard.keys[row]} of {shard.path}"), image_size)
+
+    return read
+
+
+def _answer(
+    model: InstructBLIP, task: Task, samples: Sequence[EvaluationSample], keys: Sequence[str], read_image: ReadImage
+) -> list[Prediction]:
+    protocol = task.protocol
+    images = _images(model, task, samples, read_image)
+    prompts = [sample.prompt for sample in samples]
+    if protocol.mode == "generate":
+        texts = model.generate(
+            images, prompts, num_beams=protocol.num_beams, max_new_tokens=protocol.max_new_tokens
+        )
+        return [Prediction(key, sample.id, text, ()) for key, sample, text in zip(keys, samples, texts, strict=True)]
+    scores = model.rank(
+        images,
+        prompts,
+        [protocol.candidates] * len(samples),
+        normalize=protocol.normalize,
+        include_eos=protocol.include_eos,
+    )
+    return [
+        Prediction(key, sample.id, _best_class(protocol.classes, row), tuple(row.tolist()))
+        for key, sample, row in zip(keys, samples, scores, strict=True)
+    ]
+
+
+def _images(model: InstructBLIP, task: Task, samples: Sequence[EvaluationSample], read_image: ReadImage) -> Tensor:
+    if task.protocol.images == "withheld":
+        blank = model.image_tokens(blank_image(model.vision.image_size)[None, None])
+        return blank.expand(len(samples), -1, -1, -1)
+    unique: dict[str, Tensor] = {}
+    for sample in samples:
+        if sample.image_key not in unique:
+            unique[sample.image_key] = read_image(sample.shard, sample.row)
+    tokens = model.image_tokens(torch.stack(list(unique.values()))[:, None])
+    place = {key: number for number, key in enumerate(unique)}
+    return tokens[[place[sample.image_key] for sample in samples]]
+
+
+def _best_class(classes: Sequence[str], scores: Tensor) -> str:
+    """The class whose texts are most likely together; the first of equals."""
+    names = list(dict.fromkeys(classes))
+    totals = [
+        scores[[number for number, label in enumerate(classes) if label == name]].double().logsumexp(0)
+        for name in names
+    ]
+    return names[int(torch.stack(totals).argmax())]
+
+
+def _score(task: Task, predictions: tuple[Prediction, ...], folder: Path | None, seconds: float) -> TaskResult:
+    answers = [sample.record.answers for sample in task.samples]
+    score = accuracy([item.prediction for item in predictions], answers, normalize=task.protocol.mode == "generate")
+    low, high = accuracy_interval(score.per_sample, [sample.image_key for sample in task.samples])
+    correct = tuple(value > 0 for value in score.per_sample)
+    if folder is not None:
+        lines = [
+            json.dumps(prediction.to_json(sample, right), ensure_ascii=False)
+            for prediction, sample, right in zip(predictions, task.samples, correct, strict=True)
+        ]
+        write_atomically(folder / PREDICTIONS, "\n".join(lines) + "\n")
+    return TaskResult(task, predictions, correct, score.value, low, high, seconds)
+
+
+def _key(model_fingerprint: str, task: Task, sample: EvaluationSample) -> str:
+    content = "\n".join((model_fingerprint, task.protocol.sha256(), sample.id))
+    return hashlib.sha256(content.encode()).hexdigest()[:32]
+
+
+def _read_journal(folder: Path | None, wanted: set[str]) -> dict[str, Prediction]:
+    """Predictions of an earlier, perhaps killed, run of the same protocol with the same model."""
+    found: dict[str, Prediction] = {}
+    if folder is None or not (folder / PREDICTIONS).exists():
+        return found
+    for line in (folder / PREDICTIONS).read_text(encoding="utf-8").split("\n"):
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError:
+            continue  # the last line of a killed run may be cut: its sample is simply answered again
+        if entry["key"] in wanted:
+            found[entry["key"]] = Prediction(entry["key"], entry["id"], entry["prediction"], tuple(entry["scores"]))
+    return found
+
+
+def _append_journal(folder: Path | None, predictions: Iterable[Prediction]) -> None:
+    if folder is None:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [
+        json.dumps({"key": item.key, "id": item.id, "prediction": item.prediction, "scores": list(item.scores)})
+        for item in predictions
+    ]
+    with open(folder / PREDICTIONS, "a", encoding="utf-8") as file:
+        file.write("\n" + "\n".join(lines) + "\n")  # the leading line break ends a cut line
+
+
+def _chunks(items: Sequence[Any], size: int) -> Iterable[Sequence[Any]]:
+    return (items[start : start + size] for start in range(0, len(items), size))
+
+
+def _with_progress(batches: Iterable[Sequence[Any]], task: Task, total: int, show: bool) -> Iterable[Sequence[Any]]:
+    with progress_bar("questions", show=show) as progress:
+        bar = progress.add_task(f"evaluating {task.card.name}", total=total)
+        for batch in batches:
+            yield batch
+            progress.advance(bar, len(batch))

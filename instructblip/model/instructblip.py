@@ -1,0 +1,221 @@
+"""InstructBLIP: image tokens and instruction -> Q-Former -> projection -> frozen LLM (paper, section 2).
+
+Shape legend: B batch, F frames, P image tokens, V vision width, Q queries, D Q-Former width, T text tokens,
+L language-model width, S supervised tokens in the batch.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase
+
+from instructblip.data.transforms import squash
+from instructblip.model.llm import DecoderLLM
+from instructblip.model.qformer import QFormer
+from instructblip.model.ranking import rank_candidates
+from instructblip.model.vision import VisionEncoder
+
+
+# Tensors are frozen image tokens (B, F, P, V), or uint8 frames (B, F, 3, H, W); pictures are PIL images or lists of frames.
+Images = Tensor | Sequence[Image.Image | Sequence[Image.Image]]
+
+
+class Loss(NamedTuple):
+    """Cross-entropy summed over supervised tokens (nats), its terms, and how many tokens of each sample they are.
+
+    Sums, not means: only the training loop knows the number of supervised tokens in the global batch.
+    """
+
+    total: Tensor
+    per_sample: Tensor  # (B,), detached
+    tokens_per_sample: Tensor  # (B,), int64
+
+
+class InstructBLIP(nn.Module):
+    """A frozen vision encoder, a trainable Q-Former with its projection, and a frozen language model.
+
+    Args:
+        vision: frozen image encoder.
+        vision_norm: trainable or calibrated normalisation between the encoder and the Q-Former (`ln_vision`).
+        qformer: the Q-Former; trained.
+        qformer_tokenizer: its tokenizer (BERT's).
+        llm: the frozen language model; the projection's width follows it.
+        max_instruction_tokens: longer instructions lose their beginning on the way into the Q-Former (128 as released).
+    """
+
+    def __init__(
+        self,
+        *,
+        vision: VisionEncoder,
+        vision_norm: nn.Module,
+        qformer: QFormer,
+        qformer_tokenizer: PreTrainedTokenizerBase,
+        llm: DecoderLLM,
+        max_instruction_tokens: int = 128,
+    ) -> None:
+        super().__init__()
+        self.vision = vision
+        self.vision_norm = vision_norm
+        self.qformer = qformer
+        self.qformer_tokenizer = qformer_tokenizer
+        self.llm = llm
+        self.max_instruction_tokens = max_instruction_tokens
+        self.projection = nn.Linear(qformer.width, llm.width)
+        self._match_embedding_scale()
+
+    def trainable_state(self) -> dict[str, Tensor]:
+        """Everything that is not frozen: parameters and buffers outside the vision encoder and the LLM."""
+        return {
+            name: tensor for name, tensor in self.state_dict().items() if not name.startswith(("vision.", "llm."))
+        }
+
+    def image_tokens(self, images: Images) -> Tensor:
+        """Frozen image tokens (B, F, P, V) of pictures or uint8 frames; tokens (from a feature cache) pass through."""
+        if not isinstance(images, Tensor):
+            frames = [[image] if isinstance(image, Image.Image) else list(image) for image in images]
+            size = self.vision.image_size
+            images = torch.stack(
+                [torch.stack([squash(frame.convert("RGB"), size) for frame in clip]) for clip in frames]
+            ).to(self.projection.weight.device)
+        if images.dtype != torch.uint8:
+            return images
+        return self.vision(images.flatten(0, 1)).unflatten(0, images.shape[:2])
+
+    def visual_prompt(self, tokens_BFPV: Tensor, instructions: Sequence[str]) -> Tensor:
+        """Soft prompt (B, F * Q, L): each frame goes alone through the Q-Former with the same instruction."""
+        batch, frames = tokens_BFPV.shape[:2]
+        image_NPV = self.vision_norm(tokens_BFPV.flatten(0, 1))
+        text_NT, mask_NT = None, None
+        if self.qformer.instruction_aware:
+            text_BT, mask_BT = self._tokenize_instructions(instructions, image_NPV.device)
+            text_NT = text_BT.repeat_interleave(frames, dim=0)
+            mask_NT = mask_BT.repeat_interleave(frames, dim=0)
+        query_NQD = self.qformer(image_NPV, text_NT, mask_NT)
+        return self.projection(query_NQD).view(batch, -1, self.llm.width)
+
+    def forward(
+        self, images: Images, instructions: Sequence[str], targets: Sequence[str], *, through_llm: bool = True
+    ) -> Loss:
+        """Language-model loss of the targets given images and instructions.
+
+        Args:
+            images: B pictures, clips or their image tokens.
+            instructions: B prompts.
+            targets: B answers; EOS is added and supervised.
+            through_llm: False is the alignment loss, for a Q-Former and projection that have never met this LLM: the mean
+                visual token goes straight into the LLM's final norm and output head and must name the answer's first
+                token. It costs a small part of a pass through the LLM.
+        """
+        visual_BQL = self.visual_prompt(self.image_tokens(images), instructions)
+        if not through_llm:
+            return self._alignment_loss(visual_BQL, targets)
+        prompts = [self.llm.prompt_ids(text) for text in instructions]
+        answers = [self.llm.target_ids(text) for text in targets]
+        # Rows are padded on the right, where a causal model's real tokens never look: no mask is needed.
+        rows = [
+            torch.cat([visual, self.llm.embed(prompt + answer[:-1])])
+            for visual, prompt, answer in zip(visual_BQL, prompts, answers, strict=True)
+        ]
+        hidden_BTL = self.llm.hidden_states(pad_sequence(rows, batch_first=True))
+        first = [visual_BQL.shape[1] + len(prompt) - 1 for prompt in prompts]
+        hidden_SL = torch.cat(
+            [row[start : start + len(ids)] for row, start, ids in zip(hidden_BTL, first, answers, strict=True)]
+        )
+        labels_S = torch.tensor([token for ids in answers for token in ids], device=hidden_SL.device)
+        return _summed_loss(self.llm.logits(hidden_SL), labels_S, [len(ids) for ids in answers])
+
+    @torch.inference_mode()
+    def rank(
+        self,
+        images: Images,
+        prompts: Sequence[str],
+        candidates: Sequence[Sequence[str]],
+        *,
+        normalize: str = "sum",
+        include_eos: bool = True,
+    ) -> list[Tensor]:
+        """Log-likelihood (nats) of every candidate answer: one float32 tensor a sample, in the candidates' order.
+
+        Args:
+            images: B pictures, clips or their image tokens.
+            prompts: B prompts.
+            candidates: B lists, of any lengths.
+            normalize: `sum` over a candidate's tokens, or their `mean`.
+            include_eos: count the end of sequence, without which a candidate that begins another always wins over it.
+        """
+        prefixes = self._prefixes(images, prompts)
+        ids = [[self.llm.target_ids(text, include_eos) for text in texts] for texts in candidates]
+        return rank_candidates(self.llm, prefixes, ids, normalize=normalize)
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        images: Images,
+        prompts: Sequence[str],
+        *,
+        num_beams: int = 1,
+        max_new_tokens: int = 10,
+        min_new_tokens: int = 1,
+        length_penalty: float = 1.0,
+        repetition_penalty: float = 1.0,
+    ) -> list[str]:
+        """Answer each prompt freely; the returned text never holds the prompt.
+
+        Lengths and the repetition penalty are over new tokens only. Greedy with one beam.
+        """
+        return self.llm.generate(
+            self._prefixes(images, prompts),
+            num_beams=num_beams,
+            do_sample=False,
+            max_new_tokens=max_new_tokens,
+            min_new_tokens=min_new_tokens,
+            length_penalty=length_penalty,
+            repetition_penalty=repetition_penalty,
+        )
+
+    def _prefixes(self, images: Images, prompts: Sequence[str]) -> list[Tensor]:
+        visual_BQL = self.visual_prompt(self.image_tokens(images), prompts)
+        return [
+            torch.cat([visual, self.llm.embed(self.llm.prompt_ids(prompt))])
+            for visual, prompt in zip(visual_BQL, prompts, strict=True)
+        ]
+
+    def _alignment_loss(self, visual_BQL: Tensor, targets: Sequence[str]) -> Loss:
+        logits_BV = self.llm.logits(self.llm.final_norm(visual_BQL.mean(dim=1)))
+        first_B = torch.tensor([self.llm.target_ids(text)[0] for text in targets], device=logits_BV.device)
+        return _summed_loss(logits_BV, first_B, [1] * len(targets))
+
+    @torch.no_grad()
+    def _match_embedding_scale(self) -> None:
+        """Start the projection so that visual tokens are as large as the LLM's own embeddings.
+
+        A language model fed with inputs of another scale starts from a loss several times that of ignoring them.
+        """
+        norm = self.qformer.output_norm
+        power = norm.weight.square().sum() + norm.bias.square().sum()  # expected squared length of a query output
+        self.projection.weight.normal_().mul_(self.llm.embeddings.weight.float().std() / power.sqrt())
+        self.projection.bias.zero_()
+
+    def _tokenize_instructions(self, instructions: Sequence[str], device: torch.device) -> tuple[Tensor, Tensor]:
+        # [CLS] and [SEP] stay, as in the released model; what is too long loses its beginning.
+        encoded = self.qformer_tokenizer(
+            list(instructions),
+            padding="longest",
+            truncation=True,
+            max_length=self.max_instruction_tokens,
+            return_tensors="pt",
+        )
+        return encoded["input_ids"].to(device), encoded["attention_mask"].to(device)
+
+
+def _summed_loss(logits_SV: Tensor, labels_S: Tensor, counts: Sequence[int]) -> Loss:
+    losses_S = F.cross_entropy(logits_SV, labels_S, reduction="none")
+    counts_B = torch.tensor(counts, device=losses_S.device)
+    sample_S = torch.repeat_interleave(torch.arange(len(counts), device=losses_S.device), counts_B)
+    per_sample_B = torch.zeros(len(counts), device=losses_S.device).index_add(0, sample_S, losses_S.detach())
+    return Loss(losses_S.sum(), per_sample_B, counts_B)

@@ -1,0 +1,85 @@
+"""Have the prepared shards of some datasets in place: fetch and convert what is missing and may be fetched."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from instructblip.build import sources
+from instructblip.config import PrepareConfig, SourcesConfig
+from instructblip.data.cards import Card, load_card
+from instructblip.data.prepare import check_prepared, prepare_dataset
+from instructblip.data.shards import read_manifest
+from instructblip.errors import UserError
+from instructblip.weights.assets import part_folder
+
+
+def ensure_prepared(
+    cards: Sequence[Card], shards: Path, fetchable: Mapping[str, SourcesConfig], console: Console
+) -> None:
+    """Prepare every dataset of these cards that is not prepared yet.
+
+    Args:
+        cards: datasets or views.
+        shards: folder of prepared datasets.
+        fetchable: sources of raw files by part name.
+        console: where a line a dataset is printed.
+
+    Raises:
+        UserError: a dataset is not prepared and cannot be fetched; names the command that prepares it.
+    """
+    for card in {card.source: card for card in cards}.values():
+        if all((shards / card.source / split / "manifest.json").is_file() for split in card.splits):
+            continue
+        raw = raw_folder(card, fetchable, shards)
+        console.print(f"preparing {card.source} in {shards / card.source}", highlight=False)
+        prepare_dataset(card, raw, shards)
+
+
+def raw_folder(card: Card, fetchable: Mapping[str, SourcesConfig], shards: Path) -> Path:
+    """Fetch a card's raw files, when its source may be fetched without asking anybody."""
+    if card.source_part is None or card.source_part not in fetchable:
+        raise UserError(
+            f"{card.source} is not prepared in {shards}; get its files ({card.how_to_get.strip()}) and run "
+            f"python prepare.py dataset={card.source} raw=FOLDER out={shards}"
+        )
+    part = card.source_part
+    return part_folder(sources(part, fetchable[part]), setting=f"data.sources.{part}.path")
+
+
+def prepare(config: PrepareConfig, console: Console) -> int:
+    """Run prepare.py with a validated configuration: convert a dataset, or check what was converted.
+
+    Returns:
+        0, or 1 when `check` found problems.
+
+    Raises:
+        UserError: unknown dataset or split, raw files missing or broken, disk full.
+    """
+    if config.check is not None:
+        problems = check_prepared(Path(config.check))
+        for line in problems:
+            console.print(line, highlight=False, soft_wrap=True)
+        console.print(f"{config.check}: {len(problems)} problems" if problems else f"{config.check}: all shards are whole")
+        return int(bool(problems))
+    if config.dataset is None:
+        raise UserError("name a dataset: python prepare.py dataset=NAME raw=FOLDER out=SHARDS, or check=SHARDS")
+    card = load_card(config.dataset)
+    raw = raw_folder(card, config.sources, Path(config.out)) if config.raw is None else Path(config.raw)
+    manifests = prepare_dataset(
+        card,
+        raw,
+        Path(config.out),
+        splits=None if config.split is None else [config.split],
+        workers=config.workers,
+        images_per_shard=config.images_per_shard,
+    )
+    for path in manifests:
+        manifest = read_manifest(path.parent)
+        lost = sum(item["records"] for item in manifest["lost"])
+        console.print(
+            f"wrote {path}: {manifest['images']:,} images, {manifest['records']:,} records, {lost:,} records lost",
+            highlight=False,
+            soft_wrap=True,
+        )
+    return 0

@@ -1,0 +1,162 @@
+"""Checkpoints: trainable weights, optimiser state and the step; safetensors and JSON, written beside and renamed.
+
+The step number is all a resumed run needs besides weights: data order and random streams are functions of it. Frozen weights
+are not stored, their fingerprints are, and they are checked when the run goes on.
+"""
+
+import errno
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from instructblip.errors import UserError
+from instructblip.files import read_json, sha256_file
+
+FORMAT = 1
+MODEL_FILE = "model.safetensors"
+OPTIMIZER_FILE = "optimizer.safetensors"
+STATE_FILE = "state.json"
+_PREFIX = "step_"
+
+
+class LoadedCheckpoint(NamedTuple):
+    """What a checkpoint folder held."""
+
+    path: Path
+    step: int
+    model: dict[str, Tensor]
+    state: dict[str, Any]
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[nn.Parameter, str]) -> dict[str, Tensor]:
+    """The optimiser's state as flat tensors named `<parameter>|<key>`."""
+    return {
+        f"{names[parameter]}|{key}": value.detach().cpu().contiguous()
+        for parameter, values in optimizer.state.items()
+        for key, value in values.items()
+    }
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, names: dict[nn.Parameter, str], path: Path) -> None:
+    """Put saved state back.
+
+    Raises:
+        UserError: the file is missing or belongs to other parameters.
+    """
+    tensors = _load_tensors(path / OPTIMIZER_FILE)
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            prefix = f"{names[parameter]}|"
+            values = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+            if not values:
+                raise UserError(f"{path} has no optimiser state for {names[parameter]}; it is of another model")
+            optimizer.state[parameter] = {
+                key: value if key == "step" else value.to(parameter.device) for key, value in values.items()
+            }
+
+
+def save_checkpoint(
+    folder: Path,
+    *,
+    step: int,
+    model: dict[str, Tensor],
+    optimizer: dict[str, Tensor],
+    state: dict[str, Any],
+    keep: int,
+) -> Path:
+    """Write `folder/step_XXXXXXXX`, whole or not at all, then delete all but the newest `keep`.
+
+    Args:
+        step: number of optimiser steps taken.
+        model, optimizer: named tensors.
+        state: JSON values stored beside them (fingerprints, versions, metrics).
+
+    Raises:
+        UserError: the disk is full; older checkpoints stay as they are.
+    """
+    target = folder / f"{_PREFIX}{step:08d}"
+    partial = folder / f"{target.name}.{os.getpid()}.partial"
+    try:
+        partial.mkdir(parents=True)
+        files = {}
+        for name, tensors in ((MODEL_FILE, model), (OPTIMIZER_FILE, optimizer)):
+            save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, partial / name)
+            files[name] = {"bytes": (partial / name).stat().st_size, "sha256": sha256_file(partial / name)}
+        content = {"format": FORMAT, "step": step, "files": files, **state}
+        (partial / STATE_FILE).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        if target.exists():
+            shutil.rmtree(target)
+        os.replace(partial, target)
+    except (OSError, SafetensorError) as error:
+        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
+            raise UserError(
+                f"disk full while saving {target}; older checkpoints are whole: free some space and go on with resume=auto"
+            ) from None
+        raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    for old in checkpoint_folders(folder)[keep:]:
+        shutil.rmtree(old)
+    return target
+
+
+def checkpoint_folders(folder: Path) -> list[Path]:
+    """Checkpoints of a run, newest first; unfinished ones are not among them."""
+    found = [path for path in folder.glob(f"{_PREFIX}*") if path.is_dir() and path.name[len(_PREFIX) :].isdigit()]
+    return sorted(found, key=lambda path: int(path.name[len(_PREFIX) :]), reverse=True)
+
+
+def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint whose files match their recorded hashes, and a line for each broken one passed over."""
+    complaints = []
+    for path in checkpoint_folders(folder):
+        problem = _problem(path)
+        if problem is None:
+            return path, complaints
+        complaints.append(f"{path} is broken ({problem}) and passed over")
+    return None, complaints
+
+
+def load_checkpoint(path: Path) -> LoadedCheckpoint:
+    """Read a checkpoint's trainable weights and state.
+
+    Raises:
+        UserError: no checkpoint there, or a broken one.
+    """
+    if not (path / STATE_FILE).is_file():
+        raise UserError(f"there is no checkpoint at {path}; give a run folder or one of its checkpoints/step_XXXXXXXX")
+    problem = _problem(path)
+    if problem is not None:
+        raise UserError(f"checkpoint {path} is broken ({problem}); use an older one of the same run")
+    state = read_json(path / STATE_FILE)
+    return LoadedCheckpoint(path, int(state["step"]), _load_tensors(path / MODEL_FILE), state)
+
+
+def _problem(path: Path) -> str | None:
+    try:
+        state = read_json(path / STATE_FILE)
+    except UserError as error:
+        return str(error)
+    if state.get("format") != FORMAT:
+        return f"format {state.get('format')}, this code reads {FORMAT}"
+    for name, expected in state["files"].items():
+        file = path / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != expected["bytes"] or sha256_file(file) != expected["sha256"]:
+            return f"{name} does not match its recorded hash"
+    return None
+
+
+def _load_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be read ({error}); use an older checkpoint of the same run") from None

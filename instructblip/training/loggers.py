@@ -1,0 +1,118 @@
+"""Where a run's metrics go besides its own `metrics.jsonl`: nowhere, or to Weights & Biases."""
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from instructblip.errors import UserError
+
+
+class Logger(Protocol):
+    """Receives metrics of a run."""
+
+    def log(self, metrics: Mapping[str, Any], step: int) -> None:
+        """Record numbers at an optimiser step; nested dicts become names joined with "/"."""
+
+    def finish(self) -> None:
+        """Write out everything; nothing may be logged afterwards."""
+
+
+class NoLogger:
+    """Takes everything and keeps nothing."""
+
+    def log(self, metrics: Mapping[str, Any], step: int) -> None:
+        """Nothing to do."""
+
+    def finish(self) -> None:
+        """Nothing to do."""
+
+
+class WandbLogger:
+    """A Weights & Biases run; offline ones are kept in `<folder>/wandb/` for a later `wandb sync`."""
+
+    def __init__(self, mode: str, project: str, name: str, folder: Path, config: Mapping[str, Any]) -> None:
+        _keep_below(folder)
+        try:
+            import wandb
+        except ImportError:
+            raise UserError("logger=wandb needs the package wandb; pip install wandb, or choose logger=none") from None
+        self._teardown = wandb.teardown
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self._run = wandb.init(
+                project=project,
+                name=name,
+                dir=str(folder),
+                config=dict(config),
+                mode="online" if mode == "online" else "offline",
+                reinit="create_new",
+                settings=wandb.Settings(silent=True, console="off", x_disable_meta=True),
+            )
+        except wandb.errors.Error as error:
+            raise UserError(f"wandb could not start ({error}); run `wandb login`, or choose mode=offline") from None
+
+    def log(self, metrics: Mapping[str, Any], step: int) -> None:
+        """Record numbers at an optimiser step, which must not go backwards."""
+        self._run.log(flatten(metrics), step=step)
+
+    def finish(self) -> None:
+        """Write out, and when online send, what is left. Ends any other wandb run of this process too.
+
+        wandb 0.31 may come back from a run's `finish` before an offline journal is written (seen in 4 of 40 runs on a
+        loaded machine, its file still an empty header); `teardown` waits until the process that writes it has ended.
+        """
+        self._run.finish()
+        self._teardown()
+
+
+LOGGERS: dict[str, Callable[[str, str, str, Path, Mapping[str, Any]], Logger]] = {
+    "none": lambda mode, project, name, folder, config: NoLogger(),
+    "wandb": WandbLogger,
+}
+
+
+def make_logger(
+    kind: str,
+    *,
+    mode: Literal["offline", "online"] = "offline",
+    project: str,
+    name: str,
+    folder: Path,
+    config: Mapping[str, Any],
+) -> Logger:
+    """Start the logger called `kind` ("none" or "wandb").
+
+    Args:
+        kind: a key of `LOGGERS`.
+        mode: "offline" keeps everything below `folder` and touches no network; "online" also sends it.
+        project, name: what the run is filed under.
+        folder: the run's output folder.
+        config: the run's settings, stored with it.
+
+    Raises:
+        UserError: unknown kind or mode, wandb not installed, or wandb refuses to start.
+    """
+    if kind not in LOGGERS:
+        raise UserError(f"logger {kind!r} is not known; choose one of {', '.join(LOGGERS)}")
+    if mode not in ("offline", "online"):
+        raise UserError(f"logger mode {mode!r} is not known; choose offline or online")
+    return LOGGERS[kind](mode, project, name, folder, config)
+
+
+def flatten(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"loss": {"a": 1}} -> {"loss/a": 1}, at any depth."""
+    flat: dict[str, Any] = {}
+    for key, value in metrics.items():
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{prefix}{key}/"))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _keep_below(folder: Path) -> None:
+    """Before wandb is imported: caches below the run's folder, no crash reports; what the user has set stays."""
+    for variable in ("WANDB_CACHE_DIR", "WANDB_DATA_DIR", "WANDB_ARTIFACT_DIR"):
+        os.environ.setdefault(variable, str(folder / "wandb"))
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")

@@ -1,0 +1,214 @@
+"""The training loop: batches in, optimiser steps out. Data, step, log and checkpoint are separate functions.
+
+A run is a sequence of phases; each has its own length, batch size, schedule and path of the loss. Steps and positions count
+on through all of them, so one step number says where a run is.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from instructblip.data.loader import Batch
+from instructblip.errors import UserError
+from instructblip.model.instructblip import InstructBLIP, Loss
+from instructblip.training.optim import learning_rate, set_learning_rate
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of training.
+
+    Attributes:
+        name: shown while it runs.
+        steps: optimiser steps.
+        batch_size: samples a step, over all ranks.
+        micro_batch_size: samples a forward pass.
+        learning_rate, warmup_steps, warmup_learning_rate, final_learning_rate: linear warm-up, then cosine, within the phase.
+        through_llm: False trains on the alignment loss, which skips the LLM's layers.
+    """
+
+    name: str
+    steps: int
+    batch_size: int
+    micro_batch_size: int
+    learning_rate: float
+    warmup_steps: int
+    warmup_learning_rate: float
+    final_learning_rate: float
+    through_llm: bool
+
+    def rate(self, step: int) -> float:
+        """Learning rate at a step of this phase."""
+        return learning_rate(
+            step,
+            steps=self.steps,
+            peak=self.learning_rate,
+            warmup_steps=self.warmup_steps,
+            start=self.warmup_learning_rate,
+            final=self.final_learning_rate,
+        )
+
+
+class Place(NamedTuple):
+    """Where a global step lies: its phase, the step within it, and the first position of its batch."""
+
+    phase: Phase
+    step: int
+    position: int
+
+
+def locate(phases: Sequence[Phase], step: int) -> Place:
+    """Find a global step's phase.
+
+    Raises:
+        ValueError: beyond the last phase.
+    """
+    position, inside = 0, step
+    for phase in phases:
+        if inside < phase.steps:
+            return Place(phase, inside, position + inside * phase.batch_size)
+        inside -= phase.steps
+        position += phase.steps * phase.batch_size
+    raise ValueError(f"step {step} lies beyond the last phase")
+
+
+def micro_batch_positions(
+    phases: Sequence[Phase], start_step: int, *, rank: int = 0, world_size: int = 1
+) -> Iterator[tuple[int, list[list[int]]]]:
+    """For each remaining global step, this rank's share of the global batch as lists of positions.
+
+    Raises:
+        ValueError: a global batch does not divide among the ranks.
+    """
+    for step in range(start_step, total_steps(phases)):
+        place = locate(phases, step)
+        share, rest = divmod(place.phase.batch_size, world_size)
+        if rest:
+            raise ValueError(f"a global batch of {place.phase.batch_size} does not divide among {world_size} ranks")
+        first = place.position + rank * share
+        size = place.phase.micro_batch_size
+        yield step, [list(range(at, min(at + size, first + share))) for at in range(first, first + share, size)]
+
+
+def total_steps(phases: Iterable[Phase]) -> int:
+    """Optimiser steps of the whole run."""
+    return sum(phase.steps for phase in phases)
+
+
+class StepResult(NamedTuple):
+    """What one optimiser step saw: mean loss (nats a supervised token), the same by dataset, gradient norm, sizes."""
+
+    loss: float
+    loss_by_dataset: dict[str, float]
+    grad_norm: float
+    samples: int
+    tokens: int
+    ids: list[str]
+
+
+def train_step(
+    model: InstructBLIP,
+    optimizer: torch.optim.Optimizer,
+    batches: Sequence[Batch],
+    *,
+    through_llm: bool,
+    rate: float,
+    clip_norm: float | None,
+) -> StepResult:
+    """One optimiser step over the micro-batches of a global batch.
+
+    The loss is a sum over supervised tokens divided by their number in the global batch: micro-batches only add up, so any
+    split of the batch gives the same gradient.
+
+    Raises:
+        UserError: the loss or the gradient is not finite; the weights are as they were, the samples are named.
+    """
+    optimizer.zero_grad()
+    device = model.projection.weight.device
+    losses = []
+    for batch in batches:
+        loss = model(batch.images.to(device), batch.instructions, batch.targets, through_llm=through_llm)
+        loss.total.backward()
+        losses.append(loss)
+    tokens = int(sum(loss.tokens_per_sample.sum() for loss in losses))
+    parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
+    for parameter in parameters:
+        parameter.grad.div_(tokens)  # type: ignore[union-attr]
+    norm = nn.utils.clip_grad_norm_(parameters, math.inf if clip_norm is None else clip_norm)
+    total = sum(float(loss.total.detach()) for loss in losses) / tokens
+    ids = [sample_id for batch in batches for sample_id in batch.ids]
+    if not math.isfinite(total) or not math.isfinite(float(norm)):
+        raise UserError(
+            f"loss {total} and gradient norm {float(norm)} are not both finite in the batch {', '.join(ids)}; "
+            "lower recipe.phases[].learning_rate or look at these samples"
+        )
+    set_learning_rate(optimizer, rate)
+    optimizer.step()
+    return StepResult(total, _by_dataset(batches, losses), float(norm), len(ids), tokens, ids)
+
+
+def _by_dataset(batches: Sequence[Batch], losses: Sequence[Loss]) -> dict[str, float]:
+    sums: dict[str, float] = {}
+    counts: dict[str, int] = {}
+    for batch, loss in zip(batches, losses, strict=True):
+        rows = zip(batch.datasets, loss.per_sample.tolist(), loss.tokens_per_sample.tolist(), strict=True)
+        for dataset, value, tokens in rows:
+            sums[dataset] = sums.get(dataset, 0.0) + value
+            counts[dataset] = counts.get(dataset, 0) + tokens
+    return {dataset: sums[dataset] / counts[dataset] for dataset in sorted(sums)}
+
+
+def run_steps(
+    model: InstructBLIP,
+    optimizer: torch.optim.Optimizer,
+    phases: Sequence[Phase],
+    batches: Iterable[tuple[int, list[Batch]]],
+    *,
+    start_step: int,
+    seed: int,
+    clip_norm: float | None,
+    after_step: Callable[[int, Place, float, StepResult], bool],
+) -> int:
+    """Train over `batches`, (global step, micro-batches) pairs; return the number of steps taken in the whole run.
+
+    Args:
+        start_step: steps taken before.
+        seed: dropout's random stream is made anew from (seed, step), so a resumed run draws the same.
+        after_step: called after each step with (global step, place, learning rate, result); True ends the loop.
+    """
+    model.train()
+    done = start_step
+    for step, micro_batches in batches:
+        place = locate(phases, step)
+        torch.manual_seed(_step_seed(seed, step))
+        rate = place.phase.rate(place.step)
+        result = train_step(
+            model, optimizer, micro_batches, through_llm=place.phase.through_llm, rate=rate, clip_norm=clip_norm
+        )
+        done = step + 1
+        if after_step(step, place, rate, result):
+            break
+    return done
+
+
+def _step_seed(seed: int, step: int) -> int:
+    return (seed * 1_000_003 + step) % 2**63
+
+
+def log_entry(step: int, place: Place, rate: float, result: StepResult, speed: dict[str, float]) -> dict[str, Any]:
+    """The line of metrics.jsonl for one step; `step` counts finished steps."""
+    return {
+        "step": step + 1,
+        "phase": place.phase.name,
+        "loss": result.loss,
+        "loss_by_dataset": result.loss_by_dataset,
+        "lr": rate,
+        "grad_norm": result.grad_norm,
+        "tokens": result.tokens,
+        "sample_ids": result.ids,
+        **speed,
+    }

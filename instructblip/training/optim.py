@@ -1,0 +1,41 @@
+"""The optimiser and its schedule (paper, section 3: AdamW, linear warm-up, cosine to zero)."""
+
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import nn
+
+
+def make_adamw(
+    parameters: Iterable[tuple[str, nn.Parameter]],
+    *,
+    weight_decay: float,
+    betas: Sequence[float],
+) -> torch.optim.AdamW:
+    """AdamW over named trainable parameters; norms, biases and query tokens do not decay.
+
+    The released code decays the query tokens because they are three-dimensional; decaying a learned constant input towards
+    zero has no motive, and the other constants (biases, norms) are spared for the same reason.
+    """
+    decayed, spared = [], []
+    for name, parameter in parameters:
+        if parameter.requires_grad:
+            (spared if parameter.ndim < 2 or name.endswith("query_tokens") else decayed).append(parameter)
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": spared, "weight_decay": 0.0}]
+    # The learning rate is set before every step; fused, one pass over memory instead of seven.
+    return torch.optim.AdamW(groups, lr=0.0, betas=(betas[0], betas[1]), fused=True)
+
+
+def learning_rate(step: int, *, steps: int, peak: float, warmup_steps: int, start: float, final: float) -> float:
+    """Learning rate of a step: linear from `start` to `peak` over the warm-up, then a per-step cosine to `final`."""
+    if step < warmup_steps:
+        return start + (peak - start) * (step + 1) / warmup_steps
+    progress = (step - warmup_steps) / max(1, steps - warmup_steps)
+    return final + (peak - final) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Give every parameter group the same rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate

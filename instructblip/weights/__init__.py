@@ -1,0 +1,1 @@
+"""Bringing pretrained weights and packaged data in."""

@@ -1,0 +1,188 @@
+"""Cards: all that are in the tree load and agree with the rest of it; mistakes are named with the nearest word."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from instructblip.data.cards import CARDS_FOLDER, all_cards, cards_table, load_card, main, source_sha256
+from instructblip.data.readers import READERS
+from instructblip.errors import UserError
+
+VALID: dict[str, Any] = {
+    "name": "tiny",
+    "title": "Tiny",
+    "task_group": "image question answering",
+    "role": "held-in",
+    "reader": "easy_vqa",
+    "homepage": "https://example.org",
+    "licence": "MIT",
+    "how_to_get": "draw it",
+    "splits": {"test": {"images": 3, "records": None, "records_by_kind": {"shape": 2, "color": 4}}},
+    "verified": True,
+    "templates": "vqa_short",
+    "evaluation": {
+        "split": "test",
+        "prompt": "Question: {question} Short answer:",
+        "mode": "rank",
+        "candidates": ["yes", "no"],
+        "normalize": "sum",
+        "include_eos": True,
+        "max_new_tokens": 10,
+        "num_beams": 5,
+        "metric": "accuracy",
+    },
+    "training": {"flip": True},
+}
+
+
+def _write(folder: Path, changes: dict[str, Any], name: str = "tiny") -> Path:
+    """A card with `changes` made to the valid one: "a.b" is a nested key, the value `...` removes it."""
+    card = yaml.safe_load(yaml.safe_dump(VALID))
+    for key, value in changes.items():
+        *parents, last = key.split(".")
+        place = card
+        for parent in parents:
+            place = place[parent]
+        if value is ...:
+            del place[last]
+        else:
+            place[last] = value
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(card))
+    return path
+
+
+def test_every_card_of_the_tree_loads_and_names_things_that_exist() -> None:
+    cards = all_cards()
+    assert len(cards) >= 5
+    assert len(cards) == len(list(CARDS_FOLDER.glob("*.yaml")))
+    for card in cards:
+        assert card.reader in READERS
+        assert card.templates is None or (CARDS_FOLDER / "templates" / f"{card.templates}.yaml").is_file()
+        for split in card.splits.values():
+            assert set(card.kinds) <= split.records_by_kind.keys()
+
+
+def test_every_yaml_begins_with_how_it_is_used() -> None:
+    files = sorted(CARDS_FOLDER.rglob("*.yaml"))
+    assert len(files) >= 6
+    for path in files:
+        assert path.read_text().startswith("# "), path
+
+
+def test_datasets_folder_holds_no_python() -> None:
+    assert list(CARDS_FOLDER.rglob("*.py")) == []
+
+
+def test_readme_table_equals_the_cards() -> None:
+    found = (CARDS_FOLDER / "README.md").read_text()
+    assert found == cards_table(all_cards()), "run python -m instructblip.data.cards"
+
+
+def test_main_writes_the_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("instructblip.data.cards.CARDS_FOLDER", tmp_path)
+    _write(tmp_path, {})
+    assert main() == 0
+    assert "| `tiny` | Tiny |" in (tmp_path / "README.md").read_text()
+    _write(tmp_path, {"rol": 1})
+    assert main() == 2
+    assert "rol" in capsys.readouterr().err
+
+
+def test_easy_vqa_counts_are_those_the_package_states() -> None:
+    card = load_card("easy_vqa")
+    splits = card.splits
+    questions = {split: card.expected_records(split) or 0 for split in splits}
+    assert questions["train"] + questions["validation"] == 38575
+    assert questions["test"] == 9673
+    assert splits["train"].images == 4000 - (splits["validation"].images or 0)
+    for split in splits.values():
+        assert split.records == sum(split.records_by_kind.values())
+        assert split.records_by_kind["statement"] == split.records_by_kind["yes_no"]
+
+
+def test_statements_are_held_out_and_judged_by_verbalizers() -> None:
+    card = load_card("easy_vqa_statements")
+    assert (card.role, card.templates, card.kinds, card.source) == ("held-out", None, ("statement",), "easy_vqa")
+    assert card.evaluation.verbalizers == {"true": ("yes", "true"), "false": ("no", "false")}
+    prompt = card.evaluation.prompt.format(question="There is a circle.")
+    assert prompt == 'Based on the image, is this statement true or false? "There is a circle." Answer:'
+
+
+def test_views_rank_the_same_thirteen_answers() -> None:
+    candidates = {load_card(f"easy_vqa{view}").evaluation.candidates for view in ("", "_yes_no", "_shape", "_color")}
+    assert len(candidates) == 1
+    assert len(set(candidates.pop())) == 13
+
+
+def test_a_view_takes_the_source_from_its_parent(tmp_path: Path) -> None:
+    parent = load_card(_write(tmp_path, {}))
+    changes = dict.fromkeys(("reader", "homepage", "licence", "how_to_get", "splits", "verified"), ...)
+    view = load_card(_write(tmp_path, {**changes, "name": "part", "view_of": "tiny", "kinds": ["color"]}, "part"))
+    assert (view.source, view.reader, view.splits) == ("tiny", parent.reader, parent.splits)
+    assert (view.expected_records("test"), parent.expected_records("test")) == (4, None)
+    assert source_sha256(view) == source_sha256(parent)
+    with pytest.raises(UserError, match="view_of must name a dataset of its own"):
+        load_card(_write(tmp_path, {**changes, "name": "part2", "view_of": "part"}, "part2"))
+    with pytest.raises(UserError, match="names no card: 'tini'; did you mean 'tiny'"):
+        load_card(_write(tmp_path, {**changes, "name": "part2", "view_of": "tini"}, "part2"))
+    with pytest.raises(UserError, match="reader is the parent's to say"):
+        load_card(_write(tmp_path, {"name": "part2", "view_of": "tiny"}, "part2"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"licens": "MIT"}, "unknown key licens; did you mean 'licence'?"),
+        ({"evaluation.promt": "x"}, "unknown key evaluation.promt; did you mean 'prompt'?"),
+        ({"splits.test.image": 3}, "unknown key splits.test.image; did you mean 'images'?"),
+        ({"homepage": ...}, "key homepage is missing"),
+        ({"reader": ...}, "key reader is missing"),
+        ({"evaluation.metric": ...}, "key evaluation.metric is missing"),
+        ({"role": "heldin"}, "role is 'heldin'; did you mean 'held-in'?"),
+        ({"evaluation.num_beams": "5"}, "evaluation.num_beams must be a whole number, not '5'"),
+        ({"evaluation.include_eos": 1}, "evaluation.include_eos must be bool, not 1"),
+        ({"evaluation.candidates": [True, "no"]}, "evaluation.candidates[0] must be text, not True; put it in quotes"),
+        ({"evaluation.candidates": "yes"}, "evaluation.candidates must be a list, not 'yes'"),
+        ({"evaluation.verbalizers": {True: ["yes"]}}, "evaluation.verbalizers has the key True, which is not text"),
+        ({"splits": []}, "splits must be keys and values, not []"),
+        ({"training": True}, "training must be keys and values, not True"),
+        ({"paper": {"x": "high"}}, "paper.x must be float, not 'high'"),
+        ({"name": "other"}, "name is 'other'; it must be the file's name, 'tiny'"),
+        ({"evaluation.split": "tests"}, "evaluation.split 'tests' is not among splits; did you mean 'test'?"),
+        ({"evaluation.candidates": ...}, "needs one of candidates and verbalizers to rank"),
+        ({"evaluation.verbalizers": {"a": ["b"]}}, "needs one of candidates and verbalizers to rank"),
+        ({"evaluation.mode": "generate"}, "neither to generate"),
+        ({"templates": ...}, "a held-in dataset needs templates"),
+        ({"evaluation.prompt": "{qestion}"}, "unknown field 'qestion'; did you mean 'question'?"),
+        ({"evaluation.prompt": "{question"}, "evaluation.prompt is not a format string"),
+    ],
+)
+def test_a_mistake_is_named_with_file_and_key(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
+    path = _write(tmp_path, changes)
+    with pytest.raises(UserError) as caught:
+        load_card(path)
+    assert str(path) in str(caught.value)
+    assert words in str(caught.value)
+
+
+def test_whole_numbers_serve_as_scores(tmp_path: Path) -> None:
+    assert load_card(_write(tmp_path, {"paper": {"vicuna_7b": 50, "flan_t5_xl": 44.5}})).paper == {
+        "vicuna_7b": 50.0,
+        "flan_t5_xl": 44.5,
+    }
+
+
+def test_unreadable_cards(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no dataset card 'easy_vga' .*did you mean 'easy_vqa'"):
+        load_card("easy_vga")
+    with pytest.raises(UserError, match="cannot be read"):
+        load_card(tmp_path / "none.yaml")
+    for content, words in (("a: [", "not valid YAML"), ("- a", "keys and values at its top level")):
+        (tmp_path / "bad.yaml").write_text(content)
+        with pytest.raises(UserError, match=words):
+            load_card(tmp_path / "bad.yaml")

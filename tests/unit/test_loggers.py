@@ -1,0 +1,77 @@
+"""Loggers: off by default, Weights & Biases offline, and what the user hears when it cannot start."""
+
+import builtins
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from instructblip.errors import UserError
+from instructblip.training.loggers import LOGGERS, flatten, make_logger
+
+
+@pytest.fixture(autouse=True)
+def own_environment() -> Iterator[None]:
+    """What a logger puts into the environment ends with its test."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+def make(kind: str, folder: Path, mode: Any = "offline") -> Any:
+    return make_logger(kind, mode=mode, project="tests", name="tiny", folder=folder, config={"lr": 1e-4, "a": {"b": 1}})
+
+
+def test_none_keeps_nothing(tmp_path: Path) -> None:
+    logger = make("none", tmp_path)
+    logger.log({"loss": 1.0}, step=1)
+    logger.finish()
+    assert list(tmp_path.iterdir()) == []
+    assert "wandb" not in type(logger).__module__
+
+
+def test_unknown_names_list_the_choices(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=", ".join(LOGGERS)):
+        make("tensorboard", tmp_path)
+    with pytest.raises(UserError, match="offline or online"):
+        make("wandb", tmp_path, mode="shared")
+
+
+def test_missing_wandb_says_how_to_mend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ordinary_import = builtins.__import__
+
+    def without_wandb(name: str, *arguments: Any, **keywords: Any) -> Any:
+        if name == "wandb":
+            raise ImportError(name)
+        return ordinary_import(name, *arguments, **keywords)
+
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    monkeypatch.setattr(builtins, "__import__", without_wandb)
+    with pytest.raises(UserError, match="pip install wandb") as error:
+        make("wandb", tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_nested_metrics_get_joined_names() -> None:
+    assert flatten({"loss": 1, "by": {"a": 2, "deep": {"b": 3}}}) == {"loss": 1, "by/a": 2, "by/deep/b": 3}
+
+
+def test_wandb_offline_writes_only_below_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb")
+    elsewhere = tmp_path / "working_directory"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    folder = tmp_path / "run"
+    logger = make("wandb", folder)
+    logger.log({"loss": 1.25, "loss_by_dataset": {"shape": 0.5}}, step=1)
+    logger.log({"loss": 1.0}, step=2)
+    logger.finish()
+    (journal,) = folder.glob("wandb/offline-run-*/*.wandb")
+    content = journal.read_bytes()
+    assert b"1.25" in content
+    assert b"loss_by_dataset/shape" in content
+    assert list(elsewhere.iterdir()) == []

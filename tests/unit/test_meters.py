@@ -1,0 +1,201 @@
+"""The metrics file under kills and full disks, rates, the progress display, and the curves."""
+
+import errno
+import io
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from instructblip.errors import UserError
+from instructblip.training.meters import MetricsLog, StepTimer, draw_curves, smoothed, training_progress
+
+
+class Clock:
+    """A clock that a test sets."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def filled(path: Path, steps: range) -> MetricsLog:
+    log = MetricsLog(path)
+    for step in steps:
+        log.append({"step": step, "loss": 1.0 / step})
+    return log
+
+
+def test_every_line_is_on_disk_when_append_returns(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "run" / "metrics.jsonl")
+    assert log.read() == []
+    log.append({"step": 1, "loss": 0.1 + 0.2})
+    log.append({"step": 1, "validation": {"formes colorées": 50.0}})
+    lines = log.path.read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line) for line in lines] == log.read()
+    assert log.read()[0]["loss"] == 0.1 + 0.2  # exact
+    assert "colorées" in lines[1]
+
+
+def test_numbers_that_are_not_finite_become_null(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "m.jsonl")
+    log.append({"step": 1, "loss": math.nan, "loss_by_dataset": {"a": math.inf, "b": 1.5}})
+    assert log.read() == [{"step": 1, "loss": None, "loss_by_dataset": {"a": None, "b": 1.5}}]
+
+
+def test_an_entry_without_step_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="step"):
+        MetricsLog(tmp_path / "m.jsonl").append({"loss": 1.0})
+
+
+def test_a_resumed_log_equals_one_never_killed(tmp_path: Path) -> None:
+    whole = filled(tmp_path / "whole.jsonl", range(1, 10))
+    killed = filled(tmp_path / "killed.jsonl", range(1, 8))
+    killed.close()
+    with open(killed.path, "ab") as file:
+        file.write(b'{"step": 8, "lo')
+    resumed = MetricsLog(killed.path)
+    assert [entry["step"] for entry in resumed.read()] == list(range(1, 8))
+    resumed.truncate_after(5)
+    assert [entry["step"] for entry in resumed.read()] == [1, 2, 3, 4, 5]
+    for step in range(6, 10):
+        resumed.append({"step": step, "loss": 1.0 / step})
+    assert resumed.path.read_bytes() == whole.path.read_bytes()
+    assert {path.name for path in tmp_path.iterdir()} == {"whole.jsonl", "killed.jsonl"}
+
+
+def test_a_half_written_line_is_removed_before_the_next(tmp_path: Path) -> None:
+    path = tmp_path / "m.jsonl"
+    path.write_bytes(b'{"step": 1}\n{"step": 2')
+    MetricsLog(path).append({"step": 2})
+    assert path.read_bytes() == b'{"step": 1}\n{"step": 2}\n'
+
+
+def test_truncating_an_open_log_and_a_missing_one(tmp_path: Path) -> None:
+    log = filled(tmp_path / "m.jsonl", range(1, 4))
+    log.truncate_after(0)
+    log.append({"step": 1})
+    assert log.read() == [{"step": 1}]
+    missing = MetricsLog(tmp_path / "none.jsonl")
+    missing.truncate_after(3)
+    assert not missing.path.exists()
+
+
+@pytest.mark.parametrize("line", [b"not json\n", b'{"loss": 1}\n', b"[1]\n", b'{"step": "x"}\n', b"\xff\n"])
+def test_a_corrupt_line_is_named(tmp_path: Path, line: bytes) -> None:
+    path = tmp_path / "m.jsonl"
+    path.write_bytes(b'{"step": 1}\n' + line + b'{"step": 3}\n')
+    with pytest.raises(UserError, match=r"m\.jsonl line 2"):
+        MetricsLog(path).read()
+
+
+class FullDisk(io.BytesIO):
+    """Takes five more bytes, then says that the disk is full."""
+
+    def write(self, data: Any) -> int:
+        if len(data) > 5:
+            return super().write(data[:5])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_full_disk_is_one_clear_line_and_leaves_no_half_line(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "m.jsonl")
+    disk = FullDisk(b'{"step": 1}\n')
+    log._file = disk
+    with pytest.raises(UserError, match="disk full"):
+        log.append({"step": 2})
+    assert disk.getvalue() == b'{"step": 1}\n'
+
+
+def test_rates_cover_the_last_steps_and_leave_pauses_out() -> None:
+    clock = Clock()
+    timer = StepTimer(window=2, clock=clock)
+    assert (timer.samples_per_second, timer.tokens_per_second, timer.data_wait_fraction) == (0.0, 0.0, 0.0)
+    clock.now += 50.0  # a slow first step that leaves the window
+    timer.step(samples=1)
+    for _ in range(2):
+        clock.now += 60.0  # validation
+        timer.start()
+        with timer.waiting():
+            clock.now += 1.0
+        clock.now += 3.0
+        timer.step(samples=16, tokens=400)
+    assert timer.samples_per_second == 4.0
+    assert timer.tokens_per_second == 100.0
+    assert timer.data_wait_fraction == 0.25
+
+
+def test_waiting_is_counted_when_the_data_fails() -> None:
+    clock = Clock()
+    timer = StepTimer(clock=clock)
+    with pytest.raises(KeyError), timer.waiting():
+        clock.now += 2.0
+        raise KeyError
+    timer.step(samples=1)
+    assert timer.data_wait_fraction == 1.0
+
+
+def test_a_log_file_gets_a_plain_line_now_and_then() -> None:
+    clock, text = Clock(), io.StringIO()
+    console = Console(file=text, width=40)
+    with training_progress(
+        "train", 100, first_step=40, seconds_between_lines=30.0, console=console, clock=clock
+    ) as progress:
+        for step in range(41, 101):
+            clock.now += 2.0
+            progress.update(step, loss=0.5, samples_per_second=8.0)
+        progress.say("[saved] step 100")
+    lines = text.getvalue().splitlines()
+    assert lines[0] == "train 55/100  loss 0.5000  8.0 samples/s  0:00:30 elapsed  0:01:30 left"
+    assert [line.split()[1] for line in lines[:-1]] == ["55/100", "70/100", "85/100", "100/100"]
+    assert lines[-1] == "[saved] step 100"
+
+
+def test_a_terminal_gets_a_bar() -> None:
+    text = io.StringIO()
+    console = Console(file=text, width=110, force_terminal=True, color_system=None)
+    with training_progress("train", 10, first_step=2, console=console) as progress:
+        progress.update(7, loss=0.25, samples_per_second=3.5)
+        progress.say("validation 80.0")
+    output = text.getvalue()
+    assert "7/10" in output
+    assert "loss 0.2500  3.5 samples/s" in output
+    assert "validation 80.0" in output
+
+
+def test_other_ranks_show_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    with training_progress("train", 1, enabled=False, seconds_between_lines=0.0) as progress:
+        progress.update(1, loss=1.0, samples_per_second=1.0)
+        progress.say("done")
+    assert capsys.readouterr().out == ""
+
+
+def test_smoothing_starts_at_the_first_value_and_keeps_a_constant() -> None:
+    assert smoothed([3.0, 3.0, 3.0], 10) == pytest.approx([3.0, 3.0, 3.0])
+    assert smoothed([0.0, 1.0], 3) == pytest.approx([0.0, 1 / 1.5])
+    assert smoothed([], 3) == []
+
+
+def test_curves_are_one_picture_and_the_same_each_time(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    for step in range(1, 30):
+        log.append({"step": step, "loss": 3.0 / step, "loss_by_dataset": {"step": 1.0, "b": 2.0 / step}, "lr": 1e-4})
+    log.append({"step": 29, "loss": math.nan, "validation": {"a": 80.0, "b": None}})
+    draw_curves(log.path, tmp_path / "one.png", "run")
+    draw_curves(log.path, tmp_path / "two.png", "run")
+    assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
+    with Image.open(tmp_path / "one.png") as picture:
+        assert picture.format == "PNG"
+        assert picture.width > 1000
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_curves_of_a_run_without_steps_are_empty_panels(tmp_path: Path) -> None:
+    draw_curves(tmp_path / "missing.jsonl", tmp_path / "curves.png", "run")
+    assert (tmp_path / "curves.png").stat().st_size > 1000

@@ -1,0 +1,263 @@
+"""Preparation: same bytes from the same input, after a kill and with any number of workers; every loss counted."""
+
+import contextlib
+import dataclasses
+import io
+import json
+import logging
+import os
+import select
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import webdataset
+from PIL import Image
+
+from instructblip.data.cards import Card, SplitCounts, load_card
+from instructblip.data.prepare import ImageError, check_image, check_prepared, prepare_dataset
+from instructblip.data.shards import open_split
+from instructblip.errors import UserError
+
+IMAGES = 7
+COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal")
+COUNTS = SplitCounts(IMAGES, 3 * IMAGES, {"color": IMAGES, "yes_no": IMAGES, "statement": IMAGES})
+CARD = dataclasses.replace(load_card("easy_vqa"), splits={"test": COUNTS})
+
+
+@pytest.fixture
+def raw(tmp_path: Path) -> Path:
+    """The package's test folder with seven images, two questions each."""
+    folder = tmp_path / "raw"
+    (folder / "test/images").mkdir(parents=True)
+    entries = []
+    for number, color in enumerate(COLORS):
+        Image.effect_noise((16, 16), 50).convert("RGB").save(folder / f"test/images/{number}.png")
+        entries += [["what color is the shape?", color, number], ["is there a red shape?", "no", number]]
+    (folder / "test/questions.json").write_text(json.dumps(entries))
+    return folder
+
+
+def _prepare(raw: Path, out: Path, card: Card = CARD, **options: Any) -> dict[str, Any]:
+    (path,) = prepare_dataset(card, raw, out, **{"images_per_shard": 3, "progress": False} | options)
+    manifest: dict[str, Any] = json.loads(path.read_text())
+    return manifest
+
+
+def _files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_shards_and_manifest(raw: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        manifest = _prepare(raw, tmp_path / "out")
+    assert caplog.messages == []
+    assert (manifest["dataset"], manifest["split"], manifest["licence"]) == ("easy_vqa", "test", "MIT")
+    assert (manifest["images"], manifest["records"]) == (7, 21)
+    assert manifest["records_by_kind"] == {"color": 7, "statement": 7, "yes_no": 7}
+    assert [shard["images"] for shard in manifest["shards"]] == [3, 3, 1]
+    assert (manifest["lost"], manifest["differences"]) == ([], [])
+    split = open_split(tmp_path / "out/easy_vqa/test")
+    answers = [split.read(shard, row)[1][number].answers for shard, row, number in split.records(["color"])]
+    assert answers == [(color,) for color in COLORS]
+    assert split.read(2, 0)[0] == (raw / "test/images/6.png").read_bytes()
+
+
+def test_stock_webdataset_reads_what_prepare_writes(raw: Path, tmp_path: Path) -> None:
+    _prepare(raw, tmp_path / "out")
+    urls = [str(path) for path in sorted((tmp_path / "out").rglob("*.tar"))]
+    samples = list(webdataset.WebDataset(urls, shardshuffle=False).decode("pil"))
+    assert [sample["json"]["image_id"] for sample in samples] == [str(number) for number in range(IMAGES)]
+    assert {sample["png"].size for sample in samples} == {(16, 16)}
+
+
+def test_one_and_two_workers_write_the_same_bytes(raw: Path, tmp_path: Path) -> None:
+    (raw / "test/images/1.png").write_bytes(b"<html>")
+    _prepare(raw, tmp_path / "one")
+    _prepare(raw, tmp_path / "two", workers=2, images_per_shard=3)
+    assert _files(tmp_path / "one") == _files(tmp_path / "two")
+    assert len(_files(tmp_path / "one")) == 7
+
+
+def test_a_view_is_prepared_as_its_parent(raw: Path, tmp_path: Path) -> None:
+    view = dataclasses.replace(load_card("easy_vqa_color"), splits=CARD.splits)
+    _prepare(raw, tmp_path / "parent")
+    _prepare(raw, tmp_path / "view", view)
+    assert _files(tmp_path / "parent") == _files(tmp_path / "view")
+
+
+def test_a_killed_run_goes_on_to_the_same_bytes(raw: Path, tmp_path: Path) -> None:
+    _prepare(raw, tmp_path / "whole")
+    _prepare(raw, tmp_path / "killed")
+    folder = tmp_path / "killed/easy_vqa/test"
+    (folder / "manifest.json").unlink()
+    (folder / "shard-000001.index.safetensors").unlink()  # killed between tar and index
+    (folder / "shard-000002.tar").rename(folder / "shard-000002.tar.99999.partial")  # killed before the rename
+    (folder / "shard-000002.index.safetensors").unlink()
+    _prepare(raw, tmp_path / "killed")
+    assert _files(tmp_path / "killed") == _files(tmp_path / "whole")
+
+
+def test_workers_end_with_a_killed_parent(raw: Path, tmp_path: Path) -> None:
+    """One image is a pipe, so that a worker waits in the middle of its shard while the parent is killed."""
+    pipe = raw / "test/images/0.png"
+    pipe.unlink()
+    os.mkfifo(pipe)
+    code = (
+        "import sys, test_prepare as t, pathlib as p; t._prepare(p.Path(sys.argv[1]), p.Path(sys.argv[2]), workers=2)"
+    )
+    here = Path(__file__).parent
+    environment = {**os.environ, "PYTHONPATH": f"{here}{os.pathsep}{here.parents[1]}"}
+    parent = subprocess.Popen([sys.executable, "-c", code, str(raw), str(tmp_path / "out")], env=environment)
+    try:
+        writing = None
+        while writing is None:
+            with contextlib.suppress(OSError):  # no worker has opened its end yet
+                writing = os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
+            with pytest.raises(subprocess.TimeoutExpired):
+                parent.wait(0.02)
+    finally:
+        parent.kill()
+        parent.wait()
+    poll = select.poll()
+    poll.register(writing, 0)
+    assert poll.poll(20_000), "a worker still holds its end of the pipe: it outlived its parent"
+    os.close(writing)
+
+
+def test_finished_shards_are_kept_and_damaged_ones_made_again(raw: Path, tmp_path: Path) -> None:
+    _prepare(raw, tmp_path / "out")
+    before = _files(tmp_path / "out")
+    folder = tmp_path / "out/easy_vqa/test"
+    os.truncate(folder / "shard-000001.tar", 700)
+    damaged = bytearray((folder / "shard-000002.tar").read_bytes())
+    damaged[600] ^= 1
+    (folder / "shard-000002.tar").write_bytes(damaged)
+    inodes = [(folder / f"shard-{number:06d}.tar").stat().st_ino for number in range(3)]
+    _prepare(raw, tmp_path / "out")
+    kept = [(folder / f"shard-{number:06d}.tar").stat().st_ino == inodes[number] for number in range(3)]
+    assert kept == [True, False, False]
+    assert _files(tmp_path / "out") == before
+
+
+def test_changed_raw_files_or_options_are_noticed(raw: Path, tmp_path: Path) -> None:
+    _prepare(raw, tmp_path / "out", images_per_shard=2)
+    Image.new("RGB", (16, 16), "red").save(raw / "test/images/4.png")
+    _prepare(raw, tmp_path / "out")
+    _prepare(raw, tmp_path / "fresh")
+    assert _files(tmp_path / "out") == _files(tmp_path / "fresh")  # the fourth shard of two images is gone, too
+
+
+def _image(format: str = "PNG", mode: str = "RGB", size: tuple[int, int] = (40, 30)) -> bytes:
+    buffer = io.BytesIO()
+    Image.effect_noise(size, 60).convert(mode).save(buffer, format)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "image file is empty"),
+        (b"<html>not found</html>", "file is not an image"),
+        (_image("JPEG")[:-200], "image is truncated"),
+        (_image("PNG")[:300], "image is truncated"),
+        (_image("PNG")[:-200], "image is truncated"),
+        (_image("GIF", "L"), "image format GIF is neither JPEG nor PNG"),
+        (_image("PNG", "1", (3000, 3000)), "too many pixels"),
+        (_image("PNG")[:45] + b"\xff" * 40 + _image("PNG")[85:], "image is"),
+    ],
+)
+def test_bad_images_have_a_reason(content: bytes, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5_000_000)
+    with pytest.raises(ImageError, match=reason):
+        check_image(content)
+
+
+@pytest.mark.parametrize(
+    ("format", "mode", "extension"),
+    [("PNG", "RGB", "png"), ("PNG", "RGBA", "png"), ("PNG", "P", "png"), ("JPEG", "L", "jpg"), ("JPEG", "CMYK", "jpg")],
+)
+def test_sound_images_are_kept_whatever_their_mode(format: str, mode: str, extension: str) -> None:
+    assert check_image(_image(format, mode)) == extension
+    assert check_image(_image(format, mode, (1, 1))) == extension
+
+
+def test_bad_images_are_counted_by_reason_and_kept_over_a_second_run(
+    raw: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (raw / "test/images/0.png").write_bytes(b"")
+    (raw / "test/images/4.png").write_bytes(b"")
+    (raw / "test/images/5.png").unlink()
+    (raw / "test/images/6.png").write_bytes(b"<html>")  # the only image of its shard
+    manifest = _prepare(raw, tmp_path / "out")
+    files = ["test/images/0.png", "test/images/4.png"]
+    assert manifest["lost"] == [
+        {"reason": "file is not an image", "count": 1, "records": 3, "examples": ["test/images/6.png"]},
+        {"reason": "image file is empty", "count": 2, "records": 6, "examples": files},
+        {"reason": "image file is missing", "count": 1, "records": 3, "examples": ["test/images/5.png"]},
+    ]
+    assert (manifest["images"], manifest["records"]) == (3, 9)
+    assert manifest["records"] + sum(loss["records"] for loss in manifest["lost"]) == manifest["expected"]["records"]
+    assert manifest["differences"][:2] == ["images: expected 7, found 3", "records: expected 21, found 9"]
+    assert "easy_vqa/test: images: expected 7, found 3" in caplog.messages
+    assert any("2 x image file is empty (6 records), first test/images/0.png" in line for line in caplog.messages)
+    assert _prepare(raw, tmp_path / "out") == manifest
+    assert len(open_split(tmp_path / "out/easy_vqa/test").records()) == 9
+
+
+def test_unverified_and_unknown_counts(raw: Path, tmp_path: Path) -> None:
+    card = dataclasses.replace(CARD, verified=False, splits={"test": SplitCounts(8, None, {"shape": 2})})
+    assert _prepare(raw, tmp_path / "out", card)["differences"] == [
+        "images: expected 8 (a number nobody has verified yet), found 7",
+        "shape records: expected 2 (a number nobody has verified yet), found 0",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"splits": ["dev"]}, "easy_vqa has no split 'dev'; choose among test"),
+        ({"workers": 0}, "must be 1 or more"),
+        ({"images_per_shard": 0}, "must be 1 or more"),
+    ],
+)
+def test_wrong_options_are_one_line(raw: Path, tmp_path: Path, options: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        _prepare(raw, tmp_path / "out", **options)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_nothing_to_keep_is_an_error(raw: Path, tmp_path: Path, workers: int) -> None:
+    for path in (raw / "test/images").iterdir():
+        path.unlink()
+    with pytest.raises(UserError, match="no image of easy_vqa/test could be kept \\(7 x image file is missing\\)"):
+        _prepare(raw, tmp_path / "out", workers=workers)
+    with pytest.raises(UserError, match="is not a folder; raw= is the folder"):
+        _prepare(raw / "absent", tmp_path / "out")
+
+
+def test_check_finds_what_is_not_as_listed(raw: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(UserError, match=r"no manifest.json below"):
+        check_prepared(out)
+    _prepare(raw, out)
+    assert check_prepared(out) == check_prepared(out / "easy_vqa/test") == []
+    folder = out / "easy_vqa/test"
+    content = bytearray((folder / "shard-000000.tar").read_bytes())
+    content[-1] ^= 1
+    (folder / "shard-000000.tar").write_bytes(content)
+    (folder / "shard-000001.tar").unlink()
+    for suffix in ("tar", "index.safetensors"):
+        (folder / f"shard-000009.{suffix}").write_bytes((folder / f"shard-000002.{suffix}").read_bytes())
+    problems = check_prepared(out)
+    assert [problem.split(str(folder) + "/")[1][:16] for problem in problems] == [
+        "shard-000000.tar",
+        "shard-000001.tar",
+        "shard-000009.ind",
+        "shard-000009.tar",
+    ]
+    assert "content differs from its index" in problems[0]
+    assert "cannot be read" in problems[1]
+    assert "not in the manifest" in problems[3]
