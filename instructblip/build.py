@@ -113,7 +113,7 @@ def load_llm(config: LLMConfig) -> DecoderLLM:
     dtype = getattr(torch, config.dtype, None)
     if not isinstance(dtype, torch.dtype):
         raise UserError(f"llm.dtype={config.dtype} is no torch dtype; use float32, bfloat16 or float16")
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    transformers_logging.disable_progress_bar()
     try:
         return DecoderLLM(
             AutoModelForCausalLM.from_pretrained(folder, dtype=dtype),
@@ -138,7 +138,10 @@ def load_run(source: Path, *, device: str = "auto") -> LoadedRun:
     checkpoint: Path | None = source
     if not (source / "state.json").is_file():
         if not checkpoint_folders(source / "checkpoints"):
-            raise UserError(f"there is no checkpoint at {source}; give checkpoint=RUN_FOLDER or RUN/checkpoints/step_XXXXXXXX")
+            raise UserError(
+                f"there is no checkpoint at {source}; give the folder of a run, such as outputs/train/demo, "
+                "or one of its checkpoints/step_XXXXXXXX"
+            )
         checkpoint, complaints = newest_whole(source / "checkpoints")
         if checkpoint is None:
             raise UserError(f"no checkpoint of {source} is whole: {'; '.join(complaints)}")

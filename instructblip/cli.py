@@ -5,7 +5,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
@@ -28,7 +28,10 @@ def main(name: str, schema: type[Schema], task: Callable[[Schema, Console], int 
     console = Console()
 
     def run(composed: DictConfig) -> None:
-        status = task(validate(composed, schema), console)
+        try:
+            status = task(validate(composed, schema), console)
+        except UserError as error:  # here, since Hydra would print a traceback of whatever leaves this function
+            _fail(error)
         if status:
             raise SystemExit(status)
 
@@ -78,7 +81,7 @@ def _explain(message: str, schema: Any) -> str:
     return f"the command line cannot be understood: {message.splitlines()[0]}"
 
 
-def _fail(error: UserError, status: int = EXIT_USER_ERROR) -> None:
+def _fail(error: UserError, status: int = EXIT_USER_ERROR) -> NoReturn:
     Console(stderr=True, soft_wrap=True, highlight=False).print(f"error: {error}", markup=False)
     raise SystemExit(status)
 

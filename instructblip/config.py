@@ -158,7 +158,7 @@ class LoggerConfig:
     """An experiment tracker beside metrics.jsonl."""
 
     kind: str = "none"
-    mode: str = "offline"
+    mode: str = "offline"  # or online
     project: str = "instructblip"
 
 

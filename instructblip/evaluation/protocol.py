@@ -53,7 +53,8 @@ class Protocol:
         shown |= {"prompt": self.prompt, "mode": self.mode, "metric": self.metric, "images": self.images}
         if self.mode == "rank":
             shown["candidates"] = ", ".join(self.candidates)
-            shown["normalisation"] = f"{self.normalize} of token log-likelihoods, EOS {'' if self.include_eos else 'not '}counted"
+            eos = "EOS counted" if self.include_eos else "EOS not counted"
+            shown["normalisation"] = f"{self.normalize} of token log-likelihoods, {eos}"
         else:
             shown["decoding"] = f"beam size {self.num_beams}, at most {self.max_new_tokens} new tokens"
         return shown | {"samples sha256": self.samples_sha256[:16], "protocol sha256": self.sha256()[:16]}
@@ -170,7 +171,8 @@ def _choose(card: Card, opened: PreparedSplit, prompt: str, limit: int | None) -
     if limit is None or limit >= len(found):
         return found
     by_hash = sorted(found, key=lambda sample: hashlib.sha256(sample.id.encode()).digest())
-    return by_hash[:limit]
+    chosen = {sample.id for sample in by_hash[:limit]}
+    return [sample for sample in found if sample.id in chosen]  # in stored order, as when all are taken
 
 
 def _samples_sha256(opened: PreparedSplit, samples: Sequence[EvaluationSample]) -> str:

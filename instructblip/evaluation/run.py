@@ -7,9 +7,9 @@ from rich.console import Console
 from instructblip.build import load_run
 from instructblip.config import EvaluateConfig, to_dict
 from instructblip.data.cards import load_card
-from instructblip.prepared import ensure_prepared
 from instructblip.evaluation.protocol import make_task
 from instructblip.evaluation.suite import evaluate_tasks, finish_evaluation, image_reader
+from instructblip.prepared import ensure_prepared
 from instructblip.training.loggers import make_logger
 from instructblip.weights.assets import cache_folder
 

@@ -1,6 +1,7 @@
 """Several evaluation tasks with one model, and the files that remain. Used by evaluate.py and at the end of training."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -27,7 +28,8 @@ def cached_images(model: InstructBLIP, cache: FeatureCache, shards: Sequence[Sha
     device = model.projection.weight.device
 
     def encode(images_B3HW: Tensor) -> Tensor:
-        return model.vision(images_B3HW.to(device))
+        tokens: Tensor = model.vision(images_B3HW.to(device))
+        return tokens
 
     cache.fill(shards, encode, title)
     return cache.tokens
@@ -57,15 +59,13 @@ def evaluate_tasks(
         shards: folder of prepared datasets, for the majority baseline.
         blind: also answer every question with the images withheld.
     """
-    print_of_weights = fingerprint_tensors(model.trainable_state())
+    weights = fingerprint_tensors(model.trainable_state())
     results = []
     for task in tasks:
+        run = partial(run_task, model, batch_size=batch_size, model_fingerprint=weights, read_image=read_image)
         home = folder / task.card.name
-        options = {"batch_size": batch_size, "model_fingerprint": print_of_weights}
-        result = run_task(model, task, read_image, folder=home, **options)
-        blind_result = None
-        if blind:
-            blind_result = run_task(model, withheld(task), read_image, folder=home / "images_withheld", **options)
+        result = run(task, folder=home)
+        blind_result = run(withheld(task), folder=home / "images_withheld") if blind else None
         results.append(DatasetResult(result, baselines(task, shards, blind_result)))
     return results
 

@@ -20,7 +20,6 @@ from instructblip.model.qformer import QFormer
 from instructblip.model.ranking import rank_candidates
 from instructblip.model.vision import VisionEncoder
 
-
 # Tensors are frozen image tokens (B, F, P, V), or uint8 frames (B, F, 3, H, W); pictures are PIL images or lists of frames.
 Images = Tensor | Sequence[Image.Image | Sequence[Image.Image]]
 

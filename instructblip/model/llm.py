@@ -124,7 +124,7 @@ class DecoderLLM(FrozenModule):
         padding = self.embed([self.pad_id])
         rows = [torch.cat([padding.expand(longest - row.shape[0], -1), row]) for row in embeddings]
         mask_BT = torch.tensor([[0] * (longest - row.shape[0]) + [1] * row.shape[0] for row in embeddings])
-        ids = self.model.generate(
+        ids = self.model.generate(  # type: ignore[operator]
             inputs_embeds=torch.stack(rows),
             attention_mask=mask_BT.to(padding.device),
             eos_token_id=self.eos_id,

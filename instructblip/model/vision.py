@@ -30,6 +30,9 @@ class VisionEncoder(FrozenModule):
         ValueError: an unknown backbone or layer name, or `layers` without `grid`.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(
         self,
         *,

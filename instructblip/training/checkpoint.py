@@ -8,13 +8,14 @@ import errno
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from instructblip.errors import UserError
 from instructblip.files import read_json, sha256_file
@@ -35,7 +36,7 @@ class LoadedCheckpoint(NamedTuple):
     state: dict[str, Any]
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[nn.Parameter, str]) -> dict[str, Tensor]:
+def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> dict[str, Tensor]:
     """The optimiser's state as flat tensors named `<parameter>|<key>`."""
     return {
         f"{names[parameter]}|{key}": value.detach().cpu().contiguous()
@@ -44,7 +45,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[nn.Parameter
     }
 
 
-def restore_optimizer(optimizer: torch.optim.Optimizer, names: dict[nn.Parameter, str], path: Path) -> None:
+def restore_optimizer(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str], path: Path) -> None:
     """Put saved state back.
 
     Raises:
@@ -113,9 +114,15 @@ def checkpoint_folders(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name[len(_PREFIX) :]), reverse=True)
 
 
+def remove_unfinished(folder: Path) -> None:
+    """Delete what a process killed in the middle of a save left behind; no other process may be saving there."""
+    for partial in folder.glob(f"{_PREFIX}*.partial"):
+        shutil.rmtree(partial)
+
+
 def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint whose files match their recorded hashes, and a line for each broken one passed over."""
-    complaints = []
+    complaints: list[str] = []
     for path in checkpoint_folders(folder):
         problem = _problem(path)
         if problem is None:

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from instructblip.errors import UserError
 
@@ -75,7 +75,7 @@ LOGGERS: dict[str, Callable[[str, str, str, Path, Mapping[str, Any]], Logger]] =
 def make_logger(
     kind: str,
     *,
-    mode: Literal["offline", "online"] = "offline",
+    mode: str = "offline",
     project: str,
     name: str,
     folder: Path,

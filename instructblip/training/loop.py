@@ -27,7 +27,8 @@ class Phase:
         steps: optimiser steps.
         batch_size: samples a step, over all ranks.
         micro_batch_size: samples a forward pass.
-        learning_rate, warmup_steps, warmup_learning_rate, final_learning_rate: linear warm-up, then cosine, within the phase.
+        learning_rate, warmup_steps, warmup_learning_rate, final_learning_rate: linear warm-up, then cosine, both within
+            the phase.
         through_llm: False trains on the alignment loss, which skips the LLM's layers.
     """
 

@@ -18,7 +18,8 @@ def make_adamw(
     The released code decays the query tokens because they are three-dimensional; decaying a learned constant input towards
     zero has no motive, and the other constants (biases, norms) are spared for the same reason.
     """
-    decayed, spared = [], []
+    decayed: list[nn.Parameter] = []
+    spared: list[nn.Parameter] = []
     for name, parameter in parameters:
         if parameter.requires_grad:
             (spared if parameter.ndim < 2 or name.endswith("query_tokens") else decayed).append(parameter)

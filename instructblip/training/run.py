@@ -1,15 +1,14 @@
-"""train.py's work: data, model, loop, checkpoints, validation, final evaluation. Reads the configuration; nothing below does."""
+"""train.py's work: data, model, loop, checkpoints, validation, final evaluation. Nothing below reads the configuration."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-
 import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import nn
+from torch import Tensor
 
 from instructblip.build import build_model, check_frozen, choose_device, frozen_fingerprints, restore_trainable
 from instructblip.config import TrainConfig, differences, read_config, to_dict, to_yaml
@@ -32,11 +31,20 @@ from instructblip.training.checkpoint import (
     load_checkpoint,
     newest_whole,
     optimizer_tensors,
+    remove_unfinished,
     restore_optimizer,
     save_checkpoint,
 )
 from instructblip.training.loggers import Logger, make_logger
-from instructblip.training.loop import Phase, Place, StepResult, log_entry, micro_batch_positions, run_steps, total_steps
+from instructblip.training.loop import (
+    Phase,
+    Place,
+    StepResult,
+    log_entry,
+    micro_batch_positions,
+    run_steps,
+    total_steps,
+)
 from instructblip.training.meters import MetricsLog, StepTimer, TrainingProgress, draw_curves, training_progress
 from instructblip.training.optim import make_adamw
 from instructblip.training.signals import StopRequest
@@ -57,7 +65,7 @@ class TrainingRun:
     console: Console
     model: InstructBLIP
     optimizer: torch.optim.Optimizer
-    names: dict[nn.Parameter, str]
+    names: dict[Tensor, str]
     phases: list[Phase]
     mixture: Mixture
     dataset: MixtureDataset
@@ -85,7 +93,7 @@ def train(config: TrainConfig, console: Console) -> int:
     with StopRequest() as stop:
         done = _train_steps(run, start, stop)
     if done < total_steps(run.phases):
-        console.print(f"stopped at step {done}; continue with: python train.py name={config.name} resume=auto")
+        console.print(f"stopped at step {done}; run the same command with resume=auto to go on", soft_wrap=True)
         return stop.exit_code
     console.print(_realised_table(run))
     _finish(run)
@@ -96,18 +104,19 @@ def _find_checkpoint(config: TrainConfig, folder: Path, console: Console) -> Loa
     if config.resume not in (None, "auto"):
         raise UserError(f"resume={config.resume} is not known; use resume=auto, or leave it out for a new run")
     existing = checkpoint_folders(folder / "checkpoints")
+    if config.resume is None and existing:
+        raise UserError(
+            f"{folder} already holds a run (newest checkpoint {existing[0].name}); "
+            "continue it with resume=auto, or choose another name="
+        )
+    remove_unfinished(folder / "checkpoints")
     if config.resume is None:
-        if existing:
-            raise UserError(
-                f"{folder} already holds a run (newest checkpoint {existing[0].name}); "
-                "continue it with resume=auto, or choose another name="
-            )
         return None
     newest, complaints = newest_whole(folder / "checkpoints")
     for line in complaints:
-        console.print(line)
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     if newest is None:
-        console.print(f"{folder} has no whole checkpoint yet; starting from the beginning")
+        console.print(f"{folder} has no whole checkpoint yet; starting from the beginning", soft_wrap=True)
         return None
     return load_checkpoint(newest)
 
@@ -225,7 +234,7 @@ def _restore(run: TrainingRun, checkpoint: LoadedCheckpoint) -> int:
     check_frozen(run.model, checkpoint.state["frozen"], checkpoint.path)
     restore_trainable(run.model, checkpoint.model, checkpoint.path)
     restore_optimizer(run.optimizer, run.names, checkpoint.path)
-    run.console.print(f"continuing {checkpoint.path} after step {checkpoint.step}", highlight=False)
+    run.console.print(f"continuing {checkpoint.path} after step {checkpoint.step}", highlight=False, soft_wrap=True)
     return checkpoint.step
 
 

@@ -113,9 +113,7 @@ def write_gguf(path: Path) -> dict[str, np.ndarray]:
     writer.add_unk_token_id(0)
     shapes: dict[str, tuple[int, ...]] = {"token_embd": (len(TOKENS), WIDTH), "output_norm": (WIDTH,)}
     for layer in range(LAYERS):
-        block: dict[str, tuple[int, ...]] = {
-            name: (WIDTH, WIDTH) for name in ("attn_q", "attn_k", "attn_v", "attn_output")
-        }
+        block: dict[str, tuple[int, ...]] = dict.fromkeys(("attn_q", "attn_k", "attn_v", "attn_output"), (WIDTH, WIDTH))
         block |= {"attn_norm": (WIDTH,), "ffn_norm": (WIDTH,)}
         block |= {"ffn_gate": (HIDDEN, WIDTH), "ffn_up": (HIDDEN, WIDTH), "ffn_down": (WIDTH, HIDDEN)}
         shapes |= {f"blk.{layer}.{name}": shape for name, shape in block.items()}

@@ -1,0 +1,279 @@
+"""Tiny stand-ins for real parts and data, with random weights: whole models in milliseconds, nothing fetched.
+
+`tiny_model` gives an assembled model; `tiny_parts` and `write_easy_vqa` write what the entry points read, and return the
+overrides that point them there:
+
+    parts = tiny_parts(tmp_path / "parts")
+    write_easy_vqa(tmp_path / "raw", images=24)
+    overrides = [*(f"{key}={value}" for key, value in parts.items()), f"data.sources.easy_vqa.path={tmp_path / 'raw'}"]
+"""
+
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import timm
+import torch
+from PIL import Image, ImageDraw
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from torch import nn
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from instructblip.model.instructblip import InstructBLIP
+from instructblip.model.llm import DecoderLLM
+from instructblip.model.qformer import QFormer
+from instructblip.model.vision import ChannelNorm, VisionEncoder
+
+EOS = "<|im_end|>"  # SmolLM2's, so that its config serves the tiny model too
+BOS = "<|im_start|>"
+BACKBONE = "test_efficientnet"
+LAYERS = ("bn1", "blocks.0", "blocks.2")
+IMAGE_SIZE = 32
+GRID = 4
+WIDTH = 32
+
+COLORS = {
+    "black": (0, 0, 0),
+    "blue": (0, 0, 255),
+    "brown": (139, 69, 19),
+    "gray": (128, 128, 128),
+    "green": (0, 128, 0),
+    "red": (255, 0, 0),
+    "teal": (0, 128, 128),
+    "yellow": (255, 255, 0),
+}
+SHAPES = ("circle", "rectangle", "triangle")
+
+_CORPUS = [
+    "Question: what color is the shape? Short answer: red",
+    "is there a circle in the image? yes no rectangle triangle",
+    "does the image contain a blue shape? black brown gray green teal yellow",
+    "Based on the image, is this statement true or false?",
+]
+
+
+def tiny_llm_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE as SmolLM2's: any text, a few merges, words inside a text begin with a space."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=[BOS, EOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_CORPUS, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=EOS)
+
+
+def tiny_bert_tokenizer() -> PreTrainedTokenizerFast:
+    """Lower-case WordPiece over single characters and a few words, [CLS] ... [SEP] around a text, cut on the left."""
+    characters = "abcdefghijklmnopqrstuvwxyz0123456789?!.,:;'\"()-"
+    words = ["the", "is", "color", "shape", "image", "what", "answer", "question", "there"]
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *characters, *(f"##{character}" for character in characters), *words]
+    tokenizer = Tokenizer(models.WordPiece({token: row for row, token in enumerate(tokens)}, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", tokens.index("[CLS]")), ("[SEP]", tokens.index("[SEP]"))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        pad_token="[PAD]",
+        truncation_side="left",
+    )
+
+
+def tiny_llama(vocab_size: int, eos_id: int) -> LlamaForCausalLM:
+    """Two layers of width 32 with grouped keys; weights ten times the usual deviation, so that inputs matter."""
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=WIDTH,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        initializer_range=0.2,
+        bos_token_id=None,
+        eos_token_id=eos_id,
+        pad_token_id=eos_id,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def tiny_llm(
+    *, answer_prefix: str = " ", bos_token: str | None = None, max_prompt_tokens: int = 128, max_target_tokens: int = 256
+) -> DecoderLLM:
+    """A frozen tiny language model; its weights come from torch's global random stream."""
+    tokenizer = tiny_llm_tokenizer()
+    return DecoderLLM(
+        tiny_llama(len(tokenizer), tokenizer.eos_token_id),
+        tokenizer,
+        eos_token=EOS,
+        pad_token=EOS,
+        bos_token=bos_token,
+        answer_prefix=answer_prefix,
+        max_prompt_tokens=max_prompt_tokens,
+        max_target_tokens=max_target_tokens,
+    )
+
+
+def tiny_vision(
+    backbone: str = BACKBONE, *, layers: Sequence[str] = LAYERS, grid: int | None = GRID, image_size: int = IMAGE_SIZE
+) -> VisionEncoder:
+    """A frozen tiny timm backbone with random weights."""
+    return VisionEncoder(
+        backbone=backbone, image_size=image_size, mean=[127.0] * 3, std=[128.0] * 3, layers=layers, grid=grid
+    )
+
+
+def tiny_qformer(
+    *, vision_width: int, queries: int = 4, layers: int = 3, dropout: float = 0.0, instruction_aware: bool = True
+) -> QFormer:
+    """A Q-Former over the tiny BERT tokenizer's vocabulary, width 32, cross-attention in every other layer."""
+    return QFormer(
+        vocab_size=len(tiny_bert_tokenizer()),
+        width=WIDTH,
+        layers=layers,
+        heads=4,
+        hidden_width=64,
+        vision_width=vision_width,
+        queries=queries,
+        max_text_tokens=64,
+        dropout=dropout,
+        instruction_aware=instruction_aware,
+    )
+
+
+def tiny_model(
+    seed: int = 0,
+    *,
+    instruction_aware: bool = True,
+    queries: int = 4,
+    dropout: float = 0.0,
+    vision_norm: str = "layer",
+    max_instruction_tokens: int = 64,
+    llm: DecoderLLM | None = None,
+) -> InstructBLIP:
+    """A whole model in evaluation mode, drawn from `seed`.
+
+    Args:
+        seed: of every weight.
+        instruction_aware, queries, dropout: of the Q-Former.
+        vision_norm: `layer` (trainable) or `channel` (fixed statistics, not calibrated yet).
+        max_instruction_tokens: limit of the Q-Former's text.
+        llm: a language model with other text conventions than `tiny_llm()`.
+    """
+    torch.manual_seed(seed)
+    vision = tiny_vision()
+    model = InstructBLIP(
+        vision=vision,
+        vision_norm=nn.LayerNorm(vision.width) if vision_norm == "layer" else ChannelNorm(vision.width),
+        qformer=tiny_qformer(
+            vision_width=vision.width, queries=queries, dropout=dropout, instruction_aware=instruction_aware
+        ),
+        qformer_tokenizer=tiny_bert_tokenizer(),
+        llm=llm or tiny_llm(),
+        max_instruction_tokens=max_instruction_tokens,
+    )
+    return model.eval()
+
+
+def tiny_images(count: int, *, frames: int = 1, seed: int = 0) -> torch.Tensor:
+    """Random uint8 pictures (B, F, 3, H, W) of the tiny encoder's size."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (count, frames, 3, IMAGE_SIZE, IMAGE_SIZE), dtype=torch.uint8, generator=generator)
+
+
+def tiny_parts(folder: Path, seed: int = 0) -> dict[str, str]:
+    """Write the three parts' files below `folder`; return the overrides that make train.py's demo configuration use them.
+
+    The demo's LLM text conventions (tokens, answer prefix) hold for the tiny LLM as they are.
+    """
+    torch.manual_seed(seed)
+    llm, vision, qformer = folder / "llm", folder / "vision", folder / "qformer"
+    tokenizer = tiny_llm_tokenizer()
+    tiny_llama(len(tokenizer), tokenizer.eos_token_id).save_pretrained(llm)
+    tokenizer.save_pretrained(llm)
+    vision.mkdir(parents=True)
+    save_file(timm.create_model(BACKBONE, pretrained=False).state_dict(), vision / "model.safetensors")
+    bert_tokenizer = tiny_bert_tokenizer()
+    bert = BertConfig(
+        vocab_size=len(bert_tokenizer),
+        hidden_size=WIDTH,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=64,
+    )
+    BertModel(bert).save_pretrained(qformer)
+    bert_tokenizer.save_pretrained(qformer)
+    return {
+        "llm.sources.path": str(llm),
+        "vision.sources.path": str(vision),
+        "vision.backbone": BACKBONE,
+        "vision.layers": f"[{','.join(LAYERS)}]",
+        "vision.image_size": str(IMAGE_SIZE),
+        "vision.grid": str(GRID),
+        "qformer.sources.path": str(qformer),
+        "qformer.queries": "4",
+        "qformer.max_instruction_tokens": "64",
+    }
+
+
+def write_easy_vqa(raw: Path, images: int) -> None:
+    """Write an easy-VQA raw folder: `images` train images (7, 11, 18, 19, 23, ... are validation) and half as many for test.
+
+    Each image shows one coloured shape and has a question of each kind: shape, colour, yes/no (answered yes and no).
+
+    Raises:
+        ValueError: so few images that validation would be almost empty.
+    """
+    if images < 12:
+        raise ValueError(f"{images} train images leave validation almost empty; ask for 12 or more")
+    stream = random.Random(0)
+    answers = []
+    for split, count in (("train", images), ("test", images // 2)):
+        (raw / split / "images").mkdir(parents=True)
+        questions: list[tuple[str, str, int]] = []
+        for number in range(count):
+            color, shape = stream.choice(list(COLORS)), stream.choice(SHAPES)
+            _draw(color, shape, stream).save(raw / split / "images" / f"{number}.png")
+            questions += [(question, answer, number) for question, answer in _questions(color, shape, stream)]
+        answers += [answer for _, answer, _ in questions]
+        (raw / split / "questions.json").write_text(json.dumps(questions))
+    (raw / "answers.txt").write_text("\n".join(sorted(set(answers))))
+
+
+def _questions(color: str, shape: str, stream: random.Random) -> list[tuple[str, str]]:
+    other_color = stream.choice([name for name in COLORS if name != color])
+    other_shape = stream.choice([name for name in SHAPES if name != shape])
+    return [
+        ("what shape is in the image?", shape),
+        ("what color is the shape?", color),
+        (f"is there a {shape}?", "yes"),
+        (f"is there a {other_color} shape in the image?", "no"),
+        (f"is there not a {other_shape} in the image?", "yes"),
+        (f"is no {color} shape present?", "no"),
+    ]
+
+
+def _draw(color: str, shape: str, stream: random.Random) -> Image.Image:
+    image = Image.new("RGB", (64, 64), tuple(stream.randint(230, 255) for _ in range(3)))
+    pen, side = ImageDraw.Draw(image), stream.randint(16, 32)
+    left, top = stream.randint(4, 60 - side), stream.randint(4, 60 - side)
+    right, bottom = left + side, top + side
+    if shape == "circle":
+        pen.ellipse((left, top, right, bottom), fill=COLORS[color])
+    elif shape == "rectangle":
+        pen.rectangle((left, top, right, bottom), fill=COLORS[color])
+    else:
+        pen.polygon([(left, bottom), (right, bottom), ((left + right) // 2, top)], fill=COLORS[color])
+    return image
