@@ -11,7 +11,9 @@ import hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
+from yaml import YAMLError
 
 from instructblip.config import Schema, unknown_key, valid_keys, validate
 from instructblip.errors import UserError
@@ -58,13 +60,14 @@ def check_overrides(name: str, schema: Any, arguments: list[str]) -> None:
     try:
         with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
             hydra.compose(name, overrides=arguments)
-    except HydraException as error:
-        raise UserError(_explain(str(error), schema)) from None
+    except (HydraException, OmegaConfBaseException, YAMLError, ValueError, TypeError) as error:
+        raise UserError(_explain(error, schema)) from None
     finally:
         GlobalHydra.instance().clear()
 
 
-def _explain(message: str, schema: Any) -> str:
+def _explain(error: Exception, schema: Any) -> str:
+    message = str(error)
     key = re.search(r"Could not override '([^']+)'", message)
     if key:
         return unknown_key(key.group(1), valid_keys(schema))
@@ -78,11 +81,15 @@ def _explain(message: str, schema: Any) -> str:
     group = re.search(r"Could not override '?([\w/]+)'?\. No match in the defaults list", message)
     if group:
         return unknown_key(group.group(1), valid_keys(schema))
-    return f"the command line cannot be understood: {message.splitlines()[0]}"
+    if isinstance(error, YAMLError):
+        return f"a file in {CONFIGS} is not valid YAML: {message}"
+    reason = ": ".join(str(part).splitlines()[0] for part in (error, error.__cause__) if part and str(part))
+    return (
+        f"the command line cannot be understood ({reason}); write each setting as key=value, "
+        "in quotes where the value holds spaces or brackets: 'key=[a, b]'"
+    )
 
 
 def _fail(error: UserError, status: int = EXIT_USER_ERROR) -> NoReturn:
     Console(stderr=True, soft_wrap=True, highlight=False).print(f"error: {error}", markup=False)
     raise SystemExit(status)
-
-

@@ -6,6 +6,9 @@ at its start with the key's name and the nearest valid one.
 
 import dataclasses
 import difflib
+import re
+import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -146,6 +149,7 @@ class RecipeConfig:
     weight_decay: float = 0.05
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     clip_norm: float | None = 1.0
+    new_parts_scale: float = 1.0  # learning rate of what BERT does not bring: query tokens and cross-attention
     checkpoint_every: int = MISSING
     keep_checkpoints: int = 2
     validate_every: int = MISSING
@@ -225,35 +229,81 @@ def validate(config: DictConfig, schema: type[Schema]) -> Schema:
         merged = OmegaConf.merge(OmegaConf.structured(schema), config)
         result = OmegaConf.to_object(merged)
     except ConfigKeyError as error:
-        raise UserError(unknown_key(str(error.full_key or error.key), valid_keys(schema))) from None
+        raise UserError(unknown_key(_place(error, schema), valid_keys(schema))) from None
     except MissingMandatoryValue as error:
-        raise UserError(f"the configuration needs a value for {error.full_key}; give {error.full_key}=...") from None
+        key = _place(error, schema)
+        raise UserError(f"the configuration needs a value for {key}; give {key}=...") from None
     except OmegaConfBaseException as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"configuration key {error.full_key}: {reason}; give a value of the right type") from None
+        raise UserError(
+            f"configuration key {_place(error, schema)}: {reason}; give a value of the right type"
+        ) from None
     assert isinstance(result, schema)
     return result
 
 
+def check_at_least(minimum: int, values: Mapping[str, int | None]) -> None:
+    """Refuse numbers below a minimum; None is no number.
+
+    Raises:
+        UserError: names the first key.
+    """
+    for key, value in values.items():
+        if value is not None and value < minimum:
+            raise UserError(f"{key}={value} is too small; give {minimum} or more")
+
+
 def unknown_key(key: str, valid: list[str]) -> str:
-    """The message for a key that does not exist, naming the nearest one that does."""
-    near = difflib.get_close_matches(key, valid, n=1, cutoff=0.5)
-    leaf = difflib.get_close_matches(key.split(".")[-1], [name.split(".")[-1] for name in valid], n=1, cutoff=0.6)
-    same_leaf = [name for name in valid if leaf and name.split(".")[-1] == leaf[0]]
-    nearest = near or same_leaf[:1]
-    hint = f"did you mean {nearest[0]}?" if nearest else f"the keys are: {', '.join(valid)}"
-    return f"unknown configuration key {key}; {hint}"
+    """The message for a key that does not exist, naming the nearest one that does, else its neighbours."""
+    wanted = re.sub(r"(\.\d+|\[\d*\])(?=\.)", ".0", key)
+
+    def likeness(name: str) -> tuple[float, float]:
+        last, whole = wanted.rpartition(".")[2], difflib.SequenceMatcher(None, wanted, name).ratio()
+        return difflib.SequenceMatcher(None, last, name.rpartition(".")[2]).ratio(), whole
+
+    nearest = max(valid, key=lambda name: sum(likeness(name)))
+    last, whole = likeness(nearest)
+    if last >= 0.7 or whole >= 0.8:
+        return f"unknown configuration key {key}; did you mean {nearest}?"
+    section = wanted.rpartition(".")[0]
+    section = f"{section}." if any(name.startswith(f"{section}.") for name in valid) else ""
+    neighbours = [name for name in valid if name.startswith(section) and "." not in name[len(section) :]]
+    return f"unknown configuration key {key}; the keys there are: {', '.join(neighbours)}"
 
 
 def valid_keys(schema: Any, prefix: str = "") -> list[str]:
-    """Dotted names of every key of a dataclass schema, inner ones included."""
+    """Dotted names of every key of a dataclass schema, inner ones included.
+
+    The entries of a list are named by the first one, `recipe.phases.0.steps`; those of a dict by NAME.
+    """
     names = []
-    for item in dataclasses.fields(schema):
-        names.append(prefix + item.name)
-        default = item.default_factory if item.default_factory is not dataclasses.MISSING else None
-        if isinstance(default, type) and dataclasses.is_dataclass(default):
-            names += valid_keys(default, f"{prefix}{item.name}.")
+    for name, kind in typing.get_type_hints(schema).items():
+        names.append(prefix + name)
+        inner, step = _inner_schema(kind)
+        if inner is not None:
+            names += valid_keys(inner, f"{prefix}{name}.{step}")
     return names
+
+
+def _inner_schema(kind: Any) -> tuple[Any, str]:
+    """The dataclass that a type annotation holds, if any, and what stands between its name and the inner keys."""
+    if dataclasses.is_dataclass(kind):
+        return kind, ""
+    step = {list: "0.", dict: "NAME."}.get(typing.get_origin(kind), "")
+    inner = [argument for argument in typing.get_args(kind) if dataclasses.is_dataclass(argument)]
+    return (inner[0] if inner else None), step
+
+
+def _place(error: OmegaConfBaseException, schema: Any) -> str:
+    """The dotted name of the key an error is about; OmegaConf names what stands in a list from the list's entry on."""
+    key = str(error.full_key or error.key)
+    for section in [name.removesuffix(".0.name") for name in valid_keys(schema) if name.endswith(".0.name")]:
+        kind = schema
+        for name in section.split("."):
+            kind = typing.get_type_hints(kind)[name]
+        if error.object_type is _inner_schema(kind)[0] and not key.startswith(section):
+            return f"{section}[].{key}"
+    return key
 
 
 def read_config(path: Path, schema: type[Schema]) -> Schema:
@@ -268,8 +318,12 @@ def read_config(path: Path, schema: type[Schema]) -> Schema:
         loaded = OmegaConf.load(path)
     except YAMLError as error:
         raise UserError(f"{path} is not valid YAML: {error}") from None
-    assert isinstance(loaded, DictConfig)
-    return validate(loaded, schema)
+    if not isinstance(loaded, DictConfig):
+        raise UserError(f"{path} is not a configuration; a run writes it and needs it unchanged")
+    try:
+        return validate(loaded, schema)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def to_yaml(config: Any) -> str:
@@ -283,14 +337,22 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], *, ignore: tuple[str, ...], prefix: str = "") -> list[str]:
-    """`key: old -> new` for every value that differs, except below the keys in `ignore`."""
+    """`key: old -> new` for every value that differs, except below the keys in `ignore`; entries of lists by number."""
     found = []
     for key in sorted(old.keys() | new.keys()):
         name, before, after = f"{prefix}{key}", old.get(key), new.get(key)
         if name in ignore or before == after:
             continue
+        before, after = _by_number(before), _by_number(after)
         if isinstance(before, dict) and isinstance(after, dict):
             found += differences(before, after, ignore=ignore, prefix=f"{name}.")
         else:
             found.append(f"{name}: {before} -> {after}")
     return found
+
+
+def _by_number(value: Any) -> Any:
+    """A list of sections as a dict by number; anything else as it is."""
+    if isinstance(value, list) and value and all(isinstance(part, dict) for part in value):
+        return {str(number): part for number, part in enumerate(value)}
+    return value

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from instructblip.errors import UserError
 
 _CHUNK_BYTES = 1 << 20
@@ -19,21 +21,29 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """Give a path beside `path` to write to; on success it takes its place, on any error it is removed.
 
     Raises:
-        UserError: the disk is full or the folder may not be written.
+        UserError: the disk is full, the folder may not be written, or a file stands where a folder should.
     """
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield partial
         os.replace(partial, path)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    except (OSError, SafetensorError) as error:
+        if is_disk_full(error):
             raise UserError(f"disk full while writing {path}; free some space and run the same command again") from None
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        if getattr(error, "errno", None) in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise UserError(f"no permission to write {path}; choose another folder or mend its rights") from None
+        if isinstance(error, NotADirectoryError | FileExistsError):
+            raise UserError(f"{path} cannot be written: {error.filename} is not a folder; choose another") from None
         raise
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            partial.unlink()
+
+
+def is_disk_full(error: Exception) -> bool:
+    """Whether writing failed for want of space or quota; safetensors says so in the text of its own error only."""
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error)
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:

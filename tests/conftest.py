@@ -1,7 +1,11 @@
 """What holds for every test: one thread, no network service, and a cache of its own instead of the user's."""
 
 import os
+import shutil
+import subprocess
 from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -16,6 +20,9 @@ import instructblip  # noqa: F401  before timm and transformers, see instructbli
 
 torch.set_num_threads(1)
 
+if TYPE_CHECKING:
+    from tests.runs import World
+
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
@@ -23,3 +30,35 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("INSTRUCTBLIP_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> "World":
+    """Tiny parts, data and a cache for whole runs; not to be changed by a test."""
+    from tests.runs import make_world  # Hydra and all: only for those who need it
+
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="session")
+def finished_run(world: "World", tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a run on the tiny world that went to its end; not to be changed by a test."""
+    from tests.runs import train_here
+
+    return train_here(world, tmp_path_factory.mktemp("finished") / "outputs/train")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 320 KB, where writing more gives the real error; skipped where none may be mounted."""
+    folder = tmp_path / "small_disk"
+    folder.mkdir()
+    mounted = shutil.which("mount") and subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=320k", "tmpfs", str(folder)], capture_output=True
+    )
+    if not mounted or mounted.returncode:
+        pytest.skip("no right to mount a small file system")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)

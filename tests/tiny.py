@@ -109,7 +109,11 @@ def tiny_llama(vocab_size: int, eos_id: int) -> LlamaForCausalLM:
 
 
 def tiny_llm(
-    *, answer_prefix: str = " ", bos_token: str | None = None, max_prompt_tokens: int = 128, max_target_tokens: int = 256
+    *,
+    answer_prefix: str = " ",
+    bos_token: str | None = None,
+    max_prompt_tokens: int = 128,
+    max_target_tokens: int = 256,
 ) -> DecoderLLM:
     """A frozen tiny language model; its weights come from torch's global random stream."""
     tokenizer = tiny_llm_tokenizer()

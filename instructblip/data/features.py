@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -47,7 +47,7 @@ class FeatureCache:
         Raises:
             UserError: the features would not fit on the disk, or an image cannot be decoded.
         """
-        missing = [shard for shard in shards if not self._path(shard).exists()]
+        missing = [shard for shard in shards if not self._holds(shard)]
         if not missing:
             return
         self._check_space(missing, encode)
@@ -67,6 +67,14 @@ class FeatureCache:
     def _path(self, shard: ShardReader) -> Path:
         return self.folder / f"{shard.tar_sha256}.safetensors"
 
+    def _holds(self, shard: ShardReader) -> bool:
+        """Whether the shard's features are there, whole (a file cut short does not open) and as many as its images."""
+        try:
+            with safe_open(str(self._path(shard)), framework="pt") as file:
+                return bool(file.get_slice("tokens").get_shape()[0] == len(shard))
+        except (OSError, SafetensorError):
+            return False
+
     def _fill_shard(self, shard: ShardReader, encode: Encode, advance: Callable[[int], None]) -> None:
         pieces = []
         for start in range(0, len(shard), _BATCH):
@@ -78,7 +86,7 @@ class FeatureCache:
 
     def _pixels(self, shard: ShardReader, row: int) -> Tensor:
         data, _ = shard.read(row)
-        return squash(decode_image(data, f"{row} of {shard.path}"), self.image_size)
+        return squash(decode_image(data, f"{shard.keys[row]} of {shard.path}"), self.image_size)
 
     def _check_space(self, shards: Sequence[ShardReader], encode: Encode) -> None:
         probe = encode(torch.zeros(1, 3, self.image_size, self.image_size, dtype=torch.uint8))

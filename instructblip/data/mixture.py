@@ -19,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 _BLOCK = 512
+_MAX_BLOCK = 1 << 20  # 24 MB; a share of two in a million still fits
 _FEISTEL_ROUNDS = 4
 _MASK32 = np.uint64(0xFFFFFFFF)
 
@@ -57,15 +58,19 @@ class Mixture:
 
     Raises:
         ValueError: no entries, an empty dataset, an unknown weighting, a multiplier that is not positive, or a dataset so
-            rare that it would not be drawn once in a block.
+            rare that the largest block would not hold two samples of it.
     """
 
     def __init__(self, entries: Sequence[MixtureEntry], *, weighting: str = "sqrt", seed: int = 0) -> None:
         if weighting not in WEIGHTINGS:
-            raise ValueError(f"mixture weighting {weighting!r} is none of {', '.join(WEIGHTINGS)}")
+            raise ValueError(f"weighting {weighting!r} is not known; choose one of {', '.join(WEIGHTINGS)}")
         for entry in entries:
-            if entry.records < 1 or entry.multiplier <= 0:
-                raise ValueError(f"dataset {entry.name} has {entry.records} records and multiplier {entry.multiplier}")
+            if entry.records < 1:
+                raise ValueError(f"dataset {entry.name} has no records; remove it")
+            if entry.multiplier <= 0:
+                raise ValueError(
+                    f"dataset {entry.name} has multiplier {entry.multiplier:g}; give more than 0, or remove it"
+                )
         if not entries:
             raise ValueError("a mixture needs at least one dataset")
         self.entries = tuple(entries)
@@ -77,17 +82,24 @@ class Mixture:
         self._block = _BLOCK
         while self.shares.min() * self._block < 2 and len(entries) > 1:
             self._block *= 2
+            if self._block > _MAX_BLOCK:
+                rarest = int(self.shares.argmin())
+                raise ValueError(
+                    f"dataset {self.entries[rarest].name} has a share of {self.shares[rarest]:.1e}, too small to be "
+                    "planned; raise its multiplier or remove it"
+                )
         self._phase = _generator(seed, "phase").random(len(entries) - 1)
-        self._cached: tuple[int, list[Draw]] = (-1, [])
+        self._cached_block = -1
+        self._cached = np.empty((0, 3), dtype=np.int64)
 
     def draw(self, position: int) -> Draw:
         """The draw at a global position (0, 1, 2, ...)."""
         if position < 0:
             raise ValueError(f"position {position} is negative")
         block, offset = divmod(position, self._block)
-        if self._cached[0] != block:
-            self._cached = (block, self._draw_block(block))
-        return self._cached[1][offset]
+        if self._cached_block != block:
+            self._cached, self._cached_block = self._draw_block(block), block
+        return Draw(position, *self._cached[offset].tolist())
 
     def counts_before(self, block: int) -> np.ndarray:
         """How often each dataset has been drawn in the positions before block number `block`."""
@@ -95,7 +107,8 @@ class Mixture:
         borders = np.concatenate([[0], inner, [block * self._block]]).astype(np.int64)
         return np.diff(borders)
 
-    def _draw_block(self, block: int) -> list[Draw]:
+    def _draw_block(self, block: int) -> np.ndarray:
+        """Dataset, epoch and record of each position of a block: int64 (block size, 3)."""
         before, after = self.counts_before(block), self.counts_before(block + 1)
         datasets = np.repeat(np.arange(len(self.entries)), after - before)
         datasets = _generator(self.seed, "block", block).permutation(datasets)
@@ -105,9 +118,7 @@ class Mixture:
             ordinals = before[number] + np.arange(len(places))
             epochs[places] = ordinals // entry.records
             records[places] = self._records(number, ordinals)
-        first = block * self._block
-        rows = zip(datasets.tolist(), epochs.tolist(), records.tolist(), strict=True)
-        return [Draw(first + i, dataset, epoch, record) for i, (dataset, epoch, record) in enumerate(rows)]
+        return np.stack([datasets, epochs, records], axis=1)
 
     def _records(self, dataset: int, ordinals: np.ndarray) -> np.ndarray:
         """The records that the given draws of one dataset give: each epoch is a permutation of all records."""

@@ -21,6 +21,7 @@ from PIL import Image, UnidentifiedImageError
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from instructblip.data import transforms
 from instructblip.data.cards import Card, SplitCounts, source_sha256
 from instructblip.data.readers import READERS, ImageRecords, Losses
 from instructblip.data.shards import (
@@ -171,14 +172,14 @@ def check_image(content: bytes) -> str:
     """Decode an image completely and return the file extension it is stored under.
 
     Raises:
-        ImageError: nothing in it, no image, another format, cut short, damaged, or so many pixels (over
-            `PIL.Image.MAX_IMAGE_PIXELS`) that it may be meant to exhaust memory.
+        ImageError: nothing in it, no image, another format, cut short, damaged, or so many pixels (over `MAX_PIXELS`,
+            which reading refuses) that it may be meant to exhaust memory.
     """
     if not content:
         raise ImageError("image file is empty")
     try:
         with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(content)) as image:
-            if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
+            if image.width * image.height > transforms.MAX_PIXELS:
                 raise Image.DecompressionBombError
             if image.format not in EXTENSION_OF_FORMAT:
                 raise ImageError(f"image format {image.format} is neither JPEG nor PNG")

@@ -25,19 +25,24 @@ def load_templates(name: str, folder: Path = TEMPLATE_FOLDER) -> TemplateSet:
     """Read `datasets/templates/<name>.yaml`.
 
     Raises:
-        UserError: no such set, no templates, or a template without its placeholder.
+        UserError: no such set, not YAML, no templates, or a template without its placeholder.
     """
     path = folder / f"{name}.yaml"
     if not path.is_file():
         known = ", ".join(sorted(file.stem for file in folder.glob("*.yaml")))
         raise UserError(f"there is no template set {name!r} in {folder}; choose one of: {known}")
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid YAML: {error}") from None
     templates = content.get("templates") if isinstance(content, dict) else None
     if not templates or not all(isinstance(text, str) for text in templates):
-        raise UserError(f"{path} needs a list `templates` of strings")
+        raise UserError(f"{path} needs a list `templates` of strings; put those in quotes that YAML reads otherwise")
     for text in templates:
         if "{question}" not in text:
-            raise UserError(f"{path}: template {text!r} lacks the placeholder {{question}}")
+            raise UserError(
+                f"{path}: template {text!r} lacks the placeholder {{question}}; add it, or remove the template"
+            )
     return TemplateSet(name, str(content.get("task_group", "")), tuple(templates))
 
 

@@ -5,7 +5,7 @@ import warnings
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from instructblip.errors import UserError
@@ -28,10 +28,14 @@ def decode_image(data: bytes, where: str) -> Image.Image:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = Image.open(io.BytesIO(data))
         if image.width * image.height > MAX_PIXELS:
-            raise UserError(f"image {where} has {image.width} x {image.height} pixels, the limit is {MAX_PIXELS}")
+            raise UserError(
+                f"image {where} has {image.width} x {image.height} pixels, the limit is {MAX_PIXELS:,}; "
+                "prepare its dataset again, which leaves it out"
+            )
         return ImageOps.exif_transpose(image).convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"image {where} cannot be decoded ({error}); prepare its dataset again") from None
+        reason = "not an image" if isinstance(error, UnidentifiedImageError) else error
+        raise UserError(f"image {where} cannot be decoded ({reason}); prepare its dataset again") from None
 
 
 def squash(image: Image.Image, size: int) -> Tensor:

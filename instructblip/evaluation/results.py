@@ -90,7 +90,7 @@ def score_table(title: str, results: Sequence[DatasetResult]) -> Table:
     """Scores with their 95% intervals beside the baselines, for the terminal."""
     table = Table(title=title)
     names = list(dict.fromkeys(name for item in results for name in item.baselines))
-    table.add_column("dataset")
+    table.add_column("dataset", no_wrap=True)
     for name in ("accuracy %", "95% interval", *names, "samples"):
         table.add_column(name, justify="right")
     for item in results:

@@ -5,7 +5,7 @@ from pathlib import Path
 from rich.console import Console
 
 from instructblip.build import load_run
-from instructblip.config import EvaluateConfig, to_dict
+from instructblip.config import EvaluateConfig, check_at_least, to_dict
 from instructblip.data.cards import load_card
 from instructblip.evaluation.protocol import make_task
 from instructblip.evaluation.suite import evaluate_tasks, finish_evaluation, image_reader
@@ -20,6 +20,8 @@ def evaluate(config: EvaluateConfig, console: Console) -> None:
     Raises:
         UserError: no such checkpoint, card, split or device; unreadable shards; disk full.
     """
+    check_at_least(1, {"samples": config.samples, "batch_size": config.batch_size})
+    check_at_least(0, {"examples": config.examples})
     cards = [load_card(name) for name in (*config.suite.held_in, *config.suite.held_out)]
     run = load_run(Path(config.checkpoint), device=config.device)
     shards, folder = Path(config.data.shards), Path(config.output) / config.name

@@ -17,13 +17,15 @@ from torch import Tensor
 
 from instructblip.data.shards import ShardReader
 from instructblip.data.transforms import decode_image, squash
+from instructblip.errors import UserError
 from instructblip.evaluation.metrics import accuracy
 from instructblip.evaluation.protocol import EvaluationSample, Task, as_json
 from instructblip.evaluation.statistics import accuracy_interval
-from instructblip.files import write_atomically
+from instructblip.files import is_disk_full, write_atomically
 from instructblip.model.instructblip import InstructBLIP
 from instructblip.progress import progress_bar
 
+Group = list[tuple[str, EvaluationSample]]  # journal keys and samples that ask the same of the same image
 ReadImage = Callable[[ShardReader, int], Tensor]  # image tokens (P, V) or uint8 pixels (3, H, W)
 PREDICTIONS = "predictions.jsonl"
 _GREY = 127  # a picture that shows nothing, near the middle of what encoders are normalised to
@@ -86,14 +88,17 @@ def run_task(
     started = time.perf_counter()
     keys = [_key(model_fingerprint, task, sample) for sample in task.samples]
     done = _read_journal(folder, set(keys))
-    missing = [(key, sample) for key, sample in zip(keys, task.samples, strict=True) if key not in done]
-    # Prompts of one length together: less padding, the same results.
-    missing.sort(key=lambda item: len(item[1].prompt))
+    groups = _same_inputs(task, [pair for pair in zip(keys, task.samples, strict=True) if pair[0] not in done])
     training = model.training
     model.eval()
     try:
-        for batch in _with_progress(_chunks(missing, batch_size), task, len(missing), show_progress):
-            predictions = _answer(model, task, [sample for _, sample in batch], [key for key, _ in batch], read_image)
+        for batch in _batches(groups, batch_size, task, show_progress):
+            answers = _answer(model, task, [group[0][1] for group in batch], read_image)
+            predictions = [
+                Prediction(key, sample.id, text, scores)
+                for group, (text, scores) in zip(batch, answers, strict=True)
+                for key, sample in group
+            ]
             done.update((prediction.key, prediction) for prediction in predictions)
             _append_journal(folder, predictions)
     finally:
@@ -117,17 +122,28 @@ def read_pixels(image_size: int) -> ReadImage:
     return read
 
 
+def _same_inputs(task: Task, pairs: Iterable[tuple[str, EvaluationSample]]) -> list[Group]:
+    """(key, sample) pairs with the same image and prompt together, to be answered once; short prompts first.
+
+    Prompts of one length in a batch mean less padding. With images withheld all samples share one image.
+    """
+    groups: dict[tuple[str, str], Group] = {}
+    for key, sample in pairs:
+        image = "" if task.protocol.images == "withheld" else sample.image_key
+        groups.setdefault((image, sample.prompt), []).append((key, sample))
+    return sorted(groups.values(), key=lambda group: len(group[0][1].prompt))
+
+
 def _answer(
-    model: InstructBLIP, task: Task, samples: Sequence[EvaluationSample], keys: Sequence[str], read_image: ReadImage
-) -> list[Prediction]:
+    model: InstructBLIP, task: Task, samples: Sequence[EvaluationSample], read_image: ReadImage
+) -> list[tuple[str, tuple[float, ...]]]:
+    """Text and candidate scores (none for open generation) for each sample."""
     protocol = task.protocol
     images = _images(model, task, samples, read_image)
     prompts = [sample.prompt for sample in samples]
     if protocol.mode == "generate":
-        texts = model.generate(
-            images, prompts, num_beams=protocol.num_beams, max_new_tokens=protocol.max_new_tokens
-        )
-        return [Prediction(key, sample.id, text, ()) for key, sample, text in zip(keys, samples, texts, strict=True)]
+        texts = model.generate(images, prompts, num_beams=protocol.num_beams, max_new_tokens=protocol.max_new_tokens)
+        return [(text, ()) for text in texts]
     scores = model.rank(
         images,
         prompts,
@@ -135,10 +151,7 @@ def _answer(
         normalize=protocol.normalize,
         include_eos=protocol.include_eos,
     )
-    return [
-        Prediction(key, sample.id, _best_class(protocol.classes, row), tuple(row.tolist()))
-        for key, sample, row in zip(keys, samples, scores, strict=True)
-    ]
+    return [(_best_class(protocol.classes, row), tuple(row.tolist())) for row in scores]
 
 
 def _images(model: InstructBLIP, task: Task, samples: Sequence[EvaluationSample], read_image: ReadImage) -> Tensor:
@@ -206,17 +219,24 @@ def _append_journal(folder: Path | None, predictions: Iterable[Prediction]) -> N
         json.dumps({"key": item.key, "id": item.id, "prediction": item.prediction, "scores": list(item.scores)})
         for item in predictions
     ]
-    with open(folder / PREDICTIONS, "a", encoding="utf-8") as file:
-        file.write("\n" + "\n".join(lines) + "\n")  # the leading line break ends a cut line
+    try:
+        with open(folder / PREDICTIONS, "a", encoding="utf-8") as file:
+            file.write("\n" + "\n".join(lines) + "\n")  # the leading line break ends a cut line
+    except OSError as error:
+        if not is_disk_full(error):
+            raise
+        raise UserError(
+            f"disk full while writing {folder / PREDICTIONS}; free some space and run the same command again: "
+            "it goes on where it stopped"
+        ) from None
 
 
-def _chunks(items: Sequence[Any], size: int) -> Iterable[Sequence[Any]]:
-    return (items[start : start + size] for start in range(0, len(items), size))
-
-
-def _with_progress(batches: Iterable[Sequence[Any]], task: Task, total: int, show: bool) -> Iterable[Sequence[Any]]:
+def _batches(groups: Sequence[Group], size: int, task: Task, show: bool) -> Iterable[Sequence[Group]]:
+    """`size` groups at a time, under a progress bar that counts their samples."""
     with progress_bar("questions", show=show) as progress:
-        bar = progress.add_task(f"evaluating {task.card.name}", total=total)
-        for batch in batches:
+        title = f"evaluating {task.card.name}" + (", images withheld" if task.protocol.images == "withheld" else "")
+        bar = progress.add_task(title, total=sum(len(group) for group in groups))
+        for start in range(0, len(groups), size):
+            batch = groups[start : start + size]
             yield batch
-            progress.advance(bar, len(batch))
+            progress.advance(bar, sum(len(group) for group in batch))

@@ -24,6 +24,11 @@ from instructblip.model.vision import VisionEncoder
 Images = Tensor | Sequence[Image.Image | Sequence[Image.Image]]
 
 
+# Inverse temperature of the alignment loss: high enough that a cosine of 1 stands out among a vocabulary of 50,000
+# (log 50,000 = 10.8), low enough for an even loss; the LLM's own output head is several times as sharp.
+_ALIGNMENT_SCALE = 25.0
+
+
 class Loss(NamedTuple):
     """Cross-entropy summed over supervised tokens (nats), its terms, and how many tokens of each sample they are.
 
@@ -80,7 +85,8 @@ class InstructBLIP(nn.Module):
             size = self.vision.image_size
             images = torch.stack(
                 [torch.stack([squash(frame.convert("RGB"), size) for frame in clip]) for clip in frames]
-            ).to(self.projection.weight.device)
+            )
+        images = images.to(self.projection.weight.device)
         if images.dtype != torch.uint8:
             return images
         return self.vision(images.flatten(0, 1)).unflatten(0, images.shape[:2])
@@ -106,9 +112,9 @@ class InstructBLIP(nn.Module):
             images: B pictures, clips or their image tokens.
             instructions: B prompts.
             targets: B answers; EOS is added and supervised.
-            through_llm: False is the alignment loss, for a Q-Former and projection that have never met this LLM: the mean
-                visual token goes straight into the LLM's final norm and output head and must name the answer's first
-                token. It costs a small part of a pass through the LLM.
+            through_llm: False is the alignment loss, for a Q-Former and projection that have never met this LLM: among all
+                its input embeddings the mean visual token must point nearest to that of the answer's first token. It
+                costs a small part of a pass through the LLM and teaches the projection the language of its inputs.
         """
         visual_BQL = self.visual_prompt(self.image_tokens(images), instructions)
         if not through_llm:
@@ -185,7 +191,9 @@ class InstructBLIP(nn.Module):
         ]
 
     def _alignment_loss(self, visual_BQL: Tensor, targets: Sequence[str]) -> Loss:
-        logits_BV = self.llm.logits(self.llm.final_norm(visual_BQL.mean(dim=1)))
+        directions_BL = F.normalize(visual_BQL.mean(dim=1), dim=-1)
+        cosines_BV = directions_BL @ self.llm.embeddings.weight.T / self.llm.embedding_norms
+        logits_BV = _ALIGNMENT_SCALE * cosines_BV
         first_B = torch.tensor([self.llm.target_ids(text)[0] for text in targets], device=logits_BV.device)
         return _summed_loss(logits_BV, first_B, [1] * len(targets))
 

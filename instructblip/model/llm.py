@@ -11,7 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    DynamicCache,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    RepetitionPenaltyLogitsProcessor,
+)
 
 from instructblip.model.frozen import FrozenModule
 
@@ -29,6 +35,8 @@ class DecoderLLM(FrozenModule):
         max_prompt_tokens: longer prompts lose their beginning (as released: truncation side left).
         max_target_tokens: longer targets lose their end, EOS included.
     """
+
+    embedding_norms: Tensor  # (V,), of the rows of the embedding table
 
     def __init__(
         self,
@@ -52,6 +60,8 @@ class DecoderLLM(FrozenModule):
         self.max_prompt_tokens = max_prompt_tokens
         self.max_target_tokens = max_target_tokens
         self.freeze()
+        norms_V = self.embeddings.weight.detach().float().norm(dim=-1).clamp_min(1e-6)
+        self.register_buffer("embedding_norms", norms_V.to(self.embeddings.weight.dtype), persistent=False)
 
     @property
     def width(self) -> int:
@@ -65,18 +75,11 @@ class DecoderLLM(FrozenModule):
         assert isinstance(table, nn.Embedding)
         return table
 
-    @property
-    def final_norm(self) -> nn.Module:
-        """The norm between the last layer and the output head."""
-        norm = getattr(self.model.base_model, "norm", None)
-        if not isinstance(norm, nn.Module):
-            raise ValueError(f"{type(self.model).__name__} has no final norm by the name `norm`")
-        return norm
-
     def prompt_ids(self, prompt: str) -> list[int]:
-        """Token ids of a prompt, cut from the left when too long."""
-        ids = self.bos_ids + self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        return ids[-self.max_prompt_tokens :]
+        """Token ids of a prompt, cut from the left when too long; BOS stays, as tokenizers do it."""
+        ids = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        room = self.max_prompt_tokens - len(self.bos_ids)
+        return self.bos_ids + ids[max(len(ids) - room, 0) :]
 
     def target_ids(self, target: str, include_eos: bool = True) -> list[int]:
         """Token ids of an answer and its EOS, cut from the right when too long (a cut answer has no EOS)."""
@@ -114,12 +117,16 @@ class DecoderLLM(FrozenModule):
         return DynamicCache()
 
     @torch.inference_mode()
-    def generate(self, embeddings: Sequence[Tensor], **options: Any) -> list[str]:
+    def generate(self, embeddings: Sequence[Tensor], *, repetition_penalty: float = 1.0, **options: Any) -> list[str]:
         """Continue each row of embeddings (T_i, L); return the new text only, stripped.
 
         `options` are transformers' generation options. The embeddings enter without token ids, so length limits and the
         repetition penalty count new tokens only.
         """
+        # Left to itself, transformers exempts as many new tokens from the penalty as a row has padding, so that its
+        # answer would depend on its neighbours in the batch (5.23, with embeddings in place of token ids).
+        penalty = RepetitionPenaltyLogitsProcessor(float(repetition_penalty))
+        processors = LogitsProcessorList([] if repetition_penalty == 1 else [penalty])
         longest = max(row.shape[0] for row in embeddings)
         padding = self.embed([self.pad_id])
         rows = [torch.cat([padding.expand(longest - row.shape[0], -1), row]) for row in embeddings]
@@ -129,6 +136,8 @@ class DecoderLLM(FrozenModule):
             attention_mask=mask_BT.to(padding.device),
             eos_token_id=self.eos_id,
             pad_token_id=self.pad_id,
+            repetition_penalty=1.0,
+            logits_processor=processors,
             **options,
         )
         return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]

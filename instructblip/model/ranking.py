@@ -41,8 +41,10 @@ def build_tree(candidates: Sequence[Sequence[int]]) -> CandidateTree:
     """Merge token sequences into a prefix tree.
 
     Raises:
-        ValueError: an empty candidate, which has no likelihood.
+        ValueError: no candidates, or an empty one, which has no likelihood.
     """
+    if not candidates:
+        raise ValueError("a sample has no candidates to rank")
     tree = CandidateTree()
     node_of: dict[tuple[int, ...], int] = {(): -1}
     for number, tokens in enumerate(candidates):

@@ -14,6 +14,10 @@ from torch import Tensor, nn
 from instructblip.model.frozen import FrozenModule
 
 
+class _AllTappedError(Exception):
+    """Every wanted layer has run: what the backbone would still compute is not needed."""
+
+
 class VisionEncoder(FrozenModule):
     """A frozen timm backbone that turns uint8 images into tokens.
 
@@ -27,7 +31,8 @@ class VisionEncoder(FrozenModule):
         grid: side of that grid, tokens; needed with `layers`.
 
     Raises:
-        ValueError: an unknown backbone or layer name, or `layers` without `grid`.
+        ValueError: an unknown backbone or layer name, an image size that the backbone is not built for, `layers` without
+            `grid`, or a layer that gives no feature map or never runs.
     """
 
     mean: Tensor
@@ -44,30 +49,33 @@ class VisionEncoder(FrozenModule):
         grid: int | None = None,
     ) -> None:
         super().__init__()
-        self.backbone = _create_backbone(backbone)
+        self.backbone = _create_backbone(backbone, image_size)
         self.image_size = image_size
         self.grid = grid
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
         if layers and grid is None:
             raise ValueError("vision layers of different sizes need a common grid")
+        self.layers = tuple(layers)
         self._maps: list[Tensor] = []
         for name in layers:
             self._tap(backbone, name)
-        self.layers = tuple(layers)
-        with torch.no_grad():
-            probe = self.forward(torch.zeros(1, 3, image_size, image_size, dtype=torch.uint8))
+        self.freeze()  # before the probe, which would move batch-norm statistics
+        probe = self.forward(torch.zeros(1, 3, image_size, image_size, dtype=torch.uint8))
         self.tokens, self.width = probe.shape[1:]
-        self.freeze()
 
     def forward(self, images_B3HW: Tensor) -> Tensor:
         """Encode uint8 images (B, 3, H, W) to tokens (B, P, V), without gradient."""
         with torch.no_grad():
             pixels = (images_B3HW.to(self.mean.dtype) - self.mean) / self.std
-            features = self.backbone.forward_features(pixels)
-            if self.layers:
+            self._maps = []  # whatever an interrupted pass left there
+            try:
+                features = self.backbone.forward_features(pixels)
+            except _AllTappedError:
                 maps, self._maps = self._maps, []
                 return _tokens_on_grid(maps, self.grid or 1)
+            if self.layers:
+                raise ValueError(f"of the vision layers {', '.join(self.layers)} only {len(self._maps)} come into use")
             return features if features.ndim == 3 else features.flatten(2).transpose(1, 2)
 
     def _tap(self, backbone: str, name: str) -> None:
@@ -75,19 +83,30 @@ class VisionEncoder(FrozenModule):
             module = self.backbone.get_submodule(name)
         except AttributeError:
             raise ValueError(f"vision backbone {backbone} has no layer {name}") from None
-        module.register_forward_hook(lambda _module, _inputs, output: self._maps.append(output))
+        module.register_forward_hook(self._keep)
+
+    def _keep(self, _module: nn.Module, _inputs: object, output: Tensor) -> None:
+        self._maps.append(output)
+        if len(self._maps) == len(self.layers):
+            raise _AllTappedError
 
 
-def _create_backbone(name: str) -> Any:
+def _create_backbone(name: str, image_size: int) -> Any:
     if not timm.is_model(name):
         near = timm.list_models(f"*{name.split('_')[0]}*")[:3]
         raise ValueError(f"timm knows no backbone {name!r}" + (f"; near: {', '.join(near)}" if near else ""))
-    return timm.create_model(name, pretrained=False, num_classes=0)
+    backbone: Any = timm.create_model(name, pretrained=False, num_classes=0)
+    side = backbone.default_cfg["input_size"][-1]
+    if backbone.default_cfg.get("fixed_input_size") and image_size != side:
+        raise ValueError(f"vision backbone {name} takes images of {side} pixels, not {image_size}")
+    return backbone
 
 
 def _tokens_on_grid(maps: list[Tensor], grid: int) -> Tensor:
     resized = []
     for map_BCHW in maps:
+        if map_BCHW.ndim != 4:
+            raise ValueError(f"vision layers must give feature maps, one gives {map_BCHW.ndim} dimensions")
         if map_BCHW.shape[-1] >= grid:
             resized.append(F.adaptive_avg_pool2d(map_BCHW, grid))
         else:

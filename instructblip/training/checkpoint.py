@@ -4,7 +4,6 @@ The step number is all a resumed run needs besides weights: data order and rando
 are not stored, their fingerprints are, and they are checked when the run goes on.
 """
 
-import errno
 import json
 import os
 import shutil
@@ -18,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from instructblip.errors import UserError
-from instructblip.files import read_json, sha256_file
+from instructblip.files import is_disk_full, read_json, sha256_file
 
 FORMAT = 1
 MODEL_FILE = "model.safetensors"
@@ -96,7 +95,7 @@ def save_checkpoint(
             shutil.rmtree(target)
         os.replace(partial, target)
     except (OSError, SafetensorError) as error:
-        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
+        if is_disk_full(error):
             raise UserError(
                 f"disk full while saving {target}; older checkpoints are whole: free some space and go on with resume=auto"
             ) from None
@@ -151,8 +150,10 @@ def _problem(path: Path) -> str | None:
         state = read_json(path / STATE_FILE)
     except UserError as error:
         return str(error)
-    if state.get("format") != FORMAT:
-        return f"format {state.get('format')}, this code reads {FORMAT}"
+    if not isinstance(state, dict) or not {"format", "step", "files"} <= state.keys():
+        return f"{STATE_FILE} does not say what it holds"
+    if state["format"] != FORMAT:
+        return f"format {state['format']}, this code reads {FORMAT}"
     for name, expected in state["files"].items():
         file = path / name
         if not file.is_file():

@@ -129,10 +129,9 @@ def train_step(
         UserError: the loss or the gradient is not finite; the weights are as they were, the samples are named.
     """
     optimizer.zero_grad()
-    device = model.projection.weight.device
     losses = []
     for batch in batches:
-        loss = model(batch.images.to(device), batch.instructions, batch.targets, through_llm=through_llm)
+        loss = model(batch.images, batch.instructions, batch.targets, through_llm=through_llm)
         loss.total.backward()
         losses.append(loss)
     tokens = int(sum(loss.tokens_per_sample.sum() for loss in losses))

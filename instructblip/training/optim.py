@@ -7,25 +7,42 @@ import torch
 from torch import nn
 
 
+# What BERT does not bring to a Q-Former. The projection is new too, but its weights are as small as the LLM's embeddings,
+# and a large rate would turn it over within a few steps.
+NEW_PARTS = ("query_tokens", "cross_attention.")
+
+
 def make_adamw(
     parameters: Iterable[tuple[str, nn.Parameter]],
     *,
     weight_decay: float,
     betas: Sequence[float],
+    new_parts_scale: float = 1.0,
 ) -> torch.optim.AdamW:
     """AdamW over named trainable parameters; norms, biases and query tokens do not decay.
 
     The released code decays the query tokens because they are three-dimensional; decaying a learned constant input towards
     zero has no motive, and the other constants (biases, norms) are spared for the same reason.
+
+    Args:
+        new_parts_scale: the learning rate of `NEW_PARTS` as a multiple of everyone's.
     """
-    decayed: list[nn.Parameter] = []
-    spared: list[nn.Parameter] = []
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in parameters:
         if parameter.requires_grad:
-            (spared if parameter.ndim < 2 or name.endswith("query_tokens") else decayed).append(parameter)
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": spared, "weight_decay": 0.0}]
+            decays = parameter.ndim >= 2 and not name.endswith("query_tokens")
+            new = any(part in name for part in NEW_PARTS)
+            groups.setdefault((decays, new), []).append(parameter)
+    options = [
+        {
+            "params": group,
+            "weight_decay": weight_decay if decays else 0.0,
+            "scale": new_parts_scale if new else 1.0,
+        }
+        for (decays, new), group in groups.items()
+    ]
     # The learning rate is set before every step; fused, one pass over memory instead of seven.
-    return torch.optim.AdamW(groups, lr=0.0, betas=(betas[0], betas[1]), fused=True)
+    return torch.optim.AdamW(options, lr=0.0, betas=(betas[0], betas[1]), fused=True)
 
 
 def learning_rate(step: int, *, steps: int, peak: float, warmup_steps: int, start: float, final: float) -> float:
@@ -37,6 +54,6 @@ def learning_rate(step: int, *, steps: int, peak: float, warmup_steps: int, star
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Give every parameter group the same rate."""
+    """Give every parameter group its multiple of the rate."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group["scale"]

@@ -11,7 +11,7 @@ from rich.table import Table
 from torch import Tensor
 
 from instructblip.build import build_model, check_frozen, choose_device, frozen_fingerprints, restore_trainable
-from instructblip.config import TrainConfig, differences, read_config, to_dict, to_yaml
+from instructblip.config import TrainConfig, check_at_least, differences, read_config, to_dict, to_yaml
 from instructblip.data.cards import Card, load_card
 from instructblip.data.loader import Batch, MixtureDataset, TrainingSet, load_batches
 from instructblip.data.mixture import Mixture, MixtureEntry, share_table
@@ -83,21 +83,45 @@ def train(config: TrainConfig, console: Console) -> int:
     Raises:
         UserError: anything the user can mend: configuration, missing parts or data, another run in the folder, disk full.
     """
+    _check_numbers(config)
     folder = Path(config.output) / config.name
     checkpoint = _find_checkpoint(config, folder, console)
-    _write_config(config, folder, resuming=checkpoint is not None)
+    if checkpoint:
+        _check_unchanged(config, folder)
     run = _set_up(config, folder, console)
+    write_atomically(folder / "config.yaml", to_yaml(config))
     start = _restore(run, checkpoint) if checkpoint else 0
     run.metrics.truncate_after(start)
     console.print(_share_table(run.mixture, run.phases))
     with StopRequest() as stop:
         done = _train_steps(run, start, stop)
     if done < total_steps(run.phases):
+        run.logger.finish()
         console.print(f"stopped at step {done}; run the same command with resume=auto to go on", soft_wrap=True)
         return stop.exit_code
     console.print(_realised_table(run))
     _finish(run)
     return 0
+
+
+def _check_numbers(config: TrainConfig) -> None:
+    recipe = config.recipe
+    counts: dict[str, int | None] = {
+        "recipe.checkpoint_every": recipe.checkpoint_every,
+        "recipe.keep_checkpoints": recipe.keep_checkpoints,
+        "recipe.validate_every": recipe.validate_every,
+        "recipe.validation_samples": recipe.validation_samples,
+        "recipe.final_samples": recipe.final_samples,
+    }
+    for number, phase in enumerate(recipe.phases):
+        for name in ("steps", "batch_size", "micro_batch_size"):
+            counts[f"recipe.phases.{number}.{name}"] = getattr(phase, name)
+    check_at_least(1, counts)
+    check_at_least(0, {"data.workers": config.data.workers})
+    if not recipe.phases:
+        raise UserError("recipe.phases is empty; give at least one phase")
+    if len(recipe.betas) != 2 or not all(0 <= beta < 1 for beta in recipe.betas):
+        raise UserError(f"recipe.betas={recipe.betas} must be two numbers from 0 to below 1, such as [0.9, 0.999]")
 
 
 def _find_checkpoint(config: TrainConfig, folder: Path, console: Console) -> LoadedCheckpoint | None:
@@ -121,13 +145,14 @@ def _find_checkpoint(config: TrainConfig, folder: Path, console: Console) -> Loa
     return load_checkpoint(newest)
 
 
-def _write_config(config: TrainConfig, folder: Path, *, resuming: bool) -> None:
-    path = folder / "config.yaml"
-    if resuming:
-        changed = differences(to_dict(read_config(path, TrainConfig)), to_dict(config), ignore=_FREE_ON_RESUME)
-        if changed:
-            raise UserError(f"{folder} was begun with another configuration: {'; '.join(changed)}; choose another name=")
-    write_atomically(path, to_yaml(config))
+def _check_unchanged(config: TrainConfig, folder: Path) -> None:
+    begun = read_config(folder / "config.yaml", TrainConfig)
+    changed = differences(to_dict(begun), to_dict(config), ignore=_FREE_ON_RESUME)
+    if changed:
+        raise UserError(
+            f"{folder} was begun with another configuration ({'; '.join(changed)}); "
+            "undo the change, or choose another name= for a new run"
+        )
 
 
 def _set_up(config: TrainConfig, folder: Path, console: Console) -> TrainingRun:
@@ -156,7 +181,10 @@ def _set_up(config: TrainConfig, folder: Path, console: Console) -> TrainingRun:
         console=console,
         model=model,
         optimizer=make_adamw(
-            model.named_parameters(), weight_decay=config.recipe.weight_decay, betas=config.recipe.betas
+            model.named_parameters(),
+            weight_decay=config.recipe.weight_decay,
+            betas=config.recipe.betas,
+            new_parts_scale=config.recipe.new_parts_scale,
         ),
         names={parameter: name for name, parameter in model.named_parameters()},
         phases=_phases(config),
@@ -206,28 +234,24 @@ def _images(config: TrainConfig, model: InstructBLIP, sets: Sequence[TrainingSet
 def _calibrate(model: InstructBLIP, norm: ChannelNorm, dataset: MixtureDataset) -> None:
     """Measure the channel statistics on the images of the run's first draws, whatever rank asks."""
     images = torch.stack([dataset[position][1] for position in range(_CALIBRATION_IMAGES)])[:, None]
-    norm.calibrate(model.image_tokens(images.to(model.projection.weight.device)).flatten(0, 1))
+    norm.calibrate(model.image_tokens(images).flatten(0, 1))
 
 
 def _phases(config: TrainConfig) -> list[Phase]:
-    phases = []
-    for phase in config.recipe.phases:
-        if phase.steps < 1 or phase.batch_size < 1:
-            raise UserError(f"recipe phase {phase.name} needs at least one step and one sample a step")
-        phases.append(
-            Phase(
-                name=phase.name,
-                steps=phase.steps,
-                batch_size=phase.batch_size,
-                micro_batch_size=phase.micro_batch_size or phase.batch_size,
-                learning_rate=phase.learning_rate,
-                warmup_steps=phase.warmup_steps,
-                warmup_learning_rate=phase.warmup_learning_rate,
-                final_learning_rate=phase.final_learning_rate,
-                through_llm=phase.through_llm,
-            )
+    return [
+        Phase(
+            name=phase.name,
+            steps=phase.steps,
+            batch_size=phase.batch_size,
+            micro_batch_size=phase.micro_batch_size or phase.batch_size,
+            learning_rate=phase.learning_rate,
+            warmup_steps=phase.warmup_steps,
+            warmup_learning_rate=phase.warmup_learning_rate,
+            final_learning_rate=phase.final_learning_rate,
+            through_llm=phase.through_llm,
         )
-    return phases
+        for phase in config.recipe.phases
+    ]
 
 
 def _restore(run: TrainingRun, checkpoint: LoadedCheckpoint) -> int:
@@ -250,7 +274,8 @@ def _train_steps(run: TrainingRun, start: int, stop: StopRequest) -> int:
             done = step + 1
             timer.step(result.samples, result.tokens)
             entry = log_entry(step, place, rate, result, _speed(timer))
-            if done % recipe.validate_every == 0 and done < steps:
+            # Alignment does not teach the LLM's layers to listen: its answers would say nothing yet.
+            if place.phase.through_llm and done % recipe.validate_every == 0 and done < steps:
                 entry["validation"] = _validate(run, progress, done)
                 timer.start()
             run.metrics.append(entry)

@@ -82,7 +82,7 @@ def part_folder(sources: Sources, *, progress: bool = True, setting: str = "path
     A part in the cache is used without touching the network. Of several processes one fetches, the others wait.
 
     Args:
-        progress: show a bar of the download and a line while converting (stderr).
+        progress: show a bar of the download and a line while converting.
         setting: how the user sets `path` on the command line, for error messages (`llm.path`).
 
     Raises:
@@ -289,5 +289,5 @@ def _status(text: str, progress: bool) -> Iterator[None]:
     if not progress:
         yield
         return
-    with Console(stderr=True).status(text):
+    with Console().status(text):
         yield

@@ -45,7 +45,9 @@ def qformer_state_from_bert(bert: Mapping[str, Tensor], qformer: QFormer) -> dic
 
 
 def _find(bert: Mapping[str, Tensor], name: str) -> Tensor:
-    for prefix in ("", "bert."):
-        if prefix + name in bert:
-            return bert[prefix + name]
+    # Files converted from the first release, bert-base-uncased among them, call a norm's tensors gamma and beta.
+    old = name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
+    for candidate in (name, f"bert.{name}", old, f"bert.{old}"):
+        if candidate in bert:
+            return bert[candidate]
     raise UserError(f"the BERT weights lack {name}; point qformer.sources at a BERT model")

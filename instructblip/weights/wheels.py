@@ -13,7 +13,6 @@ from email.parser import BytesHeaderParser
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
-from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from instructblip.errors import UserError
@@ -80,11 +79,13 @@ def download_wheel(wheel: WheelSource, folder: Path, *, progress: bool) -> Path:
     command += ["--no-cache-dir", "--disable-pip-version-check", "--progress-bar", "off", "--retries", "2"]
     command += ["--dest", str(target), f"{wheel.project}=={wheel.version}"]
     log = folder / "pip.log"
-    with open(log, "wb") as output, _bytes_bar(wheel, progress) as show:
+    with _bytes_bar(wheel, progress) as show:
         # pip tells nothing of its progress to a pipe (before 24.1), but its temporary file can be seen growing.
-        status = _run(command, {**os.environ, "TMPDIR": str(temporary)}, output, lambda: show(_largest_file(folder)))
-    if status != 0:
-        _raise_reason(log.read_text(errors="replace"), status)
+        with open(log, "wb") as output:
+            environment = {**os.environ, "TMPDIR": str(temporary)}
+            status = _run(command, environment, output, lambda: show(_largest_file(folder)))
+        if status != 0:
+            _raise_reason(log.read_text(errors="replace"), status)
     found = find_wheel(wheel, target)
     if found is None:
         raise UnreachableError(f"pip fetched no file {wheel.file_pattern}")
@@ -211,9 +212,7 @@ def _largest_file(folder: Path) -> int:
 @contextmanager
 def _bytes_bar(wheel: WheelSource, progress: bool) -> Iterator[Callable[[int], None]]:
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(
-        TextColumn("{task.description}"), *columns, console=Console(stderr=True), disable=not progress
-    ) as bar:
+    with Progress(TextColumn("{task.description}"), *columns, disable=not progress) as bar:
         task = bar.add_task(f"fetching {wheel.project} {wheel.version}", total=wheel.bytes)
         yield lambda done: bar.update(task, completed=done)
-        bar.update(task, total=wheel.bytes or 0, completed=wheel.bytes or 0)
+        bar.update(task, total=wheel.bytes or 0, completed=wheel.bytes or 0)  # not after an exception: nothing came

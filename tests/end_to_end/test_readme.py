@@ -1,0 +1,79 @@
+"""README.md keeps its word: the set-up commands stand as agreed, every other command runs, every path named exists."""
+
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tests.runs import REPOSITORY, World, run
+
+SETUP = ("pip install -r requirements.txt && python train.py", "pip install -r requirements.txt && python -m pytest")
+SCRIPTS = ("train.py", "evaluate.py", "prepare.py")
+README = REPOSITORY / "README.md"
+
+
+def bash_lines(markdown: str) -> list[str]:
+    """The commands of every fenced bash block: comments dropped, continued lines joined."""
+    blocks = re.findall(r"^```bash\n(.*?)^```", markdown, flags=re.DOTALL | re.MULTILINE)
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    return [shlex.join(words).replace("'&&'", "&&") for line in lines if (words := shlex.split(line, comments=True))]
+
+
+LINES = bash_lines(README.read_text(encoding="utf-8"))
+COMMANDS = [line for line in LINES if line not in SETUP]
+
+
+def test_the_set_up_commands_stand_as_agreed() -> None:
+    assert [line for line in LINES if line.startswith("pip ")] == list(SETUP)
+
+
+def test_there_is_no_command_that_nobody_tries() -> None:
+    assert [line for line in COMMANDS if not line.startswith(tuple(f"python {script}" for script in SCRIPTS))] == []
+    named = {script for script in SCRIPTS if any(script in line for line in LINES)}
+    assert named == set(SCRIPTS)
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_a_command_runs(line: str, world: World, finished_run: Path, tmp_path: Path) -> None:
+    _, script, *arguments = shlex.split(line)
+    given = {argument.split("=")[0] for argument in arguments}
+    if "check" in given:
+        shutil.copytree(world.shards, tmp_path / "data/shards")
+    if "checkpoint" in given or "resume" in given:
+        shutil.copytree(finished_run, tmp_path / "outputs/train/demo")
+    tiny = {
+        "train.py": world.train,
+        "evaluate.py": (*world.evaluate, "samples=3"),
+        "prepare.py": (f"sources.easy_vqa.path={world.raw}",),
+    }[script]
+    printed = run(world, script, *arguments, *tiny, cwd=tmp_path)
+    assert printed.strip()
+    assert "Traceback" not in printed
+    assert {path.name for path in tmp_path.iterdir()} <= {"outputs", "data", f"{script}.log"}
+
+
+def test_the_python_example_runs(finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    examples = re.findall(r"^```python\n(.*?)^```", README.read_text(), flags=re.DOTALL | re.MULTILINE)
+    assert examples
+    shutil.copytree(finished_run, tmp_path / "outputs/train/demo")
+    Image.new("RGB", (64, 64), (200, 30, 30)).save(tmp_path / "picture.png")
+    monkeypatch.chdir(tmp_path)
+    for example in examples:
+        exec(compile(example, "README.md", "exec"), {})
+
+
+def test_the_reading_list_is_short_and_every_path_exists() -> None:
+    section = re.search(r"^#+ Reading the code\n(.*?)(?=^#|\Z)", README.read_text(), flags=re.DOTALL | re.MULTILINE)
+    assert section, "README.md has no section 'Reading the code'"
+    links, code = r"\]\(([^)#]+)\)", r"`([\w.-]+/[\w./-]+|[\w-]+\.(?:py|yaml|md))`"
+    paths = list(dict.fromkeys(re.findall(links, section.group(1)) + re.findall(code, section.group(1))))
+    assert 3 <= len(paths) <= 6
+    assert [path for path in paths if not (REPOSITORY / path).exists()] == []
+
+
+def test_every_link_within_the_repository_leads_somewhere() -> None:
+    targets = re.findall(r"\]\((?!https?://|#)([^)#]+)", README.read_text(encoding="utf-8"))
+    assert [target for target in targets if not (REPOSITORY / target).exists()] == []

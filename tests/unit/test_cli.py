@@ -1,0 +1,172 @@
+"""The command line: what cannot be understood is said in one line, status 2; what can be is handed over as it is meant."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from instructblip.cli import check_overrides, main
+from instructblip.config import EvaluateConfig, PrepareConfig, TrainConfig
+from instructblip.errors import UserError
+from instructblip.files import is_disk_full, write_atomically
+from tests.runs import REPOSITORY
+
+
+def _refused(*overrides: str) -> str:
+    with pytest.raises(UserError) as error:
+        check_overrides("train", TrainConfig, list(overrides))
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+# --- whole processes -------------------------------------------------------------------------------------------------
+
+
+def test_a_real_process_ends_with_one_line_and_status_2() -> None:
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("HYDRA")}
+    command = [sys.executable, "train.py", "recipe.lerning_rate=1"]
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+    expected = "unknown configuration key recipe.lerning_rate; did you mean recipe.phases.0.learning_rate?"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"error: {expected}\n")
+
+
+# --- in this process -------------------------------------------------------------------------------------------------
+
+
+def _main(monkeypatch: pytest.MonkeyPatch, task: object, *arguments: str) -> object:
+    """Run `main` for prepare.py; return its exit status."""
+    monkeypatch.setattr(sys, "argv", ["prepare.py", *arguments])
+    try:
+        main("prepare", PrepareConfig, task)  # type: ignore[arg-type]
+    except SystemExit as end:
+        return end.code
+    return 0
+
+
+def test_the_task_gets_a_validated_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[PrepareConfig] = []
+    status = _main(monkeypatch, lambda config, console: seen.append(config), "dataset=easy_vqa", "workers=3")
+    assert status == 0
+    assert isinstance(seen[0], PrepareConfig)
+    assert (seen[0].dataset, seen[0].workers) == ("easy_vqa", 3)
+
+
+def test_the_tasks_status_is_the_process_status(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert _main(monkeypatch, lambda config, console: 143) == 143
+    assert _main(monkeypatch, lambda config, console: 0) == 0
+
+
+def test_a_users_mistake_is_one_line_however_long(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    long = "[bold]" + " ".join(["word"] * 100) + " /a/b[c]/d"
+
+    def task(config: PrepareConfig, console: Console) -> None:
+        raise UserError(f"{long}\n  and\tmore")
+
+    assert _main(monkeypatch, task) == 2
+    assert capfd.readouterr().err == f"error: {long} and more\n"
+
+
+def test_a_defect_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    def task(config: PrepareConfig, console: Console) -> None:
+        raise ZeroDivisionError("a defect")
+
+    assert _main(monkeypatch, task) == 1
+    assert "Traceback" in capfd.readouterr().err
+
+
+def test_an_interrupt_is_one_line_and_status_130(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def task(config: PrepareConfig, console: Console) -> None:
+        raise KeyboardInterrupt
+
+    assert _main(monkeypatch, task) == 130
+    error = capfd.readouterr().err
+    assert error.startswith("error: interrupted; ")
+    assert error.count("\n") == 1
+
+
+def test_nothing_is_written_where_the_command_is_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert _main(monkeypatch, lambda config, console: None, "dataset=easy_vqa") == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        (
+            "recipe.lerning_rate=1",
+            "unknown configuration key recipe.lerning_rate; did you mean recipe.phases.0.learning",
+        ),
+        ("recipe.phases.0.stepps=1", "key recipe.phases.0.stepps; did you mean recipe.phases.0.steps?"),
+        ("llms=smollm2_135m", "unknown configuration key llms; did you mean llm?"),
+        ("llm=smollm", "there is no llm=smollm; did you mean smollm2_135m? configs/llm has: smollm2_135m"),
+        ("experiment=papr", "there is no experiment=papr; "),
+        ("zzz=1", "unknown configuration key zzz; the keys there are: name, output, seed"),
+        ("seed", "cannot be understood (Error parsing override 'seed'"),
+        ("a b", "cannot be understood ("),
+        ("recipe.phases.9.steps=1", "list index out of range"),
+        ("recipe.phases.x.steps=1", "Index 'x'"),
+        ("recipe=null", "must be a string or a list"),
+    ],
+)
+def test_what_cannot_be_composed(override: str, expected: str) -> None:
+    message = _refused(override)
+    assert expected in message
+    if "understood" in message:
+        assert "write each setting as key=value" in message
+
+
+def test_what_can_be_composed_passes() -> None:
+    check_overrides("train", TrainConfig, ["seed=3", "experiment=demo", "mixture.datasets=[{name: a}]", "name='a b'"])
+    check_overrides("evaluate", EvaluateConfig, ["checkpoint=a/b", "suite=demo"])
+    check_overrides("train", TrainConfig, ["-m", "seed=1,2"])  # a sweep is Hydra's to split
+
+
+# --- what the commands share to write files --------------------------------------------------------------------------
+
+
+def test_a_file_in_the_way_of_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("file")
+    for path in (tmp_path / "a/b", tmp_path / "a/b/c"):
+        with pytest.raises(UserError, match=r"cannot be written: .*/a.* is not a folder; choose another"):
+            write_atomically(path, b"x")
+    assert (tmp_path / "a").read_text() == "file"
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a"
+    write_atomically(path, "old")
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(
+        UserError, match=r"disk full while writing .*/a; free some space and run the same command again"
+    ):
+        write_atomically(path, "new")
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("a", "old")]
+
+
+def test_a_really_full_disk(small_disk: Path) -> None:
+    write_atomically(small_disk / "a", bytes(100_000))
+    with pytest.raises(UserError, match="disk full"):
+        write_atomically(small_disk / "a", bytes(300_000))
+    assert [(file.name, file.stat().st_size) for file in small_disk.iterdir()] == [("a", 100_000)]
+
+
+def test_which_errors_mean_a_full_disk() -> None:
+    assert is_disk_full(OSError(28, "x"))
+    assert is_disk_full(OSError(122, "quota"))
+    assert is_disk_full(RuntimeError("IoError(No space left on device (os error 28))"))
+    assert not is_disk_full(OSError(5, "Input/output error"))

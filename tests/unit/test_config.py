@@ -1,0 +1,250 @@
+"""Every configuration file composes and says how it is used, every key is read, and mistakes name the nearest key."""
+
+import ast
+import dataclasses
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import hydra
+import pytest
+from omegaconf import DictConfig, OmegaConf
+
+import instructblip
+from instructblip.cli import CONFIGS
+from instructblip.config import (
+    EvaluateConfig,
+    LLMConfig,
+    MixtureConfig,
+    PrepareConfig,
+    TrainConfig,
+    differences,
+    read_config,
+    to_dict,
+    to_yaml,
+    unknown_key,
+    valid_keys,
+    validate,
+)
+from instructblip.errors import UserError
+
+SCHEMAS: dict[str, Any] = {"train": TrainConfig, "evaluate": EvaluateConfig, "prepare": PrepareConfig}
+FILES = sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml"))
+COMMAND = re.compile(r"# (?:torchrun [^ ]+ |python )(train|evaluate|prepare)\.py(.*)")
+
+
+def _commands(file: str) -> list[tuple[str, list[str]]]:
+    """(entry point, overrides) of the commands in a file's first comment; two spaces begin a remark."""
+    lines = (CONFIGS / file).read_text(encoding="utf-8").splitlines()
+    lines = lines[1:] if lines[0].startswith("# @package") else lines  # Hydra wants this line first
+    assert COMMAND.match(lines[0]), f"{file} must begin with a comment that holds a command that uses it"
+    found = [match for line in lines if (match := COMMAND.match(line))]
+    return [(match[1], shlex.split(re.split(r"\s{2,}", match[2])[0])) for match in found]
+
+
+def _compose(entry: str, overrides: list[str]) -> DictConfig:
+    with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return hydra.compose(entry, overrides=overrides, return_hydra_config=True)
+
+
+def _own(config: DictConfig) -> DictConfig:
+    return OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+
+
+# --- the files -------------------------------------------------------------------------------------------------------
+
+
+def test_the_files_are_found() -> None:
+    assert len(FILES) >= 14
+    assert {"train.yaml", "evaluate.yaml", "prepare.yaml", "experiment/demo.yaml", "llm/smollm2_135m.yaml"} <= set(
+        FILES
+    )
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_every_file_begins_with_commands_that_use_it_and_compose(file: str) -> None:
+    for entry, overrides in _commands(file):
+        composed = _compose(entry, overrides)
+        chosen = {f"{group.split('@')[0]}/{name}.yaml" for group, name in composed.hydra.runtime.choices.items()}
+        assert file in {f"{entry}.yaml", *chosen}, f"python {entry}.py {' '.join(overrides)} does not use {file}"
+        validate(_own(composed), SCHEMAS[entry])
+
+
+@pytest.mark.parametrize("name", ["train", "prepare"])
+def test_an_entry_point_needs_no_argument(name: str) -> None:
+    validate(_own(_compose(name, [])), SCHEMAS[name])
+
+
+def test_the_experiment_is_what_train_does_alone() -> None:
+    assert _own(_compose("train", [])) == _own(_compose("train", ["experiment=demo"]))
+
+
+# --- no key that nobody reads ----------------------------------------------------------------------------------------
+
+
+def _schemas(schema: Any) -> Iterator[Any]:
+    """A dataclass and all dataclasses it holds, at any depth."""
+    yield schema
+    for text in [str(part.type) for part in dataclasses.fields(schema)]:
+        for name in re.findall(r"\w+Config\b", text):
+            yield from _schemas(getattr(instructblip.config, name))
+
+
+def _attributes_read() -> set[str]:
+    """Names of all attributes that are read anywhere in the package but in config.py."""
+    files = [path for path in Path(instructblip.__file__).parent.rglob("*.py") if path.name != "config.py"]
+    assert len(files) > 30
+    nodes = [node for path in files for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))]
+    return {node.attr for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)}
+
+
+def test_every_key_is_read_somewhere() -> None:
+    read = _attributes_read()
+    keys = {
+        (kind, part.name) for top in SCHEMAS.values() for kind in _schemas(top) for part in dataclasses.fields(kind)
+    }
+    assert len(keys) > 80
+    assert sorted(f"{kind.__name__}.{name}" for kind, name in keys if name not in read) == []
+
+
+def test_every_key_of_a_file_is_in_the_schema() -> None:
+    """What composes is also complete: no file sets a key that only Hydra knows."""
+    composed = _own(_compose("train", []))
+    assert {str(key) for key in composed} <= {part.name for part in dataclasses.fields(TrainConfig)}
+
+
+def test_valid_keys_reach_into_lists_and_optional_sections() -> None:
+    keys = valid_keys(TrainConfig)
+    assert len(keys) == len(set(keys))
+    for key in ("seed", "recipe.phases", "recipe.phases.0.learning_rate", "mixture.datasets.0.multiplier"):
+        assert key in keys
+    assert {"llm.sources.wheel.sha256", "data.sources.NAME.wheel.version"} <= set(keys)
+
+
+# --- mistakes --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [
+        ("recipe.lerning_rate", "recipe.phases.0.learning_rate"),
+        ("recipe.phases.1.stepps", "recipe.phases.0.steps"),
+        ("learning_rate", "recipe.phases.0.learning_rate"),
+        ("llms", "llm"),
+        ("sed", "seed"),
+        ("vision.imagesize", "vision.image_size"),
+        ("qformer.instruction_awre", "qformer.instruction_aware"),
+        ("mixture.datasets[].nam", "mixture.datasets.0.name"),
+        ("data.cache_feature", "data.cache_features"),
+    ],
+)
+def test_a_misspelt_key_names_the_nearest(key: str, nearest: str) -> None:
+    message = f"unknown configuration key {key}; did you mean {nearest}?"
+    assert unknown_key(key, valid_keys(TrainConfig)) == message
+
+
+def test_a_key_like_no_other_names_its_neighbours() -> None:
+    message = unknown_key("mixture.zzzz", valid_keys(TrainConfig))
+    assert message.endswith("the keys there are: mixture.name, mixture.datasets, mixture.weights")
+    assert unknown_key("zzzz", valid_keys(PrepareConfig)).endswith("images_per_shard, check, sources")
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("seed=abc", ["configuration key seed", "'abc'", "Integer", "right type"]),
+        ("recipe.phases.0.steps=many", ["configuration key recipe.phases[].steps", "'many'", "Integer"]),
+        ("data.cache_features=maybe", ["configuration key data.cache_features", "'maybe'", "bool"]),
+        ("vision.mean=[1, a, 3]", ["configuration key vision.mean[1]", "'a'", "Float"]),
+        ("recipe.phases=3", ["configuration key recipe.phases", "list"]),
+        ("+recipe.warmup=3", ["unknown configuration key recipe.warmup", "the keys there are: recipe.name"]),
+        ("recipe.phases=[{stepps: 1}]", ["unknown", "recipe.phases[].stepps", "did you mean recipe.phases.0.steps?"]),
+        ("mixture.datasets=[{multiplier: 1}]", ["needs a value for mixture.datasets[0].name"]),
+        ("name=???", ["needs a value for name; give name=..."]),
+        ("name=${nothing}", ["configuration key name", "'nothing' not found"]),
+    ],
+)
+def test_wrong_values_name_their_key(override: str, words: list[str]) -> None:
+    with pytest.raises(UserError) as error:
+        validate(_own(_compose("train", [override])), TrainConfig)
+    message = str(error.value)
+    assert [word for word in words if word not in message] == []
+    assert "\n" not in message
+
+
+def test_evaluate_needs_a_checkpoint() -> None:
+    with pytest.raises(UserError, match=r"needs a value for checkpoint; give checkpoint="):
+        validate(_own(_compose("evaluate", [])), EvaluateConfig)
+
+
+def test_values_become_typed() -> None:
+    config = validate(_own(_compose("train", ["seed=7", "recipe.phases.0.learning_rate=1"])), TrainConfig)
+    assert (config.seed, config.recipe.phases[0].learning_rate) == (7, 1.0)
+    assert isinstance(config.recipe.phases[0].learning_rate, float)
+    assert isinstance(config.llm, LLMConfig)
+    assert isinstance(config.mixture, MixtureConfig)
+
+
+# --- stored configurations -------------------------------------------------------------------------------------------
+
+
+def test_a_stored_configuration_is_read_back(tmp_path: Path) -> None:
+    config = validate(_own(_compose("train", ["qformer.instruction_aware=false"])), TrainConfig)
+    path = tmp_path / "config.yaml"
+    path.write_text(to_yaml(config), encoding="utf-8")
+    assert read_config(path, TrainConfig) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (None, ["config.yaml is missing", "run folder"]),
+        ("a: [", ["config.yaml", "not valid YAML"]),
+        ("seed: 1\nnmae: x\n", ["config.yaml", "unknown configuration key nmae", "did you mean name?"]),
+        ("- a\n", ["config.yaml", "not a configuration"]),
+    ],
+)
+def test_a_broken_stored_configuration_is_named(tmp_path: Path, text: str | None, words: list[str]) -> None:
+    path = tmp_path / "config.yaml"
+    if text is not None:
+        path.write_text(text, encoding="utf-8")
+    with pytest.raises(UserError) as error:
+        read_config(path, TrainConfig)
+    assert [word for word in words if word not in str(error.value)] == []
+
+
+def test_differences() -> None:
+    old = {"a": 1, "b": {"c": [1, 2], "d": 3, "e": {"f": None}}, "gone": 0}
+    new = {"a": 1, "b": {"c": [1, 3], "d": 4, "e": {"f": "x"}}, "come": 5}
+    assert differences(old, old, ignore=()) == []
+    assert differences(old, new, ignore=()) == [
+        "b.c: [1, 2] -> [1, 3]",
+        "b.d: 3 -> 4",
+        "b.e.f: None -> x",
+        "come: None -> 5",
+        "gone: 0 -> None",
+    ]
+    assert differences(old, new, ignore=("b", "come", "gone")) == []
+    assert differences(old, new, ignore=("b.e", "b.c", "come", "gone")) == ["b.d: 3 -> 4"]
+
+
+def test_differences_in_a_list_of_sections_are_named_by_number() -> None:
+    old = {"phases": [{"steps": 1, "name": "a"}, {"steps": 2, "name": "b"}]}
+    new = {"phases": [{"steps": 1, "name": "a"}, {"steps": 3, "name": "b"}]}
+    assert differences(old, new, ignore=()) == ["phases.1.steps: 2 -> 3"]
+    shorter = {"phases": new["phases"][:1]}
+    assert differences(old, shorter, ignore=()) == ["phases.1: {'steps': 2, 'name': 'b'} -> None"]
+
+
+def test_a_resumed_run_may_change_what_does_not_change_results() -> None:
+    from instructblip.training.run import _FREE_ON_RESUME
+
+    assert set(_FREE_ON_RESUME) <= set(valid_keys(TrainConfig))
+    base = to_dict(validate(_own(_compose("train", [])), TrainConfig))
+    other = to_dict(validate(_own(_compose("train", ["data.workers=3", "logger=wandb", "resume=auto"])), TrainConfig))
+    assert differences(base, other, ignore=_FREE_ON_RESUME) == []
+    longer = to_dict(validate(_own(_compose("train", ["recipe.phases.0.steps=3"])), TrainConfig))
+    steps = base["recipe"]["phases"][0]["steps"]
+    assert differences(base, longer, ignore=_FREE_ON_RESUME) == [f"recipe.phases.0.steps: {steps} -> 3"]

@@ -1,0 +1,155 @@
+"""The feature cache gives what encoding gives, once per image, and never a half-written or foreign file."""
+
+import os
+import shutil
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from instructblip.data import features
+from instructblip.data.features import FeatureCache
+from instructblip.data.shards import ShardReader
+from instructblip.data.transforms import decode_image, squash
+from instructblip.errors import UserError
+from tests.unit.test_shards import _write
+
+SIZE = 8
+Usage = namedtuple("Usage", "total used free")
+
+
+class Encoder:
+    """Tokens (B, 4, 3) that depend on every pixel, and a count of the images that were encoded."""
+
+    def __init__(self) -> None:
+        self.images = 0
+
+    def __call__(self, images_B3HW: Tensor) -> Tensor:
+        self.images += len(images_B3HW)
+        pooled_B3HW = torch.nn.functional.adaptive_avg_pool2d(images_B3HW.float(), 2) / 7
+        return pooled_B3HW.flatten(2).transpose(1, 2)
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> list[ShardReader]:
+    return [ShardReader(_write(tmp_path / "shards", numbers, k)) for k, numbers in enumerate((range(5), range(5, 8)))]
+
+
+def _cache(tmp_path: Path, fingerprint: str = "weights", size: int = SIZE) -> FeatureCache:
+    return FeatureCache(tmp_path / "features", encoder_fingerprint=fingerprint, image_size=size)
+
+
+def _direct(shard: ShardReader, row: int) -> Tensor:
+    return Encoder()(squash(decode_image(shard.read(row)[0], "x"), SIZE)[None])[0]
+
+
+def _files(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.rglob("*") if path.is_file())
+
+
+def test_the_cache_equals_direct_encoding(
+    tmp_path: Path, shards: list[ShardReader], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(features, "_BATCH", 2)
+    cache = _cache(tmp_path)
+    cache.fill(shards, Encoder(), "encoding")
+    for shard in reversed(shards):
+        for row in (len(shard) - 1, *range(len(shard))):
+            assert torch.equal(cache.tokens(shard, row), _direct(shard, row))
+
+
+def test_a_second_fill_does_nothing(tmp_path: Path, shards: list[ShardReader]) -> None:
+    first, second = Encoder(), Encoder()
+    _cache(tmp_path).fill(shards[:1], first, "encoding")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "features").rglob("*.safetensors")}
+    _cache(tmp_path).fill(shards[:1], second, "encoding")
+    assert (first.images - 1, second.images) == (5, 0)  # one more image is the probe that tells the size
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    _cache(tmp_path).fill(shards, second, "encoding")
+    assert second.images - 1 == 3
+
+
+@pytest.mark.parametrize(("fingerprint", "size"), [("other weights", SIZE), ("weights", SIZE + 1)])
+def test_another_encoder_or_size_is_another_folder(
+    tmp_path: Path, shards: list[ShardReader], fingerprint: str, size: int
+) -> None:
+    cache, other = _cache(tmp_path), _cache(tmp_path, fingerprint, size)
+    assert cache.folder != other.folder
+    assert _cache(tmp_path).folder == cache.folder
+    cache.fill(shards[:1], Encoder(), "encoding")
+    encoder = Encoder()
+    other.fill(shards[:1], encoder, "encoding")
+    assert encoder.images - 1 == 5
+
+
+def test_a_shard_with_other_bytes_is_another_file(tmp_path: Path, shards: list[ShardReader]) -> None:
+    changed = ShardReader(_write(tmp_path / "changed", range(1, 6)))
+    cache = _cache(tmp_path)
+    cache.fill([shards[0], changed], Encoder(), "encoding")
+    assert len(_files(cache.folder)) == 2
+    assert torch.equal(cache.tokens(changed, 0), _direct(changed, 0))
+
+
+def test_too_little_space_is_said_before_anything_is_encoded(
+    tmp_path: Path, shards: list[ShardReader], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(1000, 700, 8 * 4 * 3 * 4 - 1))
+    encoder = Encoder()
+    with pytest.raises(UserError) as error:
+        _cache(tmp_path).fill(shards, encoder, "encoding")
+    for word in ("features need", "features", "free", "INSTRUCTBLIP_CACHE", "data.cache_features=false"):
+        assert word in str(error.value)
+    assert encoder.images == 1  # the probe
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(1000, 700, 8 * 4 * 3 * 4))
+    _cache(tmp_path).fill(shards, encoder, "encoding")
+
+
+def test_a_fill_that_fails_leaves_nothing_half_written(
+    tmp_path: Path, shards: list[ShardReader], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = _cache(tmp_path)
+
+    def full_disk(tensors: dict[str, Tensor], path: str) -> None:
+        Path(path).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(features, "save_file", full_disk)
+        with pytest.raises(UserError, match=r"disk full while writing .*features.*free some space"):
+            cache.fill(shards, Encoder(), "encoding")
+    assert _files(cache.folder) == []
+    cache.fill(shards, Encoder(), "encoding")
+    assert len(_files(cache.folder)) == 2
+
+
+@pytest.mark.parametrize("damage", ["partial", "cut", "empty", "fewer images"])
+def test_a_half_written_file_is_not_taken(tmp_path: Path, shards: list[ShardReader], damage: str) -> None:
+    cache = _cache(tmp_path)
+    cache.fill(shards[:1], Encoder(), "encoding")
+    (path,) = cache.folder.iterdir()
+    if damage == "partial":
+        path.rename(path.with_name(f"{path.name}.{os.getpid() + 1}.partial"))
+    elif damage == "cut":
+        os.truncate(path, path.stat().st_size - 8)
+    elif damage == "empty":
+        path.write_bytes(b"")
+    else:
+        save_file({"tokens": load_file(path)["tokens"][:-1].contiguous()}, path)
+    encoder, fresh = Encoder(), _cache(tmp_path)
+    fresh.fill(shards[:1], encoder, "encoding")
+    assert encoder.images - 1 == 5
+    assert all(torch.equal(fresh.tokens(shards[0], row), _direct(shards[0], row)) for row in range(5))
+
+
+def test_an_image_that_cannot_be_decoded_is_named(tmp_path: Path) -> None:
+    path = _write(tmp_path, range(3))
+    shard = ShardReader(path)
+    content = bytearray(path.read_bytes())
+    start = int(shard.arrays["image_offset"][1])
+    content[start : start + 8] = bytes(8)
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"image image_1 of .*shard-000000\.tar cannot be decoded"):
+        _cache(tmp_path).fill([shard], Encoder(), "encoding")

@@ -1,0 +1,216 @@
+"""The assembled model: its loss is the LLM's own, additive over samples, and trains what is to be trained."""
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from instructblip.model.instructblip import InstructBLIP
+from tests.tiny import BOS, EOS, tiny_images, tiny_llm, tiny_model
+
+PROMPTS = ["what color is the shape?", "Q: is there a red circle in the image? A:", "shape"]
+TARGETS = ["red", "yes, there is a red circle", ""]
+
+
+@pytest.fixture(scope="module")
+def model() -> InstructBLIP:
+    return tiny_model()
+
+
+def gradients(model: InstructBLIP) -> dict[str, Tensor]:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def backward(model: InstructBLIP, rows: slice, **options: bool) -> None:
+    model(tiny_images(3)[rows], PROMPTS[rows], TARGETS[rows], **options).total.backward()
+
+
+def plain_loss(model: InstructBLIP, image: Tensor, prompt: str, target: str) -> Tensor:
+    """Summed loss of one sample by transformers: labels only at the answer and its EOS."""
+    visual = model.visual_prompt(model.image_tokens(image[None]), [prompt])
+    text = model.llm.tokenizer(prompt)["input_ids"]
+    answer = [*model.llm.tokenizer(" " + target)["input_ids"], model.llm.eos_id]
+    embeddings = model.llm.model.get_input_embeddings()(torch.tensor([text + answer]))
+    ignored = [-100] * (visual.shape[1] + len(text))
+    output = model.llm.model(
+        inputs_embeds=torch.cat([visual, embeddings], dim=1), labels=torch.tensor([ignored + answer])
+    )
+    return output.loss * len(answer)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("frames", [1, 3])
+def test_loss_equals_the_one_of_transformers(model: InstructBLIP, frames: int) -> None:
+    images = tiny_images(3, frames=frames)
+    loss = model(images, PROMPTS, TARGETS)
+    expected = torch.stack([plain_loss(model, *row) for row in zip(images, PROMPTS, TARGETS, strict=True)])
+    torch.testing.assert_close(loss.per_sample, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(loss.total, expected.sum(), rtol=1e-5, atol=1e-5)
+    tokens = [len(model.llm.tokenizer(" " + target)["input_ids"]) + 1 for target in TARGETS]
+    assert loss.tokens_per_sample.tolist() == tokens
+
+
+@torch.no_grad()
+def test_a_ragged_batch_equals_its_samples_alone(model: InstructBLIP) -> None:
+    together = model(tiny_images(3), PROMPTS, TARGETS).per_sample
+    alone = [model(tiny_images(3)[i : i + 1], [PROMPTS[i]], [TARGETS[i]]).total for i in range(3)]
+    torch.testing.assert_close(together, torch.stack(alone), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("through_llm", [True, False])
+def test_gradients_of_a_batch_are_the_sum_of_its_splits(through_llm: bool) -> None:
+    model = tiny_model()
+    backward(model, slice(0, 3), through_llm=through_llm)
+    whole = gradients(model)
+    model.zero_grad()
+    for rows in (slice(0, 1), slice(1, 3)):
+        backward(model, rows, through_llm=through_llm)
+    assert whole.keys() == gradients(model).keys()
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(gradient, whole[name], rtol=1e-4, atol=1e-5 * float(whole[name].abs().max() + 1))
+
+
+@pytest.mark.parametrize(("norm", "aware"), [("layer", True), ("channel", True), ("layer", False)])
+def test_only_the_trainable_parts_get_gradients(norm: str, aware: bool) -> None:
+    model = tiny_model(vision_norm=norm, instruction_aware=aware).train()
+    assert not model.llm.model.training
+    assert not model.vision.backbone.training
+    backward(model, slice(0, 3))
+    expected = {name for name, _ in model.named_parameters() if name.startswith(("qformer.", "projection."))}
+    if norm == "layer":
+        expected |= {"vision_norm.weight", "vision_norm.bias"}
+    assert gradients(model).keys() == expected
+    assert all(gradient.isfinite().all() for gradient in gradients(model).values())
+    assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == expected
+
+
+@torch.no_grad()
+def test_visual_prompt_of_frames_is_the_prompt_of_each_frame_in_order(model: InstructBLIP) -> None:
+    clips = tiny_images(2, frames=3)
+    whole = model.visual_prompt(model.image_tokens(clips), PROMPTS[:2])
+    assert whole.shape == (2, 3 * 4, 32)
+    frames = [model.visual_prompt(model.image_tokens(clips[:, f : f + 1]), PROMPTS[:2]) for f in range(3)]
+    torch.testing.assert_close(whole, torch.cat(frames, dim=1), rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(frames[0], frames[1], atol=1e-3)
+
+
+@torch.no_grad()
+def test_images_of_every_kind_give_the_same_tokens(model: InstructBLIP) -> None:
+    pixels = tiny_images(2)
+    pictures = [Image.fromarray(frame[0].permute(1, 2, 0).numpy()) for frame in pixels]
+    tokens = model.image_tokens(pixels)
+    assert tokens.shape == (2, 1, model.vision.tokens, model.vision.width)
+    assert torch.equal(model.image_tokens(pictures), tokens)
+    assert torch.equal(model.image_tokens([[picture] for picture in pictures]), tokens)
+    assert model.image_tokens(tokens) is tokens
+    clip = model.image_tokens([pictures])
+    torch.testing.assert_close(clip, tokens.transpose(0, 1), rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_pictures_of_any_size_and_mode_are_squashed(model: InstructBLIP) -> None:
+    wide = Image.new("RGBA", (90, 20), (255, 0, 0, 255))
+    square = Image.new("RGB", (32, 32), (255, 0, 0))
+    assert torch.equal(model.image_tokens([wide]), model.image_tokens([square]))
+
+
+@torch.no_grad()
+def test_alignment_loss_is_about_the_first_token_alone(model: InstructBLIP, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model.llm, "hidden_states", None)  # the LLM's layers are not run
+    loss = model(tiny_images(3), PROMPTS, TARGETS, through_llm=False)
+    assert loss.tokens_per_sample.tolist() == [1, 1, 1]
+    torch.testing.assert_close(loss.total, loss.per_sample.sum())
+    same_start = model(tiny_images(3), PROMPTS, ["red shape", "yes", " "], through_llm=False)
+    assert torch.equal(loss.per_sample[:2], same_start.per_sample[:2])
+    other_start = model(tiny_images(3), PROMPTS, ["blue", "no", "x"], through_llm=False)
+    assert bool((loss.per_sample[:2] != other_start.per_sample[:2]).all())
+
+
+@torch.no_grad()
+def test_alignment_loss_is_a_likelihood_over_the_vocabulary(
+    model: InstructBLIP, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = len(model.llm.tokenizer)
+    monkeypatch.setattr(model.llm, "target_ids", lambda target: [int(target), 0])
+    tokens = model.image_tokens(tiny_images(1)).expand(size, -1, -1, -1)
+    loss = model(tokens, ["shape"] * size, [str(token) for token in range(size)], through_llm=False)
+    torch.testing.assert_close(loss.per_sample.neg().exp().sum(), torch.tensor(1.0), rtol=1e-5, atol=0)
+
+
+def test_prompts_lose_their_beginning_and_targets_their_end() -> None:
+    whole, short = tiny_llm(), tiny_llm(max_prompt_tokens=3, max_target_tokens=3)
+    prompt, target = whole.prompt_ids(PROMPTS[1]), whole.target_ids(TARGETS[1])
+    assert short.prompt_ids(PROMPTS[1]) == prompt[-3:]
+    assert short.target_ids(TARGETS[1]) == target[:3]
+    assert whole.eos_id == target[-1]
+    assert short.target_ids("") == [*whole.tokenizer(" ")["input_ids"], whole.eos_id]
+    assert whole.target_ids(TARGETS[1], include_eos=False) == target[:-1]
+
+
+def test_begin_of_sequence_stays_on_a_cut_prompt() -> None:
+    llm = tiny_llm(bos_token=BOS, max_prompt_tokens=3)
+    bos = llm.tokenizer.get_vocab()[BOS]
+    assert llm.prompt_ids(PROMPTS[1]) == [bos, *tiny_llm().prompt_ids(PROMPTS[1])[-2:]]
+    assert llm.prompt_ids("") == [bos]
+    assert bos not in llm.target_ids("red")
+
+
+@torch.no_grad()
+def test_a_long_instruction_loses_its_beginning_on_the_way_into_the_qformer() -> None:
+    model = tiny_model(max_instruction_tokens=6)
+    tokens = model.image_tokens(tiny_images(1))
+    ending = "what is the shape"  # four tokens between [CLS] and [SEP]
+    expected = model.visual_prompt(tokens, [ending])
+    assert torch.equal(model.visual_prompt(tokens, [f"there question {ending}"]), expected)
+    assert not torch.allclose(model.visual_prompt(tokens, ["what is the color"]), expected, atol=1e-4)
+
+
+@torch.no_grad()
+def test_the_instruction_reaches_the_visual_prompt_where_it_is_read() -> None:
+    for aware in (True, False):
+        model = tiny_model(instruction_aware=aware)
+        tokens = model.image_tokens(tiny_images(2))
+        first, second = (model.visual_prompt(tokens, [prompt] * 2) for prompt in PROMPTS[:2])
+        assert torch.equal(first, second) is not aware
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("seed", [0, 1])
+def test_visual_tokens_start_at_the_scale_of_the_embeddings(seed: int) -> None:
+    model = tiny_model(seed, queries=32)
+    model.llm.embeddings.weight.mul_(30)
+    model._match_embedding_scale()
+    visual = model.visual_prompt(model.image_tokens(tiny_images(3)), PROMPTS)
+    expected = model.llm.embeddings.weight.norm(dim=1).mean()
+    assert 0.7 < float(visual.norm(dim=2).mean() / expected) < 1.4
+    assert torch.equal(model.projection.bias, torch.zeros(32))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("norm", ["layer", "channel"])
+def test_trainable_state_is_all_that_is_not_frozen(norm: str) -> None:
+    model, other = tiny_model(0, vision_norm=norm), tiny_model(1, vision_norm=norm)
+    state = model.trainable_state()
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    buffers = {"vision_norm.mean", "vision_norm.std"} if norm == "channel" else set()
+    assert state.keys() == trainable | buffers
+    frozen = {tensor.data_ptr() for part in (model.vision, model.llm) for tensor in part.state_dict().values()}
+    assert not frozen & {tensor.data_ptr() for tensor in state.values()}
+    other.vision, other.llm = model.vision, model.llm
+    other.load_state_dict(state, strict=False)
+    expected = model(tiny_images(3), PROMPTS, TARGETS)
+    assert torch.equal(other(tiny_images(3), PROMPTS, TARGETS).per_sample, expected.per_sample)
+
+
+def test_a_seed_gives_the_same_model() -> None:
+    first, second, other = (tiny_model(seed).state_dict() for seed in (0, 0, 1))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not torch.equal(first["qformer.query_tokens"], other["qformer.query_tokens"])
+
+
+def test_errors(model: InstructBLIP) -> None:
+    with pytest.raises(ValueError, match="zip"):
+        model(tiny_images(2), PROMPTS[:2], TARGETS[:1])
+    llm = tiny_llm()
+    with pytest.raises(ValueError, match="the tokenizer has no token '<eos>'"):
+        type(llm)(llm.model, llm.tokenizer, eos_token="<eos>", pad_token=EOS)

@@ -1,0 +1,152 @@
+"""Positions decide what a step holds: not workers, ranks, micro-batches or the step a run was resumed at."""
+
+import hashlib
+import io
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from instructblip.data.loader import Batch, MixtureDataset, TrainingSet, load_batches
+from instructblip.data.mixture import Mixture, MixtureEntry
+from instructblip.data.sample import Record
+from instructblip.data.shards import PreparedSplit, ShardReader, ShardWriter, open_split, shard_path
+from instructblip.data.templates import TemplateSet
+from instructblip.data.transforms import decode_image, squash
+from instructblip.training.loop import Phase, micro_batch_positions, total_steps
+
+TEMPLATES = TemplateSet("two", "", ("{question}", "Q: {question} A:"))
+IMAGES = 7
+
+
+def _phase(steps: int, batch_size: int, micro_batch_size: int) -> Phase:
+    return Phase(
+        name=f"{steps} of {batch_size}",
+        steps=steps,
+        batch_size=batch_size,
+        micro_batch_size=micro_batch_size,
+        learning_rate=1.0,
+        warmup_steps=0,
+        warmup_learning_rate=0.0,
+        final_learning_rate=0.0,
+        through_llm=True,
+    )
+
+
+PHASES = (_phase(3, 8, 4), _phase(4, 4, 4), _phase(2, 12, 3))
+POSITIONS = 3 * 8 + 4 * 4 + 2 * 12
+
+
+def _png(number: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (6, 5), (number * 30, 255 - number * 20, 9)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _write_split(folder: Path) -> PreparedSplit:
+    """Seven images in two shards, a record of one kind each and two of another."""
+    entries = []
+    for shard, numbers in enumerate((range(4), range(4, IMAGES))):
+        path = shard_path(folder, shard)
+        with ShardWriter.open(path) as writer:
+            for number in numbers:
+                records = [Record(f"{number}-c", "color", f"color of {number}?", answers=(f"c{number}", "other"))]
+                records += [Record(f"{number}-y{k}", "yes_no", f"is {number} {k}?", answers=("yes",)) for k in range(2)]
+                writer.add(f"image_{number}", "png", _png(number), str(number), records)
+        entries.append({"name": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()})
+    manifest = {"format": 1, "dataset": "tiny", "split": "train", "shards": entries}
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"records_by_kind": {"color": 7, "yes_no": 14}}))
+    return open_split(folder)
+
+
+def _read_image(shard: ShardReader, row: int) -> Tensor:
+    return squash(decode_image(shard.read(row)[0], "image"), 4)
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> MixtureDataset:
+    split = _write_split(tmp_path_factory.mktemp("train"))
+    sets = [TrainingSet(kind, split, split.records([kind]), TEMPLATES) for kind in ("color", "yes_no")]
+    mixture = Mixture([MixtureEntry(item.name, len(item.locations)) for item in sets], seed=11)
+    return MixtureDataset(mixture, sets, _read_image)
+
+
+Row = tuple[str, str, str, str, list[int]]
+
+
+def _rows(steps: Iterable[tuple[int, list[Batch]]]) -> list[tuple[int, list[Row]]]:
+    """Each step's samples in order: id, dataset, instruction, target, pixels."""
+    return [(step, [row for batch in batches for row in _batch_rows(batch)]) for step, batches in steps]
+
+
+def _batch_rows(batch: Batch) -> list[Row]:
+    pixels = batch.images.flatten(1).tolist()
+    return list(zip(batch.ids, batch.datasets, batch.instructions, batch.targets, pixels, strict=True))
+
+
+def _load(dataset: MixtureDataset, start: int = 0, workers: int = 0, rank: int = 0, world: int = 1) -> list:
+    positions = micro_batch_positions(PHASES, start, rank=rank, world_size=world)
+    return _rows(load_batches(dataset, positions, workers=workers))
+
+
+@pytest.fixture(scope="module")
+def whole(dataset: MixtureDataset) -> list[tuple[int, list[Row]]]:
+    return _load(dataset)
+
+
+def test_the_sequence_is_that_of_the_mixture(dataset: MixtureDataset, whole: list[tuple[int, list[Row]]]) -> None:
+    rows = [row for _, step_rows in whole for row in step_rows]
+    assert len(rows) == POSITIONS
+    for position, (sample_id, name, instruction, target, pixels) in enumerate(rows):
+        draw = dataset.mixture.draw(position)
+        chosen = dataset.sets[draw.dataset]
+        shard, row, place = chosen.locations[draw.record].tolist()
+        record = chosen.split.read(shard, row)[1][place]
+        assert (name, sample_id) == (chosen.name, f"{chosen.name}/{record.id}")
+        assert instruction in [
+            template.replace("{question}", record.question or "") for template in TEMPLATES.templates
+        ]
+        assert target in record.answers
+        assert pixels == _read_image(chosen.split.shards[shard], row).flatten().tolist()
+    assert {row[1] for row in rows} == {"color", "yes_no"}
+    assert {row[2].startswith("Q: ") for row in rows} == {True, False}
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_change_nothing(dataset: MixtureDataset, whole: list[tuple[int, list[Row]]], workers: int) -> None:
+    assert _load(dataset, workers=workers) == whole
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_ranks_take_slices_of_the_same_global_batches(
+    dataset: MixtureDataset, whole: list[tuple[int, list[Row]]], world: int
+) -> None:
+    ranks = [_load(dataset, rank=rank, world=world) for rank in range(world)]
+    joined = [(parts[0][0], [row for _, step_rows in parts for row in step_rows]) for parts in zip(*ranks, strict=True)]
+    assert joined == whole
+    assert all(len(ranks[0][step][1]) * world == len(whole[step][1]) for step in range(len(whole)))
+
+
+@pytest.mark.parametrize("start", range(total_steps(PHASES) + 1))
+def test_any_start_is_the_tail_of_the_whole(
+    dataset: MixtureDataset, whole: list[tuple[int, list[Row]]], start: int
+) -> None:
+    assert _load(dataset, start=start) == whole[start:]
+
+
+def test_micro_batches_have_their_size(dataset: MixtureDataset) -> None:
+    sizes = {
+        step: [len(batch.ids) for batch in batches]
+        for step, batches in load_batches(dataset, micro_batch_positions(PHASES, 0))
+    }
+    assert (sizes[0], sizes[3], sizes[8]) == ([4, 4], [4], [3, 3, 3, 3])
+
+
+def test_images_have_one_frame(dataset: MixtureDataset) -> None:
+    _, (batch, *_) = next(load_batches(dataset, micro_batch_positions(PHASES, 0)))
+    assert batch.images.shape == (4, 1, 3, 4, 4)
+    assert batch.images.dtype == torch.uint8

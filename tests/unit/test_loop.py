@@ -1,0 +1,264 @@
+"""Where a step lies, which positions it holds, and that any split of a batch gives the same gradient."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import chain
+
+import pytest
+import torch
+
+from instructblip.data.loader import Batch
+from instructblip.errors import UserError
+from instructblip.model.instructblip import InstructBLIP
+from instructblip.training.loop import (
+    Phase,
+    Place,
+    StepResult,
+    locate,
+    log_entry,
+    micro_batch_positions,
+    run_steps,
+    total_steps,
+    train_step,
+)
+from instructblip.training.optim import learning_rate, make_adamw
+from tests.tiny import tiny_images, tiny_model
+
+FIRST = Phase(
+    name="first",
+    steps=3,
+    batch_size=4,
+    micro_batch_size=4,
+    learning_rate=1e-3,
+    warmup_steps=2,
+    warmup_learning_rate=1e-8,
+    final_learning_rate=1e-5,
+    through_llm=False,
+)
+SECOND = replace(FIRST, name="second", steps=2, batch_size=6, micro_batch_size=4, warmup_steps=0, through_llm=True)
+PHASES = (FIRST, SECOND)
+
+INSTRUCTIONS = ["what color?", "is there a red shape in the image?", "shape?", "what shape is in the image?"]
+TARGETS = ["red", "yes", "rectangle", "a very long triangle"]  # of different lengths, so that means would not add up
+NAMES = ["color", "yes_no", "shape", "shape"]
+
+
+def _batch(rows: Sequence[int]) -> Batch:
+    images = tiny_images(4, seed=1)
+    return Batch(
+        ids=[f"{NAMES[row]}/{row}" for row in rows],
+        datasets=[NAMES[row] for row in rows],
+        instructions=[INSTRUCTIONS[row] for row in rows],
+        targets=[TARGETS[row] for row in rows],
+        images=images[list(rows)],
+    )
+
+
+def _step(
+    split: Sequence[Sequence[int]], *, clip_norm: float | None = None, through_llm: bool = True
+) -> tuple[StepResult, dict[str, torch.Tensor]]:
+    """The result and the gradients of one step over a batch split in this way."""
+    model = tiny_model(0).train()
+    optimizer = _optimizer(model)
+    batches = [_batch(rows) for rows in split]
+    result = train_step(model, optimizer, batches, through_llm=through_llm, rate=1e-3, clip_norm=clip_norm)
+    return result, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def _optimizer(model: InstructBLIP) -> torch.optim.Optimizer:
+    return make_adamw(model.named_parameters(), weight_decay=0.05, betas=(0.9, 0.999))
+
+
+# --- places and positions --------------------------------------------------------------------------------------------
+
+
+def test_locate() -> None:
+    places = [locate(PHASES, step) for step in range(5)]
+    assert [(place.phase.name, place.step, place.position) for place in places] == [
+        ("first", 0, 0),
+        ("first", 1, 4),
+        ("first", 2, 8),
+        ("second", 0, 12),
+        ("second", 1, 18),
+    ]
+    assert total_steps(PHASES) == 5
+
+
+def test_beyond_the_last_phase() -> None:
+    with pytest.raises(ValueError, match="step 5 lies beyond"):
+        locate(PHASES, 5)
+
+
+def test_positions_of_one_rank() -> None:
+    assert list(micro_batch_positions(PHASES, 0)) == [
+        (0, [[0, 1, 2, 3]]),
+        (1, [[4, 5, 6, 7]]),
+        (2, [[8, 9, 10, 11]]),
+        (3, [[12, 13, 14, 15], [16, 17]]),
+        (4, [[18, 19, 20, 21], [22, 23]]),
+    ]
+    assert list(micro_batch_positions(PHASES, 3)) == list(micro_batch_positions(PHASES, 0))[3:]
+    assert list(micro_batch_positions(PHASES, 5)) == []
+
+
+def test_positions_of_two_ranks_are_the_halves_of_each_global_batch() -> None:
+    ranks = [list(micro_batch_positions(PHASES, 0, rank=rank, world_size=2)) for rank in range(2)]
+    assert [ranks[0][3], ranks[1][3]] == [(3, [[12, 13, 14]]), (3, [[15, 16, 17]])]
+    joined = [[*first, *second] for (_, first), (_, second) in zip(*ranks, strict=True)]
+    whole = [parts for _, parts in micro_batch_positions(PHASES, 0)]
+    assert [list(chain(*parts)) for parts in joined] == [list(chain(*parts)) for parts in whole]
+
+
+def test_a_batch_that_does_not_divide_among_the_ranks() -> None:
+    with pytest.raises(ValueError, match="a global batch of 4 does not divide among 3 ranks"):
+        list(micro_batch_positions(PHASES, 0, world_size=3))
+
+
+def test_each_phase_has_its_own_schedule() -> None:
+    expected = learning_rate(1, steps=3, peak=1e-3, warmup_steps=2, start=1e-8, final=1e-5)
+    assert FIRST.rate(1) == expected == 1e-3
+    assert (SECOND.rate(0), FIRST.rate(0)) == (1e-3, pytest.approx(5e-4, rel=1e-4))
+
+
+# --- one step --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("through_llm", [True, False])
+@pytest.mark.parametrize("split", [[[0, 1], [2, 3]], [[0], [1], [2], [3]], [[0, 1, 2], [3]]])
+def test_any_split_gives_the_same_gradient(split: list[list[int]], through_llm: bool) -> None:
+    whole, gradients = _step([[0, 1, 2, 3]], through_llm=through_llm)
+    parts, part_gradients = _step(split, through_llm=through_llm)
+    assert parts.loss == pytest.approx(whole.loss, rel=1e-6)
+    assert parts.grad_norm == pytest.approx(whole.grad_norm, rel=1e-5)
+    assert (parts.tokens, parts.samples, parts.ids) == (whole.tokens, 4, whole.ids)
+    assert parts.loss_by_dataset == pytest.approx(whole.loss_by_dataset, rel=1e-5)
+    assert gradients.keys() == part_gradients.keys()
+    largest = max(float(gradient.abs().max()) for gradient in gradients.values())
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(part_gradients[name], gradient, rtol=1e-4, atol=1e-6 * largest)
+
+
+def test_the_loss_is_the_mean_over_supervised_tokens() -> None:
+    model = tiny_model(0).train()
+    expected = model(tiny_images(4, seed=1), INSTRUCTIONS, TARGETS)
+    result, _ = _step([[0, 1, 2, 3]])
+    assert result.tokens == int(expected.tokens_per_sample.sum()) == sum(len(model.llm.target_ids(t)) for t in TARGETS)
+    assert result.loss == pytest.approx(float(expected.total.detach()) / result.tokens, rel=1e-6)
+    per_token = float(expected.per_sample[2:].sum() / expected.tokens_per_sample[2:].sum())
+    assert result.loss_by_dataset["shape"] == pytest.approx(per_token, rel=1e-5)
+    assert list(result.loss_by_dataset) == ["color", "shape", "yes_no"]
+
+
+def test_clipping_limits_the_norm_and_reports_the_one_before() -> None:
+    free, gradients = _step([[0, 1, 2, 3]])
+    clipped, clipped_gradients = _step([[0, 1, 2, 3]], clip_norm=free.grad_norm / 10)
+    assert clipped.grad_norm == pytest.approx(free.grad_norm)
+    total = math.sqrt(sum(float(gradient.square().sum()) for gradient in clipped_gradients.values()))
+    assert total == pytest.approx(free.grad_norm / 10, rel=1e-4)
+    assert math.sqrt(sum(float(g.square().sum()) for g in gradients.values())) == pytest.approx(
+        free.grad_norm, rel=1e-5
+    )
+
+
+def test_only_what_is_trainable_moves() -> None:
+    model = tiny_model(0).train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    train_step(model, _optimizer(model), [_batch([0, 1])], through_llm=True, rate=1e-3, clip_norm=1.0)
+    moved = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert {"projection.weight", "qformer.query_tokens"} <= moved
+    assert not [name for name in moved if name.startswith(("vision.", "llm."))]
+
+
+def test_a_second_step_starts_from_no_gradient() -> None:
+    model = tiny_model(0).train()
+    optimizer = _optimizer(model)
+    options = {"through_llm": True, "rate": 0.0, "clip_norm": None}
+    first = train_step(model, optimizer, [_batch([0, 1])], **options)
+    assert train_step(model, optimizer, [_batch([0, 1])], **options)[:5] == first[:5]
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_what_is_not_finite_stops_before_the_optimiser_and_names_the_samples(what: str) -> None:
+    model = tiny_model(0).train()
+    optimizer = _optimizer(model)
+    if what == "loss":
+        with torch.no_grad():
+            model.projection.weight[0, 0] = math.nan
+    else:
+        model.projection.weight.register_hook(lambda gradient: gradient * math.inf)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(UserError) as error:
+        train_step(model, optimizer, [_batch([0, 1]), _batch([2])], through_llm=True, rate=1e-3, clip_norm=1.0)
+    for word in ("not both finite", "color/0, yes_no/1, shape/2", "learning_rate", "nan"):
+        assert word in str(error.value)
+    assert not optimizer.state
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, before[name], rtol=0, atol=0, equal_nan=True)
+
+
+# --- many steps ------------------------------------------------------------------------------------------------------
+
+
+def _run(start: int = 0, stop_after: int | None = None, dropout: float = 0.0) -> tuple[int, list[tuple]]:
+    model = tiny_model(0, dropout=dropout)
+    rows = [0, 1, 2, 3]
+    batches = ((step, [_batch(rows)]) for step in range(start, total_steps(PHASES)))
+    seen: list[tuple] = []
+
+    def after_step(step: int, place: Place, rate: float, result: StepResult) -> bool:
+        seen.append((step, place.phase.name, rate, result.loss))
+        return step + 1 == stop_after
+
+    done = run_steps(
+        model,
+        _optimizer(model),
+        PHASES,
+        batches,
+        start_step=start,
+        seed=3,
+        clip_norm=1.0,
+        after_step=after_step,
+    )
+    return done, seen
+
+
+def test_steps_phases_and_rates_go_on_through_the_run() -> None:
+    done, seen = _run()
+    assert done == 5
+    expected = [(step, locate(PHASES, step)) for step in range(5)]
+    assert [row[:3] for row in seen] == [(step, at.phase.name, at.phase.rate(at.step)) for step, at in expected]
+
+
+def test_after_step_ends_the_run() -> None:
+    done, seen = _run(stop_after=2)
+    assert (done, len(seen)) == (2, 2)
+
+
+def test_without_batches_nothing_is_done() -> None:
+    assert _run(start=5) == (5, [])
+
+
+def test_dropout_draws_from_seed_and_step_alone() -> None:
+    """The first step after a start at step 2 has the loss it would have with any history of the random stream."""
+    torch.manual_seed(99)
+    first = _run(start=2, dropout=0.3)[1][0]
+    torch.rand(17)
+    assert _run(start=2, dropout=0.3)[1][0] == first
+    assert _run(start=2, dropout=0.0)[1][0][3] != first[3]
+
+
+def test_log_entry_counts_finished_steps() -> None:
+    result = StepResult(1.5, {"a": 1.5}, 0.7, 2, 6, ["a/1", "a/2"])
+    entry = log_entry(3, locate(PHASES, 3), 2e-4, result, {"samples_per_second": 9.0})
+    assert entry == {
+        "step": 4,
+        "phase": "second",
+        "loss": 1.5,
+        "loss_by_dataset": {"a": 1.5},
+        "lr": 2e-4,
+        "grad_norm": 0.7,
+        "tokens": 6,
+        "sample_ids": ["a/1", "a/2"],
+        "samples_per_second": 9.0,
+    }

@@ -1,0 +1,201 @@
+"""The plan of a run: a pure function of (mixture, seed, position), every record once an epoch, shares as planned."""
+
+import tracemalloc
+
+import numpy as np
+import pytest
+
+from instructblip.data.mixture import Draw, Mixture, MixtureEntry, permute, position_generator, share_table
+
+SMALL = (MixtureEntry("a", 3), MixtureEntry("b", 50), MixtureEntry("c", 7, 2.0))
+BLOCK = 512
+
+# The 13 held-in datasets, train splits in records (paper's order of size).
+HELD_IN = {
+    "capfilt": 14_000_000,
+    "ocr_vqa": 798_245,
+    "coco_caption": 566_747,
+    "vqav2": 443_752,
+    "vqav2_questions": 443_752,
+    "llava_conversation": 257_000,
+    "textcaps": 109_765,
+    "llava_reasoning": 77_000,
+    "llava_detail": 23_000,
+    "aokvqa": 17_056,
+    "aokvqa_questions": 17_056,
+    "okvqa": 9_009,
+    "okvqa_questions": 9_009,
+}
+# Percent, by the square root of the sizes.
+HELD_IN_SHARES = [44.3, 10.6, 8.9, 7.9, 7.9, 6.0, 3.9, 3.3, 1.8, 1.6, 1.6, 1.1, 1.1]
+
+
+def _small(seed: int = 5, weighting: str = "sqrt") -> Mixture:
+    return Mixture(SMALL, weighting=weighting, seed=seed)
+
+
+def _draws(mixture: Mixture, positions: range) -> list[Draw]:
+    return [mixture.draw(position) for position in positions]
+
+
+def test_golden_sequence() -> None:
+    """(dataset, epoch, record) of the first 20 positions. A change here changes every run of every user: say why."""
+    expected = [
+        (1, 0, 9), (2, 0, 6), (0, 0, 1), (2, 0, 0), (1, 0, 41), (2, 0, 4), (2, 0, 5), (2, 0, 3), (2, 0, 2), (1, 0, 45),
+        (2, 0, 1), (1, 0, 19), (2, 1, 0), (2, 1, 1), (0, 0, 0), (2, 1, 6), (2, 1, 3), (2, 1, 4), (1, 0, 1), (2, 1, 5),
+    ]  # fmt: skip
+    assert _draws(_small(), range(20)) == [Draw(position, *rest) for position, rest in enumerate(expected)]
+    assert _draws(_small(), range(511, 513)) == [(511, 0, 20, 2), (512, 1, 5, 15)]
+    assert _small().draw(10_000_000) == (10_000_000, 0, 409_623, 0)
+
+
+def test_order_of_access_does_not_matter() -> None:
+    forward = _draws(_small(), range(2000))
+    backward = _small()
+    assert [backward.draw(position) for position in reversed(range(2000))] == forward[::-1]
+    jumping = _small()
+    for position in np.random.default_rng(0).integers(2000, size=60).tolist():
+        assert jumping.draw(position) == forward[position]
+    assert [_small().draw(position) for position in range(0, 2000, 97)] == forward[::97]
+
+
+def test_seed_weights_and_sizes_change_the_sequence() -> None:
+    base = _draws(_small(), range(100))
+    assert _draws(_small(seed=6), range(100)) != base
+    assert _draws(_small(weighting="uniform"), range(100)) != base
+    assert _draws(Mixture((*SMALL[:2], MixtureEntry("c", 8, 2.0)), seed=5), range(100)) != base
+
+
+def test_renaming_a_dataset_does_not_change_the_sequence() -> None:
+    renamed = Mixture([MixtureEntry(f"new_{e.name}", e.records, e.multiplier) for e in SMALL], seed=5)
+    assert _draws(renamed, range(600)) == _draws(_small(), range(600))
+
+
+def test_every_record_comes_once_an_epoch() -> None:
+    mixture = _small()
+    seen: dict[tuple[int, int], list[int]] = {}
+    for draw in _draws(mixture, range(4 * BLOCK)):
+        seen.setdefault((draw.dataset, draw.epoch), []).append(draw.record)
+    for number, entry in enumerate(SMALL):
+        epochs = [records for (dataset, _), records in sorted(seen.items()) if dataset == number]
+        assert len(epochs) > 5
+        assert all(sorted(records) == list(range(entry.records)) for records in epochs[:-1])
+        assert len(set(epochs[-1])) == len(epochs[-1])
+
+
+def test_epochs_have_different_orders() -> None:
+    mixture = Mixture([MixtureEntry("a", 40)], seed=1)
+    epochs = [[mixture.draw(40 * epoch + i).record for i in range(40)] for epoch in range(4)]
+    assert len({tuple(records) for records in epochs}) == 4
+    assert sorted(range(40)) not in epochs
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 16, 100, 4096, 4097])
+def test_permute_is_a_permutation(size: int) -> None:
+    orders = []
+    for seed in range(4):
+        keys = np.random.default_rng(seed).integers(0, 2**32, size=4, dtype=np.uint64)
+        orders.append(permute(np.arange(size), size, keys).tolist())
+        assert sorted(orders[-1]) == list(range(size))
+    if size >= 100:
+        assert len({tuple(order) for order in orders}) == 4
+        assert abs(np.corrcoef(np.arange(size), orders[0])[0, 1]) < 0.3
+
+
+def test_permute_does_not_need_all_values_at_once() -> None:
+    keys = np.array([7, 8, 9, 10], dtype=np.uint64)
+    whole = permute(np.arange(14_000_000 - 50, 14_000_000), 14_000_000, keys)
+    parts = [permute(np.array([value]), 14_000_000, keys)[0] for value in range(14_000_000 - 50, 14_000_000)]
+    assert whole.tolist() == parts
+    assert whole.max() < 14_000_000
+
+
+@pytest.mark.parametrize("entries", [SMALL, [MixtureEntry(name, size) for name, size in HELD_IN.items()]])
+def test_realised_shares_stay_within_two_samples_at_block_borders(entries: list[MixtureEntry]) -> None:
+    mixture = Mixture(entries, seed=3)
+    counts = np.zeros(len(entries))
+    size = mixture._block
+    for block in range(12):
+        assert (np.abs(counts - block * size * mixture.shares) < 2).all()
+        assert counts.tolist() == mixture.counts_before(block).tolist()
+        for draw in _draws(mixture, range(block * size, (block + 1) * size)):
+            counts[draw.dataset] += 1
+
+
+def test_weightings_and_multipliers() -> None:
+    entries = [MixtureEntry("a", 400), MixtureEntry("b", 100)]
+    assert Mixture(entries).shares.tolist() == pytest.approx([2 / 3, 1 / 3])
+    assert Mixture(entries, weighting="proportional").shares.tolist() == pytest.approx([0.8, 0.2])
+    assert Mixture(entries, weighting="uniform").shares.tolist() == [0.5, 0.5]
+    doubled = [entries[0], MixtureEntry("b", 100, multiplier=2.0)]
+    assert Mixture(doubled).shares.tolist() == pytest.approx([0.5, 0.5])
+    assert Mixture(doubled, weighting="uniform").shares.tolist() == pytest.approx([1 / 3, 2 / 3])
+
+
+def test_shares_of_the_papers_thirteen_datasets() -> None:
+    entries = [MixtureEntry(name, size) for name, size in HELD_IN.items()]
+    percent = (100 * Mixture(entries).shares).round(1).tolist()
+    assert percent == pytest.approx(HELD_IN_SHARES, abs=0.1 + 1e-9)
+    assert 100 * Mixture(entries, weighting="proportional").shares[0] == pytest.approx(83, abs=0.6)
+    epochs = {row["dataset"]: row["epochs"] for row in share_table(Mixture(entries), 60_000 * 128)}
+    assert epochs["okvqa"] == pytest.approx(9.6, abs=0.1)
+    assert epochs["capfilt"] == pytest.approx(0.24, abs=0.01)
+
+
+def test_a_rare_dataset_enlarges_the_block() -> None:
+    rare = Mixture([MixtureEntry("big", 1_000_000), MixtureEntry("rare", 300)], weighting="proportional", seed=0)
+    assert rare._block == 8192
+    for block in range(3):
+        drawn = [draw.dataset for draw in _draws(rare, range(block * rare._block, (block + 1) * rare._block))]
+        assert 1 <= sum(drawn) <= 4
+
+
+def test_a_far_position_costs_no_memory() -> None:
+    mixture = Mixture([MixtureEntry(name, size) for name, size in HELD_IN.items()], seed=0)
+    tracemalloc.start()
+    try:
+        mixture.draw(0)
+        near = tracemalloc.get_traced_memory()[1]
+        tracemalloc.reset_peak()
+        assert mixture.draw(10_000_000).position == 10_000_000
+        far = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert far < near + 200_000
+
+
+def test_share_table() -> None:
+    rows = share_table(_small(), 1000)
+    assert [row["dataset"] for row in rows] == ["a", "b", "c"]
+    assert sum(float(row["samples"]) for row in rows) == pytest.approx(1000)
+    assert rows[2]["multiplier"] == 2.0
+    assert rows[0]["epochs"] == pytest.approx(float(rows[0]["samples"]) / 3)
+
+
+def test_position_streams_are_their_own() -> None:
+    first = position_generator(1, 2).integers(1 << 60)
+    assert first == position_generator(1, 2).integers(1 << 60)
+    others = [position_generator(*pair).integers(1 << 60) for pair in ((1, 3), (2, 2), (2, 1))]
+    assert len({first, *others}) == 4
+
+
+@pytest.mark.parametrize(
+    ("entries", "weighting", "words"),
+    [
+        ([], "sqrt", ["at least one dataset"]),
+        ([MixtureEntry("a", 0)], "sqrt", ["dataset a", "no records"]),
+        ([MixtureEntry("a", 5, 0.0)], "sqrt", ["dataset a", "multiplier 0"]),
+        ([MixtureEntry("a", 5, -1.0)], "sqrt", ["dataset a", "multiplier -1"]),
+        ([MixtureEntry("a", 5)], "squareroot", ["'squareroot'", "sqrt, proportional, uniform"]),
+        ([MixtureEntry("a", 5), MixtureEntry("b", 5, 1e-9)], "sqrt", ["dataset b", "1.0e-09", "raise its multiplier"]),
+    ],
+)
+def test_what_cannot_be_planned(entries: list[MixtureEntry], weighting: str, words: list[str]) -> None:
+    with pytest.raises(ValueError, match=r"dataset|weighting") as error:
+        Mixture(entries, weighting=weighting)
+    assert all(word in str(error.value) for word in words)
+
+
+def test_negative_position() -> None:
+    with pytest.raises(ValueError, match="position -1 is negative"):
+        _small().draw(-1)

@@ -1,0 +1,98 @@
+"""The schedule's exact values, and which parameters decay."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from instructblip.training.optim import NEW_PARTS, learning_rate, make_adamw, set_learning_rate
+from tests.tiny import tiny_model
+
+
+def _rates(steps: int, warmup: int, peak: float = 1.0, start: float = 0.0, final: float = 0.0) -> list[float]:
+    options = {"steps": steps, "peak": peak, "warmup_steps": warmup, "start": start, "final": final}
+    return [learning_rate(step, **options) for step in range(steps)]
+
+
+def test_warmup_is_linear_and_reaches_the_peak_at_its_last_step() -> None:
+    assert _rates(10, 4)[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert _rates(10, 4, peak=1.0, start=0.2)[:4] == pytest.approx([0.4, 0.6, 0.8, 1.0])
+
+
+def test_cosine_is_per_step_and_exact() -> None:
+    rates = _rates(12, 2, peak=3.0, final=1.0)
+    assert rates[2:] == [1 + 2 * 0.5 * (1 + math.cos(math.pi * k / 10)) for k in range(10)]
+    assert rates[7] == pytest.approx(2.0)  # half-way
+    assert all(later < earlier for earlier, later in itertools.pairwise(rates[2:]))
+    assert rates[-1] == pytest.approx(1 + (1 + math.cos(math.pi * 0.9)))
+    assert learning_rate(12, steps=12, peak=3.0, warmup_steps=2, start=0.0, final=1.0) == 1.0
+
+
+def test_the_papers_schedule() -> None:
+    """Section 3: from 1e-8 to 1e-5 over 1,000 steps, cosine to 0 at step 60,000."""
+    options = {"steps": 60_000, "peak": 1e-5, "warmup_steps": 1000, "start": 1e-8, "final": 0.0}
+    assert learning_rate(0, **options) == pytest.approx(1e-8 + (1e-5 - 1e-8) / 1000)
+    assert learning_rate(999, **options) == pytest.approx(1e-5, rel=1e-12)
+    assert learning_rate(1000, **options) == 1e-5
+    assert learning_rate(30_500, **options) == pytest.approx(5e-6)
+    assert learning_rate(60_000, **options) == 0.0
+
+
+@pytest.mark.parametrize(("steps", "warmup", "first"), [(1, 0, 1.0), (1, 1, 1.0), (3, 3, 1 / 3), (2, 5, 0.2)])
+def test_short_runs(steps: int, warmup: int, first: float) -> None:
+    rates = _rates(steps, warmup)
+    assert rates[0] == pytest.approx(first)
+    assert all(0 <= rate <= 1 for rate in rates)
+
+
+def test_norms_biases_and_query_tokens_do_not_decay() -> None:
+    model = tiny_model()
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    optimizer = make_adamw(model.named_parameters(), weight_decay=0.05, betas=(0.9, 0.98))
+    decay = {names[p]: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert decay["qformer.query_tokens"] == 0.0
+    assert decay["projection.weight"] == 0.05
+    assert decay["projection.bias"] == 0.0
+    for name, value in decay.items():
+        spared = name.endswith((".bias", "norm.weight", "query_tokens")) or name.startswith("vision_norm")
+        assert value == (0.0 if spared else 0.05), name
+    assert decay.keys() == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert not any(name.startswith(("vision.", "llm.")) for name in decay)
+    assert all(group["betas"] == (0.9, 0.98) for group in optimizer.param_groups)
+
+
+def test_new_parts_have_their_own_multiple_of_the_rate() -> None:
+    assert "cross_attention." in NEW_PARTS
+    model = tiny_model()
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    optimizer = make_adamw(model.named_parameters(), weight_decay=0.05, betas=(0.9, 0.98), new_parts_scale=4.0)
+    set_learning_rate(optimizer, 0.5)
+    rates = {names[p]: group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    for name, rate in rates.items():
+        new = any(part in name for part in NEW_PARTS)
+        assert rate == (2.0 if new else 0.5), name
+    assert set(rates.values()) == {0.5, 2.0}
+
+
+def test_decay_acts_on_weights_only() -> None:
+    layer = nn.Linear(3, 3)
+    optimizer = make_adamw(layer.named_parameters(), weight_decay=0.5, betas=(0.9, 0.999))
+    set_learning_rate(optimizer, 0.1)
+    before = {name: value.clone() for name, value in layer.state_dict().items()}
+    for parameter in layer.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    assert torch.allclose(layer.weight, before["weight"] * (1 - 0.1 * 0.5))
+    assert torch.equal(layer.bias, before["bias"])
+
+
+def test_one_step_equals_the_formula() -> None:
+    """AdamW's first step is the sign of the gradient times the rate (arXiv 1711.05101, algorithm 2)."""
+    parameter = nn.Parameter(torch.tensor([1.0, -2.0]))
+    optimizer = make_adamw([("bias", parameter)], weight_decay=0.05, betas=(0.9, 0.999))
+    set_learning_rate(optimizer, 0.01)
+    parameter.grad = torch.tensor([0.3, -7.0])
+    optimizer.step()
+    assert torch.allclose(parameter, torch.tensor([0.99, -1.99]), atol=1e-6)

@@ -1,0 +1,139 @@
+"""Evaluation protocols: which samples are chosen, what is hashed, what is refused."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from instructblip.data.cards import Card, load_card
+from instructblip.data.prepare import prepare_dataset
+from instructblip.errors import UserError
+from instructblip.evaluation.protocol import as_json, majority_answers, make_task, withheld
+from tests.tiny import write_easy_vqa
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """easy-VQA with 12 test images in shards of 5, so that the split has several."""
+    folder = tmp_path_factory.mktemp("prepared")
+    write_easy_vqa(folder / "raw", images=24)
+    prepare_dataset(load_card("easy_vqa"), folder / "raw", folder / "shards", images_per_shard=5, progress=False)
+    return folder / "shards"
+
+
+@pytest.fixture(scope="module")
+def yes_no() -> Card:
+    return load_card("easy_vqa_yes_no")
+
+
+def ids(card: Card, shards: Path, samples: int | None) -> list[str]:
+    return [sample.id for sample in make_task(card, shards, samples=samples).samples]
+
+
+def test_a_larger_subset_contains_the_smaller_and_keeps_the_stored_order(yes_no: Card, shards: Path) -> None:
+    everything = ids(yes_no, shards, None)
+    assert len(everything) == 48
+    chosen: set[str] = set()
+    for samples in (1, 7, 20, 47, 48, 1000):
+        larger = ids(yes_no, shards, samples)
+        assert len(larger) == min(samples, 48)
+        assert chosen <= set(larger)
+        assert larger == [sample_id for sample_id in everything if sample_id in set(larger)]
+        chosen = set(larger)
+    assert ids(yes_no, shards, 7) != everything[:7]
+
+
+def test_the_subset_does_not_depend_on_the_cutting_into_shards(yes_no: Card, shards: Path, tmp_path: Path) -> None:
+    write_easy_vqa(tmp_path / "raw", images=24)
+    prepare_dataset(load_card("easy_vqa"), tmp_path / "raw", tmp_path / "shards", images_per_shard=100, progress=False)
+    assert ids(yes_no, tmp_path / "shards", 9) == ids(yes_no, shards, 9)
+
+
+def test_samples_are_what_the_card_asks(yes_no: Card, shards: Path) -> None:
+    task = make_task(yes_no, shards, samples=5)
+    for sample in task.samples:
+        assert sample.id == f"easy_vqa_yes_no/{sample.record.id}"
+        assert sample.record.kind == "yes_no"
+        assert sample.prompt == f"Question: {sample.record.question} Short answer:"
+        assert sample.record in sample.shard.read(sample.row)[1]
+    shown = make_task(yes_no, shards).samples
+    assert len({sample.image_key for sample in shown}) == 12
+
+
+def test_everything_that_decides_a_score_is_in_the_hash(yes_no: Card, shards: Path) -> None:
+    task = make_task(yes_no, shards, samples=5)
+    hashes = {
+        task.protocol.sha256(),
+        withheld(task).protocol.sha256(),
+        make_task(yes_no, shards, samples=6).protocol.sha256(),
+        make_task(yes_no, shards, samples=5, mode="generate").protocol.sha256(),
+        make_task(yes_no, shards, samples=5, split="validation").protocol.sha256(),
+        make_task(load_card("easy_vqa_shape"), shards, samples=5).protocol.sha256(),
+        *(
+            make_task(dataclasses.replace(yes_no, evaluation=other), shards, samples=5).protocol.sha256()
+            for other in (
+                dataclasses.replace(yes_no.evaluation, prompt="{question}"),
+                dataclasses.replace(yes_no.evaluation, normalize="mean"),
+                dataclasses.replace(yes_no.evaluation, include_eos=False),
+                dataclasses.replace(yes_no.evaluation, candidates=yes_no.evaluation.candidates[:-1]),
+            )
+        ),
+    }
+    assert len(hashes) == 10
+    assert make_task(yes_no, shards, samples=5).protocol.sha256() == task.protocol.sha256()
+
+
+def test_withheld_differs_in_nothing_but_the_images(yes_no: Card, shards: Path) -> None:
+    task = make_task(yes_no, shards, samples=5)
+    blind = withheld(task)
+    assert blind.samples == task.samples
+    assert dataclasses.replace(blind.protocol, images="shown") == task.protocol
+    assert blind.protocol == make_task(yes_no, shards, samples=5, withhold_images=True).protocol
+    assert blind.protocol.describe()["images"] == "withheld"
+
+
+def test_verbalizers_become_candidates_with_classes(shards: Path) -> None:
+    ranked = make_task(load_card("easy_vqa_statements"), shards).protocol
+    assert ranked.candidates == ("yes", "true", "no", "false")
+    assert ranked.classes == ("true", "true", "false", "false")
+    plain = make_task(load_card("easy_vqa_shape"), shards).protocol
+    assert plain.candidates == plain.classes
+    written = make_task(load_card("easy_vqa_statements"), shards, mode="generate").protocol
+    assert (written.candidates, written.classes) == ((), ())
+
+
+def test_json_holds_the_whole_protocol(yes_no: Card, shards: Path) -> None:
+    protocol = make_task(yes_no, shards, samples=5).protocol
+    fields = as_json(protocol)
+    assert fields["sha256"] == protocol.sha256()
+    assert fields.keys() == {field.name for field in dataclasses.fields(protocol)} | {"sha256"}
+
+
+def test_the_majority_is_counted_on_training_images_question_by_question(yes_no: Card, shards: Path) -> None:
+    majority = majority_answers(yes_no, shards)
+    assert majority["is there a circle?"] == "yes"  # the tiny data asks this of circles only
+    assert majority[""] == "no"  # as many no as yes: the first in the alphabet
+    assert "is there a star?" not in majority
+    train = {sample.record.question for sample in make_task(yes_no, shards, split="train").samples}
+    assert majority.keys() == train | {""}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mode": "guess"}, "mode is rank or generate, not 'guess'"),
+        ({"split": "dev"}, "not a prepared split"),
+    ],
+)
+def test_what_cannot_be_run_is_refused(yes_no: Card, shards: Path, options: dict[str, str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        make_task(yes_no, shards, **options)  # type: ignore[arg-type]
+
+
+def test_a_dataset_without_candidates_is_not_ranked(yes_no: Card, shards: Path) -> None:
+    open_ended = dataclasses.replace(
+        yes_no, evaluation=dataclasses.replace(yes_no.evaluation, candidates=(), mode="generate")
+    )
+    assert make_task(open_ended, shards).protocol.mode == "generate"
+    with pytest.raises(UserError, match="mode=generate"):
+        make_task(open_ended, shards, mode="rank")

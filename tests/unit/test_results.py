@@ -1,0 +1,157 @@
+"""What an evaluation leaves: baselines by hand, results.json, the examples of the report, the table."""
+
+import dataclasses
+import io
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from instructblip.data.cards import Card, load_card
+from instructblip.data.sample import Record
+from instructblip.data.shards import MANIFEST_FORMAT, ShardWriter, shard_path
+from instructblip.evaluation.protocol import Task, make_task
+from instructblip.evaluation.results import (
+    BLIND,
+    CHANCE,
+    MAJORITY,
+    DatasetResult,
+    _shown,
+    baselines,
+    results_json,
+    score_table,
+    write_results,
+)
+from instructblip.evaluation.runner import Prediction, TaskResult
+from instructblip.files import sha256_file, write_json
+
+PNG = (
+    b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR\x00\x00\x00\x01\x00\x00\x00\x01\x08\x02\x00\x00\x00\x90wS\xde"
+    b"\x00\x00\x00\x0cIDATx\x9cc\xf8\xcf\xc0\x00\x00\x03\x01\x01\x00\xc9\xfe\x92\xef\x00\x00\x00\x00IEND\xaeB`\x82"
+)
+
+
+def write_split(folder: Path, rows: list[tuple[str, str]]) -> None:
+    """One image per (question, answer), all of kind `color`."""
+    with ShardWriter.open(shard_path(folder, 0)) as writer:
+        for number, (question, answer) in enumerate(rows):
+            record = Record(id=f"{folder.name}-{number}", kind="color", question=question, answers=(answer,))
+            writer.add(f"image_{number}", "png", PNG, str(number), [record])
+    shard = shard_path(folder, 0)
+    manifest = {
+        "format": MANIFEST_FORMAT,
+        "dataset": "easy_vqa",
+        "split": folder.name,
+        "records_by_kind": {"color": len(rows)},
+        "shards": [{"name": shard.name, "sha256": sha256_file(shard)}],
+    }
+    write_json(folder / "manifest.json", manifest)
+
+
+@pytest.fixture
+def card() -> Card:
+    return load_card("easy_vqa_color")
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    """Three question texts in training, of which "sky" is answered blue twice and red once; four test questions."""
+    training = [("sky?", "red"), ("sky?", "blue"), ("sky?", "blue"), ("rose?", "red"), ("leaf?", "red")]
+    write_split(tmp_path / "easy_vqa/train", training)
+    write_split(tmp_path / "easy_vqa/test", [("sky?", "blue"), ("sky?", "red"), ("rose?", "red"), ("new?", "red")])
+    return tmp_path
+
+
+def result_of(task: Task, answers: list[str]) -> TaskResult:
+    """A result as if a model had given these answers."""
+    candidates = task.protocol.candidates
+    predictions = tuple(
+        Prediction(str(number), sample.id, text, tuple(-1.0 if other == text else -3.0 for other in candidates))
+        for number, (sample, text) in enumerate(zip(task.samples, answers, strict=True))
+    )
+    correct = tuple(text in sample.record.answers for sample, text in zip(task.samples, answers, strict=True))
+    return TaskResult(task, predictions, correct, 100.0 * sum(correct) / len(correct), 10.0, 90.0, 1.0)
+
+
+def test_baselines_equal_those_counted_by_hand(card: Card, shards: Path) -> None:
+    task = make_task(card, shards)
+    blind = result_of(task, ["blue", "blue", "blue", "red"])
+    # By majority: sky -> blue (right, wrong), rose -> red (right), never seen -> red, the commonest of all (right).
+    assert baselines(task, shards, blind) == {BLIND: 50.0, MAJORITY: 75.0, CHANCE: pytest.approx(100 / 13)}
+
+
+def test_a_held_out_dataset_has_no_majority_of_its_training_answers(card: Card, shards: Path) -> None:
+    task = make_task(dataclasses.replace(card, role="held-out"), shards)
+    assert baselines(task, shards, None).keys() == {CHANCE}
+
+
+def test_chance_is_among_classes_not_texts(card: Card, shards: Path) -> None:
+    statements = load_card("easy_vqa_statements").evaluation
+    two = dataclasses.replace(card, evaluation=statements, role="held-out")
+    assert baselines(make_task(two, shards), shards, None) == {CHANCE: 50.0}
+    assert CHANCE not in baselines(make_task(two, shards, mode="generate"), shards, None)
+
+
+def test_results_json_says_what_a_score_needs_to_be_trusted(card: Card, shards: Path) -> None:
+    task = make_task(card, shards)
+    item = DatasetResult(result_of(task, ["blue", "red", "red", "blue"]), {CHANCE: 7.7})
+    summary = results_json([item], checkpoint="outputs/x", fingerprint="abc", step=12)
+    assert summary["checkpoint"] == {"path": "outputs/x", "trainable_sha256": "abc", "step": 12}
+    assert summary["versions"].keys() >= {"python", "torch", "transformers", "timm"}
+    assert summary["machine"]["torch_threads"] >= 1
+    found = summary["datasets"]["easy_vqa_color"]
+    assert (found["value"], found["low"], found["high"], found["count"]) == (75.0, 10.0, 90.0, 4)
+    assert (found["metric"], found["baselines"]) == ("accuracy", {CHANCE: 7.7})
+    assert found["protocol"]["sha256"] == task.protocol.sha256()
+    assert found["protocol"]["candidates"] == task.protocol.candidates
+    assert found["protocol"]["samples_sha256"] == task.protocol.samples_sha256
+    assert json.loads(json.dumps(summary))["datasets"]["easy_vqa_color"]["protocol"]["prompt"] == card.evaluation.prompt
+
+
+def test_written_files_are_those_named(card: Card, shards: Path, tmp_path: Path) -> None:
+    task = make_task(card, shards)
+    item = DatasetResult(result_of(task, ["blue", "red", "red", "blue"]), {CHANCE: 7.7})
+    summary = results_json([item], checkpoint="outputs/x", fingerprint="abc", step=12)
+    written = write_results(tmp_path / "out", "a title", [item], summary, examples=3)
+    names = ["results.json", "report.html", "easy_vqa_color/predictions.jsonl"]
+    assert written == [tmp_path / "out" / name for name in names]
+    assert json.loads(written[0].read_text())["datasets"].keys() == {"easy_vqa_color"}
+    page = written[1].read_text()
+    for text in ("a title", "outputs/x", "sky?", "new?", "75.0", "7.7"):
+        assert text in page
+
+
+@pytest.mark.parametrize(
+    ("correct", "limit", "expected"),
+    [
+        ("rrrrwwww", 4, [0, 1, 4, 5]),  # half of them wrong
+        ("rrrrrrrw", 4, [0, 1, 2, 7]),  # too few wrong ones: right ones fill the rest
+        ("wwwwwwwr", 4, [0, 1, 2, 7]),
+        ("wrwrwr", 6, [0, 1, 2, 3, 4, 5]),
+        ("wr", 10, [0, 1]),
+        ("rrr", 2, [0, 1]),
+        ("www", 2, [0, 1]),
+        ("rwrw", 0, []),
+    ],
+)
+def test_half_of_the_examples_are_wrong_ones(correct: str, limit: int, expected: list[int]) -> None:
+    assert _shown([letter == "r" for letter in correct], limit) == expected
+
+
+def test_the_table_shows_every_score_beside_its_baselines(card: Card, shards: Path) -> None:
+    task = make_task(card, shards)
+    items = [
+        DatasetResult(result_of(task, ["blue", "red", "red", "blue"]), {BLIND: 50.0, CHANCE: 7.7}),
+        DatasetResult(
+            result_of(make_task(dataclasses.replace(card, role="held-out"), shards), ["red"] * 4), {CHANCE: 7.7}
+        ),
+    ]
+    console = Console(width=80, file=io.StringIO())
+    with console.capture() as captured:
+        console.print(score_table("scores", items))
+    text = captured.get()
+    assert "easy_vqa_color (held out)" in text  # whole, even on a narrow terminal
+    assert text.count("75.0") == 2
+    assert BLIND.split()[0] in text
+    assert "10.0 to" in text
