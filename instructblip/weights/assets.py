@@ -222,7 +222,7 @@ def _fetch_hub(sources: Sources, repository: str, progress: bool) -> Path:
         from_network = isinstance(error, OSError) or type(error).__module__.startswith("httpx")
         if _is_disk_error(error) or not from_network:
             raise
-        raise UnreachableError(f"Hugging Face hub: {type(error).__name__} for {repository}") from error
+        raise UnreachableError(f"Hugging Face hub: no answer for {repository}, {type(error).__name__}") from error
     finally:
         if not were_disabled:
             enable_progress_bars()

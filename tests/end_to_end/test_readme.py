@@ -12,6 +12,7 @@ from tests.runs import REPOSITORY, World, run
 
 SETUP = ("pip install -r requirements.txt && python train.py", "pip install -r requirements.txt && python -m pytest")
 SCRIPTS = ("train.py", "evaluate.py", "prepare.py")
+ONE_PHASE = "recipe.phases=[{name: short, steps: 3, batch_size: 2, learning_rate: 1e-3}]"
 README = REPOSITORY / "README.md"
 
 
@@ -44,8 +45,10 @@ def test_a_command_runs(line: str, world: World, finished_run: Path, tmp_path: P
         shutil.copytree(world.shards, tmp_path / "data/shards")
     if "checkpoint" in given or "resume" in given:
         shutil.copytree(finished_run, tmp_path / "outputs/train/demo")
+    # A run that is continued keeps its recipe; another is made as short as can be.
+    short = () if "resume" in given else (ONE_PHASE, "recipe.final_samples=2", "recipe.validation_samples=2")
     tiny = {
-        "train.py": world.train,
+        "train.py": (*world.train, *short),
         "evaluate.py": (*world.evaluate, "samples=3"),
         "prepare.py": (f"sources.easy_vqa.path={world.raw}",),
     }[script]

@@ -1,7 +1,6 @@
 """The two main commands on tiny parts: what they leave, and that they agree with each other."""
 
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -98,14 +97,14 @@ def test_metrics_have_their_keys(finished_run: Path) -> None:
     always = {"step", "phase", "loss", "loss_by_dataset", "lr", "grad_norm", "tokens", "sample_ids"}
     always |= {"samples_per_second", "tokens_per_second", "data_wait_fraction"}
     for line in lines:
-        validated = {"validation"} if line["step"] % 5 == 0 else set()
+        validated = {"validation"} if line["step"] % 5 == 0 and line["phase"] == "instruction" else set()
         assert line.keys() == always | validated
         assert len(line["sample_ids"]) == 4
         assert {sample_id.split("/")[0] for sample_id in line["sample_ids"]} == line["loss_by_dataset"].keys()
         assert 0 <= line["data_wait_fraction"] <= 1
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     assert [line["phase"] for line in lines] == ["alignment"] * 9 + ["instruction"] * 15
-    assert lines[4]["validation"].keys() == {"easy_vqa_yes_no", "easy_vqa_shape", "easy_vqa_color"}
+    assert lines[9]["validation"].keys() == {"easy_vqa_yes_no", "easy_vqa_shape", "easy_vqa_color"}
 
 
 def test_curves_are_a_picture(finished_run: Path) -> None:
@@ -210,12 +209,11 @@ def test_wandb_stays_below_the_output_folder(world: World, finished_run: Path, t
 
 def test_the_ablations_are_other_models(world: World, finished_run: Path, tmp_path: Path) -> None:
     own = [line["loss"] for line in read_lines(finished_run / "metrics.jsonl")]
-    unaware = train_here(world, tmp_path, "name=not_aware", "qformer.instruction_aware=false")
+    few = "recipe.final_samples=3"
+    unaware = train_here(world, tmp_path, "name=not_aware", "qformer.instruction_aware=false", few)
     assert [line["loss"] for line in read_lines(unaware / "metrics.jsonl")] != own
-    assert scores(evaluate_here(world, unaware, tmp_path / "evaluate", f"samples={FINAL_SAMPLES}")) == scores(
-        unaware / "evaluation"
-    )
-    unbalanced = train_here(world, tmp_path, "name=unbalanced", "mixture.weights=proportional")
+    assert scores(evaluate_here(world, unaware, tmp_path / "evaluate", "samples=3")) == scores(unaware / "evaluation")
+    unbalanced = train_here(world, tmp_path, "name=unbalanced", "mixture.weights=proportional", few)
     drawn = [name for line in read_lines(unbalanced / "metrics.jsonl") for name in line["sample_ids"]]
     balanced = [name for line in read_lines(finished_run / "metrics.jsonl") for name in line["sample_ids"]]
     yes_no = [sum(name.startswith("easy_vqa_yes_no/") for name in names) for names in (drawn, balanced)]
@@ -233,37 +231,3 @@ def test_prepare_fetch_and_check(world: World, tmp_path: Path) -> None:
     shard = tmp_path / "shards/easy_vqa/test/shard-000000.tar"
     os.truncate(shard, shard.stat().st_size - 512)
     assert str(shard.relative_to(tmp_path)) in run(world, "prepare.py", "check=shards", cwd=tmp_path, status=1)
-
-
-@pytest.mark.parametrize(
-    ("script", "arguments", "words"),
-    [
-        ("train.py", ["recipe.clip_nrom=1"], ["recipe.clip_nrom", "recipe.clip_norm"]),
-        ("train.py", ["seed=soon"], ["seed"]),
-        ("train.py", ["mixture=demmo"], ["demmo", "demo"]),
-        ("train.py", ["llm.sources.path=/nowhere"], ["llm.sources.path=/nowhere"]),
-        ("evaluate.py", ["checkpoint=/nowhere"], ["/nowhere"]),
-        ("evaluate.py", [], ["checkpoint"]),
-        ("prepare.py", ["dataset=easy_vqq"], ["easy_vqq", "easy_vqa"]),
-        ("prepare.py", ["dataset=easy_vqa", "raw=/nowhere"], ["/nowhere"]),
-        ("prepare.py", ["check=/nowhere"], ["/nowhere"]),
-    ],
-)
-def test_a_mistake_is_one_line(
-    world: World, tmp_path: Path, script: str, arguments: list[str], words: list[str]
-) -> None:
-    printed = run(world, script, *(world.train if script == "train.py" else ()), *arguments, cwd=tmp_path, status=2)
-    assert printed.startswith("error: ")
-    assert printed.count("\n") == 1
-    assert all(word in printed for word in words)
-    assert below(tmp_path) <= {f"{script}.log", "outputs/train/demo/config.yaml"}
-
-
-def test_a_damaged_shard_is_one_line(world: World, finished_run: Path, tmp_path: Path) -> None:
-    shutil.copytree(world.shards, tmp_path / "shards")
-    shard = tmp_path / "shards/easy_vqa/test/shard-000000.tar"
-    os.truncate(shard, shard.stat().st_size - 512)
-    arguments = [f"checkpoint={finished_run}", f"data.shards={tmp_path / 'shards'}"]
-    printed = run(world, "evaluate.py", *arguments, cwd=tmp_path, status=2)
-    assert printed.count("\n") == 1
-    assert str(shard) in printed

@@ -12,7 +12,7 @@ import pytest
 from instructblip.evaluation import runner
 from instructblip.model.instructblip import InstructBLIP
 from instructblip.training.checkpoint import checkpoint_folders
-from tests.runs import DATASETS, FINAL_SAMPLES, World, evaluate_here, predictions, run, scores, start
+from tests.runs import DATASETS, FINAL_SAMPLES, World, evaluate_here, predictions, read_lines, run, scores, start
 
 ANSWERS = FINAL_SAMPLES * len(DATASETS)
 OVERRIDES = (f"samples={FINAL_SAMPLES}", "batch_size=4")
@@ -86,8 +86,10 @@ def test_another_protocol_answers_for_itself(
     world: World, finished_run: Path, whole: Path, answered: list[str], tmp_path: Path
 ) -> None:
     shutil.copytree(whole, tmp_path / "demo")
-    evaluate_here(world, finished_run, tmp_path, *OVERRIDES, "withhold_images=true")
-    assert len(answered) == ANSWERS
+    found = evaluate_here(world, finished_run, tmp_path, *OVERRIDES, "withhold_images=true")
+    asked = [{line["prompt"] for line in read_lines(found / name / "predictions.jsonl")} for name in DATASETS]
+    assert len(answered) == sum(len(prompts) for prompts in asked)  # one picture for all: each prompt once
+    assert predictions(found) != predictions(whole)
 
 
 def die_while_writing_the_third_batch() -> None:

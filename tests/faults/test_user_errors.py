@@ -267,7 +267,9 @@ def test_no_network_and_no_vision_weights(world: World, tmp_path: Path) -> None:
     """Two sources fail: the wheel, then the hub."""
     overrides = [part for part in world.train if not part.startswith("vision.sources.path")]
     line = fail(world, "train.py", *overrides, cwd=tmp_path, INSTRUCTBLIP_CACHE=str(tmp_path / "cache"), **OFFLINE)
-    assert says(line, "efficientnet_lite0 is not in the cache", "no connection to the package registry", "Hugging Face")
+    assert says(
+        line, "efficientnet_lite0 is not in the cache", "no connection to the package registry", "Hugging Face hub"
+    )
     assert says(line, "sha256 f2bc3dd0", "vision.sources.path=FOLDER")
 
 

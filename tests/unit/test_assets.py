@@ -294,7 +294,7 @@ def test_an_unreachable_hub_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_pat
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     with pytest.raises(
-        UserError, match=r"\(Hugging Face hub: \w+ for a/b\); fetch it where .*\(hf download a/b\), or set"
+        UserError, match=r"\(Hugging Face hub: no answer for a/b, \w+\); fetch it where .*\(hf download a/b\), or set"
     ):
         part_folder(Sources("tiny", hub="a/b"), progress=False)
     with pytest.raises(UserError, match="tiny: Repo id must"):

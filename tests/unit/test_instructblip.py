@@ -119,7 +119,9 @@ def test_alignment_loss_is_about_the_first_token_alone(model: InstructBLIP, monk
     monkeypatch.setattr(model.llm, "hidden_states", None)  # the LLM's layers are not run
     loss = model(tiny_images(3), PROMPTS, TARGETS, through_llm=False)
     assert loss.tokens_per_sample.tolist() == [1, 1, 1]
-    torch.testing.assert_close(loss.total, loss.per_sample.sum())
+    visual = model.visual_prompt(model.image_tokens(tiny_images(3)), PROMPTS)
+    stretch = visual.norm(dim=-1).div(model.llm.embeddings.weight.norm(dim=-1).mean()).log().square()
+    torch.testing.assert_close(loss.total, loss.per_sample.sum() + stretch.mean(dim=1).sum())
     same_start = model(tiny_images(3), PROMPTS, ["red shape", "yes", " "], through_llm=False)
     assert torch.equal(loss.per_sample[:2], same_start.per_sample[:2])
     other_start = model(tiny_images(3), PROMPTS, ["blue", "no", "x"], through_llm=False)
