@@ -121,6 +121,8 @@ def load_llm(config: LLMConfig) -> DecoderLLM:
             eos_token=config.eos_token,
             pad_token=config.pad_token,
             bos_token=config.bos_token,
+            image_prefix=config.image_prefix,
+            prompt_prefix=config.prompt_prefix,
             answer_prefix=config.answer_prefix,
             max_prompt_tokens=config.max_prompt_tokens,
             max_target_tokens=config.max_target_tokens,

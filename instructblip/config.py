@@ -84,6 +84,8 @@ class LLMConfig:
     eos_token: str = MISSING
     pad_token: str = MISSING
     bos_token: str | None = None
+    image_prefix: str = ""  # text in front of the visual tokens
+    prompt_prefix: str = ""  # text between them and the prompt
     answer_prefix: str = ""
     max_prompt_tokens: int = 128
     max_target_tokens: int = 256
@@ -137,6 +139,7 @@ class PhaseConfig:
     warmup_steps: int = 0
     warmup_learning_rate: float = 1e-8
     final_learning_rate: float = 0.0
+    new_parts_scale: float = 1.0  # learning rate of what BERT does not bring (query tokens, cross-attention), a multiple
     through_llm: bool = True
 
 
@@ -149,7 +152,6 @@ class RecipeConfig:
     weight_decay: float = 0.05
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     clip_norm: float | None = 1.0
-    new_parts_scale: float = 1.0  # learning rate of what BERT does not bring: query tokens and cross-attention
     checkpoint_every: int = MISSING
     keep_checkpoints: int = 2
     validate_every: int = MISSING

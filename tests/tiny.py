@@ -112,6 +112,8 @@ def tiny_llm(
     *,
     answer_prefix: str = " ",
     bos_token: str | None = None,
+    image_prefix: str = "",
+    prompt_prefix: str = "",
     max_prompt_tokens: int = 128,
     max_target_tokens: int = 256,
 ) -> DecoderLLM:
@@ -123,6 +125,8 @@ def tiny_llm(
         eos_token=EOS,
         pad_token=EOS,
         bos_token=bos_token,
+        image_prefix=image_prefix,
+        prompt_prefix=prompt_prefix,
         answer_prefix=answer_prefix,
         max_prompt_tokens=max_prompt_tokens,
         max_target_tokens=max_target_tokens,

@@ -22,6 +22,7 @@ class Protocol:
     Attributes:
         candidates: texts to rank; `classes` beside them names the class each text stands for (itself, without verbalizers).
             A class's score is the log of the summed likelihoods of its texts.
+        verbalizers: (text, class) pairs; a freely generated text of one of them counts as its class.
         samples: how many of the split's samples are scored; None is all. The subset is the first by SHA-256 of the sample
             id: it depends on nothing else.
         samples_sha256: of the chosen sample ids and of the shards they lie in.
@@ -34,6 +35,7 @@ class Protocol:
     mode: str
     candidates: tuple[str, ...]
     classes: tuple[str, ...]
+    verbalizers: tuple[tuple[str, str], ...]
     normalize: str
     include_eos: bool
     max_new_tokens: int
@@ -118,7 +120,8 @@ def make_task(
     if mode not in ("rank", "generate"):
         raise UserError(f"mode is rank or generate, not {mode!r}")
     texts = [(text, text) for text in rules.candidates]
-    texts += [(text, label) for label, synonyms in rules.verbalizers.items() for text in synonyms]
+    verbalizers = tuple((text, label) for label, synonyms in rules.verbalizers.items() for text in synonyms)
+    texts += verbalizers
     if mode == "rank" and not texts:
         raise UserError(f"{card.name} has no candidates to rank; evaluate it with mode=generate")
     protocol = Protocol(
@@ -128,6 +131,7 @@ def make_task(
         mode=mode,
         candidates=tuple(text for text, _ in texts) if mode == "rank" else (),
         classes=tuple(label for _, label in texts) if mode == "rank" else (),
+        verbalizers=verbalizers,
         normalize=rules.normalize,
         include_eos=rules.include_eos,
         max_new_tokens=rules.max_new_tokens,

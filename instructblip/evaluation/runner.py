@@ -19,6 +19,7 @@ from instructblip.data.shards import ShardReader
 from instructblip.data.transforms import decode_image, squash
 from instructblip.errors import UserError
 from instructblip.evaluation.metrics import accuracy
+from instructblip.evaluation.metrics.accuracy import normalize_answer
 from instructblip.evaluation.protocol import EvaluationSample, Task, as_json
 from instructblip.evaluation.statistics import accuracy_interval
 from instructblip.files import is_disk_full, write_atomically
@@ -143,7 +144,8 @@ def _answer(
     prompts = [sample.prompt for sample in samples]
     if protocol.mode == "generate":
         texts = model.generate(images, prompts, num_beams=protocol.num_beams, max_new_tokens=protocol.max_new_tokens)
-        return [(text, ()) for text in texts]
+        classes = {normalize_answer(text): label for text, label in protocol.verbalizers}
+        return [(classes.get(normalize_answer(text), text), ()) for text in texts]
     scores = model.rank(
         images,
         prompts,

@@ -113,9 +113,9 @@ class InstructBLIP(nn.Module):
             instructions: B prompts.
             targets: B answers; EOS is added and supervised.
             through_llm: False is the alignment loss, for a Q-Former and projection that have never met this LLM: among all
-                its input embeddings the visual tokens must point nearest to that of the answer's first token (a cross-
-                entropy over cosines), and be as long as embeddings are (the squared log of the ratio). It costs a small
-                part of a pass through the LLM and teaches the projection the language of its inputs.
+                its input embeddings the visual tokens must point nearest to that of the answer's first token (a
+                cross-entropy over cosines), and be as long as embeddings are (the squared log of the ratio).
+                It costs a small part of a pass through the LLM and teaches the projection the language of its inputs.
         """
         visual_BQL = self.visual_prompt(self.image_tokens(images), instructions)
         if not through_llm:
@@ -123,12 +123,13 @@ class InstructBLIP(nn.Module):
         prompts = [self.llm.prompt_ids(text) for text in instructions]
         answers = [self.llm.target_ids(text) for text in targets]
         # Rows are padded on the right, where a causal model's real tokens never look: no mask is needed.
+        prefix_TL = self.llm.embed(self.llm.image_prefix_ids)
         rows = [
-            torch.cat([visual, self.llm.embed(prompt + answer[:-1])])
+            torch.cat([prefix_TL, visual, self.llm.embed(prompt + answer[:-1])])
             for visual, prompt, answer in zip(visual_BQL, prompts, answers, strict=True)
         ]
         hidden_BTL = self.llm.hidden_states(pad_sequence(rows, batch_first=True))
-        first = [visual_BQL.shape[1] + len(prompt) - 1 for prompt in prompts]
+        first = [len(prefix_TL) + visual_BQL.shape[1] + len(prompt) - 1 for prompt in prompts]
         hidden_SL = torch.cat(
             [row[start : start + len(ids)] for row, start, ids in zip(hidden_BTL, first, answers, strict=True)]
         )
@@ -186,8 +187,9 @@ class InstructBLIP(nn.Module):
 
     def _prefixes(self, images: Images, prompts: Sequence[str]) -> list[Tensor]:
         visual_BQL = self.visual_prompt(self.image_tokens(images), prompts)
+        prefix_TL = self.llm.embed(self.llm.image_prefix_ids)
         return [
-            torch.cat([visual, self.llm.embed(self.llm.prompt_ids(prompt))])
+            torch.cat([prefix_TL, visual, self.llm.embed(self.llm.prompt_ids(prompt))])
             for visual, prompt in zip(visual_BQL, prompts, strict=True)
         ]
 

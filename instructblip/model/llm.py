@@ -31,6 +31,9 @@ class DecoderLLM(FrozenModule):
         eos_token: token that ends an answer, in training targets and in ranking.
         pad_token: token that fills batches.
         bos_token: token before the prompt, or None where the model has none.
+        image_prefix: text in front of the visual tokens. A model that always saw some token first sends much of its attention
+            there; a visual token in that place is heard badly and disturbs the rest.
+        prompt_prefix: text between the visual tokens and the prompt.
         answer_prefix: put before every target and candidate; byte-level vocabularies need the space.
         max_prompt_tokens: longer prompts lose their beginning (as released: truncation side left).
         max_target_tokens: longer targets lose their end, EOS included.
@@ -46,6 +49,8 @@ class DecoderLLM(FrozenModule):
         eos_token: str,
         pad_token: str,
         bos_token: str | None = None,
+        image_prefix: str = "",
+        prompt_prefix: str = "",
         answer_prefix: str = "",
         max_prompt_tokens: int = 128,
         max_target_tokens: int = 256,
@@ -56,6 +61,8 @@ class DecoderLLM(FrozenModule):
         self.eos_id = _token_id(tokenizer, eos_token)
         self.pad_id = _token_id(tokenizer, pad_token)
         self.bos_ids = [] if bos_token is None else [_token_id(tokenizer, bos_token)]
+        self.image_prefix_ids: list[int] = tokenizer(image_prefix, add_special_tokens=False)["input_ids"]
+        self.prompt_prefix = prompt_prefix
         self.answer_prefix = answer_prefix
         self.max_prompt_tokens = max_prompt_tokens
         self.max_target_tokens = max_target_tokens
@@ -77,7 +84,7 @@ class DecoderLLM(FrozenModule):
 
     def prompt_ids(self, prompt: str) -> list[int]:
         """Token ids of a prompt, cut from the left when too long; BOS stays, as tokenizers do it."""
-        ids = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        ids = self.tokenizer(self.prompt_prefix + prompt, add_special_tokens=False)["input_ids"]
         room = self.max_prompt_tokens - len(self.bos_ids)
         return self.bos_ids + ids[max(len(ids) - room, 0) :]
 

@@ -29,6 +29,7 @@ class Phase:
         micro_batch_size: samples a forward pass.
         learning_rate, warmup_steps, warmup_learning_rate, final_learning_rate: linear warm-up, then cosine, both within
             the phase.
+        new_parts_scale: learning rate of what BERT does not bring (query tokens, cross-attention) as a multiple.
         through_llm: False trains on the alignment loss, which skips the LLM's layers.
     """
 
@@ -40,6 +41,7 @@ class Phase:
     warmup_steps: int
     warmup_learning_rate: float
     final_learning_rate: float
+    new_parts_scale: float
     through_llm: bool
 
     def rate(self, step: int) -> float:
@@ -118,6 +120,7 @@ def train_step(
     *,
     through_llm: bool,
     rate: float,
+    new_parts_scale: float = 1.0,
     clip_norm: float | None,
 ) -> StepResult:
     """One optimiser step over the micro-batches of a global batch.
@@ -146,7 +149,7 @@ def train_step(
             f"loss {total} and gradient norm {float(norm)} are not both finite in the batch {', '.join(ids)}; "
             "lower recipe.phases[].learning_rate or look at these samples"
         )
-    set_learning_rate(optimizer, rate)
+    set_learning_rate(optimizer, rate, new_parts_scale)
     optimizer.step()
     return StepResult(total, _by_dataset(batches, losses), float(norm), len(ids), tokens, ids)
 
@@ -187,7 +190,13 @@ def run_steps(
         torch.manual_seed(_step_seed(seed, step))
         rate = place.phase.rate(place.step)
         result = train_step(
-            model, optimizer, micro_batches, through_llm=place.phase.through_llm, rate=rate, clip_norm=clip_norm
+            model,
+            optimizer,
+            micro_batches,
+            through_llm=place.phase.through_llm,
+            rate=rate,
+            new_parts_scale=place.phase.new_parts_scale,
+            clip_norm=clip_norm,
         )
         done = step + 1
         if after_step(step, place, rate, result):

@@ -13,19 +13,12 @@ NEW_PARTS = ("query_tokens", "cross_attention.")
 
 
 def make_adamw(
-    parameters: Iterable[tuple[str, nn.Parameter]],
-    *,
-    weight_decay: float,
-    betas: Sequence[float],
-    new_parts_scale: float = 1.0,
+    parameters: Iterable[tuple[str, nn.Parameter]], *, weight_decay: float, betas: Sequence[float]
 ) -> torch.optim.AdamW:
     """AdamW over named trainable parameters; norms, biases and query tokens do not decay.
 
     The released code decays the query tokens because they are three-dimensional; decaying a learned constant input towards
     zero has no motive, and the other constants (biases, norms) are spared for the same reason.
-
-    Args:
-        new_parts_scale: the learning rate of `NEW_PARTS` as a multiple of everyone's.
     """
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in parameters:
@@ -34,11 +27,7 @@ def make_adamw(
             new = any(part in name for part in NEW_PARTS)
             groups.setdefault((decays, new), []).append(parameter)
     options = [
-        {
-            "params": group,
-            "weight_decay": weight_decay if decays else 0.0,
-            "scale": new_parts_scale if new else 1.0,
-        }
+        {"params": group, "weight_decay": weight_decay if decays else 0.0, "new": new}
         for (decays, new), group in groups.items()
     ]
     # The learning rate is set before every step; fused, one pass over memory instead of seven.
@@ -53,7 +42,7 @@ def learning_rate(step: int, *, steps: int, peak: float, warmup_steps: int, star
     return final + (peak - final) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Give every parameter group its multiple of the rate."""
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float, new_parts_scale: float = 1.0) -> None:
+    """Give every parameter group the rate; `NEW_PARTS` get that multiple of it."""
     for group in optimizer.param_groups:
-        group["lr"] = rate * group["scale"]
+        group["lr"] = rate * (new_parts_scale if group["new"] else 1.0)

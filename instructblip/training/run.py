@@ -184,7 +184,6 @@ def _set_up(config: TrainConfig, folder: Path, console: Console) -> TrainingRun:
             model.named_parameters(),
             weight_decay=config.recipe.weight_decay,
             betas=config.recipe.betas,
-            new_parts_scale=config.recipe.new_parts_scale,
         ),
         names={parameter: name for name, parameter in model.named_parameters()},
         phases=_phases(config),
@@ -248,6 +247,7 @@ def _phases(config: TrainConfig) -> list[Phase]:
             warmup_steps=phase.warmup_steps,
             warmup_learning_rate=phase.warmup_learning_rate,
             final_learning_rate=phase.final_learning_rate,
+            new_parts_scale=phase.new_parts_scale,
             through_llm=phase.through_llm,
         )
         for phase in config.recipe.phases

@@ -28,13 +28,13 @@ def backward(model: InstructBLIP, rows: slice, **options: bool) -> None:
 def plain_loss(model: InstructBLIP, image: Tensor, prompt: str, target: str) -> Tensor:
     """Summed loss of one sample by transformers: labels only at the answer and its EOS."""
     visual = model.visual_prompt(model.image_tokens(image[None]), [prompt])
-    text = model.llm.tokenizer(prompt)["input_ids"]
+    text = model.llm.tokenizer(model.llm.prompt_prefix + prompt)["input_ids"]
     answer = [*model.llm.tokenizer(" " + target)["input_ids"], model.llm.eos_id]
-    embeddings = model.llm.model.get_input_embeddings()(torch.tensor([text + answer]))
-    ignored = [-100] * (visual.shape[1] + len(text))
-    output = model.llm.model(
-        inputs_embeds=torch.cat([visual, embeddings], dim=1), labels=torch.tensor([ignored + answer])
-    )
+    embed = model.llm.model.get_input_embeddings()
+    before = embed(torch.tensor([model.llm.image_prefix_ids], dtype=torch.long))
+    embeddings = torch.cat([before, visual, embed(torch.tensor([text + answer]))], dim=1)
+    ignored = [-100] * (before.shape[1] + visual.shape[1] + len(text))
+    output = model.llm.model(inputs_embeds=embeddings, labels=torch.tensor([ignored + answer]))
     return output.loss * len(answer)
 
 
@@ -48,6 +48,20 @@ def test_loss_equals_the_one_of_transformers(model: InstructBLIP, frames: int) -
     torch.testing.assert_close(loss.total, expected.sum(), rtol=1e-5, atol=1e-5)
     tokens = [len(model.llm.tokenizer(" " + target)["input_ids"]) + 1 for target in TARGETS]
     assert loss.tokens_per_sample.tolist() == tokens
+
+
+@torch.no_grad()
+def test_text_around_the_visual_tokens_is_what_its_config_says() -> None:
+    torch.manual_seed(0)
+    model = tiny_model(llm=tiny_llm(image_prefix=f"{BOS}see ", prompt_prefix="\n"))
+    assert model.llm.image_prefix_ids == model.llm.tokenizer(f"{BOS}see ")["input_ids"]
+    assert model.llm.image_prefix_ids[0] == model.llm.tokenizer.bos_token_id
+    loss = model(tiny_images(3), PROMPTS, TARGETS).per_sample
+    rows = zip(tiny_images(3), PROMPTS, TARGETS, strict=True)
+    expected = torch.stack([plain_loss(model, *row) for row in rows])
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+    ranked = model.rank(tiny_images(3), PROMPTS, [[target] for target in TARGETS])
+    torch.testing.assert_close(torch.cat(ranked), -expected, rtol=1e-5, atol=1e-4)
 
 
 @torch.no_grad()

@@ -33,6 +33,7 @@ def _phase(steps: int, batch_size: int, micro_batch_size: int) -> Phase:
         warmup_steps=0,
         warmup_learning_rate=0.0,
         final_learning_rate=0.0,
+        new_parts_scale=1.0,
         through_llm=True,
     )
 

@@ -34,6 +34,7 @@ FIRST = Phase(
     warmup_steps=2,
     warmup_learning_rate=1e-8,
     final_learning_rate=1e-5,
+    new_parts_scale=1.0,
     through_llm=False,
 )
 SECOND = replace(FIRST, name="second", steps=2, batch_size=6, micro_batch_size=4, warmup_steps=0, through_llm=True)

@@ -67,8 +67,8 @@ def test_new_parts_have_their_own_multiple_of_the_rate() -> None:
     assert "cross_attention." in NEW_PARTS
     model = tiny_model()
     names = {parameter: name for name, parameter in model.named_parameters()}
-    optimizer = make_adamw(model.named_parameters(), weight_decay=0.05, betas=(0.9, 0.98), new_parts_scale=4.0)
-    set_learning_rate(optimizer, 0.5)
+    optimizer = make_adamw(model.named_parameters(), weight_decay=0.05, betas=(0.9, 0.98))
+    set_learning_rate(optimizer, 0.5, new_parts_scale=4.0)
     rates = {names[p]: group["lr"] for group in optimizer.param_groups for p in group["params"]}
     for name, rate in rates.items():
         new = any(part in name for part in NEW_PARTS)

@@ -86,7 +86,8 @@ def test_generation_does_not_depend_on_the_batch_either(model: InstructBLIP, sha
 def test_a_score_is_that_of_the_image_and_prompt(model: InstructBLIP, yes_no: Task) -> None:
     read = read_pixels(IMAGE_SIZE)
     sample = yes_no.samples[13]
-    expected = model.rank(read(sample.shard, sample.row)[None, None], [sample.prompt], [yes_no.protocol.candidates])[0]
+    image = read(sample.shard, sample.row)[None, None]
+    expected = model.rank(image, [sample.prompt], [yes_no.protocol.candidates], include_eos=False)[0]
     found = answer(model, yes_no).predictions[13]
     assert found.scores == pytest.approx(expected.tolist(), abs=1e-4)
     assert found.prediction == yes_no.protocol.candidates[int(expected.argmax())]
@@ -108,6 +109,17 @@ def test_of_equal_classes_the_first_is_taken(
 ) -> None:
     Scripted(monkeypatch, scores=[-2.0] * 13)
     assert {item.prediction for item in answer(model, yes_no).predictions} == {"yes"}
+
+
+def test_a_generated_verbalizer_counts_as_its_class(
+    model: InstructBLIP, shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Scripted(monkeypatch, text="Yes.")
+    result = answer(model, make_task(load_card("easy_vqa_statements"), shards, mode="generate"))
+    assert {prediction.prediction for prediction in result.predictions} == {"true"}
+    truth = [sample.record.answers == ("true",) for sample in result.task.samples]
+    assert list(result.correct) == truth
+    assert len(set(truth)) == 2
 
 
 def test_generated_text_is_compared_without_case_and_full_stop(
