@@ -139,7 +139,9 @@ class PhaseConfig:
     warmup_steps: int = 0
     warmup_learning_rate: float = 1e-8
     final_learning_rate: float = 0.0
-    new_parts_scale: float = 1.0  # learning rate of what BERT does not bring (query tokens, cross-attention), a multiple
+    new_parts_scale: float = (
+        1.0  # learning rate of what BERT does not bring (query tokens, cross-attention), a multiple
+    )
     through_llm: bool = True
 
 

@@ -60,7 +60,9 @@ def prepare(config: PrepareConfig, console: Console) -> int:
         problems = check_prepared(Path(config.check))
         for line in problems:
             console.print(line, highlight=False, soft_wrap=True)
-        console.print(f"{config.check}: {len(problems)} problems" if problems else f"{config.check}: all shards are whole")
+        console.print(
+            f"{config.check}: {len(problems)} problems" if problems else f"{config.check}: all shards are whole"
+        )
         return int(bool(problems))
     if config.dataset is None:
         raise UserError("name a dataset: python prepare.py dataset=NAME raw=FOLDER out=SHARDS, or check=SHARDS")

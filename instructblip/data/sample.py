@@ -46,7 +46,9 @@ class Record:
         known = {field.name for field in dataclasses.fields(cls)}
         if not {"id", "kind"} <= fields.keys() <= known:
             raise ValueError(f"a record needs id and kind and knows only {sorted(known)}, got {sorted(fields)}")
-        values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+        values: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()
+        }
         if "history" in values:
             values["history"] = tuple((question, answer) for question, answer in values["history"])
         return cls(**values)

@@ -51,7 +51,10 @@ class Protocol:
 
     def describe(self) -> dict[str, str]:
         """Name and value of every choice, as a report shows them."""
-        shown = {"split": self.split, "samples": "all" if self.samples is None else f"first {self.samples} by hash of id"}
+        shown = {
+            "split": self.split,
+            "samples": "all" if self.samples is None else f"first {self.samples} by hash of id",
+        }
         shown |= {"prompt": self.prompt, "mode": self.mode, "metric": self.metric, "images": self.images}
         if self.mode == "rank":
             shown["candidates"] = ", ".join(self.candidates)

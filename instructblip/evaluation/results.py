@@ -154,5 +154,3 @@ def _example(result: TaskResult, number: int) -> ReportExample:
         correct=result.correct[number],
         scores=list(zip(result.task.protocol.candidates, prediction.scores, strict=True)) if prediction.scores else [],
     )
-
-

@@ -74,9 +74,7 @@ class InstructBLIP(nn.Module):
 
     def trainable_state(self) -> dict[str, Tensor]:
         """Everything that is not frozen: parameters and buffers outside the vision encoder and the LLM."""
-        return {
-            name: tensor for name, tensor in self.state_dict().items() if not name.startswith(("vision.", "llm."))
-        }
+        return {name: tensor for name, tensor in self.state_dict().items() if not name.startswith(("vision.", "llm."))}
 
     def image_tokens(self, images: Images) -> Tensor:
         """Frozen image tokens (B, F, P, V) of pictures or uint8 frames; tokens (from a feature cache) pass through."""
@@ -113,8 +111,8 @@ class InstructBLIP(nn.Module):
             instructions: B prompts.
             targets: B answers; EOS is added and supervised.
             through_llm: False is the alignment loss, for a Q-Former and projection that have never met this LLM: among all
-                its input embeddings the mean visual token must point nearest to that of the answer's first token (a
-                cross-entropy over cosines), and each must be as long as embeddings are (the squared log of the ratio).
+                its input embeddings the visual tokens must point nearest to that of the answer's first token (a
+                cross-entropy over cosines), and be as long as embeddings are (the squared log of the ratio).
                 It costs a small part of a pass through the LLM and teaches the projection the language of its inputs.
         """
         visual_BQL = self.visual_prompt(self.image_tokens(images), instructions)
@@ -194,8 +192,8 @@ class InstructBLIP(nn.Module):
         ]
 
     def _alignment_loss(self, visual_BQL: Tensor, targets: Sequence[str]) -> Loss:
-        # The mean alone: single tokens stay free to carry what else the LLM will need.
-        directions_BL = F.normalize(visual_BQL.mean(dim=1), dim=-1)
+        # The mean of unit vectors is long only where they agree, so every visual token learns to name the answer.
+        directions_BL = F.normalize(visual_BQL, dim=-1).mean(dim=1)
         cosines_BV = directions_BL @ self.llm.embeddings.weight.T / self.llm.embedding_norms
         logits_BV = _ALIGNMENT_SCALE * cosines_BV
         first_B = torch.tensor([self.llm.target_ids(text)[0] for text in targets], device=logits_BV.device)

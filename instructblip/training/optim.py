@@ -6,7 +6,6 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import nn
 
-
 # What BERT does not bring to a Q-Former. The projection is new too, but its weights are as small as the LLM's embeddings,
 # and a large rate would turn it over within a few steps.
 NEW_PARTS = ("query_tokens", "cross_attention.")

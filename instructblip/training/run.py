@@ -53,7 +53,15 @@ from instructblip.weights.assets import cache_folder
 _CALIBRATION_IMAGES = 256
 _EVALUATION_BATCH = 32
 # Settings that a resumed run may change: they decide how a run is carried out, not what it computes.
-_FREE_ON_RESUME = ("resume", "device", "output", "logger", "data.workers", "recipe.keep_checkpoints", "recipe.final_samples")
+_FREE_ON_RESUME = (
+    "resume",
+    "device",
+    "output",
+    "logger",
+    "data.workers",
+    "recipe.keep_checkpoints",
+    "recipe.final_samples",
+)
 
 
 @dataclass
@@ -398,5 +406,3 @@ def _realised_table(run: TrainingRun) -> Table:
     for entry, share, count in zip(run.mixture.entries, run.mixture.shares, drawn, strict=True):
         table.add_row(entry.name, f"{100 * share:.2f}", f"{100 * count / samples:.2f}", f"{count:,}")
     return table
-
-
