@@ -31,8 +31,8 @@ class DecoderLLM(FrozenModule):
         eos_token: token that ends an answer, in training targets and in ranking.
         pad_token: token that fills batches.
         bos_token: token before the prompt, or None where the model has none.
-        image_prefix: text in front of the visual tokens. A model that always saw some token first sends much of its attention
-            there; a visual token in that place is heard badly and disturbs the rest.
+        image_prefix: text in front of the visual tokens. A model that always saw some token first sends much of its
+            attention there; a visual token in that place is heard badly and disturbs the rest.
         prompt_prefix: text between the visual tokens and the prompt.
         answer_prefix: put before every target and candidate; byte-level vocabularies need the space.
         max_prompt_tokens: longer prompts lose their beginning (as released: truncation side left).
