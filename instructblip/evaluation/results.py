@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich import box
 from rich.table import Table
 
 from instructblip.evaluation.metrics import accuracy
@@ -88,17 +89,19 @@ def write_results(
 
 def score_table(title: str, results: Sequence[DatasetResult]) -> Table:
     """Scores with their 95% intervals beside the baselines, for the terminal."""
-    table = Table(title=title)
+    held_out = [item.result.task.card.name for item in results if item.result.task.card.role == "held-out"]
+    caption = f"held out, never trained on: {', '.join(held_out)}" if held_out else None
+    # Narrow enough for a terminal of 80 columns.
+    table = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     names = list(dict.fromkeys(name for item in results for name in item.baselines))
     table.add_column("dataset", no_wrap=True)
-    for name in ("accuracy %", "95% interval", *names, "samples"):
+    for name in ("accuracy %", "95%", *names, "samples"):
         table.add_column(name, justify="right")
     for item in results:
         result = item.result
-        role = " (held out)" if result.task.card.role == "held-out" else ""
         others = [f"{item.baselines[name]:.1f}" if name in item.baselines else "" for name in names]
-        interval = f"{result.low:.1f} to {result.high:.1f}"
-        table.add_row(result.task.card.name + role, f"{result.value:.1f}", interval, *others, str(len(result.correct)))
+        interval = f"{result.low:.1f}-{result.high:.1f}"
+        table.add_row(result.task.card.name, f"{result.value:.1f}", interval, *others, str(len(result.correct)))
     return table
 
 
