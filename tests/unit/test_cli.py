@@ -75,6 +75,7 @@ def test_a_defect_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, capfd: py
     def task(config: PrepareConfig, console: Console) -> None:
         raise ZeroDivisionError("a defect")
 
+    monkeypatch.setattr(sys, "gettrace", lambda: None)  # under coverage Hydra would take us for a debugger and raise
     assert _main(monkeypatch, task) == 1
     assert "Traceback" in capfd.readouterr().err
 

@@ -74,7 +74,7 @@ def test_everything_that_decides_a_score_is_in_the_hash(yes_no: Card, shards: Pa
             for other in (
                 dataclasses.replace(yes_no.evaluation, prompt="{question}"),
                 dataclasses.replace(yes_no.evaluation, normalize="mean"),
-                dataclasses.replace(yes_no.evaluation, include_eos=False),
+                dataclasses.replace(yes_no.evaluation, include_eos=not yes_no.evaluation.include_eos),
                 dataclasses.replace(yes_no.evaluation, candidates=yes_no.evaluation.candidates[:-1]),
             )
         ),
