@@ -10,8 +10,9 @@ overrides that point them there:
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -19,10 +20,18 @@ from PIL import Image, ImageDraw
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import nn
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    BertConfig,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from instructblip.model.instructblip import InstructBLIP
-from instructblip.model.llm import DecoderLLM
+from instructblip.model.llm import LLM, DecoderLLM, EncoderDecoderLLM
 from instructblip.model.qformer import QFormer
 from instructblip.model.vision import ChannelNorm, VisionEncoder
 
@@ -133,12 +142,68 @@ def tiny_llm(
     )
 
 
+def tiny_t5(vocab_size: int, eos_id: int) -> T5ForConditionalGeneration:
+    """FlanT5's shape in small: gated feed-forward, output head of its own; few buckets, so that far ones are shared."""
+    config = T5Config(
+        vocab_size=vocab_size,
+        d_model=WIDTH,
+        d_kv=8,
+        d_ff=64,
+        num_layers=2,
+        num_heads=4,
+        relative_attention_num_buckets=8,
+        relative_attention_max_distance=12,
+        feed_forward_proj="gated-gelu",
+        dense_act_fn="gelu",
+        tie_word_embeddings=False,
+        initializer_factor=1.0,
+        eos_token_id=eos_id,
+        pad_token_id=eos_id,
+        decoder_start_token_id=eos_id,
+    )
+    model = T5ForConditionalGeneration(config)
+    for module in model.modules():  # transformers starts them all small, and positions would hardly matter
+        if getattr(module, "has_relative_attention_bias", False):
+            nn.init.normal_(module.relative_attention_bias.weight, std=2.0)
+    nn.init.normal_(model.lm_head.weight, std=0.3)  # its own start would give likelihoods of e^-100
+    return model.eval()
+
+
+def tiny_encoder_decoder_llm(
+    *, answer_prefix: str = " ", max_prompt_tokens: int = 128, max_target_tokens: int = 256
+) -> EncoderDecoderLLM:
+    """A frozen tiny T5; its weights come from torch's global random stream."""
+    tokenizer = tiny_llm_tokenizer()
+    return EncoderDecoderLLM(
+        tiny_t5(len(tokenizer), tokenizer.eos_token_id),
+        tokenizer,
+        eos_token=EOS,
+        pad_token=EOS,
+        answer_prefix=answer_prefix,
+        max_prompt_tokens=max_prompt_tokens,
+        max_target_tokens=max_target_tokens,
+    )
+
+
 def tiny_vision(
-    backbone: str = BACKBONE, *, layers: Sequence[str] = LAYERS, grid: int | None = GRID, image_size: int = IMAGE_SIZE
+    backbone: str = BACKBONE,
+    *,
+    layers: Sequence[str] = LAYERS,
+    grid: int | None = GRID,
+    image_size: int = IMAGE_SIZE,
+    options: Mapping[str, Any] | None = None,
+    final_norm: bool = True,
 ) -> VisionEncoder:
     """A frozen tiny timm backbone with random weights."""
     return VisionEncoder(
-        backbone=backbone, image_size=image_size, mean=[127.0] * 3, std=[128.0] * 3, layers=layers, grid=grid
+        backbone=backbone,
+        image_size=image_size,
+        mean=[127.0] * 3,
+        std=[128.0] * 3,
+        layers=layers,
+        grid=grid,
+        options=options,
+        final_norm=final_norm,
     )
 
 
@@ -168,7 +233,7 @@ def tiny_model(
     dropout: float = 0.0,
     vision_norm: str = "layer",
     max_instruction_tokens: int = 64,
-    llm: DecoderLLM | None = None,
+    llm: LLM | None = None,
 ) -> InstructBLIP:
     """A whole model in evaluation mode, drawn from `seed`.
 

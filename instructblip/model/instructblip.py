@@ -5,19 +5,19 @@ L language-model width, S supervised tokens in the batch.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from instructblip.data.transforms import squash
-from instructblip.model.llm import DecoderLLM
+from instructblip.model.llm import LLM
 from instructblip.model.qformer import QFormer
-from instructblip.model.ranking import rank_candidates
+from instructblip.model.ranking import TOKEN_BUDGET, rank_candidates
 from instructblip.model.vision import VisionEncoder
 
 # Tensors are frozen image tokens (B, F, P, V), or uint8 frames (B, F, 3, H, W); pictures are PIL images or lists of frames.
@@ -59,7 +59,7 @@ class InstructBLIP(nn.Module):
         vision_norm: nn.Module,
         qformer: QFormer,
         qformer_tokenizer: PreTrainedTokenizerBase,
-        llm: DecoderLLM,
+        llm: LLM,
         max_instruction_tokens: int = 128,
     ) -> None:
         super().__init__()
@@ -92,7 +92,7 @@ class InstructBLIP(nn.Module):
     def visual_prompt(self, tokens_BFPV: Tensor, instructions: Sequence[str]) -> Tensor:
         """Soft prompt (B, F * Q, L): each frame goes alone through the Q-Former with the same instruction."""
         batch, frames = tokens_BFPV.shape[:2]
-        image_NPV = self.vision_norm(tokens_BFPV.flatten(0, 1))
+        image_NPV = self.vision_norm(tokens_BFPV.flatten(0, 1).float())
         text_NT, mask_NT = None, None
         if self.qformer.instruction_aware:
             text_BT, mask_BT = self._tokenize_instructions(instructions, image_NPV.device)
@@ -118,19 +118,9 @@ class InstructBLIP(nn.Module):
         visual_BQL = self.visual_prompt(self.image_tokens(images), instructions)
         if not through_llm:
             return self._alignment_loss(visual_BQL, targets)
-        prompts = [self.llm.prompt_ids(text) for text in instructions]
+        prefixes = self._prefixes(visual_BQL, instructions, truncate=True)
         answers = [self.llm.target_ids(text) for text in targets]
-        # Rows are padded on the right, where a causal model's real tokens never look: no mask is needed.
-        prefix_TL = self.llm.embed(self.llm.image_prefix_ids)
-        rows = [
-            torch.cat([prefix_TL, visual, self.llm.embed(prompt + answer[:-1])])
-            for visual, prompt, answer in zip(visual_BQL, prompts, answers, strict=True)
-        ]
-        hidden_BTL = self.llm.hidden_states(pad_sequence(rows, batch_first=True))
-        first = [len(prefix_TL) + visual_BQL.shape[1] + len(prompt) - 1 for prompt in prompts]
-        hidden_SL = torch.cat(
-            [row[start : start + len(ids)] for row, start, ids in zip(hidden_BTL, first, answers, strict=True)]
-        )
+        hidden_SL = self.llm.answer_states(prefixes, answers)
         labels_S = torch.tensor([token for ids in answers for token in ids], device=hidden_SL.device)
         return _summed_loss(self.llm.logits(hidden_SL), labels_S, [len(ids) for ids in answers])
 
@@ -143,6 +133,7 @@ class InstructBLIP(nn.Module):
         *,
         normalize: str = "sum",
         include_eos: bool = True,
+        token_budget: int = TOKEN_BUDGET,
     ) -> list[Tensor]:
         """Log-likelihood (nats) of every candidate answer: one float32 tensor a sample, in the candidates' order.
 
@@ -152,10 +143,13 @@ class InstructBLIP(nn.Module):
             candidates: B lists, of any lengths.
             normalize: `sum` over a candidate's tokens, or their `mean`.
             include_eos: count the end of sequence, without which a candidate that begins another always wins over it.
+            token_budget: tokens that one pass through the LLM may hold; bounds memory, changes no score.
+
+        `ranking.RANKING_PRESETS` has the values of `normalize` and `include_eos` of the paper and of the released code.
         """
-        prefixes = self._prefixes(images, prompts)
+        prefixes = self._prefixes(self.visual_prompt(self.image_tokens(images), prompts), prompts)
         ids = [[self.llm.target_ids(text, include_eos) for text in texts] for texts in candidates]
-        return rank_candidates(self.llm, prefixes, ids, normalize=normalize)
+        return rank_candidates(self.llm, prefixes, ids, normalize=normalize, token_budget=token_budget)
 
     @torch.inference_mode()
     def generate(
@@ -168,34 +162,49 @@ class InstructBLIP(nn.Module):
         min_new_tokens: int = 1,
         length_penalty: float = 1.0,
         repetition_penalty: float = 1.0,
+        do_sample: bool = False,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
     ) -> list[str]:
         """Answer each prompt freely; the returned text never holds the prompt.
 
-        Lengths and the repetition penalty are over new tokens only. Greedy with one beam.
+        Lengths and the repetition penalty are over new tokens only. Greedy with one beam; with `do_sample` the next token
+        is drawn (torch's global random stream) from the smallest set of probability `top_p`, after division of the logits
+        by `temperature`. The released defaults are 5 beams, 256 tokens, a repetition penalty of 1.5.
         """
+        sampling = (
+            {"do_sample": True, "temperature": temperature, "top_p": top_p} if do_sample else {"do_sample": False}
+        )
         return self.llm.generate(
-            self._prefixes(images, prompts),
+            self._prefixes(self.visual_prompt(self.image_tokens(images), prompts), prompts),
             num_beams=num_beams,
-            do_sample=False,
             max_new_tokens=max_new_tokens,
             min_new_tokens=min_new_tokens,
             length_penalty=length_penalty,
             repetition_penalty=repetition_penalty,
+            **sampling,
         )
 
-    def _prefixes(self, images: Images, prompts: Sequence[str]) -> list[Tensor]:
-        visual_BQL = self.visual_prompt(self.image_tokens(images), prompts)
-        prefix_TL = self.llm.embed(self.llm.image_prefix_ids)
+    def save_huggingface(self, folder: str | Path) -> None:
+        """Write a folder that transformers' `InstructBlipForConditionalGeneration` and `InstructBlipProcessor` open.
+
+        Raises:
+            UserError: parts that their format cannot hold.
+        """
+        from instructblip.weights.huggingface import save_huggingface  # which knows this class
+
+        save_huggingface(self, Path(folder))
+
+    def _prefixes(self, visual_BQL: Tensor, prompts: Sequence[str], *, truncate: bool = False) -> list[Tensor]:
         return [
-            torch.cat([prefix_TL, visual, self.llm.embed(self.llm.prompt_ids(prompt))])
-            for visual, prompt in zip(visual_BQL, prompts, strict=True)
+            self.llm.prefix(visual_QL, prompt, truncate=truncate)
+            for visual_QL, prompt in zip(visual_BQL, prompts, strict=True)
         ]
 
     def _alignment_loss(self, visual_BQL: Tensor, targets: Sequence[str]) -> Loss:
         # The mean of unit vectors is long only where they agree, so every visual token learns to name the answer.
         directions_BL = F.normalize(visual_BQL, dim=-1).mean(dim=1)
-        cosines_BV = directions_BL @ self.llm.embeddings.weight.T / self.llm.embedding_norms
-        logits_BV = _ALIGNMENT_SCALE * cosines_BV
+        logits_BV = _ALIGNMENT_SCALE * self.llm.embedding_cosines(directions_BL)
         first_B = torch.tensor([self.llm.target_ids(text)[0] for text in targets], device=logits_BV.device)
         loss = _summed_loss(logits_BV, first_B, [1] * len(targets))
         # Directions alone would let the tokens' lengths drift far from anything the LLM knows.
@@ -210,7 +219,7 @@ class InstructBLIP(nn.Module):
         """
         norm = self.qformer.output_norm
         power = norm.weight.square().sum() + norm.bias.square().sum()  # expected squared length of a query output
-        self.projection.weight.normal_().mul_(self.llm.embeddings.weight.float().std() / power.sqrt())
+        self.projection.weight.normal_().mul_(self.llm.embedding_deviation() / power.sqrt())
         self.projection.bias.zero_()
 
     def _tokenize_instructions(self, instructions: Sequence[str], device: torch.device) -> tuple[Tensor, Tensor]:

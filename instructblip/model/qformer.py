@@ -62,26 +62,35 @@ class QFormerLayer(nn.Module):
         hidden_width: int,
         vision_width: int | None,
         has_text: bool,
+        is_last: bool,
         dropout: float,
         norm_eps: float,
     ) -> None:
         super().__init__()
+        self.is_last = is_last
         self.self_attention = Attention(width, heads, width, dropout, norm_eps)
         self.cross_attention = None
         if vision_width is not None:
             self.cross_attention = Attention(width, heads, vision_width, dropout, norm_eps)
         self.query_ffn = FeedForward(width, hidden_width, dropout, norm_eps)
-        self.text_ffn = FeedForward(width, hidden_width, dropout, norm_eps) if has_text else None
+        self.text_ffn = None
+        if has_text and not is_last:
+            self.text_ffn = FeedForward(width, hidden_width, dropout, norm_eps)
+        elif has_text:
+            # Never computed, never trained: here so that released weights come in and go out whole. Its starting values
+            # are drawn aside, or what cannot influence anything would move the random stream of what does.
+            with torch.random.fork_rng(devices=[]):
+                self.text_ffn = FeedForward(width, hidden_width, dropout, norm_eps).requires_grad_(False)
 
     def forward(self, hidden_BSD: Tensor, image_BPV: Tensor, queries: int, mask_B11S: Tensor | None) -> Tensor:
         """Return (B, S, D), or (B, Q, D) from the last layer, where the text outputs could influence nothing."""
-        wanted_BSD = hidden_BSD if self.text_ffn is not None else hidden_BSD[:, :queries]
+        wanted_BSD = hidden_BSD[:, :queries] if self.is_last else hidden_BSD
         hidden = self.self_attention(wanted_BSD, hidden_BSD, mask_B11S)
         query_BQD = hidden[:, :queries]
         if self.cross_attention is not None:
             query_BQD = self.cross_attention(query_BQD, image_BPV)
         query_BQD = self.query_ffn(query_BQD)
-        if self.text_ffn is None:
+        if self.text_ffn is None or self.is_last:
             return query_BQD
         return torch.cat([query_BQD, self.text_ffn(hidden[:, queries:])], dim=1)
 
@@ -131,7 +140,8 @@ class QFormer(nn.Module):
                 heads=heads,
                 hidden_width=hidden_width,
                 vision_width=vision_width if index % cross_attention_every == 0 else None,
-                has_text=instruction_aware and index < layers - 1,
+                has_text=instruction_aware,
+                is_last=index == layers - 1,
                 dropout=dropout,
                 norm_eps=norm_eps,
             )

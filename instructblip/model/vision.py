@@ -3,7 +3,7 @@
 Shape legend: B batch, H and W pixels, P image tokens, V vision width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import timm
@@ -29,10 +29,12 @@ class VisionEncoder(FrozenModule):
             features. Feature maps are average-pooled (or interpolated, where they are coarser) to one grid and
             concatenated on the channel axis, so a CNN can give its early stages too: late ones have lost colour.
         grid: side of that grid, tokens; needed with `layers`.
+        options: further arguments of the timm model, such as a depth of 39 for the released EVA-CLIP-g.
+        final_norm: False leaves the backbone's own last norm out, where `ln_vision` takes its place.
 
     Raises:
-        ValueError: an unknown backbone or layer name, an image size that the backbone is not built for, `layers` without
-            `grid`, or a layer that gives no feature map or never runs.
+        ValueError: an unknown backbone, layer name or option, an image size that the backbone cannot be built for, `layers`
+            without `grid`, a layer that gives no feature map or never runs, no final norm to leave out.
     """
 
     mean: Tensor
@@ -47,9 +49,13 @@ class VisionEncoder(FrozenModule):
         std: Sequence[float],
         layers: Sequence[str] = (),
         grid: int | None = None,
+        options: Mapping[str, Any] | None = None,
+        final_norm: bool = True,
     ) -> None:
         super().__init__()
-        self.backbone = _create_backbone(backbone, image_size)
+        self.backbone = _create_backbone(backbone, image_size, dict(options or {}))
+        if not final_norm:
+            _leave_out_final_norm(backbone, self.backbone)
         self.image_size = image_size
         self.grid = grid
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
@@ -67,16 +73,26 @@ class VisionEncoder(FrozenModule):
     def forward(self, images_B3HW: Tensor) -> Tensor:
         """Encode uint8 images (B, 3, H, W) to tokens (B, P, V), without gradient."""
         with torch.no_grad():
-            pixels = (images_B3HW.to(self.mean.dtype) - self.mean) / self.std
+            pixels = ((images_B3HW.to(self.mean.dtype) - self.mean) / self.std).to(self.dtype)
             self._maps = []  # whatever an interrupted pass left there
             try:
                 features = self.backbone.forward_features(pixels)
             except _AllTappedError:
                 maps, self._maps = self._maps, []
-                return _tokens_on_grid(maps, self.grid or 1)
+                return _tokens_on_grid([self._channels_first(output) for output in maps], self.grid or 1)
             if self.layers:
                 raise ValueError(f"of the vision layers {', '.join(self.layers)} only {len(self._maps)} come into use")
-            return features if features.ndim == 3 else features.flatten(2).transpose(1, 2)
+            return features if features.ndim == 3 else self._channels_first(features).flatten(2).transpose(1, 2)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the weights, in which images are encoded; mean and deviation stay in float32."""
+        return next(self.backbone.parameters()).dtype
+
+    def _channels_first(self, features: Tensor) -> Tensor:
+        # Swin and its kin keep channels last and say so.
+        last = features.ndim == 4 and getattr(self.backbone, "output_fmt", "NCHW") == "NHWC"
+        return features.permute(0, 3, 1, 2) if last else features
 
     def _tap(self, backbone: str, name: str) -> None:
         try:
@@ -91,15 +107,28 @@ class VisionEncoder(FrozenModule):
             raise _AllTappedError
 
 
-def _create_backbone(name: str, image_size: int) -> Any:
+def _create_backbone(name: str, image_size: int, options: dict[str, Any]) -> Any:
     if not timm.is_model(name):
         near = timm.list_models(f"*{name.split('_')[0]}*")[:3]
         raise ValueError(f"timm knows no backbone {name!r}" + (f"; near: {', '.join(near)}" if near else ""))
-    backbone: Any = timm.create_model(name, pretrained=False, num_classes=0)
-    side = backbone.default_cfg["input_size"][-1]
-    if backbone.default_cfg.get("fixed_input_size") and image_size != side:
-        raise ValueError(f"vision backbone {name} takes images of {side} pixels, not {image_size}")
-    return backbone
+    config = timm.get_pretrained_cfg(name) or timm.models.PretrainedCfg()
+    if config.fixed_input_size and image_size != config.input_size[-1]:
+        options = {"img_size": image_size, **options}
+    try:
+        return timm.create_model(name, pretrained=False, num_classes=0, **options)
+    except (TypeError, ValueError, AssertionError) as error:
+        raise ValueError(
+            f"timm cannot build {name} for images of {image_size} pixels with {options}: {error}"
+        ) from None
+
+
+def _leave_out_final_norm(name: str, backbone: Any) -> None:
+    if not isinstance(getattr(backbone, "norm", None), nn.Module):
+        raise ValueError(f"vision backbone {name} has no final norm to leave out; set final_norm to true")
+    # A backbone that pools before its last norm calls it fc_norm; its tokens never meet it.
+    for part in ("norm", "fc_norm"):
+        if hasattr(backbone, part):
+            setattr(backbone, part, nn.Identity())
 
 
 def _tokens_on_grid(maps: list[Tensor], grid: int) -> Tensor:

@@ -6,10 +6,14 @@ from PIL import Image
 from torch import Tensor
 
 from instructblip.model.instructblip import InstructBLIP
-from tests.tiny import BOS, EOS, tiny_images, tiny_llm, tiny_model
+from tests.tiny import BOS, EOS, tiny_encoder_decoder_llm, tiny_images, tiny_llm, tiny_model
 
 PROMPTS = ["what color is the shape?", "Q: is there a red circle in the image? A:", "shape"]
 TARGETS = ["red", "yes, there is a red circle", ""]
+# The last layer's text feed-forward is kept for other codebases, and frozen.
+UNUSED = {
+    f"qformer.layers.2.text_ffn.{module}.{part}" for module in ("up", "down", "norm") for part in ("weight", "bias")
+}
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +40,25 @@ def plain_loss(model: InstructBLIP, image: Tensor, prompt: str, target: str) -> 
     ignored = [-100] * (before.shape[1] + visual.shape[1] + len(text))
     output = model.llm.model(inputs_embeds=embeddings, labels=torch.tensor([ignored + answer]))
     return output.loss * len(answer)
+
+
+@torch.no_grad()
+def test_loss_of_an_encoder_decoder_equals_the_one_of_transformers() -> None:
+    torch.manual_seed(0)
+    model = tiny_model(llm=tiny_encoder_decoder_llm())
+    images, targets = tiny_images(3), TARGETS
+    loss, embed = model(images, PROMPTS, targets), model.llm.model.get_input_embeddings()
+    expected = []
+    for image, prompt, target in zip(images, PROMPTS, targets, strict=True):
+        visual = model.visual_prompt(model.image_tokens(image[None]), [prompt])
+        text = torch.tensor([[*model.llm.tokenizer(prompt)["input_ids"], model.llm.eos_id]])
+        labels = torch.tensor([[*model.llm.tokenizer(" " + target)["input_ids"], model.llm.eos_id]])
+        output = model.llm.model(inputs_embeds=torch.cat([visual, embed(text)], dim=1), labels=labels)
+        expected.append(output.loss * labels.numel())
+    torch.testing.assert_close(loss.per_sample, torch.stack(expected), rtol=1e-5, atol=1e-5)
+    assert loss.tokens_per_sample.tolist() == [
+        len(model.llm.tokenizer(" " + target)["input_ids"]) + 1 for target in targets
+    ]
 
 
 @torch.no_grad()
@@ -91,6 +114,7 @@ def test_only_the_trainable_parts_get_gradients(norm: str, aware: bool) -> None:
     assert not model.vision.backbone.training
     backward(model, slice(0, 3))
     expected = {name for name, _ in model.named_parameters() if name.startswith(("qformer.", "projection."))}
+    expected -= UNUSED
     if norm == "layer":
         expected |= {"vision_norm.weight", "vision_norm.bias"}
     assert gradients(model).keys() == expected
@@ -156,7 +180,8 @@ def test_alignment_loss_is_a_likelihood_over_the_vocabulary(
 def test_prompts_lose_their_beginning_and_targets_their_end() -> None:
     whole, short = tiny_llm(), tiny_llm(max_prompt_tokens=3, max_target_tokens=3)
     prompt, target = whole.prompt_ids(PROMPTS[1]), whole.target_ids(TARGETS[1])
-    assert short.prompt_ids(PROMPTS[1]) == prompt[-3:]
+    assert short.prompt_ids(PROMPTS[1], truncate=True) == prompt[-3:]
+    assert short.prompt_ids(PROMPTS[1]) == prompt  # only training cuts, as released
     assert short.target_ids(TARGETS[1]) == target[:3]
     assert whole.eos_id == target[-1]
     assert short.target_ids("") == [*whole.tokenizer(" ")["input_ids"], whole.eos_id]
@@ -166,9 +191,35 @@ def test_prompts_lose_their_beginning_and_targets_their_end() -> None:
 def test_begin_of_sequence_stays_on_a_cut_prompt() -> None:
     llm = tiny_llm(bos_token=BOS, max_prompt_tokens=3)
     bos = llm.tokenizer.get_vocab()[BOS]
-    assert llm.prompt_ids(PROMPTS[1]) == [bos, *tiny_llm().prompt_ids(PROMPTS[1])[-2:]]
+    assert llm.prompt_ids(PROMPTS[1], truncate=True) == [bos, *tiny_llm().prompt_ids(PROMPTS[1])[-2:]]
     assert llm.prompt_ids("") == [bos]
     assert bos not in llm.target_ids("red")
+
+
+def test_the_limit_of_a_target_counts_the_begin_of_sequence() -> None:
+    # As released: the answer is cut together with its BOS, which is dropped afterwards.
+    with_bos, without = (tiny_llm(bos_token=token, max_target_tokens=4) for token in (BOS, None))
+    assert with_bos.target_ids(TARGETS[1]) == without.target_ids(TARGETS[1])[:3]
+
+
+def test_an_encoder_decoder_ends_prompts_and_cut_texts_with_eos() -> None:
+    llm = tiny_encoder_decoder_llm(max_prompt_tokens=4, max_target_tokens=3)
+    words, target = tiny_llm().prompt_ids(PROMPTS[1]), tiny_llm().target_ids(TARGETS[1], include_eos=False)
+    assert llm.prompt_ids(PROMPTS[1]) == [*words, llm.eos_id]
+    assert llm.prompt_ids(PROMPTS[1], truncate=True) == [*words[-3:], llm.eos_id]
+    assert llm.target_ids(TARGETS[1]) == [*target[:2], llm.eos_id]
+    assert llm.target_ids(TARGETS[1], include_eos=False) == target[:2]
+
+
+@torch.no_grad()
+def test_training_cuts_long_prompts_and_inference_does_not() -> None:
+    torch.manual_seed(0)
+    whole = tiny_model(llm=tiny_llm())
+    torch.manual_seed(0)
+    short = tiny_model(llm=tiny_llm(max_prompt_tokens=3))
+    images, long = tiny_images(1), PROMPTS[1:2]
+    assert not torch.allclose(whole(images, long, ["red"]).total, short(images, long, ["red"]).total, atol=1e-4)
+    assert torch.equal(whole.rank(images, long, [["red"]])[0], short.rank(images, long, [["red"]])[0])
 
 
 @torch.no_grad()
@@ -209,7 +260,7 @@ def test_trainable_state_is_all_that_is_not_frozen(norm: str) -> None:
     state = model.trainable_state()
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     buffers = {"vision_norm.mean", "vision_norm.std"} if norm == "channel" else set()
-    assert state.keys() == trainable | buffers
+    assert state.keys() == trainable | buffers | UNUSED
     frozen = {tensor.data_ptr() for part in (model.vision, model.llm) for tensor in part.state_dict().values()}
     assert not frozen & {tensor.data_ptr() for tensor in state.values()}
     other.vision, other.llm = model.vision, model.llm

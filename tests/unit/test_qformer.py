@@ -6,7 +6,7 @@ from torch import Tensor
 from transformers import InstructBlipQFormerConfig
 from transformers.models.instructblip.modeling_instructblip import InstructBlipQFormerModel
 
-from instructblip.model.qformer import QFormer
+from instructblip.model.qformer import QFormer, QFormerLayer
 from tests.tiny import tiny_qformer
 
 VISION_WIDTH = 24
@@ -81,9 +81,7 @@ def theirs_with_weights_of(ours: QFormer) -> tuple[InstructBlipQFormerModel, lis
 def test_query_outputs_equal_those_of_transformers() -> None:
     ours = seeded()
     theirs, missing = theirs_with_weights_of(ours)
-    # The last layer's text branch can influence nothing, so ours has none.
-    assert {name.split(".")[3] for name in missing} == {"intermediate", "output"}
-    assert all(name.startswith("encoder.layer.2.") for name in missing)
+    assert missing == []
     expected = theirs(
         input_ids=TEXT,
         attention_mask=torch.cat([torch.ones(2, 4, dtype=torch.long), MASK], dim=1),
@@ -139,18 +137,37 @@ def test_the_image_reaches_every_query() -> None:
 @pytest.mark.parametrize("aware", [True, False])
 def test_which_modules_exist(aware: bool) -> None:
     qformer = seeded(instruction_aware=aware)
-    assert [layer.text_ffn is not None for layer in qformer.layers] == [aware, aware, False]
+    assert [layer.text_ffn is not None for layer in qformer.layers] == [aware, aware, aware]
     assert [layer.cross_attention is not None for layer in qformer.layers] == [True, False, True]
     assert hasattr(qformer, "word_embeddings") is aware
     assert qformer.output_norm is qformer.layers[-1].query_ffn.norm
     assert (qformer.width, qformer(images(), TEXT, MASK).shape) == (32, (2, 4, 32))
 
 
-def test_every_parameter_gets_a_gradient() -> None:
+def test_every_parameter_gets_a_gradient_but_the_text_branch_of_the_last_layer() -> None:
     qformer = seeded()
     qformer(images(), TEXT, MASK).square().sum().backward()
-    # A parameter without gradient would stop distributed training; the text branch of the last layer would be one.
-    assert [name for name, parameter in qformer.named_parameters() if parameter.grad is None] == []
+    # A trainable parameter without gradient would stop distributed training; this branch can influence nothing.
+    without = {name for name, parameter in qformer.named_parameters() if parameter.grad is None}
+    last = qformer.layers[-1].text_ffn
+    assert without == {f"layers.2.text_ffn.{name}" for name, _ in last.named_parameters()}
+    assert without == {name for name, parameter in qformer.named_parameters() if not parameter.requires_grad}
+
+
+@torch.no_grad()
+def test_the_text_branch_of_the_last_layer_is_not_computed_and_moves_no_random_stream() -> None:
+    qformer = seeded()
+    expected = qformer(images(), TEXT, MASK)
+    for parameter in qformer.layers[-1].text_ffn.parameters():
+        parameter.fill_(torch.nan)
+    assert torch.equal(qformer(images(), TEXT, MASK), expected)
+    layer = {"width": 8, "heads": 2, "hidden_width": 8, "vision_width": 4, "dropout": 0.0, "norm_eps": 1e-12}
+    after = []
+    for has_text in (True, False):
+        torch.manual_seed(0)
+        QFormerLayer(**layer, has_text=has_text, is_last=True)
+        after.append(torch.rand(()))
+    assert after[0] == after[1]
 
 
 def test_queries_start_apart() -> None:

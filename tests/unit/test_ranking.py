@@ -8,10 +8,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import (
+    Gemma3ForCausalLM,
+    MistralForCausalLM,
+    OPTForCausalLM,
+    PreTrainedModel,
+    Qwen3ForCausalLM,
+)
 
 from instructblip.model.instructblip import InstructBLIP
-from instructblip.model.ranking import build_tree
-from tests.tiny import tiny_images, tiny_llm, tiny_model
+from instructblip.model.llm import DecoderLLM
+from instructblip.model.ranking import RANKING_PRESETS, CandidateTree
+from tests.tiny import EOS, tiny_encoder_decoder_llm, tiny_images, tiny_llm, tiny_llm_tokenizer, tiny_model
 
 PROMPTS = [
     "what color is the shape?",
@@ -26,9 +34,21 @@ PROMPTS = [
 CANDIDATES = ["yes", "no", "red", "red circle", "red circle in the image", "blue", "triangle", "teal"]
 
 
+@pytest.fixture(scope="module", params=["decoder", "encoder_decoder"])
+def model(request: pytest.FixtureRequest) -> InstructBLIP:
+    torch.manual_seed(1)
+    return tiny_model(llm=tiny_llm() if request.param == "decoder" else tiny_encoder_decoder_llm())
+
+
 @pytest.fixture(scope="module")
-def model() -> InstructBLIP:
+def decoder_model() -> InstructBLIP:
     return tiny_model()
+
+
+def build_tree(candidates: Sequence[Sequence[int]]) -> CandidateTree:
+    tree = CandidateTree()
+    assert all(tree.add(candidate) for candidate in candidates)
+    return tree
 
 
 @torch.no_grad()
@@ -38,12 +58,17 @@ def plain_scores(
     """One full forward a candidate through transformers' own model, with its cross-entropy."""
     visual = model.visual_prompt(model.image_tokens(image[None]), [prompt])
     text = model.llm.tokenizer(prompt)["input_ids"]
+    encodes, embed = model.llm.model.config.is_encoder_decoder, model.llm.model.get_input_embeddings()
     scores = []
     for candidate in candidates:
         ids = model.llm.tokenizer(" " + candidate)["input_ids"] + [model.llm.eos_id] * eos
-        embeddings = model.llm.model.get_input_embeddings()(torch.tensor([text + ids]))
-        logits = model.llm.model(inputs_embeds=torch.cat([visual, embeddings], dim=1)).logits[0]
-        losses = F.cross_entropy(logits[-len(ids) - 1 : -1], torch.tensor(ids), reduction="none")
+        if encodes:
+            prefix = torch.cat([visual, embed(torch.tensor([[*text, model.llm.eos_id]]))], dim=1)
+            logits = model.llm.model(inputs_embeds=prefix, labels=torch.tensor([ids])).logits[0]
+        else:
+            prefix = torch.cat([visual, embed(torch.tensor([text + ids]))], dim=1)
+            logits = model.llm.model(inputs_embeds=prefix).logits[0, -len(ids) - 1 : -1]
+        losses = F.cross_entropy(logits, torch.tensor(ids), reduction="none")
         scores.append(-(losses.mean() if mean else losses.sum()))
     return torch.stack(scores)
 
@@ -120,6 +145,34 @@ def test_the_image_and_the_frames_matter(model: InstructBLIP) -> None:
     check(model.rank(clip, ["color"], [CANDIDATES]), [plain_scores(model, clip[0], "color", CANDIDATES, eos=True)])
 
 
+WINDOW = 6  # shorter than a prompt with its visual tokens
+
+
+@pytest.mark.parametrize("family", [MistralForCausalLM, Gemma3ForCausalLM, Qwen3ForCausalLM, OPTForCausalLM])
+def test_windows_and_positions_of_other_decoders_are_their_own(family: type[PreTrainedModel]) -> None:
+    torch.manual_seed(0)
+    tokenizer = tiny_llm_tokenizer()
+    sizes: dict[str, Any] = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32, "init_std": 0.2}
+    sizes |= {"num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 64, "initializer_range": 0.2}
+    sizes |= {"word_embed_proj_dim": 32, "ffn_dim": 64, "max_window_layers": 1, "use_sliding_window": True}
+    if hasattr(family.config_class(), "sliding_window"):
+        sizes["sliding_window"] = WINDOW
+    config = family.config_class(vocab_size=len(tokenizer), pad_token_id=0, **sizes)
+    if hasattr(config, "layer_types"):
+        config.layer_types = ["full_attention", "sliding_attention"]
+    model = tiny_model(
+        llm=DecoderLLM(family(config).eval(), tokenizer, eos_token=EOS, pad_token=EOS, answer_prefix=" ")
+    )
+    images, prompts = tiny_images(3), PROMPTS[:3]
+    found = model.rank(images, prompts, [CANDIDATES] * 3)
+    plain = [
+        plain_scores(model, image, prompt, CANDIDATES, eos=True) for image, prompt in zip(images, prompts, strict=True)
+    ]
+    check(found, plain)
+    loss = model(images, prompts, ["red circle"] * 3)
+    check([-loss.per_sample], [torch.stack([scores[CANDIDATES.index("red circle")] for scores in plain])])
+
+
 def test_a_tree_shares_beginnings() -> None:
     tree = build_tree([[5, 6, 7], [5, 6, 8], [5, 9], [5], [4]])
     assert tree.tokens == [5, 6]  # last tokens are only predicted
@@ -138,30 +191,78 @@ def test_equal_tokens_under_different_parents_are_different_nodes() -> None:
     assert (tree.tokens, tree.parents, tree.depths) == ([1, 3, 2, 3], [-1, 0, -1, 2], [0, 1, 0, 1])
 
 
+def test_a_tree_grows_within_its_room_but_takes_a_first_candidate_of_any_length() -> None:
+    tree = CandidateTree()
+    assert tree.add([1, 2, 3, 4, 5, 6], room=2)
+    assert tree.add([1, 2, 3, 9], room=2)  # nothing new but a last token, which is only predicted
+    assert not tree.add([7, 8], room=5)
+    assert (tree.tokens, len(tree.paths)) == ([1, 2, 3, 4, 5], 2)
+    assert tree.add([7, 8], room=6)
+
+
+@pytest.mark.parametrize("budget", [1, 20, 60, 100_000])
+def test_scores_do_not_depend_on_the_token_budget(
+    model: InstructBLIP, budget: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lists = [CANDIDATES, CANDIDATES[:1], CANDIDATES[2:5], CANDIDATES[::-1]]
+    expected = model.rank(tiny_images(4), PROMPTS[:4], lists)
+    held: list[int] = []
+    opened, continued = model.llm.open_prompts, model.llm.continue_prompts
+
+    def open_prompts(prefixes: Sequence[Tensor]) -> Any:
+        held.append(max(map(len, prefixes)) * len(prefixes) if len(prefixes) > 1 else 0)
+        return opened(prefixes)
+
+    def continue_prompts(prompts: Any, tokens: Tensor, *rest: Tensor) -> Tensor:
+        held.append(tokens.numel())
+        return continued(prompts, tokens, *rest)
+
+    monkeypatch.setattr(model.llm, "open_prompts", open_prompts)
+    monkeypatch.setattr(model.llm, "continue_prompts", continue_prompts)
+    check(model.rank(tiny_images(4), PROMPTS[:4], lists, token_budget=budget), expected)
+    longest = max(len(model.llm.target_ids(text)) for text in CANDIDATES)
+    assert max(held) <= max(budget, longest)  # what cannot be cut is run alone
+    assert len(held) == (2 if budget > 1000 else len(held))
+
+
 def test_the_prompt_runs_once_and_the_tree_once(model: InstructBLIP, monkeypatch: pytest.MonkeyPatch) -> None:
-    passes: list[tuple[int, ...]] = []
-    original = model.llm.hidden_states
+    passes: list[tuple[str, int, int]] = []
+    opened, continued = model.llm.open_prompts, model.llm.continue_prompts
 
-    def counted(embeddings: Tensor, **options: Any) -> Tensor:
-        passes.append(tuple(embeddings.shape[:2]))
-        return original(embeddings, **options)
+    def open_prompts(prefixes: Sequence[Tensor]) -> Any:
+        passes.append(("prompts", len(prefixes), max(map(len, prefixes))))
+        return opened(prefixes)
 
-    monkeypatch.setattr(model.llm, "hidden_states", counted)
+    def continue_prompts(prompts: Any, tokens: Tensor, *rest: Tensor) -> Tensor:
+        passes.append(("tree", *tokens.shape))
+        return continued(prompts, tokens, *rest)
+
+    monkeypatch.setattr(model.llm, "open_prompts", open_prompts)
+    monkeypatch.setattr(model.llm, "continue_prompts", continue_prompts)
     model.rank(tiny_images(2), ["color", "what color"], [["red", "red circle", "red shape"]] * 2)
     tree = build_tree([model.llm.target_ids(text) for text in ("red", "red circle", "red shape")])
-    assert passes == [(2, 4 + len(model.llm.prompt_ids("what color"))), (2, len(tree.tokens))]
+    assert passes == [("prompts", 2, 4 + len(model.llm.prompt_ids("what color"))), ("tree", 2, len(tree.tokens))]
+
+
+def test_presets_name_both_kinds_and_fit_rank(model: InstructBLIP) -> None:
+    kind = "encoder_decoder" if model.llm.model.config.is_encoder_decoder else "decoder"
+    paper, lavis = (
+        model.rank(tiny_images(1), PROMPTS[:1], [["red", "red circle"]], **RANKING_PRESETS[name][kind])[0]
+        for name in ("paper", "lavis")
+    )
+    assert torch.equal(paper, lavis) is (kind == "encoder_decoder")  # only the released decoders leave the end out
 
 
 def test_ranking_errors() -> None:
     model = tiny_model(llm=tiny_llm(answer_prefix=""))
-    with pytest.raises(ValueError, match="candidate 1 has no tokens; rank it with include_eos=True"):
+    with pytest.raises(ValueError, match="candidate 1 of sample 0 has no tokens; rank it with include_eos=True"):
         model.rank(tiny_images(1), ["color"], [["red", ""]], include_eos=False)
     assert model.rank(tiny_images(1), ["color"], [["red", ""]])[0].shape == (2,)
     with pytest.raises(ValueError, match="no candidates"):
         model.rank(tiny_images(1), ["color"], [[]])
     with pytest.raises(ValueError, match="'sum' or 'mean', not 'max'"):
         model.rank(tiny_images(1), ["color"], [["red"]], normalize="max")
-    with pytest.raises(ValueError, match="zip"):
+    with pytest.raises(ValueError, match="2 prompts and 1 lists of candidates"):
         model.rank(tiny_images(2), ["color", "shape"], [["red"]])
 
 
@@ -187,11 +288,13 @@ def test_generation_does_not_depend_on_the_batch(model: InstructBLIP, options: d
 @pytest.mark.parametrize("penalty", [1.0, 5.0])
 def test_greedy_generation_equals_a_plain_loop_and_holds_no_prompt(model: InstructBLIP, penalty: float) -> None:
     image, prompt = tiny_images(1), PROMPTS[0]
+    encodes, embed = model.llm.model.config.is_encoder_decoder, model.llm.embed
     visual = model.visual_prompt(model.image_tokens(image), [prompt])
     ids: list[int] = []
     for _ in range(12):
-        text = torch.tensor([model.llm.prompt_ids(prompt) + ids])
-        logits = model.llm.model(inputs_embeds=torch.cat([visual, model.llm.embeddings(text)], dim=1)).logits
+        text = embed(model.llm.prompt_ids(prompt) + ([] if encodes else ids))
+        said_ids = {"decoder_input_ids": torch.tensor([[model.llm.start_id, *ids]])} if encodes else {}
+        logits = model.llm.model(inputs_embeds=torch.cat([visual, text[None]], dim=1), **said_ids).logits
         said = logits[0, -1, ids]  # the penalty is over what has been said (arXiv:1909.05858, section 4.1)
         logits[0, -1, ids] = torch.where(said > 0, said / penalty, said * penalty)
         ids.append(int(logits[0, -1].argmax()))
