@@ -54,12 +54,29 @@ def check_overrides(name: str, schema: Any, arguments: list[str]) -> None:
     Raises:
         UserError: an unknown key or an unknown choice of a group, with the nearest valid one.
     """
-    if any(argument.startswith("-") for argument in arguments):
-        return
+    if not any(argument.startswith("-") for argument in arguments):
+        _compose(name, schema, arguments)
+
+
+def compose_config(name: str, schema: type[Schema], overrides: list[str]) -> Schema:
+    """The configuration that an entry point would run with, for callers that are none.
+
+    Args:
+        name: of the file in `configs/`.
+        schema: what it is checked against.
+        overrides: as on the command line, `llm=vicuna_7b`.
+
+    Raises:
+        UserError: an unknown key or an unknown choice of a group, with the nearest valid one; a wrong type.
+    """
+    return validate(_compose(name, schema, overrides), schema)
+
+
+def _compose(name: str, schema: Any, overrides: list[str]) -> DictConfig:
     GlobalHydra.instance().clear()
     try:
         with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
-            hydra.compose(name, overrides=arguments)
+            return hydra.compose(name, overrides=overrides)
     except (HydraException, OmegaConfBaseException, YAMLError, ValueError, TypeError) as error:
         raise UserError(_explain(error, schema)) from None
     finally:
@@ -70,7 +87,8 @@ def _explain(error: Exception, schema: Any) -> str:
     message = str(error)
     key = re.search(r"Could not override '([^']+)'", message)
     if key:
-        return unknown_key(key.group(1), valid_keys(schema))
+        name, known = key.group(1), valid_keys(schema)
+        return f"{name} is a section; add to it with +{name}.KEY=VALUE" if name in known else unknown_key(name, known)
     choice = re.search(r"Could not find '([^']+)/([^/']+)'", message)
     if choice:
         folder, wanted = choice.groups()

@@ -34,7 +34,7 @@ from instructblip.data.shards import (
     shard_path,
 )
 from instructblip.errors import UserError
-from instructblip.files import sha256_file, write_json
+from instructblip.files import exclusive, sha256_file, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -82,8 +82,15 @@ def prepare_dataset(
         raise UserError(f"{card.source} has no split {unknown[0]!r}; choose among {', '.join(card.splits)}")
     if not raw.is_dir():
         raise UserError(f"raw={raw} is not a folder; {card.how_to_get}")
+    with exclusive(out / f".{card.source}.lock", f"preparing {card.source}", show=progress):
+        return _prepare_splits(card, raw, out, chosen, workers, images_per_shard, progress)
+
+
+def _prepare_splits(
+    card: Card, raw: Path, out: Path, splits: Sequence[str], workers: int, images_per_shard: int, progress: bool
+) -> list[Path]:
     manifests = []
-    for split in chosen:
+    for split in splits:
         folder = out / card.source / split
         losses = Losses()
         plans = _plans(card, raw, folder, split, images_per_shard, losses)

@@ -25,12 +25,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from rich.console import Console
 from safetensors import SafetensorError
 
 from instructblip.errors import UserError
-from instructblip.files import read_json, write_json
+from instructblip.files import exclusive, read_json, write_json
 from instructblip.weights.convert import CONVERTERS
 from instructblip.weights.wheels import (
     UnreachableError,
@@ -96,7 +95,8 @@ def part_folder(sources: Sources, *, progress: bool = True, setting: str = "path
     cached = _cached(sources)
     if cached is not None:
         return cached
-    with _disk_errors_for_users(), _lock(sources.name, progress):
+    lock = cache_folder() / "locks" / f"{sources.name}.lock"
+    with _disk_errors_for_users(), exclusive(lock, f"fetching {sources.name}", show=progress):
         return _cached(sources) or _fetch(sources, progress, setting)
 
 
@@ -232,22 +232,6 @@ def _fetch_hub(sources: Sources, repository: str, progress: bool) -> Path:
         raise UserError(f"{sources.name}: hub repository {repository} has no file like {', '.join(patterns)}")
     write_json(_hub_record(sources), {"recipe": _hub_recipe(sources), "folder": str(folder), "files": files})
     return folder
-
-
-@contextlib.contextmanager
-def _lock(name: str, progress: bool) -> Iterator[None]:
-    folder = cache_folder() / "locks"
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / f"{name}.lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        with _status(f"waiting for another process that is fetching {name}", progress):
-            lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 @contextlib.contextmanager

@@ -48,7 +48,8 @@ def _prepare(raw: Path, out: Path, card: Card = CARD, **options: Any) -> dict[st
 
 
 def _files(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    files = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
+    return {name: path.read_bytes() for name, path in files.items() if not name.endswith(".lock")}
 
 
 def test_shards_and_manifest(raw: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -262,3 +263,18 @@ def test_check_finds_what_is_not_as_listed(raw: Path, tmp_path: Path) -> None:
     assert "content differs from its index" in problems[0]
     assert "cannot be read" in problems[1]
     assert "not in the manifest" in problems[3]
+
+
+def test_processes_that_prepare_the_same_dataset_do_not_disturb_each_other(raw: Path, tmp_path: Path) -> None:
+    program = (
+        "import sys; from pathlib import Path; from instructblip.data.cards import load_card; "
+        "from instructblip.data.prepare import prepare_dataset; "
+        "prepare_dataset(load_card('easy_vqa'), Path(sys.argv[1]), Path(sys.argv[2]), splits=['test'], "
+        "images_per_shard=1, progress=False)"
+    )
+    command = [sys.executable, "-c", program, str(raw), str(tmp_path / "out")]
+    processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(3)]
+    errors = [process.communicate()[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 0], errors
+    assert len(list((tmp_path / "out/easy_vqa/test").glob("*.tar"))) == 7
+    assert check_prepared(tmp_path / "out/easy_vqa/test") == []
