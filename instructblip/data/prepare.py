@@ -23,7 +23,7 @@ from rich.text import Text
 
 from instructblip.data import transforms
 from instructblip.data.cards import Card, SplitCounts, source_sha256
-from instructblip.data.readers import READERS, ImageRecords, Losses
+from instructblip.data.readers import READERS, Losses, MediaRecords, RawSplit
 from instructblip.data.shards import (
     MANIFEST_FORMAT,
     MANIFEST_NAME,
@@ -50,7 +50,7 @@ class ShardPlan:
 
     path: Path
     raw: Path
-    images: tuple[ImageRecords, ...]
+    images: tuple[MediaRecords, ...]
 
 
 def prepare_dataset(
@@ -108,7 +108,7 @@ def _plans(
     card: Card, raw: Path, folder: Path, split: str, images_per_shard: int, losses: Losses
 ) -> Iterator[ShardPlan]:
     """Cut the reader's stream into shards; only a few plans exist at a time, so memory stays flat."""
-    images = READERS[card.reader](raw, split, losses)
+    images = READERS[card.reader](RawSplit(raw, split), losses)
     number = 0
     while group := tuple(islice(images, images_per_shard)):
         yield ShardPlan(shard_path(folder, number), raw, group)
@@ -166,7 +166,7 @@ def convert_shard(plan: ShardPlan) -> ShardReader:
             except ImageError as error:
                 losses.add(str(error), _name(image, plan.raw), records=len(image.records))
                 continue
-            writer.add(image.key, extension, content, image.image_id, image.records)
+            writer.add(image.key, extension, content, image.media_id, image.records)
         writer.notes = {"plan_sha256": plan_sha256, "lost": json.dumps(losses.to_list(), ensure_ascii=False)}
     return ShardReader(plan.path)
 
@@ -203,11 +203,11 @@ def check_image(content: bytes) -> str:
         raise ImageError("image is truncated" if truncated else "image is damaged") from error
 
 
-def _image_bytes(image: ImageRecords, raw: Path, losses: Losses) -> bytes | None:
-    if isinstance(image.image, bytes):
-        return image.image
+def _image_bytes(image: MediaRecords, raw: Path, losses: Losses) -> bytes | None:
+    if isinstance(image.media, bytes):
+        return image.media
     try:
-        return image.image.read_bytes()
+        return image.media.read_bytes()
     except FileNotFoundError:
         losses.add("image file is missing", _name(image, raw), records=len(image.records))
     except OSError as error:
@@ -215,20 +215,20 @@ def _image_bytes(image: ImageRecords, raw: Path, losses: Losses) -> bytes | None
     return None
 
 
-def _name(image: ImageRecords, raw: Path) -> str:
+def _name(image: MediaRecords, raw: Path) -> str:
     """The image as a loss names it: its path below the raw folder, wherever that folder is."""
-    if isinstance(image.image, Path) and image.image.is_relative_to(raw):
-        return image.image.relative_to(raw).as_posix()
+    if isinstance(image.media, Path) and image.media.is_relative_to(raw):
+        return image.media.relative_to(raw).as_posix()
     return image.key
 
 
-def _plan_sha256(images: list[tuple[ImageRecords, bytes | None]]) -> str:
+def _plan_sha256(images: list[tuple[MediaRecords, bytes | None]]) -> str:
     """Hash of all that goes into a shard: keys, ids, records and image contents, in order."""
     digest = hashlib.sha256()
     for image, content in images:
         content_sha256 = None if content is None else hashlib.sha256(content).hexdigest()
         records = [record.to_dict() for record in image.records]
-        digest.update(json.dumps([image.key, image.image_id, content_sha256, records]).encode() + b"\n")
+        digest.update(json.dumps([image.key, image.media_id, content_sha256, records]).encode() + b"\n")
     return digest.hexdigest()
 
 

@@ -1,7 +1,7 @@
 """The one record type of all datasets, and the sample a model sees."""
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 
@@ -17,7 +17,9 @@ class Record:
         captions: reference captions.
         choices: the options of a multiple-choice question; `label` is the index of the right one.
         label: index of the right choice, or class number.
+        relevance: how right each of the choices is, 0 to 1, where more than one is.
         context, ocr_tokens, history: what a prompt may put before the question; history is (question, answer) pairs.
+        tags: further facts of the source that scores are reported by, such as a question's type or an image's domain.
     """
 
     id: str
@@ -31,10 +33,12 @@ class Record:
     context: str | None = None
     ocr_tokens: tuple[str, ...] = ()
     history: tuple[tuple[str, str], ...] = ()
+    relevance: tuple[float, ...] = ()
+    tags: dict[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields that hold something, ready for JSON."""
-        return {name: value for name, value in dataclasses.asdict(self).items() if value not in (None, ())}
+        return {name: value for name, value in dataclasses.asdict(self).items() if value not in (None, (), {})}
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Self:

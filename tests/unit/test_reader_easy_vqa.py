@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from instructblip.data.readers import READERS, ImageRecords, Losses
+from instructblip.data.readers import READERS, Losses, MediaRecords, RawSplit
 from instructblip.data.readers.easy_vqa import split_of_image, statement_of
 from instructblip.errors import UserError
 
@@ -30,11 +30,11 @@ STATEMENTS = {
 }
 
 
-def _read(raw: Path, split: str, entries: Any, package_split: str = "test") -> tuple[list[ImageRecords], Losses]:
+def _read(raw: Path, split: str, entries: Any, package_split: str = "test") -> tuple[list[MediaRecords], Losses]:
     (raw / package_split).mkdir(parents=True, exist_ok=True)
     (raw / package_split / "questions.json").write_text(json.dumps(entries))
     losses = Losses()
-    return list(READERS["easy_vqa"](raw, split, losses)), losses
+    return list(READERS["easy_vqa"](RawSplit(raw, split), losses)), losses
 
 
 def test_records_equal_what_a_person_reads_off_the_file(tmp_path: Path) -> None:
@@ -45,11 +45,11 @@ def test_records_equal_what_a_person_reads_off_the_file(tmp_path: Path) -> None:
         ["is a circle present?", "no", 7],
     ]
     images, losses = _read(tmp_path, "test", entries)
-    assert [(image.key, image.image_id) for image in images] == [
+    assert [(image.key, image.media_id) for image in images] == [
         ("easy_vqa_test_000003", "3"),
         ("easy_vqa_test_000007", "7"),
     ]
-    assert images[1].image == tmp_path / "test/images/7.png"
+    assert images[1].media == tmp_path / "test/images/7.png"
     assert [record.to_dict() for record in images[1].records] == [
         {"id": "test-7-0", "kind": "color", "question": "what color is the shape?", "answers": ("blue",)},
         {"id": "test-7-1", "kind": "yes_no", "question": "is there not a red shape?", "answers": ("yes",)},
@@ -107,13 +107,13 @@ def test_train_and_validation_share_no_image_and_miss_none(tmp_path: Path) -> No
     entries = [["what shape is present?", "circle", number] for number in range(200)]
     train, _ = _read(tmp_path, "train", entries, "train")
     validation, _ = _read(tmp_path, "validation", entries, "train")
-    ids = [[int(image.image_id) for image in images] for images in (train, validation)]
+    ids = [[int(image.media_id) for image in images] for images in (train, validation)]
     assert sorted(ids[0] + ids[1]) == list(range(200))
     assert ids[0] == sorted(ids[0])
     assert ids[1] == [number for number in range(200) if split_of_image("train", number) == "validation"]
     # Golden: the split is part of every published number.
     assert ids[1][:5] == [7, 11, 18, 19, 23]
-    assert all(image.image == tmp_path / f"train/images/{image.image_id}.png" for image in validation)
+    assert all(image.media == tmp_path / f"train/images/{image.media_id}.png" for image in validation)
 
 
 def test_malformed_entry_of_the_shared_file_is_counted_in_one_split(tmp_path: Path) -> None:
@@ -134,4 +134,4 @@ def test_bad_raw_files_are_one_clear_line(tmp_path: Path, split: str, content: s
     (tmp_path / "test").mkdir()
     (tmp_path / "test/questions.json").write_text(content)
     with pytest.raises(UserError, match=words):
-        list(READERS["easy_vqa"](tmp_path, split, Losses()))
+        list(READERS["easy_vqa"](RawSplit(tmp_path, split), Losses()))

@@ -1,31 +1,67 @@
 """What every reader takes and gives."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from instructblip.data.sample import Record
+from instructblip.errors import UserError
 
 MAX_EXAMPLES = 5
 
 
 @dataclass(frozen=True)
-class ImageRecords:
-    """One image with all records that use it.
+class RawSplit:
+    """One split of the raw files, as a reader sees it.
 
     Attributes:
-        key: name of the image in the shard, unique within the split: letters, digits, `_` and `-` only (a dot would
-            split the sample in a WebDataset tar).
-        image_id: the image's id in the source.
-        image: file to read, or the encoded bytes themselves. A reader does not open the file: preparation does.
+        raw: the folder that the user downloaded and unpacked.
+        split: name of the split.
+        files: role -> places below `raw` where that file or folder may lie, in the order they are tried; from the card.
+        options: what else the card tells the reader, such as the prefix of its ids.
+    """
+
+    raw: Path
+    split: str
+    files: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def path(self, role: str) -> Path:
+        """The first of a role's places that exists.
+
+        Raises:
+            UserError: none does; names all of them.
+        """
+        found = self.paths(role)
+        if not found:
+            places = " or ".join(self.files[role])
+            raise UserError(f"{self.raw} lacks {places} ({role} of split {self.split}); put it there, or correct raw=")
+        return found[0]
+
+    def paths(self, role: str) -> list[Path]:
+        """All places of a role that exist: images may lie in several folders."""
+        return [self.raw / place for place in self.files[role] if (self.raw / place).exists()]
+
+
+@dataclass(frozen=True)
+class MediaRecords:
+    """One image or video with all records that use it.
+
+    Attributes:
+        key: its name in the shard, unique within the split: letters, digits, `_` and `-` only (a dot would split the sample
+            in a WebDataset tar).
+        media_id: its id in the source.
+        media: file to read, or the encoded bytes themselves. A reader does not open the file: preparation does.
         records: the annotations, in a fixed order.
+        video: whether `media` is a video, which is stored as frames.
     """
 
     key: str
-    image_id: str
-    image: Path | bytes
+    media_id: str
+    media: Path | bytes
     records: list[Record]
+    video: bool = False
 
 
 @dataclass
@@ -56,5 +92,5 @@ class Losses:
         return [self.reasons[reason] for reason in sorted(self.reasons)]
 
 
-# (raw folder, split, losses) -> images in an order that depends on the raw files alone
-Reader = Callable[[Path, str, Losses], Iterator[ImageRecords]]
+# (raw files of a split, losses) -> images in an order that depends on the raw files alone
+Reader = Callable[[RawSplit, Losses], Iterator[MediaRecords]]

@@ -10,10 +10,9 @@ the package's own. Each yes/no question also gives a `statement` record, to be j
 import hashlib
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-from instructblip.data.readers.base import ImageRecords, Losses
+from instructblip.data.readers.base import Losses, MediaRecords, RawSplit
 from instructblip.data.sample import Record
 from instructblip.errors import UserError
 from instructblip.files import read_json
@@ -47,12 +46,13 @@ STATEMENT_OF_QUESTION = tuple(
 )
 
 
-def read_easy_vqa(raw: Path, split: str, losses: Losses) -> Iterator[ImageRecords]:
+def read_easy_vqa(source: RawSplit, losses: Losses) -> Iterator[MediaRecords]:
     """Yield the images of `train`, `validation` or `test` in ascending order of their ids.
 
     Raises:
         UserError: no such split; `questions.json` missing, cut short or not a list.
     """
+    raw, split = source.raw, source.split
     if split not in PACKAGE_SPLIT:
         raise UserError(f"easy_vqa has no split {split!r}; choose one of {', '.join(PACKAGE_SPLIT)}")
     package_split = PACKAGE_SPLIT[split]
@@ -71,10 +71,10 @@ def read_easy_vqa(raw: Path, split: str, losses: Losses) -> Iterator[ImageRecord
         if split_of_image(package_split, image_id) == split:
             by_image.setdefault(image_id, []).append((question, answer))
     for image_id in sorted(by_image):
-        yield ImageRecords(
+        yield MediaRecords(
             key=f"easy_vqa_{package_split}_{image_id:06d}",
-            image_id=str(image_id),
-            image=raw / package_split / "images" / f"{image_id}.png",
+            media_id=str(image_id),
+            media=raw / package_split / "images" / f"{image_id}.png",
             records=_records(f"{package_split}-{image_id}", by_image[image_id], losses),
         )
 
