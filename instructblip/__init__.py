@@ -16,16 +16,27 @@ declare_missing_operators()  # before anything imports torchvision: transformers
 __all__ = ["load"]
 
 
-def load(source: str | Path, *, device: str = "auto") -> "InstructBLIP":
-    """Load a trained model.
+def load(
+    source: str | Path,
+    *,
+    llm: str | None = None,
+    llm_path: str | None = None,
+    vision_path: str | None = None,
+    qformer_path: str | None = None,
+    device: str = "auto",
+) -> "InstructBLIP":
+    """Load a trained model: what `instructblip.loading.load_model` does and documents, the model alone.
 
     Args:
-        source: folder of a run (`outputs/train/<name>`, its newest whole checkpoint is taken) or one of its checkpoints.
+        source: a run (`outputs/train/<name>`) or one of its checkpoints, a transformers folder or hub id, a LAVIS `.pth`.
+        llm: a name in configs/llm; a `.pth` needs it.
+        llm_path, vision_path, qformer_path: files of frozen parts in place of the configured sources.
         device: `auto` takes a GPU where there is one.
 
     Raises:
-        UserError: no checkpoint there, a broken one, or frozen parts that are not those it was trained with.
+        UserError: nothing there that can be loaded, or files that do not fit.
     """
-    from instructblip.build import load_run
+    from instructblip.loading import load_model
 
-    return load_run(Path(source), device=device).model
+    parts = {"llm": llm, "llm_path": llm_path, "vision_path": vision_path, "qformer_path": qformer_path}
+    return load_model(source, device=device, **parts).model

@@ -3,39 +3,58 @@
 The only place that reads the `vision`, `qformer` and `llm` sections.
 """
 
+import dataclasses
 import json
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
+from tokenizers import AddedToken
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging as transformers_logging
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
-from instructblip.config import LLMConfig, QFormerConfig, SourcesConfig, TrainConfig, VisionConfig, read_config
+from instructblip.config import LLMConfig, ModelConfig, QFormerConfig, SourcesConfig, VisionConfig, read_model_config
 from instructblip.errors import UserError
 from instructblip.model.frozen import fingerprint
 from instructblip.model.instructblip import InstructBLIP
-from instructblip.model.llm import DecoderLLM
+from instructblip.model.llm import LLM, LLM_KINDS
 from instructblip.model.qformer import QFormer
+from instructblip.model.quantized import QUANTIZATIONS, quantize_linears
 from instructblip.model.vision import ChannelNorm, VisionEncoder
 from instructblip.training.checkpoint import checkpoint_folders, load_checkpoint, newest_whole
 from instructblip.weights.assets import Sources, WheelSource, part_folder
-from instructblip.weights.bert import qformer_state_from_bert
+from instructblip.weights.bert import (
+    draw_query_tokens_near,
+    initialize_like_bert,
+    names_unknown_to_bert,
+    qformer_state_from_bert,
+)
+from instructblip.weights.convert import quiet_transformers
+from instructblip.weights.lavis import read_blip2, read_pth
+from instructblip.weights.names import check_tensors
+from instructblip.weights.position import resize_position_embedding
+from instructblip.weights.vocabulary import resize_vocabulary
 
-VISION_NORMS: dict[str, Callable[[int], nn.Module]] = {
-    "layer": nn.LayerNorm,  # torch's default eps of 1e-5, as released
-    "channel": ChannelNorm,
+logger = logging.getLogger(__name__)
+
+VISION_NORMS: dict[str, Callable[[int, float], nn.Module]] = {
+    "layer": lambda width, eps: nn.LayerNorm(width, eps=eps),
+    "channel": lambda width, _eps: ChannelNorm(width),
 }
+INITS = ("bert", "blip2", "scratch")
+QUERY_INITS = ("normal", "cls")
+_AUTO_CLASSES: dict[str, Any] = {"decoder": AutoModelForCausalLM, "encoder_decoder": AutoModelForSeq2SeqLM}
 
 
 class LoadedRun(NamedTuple):
-    """A model restored from a run, the run's configuration, and where it came from."""
+    """A model restored from a run, what it was built from, and where it came from."""
 
     model: InstructBLIP
-    config: TrainConfig
+    config: ModelConfig
     checkpoint: Path
     step: int
 
@@ -46,25 +65,39 @@ def build_model(vision: VisionConfig, qformer: QFormerConfig, llm: LLMConfig, *,
     Raises:
         UserError: a part cannot be fetched, or its settings do not fit its files.
     """
+    if vision.norm not in VISION_NORMS:
+        raise UserError(f"vision.norm={vision.norm} is none of {', '.join(VISION_NORMS)}")
     frozen_vision = load_vision(vision)
     frozen_llm = load_llm(llm)
     torch.manual_seed(seed)
     trainable, tokenizer = load_qformer(qformer, vision_width=frozen_vision.width)
-    if vision.norm not in VISION_NORMS:
-        raise UserError(f"vision.norm={vision.norm} is none of {', '.join(VISION_NORMS)}")
-    return InstructBLIP(
+    norm = VISION_NORMS[vision.norm](frozen_vision.width, vision.norm_eps)
+    projection: dict[str, Tensor] = {}
+    if qformer.init == "blip2":
+        projection = _start_from_blip2(qformer, trainable, norm, llm_width=frozen_llm.width, llm_name=llm.name)
+    model = InstructBLIP(
         vision=frozen_vision,
-        vision_norm=VISION_NORMS[vision.norm](frozen_vision.width),
+        vision_norm=norm,
         qformer=trainable,
         qformer_tokenizer=tokenizer,
         llm=frozen_llm,
         max_instruction_tokens=qformer.max_instruction_tokens,
     )
+    if projection:
+        model.projection.load_state_dict(projection)
+    return model
+
+
+# --- vision ----------------------------------------------------------------------------------------------------------
 
 
 def load_vision(config: VisionConfig) -> VisionEncoder:
-    """The frozen image encoder with its weights."""
-    folder = part_folder(sources(config.name, config.sources), setting="vision.sources.path")
+    """The frozen image encoder with its weights: those of a folder's model.safetensors, or of a file under timm's names.
+
+    Positions are resized to the configured image size. A file may hold more than is built: its classification head, the
+    last norm where `final_norm` is false, and the blocks past `options.depth`.
+    """
+    file, dtype = _vision_file(config), _dtype("vision.dtype", config.dtype)
     try:
         encoder = VisionEncoder(
             backbone=config.backbone,
@@ -73,22 +106,86 @@ def load_vision(config: VisionConfig) -> VisionEncoder:
             std=config.std,
             layers=config.layers,
             grid=config.grid,
+            options=config.options,
+            final_norm=config.final_norm,
         )
     except ValueError as error:
         raise UserError(f"vision={config.name}: {error}") from None
-    weights = load_file(folder / "model.safetensors")
-    load_exactly(encoder.backbone, weights, f"{folder}/model.safetensors", surplus_ok=("classifier.", "head."))
+    weights = _vision_weights(file)
+    _fit_positions(encoder.backbone, weights)
+    load_exactly(encoder.backbone, weights, str(file), surplus_ok=_not_built(encoder.backbone, config))
+    encoder.backbone.to(dtype)
     return encoder
 
 
+def _vision_file(config: VisionConfig) -> Path:
+    path = None if config.sources.path is None else Path(config.sources.path).expanduser()
+    if path is not None and path.suffix in (".safetensors", ".pth"):
+        return path
+    return part_folder(sources(config.name, config.sources), setting="vision.sources.path") / "model.safetensors"
+
+
+def _vision_weights(file: Path) -> dict[str, Tensor]:
+    if file.suffix == ".safetensors":
+        try:
+            return load_file(file)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{file} cannot be read ({_first_line(error)}); give a .safetensors or .pth file") from None
+    found = read_pth(file)
+    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
+        raise UserError(f"{file} is no state dict; give the weights alone, under timm's names")
+    return found
+
+
+def _fit_positions(backbone: Any, weights: dict[str, Tensor]) -> None:
+    """Resize the file's position embedding to the backbone's patches, where that is what they differ in."""
+    own, found = getattr(backbone, "pos_embed", None), weights.get("pos_embed")
+    if own is None or found is None or own.ndim != 3 or found.ndim != 3 or own.shape == found.shape:
+        return
+    patches = tuple(backbone.patch_embed.grid_size)
+    prefix = own.shape[1] - patches[0] * patches[1]
+    weights["pos_embed"] = resize_position_embedding(found, patches, prefix_tokens=prefix)
+
+
+def _not_built(backbone: Any, config: VisionConfig) -> tuple[str, ...]:
+    """Beginnings of the names of tensors that a file of the whole model has and the backbone, as configured, has not."""
+    heads = backbone.default_cfg.get("classifier") or ()
+    names = [heads] if isinstance(heads, str) else list(heads)
+    if not config.final_norm:
+        names += ["norm", "fc_norm"]
+    if "depth" in config.options:
+        # No ViT has as many blocks as a thousand.
+        names += [f"blocks.{index}" for index in range(config.options["depth"], 1000)]
+    return tuple(f"{name}." for name in names)
+
+
+# --- Q-Former --------------------------------------------------------------------------------------------------------
+
+
 def load_qformer(config: QFormerConfig, *, vision_width: int) -> tuple[QFormer, Any]:
-    """The trainable Q-Former, started from BERT weights, and its tokenizer."""
+    """The trainable Q-Former and its tokenizer.
+
+    With `init=bert` the text branch and both feed-forwards of each layer start from BERT's weights, and only the query
+    tokens and the cross-attention are new; with `scratch` everything is drawn. With `blip2` it is left as constructed:
+    those weights come together with the vision norm's and the projection's.
+    """
+    if config.init not in INITS:
+        raise UserError(f"qformer.init={config.init} is none of {', '.join(INITS)}")
+    if config.query_init not in QUERY_INITS:
+        raise UserError(f"qformer.query_init={config.query_init} is none of {', '.join(QUERY_INITS)}")
+    if config.query_init == "cls" and config.init != "bert":
+        raise UserError(f"qformer.query_init=cls needs BERT's embeddings, which init={config.init} has not; use normal")
     folder = part_folder(sources(config.name, config.sources), setting="qformer.sources.path")
     bert = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    layers = bert["num_hidden_layers"] if config.layers is None else config.layers
+    if not 1 <= layers <= bert["num_hidden_layers"]:
+        raise UserError(f"qformer.layers={layers}: {folder} has {bert['num_hidden_layers']}; give 1 to that many")
+    tokenizer = AutoTokenizer.from_pretrained(folder, truncation_side="left")
+    _add_tokens(tokenizer, config.extra_tokens)
     qformer = QFormer(
-        vocab_size=bert["vocab_size"],
+        vocab_size=max(bert["vocab_size"], _rows_needed(tokenizer)),
         width=bert["hidden_size"],
-        layers=bert["num_hidden_layers"],
+        layers=layers,
         heads=bert["num_attention_heads"],
         hidden_width=bert["intermediate_size"],
         vision_width=vision_width,
@@ -99,25 +196,65 @@ def load_qformer(config: QFormerConfig, *, vision_width: int) -> tuple[QFormer, 
         norm_eps=bert["layer_norm_eps"],
         instruction_aware=config.instruction_aware,
     )
-    state = qformer_state_from_bert(load_file(folder / "model.safetensors"), qformer)
-    qformer.load_state_dict(state, strict=False)  # cross-attention and query tokens are new
+    if config.init == "bert":
+        weights = load_file(folder / "model.safetensors")
+        state = qformer_state_from_bert(weights, qformer)
+        load_exactly(qformer, state, f"{folder}/model.safetensors", new=names_unknown_to_bert(qformer))
+        if config.query_init == "cls":
+            draw_query_tokens_near(qformer, weights, token=tokenizer.cls_token_id)
+    elif config.init == "scratch":
+        initialize_like_bert(qformer)
     if config.instruction_aware:
         qformer.word_embeddings.requires_grad_(config.train_text_embeddings)
         qformer.position_embeddings.requires_grad_(config.train_text_embeddings)
-    return qformer, AutoTokenizer.from_pretrained(folder, truncation_side="left")
+    return qformer, tokenizer
 
 
-def load_llm(config: LLMConfig) -> DecoderLLM:
+def _start_from_blip2(
+    config: QFormerConfig, qformer: QFormer, norm: nn.Module, *, llm_width: int, llm_name: str
+) -> dict[str, Tensor]:
+    """Load BLIP-2's Q-Former and vision norm; return its projection, empty where it does not fit this language model."""
+    if config.stage1 is None:
+        raise UserError(
+            "qformer.init=blip2 needs LAVIS's files: give qformer.stage1=FOLDER/blip2_pretrained.pth "
+            "and qformer.stage2=FOLDER/blip2_pretrained_<llm>.pth"
+        )
+    parts = {"qformer": qformer, "vision_norm": norm, "projection": nn.Linear(qformer.width, llm_width, device="meta")}
+    expected = {
+        f"{part}.{name}": tensor for part, module in parts.items() for name, tensor in module.state_dict().items()
+    }
+    stage2 = None if config.stage2 is None else Path(config.stage2).expanduser()
+    start = read_blip2(Path(config.stage1).expanduser(), stage2, expected)
+    found = {
+        part: {name.removeprefix(f"{part}."): start[name] for name in start if name.startswith(f"{part}.")}
+        for part in parts
+    }
+    qformer.load_state_dict(found["qformer"])
+    norm.load_state_dict(found["vision_norm"])
+    fits = bool(found["projection"])
+    if stage2 is not None and (config.aligned_to != llm_name or not fits):
+        warn_aligned(config.aligned_to or "another LLM", llm_name, projection_fits=fits)
+    return found["projection"]
+
+
+# --- language model --------------------------------------------------------------------------------------------------
+
+
+def load_llm(config: LLMConfig) -> LLM:
     """The frozen language model with its tokenizer and text conventions."""
+    if config.kind not in LLM_KINDS:
+        raise UserError(f"llm.kind={config.kind} is none of {', '.join(LLM_KINDS)}")
     folder = part_folder(sources(config.name, config.sources), setting="llm.sources.path")
-    dtype = getattr(torch, config.dtype, None)
-    if not isinstance(dtype, torch.dtype):
-        raise UserError(f"llm.dtype={config.dtype} is no torch dtype; use float32, bfloat16 or float16")
-    transformers_logging.disable_progress_bar()
+    tokenizer = _llm_tokenizer(config, folder)
+    model = _language_model(config, folder)
+    if _rows_needed(tokenizer) > len(model.get_input_embeddings().weight):
+        resize_vocabulary(model, _rows_needed(tokenizer))
+    if config.quantization is not None:
+        _quantize(model, config.quantization)
     try:
-        return DecoderLLM(
-            AutoModelForCausalLM.from_pretrained(folder, dtype=dtype),
-            AutoTokenizer.from_pretrained(folder),
+        return LLM_KINDS[config.kind](
+            model,
+            tokenizer,
             eos_token=config.eos_token,
             pad_token=config.pad_token,
             bos_token=config.bos_token,
@@ -131,29 +268,166 @@ def load_llm(config: LLMConfig) -> DecoderLLM:
         raise UserError(f"llm={config.name}: {error}") from None
 
 
-def load_run(source: Path, *, device: str = "auto") -> LoadedRun:
+def _llm_tokenizer(config: LLMConfig, folder: Path) -> Any:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise UserError(f"llm={config.name}: {folder} has no tokenizer ({_first_line(error)})") from None
+    _add_tokens(tokenizer, config.added_tokens)
+    tokens = {
+        "bos_token": config.bos_token,
+        "eos_token": config.eos_token,
+        "pad_token": config.pad_token,
+        "unk_token": config.unk_token,
+    }
+    for role, token in tokens.items():
+        if token is None:
+            continue
+        if token not in tokenizer.get_vocab():
+            raise UserError(
+                f"llm={config.name}: the tokenizer has no token {token!r}; name one of its own as {role} in the llm config"
+            )
+        setattr(tokenizer, role, token)
+    return tokenizer
+
+
+def _language_model(config: LLMConfig, folder: Path) -> Any:
+    """The transformers model, its text part alone where it has others, with every weight from its files."""
+    try:
+        settings = AutoConfig.from_pretrained(folder)
+        _override(settings.get_text_config(), config.options)
+        with quiet_transformers():
+            model, found = _AUTO_CLASSES[config.kind].from_pretrained(
+                folder,
+                config=settings,
+                dtype=_dtype("llm.dtype", config.dtype),
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are named below
+            )
+    except (OSError, ValueError) as error:
+        raise UserError(f"llm={config.name}: {_first_line(error)}") from None
+    for name, theirs, ours in sorted(found["mismatched_keys"]):
+        raise UserError(f"llm={config.name}: {folder}: {name} is {tuple(theirs)}, the model needs {tuple(ours)}")
+    for name in sorted(found["missing_keys"]):
+        raise UserError(f"llm={config.name}: {folder} lacks the tensor {name}; it is of another model")
+    for name in sorted(found["unexpected_keys"]):
+        raise UserError(f"llm={config.name}: {folder} has the unknown tensor {name}; it is of another model")
+    return _text_model(model) if config.kind == "decoder" else model
+
+
+def _override(settings: Any, options: Mapping[str, Any]) -> None:
+    for name, value in options.items():
+        if not hasattr(settings, name):
+            raise UserError(f"llm.options.{name} is no setting of a {type(settings).__name__}; see its config.json")
+        setattr(settings, name, value)
+
+
+def _text_model(model: Any) -> Any:
+    """The causal language model inside a multimodal one (which has a `text_config`); any other as it is."""
+    settings = model.config.get_text_config()
+    if settings is model.config:
+        return model
+    with torch.device("meta"):
+        text = AutoModelForCausalLM.from_config(settings, dtype=model.dtype)
+    setattr(text, text.base_model_prefix, model.get_decoder())
+    text.set_output_embeddings(model.get_output_embeddings())
+    for name, tensor in text.state_dict().items():
+        if tensor.is_meta:
+            raise UserError(f"{type(model).__name__} has no weights for {name} of its text model")
+    return text
+
+
+def _quantize(model: Any, kind: str) -> None:
+    if kind not in QUANTIZATIONS:
+        raise UserError(f"llm.quantization={kind} is none of {', '.join(QUANTIZATIONS)}; null keeps llm.dtype")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses a CPU kernel that is not used here
+    try:
+        quantize_linears(model, kind, keep=model.get_output_embeddings())
+    except ImportError as error:
+        raise UserError(
+            f"llm.quantization={kind} needs a package that is not installed ({error}); "
+            "pip install -r requirements-quantization.txt, or use int8"
+        ) from None
+    except ValueError as error:
+        raise UserError(f"llm.quantization={kind}: {error}") from None
+
+
+def _add_tokens(tokenizer: Any, tokens: list[str]) -> None:
+    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in tokens], special_tokens=True)
+
+
+def _rows_needed(tokenizer: Any) -> int:
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def _dtype(key: str, name: str) -> torch.dtype:
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise UserError(f"{key}={name} is no floating-point torch dtype; use float32, bfloat16 or float16")
+    return dtype
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
+
+
+# --- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+def load_run(source: Path, *, device: str = "auto", config: ModelConfig | None = None) -> LoadedRun:
     """Restore the model of a run folder or of one of its checkpoints.
+
+    Args:
+        source: the folder.
+        device: `auto` is a GPU where there is one.
+        config: parts in place of the run's own. Another language model than the one that the checkpoint was trained with is
+            warned about; where its width differs the projection starts anew.
 
     Raises:
         UserError: no whole checkpoint there, or other frozen weights than it was trained with.
     """
-    checkpoint: Path | None = source
-    if not (source / "state.json").is_file():
-        if not checkpoint_folders(source / "checkpoints"):
-            raise UserError(
-                f"there is no checkpoint at {source}; give the folder of a run, such as outputs/train/demo, "
-                "or one of its checkpoints/step_XXXXXXXX"
-            )
-        checkpoint, complaints = newest_whole(source / "checkpoints")
-        if checkpoint is None:
-            raise UserError(f"no checkpoint of {source} is whole: {'; '.join(complaints)}")
-    assert checkpoint is not None
+    checkpoint = find_checkpoint(source)
     loaded = load_checkpoint(checkpoint)
-    config = read_config(checkpoint.parents[1] / "config.yaml", TrainConfig)
-    model = build_model(config.vision, config.qformer, config.llm, seed=config.seed)
-    check_frozen(model, loaded.state["frozen"], checkpoint)
-    restore_trainable(model, loaded.model, checkpoint)
+    own = read_model_config(checkpoint.parents[1] / "config.yaml")
+    config = config or own
+    # Every trainable tensor comes from the checkpoint: whatever the run started from need not be there any more.
+    qformer = dataclasses.replace(config.qformer, init="scratch", query_init="normal")
+    model = build_model(config.vision, qformer, config.llm, seed=config.seed)
+    state, frozen = dict(loaded.model), dict(loaded.state["frozen"])
+    if config.llm.name != own.llm.name:
+        projection = {f"projection.{name}": tensor for name, tensor in model.projection.state_dict().items()}
+        fits = state["projection.weight"].shape == projection["projection.weight"].shape
+        state |= {} if fits else projection
+        frozen["llm"] = fingerprint(model.llm)
+        warn_aligned(own.llm.name, config.llm.name, projection_fits=fits)
+    check_frozen(model, frozen, checkpoint)
+    restore_trainable(model, state, checkpoint)
     return LoadedRun(model.to(choose_device(device)).eval(), config, checkpoint, loaded.step)
+
+
+def warn_aligned(trained_with: str, llm: str, *, projection_fits: bool) -> None:
+    """Say in one line that Q-Former and projection speak to another language model than the one that is loaded."""
+    remark = "" if projection_fits else ", and the projection, into another width, starts anew"
+    logger.warning("Q-Former and projection were aligned to %s; llm=%s needs them trained%s", trained_with, llm, remark)
+
+
+def find_checkpoint(source: Path) -> Path:
+    """The checkpoint that a path means: itself, or the newest whole one of a run.
+
+    Raises:
+        UserError: there is none.
+    """
+    if (source / "state.json").is_file():
+        return source
+    if not checkpoint_folders(source / "checkpoints"):
+        raise UserError(
+            f"there is no checkpoint at {source}; give the folder of a run, such as outputs/train/demo, "
+            "or one of its checkpoints/step_XXXXXXXX"
+        )
+    checkpoint, complaints = newest_whole(source / "checkpoints")
+    if checkpoint is None:
+        raise UserError(f"no checkpoint of {source} is whole: {'; '.join(complaints)}")
+    return checkpoint
 
 
 def frozen_fingerprints(model: InstructBLIP) -> dict[str, str]:
@@ -173,29 +447,34 @@ def check_frozen(model: InstructBLIP, expected: Mapping[str, str], checkpoint: P
 
 def restore_trainable(model: InstructBLIP, state: Mapping[str, Tensor], checkpoint: Path) -> None:
     """Load trainable weights; every one must be there, with the right shape."""
-    own = model.trainable_state()
-    _check_keys({name: tensor.shape for name, tensor in own.items()}, state, str(checkpoint), ())
+    check_tensors({name: tensor.shape for name, tensor in model.trainable_state().items()}, state, str(checkpoint))
     model.load_state_dict(dict(state), strict=False)
 
 
-def load_exactly(module: nn.Module, state: dict[str, Tensor], where: str, *, surplus_ok: tuple[str, ...] = ()) -> None:
-    """Load a state dict and stop on a missing, surplus or misshapen tensor, naming it."""
-    shapes = {name: tensor.shape for name, tensor in module.state_dict().items()}
-    _check_keys(shapes, state, where, surplus_ok)
-    module.load_state_dict({name: state[name] for name in shapes})
-
-
-def _check_keys(
-    shapes: Mapping[str, torch.Size], state: Mapping[str, Tensor], where: str, surplus_ok: tuple[str, ...]
+def load_exactly(
+    module: nn.Module,
+    state: Mapping[str, Tensor],
+    where: str,
+    *,
+    surplus_ok: tuple[str, ...] = (),
+    new: Collection[str] = (),
 ) -> None:
-    for name, shape in shapes.items():
-        if name not in state:
-            raise UserError(f"{where} lacks the tensor {name}; it is of another model")
-        if state[name].shape != shape:
-            raise UserError(f"{where}: {name} is {tuple(state[name].shape)}, the model needs {tuple(shape)}")
-    surplus = [name for name in state if name not in shapes and not name.startswith(surplus_ok or ("\0",))]
-    if surplus:
-        raise UserError(f"{where} has the unknown tensor {surplus[0]}; it is of another model")
+    """Load a state dict and stop on a missing, surplus or misshapen tensor, naming it.
+
+    Args:
+        module: what is loaded into.
+        state: tensors by name.
+        where: they come from, for the message.
+        surplus_ok: beginnings of names that the module may lack.
+        new: names that the module has and `state` must not have; they stay as they are.
+    """
+    shapes = {name: tensor.shape for name, tensor in module.state_dict().items() if name not in new}
+    known = {name: state[name] for name in state if not (surplus_ok and name.startswith(surplus_ok))}
+    check_tensors(shapes, known, where)
+    module.load_state_dict({name: state[name] for name in shapes}, strict=not new)
+
+
+# --- from configuration ----------------------------------------------------------------------------------------------
 
 
 def sources(name: str, config: SourcesConfig) -> Sources:

@@ -52,21 +52,32 @@ class VisionConfig:
     name: str = MISSING
     sources: SourcesConfig = field(default_factory=SourcesConfig)
     backbone: str = MISSING
+    options: dict[str, Any] = field(default_factory=dict)  # of timm.create_model
+    dtype: str = "float32"
     image_size: int = MISSING
     mean: list[float] = MISSING
     std: list[float] = MISSING
     layers: list[str] = field(default_factory=list)
     grid: int | None = None
+    final_norm: bool = True  # false leaves the backbone's own last norm out
     norm: str = "layer"  # layer: trainable ln_vision; channel: fixed statistics measured on training images
+    norm_eps: float = 1e-5  # of norm=layer
 
 
 @dataclass
 class QFormerConfig:
-    """The trainable Q-Former and where its text branch starts from."""
+    """The trainable Q-Former and what it starts from."""
 
     name: str = MISSING
-    sources: SourcesConfig = field(default_factory=SourcesConfig)
+    sources: SourcesConfig = field(default_factory=SourcesConfig)  # BERT: sizes, tokenizer and, for init=bert, weights
+    init: str = "bert"  # bert, blip2 or scratch
+    stage1: str | None = None  # init=blip2: LAVIS files of BLIP-2's two stages
+    stage2: str | None = None
+    aligned_to: str | None = None  # name of the LLM that stage 2 was trained with
+    extra_tokens: list[str] = field(default_factory=list)
+    layers: int | None = None  # the first ones of BERT's; null: all
     queries: int = 32
+    query_init: str = "normal"  # or cls: near BERT's [CLS] token, which its attention already knows to read a text with
     cross_attention_every: int = 2
     dropout: float = 0.1
     instruction_aware: bool = True
@@ -80,15 +91,30 @@ class LLMConfig:
 
     name: str = MISSING
     sources: SourcesConfig = field(default_factory=SourcesConfig)
+    kind: str = "decoder"  # or encoder_decoder
     dtype: str = "float32"
+    quantization: str | None = None  # int8 or nf4
+    options: dict[str, Any] = field(default_factory=dict)  # values that replace those of the model's own config.json
     eos_token: str = MISSING
     pad_token: str = MISSING
     bos_token: str | None = None
+    unk_token: str | None = None  # null: the tokenizer's own
+    added_tokens: list[str] = field(default_factory=list)
     image_prefix: str = ""  # text in front of the visual tokens
     prompt_prefix: str = ""  # text between them and the prompt
     answer_prefix: str = ""
     max_prompt_tokens: int = 128
     max_target_tokens: int = 256
+
+
+@dataclass
+class ModelConfig:
+    """All that a model is built from."""
+
+    seed: int = 0
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    qformer: QFormerConfig = field(default_factory=QFormerConfig)
+    llm: LLMConfig = field(default_factory=LLMConfig)
 
 
 @dataclass
@@ -171,17 +197,13 @@ class LoggerConfig:
 
 
 @dataclass
-class TrainConfig:
+class TrainConfig(ModelConfig):
     """Everything train.py reads."""
 
     name: str = MISSING
     output: str = "outputs/train"
-    seed: int = 0
     device: str = "auto"
     resume: str | None = None
-    vision: VisionConfig = field(default_factory=VisionConfig)
-    qformer: QFormerConfig = field(default_factory=QFormerConfig)
-    llm: LLMConfig = field(default_factory=LLMConfig)
     mixture: MixtureConfig = field(default_factory=MixtureConfig)
     suite: SuiteConfig = field(default_factory=SuiteConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -316,6 +338,21 @@ def read_config(path: Path, schema: type[Schema]) -> Schema:
     Raises:
         UserError: missing, not YAML, or of another schema.
     """
+    return _validate_file(path, _read_yaml(path), schema)
+
+
+def read_model_config(path: Path) -> ModelConfig:
+    """Read what a model is built from out of a stored config.yaml; how it was trained need not stand there.
+
+    Raises:
+        UserError: missing, not YAML, or of another schema.
+    """
+    wanted = {part.name for part in dataclasses.fields(ModelConfig)}
+    loaded = _read_yaml(path)
+    return _validate_file(path, OmegaConf.masked_copy(loaded, [key for key in loaded if key in wanted]), ModelConfig)
+
+
+def _read_yaml(path: Path) -> DictConfig:
     if not path.is_file():
         raise UserError(f"{path} is missing; a checkpoint is used inside the run folder that it was written to")
     try:
@@ -324,6 +361,10 @@ def read_config(path: Path, schema: type[Schema]) -> Schema:
         raise UserError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(loaded, DictConfig):
         raise UserError(f"{path} is not a configuration; a run writes it and needs it unchanged")
+    return loaded
+
+
+def _validate_file(path: Path, loaded: DictConfig, schema: type[Schema]) -> Schema:
     try:
         return validate(loaded, schema)
     except UserError as error:

@@ -5,10 +5,13 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+from rich.console import Console
 from safetensors import SafetensorError
 
 from instructblip.errors import UserError
@@ -25,9 +28,73 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
+        with _errors_for_users(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield partial
+            os.replace(partial, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            partial.unlink()
+
+
+@contextlib.contextmanager
+def atomic_folder(folder: Path, *, overwrite_if: str | None = None) -> Iterator[Path]:
+    """Give an empty folder beside `folder` to fill; on success it takes its place, on any error it is removed.
+
+    Args:
+        folder: must not exist yet, or be empty.
+        overwrite_if: a folder that holds a file of this name may be replaced, once the new one is whole.
+
+    Raises:
+        UserError: something else stands there, or as `atomic_path`.
+    """
+    partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        if overwrite_if is None:
+            raise UserError(f"{folder} exists already; choose another folder, or ask for it to be overwritten")
+        if not (folder / overwrite_if).is_file():
+            raise UserError(f"{folder} has no {overwrite_if}, so it is not replaced; choose another folder")
+    try:
+        with _errors_for_users(folder):
+            partial.mkdir(parents=True)
+            yield partial
+            if folder.exists():
+                shutil.rmtree(folder)
+            os.replace(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def exclusive(path: Path, doing: str, *, show: bool = True) -> Iterator[None]:
+    """Let one process at a time do something; the others wait and say what for.
+
+    Args:
+        path: the lock file; it stays, empty.
+        doing: `fetching vicuna_7b`, for the line that is shown while waiting.
+        show: whether to show it.
+
+    Raises:
+        UserError: the lock file cannot be written.
+    """
+    with _errors_for_users(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        yield partial
-        os.replace(partial, path)
+        lock = FileLock(path)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            with Console().status(f"waiting for another process that is {doing}") if show else contextlib.nullcontext():
+                lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextlib.contextmanager
+def _errors_for_users(path: Path) -> Iterator[None]:
+    try:
+        yield
     except (OSError, SafetensorError) as error:
         if is_disk_full(error):
             raise UserError(f"disk full while writing {path}; free some space and run the same command again") from None
@@ -36,9 +103,6 @@ def atomic_path(path: Path) -> Iterator[Path]:
         if isinstance(error, NotADirectoryError | FileExistsError):
             raise UserError(f"{path} cannot be written: {error.filename} is not a folder; choose another") from None
         raise
-    finally:
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            partial.unlink()
 
 
 def is_disk_full(error: Exception) -> bool:

@@ -23,8 +23,14 @@ from torch import nn
 from transformers import (
     BertConfig,
     BertModel,
+    BlipImageProcessor,
+    InstructBlipConfig,
+    InstructBlipForConditionalGeneration,
+    InstructBlipProcessor,
     LlamaConfig,
     LlamaForCausalLM,
+    OPTConfig,
+    PretrainedConfig,
     PreTrainedTokenizerFast,
     T5Config,
     T5ForConditionalGeneration,
@@ -99,11 +105,11 @@ def tiny_bert_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def tiny_llama(vocab_size: int, eos_id: int) -> LlamaForCausalLM:
-    """Two layers of width 32 with grouped keys; weights ten times the usual deviation, so that inputs matter."""
+def tiny_llama(vocab_size: int, eos_id: int, *, width: int = WIDTH) -> LlamaForCausalLM:
+    """Two layers with grouped keys; weights ten times the usual deviation, so that inputs matter."""
     config = LlamaConfig(
         vocab_size=vocab_size,
-        hidden_size=WIDTH,
+        hidden_size=width,
         intermediate_size=64,
         num_hidden_layers=2,
         num_attention_heads=4,
@@ -162,6 +168,9 @@ def tiny_t5(vocab_size: int, eos_id: int) -> T5ForConditionalGeneration:
         decoder_start_token_id=eos_id,
     )
     model = T5ForConditionalGeneration(config)
+    model.lm_head.weight = nn.Parameter(
+        model.lm_head.weight.flip(0)
+    )  # transformers ties it whatever the configuration says
     for module in model.modules():  # transformers starts them all small, and positions would hardly matter
         if getattr(module, "has_relative_attention_bias", False):
             nn.init.normal_(module.relative_attention_bias.weight, std=2.0)
@@ -259,6 +268,37 @@ def tiny_model(
     return model.eval()
 
 
+def tiny_released_model(seed: int = 0, *, llm: LLM | None = None, norm_eps: float = 1e-5) -> InstructBLIP:
+    """A model of the released parts' kinds, with random weights that all matter: EVA-CLIP, LayerNorm, both text branches.
+
+    Args:
+        seed: of every weight but the language model's.
+        llm: in place of `tiny_llm()`.
+        norm_eps: of `ln_vision`.
+    """
+    torch.manual_seed(seed)
+    options = {"embed_dim": WIDTH, "depth": 2, "num_heads": 4, "mlp_ratio": 1.5}
+    vision = VisionEncoder(
+        backbone="eva_giant_patch14_clip_224",
+        image_size=28,
+        mean=[120.0, 125.0, 130.0],
+        std=[60.0, 61.0, 62.0],
+        options=options,
+        final_norm=False,
+    )
+    model = InstructBLIP(
+        vision=vision,
+        vision_norm=nn.LayerNorm(vision.width, eps=norm_eps),
+        qformer=tiny_qformer(vision_width=vision.width),
+        qformer_tokenizer=tiny_bert_tokenizer(),
+        llm=llm or tiny_llm(),
+        max_instruction_tokens=32,
+    )
+    for part in (model.vision, model.vision_norm, model.qformer, model.projection):
+        redraw(part)
+    return model.eval()
+
+
 def tiny_images(count: int, *, frames: int = 1, seed: int = 0) -> torch.Tensor:
     """Random uint8 pictures (B, F, 3, H, W) of the tiny encoder's size."""
     generator = torch.Generator().manual_seed(seed)
@@ -299,6 +339,94 @@ def tiny_parts(folder: Path, seed: int = 0) -> dict[str, str]:
         "qformer.queries": "4",
         "qformer.max_instruction_tokens": "64",
     }
+
+
+HUGGINGFACE_LLMS = ("llama", "opt", "t5")
+PAD = "[PAD]"
+
+
+def tiny_huggingface(
+    folder: Path, llm: str = "llama", *, image_token: bool = True, seed: int = 0
+) -> InstructBlipForConditionalGeneration:
+    """Write an InstructBLIP folder of transformers with random weights that all matter; return the model.
+
+    Args:
+        folder: to write.
+        llm: one of `HUGGINGFACE_LLMS`; the decoder-only ones begin each text with the token that ends it, as Vicuna's.
+        image_token: the newer form, whose tokenizer and token table have `<image>`; the older one has a
+            preprocessor_config.json and no word of it.
+        seed: of every weight.
+    """
+    tokenizer, bert_tokenizer = _huggingface_tokenizer(ends_prompts=llm == "t5"), tiny_bert_tokenizer()
+    images = BlipImageProcessor(size={"height": 28, "width": 28})
+    if image_token:  # which the processor adds to the tokenizer
+        InstructBlipProcessor(images, tokenizer, bert_tokenizer, num_query_tokens=4).save_pretrained(folder)
+    else:
+        for part in (images, tokenizer):
+            part.save_pretrained(folder)
+        bert_tokenizer.save_pretrained(folder / "qformer_tokenizer")
+    config = InstructBlipConfig(
+        vision_config={
+            "hidden_size": WIDTH,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "image_size": 28,
+        },
+        qformer_config={
+            "vocab_size": len(bert_tokenizer),
+            "hidden_size": WIDTH,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "intermediate_size": 64,
+            "max_position_embeddings": 64,
+        },
+        text_config=_huggingface_llm_config(llm, tokenizer),
+        num_query_tokens=4,
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>") if image_token else None,
+    )
+    torch.manual_seed(seed)
+    model = InstructBlipForConditionalGeneration(config).eval()
+    if llm == "t5":  # transformers ties the two until weights say otherwise, as FlanT5's do
+        model.language_model.lm_head.weight = nn.Parameter(model.language_model.lm_head.weight.clone())
+    redraw(model)
+    model.save_pretrained(folder)
+    return model
+
+
+@torch.no_grad()
+def redraw(model: nn.Module, std: float = 0.15) -> None:
+    """Draw every parameter anew, biases and norms too; key biases of a vision part stay zero, as in released files."""
+    for name, parameter in model.named_parameters():
+        center = 1.0 if parameter.ndim == 1 and "norm" in name.lower() and name.endswith("weight") else 0.0
+        parameter.normal_(mean=center, std=std)
+        if name.endswith("self_attn.qkv.bias"):
+            parameter.view(3, -1)[1] = 0
+
+
+def _huggingface_tokenizer(*, ends_prompts: bool) -> PreTrainedTokenizerFast:
+    tokenizer = tiny_llm_tokenizer()
+    template = f"$A {EOS}" if ends_prompts else f"{EOS} $A"
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=template, special_tokens=[(EOS, tokenizer.eos_token_id)]
+    )
+    tokenizer.add_special_tokens({"pad_token": PAD, "bos_token": EOS})
+    return tokenizer
+
+
+def _huggingface_llm_config(llm: str, tokenizer: PreTrainedTokenizerFast) -> PretrainedConfig:
+    tokens = {
+        "vocab_size": len(tokenizer),
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    if llm == "t5":
+        small = tiny_t5(len(tokenizer), tokenizer.eos_token_id).config
+        return T5Config(**(small.to_dict() | tokens | {"decoder_start_token_id": tokenizer.pad_token_id}))
+    layers = {"hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 128}
+    if llm == "opt":
+        return OPTConfig(**tokens, **layers, ffn_dim=64, word_embed_proj_dim=WIDTH, bos_token_id=tokenizer.eos_token_id)
+    return LlamaConfig(**tokens, **layers, intermediate_size=64, bos_token_id=tokenizer.eos_token_id)
 
 
 def write_easy_vqa(raw: Path, images: int) -> None:

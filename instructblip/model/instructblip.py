@@ -191,7 +191,7 @@ class InstructBLIP(nn.Module):
         Raises:
             UserError: parts that their format cannot hold.
         """
-        from instructblip.weights.huggingface import save_huggingface  # which knows this class
+        from instructblip.weights.huggingface_export import save_huggingface  # which knows this class
 
         save_huggingface(self, Path(folder))
 

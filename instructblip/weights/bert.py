@@ -2,7 +2,8 @@
 
 from collections.abc import Mapping
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from instructblip.errors import UserError
 from instructblip.model.qformer import QFormer, QFormerLayer
@@ -21,7 +22,7 @@ def qformer_state_from_bert(bert: Mapping[str, Tensor], qformer: QFormer) -> dic
     """Name BERT's tensors as the Q-Former does; both feed-forwards of a layer start from BERT's one.
 
     A Q-Former has no token types, while BERT adds the embedding of type 0 to every token: it is folded into the positions,
-    so the text branch starts as BERT itself.
+    so the text branch starts as BERT itself. Tokens that the Q-Former has beyond BERT's get the mean of BERT's embeddings.
 
     Raises:
         UserError: a tensor is missing.
@@ -39,9 +40,43 @@ def qformer_state_from_bert(bert: Mapping[str, Tensor], qformer: QFormer) -> dic
     }
     if qformer.instruction_aware:
         types = _find(bert, "embeddings.token_type_embeddings.weight")
-        state["word_embeddings.weight"] = _find(bert, "embeddings.word_embeddings.weight")
+        words = _find(bert, "embeddings.word_embeddings.weight")
+        added = max(qformer.word_embeddings.num_embeddings - len(words), 0)
+        state["word_embeddings.weight"] = torch.cat([words, words.mean(dim=0, keepdim=True).expand(added, -1)])
         state["position_embeddings.weight"] = _find(bert, "embeddings.position_embeddings.weight") + types[0]
     return state
+
+
+def names_unknown_to_bert(qformer: QFormer) -> list[str]:
+    """The Q-Former's tensors that BERT has none for: query tokens and cross-attention, which start at random."""
+    return [name for name in qformer.state_dict() if name == "query_tokens" or ".cross_attention." in name]
+
+
+@torch.no_grad()
+def draw_query_tokens_near(qformer: QFormer, bert: Mapping[str, Tensor], *, token: int) -> None:
+    """Start the query tokens as one of BERT's own tokens at the first positions, each a little different.
+
+    Tokens drawn at random look like nothing that the pre-trained attention ever saw; near [CLS] they gather what a text
+    says from the first step on.
+    """
+    words, positions = (_find(bert, f"embeddings.{kind}_embeddings.weight") for kind in ("word", "position"))
+    types = _find(bert, "embeddings.token_type_embeddings.weight")
+    noise = torch.randn_like(qformer.query_tokens) * words.std() / 2
+    queries = qformer.query_tokens.shape[1]
+    qformer.query_tokens.copy_(words[token] + positions[:queries] + types[0] + noise)
+
+
+@torch.no_grad()
+def initialize_like_bert(qformer: QFormer) -> None:
+    """Draw every weight as BERT's are before pre-training: deviation 0.02, biases 0, norms that change nothing."""
+    qformer.query_tokens.normal_(std=0.02)
+    for module in qformer.modules():
+        if isinstance(module, nn.Linear | nn.Embedding):
+            module.weight.normal_(std=0.02)
+        if isinstance(module, nn.Linear):
+            module.bias.zero_()
+        if isinstance(module, nn.LayerNorm):
+            module.reset_parameters()
 
 
 def _find(bert: Mapping[str, Tensor], name: str) -> Tensor:

@@ -26,7 +26,7 @@ def convert_gguf(source: Path, target: Path) -> None:
     file = _only_file(source, ".gguf")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    with _quiet_transformers():
+    with quiet_transformers():
         tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=file.name)
         loaded = AutoModelForCausalLM.from_pretrained(source, gguf_file=file.name, dtype=torch.float32)
         # A model that came from a GGUF file refuses to be saved, though its weights are plain fp32 by now.
@@ -112,7 +112,7 @@ def _only_file(folder: Path, suffix: str) -> Path:
 
 
 @contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """No bars and notes from transformers: our own status line stands there."""
     from transformers import modeling_gguf_pytorch_utils as gguf_utils
     from transformers.utils import logging

@@ -63,7 +63,7 @@ def _copy(world: World, folder: Path) -> World:
             "recipe.lerning_rate=1",
             ["key recipe.lerning_rate", "did you mean recipe.phases.0.learning_rate?"],
         ),
-        ("train.py", "llm=smollm", ["no llm=smollm", "did you mean smollm2_135m?", "configs/llm has: smollm2_135m"]),
+        ("train.py", "llm=smollm", ["no llm=smollm", "did you mean smollm2_135m?", "configs/llm has: flan_t5_base, "]),
         ("train.py", "seed=one", ["key seed", "'one'", "Integer", "right type"]),
         ("evaluate.py", "suite=demo", ["needs a value for checkpoint", "checkpoint=..."]),
         ("prepare.py", "workers=0", ["name a dataset", "dataset=NAME", "check=SHARDS"]),
@@ -294,7 +294,8 @@ def test_disk_full_while_preparing(world: World, small_disk: Path, tmp_path: Pat
     leave_free(small_disk, 20_000)
     line = fail(world, "prepare.py", "dataset=easy_vqa", f"raw={world.raw}", f"out={small_disk}", cwd=tmp_path)
     assert says(line, f"disk full while writing {small_disk}/easy_vqa/train/shard-000000.tar", "free some space")
-    assert [path.name for path in small_disk.rglob("*") if path.is_file()] == ["fill"]  # nothing half-written
+    left = {path.name for path in small_disk.rglob("*") if path.is_file()}
+    assert left == {"fill", ".easy_vqa.lock"}  # nothing half-written; the lock is empty and stays
 
 
 @pytest.mark.parametrize("free", [4096, 16_384, 40_960])

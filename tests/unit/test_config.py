@@ -18,10 +18,14 @@ from instructblip.config import (
     EvaluateConfig,
     LLMConfig,
     MixtureConfig,
+    ModelConfig,
     PrepareConfig,
+    QFormerConfig,
     TrainConfig,
+    VisionConfig,
     differences,
     read_config,
+    read_model_config,
     to_dict,
     to_yaml,
     unknown_key,
@@ -31,6 +35,7 @@ from instructblip.config import (
 from instructblip.errors import UserError
 
 SCHEMAS: dict[str, Any] = {"train": TrainConfig, "evaluate": EvaluateConfig, "prepare": PrepareConfig}
+PARTS: dict[str, Any] = {"vision": VisionConfig, "qformer": QFormerConfig, "llm": LLMConfig}
 FILES = sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml"))
 COMMAND = re.compile(r"# (?:torchrun [^ ]+ |python )(train|evaluate|prepare)\.py(.*)")
 
@@ -57,10 +62,8 @@ def _own(config: DictConfig) -> DictConfig:
 
 
 def test_the_files_are_found() -> None:
-    assert len(FILES) >= 14
-    assert {"train.yaml", "evaluate.yaml", "prepare.yaml", "experiment/demo.yaml", "llm/smollm2_135m.yaml"} <= set(
-        FILES
-    )
+    assert len(FILES) >= 29
+    assert {"train.yaml", "evaluate.yaml", "prepare.yaml", "experiment/demo.yaml", "llm/vicuna_7b.yaml"} <= set(FILES)
 
 
 @pytest.mark.parametrize("file", FILES)
@@ -70,6 +73,16 @@ def test_every_file_begins_with_commands_that_use_it_and_compose(file: str) -> N
         chosen = {f"{group.split('@')[0]}/{name}.yaml" for group, name in composed.hydra.runtime.choices.items()}
         assert file in {f"{entry}.yaml", *chosen}, f"python {entry}.py {' '.join(overrides)} does not use {file}"
         validate(_own(composed), SCHEMAS[entry])
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if file.split("/")[0] in PARTS])
+def test_a_part_states_every_setting(file: str) -> None:
+    """Hydra changes from the command line only what stands in the file."""
+    found = OmegaConf.load(CONFIGS / file)
+    settings = {part.name for part in dataclasses.fields(PARTS[file.split("/")[0]])}
+    assert {str(key) for key in found} == settings
+    assert {"path", "hub"} <= set(found.sources)
+    assert read_config(CONFIGS / file, PARTS[file.split("/")[0]]).name in (Path(file).stem, found.get("backbone"))
 
 
 @pytest.mark.parametrize("name", ["train", "prepare"])
@@ -195,6 +208,20 @@ def test_a_stored_configuration_is_read_back(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(to_yaml(config), encoding="utf-8")
     assert read_config(path, TrainConfig) == config
+
+
+def test_a_model_is_read_out_of_a_configuration_with_or_without_the_rest(tmp_path: Path) -> None:
+    config = validate(_own(_compose("train", ["seed=4", "llm=vicuna_7b", "vision=eva_vit_g"])), TrainConfig)
+    sections = ModelConfig(seed=4, vision=config.vision, qformer=config.qformer, llm=config.llm)
+    whole, alone = tmp_path / "whole.yaml", tmp_path / "alone.yaml"
+    whole.write_text(to_yaml(config), encoding="utf-8")
+    alone.write_text(to_yaml(sections), encoding="utf-8")
+    assert read_model_config(whole) == read_model_config(alone) == sections
+    whole.write_text(to_yaml(config).replace("mixture:", "mixtures:"), encoding="utf-8")
+    assert read_model_config(whole) == sections
+    alone.write_text(to_yaml(sections).replace("backbone:", "backbones:"), encoding="utf-8")
+    with pytest.raises(UserError, match=r"alone\.yaml: unknown configuration key vision\.backbones"):
+        read_model_config(alone)
 
 
 @pytest.mark.parametrize(

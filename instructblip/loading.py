@@ -1,0 +1,211 @@
+"""One call for every kind of trained model: our runs, transformers' folders and hub ids, LAVIS's files."""
+
+import dataclasses
+import difflib
+import re
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+from instructblip.build import build_model, choose_device, find_checkpoint, load_llm, load_run, warn_aligned
+from instructblip.config import LLMConfig, ModelConfig, QFormerConfig, VisionConfig, read_config, read_model_config
+from instructblip.errors import UserError
+from instructblip.model.instructblip import InstructBLIP
+from instructblip.weights.assets import Sources, part_folder
+from instructblip.weights.huggingface import is_huggingface_folder, load_huggingface
+from instructblip.weights.huggingface import read_config as read_huggingface_config
+from instructblip.weights.lavis import load_lavis, qformer_settings, read_lavis
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+LAVIS_VISION, LAVIS_QFORMER = "eva_vit_g", "blip2"  # names in configs/vision and configs/qformer
+
+# The language models that the released LAVIS files were trained with, by kind and width.
+LAVIS_LLMS = {
+    ("decoder", 4096): "vicuna_7b",
+    ("decoder", 5120): "vicuna_13b",
+    ("encoder_decoder", 2048): "flan_t5_xl",
+    ("encoder_decoder", 4096): "flan_t5_xxl",
+}
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
+
+Section = TypeVar("Section", VisionConfig, QFormerConfig, LLMConfig)
+
+
+class LoadedModel(NamedTuple):
+    """A trained model in evaluation mode.
+
+    Attributes:
+        model: on the wanted device.
+        name: of the run, folder, hub repository or file it came from.
+        step: optimiser steps that its checkpoint has seen; 0 where the source does not say.
+        config: the sections it was built from; None for a transformers folder, which is its own configuration.
+    """
+
+    model: InstructBLIP
+    name: str
+    step: int
+    config: ModelConfig | None
+
+
+class Replacements(NamedTuple):
+    """Frozen parts that are taken from elsewhere than a source says.
+
+    Attributes:
+        llm: name of a language model in configs/llm.
+        llm_path: folder with its files.
+        vision_path: folder or file with the ViT's weights.
+        qformer_path: folder with BERT's config.json and tokenizer.
+    """
+
+    llm: str | None = None
+    llm_path: str | None = None
+    vision_path: str | None = None
+    qformer_path: str | None = None
+
+
+def load_model(
+    source: str | Path,
+    *,
+    llm: str | None = None,
+    llm_path: str | None = None,
+    vision_path: str | None = None,
+    qformer_path: str | None = None,
+    device: str = "auto",
+) -> LoadedModel:
+    """Load a trained model.
+
+    Args:
+        source: folder of a run (its newest whole checkpoint is taken) or one of its checkpoints; a transformers folder or
+            the hub id of one; a `.pth` file of LAVIS, which needs `llm`.
+        llm: a name in configs/llm. Projection and Q-Former were aligned to one language model; with another they work
+            badly, or where its width differs not at all, until they are trained: a warning says so.
+        llm_path: folder with that language model's files, in place of the configured sources.
+        vision_path: folder or file with the frozen ViT's weights, likewise; LAVIS's `eva_vit_g.pth` will do.
+        qformer_path: folder with BERT's config.json and tokenizer, likewise.
+        device: `auto` takes a GPU where there is one.
+
+    Raises:
+        UserError: nothing there that can be loaded, or files that do not fit.
+    """
+    replaced = Replacements(llm, llm_path, vision_path, qformer_path)
+    place = choose_device(device)
+    path = Path(source).expanduser()
+    if path.is_file():
+        loaded = _load_lavis(path, replaced)
+    elif folder := huggingface_source(source):
+        loaded = _load_huggingface(folder, path.absolute().name, replaced)
+    elif path.is_dir():
+        loaded = _load_run(path, replaced)
+    else:
+        raise UserError(f"{source} is no run, transformers folder, hub id or .pth file; give one that is there")
+    return loaded._replace(model=loaded.model.to(place).eval())
+
+
+def huggingface_source(source: str | Path) -> Path | None:
+    """The folder of a transformers model: the one given, or that of a hub id, which is fetched; None for other sources.
+
+    Raises:
+        UserError: a hub id that cannot be reached.
+    """
+    path = Path(source).expanduser()
+    if is_huggingface_folder(path):
+        return path
+    if path.exists() or path.suffix in (".pth", ".pt") or not _HUB_ID.fullmatch(str(source)):
+        return None
+    return hub_folder(str(source))
+
+
+def hub_folder(repository: str) -> Path:
+    """The files of a transformers InstructBLIP model on the hub, fetched once.
+
+    Files that would have to be unpickled are fetched only where there are no others.
+
+    Raises:
+        UserError: it cannot be reached, or holds no weights.
+    """
+    name = repository.replace("/", "--")
+    folder = part_folder(Sources(name, hub=repository, hub_files=(*_HUB_FILES, "*.safetensors")), setting="SOURCE")
+    if not any(folder.glob("*.safetensors")):
+        folder = part_folder(Sources(f"{name}-bin", hub=repository, hub_files=(*_HUB_FILES, "*.bin")), setting="SOURCE")
+    return folder
+
+
+def part_config(group: str, name: str, schema: type[Section]) -> Section:
+    """A part's configuration by its name in configs/.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    file = CONFIGS / group / f"{name}.yaml"
+    if not file.is_file():
+        known = sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise UserError(f"there is no {group}={name}; {hint}configs/{group} has: {', '.join(known)}")
+    return read_config(file, schema)
+
+
+def named_llm(name: str, path: str | None) -> LLMConfig:
+    """A language model by its name in configs/llm, with its files from `path` where that is given.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    return _with_path(part_config("llm", name, LLMConfig), path)
+
+
+def _load_run(source: Path, replaced: Replacements) -> LoadedModel:
+    config = read_model_config(find_checkpoint(source).parents[1] / "config.yaml")
+    run = load_run(source, device="cpu", config=_replace_parts(config, replaced))
+    return LoadedModel(run.model, run.checkpoint.absolute().parents[1].name, run.step, run.config)
+
+
+def _load_huggingface(folder: Path, name: str, replaced: Replacements) -> LoadedModel:
+    if replaced.vision_path or replaced.qformer_path or (replaced.llm_path and not replaced.llm):
+        raise UserError(
+            f"{folder} has its own ViT, Q-Former and LLM; only llm= (with llm_path=) can take another's place"
+        )
+    if replaced.llm is None:
+        return LoadedModel(load_huggingface(folder), name, 0, None)
+    config = named_llm(replaced.llm, replaced.llm_path)
+    model = load_huggingface(folder, llm=load_llm(config))
+    fits = read_huggingface_config(folder).text_config.hidden_size == model.llm.width
+    warn_aligned(f"the LLM of {name}", config.name, projection_fits=fits)
+    return LoadedModel(model, name, 0, None)
+
+
+def _load_lavis(path: Path, replaced: Replacements) -> LoadedModel:
+    if replaced.llm is None:
+        known = ", ".join(sorted(file.stem for file in (CONFIGS / "llm").glob("*.yaml")))
+        raise UserError(f"{path} has no language model in it; say which one it was trained with: llm= one of {known}")
+    checkpoint = read_lavis(path)
+    config = ModelConfig(
+        vision=part_config("vision", LAVIS_VISION, VisionConfig),
+        qformer=part_config("qformer", LAVIS_QFORMER, QFormerConfig),
+        llm=part_config("llm", replaced.llm, LLMConfig),
+    )
+    config = _replace_parts(config, replaced._replace(llm=None))
+    config.qformer = dataclasses.replace(config.qformer, init="scratch", **qformer_settings(checkpoint))
+    model = build_model(config.vision, config.qformer, config.llm, seed=config.seed)
+    fits = load_lavis(checkpoint, model)
+    trained_with = LAVIS_LLMS.get((checkpoint.llm_kind, checkpoint.llm_width), "another LLM")
+    if trained_with != config.llm.name:
+        warn_aligned(trained_with, config.llm.name, projection_fits=fits)
+    return LoadedModel(model, path.stem, 0, config)
+
+
+def _replace_parts(config: ModelConfig, replaced: Replacements) -> ModelConfig:
+    llm = config.llm if replaced.llm in (None, config.llm.name) else part_config("llm", str(replaced.llm), LLMConfig)
+    return dataclasses.replace(
+        config,
+        vision=_with_path(config.vision, replaced.vision_path),
+        qformer=_with_path(config.qformer, replaced.qformer_path),
+        llm=_with_path(llm, replaced.llm_path),
+    )
+
+
+def _with_path(section: Section, path: str | None) -> Section:
+    if path is None:
+        return section
+    return dataclasses.replace(section, sources=dataclasses.replace(section.sources, path=path))

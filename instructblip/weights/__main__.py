@@ -1,0 +1,163 @@
+"""Convert a trained model from one format to another, and show that it computes the same.
+
+    python -m instructblip.weights Salesforce/instructblip-vicuna-7b models/vicuna_7b --to native
+    python -m instructblip.weights instruct_blip_vicuna7b_trimmed.pth models/vicuna_7b --to huggingface --llm vicuna_7b
+    python -m instructblip.weights outputs/train/mine mine.pth --to lavis
+
+SOURCE is a run or a checkpoint of ours, a transformers folder or hub id, or a .pth file of LAVIS. Prints the largest
+absolute difference between SOURCE and the re-opened TARGET at four stages, on a fixed random input. Ends with status 1, and
+without TARGET, when one is above the bound; with 2 and one line when something has to be mended first.
+"""
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from instructblip.build import load_run
+from instructblip.config import ModelConfig
+from instructblip.errors import UserError
+from instructblip.files import atomic_folder, atomic_path
+from instructblip.loading import LoadedModel, huggingface_source, load_model, named_llm
+from instructblip.model.instructblip import InstructBLIP
+from instructblip.weights.huggingface import SIDECAR, read_settings
+from instructblip.weights.huggingface_export import save_huggingface
+from instructblip.weights.lavis import LN_VISION_EPS, load_lavis, read_lavis, save_lavis
+from instructblip.weights.native import CONFIG, parts_config, save_native, save_parts, write_config
+from instructblip.weights.parity import Trace, differences, trace_huggingface, trace_native
+
+FORMATS = ("huggingface", "lavis", "native")
+EXIT_DIFFERS, EXIT_USER_ERROR = 1, 2
+
+
+class _DiffersError(Exception):
+    """The result computes something else than the source."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit status."""
+    options = _parse(arguments)
+    console = Console()
+    try:
+        with _target(Path(options.target), options.to, overwrite=options.overwrite) as partial:
+            found = _convert(options, partial)
+            console.print(_certificate(found, options.bound))
+            if not all(difference <= options.bound for difference in found.values()):  # NaN is no parity either
+                raise _DiffersError
+    except UserError as error:
+        Console(stderr=True, soft_wrap=True, highlight=False).print(f"error: {error}", markup=False)
+        return EXIT_USER_ERROR
+    except _DiffersError:
+        console.print(f"above the bound: {options.target} was not written", markup=False)
+        return EXIT_DIFFERS
+    console.print(f"wrote {options.target}", markup=False, soft_wrap=True)
+    return 0
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    lines = (__doc__ or "").split("\n\n", 1)
+    parser = argparse.ArgumentParser(
+        prog="python -m instructblip.weights",
+        description=lines[0],
+        epilog=lines[1],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("source", metavar="SOURCE")
+    parser.add_argument("target", metavar="TARGET", help="folder, or .pth file with --to lavis")
+    parser.add_argument("--to", required=True, choices=FORMATS)
+    parser.add_argument("--llm", metavar="NAME", help="language model, a name in configs/llm; a .pth file needs it")
+    parser.add_argument("--llm-path", metavar="PATH", help="folder with that language model")
+    parser.add_argument("--vision-path", metavar="PATH", help="the frozen ViT: a folder, or LAVIS's eva_vit_g.pth")
+    parser.add_argument("--qformer-path", metavar="PATH", help="folder with BERT's config.json and tokenizer")
+    parser.add_argument("--bound", type=float, default=1e-4, help="largest difference allowed (default %(default)g)")
+    parser.add_argument("--overwrite", action="store_true", help="replace a TARGET of the same kind")
+    return parser.parse_args(arguments)
+
+
+@contextlib.contextmanager
+def _target(target: Path, kind: str, *, overwrite: bool) -> Iterator[Path]:
+    """Where to write; it takes TARGET's place when everything went well."""
+    if kind == "lavis":
+        if target.exists() and not overwrite:
+            raise UserError(f"{target} exists already; choose another file, or give --overwrite")
+        with atomic_path(target) as partial:
+            yield partial
+    else:
+        mark = {"huggingface": SIDECAR, "native": CONFIG}[kind]
+        with atomic_folder(target, overwrite_if=mark if overwrite else None) as partial:
+            yield partial
+
+
+def _convert(options: argparse.Namespace, partial: Path) -> dict[str, float]:
+    """Write the result to `partial`, open it again, and return how far it is from the source, by stage."""
+    folder = huggingface_source(options.source)
+    source = None if folder is None or options.llm else trace_huggingface(folder)
+    loaded = load_model(
+        options.source,
+        llm=options.llm,
+        llm_path=options.llm_path,
+        vision_path=options.vision_path,
+        qformer_path=options.qformer_path,
+        device="cpu",
+    )
+    config = None
+    if options.to == "huggingface":
+        save_huggingface(loaded.model, partial)
+    elif options.to == "lavis":
+        save_lavis(loaded.model, partial)
+    else:
+        config = _save_native(loaded, folder, options, partial)
+    source = source or trace_native(loaded.model)
+    if options.to == "lavis":
+        return differences(source, _trace_lavis(partial, loaded.model))
+    del loaded  # two models would not fit where one does
+    if config is None:
+        return differences(source, trace_huggingface(partial))
+    found = differences(source, trace_native(load_run(partial, device="cpu").model))
+    write_config(config, partial)
+    return found
+
+
+def _save_native(loaded: LoadedModel, folder: Path | None, options: argparse.Namespace, partial: Path) -> ModelConfig:
+    """Write a run whose paths lead to `partial`; return the configuration whose paths lead to TARGET."""
+    if folder is None:
+        assert loaded.config is not None
+        save_native(loaded.model, loaded.config, partial)
+        return loaded.config
+    settings = read_settings(folder)
+    llm = None if options.llm is None else named_llm(options.llm, options.llm_path)
+    save_parts(loaded.model, settings, partial, with_llm=llm is None)
+    here, there = (
+        parts_config(loaded.model, settings, place, loaded.name, llm=llm)
+        for place in (partial, Path(options.target).absolute())
+    )
+    save_native(loaded.model, here, partial)
+    return there
+
+
+def _trace_lavis(path: Path, model: InstructBLIP) -> Trace:
+    """Run the written file between the source's frozen parts, which such a file does not hold."""
+    for tensor in model.trainable_state().values():
+        tensor.fill_(float("nan"))  # whatever the file lacks will show
+    if isinstance(model.vision_norm, nn.LayerNorm):
+        model.vision_norm.eps = LN_VISION_EPS
+    load_lavis(read_lavis(path), model)
+    return trace_native(model)
+
+
+def _certificate(found: Mapping[str, float], bound: float) -> Table:
+    table = Table(title="parity of source and result", caption="float32, fixed random input")
+    for heading in ("stage", "largest difference", "bound", ""):
+        table.add_column(heading, justify="left" if heading in ("stage", "") else "right")
+    for stage, difference in found.items():
+        table.add_row(stage, f"{difference:.3g}", f"{bound:g}", "within" if difference <= bound else "ABOVE")
+    return table
+
+
+if __name__ == "__main__":
+    sys.exit(main())

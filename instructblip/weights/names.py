@@ -1,0 +1,208 @@
+"""The names of tensors: this code's, LAVIS's, transformers'. One table, read in both directions.
+
+A state dict of this code (`InstructBLIP.state_dict()`) is compared with the two formats in which InstructBLIP was released.
+timm's EVA uses LAVIS's names without their prefix. The language model's own tensors differ by their prefix only.
+"""
+
+import fnmatch
+import re
+from collections.abc import Iterable, Mapping
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from instructblip.errors import UserError
+
+Format = Literal["lavis", "huggingface"]
+
+
+class Part(NamedTuple):
+    """A part of the model: its prefix in each of the three, and rows of names behind it.
+
+    `{i}` is the number of a layer; `.*` stands for `.weight` and `.bias`.
+    """
+
+    native: str
+    lavis: str
+    huggingface: str
+    rows: tuple[tuple[str, str, str], ...]
+
+
+TABLE = (
+    Part(
+        "vision.backbone.",
+        "visual_encoder.",
+        "vision_model.",
+        (
+            ("cls_token", "cls_token", "embeddings.class_embedding"),
+            ("pos_embed", "pos_embed", "embeddings.position_embedding"),
+            ("patch_embed.proj.*", "patch_embed.proj.*", "embeddings.patch_embedding.*"),
+            ("blocks.{i}.norm1.*", "blocks.{i}.norm1.*", "encoder.layers.{i}.layer_norm1.*"),
+            ("blocks.{i}.norm2.*", "blocks.{i}.norm2.*", "encoder.layers.{i}.layer_norm2.*"),
+            ("blocks.{i}.attn.qkv.weight", "blocks.{i}.attn.qkv.weight", "encoder.layers.{i}.self_attn.qkv.weight"),
+            # transformers keeps one vector [query, key, value]; see `pack_qkv_bias`.
+            ("blocks.{i}.attn.q_bias", "blocks.{i}.attn.q_bias", "encoder.layers.{i}.self_attn.qkv.bias[query]"),
+            ("blocks.{i}.attn.v_bias", "blocks.{i}.attn.v_bias", "encoder.layers.{i}.self_attn.qkv.bias[value]"),
+            ("blocks.{i}.attn.proj.*", "blocks.{i}.attn.proj.*", "encoder.layers.{i}.self_attn.projection.*"),
+            ("blocks.{i}.mlp.fc1.*", "blocks.{i}.mlp.fc1.*", "encoder.layers.{i}.mlp.fc1.*"),
+            ("blocks.{i}.mlp.fc2.*", "blocks.{i}.mlp.fc2.*", "encoder.layers.{i}.mlp.fc2.*"),
+        ),
+    ),
+    Part(
+        "",
+        "",
+        "",
+        (
+            ("vision_norm.*", "ln_vision.*", "vision_model.post_layernorm.*"),
+            ("qformer.query_tokens", "query_tokens", "query_tokens"),
+            # LAVIS's name follows the language model: llm_proj, or t5_proj for an encoder-decoder (see PROJECTIONS).
+            ("projection.*", "llm_proj.*", "language_projection.*"),
+        ),
+    ),
+    Part(
+        "qformer.",
+        "Qformer.bert.embeddings.",
+        "qformer.embeddings.",
+        (
+            ("word_embeddings.weight", "word_embeddings.weight", "word_embeddings.weight"),
+            ("position_embeddings.weight", "position_embeddings.weight", "position_embeddings.weight"),
+            ("norm.*", "LayerNorm.*", "layernorm.*"),  # the only norm whose name transformers writes small
+        ),
+    ),
+    Part(
+        "qformer.layers.{i}.",
+        "Qformer.bert.encoder.layer.{i}.",
+        "qformer.encoder.layer.{i}.",
+        (
+            ("self_attention.query.*", "attention.self.query.*", "attention.attention.query.*"),
+            ("self_attention.key.*", "attention.self.key.*", "attention.attention.key.*"),
+            ("self_attention.value.*", "attention.self.value.*", "attention.attention.value.*"),
+            ("self_attention.output.*", "attention.output.dense.*", "attention.output.dense.*"),
+            ("self_attention.norm.*", "attention.output.LayerNorm.*", "attention.output.LayerNorm.*"),
+            ("cross_attention.query.*", "crossattention.self.query.*", "crossattention.attention.query.*"),
+            ("cross_attention.key.*", "crossattention.self.key.*", "crossattention.attention.key.*"),
+            ("cross_attention.value.*", "crossattention.self.value.*", "crossattention.attention.value.*"),
+            ("cross_attention.output.*", "crossattention.output.dense.*", "crossattention.output.dense.*"),
+            ("cross_attention.norm.*", "crossattention.output.LayerNorm.*", "crossattention.output.LayerNorm.*"),
+            ("query_ffn.up.*", "intermediate_query.dense.*", "intermediate_query.dense.*"),
+            ("query_ffn.down.*", "output_query.dense.*", "output_query.dense.*"),
+            ("query_ffn.norm.*", "output_query.LayerNorm.*", "output_query.LayerNorm.*"),
+            ("text_ffn.up.*", "intermediate.dense.*", "intermediate.dense.*"),
+            ("text_ffn.down.*", "output.dense.*", "output.dense.*"),
+            ("text_ffn.norm.*", "output.LayerNorm.*", "output.LayerNorm.*"),
+        ),
+    ),
+)
+
+# The language model: transformers' own names behind these prefixes. LAVIS never stores it.
+LLM_PREFIX, HUGGINGFACE_LLM_PREFIX = "llm.model.", "language_model."
+
+# LAVIS's name of the projection, and the kind of language model that it belongs to.
+PROJECTIONS = {"llm_proj": "decoder", "t5_proj": "encoder_decoder", "opt_proj": "decoder"}
+
+# Tensors that may stand in a file and mean nothing here.
+IGNORED: dict[Format, tuple[str, ...]] = {
+    "lavis": (
+        "Qformer.bert.embeddings.position_ids",  # 0, 1, 2, ...
+        "Qformer.cls.*",  # BERT's masked-language head, of BLIP-2's first stage
+        "vision_proj.*",  # heads of BLIP-2's first stage: contrastive, matching, temperature
+        "text_proj.*",
+        "itm_head.*",
+        "temp",
+        "*.rotary_emb.inv_freq",  # computed from the configuration
+    ),
+    "huggingface": (
+        "qformer.embeddings.position_ids",
+        "*.rotary_emb.inv_freq",
+    ),
+}
+
+
+def _expand() -> dict[str, dict[Format, str]]:
+    table: dict[str, dict[Format, str]] = {}
+    for part in TABLE:
+        for native, lavis, huggingface in part.rows:
+            for ending in ("weight", "bias") if native.endswith(".*") else ("",):
+                names = [
+                    prefix + (name.removesuffix("*") + ending if ending else name)
+                    for prefix, name in ((part.native, native), (part.lavis, lavis), (part.huggingface, huggingface))
+                ]
+                table[names[0]] = {"lavis": names[1], "huggingface": names[2]}
+    return table
+
+
+_BY_NATIVE = _expand()
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+
+
+def foreign_names(native: Iterable[str], to: Format) -> dict[str, str]:
+    """This code's tensor names -> those of another format, in the same order.
+
+    Raises:
+        UserError: a tensor that has no place in that format.
+    """
+    names = {}
+    for name in native:
+        layer = _NUMBER.search(name)
+        row = _BY_NATIVE.get(_NUMBER.sub("{i}", name))
+        if row is None:
+            place = {"lavis": "a LAVIS", "huggingface": "a transformers"}[to]
+            raise UserError(
+                f"{name} has no place in {place} InstructBLIP file; its parts are EVA-CLIP ViT and Q-Former"
+            )
+        names[name] = row[to].replace("{i}", layer.group()) if layer else row[to]
+    return names
+
+
+def pack_qkv_bias(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Join `...qkv.bias[query]` and `[value]` into `...qkv.bias` = [query, zeros, value], as transformers stores it."""
+    packed = {name: tensor for name, tensor in state.items() if not name.endswith("]")}
+    for name, query in state.items():
+        if name.endswith("[query]"):
+            whole = name.removesuffix("[query]")
+            packed[whole] = torch.cat([query, torch.zeros_like(query), state[f"{whole}[value]"]])
+    return packed
+
+
+def unpack_qkv_bias(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The reverse of `pack_qkv_bias`.
+
+    A key bias is dropped: it adds the same number to every score of a query, which the softmax takes away again. Released
+    files hold zeros there.
+    """
+    unpacked: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        if name.endswith(".self_attn.qkv.bias") and tensor.ndim == 1 and len(tensor) % 3 == 0:
+            query, _, value = tensor.chunk(3)
+            unpacked |= {f"{name}[query]": query, f"{name}[value]": value}
+        else:
+            unpacked[name] = tensor
+    return unpacked
+
+
+def is_ignored(name: str, of: Format) -> bool:
+    """Whether a tensor of a foreign file means nothing here."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in IGNORED[of])
+
+
+def check_tensors(expected: Mapping[str, torch.Size], found: Mapping[str, Tensor], where: str) -> None:
+    """Compare a file's tensors with those a model needs, one to one.
+
+    Raises:
+        UserError: names the first tensor that is missing, of another shape, or unknown, and how many more there are.
+    """
+    missing = [name for name in expected if name not in found]
+    misshapen = [name for name in expected if name in found and found[name].shape != expected[name]]
+    surplus = [name for name in found if name not in expected]
+    if missing:
+        raise UserError(f"{where} lacks the tensor {_first(missing)}; it is of another model, or incomplete")
+    if misshapen:
+        shapes = f"{tuple(found[misshapen[0]].shape)}, the model needs {tuple(expected[misshapen[0]])}"
+        raise UserError(f"{where}: {misshapen[0]} is {shapes}; it is of another model")
+    if surplus:
+        raise UserError(f"{where} has the unknown tensor {_first(surplus)}; it is of another model")
+
+
+def _first(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} (and {len(names) - 1} more)"

@@ -1,0 +1,120 @@
+"""A model of another format written as a run of ours: config.yaml and one checkpoint, with the frozen parts' files beside.
+
+What came from LAVIS is built from configs/, so its folder holds the trained weights only. What came from a transformers
+folder brings its own ViT, Q-Former sizes, tokenizers and language model: they are written below `vision/`, `qformer/` and
+`llm/`, and config.yaml names them by their absolute paths.
+"""
+
+import dataclasses
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+from instructblip.build import frozen_fingerprints
+from instructblip.config import LLMConfig, ModelConfig, QFormerConfig, SourcesConfig, VisionConfig, to_yaml
+from instructblip.files import write_atomically, write_json
+from instructblip.model.instructblip import InstructBLIP
+from instructblip.training.checkpoint import save_checkpoint
+from instructblip.weights.convert import quiet_transformers
+from instructblip.weights.huggingface import Settings
+
+CONFIG = "config.yaml"
+
+
+def save_native(model: InstructBLIP, config: ModelConfig, folder: Path) -> None:
+    """Write config.yaml and `checkpoints/step_00000000` into a folder.
+
+    Raises:
+        UserError: a full disk.
+    """
+    write_config(config, folder)
+    save_checkpoint(
+        folder / "checkpoints",
+        step=0,
+        model=model.trainable_state(),
+        optimizer={},
+        state={"frozen": frozen_fingerprints(model), "seed": config.seed},
+        keep=1,
+    )
+
+
+def write_config(config: ModelConfig, folder: Path) -> None:
+    """Write config.yaml; paths are made absolute, since the folder may be used from anywhere."""
+    absolute = dataclasses.replace(
+        config,
+        vision=dataclasses.replace(config.vision, sources=_absolute(config.vision.sources)),
+        qformer=dataclasses.replace(config.qformer, sources=_absolute(config.qformer.sources)),
+        llm=dataclasses.replace(config.llm, sources=_absolute(config.llm.sources)),
+    )
+    write_atomically(folder / CONFIG, to_yaml(absolute))
+
+
+def save_parts(model: InstructBLIP, settings: Settings, folder: Path, *, with_llm: bool) -> None:
+    """Write the frozen parts and tokenizers of a model that came from a transformers folder."""
+    (folder / "vision").mkdir(parents=True)
+    weights = {name: tensor.contiguous() for name, tensor in model.vision.backbone.state_dict().items()}
+    save_file(weights, folder / "vision/model.safetensors", metadata={"format": "pt"})
+    sizes = settings.qformer
+    bert = {
+        "model_type": "bert",
+        "vocab_size": sizes["vocab_size"],
+        "hidden_size": sizes["width"],
+        "num_hidden_layers": sizes["layers"],
+        "num_attention_heads": sizes["heads"],
+        "intermediate_size": sizes["hidden_width"],
+        "max_position_embeddings": sizes["max_text_tokens"],
+        "layer_norm_eps": sizes["norm_eps"],
+    }
+    with quiet_transformers():
+        model.qformer_tokenizer.save_pretrained(folder / "qformer")
+        if with_llm:
+            model.llm.model.save_pretrained(folder / "llm")
+            model.llm.tokenizer.save_pretrained(folder / "llm")
+    write_json(folder / "qformer/config.json", bert)
+
+
+def parts_config(
+    model: InstructBLIP, settings: Settings, folder: Path, name: str, *, llm: LLMConfig | None = None
+) -> ModelConfig:
+    """The configuration that builds a model from what `save_parts` wrote below `folder`.
+
+    Args:
+        model: the model.
+        settings: what its transformers folder says.
+        folder: where the parts are, or will be.
+        name: of the model; names its parts.
+        llm: a language model from elsewhere, which is not below `folder`.
+    """
+    qformer = settings.qformer
+    return ModelConfig(
+        vision=VisionConfig(
+            name=f"{name}_vision",
+            sources=SourcesConfig(path=str(folder / "vision")),
+            dtype=str(model.vision.dtype).removeprefix("torch."),
+            norm_eps=settings.vision_norm_eps,
+            **settings.vision,
+        ),
+        qformer=QFormerConfig(
+            name=f"{name}_qformer",
+            sources=SourcesConfig(path=str(folder / "qformer")),
+            init="scratch",
+            queries=qformer["queries"],
+            cross_attention_every=qformer["cross_attention_every"],
+            dropout=qformer["dropout"],
+            max_instruction_tokens=settings.max_instruction_tokens,
+        ),
+        llm=llm
+        or LLMConfig(
+            name=f"{name}_llm",
+            sources=SourcesConfig(path=str(folder / "llm")),
+            kind=settings.llm_kind,
+            dtype=str(model.llm.embeddings.weight.dtype).removeprefix("torch."),
+            **settings.llm,
+        ),
+    )
+
+
+def _absolute(sources: SourcesConfig) -> SourcesConfig:
+    if sources.path is None:
+        return sources
+    return dataclasses.replace(sources, path=str(Path(sources.path).expanduser().absolute()))

@@ -1,0 +1,153 @@
+"""One call loads every format; a language model that the weights were not aligned to is warned about."""
+
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+import torch
+
+import instructblip
+from instructblip.errors import UserError
+from instructblip.loading import LoadedModel, load_model
+from instructblip.training.checkpoint import checkpoint_folders
+from instructblip.weights.parity import differences, trace_native
+from tests.parity.conftest import Formats
+
+pytestmark = pytest.mark.usefixtures("named_parts")
+
+
+def load(source: Path | str, **parts: Any) -> LoadedModel:
+    return load_model(source, device="cpu", **parts)
+
+
+def test_every_format_is_the_same_model(formats: Formats) -> None:
+    expected = load(formats.huggingface)
+    trace = trace_native(expected.model)
+    (checkpoint,) = checkpoint_folders(formats.native / "checkpoints")
+    loaded = {
+        "native": load(formats.native),
+        "checkpoint": load(checkpoint),
+        "lavis": load(formats.lavis, llm="own"),
+    }
+    for name, found in loaded.items():
+        state = found.model.state_dict()
+        assert not [key for key, tensor in expected.model.state_dict().items() if not torch.equal(state[key], tensor)]
+        assert not found.model.training
+        bound = 1e-4 if name == "lavis" else 0  # which has another eps in ln_vision
+        assert max(differences(trace_native(found.model), trace).values()) <= bound
+    assert loaded["lavis"].model.vision_norm.eps == 1e-5
+    assert loaded["native"].model.vision_norm.eps == 1e-6
+    assert loaded["lavis"].model.qformer.query_tokens.shape[1] == 4  # the file's, not the configuration's
+    names = ("huggingface", "native", "native", "model")
+    assert (expected.name, *(found.name for found in loaded.values())) == names
+    assert {found.step for found in loaded.values()} == {0}
+    assert expected.config is None
+    assert loaded["lavis"].config is not None
+    assert loaded["lavis"].config.llm.name == "own"
+
+
+def test_load_returns_the_model_alone(formats: Formats) -> None:
+    model = instructblip.load(str(formats.lavis), llm="own", device="cpu")
+    assert isinstance(model, instructblip.model.instructblip.InstructBLIP)
+    assert next(model.parameters()).device.type == "cpu"
+
+
+def test_the_language_model_it_was_aligned_to_is_no_reason_to_warn(
+    formats: Formats, caplog: pytest.LogCaptureFixture
+) -> None:
+    load(formats.native)
+    load(formats.huggingface)
+    load(formats.native, llm="huggingface_llm")
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("source", ["huggingface", "native", "lavis"])
+@pytest.mark.parametrize("llm", ["other", "wide"])
+def test_another_language_model(source: str, llm: str, formats: Formats, caplog: pytest.LogCaptureFixture) -> None:
+    own, model = load(formats.huggingface).model, load(getattr(formats, source), llm=llm).model
+    trained_with = {"huggingface": "the LLM of huggingface", "native": "huggingface_llm", "lavis": "another LLM"}[
+        source
+    ]
+    remark = ", and the projection, into another width, starts anew" if llm == "wide" else ""
+    assert [record.message for record in caplog.records] == [
+        f"Q-Former and projection were aligned to {trained_with}; llm={llm} needs them trained{remark}"
+    ]
+    assert model.llm.width == model.projection.out_features == {"other": 32, "wide": 48}[llm]
+    assert torch.equal(model.projection.weight, own.projection.weight) is (llm == "other")
+    for name, tensor in own.trainable_state().items():
+        if not name.startswith("projection."):
+            assert torch.equal(model.state_dict()[name], tensor), name
+    scores = model.rank(torch.zeros(1, 1, 3, 28, 28, dtype=torch.uint8), ["what is it?"], [["red", "blue"]])
+    assert bool(scores[0].isfinite().all())
+
+
+def test_files_of_parts_from_elsewhere(formats: Formats, tmp_path: Path) -> None:
+    for part in ("llm", "vision", "qformer"):
+        shutil.copytree(formats.native / part, tmp_path / part)
+    moved = tmp_path / "moved"
+    shutil.copytree(formats.native, moved)
+    for part in ("llm", "vision", "qformer"):
+        shutil.rmtree(moved / part)
+    text = (moved / "config.yaml").read_text().replace(str(formats.native), "/nowhere")
+    (moved / "config.yaml").write_text(text)
+    with pytest.raises(UserError, match="/nowhere"):
+        load(moved)
+    parts = {f"{part}_path": str(tmp_path / part) for part in ("llm", "vision", "qformer")}
+    found, expected = load(moved, **parts).model.state_dict(), load(formats.native).model.state_dict()
+    assert not [name for name, tensor in expected.items() if not torch.equal(found[name], tensor)]
+
+
+def test_what_cannot_be_loaded(formats: Formats, tmp_path: Path) -> None:
+    cases: list[tuple[Path | str, dict[str, str], str]] = [
+        (
+            formats.lavis,
+            {},
+            "has no language model in it; say which one it was trained with: llm= one of other, own, wide",
+        ),
+        (formats.lavis, {"llm": "owm"}, "there is no llm=owm; did you mean own? configs/llm has: other, own, wide"),
+        (formats.huggingface, {"vision_path": "x"}, "has its own ViT, Q-Former and LLM"),
+        (formats.huggingface, {"llm_path": "x"}, "only llm= (with llm_path=)"),
+        (tmp_path / "nothing", {}, "is no run, transformers folder, hub id or .pth file"),
+        ("some where/else", {}, "is no run, transformers folder, hub id or .pth file"),
+        (tmp_path, {}, "there is no checkpoint at"),
+        ("model.pth", {"llm": "own"}, "is no run, transformers folder"),
+    ]
+    for source, parts, message in cases:
+        with pytest.raises(UserError, match=re.escape(message)):
+            load(source, **parts)
+
+
+@pytest.mark.parametrize("form", ["safetensors", "bin"])
+def test_a_hub_id(form: str, formats: Formats, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    repository = tmp_path / "repository"
+    shutil.copytree(formats.huggingface, repository)
+    whole = load(repository).model
+    if form == "bin":
+        theirs = instructblip.weights.huggingface.read_weights(repository)
+        torch.save(instructblip.weights.names.pack_qkv_bias(theirs), repository / "pytorch_model.bin")
+        (repository / "model.safetensors").unlink()
+    else:
+        (repository / "pytorch_model.bin").write_bytes(b"never to be fetched")
+    asked = []
+
+    def download(name: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.append(name)
+        copy = tmp_path / f"snapshot{len(asked)}"
+        for file in (path for path in repository.rglob("*") if path.is_file()):
+            if any(file.match(pattern) for pattern in allow_patterns):
+                place = copy / file.relative_to(repository)
+                place.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(file, place)
+        return str(copy)
+
+    monkeypatch.setenv("INSTRUCTBLIP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    loaded = load("Someone/instructblip-tiny")
+    assert loaded.name == "instructblip-tiny"
+    assert asked == ["Someone/instructblip-tiny"] * {"safetensors": 1, "bin": 2}[form]
+    assert not (tmp_path / "snapshot1/pytorch_model.bin").exists()
+    found = loaded.model.state_dict()
+    assert not [name for name, tensor in whole.state_dict().items() if not torch.equal(found[name], tensor)]
