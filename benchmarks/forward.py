@@ -48,10 +48,11 @@ ANSWERS = [
 ]
 
 
-def write_model(folder: Path) -> None:
+def write_model(folder: Path, parts: list[str]) -> None:
     """The model as a transformers folder, from which both variants start."""
     torch.manual_seed(0)
-    config = compose_config("train", TrainConfig, ["qformer.queries=32", "llm.image_prefix=''", "llm.prompt_prefix=''"])
+    overrides = [*parts, "qformer.queries=32", "llm.image_prefix=''", "llm.prompt_prefix=''"]
+    config = compose_config("train", TrainConfig, overrides)
     vision = VisionEncoder(
         backbone="eva_giant_patch14_clip_224",
         image_size=224,
@@ -76,7 +77,7 @@ def pictures() -> Tensor:
     return torch.randint(0, 256, (len(PROMPTS), 1, 3, 224, 224), dtype=torch.uint8, generator=generator)
 
 
-def this_code(folder: Path) -> Work:
+def this_code(folder: Path, _: list[str]) -> Work:
     model = load_huggingface(folder / "model").train()
     images = pictures()
 
@@ -90,7 +91,7 @@ def this_code(folder: Path) -> Work:
     return work
 
 
-def transformers(folder: Path) -> Work:
+def transformers(folder: Path, _: list[str]) -> Work:
     ours = load_huggingface(folder / "model")  # for its tokenizers and pixels only
     pixels = (pictures()[:, 0] - ours.vision.mean) / ours.vision.std
     text = ours.qformer_tokenizer(PROMPTS, padding=True, return_tensors="pt")

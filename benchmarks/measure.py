@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 Work = Callable[[], object]  # a float that it returns is printed, to show that the variants compute the same
-Prepare = Callable[[Path], Work]
+Prepare = Callable[[Path, list[str]], Work]
 
 
 def compare(
@@ -36,13 +36,13 @@ def compare(
     per_run: int,
     what: str,
     description: str,
-    setup: Callable[[Path], None] = lambda folder: None,
+    setup: Callable[[Path, list[str]], None] = lambda folder, parts: None,
 ) -> None:
     """Time every variant against the baseline and print the table.
 
     Args:
-        variants: name -> a function that prepares the variant's inputs, given the common folder, and returns the work that
-            is timed.
+        variants: name -> a function that prepares the variant's inputs and returns the work that is timed. It is given the
+            common folder and the overrides that choose the parts.
         baseline: the variant that ratios are taken to.
         unit: what one piece of work is, such as `sample`.
         per_run: pieces of work in one run of the timed function.
@@ -54,17 +54,18 @@ def compare(
     parser.add_argument("--rounds", type=int, default=3, help="processes for each variant")
     parser.add_argument("--runs", type=int, default=3, help="timed runs in a process, after one that is not timed")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of torch")
+    parser.add_argument("--parts", nargs="*", default=[], help="overrides of train.py that choose other parts")
     parser.add_argument("--variant", choices=list(variants), help="run one variant and print its figures as JSON")
     parser.add_argument("--folder", type=Path, help="what the variants share, for --variant")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     if arguments.variant is not None:
-        print(json.dumps(_measure(variants[arguments.variant], arguments.folder, arguments.runs)))
+        print(json.dumps(_measure(variants[arguments.variant], arguments.folder, arguments.parts, arguments.runs)))
         return
     figures: dict[str, list[dict[str, float]]] = {name: [] for name in variants}
     console = Console(stderr=True)
     with tempfile.TemporaryDirectory() as folder:
-        setup(Path(folder))
+        setup(Path(folder), arguments.parts)
         command = [sys.executable, *sys.argv, "--folder", folder, "--variant"]
         for number in range(arguments.rounds):
             for name in variants:
@@ -74,8 +75,8 @@ def compare(
     _print(figures, baseline, unit, per_run, what, description, arguments.threads)
 
 
-def _measure(prepare: Prepare, folder: Path, runs: int) -> dict[str, float]:
-    work = prepare(folder)
+def _measure(prepare: Prepare, folder: Path, parts: list[str], runs: int) -> dict[str, float]:
+    work = prepare(folder, parts)
     result = work()
     before, seconds = _resident_bytes(), []
     peak = _Peak()
@@ -151,14 +152,15 @@ def _print(
         if "result" in values[0]:
             console.print(f"result of {name}: {values[0]['result']:.6f}", highlight=False)
     console.print(
-        f"{datetime.date.today()}, {_machine()}, {threads} threads, Python {platform.python_version()}, "
+        f"{datetime.date.today()}, {machine()}, {threads} threads, Python {platform.python_version()}, "
         f"torch {torch.__version__}, transformers {version('transformers')}; "
         f"command: python {' '.join(sys.argv)}",
         highlight=False,
     )
 
 
-def _machine() -> str:
+def machine() -> str:
+    """Number and kind of the processor's cores."""
     names = [
         line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "name" in line
     ]

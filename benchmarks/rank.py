@@ -39,10 +39,10 @@ running;standing;sitting;sitting on a bench;sleeping;flying a kite;brushing teet
 """.replace("\n", "").split(";")
 
 
-def inputs() -> tuple[LLM, list[Tensor], list[list[int]]]:
+def inputs(parts: list[str]) -> tuple[LLM, list[Tensor], list[list[int]]]:
     """The language model, embedded prompts (60 tokens each) and candidate tokens, without EOS as in the released code."""
     torch.manual_seed(0)
-    llm = load_llm(compose_config("train", TrainConfig, []).llm)
+    llm = load_llm(compose_config("train", TrainConfig, parts).llm)
     room = 60 - VISUAL_TOKENS - len(llm.image_prefix_ids)
     scale = llm.embeddings.weight.std()
     question = llm.prompt_ids(QUESTION)[:room]
@@ -53,8 +53,8 @@ def inputs() -> tuple[LLM, list[Tensor], list[list[int]]]:
     return llm, prefixes, [llm.target_ids(text, include_eos=False) for text in CANDIDATES]
 
 
-def shared() -> Work:
-    llm, prefixes, candidates = inputs()
+def shared(parts: list[str]) -> Work:
+    llm, prefixes, candidates = inputs(parts)
 
     def work() -> list[Tensor]:
         with torch.inference_mode():
@@ -63,8 +63,8 @@ def shared() -> Work:
     return work
 
 
-def plain(rows: int) -> Work:
-    llm, prefixes, candidates = inputs()
+def plain(parts: list[str], rows: int) -> Work:
+    llm, prefixes, candidates = inputs(parts)
 
     def work() -> list[Tensor]:
         with torch.inference_mode():
@@ -89,9 +89,9 @@ def _segments(llm: LLM, prefix: Tensor, candidates: list[list[int]], rows: int) 
 if __name__ == "__main__":
     compare(
         {
-            "one full forward a candidate": lambda _: plain(1),
-            "segments of 20": lambda _: plain(20),
-            "shared prompt, tree": lambda _: shared(),
+            "one full forward a candidate": lambda _, parts: plain(parts, 1),
+            "segments of 20": lambda _, parts: plain(parts, 20),
+            "shared prompt, tree": lambda _, parts: shared(parts),
         },
         baseline="one full forward a candidate",
         unit="sample",

@@ -218,7 +218,10 @@ class EvaluateConfig:
     name: str = MISSING
     output: str = "outputs/evaluate"
     device: str = "auto"
-    checkpoint: str = MISSING
+    checkpoint: str = MISSING  # a run or one of its checkpoints, a transformers folder or hub id, a .pth file of LAVIS
+    llm: LLMConfig | None = None  # of a .pth file, or in place of the checkpoint's own
+    vision_path: str | None = None
+    qformer_path: str | None = None
     split: str | None = None  # None takes each card's own
     mode: str | None = None  # rank or generate; None takes each card's own
     samples: int | None = None  # per dataset; None is all of them
@@ -241,7 +244,13 @@ class PrepareConfig:
     split: str | None = None
     workers: int = 1
     images_per_shard: int = 1000
+    image_size: int | None = None  # shorter side, pixels; None keeps images as they are
+    frames: int = 4  # of a video
     check: str | None = None
+    show: str | None = None
+    samples: int = 12
+    seed: int = 0
+    audit: list[str] | None = None
     sources: dict[str, SourcesConfig] = field(default_factory=dict)
 
 

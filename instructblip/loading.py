@@ -38,12 +38,14 @@ class LoadedModel(NamedTuple):
     Attributes:
         model: on the wanted device.
         name: of the run, folder, hub repository or file it came from.
+        source: that checkpoint folder, folder or file; of a run the checkpoint that was taken.
         step: optimiser steps that its checkpoint has seen; 0 where the source does not say.
         config: the sections it was built from; None for a transformers folder, which is its own configuration.
     """
 
     model: InstructBLIP
     name: str
+    source: str
     step: int
     config: ModelConfig | None
 
@@ -58,7 +60,7 @@ class Replacements(NamedTuple):
         qformer_path: folder with BERT's config.json and tokenizer.
     """
 
-    llm: str | None = None
+    llm: str | LLMConfig | None = None
     llm_path: str | None = None
     vision_path: str | None = None
     qformer_path: str | None = None
@@ -67,7 +69,7 @@ class Replacements(NamedTuple):
 def load_model(
     source: str | Path,
     *,
-    llm: str | None = None,
+    llm: str | LLMConfig | None = None,
     llm_path: str | None = None,
     vision_path: str | None = None,
     qformer_path: str | None = None,
@@ -78,8 +80,8 @@ def load_model(
     Args:
         source: folder of a run (its newest whole checkpoint is taken) or one of its checkpoints; a transformers folder or
             the hub id of one; a `.pth` file of LAVIS, which needs `llm`.
-        llm: a name in configs/llm. Projection and Q-Former were aligned to one language model; with another they work
-            badly, or where its width differs not at all, until they are trained: a warning says so.
+        llm: a name in configs/llm, or such a configuration. Projection and Q-Former were aligned to one language model; with
+            another they work badly, or where its width differs not at all, until they are trained: a warning says so.
         llm_path: folder with that language model's files, in place of the configured sources.
         vision_path: folder or file with the frozen ViT's weights, likewise; LAVIS's `eva_vit_g.pth` will do.
         qformer_path: folder with BERT's config.json and tokenizer, likewise.
@@ -125,9 +127,14 @@ def hub_folder(repository: str) -> Path:
         UserError: it cannot be reached, or holds no weights.
     """
     name = repository.replace("/", "--")
-    folder = part_folder(Sources(name, hub=repository, hub_files=(*_HUB_FILES, "*.safetensors")), setting="SOURCE")
-    if not any(folder.glob("*.safetensors")):
-        folder = part_folder(Sources(f"{name}-bin", hub=repository, hub_files=(*_HUB_FILES, "*.bin")), setting="SOURCE")
+    try:
+        folder = part_folder(Sources(name, hub=repository, hub_files=(*_HUB_FILES, "*.safetensors")))
+        if not any(folder.glob("*.safetensors")):
+            folder = part_folder(Sources(f"{name}-bin", hub=repository, hub_files=(*_HUB_FILES, "*.bin")))
+    except UserError as error:
+        raise UserError(
+            f"there is no folder {repository} here, and it could not be had from the hub: {error}"
+        ) from None
     return folder
 
 
@@ -146,19 +153,19 @@ def part_config(group: str, name: str, schema: type[Section]) -> Section:
     return read_config(file, schema)
 
 
-def named_llm(name: str, path: str | None) -> LLMConfig:
-    """A language model by its name in configs/llm, with its files from `path` where that is given.
+def llm_config(llm: str | LLMConfig, path: str | None) -> LLMConfig:
+    """A language model by its name in configs/llm, or as configured, with its files from `path` where that is given.
 
     Raises:
         UserError: there is none of that name.
     """
-    return _with_path(part_config("llm", name, LLMConfig), path)
+    return _with_path(part_config("llm", llm, LLMConfig) if isinstance(llm, str) else llm, path)
 
 
 def _load_run(source: Path, replaced: Replacements) -> LoadedModel:
     config = read_model_config(find_checkpoint(source).parents[1] / "config.yaml")
     run = load_run(source, device="cpu", config=_replace_parts(config, replaced))
-    return LoadedModel(run.model, run.checkpoint.absolute().parents[1].name, run.step, run.config)
+    return LoadedModel(run.model, run.checkpoint.absolute().parents[1].name, str(run.checkpoint), run.step, run.config)
 
 
 def _load_huggingface(folder: Path, name: str, replaced: Replacements) -> LoadedModel:
@@ -167,12 +174,12 @@ def _load_huggingface(folder: Path, name: str, replaced: Replacements) -> Loaded
             f"{folder} has its own ViT, Q-Former and LLM; only llm= (with llm_path=) can take another's place"
         )
     if replaced.llm is None:
-        return LoadedModel(load_huggingface(folder), name, 0, None)
-    config = named_llm(replaced.llm, replaced.llm_path)
+        return LoadedModel(load_huggingface(folder), name, str(folder), 0, None)
+    config = llm_config(replaced.llm, replaced.llm_path)
     model = load_huggingface(folder, llm=load_llm(config))
     fits = read_huggingface_config(folder).text_config.hidden_size == model.llm.width
     warn_aligned(f"the LLM of {name}", config.name, projection_fits=fits)
-    return LoadedModel(model, name, 0, None)
+    return LoadedModel(model, name, str(folder), 0, None)
 
 
 def _load_lavis(path: Path, replaced: Replacements) -> LoadedModel:
@@ -183,25 +190,27 @@ def _load_lavis(path: Path, replaced: Replacements) -> LoadedModel:
     config = ModelConfig(
         vision=part_config("vision", LAVIS_VISION, VisionConfig),
         qformer=part_config("qformer", LAVIS_QFORMER, QFormerConfig),
-        llm=part_config("llm", replaced.llm, LLMConfig),
+        llm=llm_config(replaced.llm, None),
     )
     config = _replace_parts(config, replaced._replace(llm=None))
-    config.qformer = dataclasses.replace(config.qformer, init="scratch", **qformer_settings(checkpoint))
+    config.qformer = dataclasses.replace(
+        config.qformer, init="scratch", query_init="normal", **qformer_settings(checkpoint)
+    )
     model = build_model(config.vision, config.qformer, config.llm, seed=config.seed)
     fits = load_lavis(checkpoint, model)
     trained_with = LAVIS_LLMS.get((checkpoint.llm_kind, checkpoint.llm_width), "another LLM")
     if trained_with != config.llm.name:
         warn_aligned(trained_with, config.llm.name, projection_fits=fits)
-    return LoadedModel(model, path.stem, 0, config)
+    return LoadedModel(model, path.stem, str(path), 0, config)
 
 
 def _replace_parts(config: ModelConfig, replaced: Replacements) -> ModelConfig:
-    llm = config.llm if replaced.llm in (None, config.llm.name) else part_config("llm", str(replaced.llm), LLMConfig)
+    own = replaced.llm is None or replaced.llm == config.llm.name
     return dataclasses.replace(
         config,
         vision=_with_path(config.vision, replaced.vision_path),
         qformer=_with_path(config.qformer, replaced.qformer_path),
-        llm=_with_path(llm, replaced.llm_path),
+        llm=llm_config(config.llm if own or replaced.llm is None else replaced.llm, replaced.llm_path),
     )
 
 

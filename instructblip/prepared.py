@@ -7,11 +7,15 @@ from rich.console import Console
 
 from instructblip.build import sources
 from instructblip.config import PrepareConfig, SourcesConfig
+from instructblip.data.audit import audit_prepared, audit_table
 from instructblip.data.cards import Card, load_card
 from instructblip.data.prepare import check_prepared, prepare_dataset
-from instructblip.data.shards import read_manifest
+from instructblip.data.shards import MANIFEST_NAME, read_manifest
+from instructblip.data.show import write_samples
 from instructblip.errors import UserError
 from instructblip.weights.assets import part_folder
+
+SHOWN_SIZE = 224  # the side of the square that the paper's models get, pixels
 
 
 def ensure_prepared(
@@ -29,7 +33,9 @@ def ensure_prepared(
         UserError: a dataset is not prepared and cannot be fetched; names the command that prepares it.
     """
     for card in {card.source: card for card in cards}.values():
-        if all((shards / card.source / split / "manifest.json").is_file() for split in card.splits):
+        prepared = [(shards / card.source / split / MANIFEST_NAME).is_file() for split in card.splits]
+        # What nobody but the user can fetch he may have prepared in part; a split that is needed is missed on opening.
+        if all(prepared) or (any(prepared) and card.source_part is None):
             continue
         raw = raw_folder(card, fetchable, shards)
         console.print(f"preparing {card.source} in {shards / card.source}", highlight=False)
@@ -48,24 +54,57 @@ def raw_folder(card: Card, fetchable: Mapping[str, SourcesConfig], shards: Path)
 
 
 def prepare(config: PrepareConfig, console: Console) -> int:
-    """Run prepare.py with a validated configuration: convert a dataset, or check what was converted.
+    """Run prepare.py with a validated configuration: convert a dataset, or check, show or audit what was converted.
 
     Returns:
-        0, or 1 when `check` found problems.
+        0, or 1 when `check` found problems or `audit` found held-out images in training data.
 
     Raises:
         UserError: unknown dataset or split, raw files missing or broken, disk full.
     """
+    tasks = [name for name in ("check", "show", "audit") if getattr(config, name) is not None]
+    if len(tasks) > 1:
+        raise UserError(f"{tasks[0]}= and {tasks[1]}= are different tasks; give one of them")
     if config.check is not None:
-        problems = check_prepared(Path(config.check))
-        for line in problems:
-            console.print(line, highlight=False, soft_wrap=True)
-        console.print(
-            f"{config.check}: {len(problems)} problems" if problems else f"{config.check}: all shards are whole"
+        return _check(Path(config.check), console)
+    if config.show is not None:
+        path = write_samples(
+            Path(config.show),
+            samples=config.samples,
+            seed=config.seed,
+            image_size=config.image_size or SHOWN_SIZE,
+            dataset=config.dataset,
+            split=config.split,
         )
-        return int(bool(problems))
+        console.print(f"wrote {path}", highlight=False, soft_wrap=True)
+        return 0
+    if config.audit is not None:
+        return _audit([Path(folder) for folder in config.audit], console)
+    return _convert(config, console)
+
+
+def _check(folder: Path, console: Console) -> int:
+    problems = check_prepared(folder)
+    for line in problems:
+        console.print(line, highlight=False, soft_wrap=True)
+    console.print(f"{folder}: {len(problems)} problems" if problems else f"{folder}: all shards are whole")
+    return int(bool(problems))
+
+
+def _audit(folders: Sequence[Path], console: Console) -> int:
+    result = audit_prepared(folders)
+    if result.overlaps:
+        console.print(audit_table(result))
+    for line in result.summary():
+        console.print(line, highlight=False, soft_wrap=True)
+    return int(bool(result.leaks()))
+
+
+def _convert(config: PrepareConfig, console: Console) -> int:
     if config.dataset is None:
-        raise UserError("name a dataset: python prepare.py dataset=NAME raw=FOLDER out=SHARDS, or check=SHARDS")
+        raise UserError(
+            "name a dataset: python prepare.py dataset=NAME raw=FOLDER out=SHARDS; or give check=SHARDS, show= or audit="
+        )
     card = load_card(config.dataset)
     raw = raw_folder(card, config.sources, Path(config.out)) if config.raw is None else Path(config.raw)
     manifests = prepare_dataset(
@@ -75,6 +114,8 @@ def prepare(config: PrepareConfig, console: Console) -> int:
         splits=None if config.split is None else [config.split],
         workers=config.workers,
         images_per_shard=config.images_per_shard,
+        image_size=config.image_size,
+        frames=config.frames,
     )
     for path in manifests:
         manifest = read_manifest(path.parent)

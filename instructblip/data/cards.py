@@ -7,40 +7,71 @@ import dataclasses
 import difflib
 import hashlib
 import json
-import string
+import re
 import sys
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 import yaml
 
+from instructblip.data.templates import FIELDS
 from instructblip.errors import UserError
 from instructblip.files import write_atomically
 
 CARDS_FOLDER = Path(__file__).parents[2] / "datasets"
 
-# What a prompt of a card may name in braces: the fields of a record.
-PROMPT_FIELDS = ("question", "choices", "context", "ocr_tokens", "history")
+# What a prompt of a card may name in braces: what a template may, without what would give the answer away.
+PROMPT_FIELDS = tuple(name for name in FIELDS if name not in ("answer", "caption"))
+_FIELD = re.compile(r"\{([^{}]*)\}")
 # What a view takes from its parent and may not say again.
-SOURCE_KEYS = ("reader", "homepage", "licence", "how_to_get", "source_part", "splits", "verified")
+SOURCE_KEYS = (
+    "reader",
+    "reader_options",
+    "homepage",
+    "licence",
+    "how_to_get",
+    "source_part",
+    "splits",
+    "verified",
+    "image_source",
+)
+TRAIN_SPLIT = "train"
+
+Metric = Literal[
+    "accuracy",
+    "multiple_choice_accuracy",
+    "exact_match",
+    "gqa_accuracy",
+    "vqa_accuracy",
+    "textvqa_accuracy",
+    "vizwiz_accuracy",
+    "ivqa_accuracy",
+    "aokvqa_direct_answer",
+    "cider",
+    "auroc",
+    "visdial",
+]
 
 
 @dataclass(frozen=True)
 class SplitCounts:
-    """Expected numbers of a split; None, or a kind left out: not known.
+    """The raw files of a split and its expected numbers; None, or a kind left out: not known.
 
     Attributes:
-        images, records: how many, of all kinds together.
+        images, records: how many images (or videos) and records, of all kinds together.
         records_by_kind: record kind -> number of records.
+        files: role (`questions`, `images`, as the reader calls it) -> places below `raw=` where that file or folder may
+            lie, in the order they are tried.
     """
 
     images: int | None
     records: int | None
     records_by_kind: dict[str, int] = field(default_factory=dict)
+    files: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -51,12 +82,17 @@ class Evaluation:
         split: the split that is scored.
         prompt: instruction, with fields of the record in braces.
         mode: `rank` scores given answers by log-likelihood, `generate` writes one.
-        candidates: the answers to rank, the same for all records.
-        verbalizers: class -> the texts that stand for it. With `rank`, exactly one of candidates and verbalizers.
         normalize: log-likelihood of a candidate as the sum or the mean over its tokens.
         include_eos: whether the end-of-sequence token counts as one of them.
         max_new_tokens, num_beams: decoding in `generate` mode (tokens; beam size).
         metric: the score.
+        candidates: the answers to rank, the same for all records.
+        verbalizers: class -> the texts that stand for it.
+        candidates_from: where the answers to rank come from: each record's own `choices`, or `train_answers`, all
+            answers of the train split. With `rank`, exactly one of candidates, verbalizers and candidates_from.
+        min_new_tokens, length_penalty: further decoding in `generate` mode (tokens; exponent of the length that a
+            beam's log-likelihood is divided by).
+        kinds: the record kinds that are scored; empty: the card's own.
     """
 
     split: str
@@ -66,16 +102,35 @@ class Evaluation:
     include_eos: bool
     max_new_tokens: int
     num_beams: int
-    metric: Literal["accuracy"]
+    metric: Metric
     candidates: tuple[str, ...] = ()
     verbalizers: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    candidates_from: Literal["choices", "train_answers"] | None = None
+    min_new_tokens: int = 1
+    length_penalty: float = 1.0
+    kinds: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Training:
     """What training on a dataset needs to know: `flip`, whether mirroring an image leaves its answers true."""
 
-    flip: bool
+    flip: bool = True
+
+
+# What a card need not say.
+_DEFAULTS: dict[str, Any] = {
+    "view_of": None,
+    "kinds": [],
+    "reader_options": {},
+    "source_part": None,
+    "image_source": None,
+    "shared_images": {},
+    "templates": None,
+    "evaluation": None,
+    "training": {},
+    "paper": {},
+}
 
 
 @dataclass(frozen=True)
@@ -89,14 +144,19 @@ class Card:
         task_group: the paper's group of tasks.
         role: whether the paper's way is to train on it (held-in) or to keep it for zero-shot evaluation (held-out).
         view_of: the parent's name, None for a dataset of its own.
-        kinds: the record kinds this card is about; empty: all.
+        kinds: the record kinds this card is about, which training draws from; empty: all.
         reader: name of the raw format's reader in `instructblip.data.readers.READERS`.
+        reader_options: what else that reader is told.
         homepage, licence, how_to_get: where it comes from, on which terms, and how a person gets the raw files.
         source_part: the part of `instructblip.weights.assets` that fetches the raw files by itself, if one does.
-        splits: split -> expected counts of the whole source.
+        splits: split -> raw files and expected counts of the whole source.
         verified: whether the counts were checked against the official files.
+        image_source: the collection whose ids its images carry, so that another dataset's use of the same image is found
+            by id: COCO's number, OpenImages' 16 hexadecimal digits, YouTube's 11 characters. None: ids of its own.
+        shared_images: held-in dataset -> why images of this held-out one occur in it, where that is known and accepted.
         templates: name of the template set in `datasets/templates/`; None: never trained.
-        evaluation, training: see there.
+        evaluation: see there; None: never evaluated.
+        training: see there.
         paper: model -> the paper's score in percent, where it gives one.
     """
 
@@ -107,14 +167,17 @@ class Card:
     view_of: str | None
     kinds: tuple[str, ...]
     reader: str
+    reader_options: dict[str, Any]
     homepage: str
     licence: str
     how_to_get: str
     source_part: str | None
     splits: dict[str, SplitCounts]
     verified: bool
+    image_source: Literal["coco", "openimages", "youtube"] | None
+    shared_images: dict[str, str]
     templates: str | None
-    evaluation: Evaluation
+    evaluation: Evaluation | None
     training: Training
     paper: dict[str, float]
 
@@ -123,12 +186,12 @@ class Card:
         """Name of the dataset whose shards hold this card's records: the parent's for a view."""
         return self.view_of or self.name
 
-    def expected_records(self, split: str) -> int | None:
-        """Expected number of this card's own records in a split; None where the card does not know."""
-        counts = self.splits[split]
-        if not self.kinds:
+    def expected_records(self, split: str, kinds: Sequence[str] = ()) -> int | None:
+        """Expected number of records in a split of these kinds (none given: the card's own); None: not known."""
+        counts, kinds = self.splits[split], kinds or self.kinds
+        if not kinds:
             return counts.records
-        numbers = [counts.records_by_kind.get(kind) for kind in self.kinds]
+        numbers = [counts.records_by_kind.get(kind) for kind in kinds]
         return None if None in numbers else sum(number for number in numbers if number is not None)
 
 
@@ -151,8 +214,7 @@ def load_card(name_or_path: str | Path) -> Card:
             raise UserError(f"{path}: {said[0]} is the parent's to say; remove it, or view_of")
         parent = _load_parent(path, values["view_of"])
         values |= {key: parent[key] for key in SOURCE_KEYS if key in parent}
-    values = {"view_of": None, "source_part": None, "templates": None, "kinds": [], "paper": {}} | values
-    card: Card = _build(Card, values, str(path), "")
+    card: Card = _build(Card, _DEFAULTS | values, str(path), "")
     _check_card(card, path)
     return card
 
@@ -197,22 +259,41 @@ def _load_parent(path: Path, name: Any) -> dict[str, Any]:
 
 def _check_card(card: Card, path: Path) -> None:
     """Statements that are well-typed one by one but do not go together."""
-    evaluation = card.evaluation
     if card.name != path.stem:
         raise UserError(f"{path}: name is {card.name!r}; it must be the file's name, {path.stem!r}")
+    if card.role == "held-in" and card.templates is None:
+        raise UserError(f"{path}: a held-in dataset needs templates, the name of a set in datasets/templates")
+    if card.role == "held-in" and card.shared_images:
+        raise UserError(f"{path}: shared_images is for held-out datasets to say; remove it")
+    if card.role == "held-out" and card.evaluation is None:
+        raise UserError(f"{path}: a held-out dataset needs the key evaluation")
+    for split, counts in card.splits.items():
+        _check_files(counts.files, f"{path}: splits.{split}.files")
+    if card.evaluation is not None:
+        _check_evaluation(card.evaluation, card, path)
+
+
+def _check_files(files: Mapping[str, Sequence[str]], key: str) -> None:
+    """Each role has places, and all of them are below the raw folder."""
+    for role, places in files.items():
+        if not places:
+            raise UserError(f"{key}.{role} names no place; give one, or remove it")
+        for place in places:
+            if PurePosixPath(place).is_absolute() or ".." in PurePosixPath(place).parts:
+                raise UserError(f"{key}.{role}: {place!r} must be a path below the raw folder")
+
+
+def _check_evaluation(evaluation: Evaluation, card: Card, path: Path) -> None:
     if evaluation.split not in card.splits:
         nearest = _nearest(evaluation.split, card.splits)
         raise UserError(f"{path}: evaluation.split {evaluation.split!r} is not among splits{nearest}")
-    stated = bool(evaluation.candidates) + bool(evaluation.verbalizers)
+    stated = bool(evaluation.candidates) + bool(evaluation.verbalizers) + (evaluation.candidates_from is not None)
     if stated != (evaluation.mode == "rank"):
-        raise UserError(f"{path}: evaluation needs one of candidates and verbalizers to rank, neither to generate")
-    if card.role == "held-in" and card.templates is None:
-        raise UserError(f"{path}: a held-in dataset needs templates, the name of a set in datasets/templates")
-    try:
-        fields = [name for _, name, _, _ in string.Formatter().parse(evaluation.prompt) if name is not None]
-    except ValueError as error:
-        raise UserError(f"{path}: evaluation.prompt is not a format string ({error})") from None
-    for name in fields:
+        ways = "candidates, verbalizers and candidates_from"
+        raise UserError(f"{path}: evaluation needs one of {ways} to rank, none of them to generate")
+    if set("{}") & set(_FIELD.sub("", evaluation.prompt)):
+        raise UserError(f"{path}: evaluation.prompt {evaluation.prompt!r} has a brace without its partner")
+    for name in _FIELD.findall(evaluation.prompt):
         if name not in PROMPT_FIELDS:
             raise UserError(f"{path}: evaluation.prompt names an unknown field {name!r}{_nearest(name, PROMPT_FIELDS)}")
 
@@ -230,9 +311,11 @@ def _build(kind: Any, value: Any, file: str, key: str) -> Any:
     Nothing is converted but list to tuple and int to float: an unquoted `yes` (a bool in YAML) is an error, not "True".
     """
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return _plain(value, file, key)
     if dataclasses.is_dataclass(kind):
         return _build_dataclass(kind, value, file, key)
-    if origin is types.UnionType:  # only "X | None" occurs
+    if origin in (types.UnionType, typing.Union):  # only "X | None" occurs
         return None if value is None else _build(arguments[0], value, file, key)
     if origin is Literal:
         if value not in arguments:
@@ -250,6 +333,18 @@ def _build(kind: Any, value: Any, file: str, key: str) -> Any:
         hint = "; put it in quotes" if kind is str and value is not None and not isinstance(value, list | dict) else ""
         raise UserError(f"{file}: {key} must be {expected or kind.__name__}, not {value!r}{hint}")
     return value
+
+
+def _plain(value: Any, file: str, key: str) -> Any:
+    """A value that JSON can hold, as it is."""
+    if isinstance(value, dict):
+        _check_keys_are_text(value, file, key)
+        return {name: _plain(item, file, f"{key}.{name}") for name, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item, file, f"{key}[{row}]") for row, item in enumerate(value)]
+    if value is None or type(value) in (str, int, float, bool):
+        return value
+    raise UserError(f"{file}: {key} is {value!r}, which YAML reads as {type(value).__name__}; put it in quotes")
 
 
 def _build_dataclass(kind: Any, value: Any, file: str, key: str) -> Any:
@@ -282,23 +377,29 @@ def cards_table(cards: Iterable[Card]) -> str:
     lines = [
         "# Datasets",
         "",
-        "One YAML card per dataset, or per view of a dataset; template sets are in `templates/`. Counts are records a",
-        "split (a view counts its own); `?` stands for a number that is not known. This file is written by",
-        "`python -m instructblip.data.cards`.",
+        "One YAML card per dataset, or per view of a dataset (other records of the same images); template sets are in",
+        "`templates/`. Train and evaluation: expected records of the kinds that are drawn and scored; `?` is a number that",
+        "is not known, `-` no such split. Verified: whether the numbers were checked against the official files.",
+        "This file is written by `python -m instructblip.data.cards`.",
         "",
-        "| name | title | task group | role | source | records | evaluated on | templates | licence |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| name | task group | role | train | evaluation | metric | licence | verified |",
+        "|---|---|---|---:|---:|---|---|---|",
     ]
     return "\n".join([*lines, *(_table_row(card) for card in cards)]) + "\n"
 
 
 def _table_row(card: Card) -> str:
-    numbers = {split: card.expected_records(split) for split in card.splits}
-    records = ", ".join(f"{split} {'?' if number is None else f'{number:,}'}" for split, number in numbers.items())
-    evaluation = f"{card.evaluation.split}, {card.evaluation.mode}, {card.evaluation.metric}"
-    source = f"view of {card.view_of}" if card.view_of else f"[homepage]({card.homepage})"
-    cells = [f"`{card.name}`", card.title, card.task_group, card.role, source, records, evaluation]
-    return "| " + " | ".join([*cells, card.templates or "none: never trained", card.licence]) + " |"
+    rules = card.evaluation
+    train = _number(card.expected_records(TRAIN_SPLIT)) if TRAIN_SPLIT in card.splits else "-"
+    scored = "-" if rules is None else f"{_number(card.expected_records(rules.split, rules.kinds))} ({rules.split})"
+    name = f"[`{card.name}`]({card.homepage})" + (f", view of `{card.view_of}`" if card.view_of else "")
+    metric = "-" if rules is None else f"{rules.metric}, {rules.mode}"
+    verified = "yes" if card.verified else "no"
+    return "| " + " | ".join([name, card.task_group, card.role, train, scored, metric, card.licence, verified]) + " |"
+
+
+def _number(count: int | None) -> str:
+    return "?" if count is None else f"{count:,}"
 
 
 def main() -> int:

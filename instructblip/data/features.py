@@ -8,6 +8,7 @@ without it see the same numbers. Of use whenever training images are not augment
 import hashlib
 import shutil
 from collections.abc import Callable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,13 @@ from instructblip.progress import progress_bar
 
 Encode = Callable[[Tensor], Tensor]  # uint8 (B, 3, H, W) -> tokens (B, P, V)
 _BATCH = 50
+
+
+def shard_pixels(shard: ShardReader, row: int, image_size: int) -> Tensor:
+    """The frames of one row, decoded and squashed: uint8 (F, 3, image_size, image_size)."""
+    frames, _ = shard.read_encoded(row)
+    where = f"{shard.keys[row]} of {shard.path}"
+    return torch.stack([squash(decode_image(frame, where), image_size) for frame in frames])
 
 
 class FeatureCache:
@@ -52,45 +60,42 @@ class FeatureCache:
             return
         self._check_space(missing, encode)
         with progress_bar("images") as progress:
-            task = progress.add_task(title, total=sum(len(shard) for shard in missing))
+            task = progress.add_task(title, total=sum(len(shard.extensions) for shard in missing))
             for shard in missing:
                 self._fill_shard(shard, encode, lambda count: progress.advance(task, count))
 
     def tokens(self, shard: ShardReader, row: int) -> Tensor:
-        """Tokens (P, V) of one image."""
+        """Tokens (F, P, V) of one image, F frames of a video."""
         path = self._path(shard)
         if path.name not in self._open:
             # Kept open: rows are read from the memory map, nothing is loaded whole.
             self._open[path.name] = safe_open(str(path), framework="pt").get_slice("tokens")
-        return self._open[path.name][row : row + 1][0]
+        tokens: Tensor = self._open[path.name][shard.frames_of(row)]
+        return tokens
 
     def _path(self, shard: ShardReader) -> Path:
         return self.folder / f"{shard.tar_sha256}.safetensors"
 
     def _holds(self, shard: ShardReader) -> bool:
-        """Whether the shard's features are there, whole (a file cut short does not open) and as many as its images."""
+        """Whether the shard's features are there, whole (a file cut short does not open) and as many as its frames."""
         try:
             with safe_open(str(self._path(shard)), framework="pt") as file:
-                return bool(file.get_slice("tokens").get_shape()[0] == len(shard))
+                return bool(file.get_slice("tokens").get_shape()[0] == len(shard.extensions))
         except (OSError, SafetensorError):
             return False
 
     def _fill_shard(self, shard: ShardReader, encode: Encode, advance: Callable[[int], None]) -> None:
         pieces = []
-        for start in range(0, len(shard), _BATCH):
-            rows = range(start, min(start + _BATCH, len(shard)))
-            pieces.append(encode(torch.stack([self._pixels(shard, row) for row in rows])).cpu())
-            advance(len(rows))
+        frames = (frame for row in range(len(shard)) for frame in shard_pixels(shard, row, self.image_size))
+        while batch := list(islice(frames, _BATCH)):
+            pieces.append(encode(torch.stack(batch)).cpu())
+            advance(len(batch))
         with atomic_path(self._path(shard)) as partial:
             save_file({"tokens": torch.cat(pieces)}, str(partial))
 
-    def _pixels(self, shard: ShardReader, row: int) -> Tensor:
-        data, _ = shard.read(row)
-        return squash(decode_image(data, f"{shard.keys[row]} of {shard.path}"), self.image_size)
-
     def _check_space(self, shards: Sequence[ShardReader], encode: Encode) -> None:
         probe = encode(torch.zeros(1, 3, self.image_size, self.image_size, dtype=torch.uint8))
-        needed = sum(len(shard) for shard in shards) * probe.numel() * probe.element_size()
+        needed = sum(len(shard.extensions) for shard in shards) * probe.numel() * probe.element_size()
         self.folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(self.folder).free
         if needed > free:

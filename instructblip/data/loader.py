@@ -17,8 +17,10 @@ from instructblip.data.mixture import Mixture, position_generator
 from instructblip.data.sample import Sample
 from instructblip.data.shards import PreparedSplit, ShardReader
 from instructblip.data.templates import TemplateSet, render_training
+from instructblip.errors import UserError
 
-ReadTokens = Callable[[ShardReader, int], Tensor]  # (shard, row) -> image tokens (P, V) or uint8 pixels (3, H, W)
+# (shard, row) -> image tokens (F, P, V) or uint8 pixels (F, 3, H, W) of the F frames, one of a picture
+ReadTokens = Callable[[ShardReader, int], Tensor]
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,10 @@ class TrainingSet:
 
 
 class Batch(NamedTuple):
-    """A micro-batch. `images` holds image tokens (B, F, P, V) when features are cached, else uint8 (B, F, 3, H, W)."""
+    """A micro-batch. `images` holds image tokens (B, F, P, V) when features are cached, else uint8 (B, F, 3, H, W).
+
+    F is 1 for pictures, the number of frames for videos.
+    """
 
     ids: list[str]
     datasets: list[str]
@@ -63,7 +68,7 @@ class MixtureDataset(Dataset[tuple[Sample, Tensor]]):
         chosen = self.sets[draw.dataset]
         shard_number, row, place = (int(value) for value in chosen.locations[draw.record])
         shard = chosen.split.shards[shard_number]
-        data, records = shard.read(row)
+        frames, records = shard.read(row)
         record = records[place]
         random = position_generator(self.mixture.seed, position)
         instruction, target, template = render_training(record, chosen.templates, random)
@@ -71,7 +76,7 @@ class MixtureDataset(Dataset[tuple[Sample, Tensor]]):
             id=f"{chosen.name}/{record.id}",
             dataset=chosen.name,
             record=record,
-            image=data,
+            frames=frames,
             image_location=(shard_number, row),
             instruction=instruction,
             target=target,
@@ -81,14 +86,22 @@ class MixtureDataset(Dataset[tuple[Sample, Tensor]]):
 
 
 def collate(items: Sequence[tuple[Sample, Tensor]]) -> Batch:
-    """Stack drawn samples into a batch of single-frame images."""
+    """Stack drawn samples into a batch.
+
+    Raises:
+        UserError: pictures and videos, or videos of different numbers of frames, together.
+    """
     samples = [sample for sample, _ in items]
+    if len({len(image) for _, image in items}) > 1:
+        frames = {sample.dataset: len(image) for sample, image in items}
+        found = ", ".join(f"{name} {count}" for name, count in sorted(frames.items()))
+        raise UserError(f"a batch needs one number of frames, but has {found}; train on pictures and videos apart")
     return Batch(
         ids=[sample.id for sample in samples],
         datasets=[sample.dataset for sample in samples],
         instructions=[sample.instruction for sample in samples],
         targets=[sample.target or "" for sample in samples],
-        images=torch.stack([image for _, image in items])[:, None],
+        images=torch.stack([image for _, image in items]),
     )
 
 

@@ -1,30 +1,30 @@
 """From raw files to checked shards: parallel by shard, resumable after a kill, the same bytes from the same input."""
 
 import hashlib
-import io
 import json
 import logging
 import os
 import re
 import threading
-import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+import numpy as np
+import numpy.typing as npt
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from instructblip.data import transforms
 from instructblip.data.cards import Card, SplitCounts, source_sha256
+from instructblip.data.media import JPEG_QUALITY, MediaError, MediaOptions, read_media, stored_frames
 from instructblip.data.readers import READERS, Losses, MediaRecords, RawSplit
 from instructblip.data.shards import (
+    KEY,
     MANIFEST_FORMAT,
     MANIFEST_NAME,
     ShardReader,
@@ -38,9 +38,6 @@ from instructblip.files import exclusive, sha256_file, write_json
 
 logger = logging.getLogger(__name__)
 
-# Image formats kept as they are, and the extension stock WebDataset decodes them by. MPO is a JPEG with further
-# pictures behind it, as phones write it.
-EXTENSION_OF_FORMAT = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png"}
 _OWN_FILE = re.compile(r"(shard-\d{6}\.(tar|index\.safetensors)|manifest\.json)(\.\d+\.partial)?")
 
 
@@ -51,6 +48,7 @@ class ShardPlan:
     path: Path
     raw: Path
     images: tuple[MediaRecords, ...]
+    options: MediaOptions
 
 
 def prepare_dataset(
@@ -61,58 +59,117 @@ def prepare_dataset(
     splits: Sequence[str] | None = None,
     workers: int = 1,
     images_per_shard: int = 1000,
+    image_size: int | None = None,
+    frames: int = 4,
     progress: bool = True,
 ) -> list[Path]:
     """Convert a dataset to `<out>/<dataset>/<split>/` and return the paths of the manifests.
 
     A view is converted as its parent, which it shares the shards with. Run again after a kill, it keeps the shards that
-    are whole and hold what they should. Bytes depend on the raw files and `images_per_shard`, not on `workers`.
+    are whole and hold what they should. Bytes depend on the raw files and the options, not on `workers`.
 
     Args:
         splits: which to convert; None: all of the card.
         workers: number of processes.
+        images_per_shard: images or videos.
+        image_size: pictures and frames whose shorter side is longer are reduced to it, pixels; None: never.
+        frames: how many frames of a video are stored.
 
     Raises:
         UserError: unknown split, raw files missing or unreadable, nothing found, disk full.
     """
-    if workers < 1 or images_per_shard < 1:
-        raise UserError(f"workers={workers} and images_per_shard={images_per_shard} must be 1 or more")
+    numbers = {"workers": workers, "images_per_shard": images_per_shard, "image_size": image_size, "frames": frames}
+    if wrong := [name for name, number in numbers.items() if number is not None and number < 1]:
+        raise UserError(f"{wrong[0]}={numbers[wrong[0]]} must be 1 or more")
     chosen = list(card.splits) if splits is None else list(splits)
     if unknown := [split for split in chosen if split not in card.splits]:
         raise UserError(f"{card.source} has no split {unknown[0]!r}; choose among {', '.join(card.splits)}")
     if not raw.is_dir():
         raise UserError(f"raw={raw} is not a folder; {card.how_to_get}")
     with exclusive(out / f".{card.source}.lock", f"preparing {card.source}", show=progress):
-        return _prepare_splits(card, raw, out, chosen, workers, images_per_shard, progress)
+        job = _Job(card, raw, out, images_per_shard, MediaOptions(image_size, frames))
+        return [_prepare_split(job, split, workers, progress) for split in chosen]
 
 
-def _prepare_splits(
-    card: Card, raw: Path, out: Path, splits: Sequence[str], workers: int, images_per_shard: int, progress: bool
-) -> list[Path]:
-    manifests = []
-    for split in splits:
-        folder = out / card.source / split
-        losses = Losses()
-        plans = _plans(card, raw, folder, split, images_per_shard, losses)
-        with _progress_bar(not progress) as bar:
-            bar_task = bar.add_task(f"{card.source}/{split}", total=card.splits[split].images)
-            shards = []
-            for shard in _convert(plans, workers):
-                shards.append(shard)
-                bar.advance(bar_task, len(shard) + _lost_images(shard))
-        manifests.append(_finish(card, split, folder, shards, losses, images_per_shard))
-    return manifests
+@dataclass(frozen=True)
+class _Job:
+    """What `prepare_dataset` was asked for, apart from how."""
+
+    card: Card
+    raw: Path
+    out: Path
+    images_per_shard: int
+    options: MediaOptions
 
 
-def _plans(
-    card: Card, raw: Path, folder: Path, split: str, images_per_shard: int, losses: Losses
-) -> Iterator[ShardPlan]:
+def _prepare_split(job: _Job, split: str, workers: int, progress: bool) -> Path:
+    name = f"{job.card.source}/{split}"
+    losses = Losses()
+    with _progress_bar(not progress) as bar:
+        bar_task = bar.add_task(name, total=job.card.splits[split].images)
+        shards = []
+        for shard in _convert(_plans(job, split, losses), workers):
+            shards.append(shard)
+            bar.advance(bar_task, len(shard) + _lost_images(shard))
+    return _finish(job, split, shards, losses)
+
+
+def _plans(job: _Job, split: str, losses: Losses) -> Iterator[ShardPlan]:
     """Cut the reader's stream into shards; only a few plans exist at a time, so memory stays flat."""
-    images = READERS[card.reader](RawSplit(raw, split), losses)
+    source = RawSplit(job.raw, split, job.card.splits[split].files, job.card.reader_options)
+    images = _without_repeats(READERS[job.card.reader](source, losses), losses)
+    folder = job.out / job.card.source / split
     number = 0
-    while group := tuple(islice(images, images_per_shard)):
-        yield ShardPlan(shard_path(folder, number), raw, group)
+    while group := tuple(islice(images, job.images_per_shard)):
+        yield ShardPlan(shard_path(folder, number), job.raw, group, job.options)
         number += 1
+
+
+def _without_repeats(images: Iterable[MediaRecords], losses: Losses) -> Iterator[MediaRecords]:
+    """Count and leave out images and records whose id has occurred before in the split, or makes no member's name."""
+    keys, record_ids = _Seen(), _Seen()
+    for image in images:
+        if not KEY.fullmatch(image.key):
+            losses.add("image id is not of letters, digits, _ and -", image.media_id, records=len(image.records))
+        elif not keys.add(image.key):
+            losses.add("image id occurs twice", image.media_id, records=len(image.records))
+        else:
+            records = [record for record in image.records if record_ids.add(record.id)]
+            for record in image.records if len(records) < len(image.records) else ():
+                if not any(record is kept for kept in records):
+                    losses.add("record id occurs twice", record.id)
+            yield image if len(records) == len(image.records) else replace(image, records=records)
+
+
+class _Seen:
+    """Remembers texts in 8 bytes each: their 64-bit hashes, in sorted runs that are merged when they are of like length.
+
+    A set of 14 million ids would take two gigabytes. Two of 14 million texts share a hash with probability 5e-6.
+    """
+
+    _RECENT = 1 << 16
+
+    def __init__(self) -> None:
+        self._recent: set[int] = set()
+        self._runs: list[npt.NDArray[np.uint64]] = []
+
+    def add(self, text: str) -> bool:
+        """Remember a text; return whether it is new."""
+        number = int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest())
+        if number in self._recent or any(_holds(run, np.uint64(number)) for run in self._runs):
+            return False
+        self._recent.add(number)
+        if len(self._recent) == self._RECENT:
+            self._runs.append(np.sort(np.fromiter(self._recent, dtype=np.uint64)))
+            self._recent.clear()
+            while len(self._runs) > 1 and len(self._runs[-2]) <= 2 * len(self._runs[-1]):
+                self._runs[-2:] = [np.sort(np.concatenate(self._runs[-2:]))]
+        return True
+
+
+def _holds(run: npt.NDArray[np.uint64], number: np.uint64) -> bool:
+    place = int(np.searchsorted(run, number))
+    return place < len(run) and bool(run[place] == number)
 
 
 def _convert(plans: Iterator[ShardPlan], workers: int) -> Iterator[ShardReader]:
@@ -151,68 +208,28 @@ def _end_with_parent() -> None:
 
 
 def convert_shard(plan: ShardPlan) -> ShardReader:
-    """Write one shard, or keep it when it is there, whole, and made from the same images and records."""
-    losses = Losses()
-    images = [(image, _image_bytes(image, plan.raw, losses)) for image in plan.images]
-    plan_sha256 = _plan_sha256(images)
-    if kept := _finished_shard(plan.path, plan_sha256):
-        return kept
-    with ShardWriter.open(plan.path) as writer:
-        for image, content in images:
-            if content is None:
-                continue
-            try:
-                extension = check_image(content)
-            except ImageError as error:
-                losses.add(str(error), _name(image, plan.raw), records=len(image.records))
-                continue
-            writer.add(image.key, extension, content, image.media_id, image.records)
-        writer.notes = {"plan_sha256": plan_sha256, "lost": json.dumps(losses.to_list(), ensure_ascii=False)}
-    return ShardReader(plan.path)
+    """Write one shard, or keep it when it is there, whole, and made from the same images, records and options.
 
-
-class ImageError(Exception):
-    """An image that cannot be kept; the message is the reason it is counted under."""
-
-
-def check_image(content: bytes) -> str:
-    """Decode an image completely and return the file extension it is stored under.
-
-    Raises:
-        ImageError: nothing in it, no image, another format, cut short, damaged, or so many pixels (over `MAX_PIXELS`,
-            which reading refuses) that it may be meant to exhaust memory.
+    One image is in memory at a time.
     """
-    if not content:
-        raise ImageError("image file is empty")
-    try:
-        with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(content)) as image:
-            if image.width * image.height > transforms.MAX_PIXELS:
-                raise Image.DecompressionBombError
-            if image.format not in EXTENSION_OF_FORMAT:
-                raise ImageError(f"image format {image.format} is neither JPEG nor PNG")
-            image.convert("RGB")
-            return EXTENSION_OF_FORMAT[image.format]
-    except ImageError:
-        raise
-    except Image.DecompressionBombError:
-        raise ImageError("image has too many pixels (decompression bomb)") from None
-    except UnidentifiedImageError:
-        raise ImageError("file is not an image") from None
-    except Exception as error:  # a decoder fed with damaged bytes may raise anything; it is counted, not swallowed
-        truncated = isinstance(error, OSError) and "truncated" in str(error)
-        raise ImageError("image is truncated" if truncated else "image is damaged") from error
-
-
-def _image_bytes(image: MediaRecords, raw: Path, losses: Losses) -> bytes | None:
-    if isinstance(image.media, bytes):
-        return image.media
-    try:
-        return image.media.read_bytes()
-    except FileNotFoundError:
-        losses.add("image file is missing", _name(image, raw), records=len(image.records))
-    except OSError as error:
-        losses.add(f"image file cannot be read ({error.strerror})", _name(image, raw), records=len(image.records))
-    return None
+    if kept := _finished_shard(plan):
+        return kept
+    losses, digest = Losses(), _plan_digest(plan.options)
+    with ShardWriter.open(plan.path) as writer:
+        for image in plan.images:
+            content = None
+            try:
+                content = read_media(image, plan.raw)
+                frames = stored_frames(content, image.video, plan.options)
+                writer.add(image.key, frames, image.media_id, image.records)
+            except MediaError as error:
+                losses.add(str(error), _name(image, plan.raw), records=len(image.records))
+            except UnicodeEncodeError:
+                losses.add("record holds half a Unicode pair", _name(image, plan.raw), records=len(image.records))
+            digest.update(_plan_line(image, content))
+        lost = json.dumps(losses.to_list(), ensure_ascii=False)
+        writer.notes = {"plan_sha256": digest.hexdigest(), "lost": lost}
+    return ShardReader(plan.path)
 
 
 def _name(image: MediaRecords, raw: Path) -> str:
@@ -222,25 +239,34 @@ def _name(image: MediaRecords, raw: Path) -> str:
     return image.key
 
 
-def _plan_sha256(images: list[tuple[MediaRecords, bytes | None]]) -> str:
-    """Hash of all that goes into a shard: keys, ids, records and image contents, in order."""
-    digest = hashlib.sha256()
-    for image, content in images:
-        content_sha256 = None if content is None else hashlib.sha256(content).hexdigest()
-        records = [record.to_dict() for record in image.records]
-        digest.update(json.dumps([image.key, image.media_id, content_sha256, records]).encode() + b"\n")
-    return digest.hexdigest()
+def _plan_digest(options: MediaOptions) -> "hashlib._Hash":
+    """Hash of all that goes into a shard: the options, then keys, ids, records and contents of the images, in order."""
+    return hashlib.sha256(json.dumps([asdict(options), JPEG_QUALITY]).encode() + b"\n")
 
 
-def _finished_shard(path: Path, plan_sha256: str) -> ShardReader | None:
-    if not (path.is_file() and index_path(path).is_file()):
+def _plan_line(image: MediaRecords, content: bytes | None) -> bytes:
+    content_sha256 = None if content is None else hashlib.sha256(content).hexdigest()
+    records = [record.to_dict() for record in image.records]
+    return json.dumps([image.key, image.media_id, image.video, content_sha256, records]).encode() + b"\n"
+
+
+def _finished_shard(plan: ShardPlan) -> ShardReader | None:
+    if not (plan.path.is_file() and index_path(plan.path).is_file()):
         return None
     try:
-        shard = ShardReader(path)
+        shard = ShardReader(plan.path)
     except UserError:
         return None  # half-written or damaged: made again
-    same = shard.metadata.get("plan_sha256") == plan_sha256 and sha256_file(path) == shard.tar_sha256
-    return shard if same else None
+    if sha256_file(plan.path) != shard.tar_sha256:
+        return None
+    digest = _plan_digest(plan.options)
+    for image in plan.images:
+        try:
+            content = read_media(image, plan.raw)
+        except MediaError:
+            content = None
+        digest.update(_plan_line(image, content))
+    return shard if shard.metadata.get("plan_sha256") == digest.hexdigest() else None
 
 
 def _lost(shard: ShardReader) -> list[dict[str, Any]]:
@@ -255,10 +281,9 @@ def _lost_images(shard: ShardReader) -> int:
 # --- manifest --------------------------------------------------------------------------------------------------------
 
 
-def _finish(
-    card: Card, split: str, folder: Path, shards: list[ShardReader], losses: Losses, images_per_shard: int
-) -> Path:
+def _finish(job: _Job, split: str, shards: list[ShardReader], losses: Losses) -> Path:
     """Remove what an earlier run with other options left, write the manifest, and warn about what differs."""
+    card, folder = job.card, job.out / job.card.source / split
     for shard in shards:
         losses.merge(_lost(shard))
     if not sum(len(shard) for shard in shards):
@@ -267,7 +292,11 @@ def _finish(
     for path in _foreign_files(folder, {shard.path for shard in shards}):
         path.unlink()
     manifest = _manifest(card, split, shards, losses)
-    manifest["options"] = {"images_per_shard": images_per_shard}
+    manifest["options"] = {
+        "images_per_shard": job.images_per_shard,
+        **asdict(job.options),
+        "jpeg_quality": JPEG_QUALITY,
+    }
     for difference in manifest["differences"]:
         logger.warning("%s/%s: %s", card.source, split, difference)
     for loss in manifest["lost"]:
@@ -289,6 +318,7 @@ def _manifest(card: Card, split: str, shards: list[ShardReader], losses: Losses)
         "split": split,
         "card_sha256": source_sha256(card),
         "images": images,
+        "frames": sum(len(shard.extensions) for shard in shards),
         "records": by_kind.total(),
         "records_by_kind": dict(sorted(by_kind.items())),
         "expected": {
@@ -312,6 +342,7 @@ def _shard_entry(shard: ShardReader) -> dict[str, Any]:
         "sha256": shard.tar_sha256,
         "index_sha256": sha256_file(index_path(shard.path)),
         "images": len(shard),
+        "frames": len(shard.extensions),
         "records": len(shard.arrays["record_kind"]),
         "records_by_kind": shard.records_by_kind(),
     }

@@ -11,7 +11,7 @@ class Record:
 
     Attributes:
         id: unique within its dataset and split.
-        kind: what the record asks (`yes_no`, `color`, `statement`, ...); views of a dataset select by it.
+        kind: what the record asks (`color`, `caption`, `statement`, ...); views of a dataset select by it.
         question: the question, statement or instruction, as in the source.
         answers: accepted answers, most usual first; `answer_weights` beside them (empty: all equal).
         captions: reference captions.
@@ -66,7 +66,7 @@ class Sample:
         id: `<dataset>/<record id>`.
         dataset: name of the card it came from.
         record: the annotation it was rendered from.
-        image: encoded image bytes, as stored.
+        frames: encoded image bytes, as stored: one image, or the frames of a video.
         image_location: (shard number within the dataset split, row of the image in the shard).
         instruction, target: text in and text out; `target` is None where the answer is not public.
         template: the template that made them.
@@ -75,7 +75,7 @@ class Sample:
     id: str
     dataset: str
     record: Record
-    image: bytes
+    frames: tuple[bytes, ...]
     image_location: tuple[int, int]
     instruction: str
     target: str | None

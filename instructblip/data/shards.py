@@ -1,10 +1,11 @@
 """Shards: plain WebDataset tars with an index of byte offsets beside them, so that a position is an integer.
 
-`shard-000000.tar` holds two members per image, `<key>.png|jpg` (the encoded image as it came) and `<key>.json`
-(`{"image_id", "records"}`). `shard-000000.index.safetensors` says where they lie. `manifest.json` lists the shards of a
-split. Equal content gives equal bytes in all three.
+`shard-000000.tar` holds for each image `<key>.png|jpg` (the encoded image as it came) and `<key>.json` (`{"image_id",
+"records"}`); a video has its frames in order, `<key>.0.jpg`, `<key>.1.jpg`, ..., in the image's place and is called an image
+below. `shard-000000.index.safetensors` says where they lie. `manifest.json` lists the shards of a split. Equal content
+gives equal bytes in all three.
 
-Letters in shapes: N images of a shard, R records of a shard, n records selected.
+Letters in shapes: N images of a shard, F frames of them all (one for a picture), R records, n records selected.
 """
 
 import contextlib
@@ -16,7 +17,7 @@ import re
 import struct
 import tarfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -34,17 +35,12 @@ Int64Array = npt.NDArray[np.int64]
 
 MANIFEST_NAME = "manifest.json"
 MANIFEST_FORMAT = 1
-INDEX_VERSION = "1"
-INDEX_ARRAYS = (
-    "image_offset",
-    "image_size",
-    "json_offset",
-    "json_size",
-    "record_image",
-    "record_number",
-    "record_kind",
-)
-_KEY = re.compile(r"[A-Za-z0-9_-]+")
+INDEX_VERSION = "2"
+FRAME_ARRAYS = ("frame_offset", "frame_size", "frame_image")
+JSON_ARRAYS = ("json_offset", "json_size")
+RECORD_ARRAYS = ("record_image", "record_number", "record_kind")
+INDEX_ARRAYS = (*FRAME_ARRAYS, *JSON_ARRAYS, *RECORD_ARRAYS)
+KEY = re.compile(r"[A-Za-z0-9_-]+")
 
 
 def shard_path(folder: Path, number: int) -> Path:
@@ -72,8 +68,10 @@ class ShardWriter:
         self.notes: dict[str, str] = {}
         self._file = file
         self._tar = tar
-        self._keys: dict[str, str] = {}  # key -> extension
-        self._offsets: list[tuple[int, int, int, int]] = []
+        self._keys: dict[str, None] = {}  # in order
+        self._extensions: list[str] = []  # of each frame
+        self._frames: list[tuple[int, int, int]] = []  # offset, size, image row
+        self._json: list[tuple[int, int]] = []
         self._records: list[tuple[int, int, str]] = []  # image row, number within the image, kind
 
     @classmethod
@@ -95,21 +93,27 @@ class ShardWriter:
             tar_sha256, tar_bytes = sha256_file(partial), partial.stat().st_size
         write_atomically(index_path(path), writer._index(tar_sha256, tar_bytes))
 
-    def add(self, key: str, extension: str, image: bytes, image_id: str, records: Sequence[Record]) -> None:
+    def add(self, key: str, frames: Mapping[str, bytes], image_id: str, records: Sequence[Record]) -> None:
         """Append one image with its records.
+
+        Args:
+            key: its name in the tar.
+            frames: extension -> encoded bytes: `jpg` or `png` of a picture; `0.jpg`, `1.jpg`, ... of a video, in order.
+            image_id: its id in the source.
 
         Raises:
             ValueError: a key that WebDataset would read otherwise (a dot, a slash), or one that was used before.
         """
-        if not _KEY.fullmatch(key) or key in self._keys:
+        if not KEY.fullmatch(key) or key in self._keys:
             raise ValueError(f"{self.path}: image key {key!r} is used twice or is not of letters, digits, _ and -")
         fields = {"image_id": image_id, "records": [record.to_dict() for record in records]}
         text = json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode()
         row = len(self._keys)
-        image_offset = self._add_member(f"{key}.{extension}", image)
-        json_offset = self._add_member(f"{key}.json", text)
-        self._keys[key] = extension
-        self._offsets.append((image_offset, len(image), json_offset, len(text)))
+        for extension, frame in frames.items():
+            self._frames.append((self._add_member(f"{key}.{extension}", frame), len(frame), row))
+        self._json.append((self._add_member(f"{key}.json", text), len(text)))
+        self._keys[key] = None
+        self._extensions += frames
         self._records += [(row, number, record.kind) for number, record in enumerate(records)]
 
     def _add_member(self, name: str, content: bytes) -> int:
@@ -121,15 +125,16 @@ class ShardWriter:
 
     def _index(self, tar_sha256: str, tar_bytes: int) -> bytes:
         kinds = sorted({kind for _, _, kind in self._records})
-        offsets = np.array(self._offsets, dtype=np.int64).reshape(-1, 4).T
         records = [(row, number, kinds.index(kind)) for row, number, kind in self._records]
-        columns = [*offsets, *np.array(records, dtype=np.int64).reshape(-1, 3).T]
+        columns: list[Int64Array] = []
+        for names, rows in ((FRAME_ARRAYS, self._frames), (JSON_ARRAYS, self._json), (RECORD_ARRAYS, records)):
+            columns += list(np.array(rows, dtype=np.int64).reshape(-1, len(names)).T)
         metadata = {
             **self.notes,
             "version": INDEX_VERSION,
             "kinds": json.dumps(kinds),
             "keys": json.dumps(list(self._keys)),
-            "extensions": json.dumps(list(self._keys.values())),
+            "extensions": json.dumps(self._extensions),
             "tar_sha256": tar_sha256,
             "tar_bytes": str(tar_bytes),
         }
@@ -165,8 +170,8 @@ class ShardReader:
     the cost is nothing.
 
     Attributes:
-        kinds, keys, extensions: lists of the index.
-        arrays: the seven int64 arrays of the index (`INDEX_ARRAYS`), [N] or [R].
+        kinds, keys, extensions: lists of the index, of all kinds, images and frames.
+        arrays: the int64 arrays of the index (`INDEX_ARRAYS`), [F], [N] or [R].
 
     Raises:
         UserError: shard or index missing, unreadable, cut short, or not belonging together.
@@ -185,25 +190,45 @@ class ShardReader:
         except OSError as error:
             raise _broken(path, f"cannot be read ({error.strerror})") from None
         self._check_size(found)
+        self._first_frame: list[int] = np.searchsorted(self.arrays["frame_image"], np.arange(len(self) + 1)).tolist()
 
     def __len__(self) -> int:
         """N, the number of images."""
         return len(self.keys)
 
-    def read(self, row: int) -> tuple[bytes, list[Record]]:
-        """The encoded image of row `row` in [0, N) and all its records.
+    def frames_of(self, row: int) -> slice:
+        """Where the frames of row `row` in [0, N) stand among all F frames of the shard."""
+        return slice(self._first_frame[row], self._first_frame[row + 1])
+
+    def read(self, row: int) -> tuple[tuple[bytes, ...], list[Record]]:
+        """The encoded frames (one of a picture) of row `row` in [0, N) and all its records.
 
         Raises:
             UserError: the shard has changed since it was opened, or the member is damaged.
         """
-        image_offset, image_size, json_offset, json_size = (int(self.arrays[name][row]) for name in INDEX_ARRAYS[:4])
-        span = self._read_span(image_offset, json_offset + json_size - image_offset)
+        frames, text = self.read_encoded(row)
+        return frames, self._records(row, text)
+
+    def read_records(self, row: int) -> list[Record]:
+        """The records of row `row` alone, without reading its frames."""
+        offset, size = (int(self.arrays[name][row]) for name in JSON_ARRAYS)
+        return self._records(row, self._read_span(offset, size))
+
+    def read_encoded(self, row: int) -> tuple[tuple[bytes, ...], bytes]:
+        """The encoded frames and the JSON text of row `row`, as they are stored."""
+        offsets = self.arrays["frame_offset"][self.frames_of(row)].tolist()
+        sizes = self.arrays["frame_size"][self.frames_of(row)].tolist()
+        json_offset, json_size = (int(self.arrays[name][row]) for name in JSON_ARRAYS)
+        start = min([*offsets, json_offset])
+        span = self._read_span(start, json_offset + json_size - start)
+        frames = tuple(span[at - start : at - start + size] for at, size in zip(offsets, sizes, strict=True))
+        return frames, span[json_offset - start :]
+
+    def _records(self, row: int, text: bytes) -> list[Record]:
         try:
-            fields = json.loads(span[json_offset - image_offset :].decode())
-            records = [Record.from_dict(record) for record in fields["records"]]
+            return [Record.from_dict(record) for record in json.loads(text.decode())["records"]]
         except (ValueError, KeyError, TypeError, AttributeError):
             raise _broken(self.path, f"image {self.keys[row]} has damaged records") from None
-        return span[:image_size], records
 
     def _read_span(self, offset: int, size: int) -> bytes:
         try:
@@ -247,8 +272,9 @@ def _read_index(path: Path) -> tuple[dict[str, str], dict[str, Int64Array]]:
     if not needed <= metadata.keys() or metadata["version"] != INDEX_VERSION:
         raise _broken(path.with_name(tar), f"has an index of another version than {INDEX_VERSION}")
     images = len(json.loads(metadata["keys"]))
-    lengths = {len(arrays[name]) for name in INDEX_ARRAYS[:4]}, {len(arrays[name]) for name in INDEX_ARRAYS[4:]}
-    if lengths[0] != {images} or len(lengths[1]) != 1:
+    frames = len(json.loads(metadata["extensions"]))
+    lengths = [{len(arrays[name]) for name in names} for names in (FRAME_ARRAYS, JSON_ARRAYS, RECORD_ARRAYS)]
+    if lengths[:2] != [{frames}, {images}] or len(lengths[2]) != 1:
         raise _broken(path.with_name(tar), f"has a damaged index: the lengths in {path.name} differ")
     return metadata, arrays
 
@@ -302,8 +328,8 @@ class PreparedSplit:
             parts.append(np.stack([np.full_like(image, number), image, record], axis=1))
         return np.concatenate(parts)
 
-    def read(self, shard: int, row: int) -> tuple[bytes, list[Record]]:
-        """The encoded image at (shard number, row) and all its records."""
+    def read(self, shard: int, row: int) -> tuple[tuple[bytes, ...], list[Record]]:
+        """The encoded frames at (shard number, row) and all its records."""
         return self.shards[shard].read(row)
 
 

@@ -1,7 +1,30 @@
-"""Instruction templates: (record, template) -> instruction and target. Pure functions of their arguments."""
+"""Instruction templates: (record, template, random stream) -> instruction and target. Pure functions of their arguments.
 
+A template is a line of text with the fields of a record in braces. Training templates (`datasets/templates/*.yaml`) and the
+evaluation prompts of the dataset cards are filled by one and the same function, `render_prompt`:
+
+    {question}    the question, statement or human turn, as in the source
+    {answer}      one answer: the drawn one in training, the most usual one otherwise
+    {choices}     the options, lettered: "(a) a dog (b) a cat"
+    {context}     the hint or caption that belongs to the question
+    {ocr_tokens}  the texts in the image: the first 30, joined by ", ", as in the released code (a set may say how many)
+    {history}     the earlier turns, one a line: "Q: is it red? A: yes". The released code joins "q: ... a: ..." by spaces in
+                  its VisDial class; the paper does not say.
+    {caption}     the first reference caption
+
+Square brackets around a part that names a field make it optional: `[OCR tokens: {ocr_tokens}. ]{question}` leaves out all
+between the brackets, spaces too, for a record without OCR tokens. So an optional part brings its own separating space
+along. A field outside brackets must be there. Brackets without a field, and braces around anything but a small word,
+are plain text. What a record holds is put in verbatim, never read as a template.
+"""
+
+import re
+import string
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import yaml
@@ -11,63 +34,212 @@ from instructblip.errors import UserError
 
 TEMPLATE_FOLDER = Path(__file__).parents[2] / "datasets" / "templates"
 
+FIELDS = ("question", "answer", "choices", "context", "ocr_tokens", "history", "caption")
+MAX_OCR_TOKENS = 30
+# What a set teaches to write -> the field that each of its templates must show, and those that would give it away.
+NEEDED_FIELD = {"answer": "question", "choice": "question", "question": "answer", "caption": None}
+TELLING_FIELDS = {
+    "answer": ("answer",),
+    "choice": ("answer",),
+    "question": ("question",),
+    "caption": ("caption", "answer"),
+}
+
+_FIELD = re.compile(r"\{([a-z_]+)\}")
+_PART = re.compile(r"\[([^\[\]]*\{[a-z_]+\}[^\[\]]*)\]")
+
 
 @dataclass(frozen=True)
 class TemplateSet:
-    """A named list of instruction templates with the placeholder `{question}`."""
+    """A named list of instruction templates.
+
+    Attributes:
+        name, task_group: the file's name, and the paper's group of tasks it is for.
+        templates: the texts to draw from, evenly.
+        target: what the model is to write: an `answer` (drawn by weight), the right `choice` in its own words, the
+            `question` (then the instruction holds the drawn answer), or a `caption`.
+        max_ocr_tokens: how many of a record's OCR tokens are shown.
+    """
 
     name: str
     task_group: str
     templates: tuple[str, ...]
+    target: str = "answer"
+    max_ocr_tokens: int = MAX_OCR_TOKENS
+
+
+# --- rendering -------------------------------------------------------------------------------------------------------
+
+
+def fields_of(template: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The fields that a template needs, and those that it names in optional parts only.
+
+    Raises:
+        ValueError: a field that no record has; the message names it.
+    """
+    needed: list[str] = []
+    optional: list[str] = []
+    for text, is_optional in _parts(template):
+        (optional if is_optional else needed).extend(_FIELD.findall(text))
+    return tuple(dict.fromkeys(needed)), tuple(name for name in dict.fromkeys(optional) if name not in needed)
+
+
+def render_prompt(
+    template: str, record: Record, *, answer: str | None = None, max_ocr_tokens: int = MAX_OCR_TOKENS
+) -> str:
+    """Fill a template from a record.
+
+    Args:
+        answer: what `{answer}` stands for; None: the record's most usual answer.
+
+    Raises:
+        ValueError: the record lacks what the template asks for outside brackets, or has more than 26 choices to letter.
+    """
+
+    def fill(match: re.Match[str]) -> str:
+        return _field_text(match[1], record, answer, max_ocr_tokens)
+
+    filled = []
+    for text, is_optional in _parts(template):
+        missing = [name for name in _FIELD.findall(text) if not _field_text(name, record, answer, max_ocr_tokens)]
+        if missing and not is_optional:
+            raise ValueError(f"record {record.id} has no {missing[0]} for the template {template!r}")
+        if not missing:
+            filled.append(_FIELD.sub(fill, text))
+    return "".join(filled)
+
+
+def render_training(record: Record, templates: TemplateSet, random: np.random.Generator) -> tuple[str, str, str]:
+    """Draw a template and a target for a training sample; return (instruction, target, template).
+
+    Answers are drawn by their weights, so that a question with several accepted answers teaches all of them; captions
+    alike. Two numbers are drawn at most: the template's, then the answer's or caption's.
+
+    Raises:
+        ValueError: the record has no answer (choice, question, caption) to teach, as in a test split.
+    """
+    template = templates.templates[int(random.integers(len(templates.templates)))]
+    answer, target = _draw_target(record, templates.target, random)
+    instruction = render_prompt(template, record, answer=answer, max_ocr_tokens=templates.max_ocr_tokens)
+    return instruction, target, template
+
+
+def _draw_target(record: Record, target: str, random: np.random.Generator) -> tuple[str | None, str]:
+    """The answer that the instruction may show, and the text that the model is to write."""
+    if target == "choice":
+        if record.label is None or not 0 <= record.label < len(record.choices):
+            raise ValueError(f"record {record.id} has no right choice and cannot be trained on")
+        return None, record.choices[record.label]
+    if target == "caption" and record.captions:
+        return None, record.captions[int(random.choice(len(record.captions)))]
+    if not record.answers:
+        raise ValueError(f"record {record.id} has no answer and cannot be trained on")
+    weights = np.array(record.answer_weights or [1.0] * len(record.answers))
+    answer = record.answers[int(random.choice(len(record.answers), p=weights / weights.sum()))]
+    if target != "question":
+        return None, answer
+    if not record.question:
+        raise ValueError(f"record {record.id} has no question and cannot be trained on")
+    return answer, record.question
+
+
+@lru_cache(maxsize=4096)
+def _parts(template: str) -> tuple[tuple[str, bool], ...]:
+    """The template cut at its optional parts: (text without its brackets, whether it is optional)."""
+    for name in _FIELD.findall(template):
+        if name not in FIELDS:
+            raise ValueError(f"template {template!r} names an unknown field {name!r}; known: {', '.join(FIELDS)}")
+    pieces = _PART.split(template)  # outside, inside, outside, inside, ..., outside
+    return tuple((text, place % 2 == 1) for place, text in enumerate(pieces) if text)
+
+
+def _field_text(name: str, record: Record, answer: str | None, max_ocr_tokens: int) -> str:
+    if name == "answer" and answer is not None:
+        return answer
+    return _TEXT_OF_FIELD[name](record, max_ocr_tokens)
+
+
+def _lettered(choices: tuple[str, ...]) -> str:
+    if len(choices) > len(string.ascii_lowercase):
+        raise ValueError(f"{len(choices)} choices are too many to be lettered (a) to (z)")
+    return " ".join(f"({letter}) {choice}" for letter, choice in zip(string.ascii_lowercase, choices, strict=False))
+
+
+_TEXT_OF_FIELD: Mapping[str, Callable[[Record, int], str]] = {
+    "question": lambda record, _: record.question or "",
+    "answer": lambda record, _: record.answers[0] if record.answers else "",
+    "choices": lambda record, _: _lettered(record.choices),
+    "context": lambda record, _: record.context or "",
+    "ocr_tokens": lambda record, count: ", ".join(record.ocr_tokens[:count]),
+    "history": lambda record, _: "\n".join(f"Q: {question} A: {answer}" for question, answer in record.history),
+    "caption": lambda record, _: record.captions[0] if record.captions else "",
+}
+
+
+# --- reading sets ----------------------------------------------------------------------------------------------------
 
 
 def load_templates(name: str, folder: Path = TEMPLATE_FOLDER) -> TemplateSet:
     """Read `datasets/templates/<name>.yaml`.
 
+    Its keys: `task_group`; `templates`, a list of texts, or `templates_of`, the name of another set whose texts it takes
+    with `prefix` before each; `target` and `max_ocr_tokens` as in `TemplateSet`.
+
     Raises:
-        UserError: no such set, not YAML, no templates, or a template without its placeholder.
+        UserError: no such set, not YAML, an unknown key, no templates, a template without the field it needs, with one
+            that gives the target away, or with one that no record has.
     """
     path = folder / f"{name}.yaml"
+    content = _read_set(path)
+    templates = content.get("templates")
+    if "templates_of" in content:
+        if templates is not None:
+            raise UserError(f"{path} has both templates and templates_of; keep one of them")
+        if "templates_of" in _read_set(folder / f"{content['templates_of']}.yaml"):
+            raise UserError(f"{path}: templates_of must name a set with templates of its own")
+        other = load_templates(str(content["templates_of"]), folder)
+        content = {"target": other.target, **content}
+        templates = [str(content.get("prefix", "")) + text for text in other.templates]
+    if not isinstance(templates, list) or not templates or not all(isinstance(text, str) for text in templates):
+        raise UserError(f"{path} needs a list `templates` of strings; put those in quotes that YAML reads otherwise")
+    target = content.get("target", "answer")
+    if target not in NEEDED_FIELD:
+        raise UserError(f"{path}: target is {target!r}; choose one of: {', '.join(NEEDED_FIELD)}")
+    for text in templates:
+        _check_template(text, target, path)
+    count = content.get("max_ocr_tokens", MAX_OCR_TOKENS)
+    if type(count) is not int or count < 1:
+        raise UserError(f"{path}: max_ocr_tokens must be a whole number, 1 or more, not {count!r}")
+    return TemplateSet(name, str(content.get("task_group", "")), tuple(templates), target, count)
+
+
+_SET_KEYS = ("name", "task_group", "target", "templates", "templates_of", "prefix", "max_ocr_tokens")
+
+
+def _read_set(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        known = ", ".join(sorted(file.stem for file in folder.glob("*.yaml")))
-        raise UserError(f"there is no template set {name!r} in {folder}; choose one of: {known}")
+        known = ", ".join(sorted(file.stem for file in path.parent.glob("*.yaml")))
+        raise UserError(f"there is no template set {path.stem!r} in {path.parent}; choose one of: {known}")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML: {error}") from None
-    templates = content.get("templates") if isinstance(content, dict) else None
-    if not templates or not all(isinstance(text, str) for text in templates):
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
         raise UserError(f"{path} needs a list `templates` of strings; put those in quotes that YAML reads otherwise")
-    for text in templates:
-        if "{question}" not in text:
-            raise UserError(
-                f"{path}: template {text!r} lacks the placeholder {{question}}; add it, or remove the template"
-            )
-    return TemplateSet(name, str(content.get("task_group", "")), tuple(templates))
+    if unknown := [key for key in content if key not in _SET_KEYS]:
+        raise UserError(f"{path}: unknown key {unknown[0]!r}; known: {', '.join(_SET_KEYS)}")
+    if "prefix" in content and "templates_of" not in content:
+        raise UserError(f"{path}: prefix belongs to templates_of; write it into the templates")
+    return content
 
 
-def render_prompt(template: str, record: Record) -> str:
-    """Fill a template from a record.
-
-    Raises:
-        ValueError: the record lacks what the template asks for.
-    """
-    if record.question is None:
-        raise ValueError(f"record {record.id} has no question for the template {template!r}")
-    return template.replace("{question}", record.question)
-
-
-def render_training(record: Record, templates: TemplateSet, random: np.random.Generator) -> tuple[str, str, str]:
-    """Draw a template and an answer for a training sample; return (instruction, target, template).
-
-    Answers are drawn by their weights, so that a question with several accepted answers teaches all of them.
-
-    Raises:
-        ValueError: the record has no answer, as in a test split.
-    """
-    if not record.answers:
-        raise ValueError(f"record {record.id} has no answer and cannot be trained on")
-    template = templates.templates[int(random.integers(len(templates.templates)))]
-    weights = np.array(record.answer_weights or [1.0] * len(record.answers))
-    answer = record.answers[int(random.choice(len(record.answers), p=weights / weights.sum()))]
-    return render_prompt(template, record), answer, template
+def _check_template(text: str, target: str, path: Path) -> None:
+    try:
+        needed, optional = fields_of(text)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
+    field = NEEDED_FIELD[target]
+    if field is not None and field not in needed:
+        raise UserError(f"{path}: template {text!r} lacks the placeholder {{{field}}}; add it, or remove the template")
+    if telling := [name for name in (*needed, *optional) if name in TELLING_FIELDS[target]]:
+        raise UserError(f"{path}: template {text!r} gives away the target by {{{telling[0]}}}; remove that")

@@ -8,11 +8,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from instructblip.data.cards import Card
+from instructblip.data.cards import Card, Evaluation
 from instructblip.data.sample import Record
 from instructblip.data.shards import PreparedSplit, ShardReader, open_split
 from instructblip.data.templates import render_prompt
 from instructblip.errors import UserError
+
+SCORED_METRICS = ("accuracy",)  # what `runner` computes so far
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,9 @@ class Protocol:
     normalize: str
     include_eos: bool
     max_new_tokens: int
+    min_new_tokens: int
     num_beams: int
+    length_penalty: float
     metric: str
     samples: int | None
     samples_sha256: str
@@ -61,7 +65,8 @@ class Protocol:
             eos = "EOS counted" if self.include_eos else "EOS not counted"
             shown["normalisation"] = f"{self.normalize} of token log-likelihoods, {eos}"
         else:
-            shown["decoding"] = f"beam size {self.num_beams}, at most {self.max_new_tokens} new tokens"
+            tokens = f"{self.min_new_tokens} to {self.max_new_tokens} new tokens"
+            shown["decoding"] = f"beam size {self.num_beams}, {tokens}, length penalty {self.length_penalty:g}"
         return shown | {"samples sha256": self.samples_sha256[:16], "protocol sha256": self.sha256()[:16]}
 
 
@@ -110,12 +115,13 @@ def make_task(
         withhold_images: the blind baseline.
 
     Raises:
-        UserError: the split is not prepared, has no public answers, or the mode does not suit the card.
+        UserError: the card says nothing of evaluation or asks for what cannot be done yet, the split is not prepared or
+            has no public answers, or the mode does not suit the card.
     """
-    rules = card.evaluation
+    rules = _rules(card)
     split = split or rules.split
     opened = open_split(shards / card.source / split)
-    chosen = _choose(card, opened, rules.prompt, samples)
+    chosen = _choose(card, opened, rules.kinds or card.kinds, rules.prompt, samples)
     for sample in chosen:
         if not sample.record.answers:
             raise UserError(f"{card.name}: the answers of split {split!r} are not public; evaluate another split")
@@ -138,7 +144,9 @@ def make_task(
         normalize=rules.normalize,
         include_eos=rules.include_eos,
         max_new_tokens=rules.max_new_tokens,
+        min_new_tokens=rules.min_new_tokens,
         num_beams=rules.num_beams,
+        length_penalty=rules.length_penalty,
         metric=rules.metric,
         samples=samples,
         samples_sha256=_samples_sha256(opened, chosen),
@@ -157,21 +165,39 @@ def majority_answers(card: Card, shards: Path) -> dict[str, str]:
 
     What a model can know without looking at any image.
     """
-    opened = open_split(shards / card.source / "train")
+    rules, opened = _rules(card), open_split(shards / card.source / "train")
     counts: dict[str, Counter[str]] = defaultdict(Counter)
-    for sample in _choose(card, opened, card.evaluation.prompt, None):
+    for sample in _choose(card, opened, rules.kinds or card.kinds, rules.prompt, None):
         answer = sample.record.answers[0]
         counts[sample.record.question or ""][answer] += 1
         counts[""][answer] += 1
     return {question: min(seen, key=lambda answer: (-seen[answer], answer)) for question, seen in counts.items()}
 
 
-def _choose(card: Card, opened: PreparedSplit, prompt: str, limit: int | None) -> list[EvaluationSample]:
+def _rules(card: Card) -> Evaluation:
+    """How a card is evaluated.
+
+    Raises:
+        UserError: it is not, or not in a way that is built yet.
+    """
+    rules = card.evaluation
+    if rules is None:
+        raise UserError(f"{card.name} is a dataset to train on: its card has no evaluation; take it out of the suite")
+    if rules.metric not in SCORED_METRICS:
+        raise UserError(f"{card.name} is scored by {rules.metric}, which evaluation cannot compute yet")
+    if rules.candidates_from is not None:
+        raise UserError(f"{card.name} ranks {rules.candidates_from}, which evaluation cannot do yet")
+    return rules
+
+
+def _choose(
+    card: Card, opened: PreparedSplit, kinds: Sequence[str], prompt: str, limit: int | None
+) -> list[EvaluationSample]:
     records_at: dict[tuple[int, int], list[Record]] = {}
     found = []
-    for number, row, place in opened.records(card.kinds).tolist():
+    for number, row, place in opened.records(kinds).tolist():
         if (number, row) not in records_at:
-            records_at[number, row] = opened.read(number, row)[1]
+            records_at[number, row] = opened.shards[number].read_records(row)
         record = records_at[number, row][place]
         shard = opened.shards[number]
         found.append(EvaluationSample(f"{card.name}/{record.id}", shard, row, record, render_prompt(prompt, record)))

@@ -6,17 +6,16 @@ shown; the script adds the filter and the search.
 """
 
 import base64
-import hashlib
 import io
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
 from instructblip.files import write_atomically
+from instructblip.page import page_environment
 
 _TEMPLATE = "report.html.jinja"
 _LONGEST_SIDE = 640  # pixels; larger pictures are stored reduced, so that a report of thousands stays openable
@@ -111,14 +110,7 @@ def write_report(path: Path, report: Report) -> None:
         UserError: the disk is full or the folder may not be written.
         PIL.UnidentifiedImageError: an example's image is no picture.
     """
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,  # every text of a dataset or a model is escaped
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["sha256"] = _csp_hash
+    environment = page_environment(Path(__file__).parent)
     images = dict.fromkeys(example.image for section in report.sections for example in section.examples)
     page = environment.get_template(_TEMPLATE).render(
         report=report,
@@ -172,7 +164,3 @@ def _picture(encoded: bytes) -> _Picture:
             encoded, mime, (width, height) = buffer.getvalue(), "image/jpeg", reduced.size
     uri = f"data:{mime};base64,{base64.b64encode(encoded).decode()}"
     return _Picture(uri, width, height, tiny=max(width, height) <= _TINY_SIDE)
-
-
-def _csp_hash(text: str) -> str:
-    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

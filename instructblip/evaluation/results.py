@@ -147,9 +147,9 @@ def _shown(correct: Sequence[bool], limit: int) -> list[int]:
 
 def _example(result: TaskResult, number: int) -> ReportExample:
     sample, prediction = result.task.samples[number], result.predictions[number]
-    image, _ = sample.shard.read(sample.row)
+    frames, _ = sample.shard.read(sample.row)
     return ReportExample(
-        image=image,
+        image=frames[0],
         question=sample.record.question or "",
         instruction=sample.prompt,
         answer=" | ".join(sample.record.answers),

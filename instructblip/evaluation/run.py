@@ -4,11 +4,11 @@ from pathlib import Path
 
 from rich.console import Console
 
-from instructblip.build import load_run
 from instructblip.config import EvaluateConfig, check_at_least, to_dict
 from instructblip.data.cards import load_card
 from instructblip.evaluation.protocol import make_task
 from instructblip.evaluation.suite import evaluate_tasks, finish_evaluation, image_reader
+from instructblip.loading import load_model
 from instructblip.prepared import ensure_prepared
 from instructblip.training.loggers import make_logger
 from instructblip.weights.assets import cache_folder
@@ -23,7 +23,13 @@ def evaluate(config: EvaluateConfig, console: Console) -> None:
     check_at_least(1, {"samples": config.samples, "batch_size": config.batch_size})
     check_at_least(0, {"examples": config.examples})
     cards = [load_card(name) for name in (*config.suite.held_in, *config.suite.held_out)]
-    run = load_run(Path(config.checkpoint), device=config.device)
+    loaded = load_model(
+        config.checkpoint,
+        llm=config.llm,
+        vision_path=config.vision_path,
+        qformer_path=config.qformer_path,
+        device=config.device,
+    )
     shards, folder = Path(config.data.shards), Path(config.output) / config.name
     ensure_prepared(cards, shards, config.data.sources, console)
     tasks = [
@@ -39,21 +45,21 @@ def evaluate(config: EvaluateConfig, console: Console) -> None:
     ]
     cache = cache_folder() / "features" if config.data.cache_features else None
     results = evaluate_tasks(
-        run.model,
+        loaded.model,
         tasks,
-        image_reader(run.model, tasks, cache),
+        image_reader(loaded.model, tasks, cache),
         shards=shards,
         folder=folder,
         batch_size=config.batch_size,
         blind=config.blind_baseline and not config.withhold_images,
     )
     finish_evaluation(
-        run.model,
+        loaded.model,
         results,
         folder,
-        title=f"{config.suite.name} with {run.checkpoint.parents[1].name}",
-        checkpoint=str(run.checkpoint),
-        step=run.step,
+        title=f"{config.suite.name} with {loaded.name}",
+        checkpoint=loaded.source,
+        step=loaded.step,
         examples=config.examples,
         console=console,
     )
@@ -65,5 +71,5 @@ def evaluate(config: EvaluateConfig, console: Console) -> None:
         folder=folder,
         config=to_dict(config),
     )
-    logger.log({"accuracy": {item.result.task.card.name: item.result.value for item in results}}, run.step)
+    logger.log({"accuracy": {item.result.task.card.name: item.result.value for item in results}}, loaded.step)
     logger.finish()

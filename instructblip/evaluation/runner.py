@@ -9,14 +9,15 @@ import json
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from instructblip.data.features import shard_pixels
 from instructblip.data.shards import ShardReader
-from instructblip.data.transforms import decode_image, squash
 from instructblip.errors import UserError
 from instructblip.evaluation.metrics import accuracy
 from instructblip.evaluation.metrics.accuracy import normalize_answer
@@ -27,7 +28,7 @@ from instructblip.model.instructblip import InstructBLIP
 from instructblip.progress import progress_bar
 
 Group = list[tuple[str, EvaluationSample]]  # journal keys and samples that ask the same of the same image
-ReadImage = Callable[[ShardReader, int], Tensor]  # image tokens (P, V) or uint8 pixels (3, H, W)
+ReadImage = Callable[[ShardReader, int], Tensor]  # image tokens (F, P, V) or uint8 pixels (F, 3, H, W) of F frames
 PREDICTIONS = "predictions.jsonl"
 _GREY = 127  # a picture that shows nothing, near the middle of what encoders are normalised to
 
@@ -116,11 +117,7 @@ def blank_image(image_size: int) -> Tensor:
 def read_pixels(image_size: int) -> ReadImage:
     """A reader that decodes and squashes images, for use without a feature cache."""
 
-    def read(shard: ShardReader, row: int) -> Tensor:
-        data, _ = shard.read(row)
-        return squash(decode_image(data, f"{shard.keys[row]} of {shard.path}"), image_size)
-
-    return read
+    return partial(shard_pixels, image_size=image_size)
 
 
 def _same_inputs(task: Task, pairs: Iterable[tuple[str, EvaluationSample]]) -> list[Group]:
@@ -143,7 +140,14 @@ def _answer(
     images = _images(model, task, samples, read_image)
     prompts = [sample.prompt for sample in samples]
     if protocol.mode == "generate":
-        texts = model.generate(images, prompts, num_beams=protocol.num_beams, max_new_tokens=protocol.max_new_tokens)
+        texts = model.generate(
+            images,
+            prompts,
+            num_beams=protocol.num_beams,
+            max_new_tokens=protocol.max_new_tokens,
+            min_new_tokens=protocol.min_new_tokens,
+            length_penalty=protocol.length_penalty,
+        )
         classes = {normalize_answer(text): label for text, label in protocol.verbalizers}
         return [(classes.get(normalize_answer(text), text), ()) for text in texts]
     scores = model.rank(
@@ -164,7 +168,7 @@ def _images(model: InstructBLIP, task: Task, samples: Sequence[EvaluationSample]
     for sample in samples:
         if sample.image_key not in unique:
             unique[sample.image_key] = read_image(sample.shard, sample.row)
-    tokens = model.image_tokens(torch.stack(list(unique.values()))[:, None])
+    tokens = model.image_tokens(torch.stack(list(unique.values())))
     place = {key: number for number, key in enumerate(unique)}
     return tokens[[place[sample.image_key] for sample in samples]]
 

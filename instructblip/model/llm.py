@@ -106,7 +106,7 @@ class LLM(FrozenModule):
         # Some models multiply what they look up, inside the embedding layer; for most the factor is 1.
         row_1 = norms_V.argmax()[None]
         scale = self.embeddings(row_1).detach().float().norm() / norms_V[row_1]
-        self.register_buffer("embedding_norms", norms_V.mul(scale).to(table.dtype), persistent=False)
+        self.register_buffer("embedding_norms", norms_V.mul(scale), persistent=False)
         self.register_buffer("embedding_scale", scale, persistent=False)
 
     @property
@@ -180,7 +180,8 @@ class LLM(FrozenModule):
 
     def embedding_cosines(self, directions_BL: Tensor) -> Tensor:
         """Cosine (B, V) of vectors of length up to 1 with every token embedding, times their length."""
-        return directions_BL @ self.embeddings.weight.T * self.embedding_scale / self.embedding_norms
+        table_VL = self.embeddings.weight
+        return (directions_BL.to(table_VL.dtype) @ table_VL.T).float() * self.embedding_scale / self.embedding_norms
 
     def embedding_deviation(self) -> Tensor:
         """Standard deviation of the entries of token embeddings as the model receives them: a scalar tensor."""

@@ -240,7 +240,7 @@ def _images(config: TrainConfig, model: InstructBLIP, sets: Sequence[TrainingSet
 
 def _calibrate(model: InstructBLIP, norm: ChannelNorm, dataset: MixtureDataset) -> None:
     """Measure the channel statistics on the images of the run's first draws, whatever rank asks."""
-    images = torch.stack([dataset[position][1] for position in range(_CALIBRATION_IMAGES)])[:, None]
+    images = torch.stack([dataset[position][1] for position in range(_CALIBRATION_IMAGES)])
     norm.calibrate(model.image_tokens(images).flatten(0, 1))
 
 

@@ -23,7 +23,7 @@ from instructblip.build import load_run
 from instructblip.config import ModelConfig
 from instructblip.errors import UserError
 from instructblip.files import atomic_folder, atomic_path
-from instructblip.loading import LoadedModel, huggingface_source, load_model, named_llm
+from instructblip.loading import LoadedModel, huggingface_source, llm_config, load_model
 from instructblip.model.instructblip import InstructBLIP
 from instructblip.weights.huggingface import SIDECAR, read_settings
 from instructblip.weights.huggingface_export import save_huggingface
@@ -130,7 +130,7 @@ def _save_native(loaded: LoadedModel, folder: Path | None, options: argparse.Nam
         save_native(loaded.model, loaded.config, partial)
         return loaded.config
     settings = read_settings(folder)
-    llm = None if options.llm is None else named_llm(options.llm, options.llm_path)
+    llm = None if options.llm is None else llm_config(options.llm, options.llm_path)
     save_parts(loaded.model, settings, partial, with_llm=llm is None)
     here, there = (
         parts_config(loaded.model, settings, place, loaded.name, llm=llm)

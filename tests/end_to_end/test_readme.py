@@ -3,12 +3,17 @@
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from tests.runs import REPOSITORY, World, run
+from instructblip.weights.__main__ import main as convert
+from tests.families import write_llm
+from tests.runs import REPOSITORY, SECONDS, World, run
+from tests.tiny import tiny_huggingface
 
 SETUP = ("pip install -r requirements.txt && python train.py", "pip install -r requirements.txt && python -m pytest")
 SCRIPTS = ("train.py", "evaluate.py", "prepare.py")
@@ -32,21 +37,48 @@ def test_the_set_up_commands_stand_as_agreed() -> None:
 
 
 def test_there_is_no_command_that_nobody_tries() -> None:
-    assert [line for line in COMMANDS if not line.startswith(tuple(f"python {script}" for script in SCRIPTS))] == []
+    tried = (*(f"python {script}" for script in SCRIPTS), "python -m instructblip.weights ", "python benchmarks/")
+    assert [line for line in COMMANDS if not line.startswith(tried)] == []
     named = {script for script in SCRIPTS if any(script in line for line in LINES)}
     assert named == set(SCRIPTS)
 
 
-@pytest.mark.parametrize("line", COMMANDS)
+@pytest.mark.parametrize("line", [line for line in COMMANDS if line.startswith("python -m ")])
+def test_a_conversion_runs(line: str, finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, _, module, *arguments = shlex.split(line)
+    assert module == "instructblip.weights"
+    tiny_huggingface(tmp_path / "Salesforce/instructblip-vicuna-7b")  # a folder here goes before the hub's of that name
+    shutil.copytree(finished_run, tmp_path / "outputs/train/demo")
+    monkeypatch.chdir(tmp_path)
+    assert convert(arguments) == 0
+    assert (tmp_path / arguments[1]).exists()
+
+
+@pytest.mark.parametrize("line", [line for line in COMMANDS if "benchmarks/" in line])
+def test_a_benchmark_runs(line: str, world: World, tmp_path: Path) -> None:
+    """One round with the fewest runs; its figures say nothing here."""
+    _, script, *arguments = shlex.split(line)
+    options = ["--rounds", "1", "--runs", "1", "--threads", "1", "--parts", *world.train]
+    command = [sys.executable, str(REPOSITORY / script), *arguments, *options]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=SECONDS)
+    assert done.returncode == 0, done.stderr
+    assert "times faster" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("line", [line for line in COMMANDS if line.split()[1] in SCRIPTS])
 def test_a_command_runs(line: str, world: World, finished_run: Path, tmp_path: Path) -> None:
     _, script, *arguments = shlex.split(line)
-    given = {argument.split("=")[0] for argument in arguments}
+    given = dict(argument.split("=", 1) for argument in arguments)
     if "check" in given:
         shutil.copytree(world.shards, tmp_path / "data/shards")
     if "checkpoint" in given or "resume" in given:
         shutil.copytree(finished_run, tmp_path / "outputs/train/demo")
     # A run that is continued keeps its recipe; another is made as short as can be.
     short = () if "resume" in given else (ONE_PHASE, "recipe.final_samples=2", "recipe.validation_samples=2")
+    if "llm" in given:
+        write_llm(given["llm"], tmp_path / "outputs/llm")
+        short = (*short, f"llm.sources.path={tmp_path / 'outputs/llm'}")
     tiny = {
         "train.py": (*world.train, *short),
         "evaluate.py": (*world.evaluate, "samples=3"),

@@ -114,6 +114,7 @@ def test_what_cannot_be_loaded(formats: Formats, tmp_path: Path) -> None:
         ("some where/else", {}, "is no run, transformers folder, hub id or .pth file"),
         (tmp_path, {}, "there is no checkpoint at"),
         ("model.pth", {"llm": "own"}, "is no run, transformers folder"),
+        ("outputs/mistyped", {}, "there is no folder outputs/mistyped here, and it could not be had from the hub: "),
     ]
     for source, parts, message in cases:
         with pytest.raises(UserError, match=re.escape(message)):

@@ -1,5 +1,6 @@
 """Cards: all that are in the tree load and agree with the rest of it; mistakes are named with the nearest word."""
 
+import datetime
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,9 @@ def test_every_card_of_the_tree_loads_and_names_things_that_exist() -> None:
         assert card.reader in READERS
         assert card.templates is None or (CARDS_FOLDER / "templates" / f"{card.templates}.yaml").is_file()
         for split in card.splits.values():
-            assert set(card.kinds) <= split.records_by_kind.keys()
+            assert set(card.kinds) <= split.records_by_kind.keys() or not split.records_by_kind
+        for other in card.shared_images:
+            assert load_card(other).role == "held-in"
 
 
 def test_every_yaml_begins_with_how_it_is_used() -> None:
@@ -87,7 +90,8 @@ def test_main_writes_the_table(
     monkeypatch.setattr("instructblip.data.cards.CARDS_FOLDER", tmp_path)
     _write(tmp_path, {})
     assert main() == 0
-    assert "| `tiny` | Tiny |" in (tmp_path / "README.md").read_text()
+    row = "| [`tiny`](https://example.org) | image question answering | held-in | - | ? (test) | accuracy, rank | MIT |"
+    assert f"{row} yes |" in (tmp_path / "README.md").read_text().splitlines()
     _write(tmp_path, {"rol": 1})
     assert main() == 2
     assert "rol" in capsys.readouterr().err
@@ -101,8 +105,9 @@ def test_easy_vqa_counts_are_those_the_package_states() -> None:
     assert questions["test"] == 9673
     assert splits["train"].images == 4000 - (splits["validation"].images or 0)
     for split in splits.values():
-        assert split.records == sum(split.records_by_kind.values())
-        assert split.records_by_kind["statement"] == split.records_by_kind["yes_no"]
+        kinds = split.records_by_kind
+        assert split.records == sum(kinds.values())
+        assert kinds["statement"] == kinds["present"] + kinds["absent"]
 
 
 def test_statements_are_held_out_and_judged_by_verbalizers() -> None:
@@ -154,12 +159,28 @@ def test_a_view_takes_the_source_from_its_parent(tmp_path: Path) -> None:
         ({"paper": {"x": "high"}}, "paper.x must be float, not 'high'"),
         ({"name": "other"}, "name is 'other'; it must be the file's name, 'tiny'"),
         ({"evaluation.split": "tests"}, "evaluation.split 'tests' is not among splits; did you mean 'test'?"),
-        ({"evaluation.candidates": ...}, "needs one of candidates and verbalizers to rank"),
-        ({"evaluation.verbalizers": {"a": ["b"]}}, "needs one of candidates and verbalizers to rank"),
-        ({"evaluation.mode": "generate"}, "neither to generate"),
+        ({"evaluation.candidates": ...}, "needs one of candidates, verbalizers and candidates_from to rank"),
+        ({"evaluation.verbalizers": {"a": ["b"]}}, "needs one of candidates, verbalizers and candidates_from to rank"),
+        ({"evaluation.mode": "generate"}, "none of them to generate"),
+        ({"evaluation.candidates_from": "choices"}, "needs one of candidates, verbalizers and candidates_from to rank"),
+        ({"evaluation.candidates_from": "options"}, "evaluation.candidates_from is 'options'"),
+        ({"evaluation.metric": "vqa_acuracy"}, "evaluation.metric is 'vqa_acuracy'; did you mean 'vqa_accuracy'?"),
+        ({"evaluation": ..., "role": "held-out"}, "a held-out dataset needs the key evaluation"),
         ({"templates": ...}, "a held-in dataset needs templates"),
+        ({"shared_images": {"vqav2": "why"}}, "shared_images is for held-out datasets to say"),
+        ({"image_source": "flickr"}, "image_source is 'flickr'; known: coco, openimages, youtube"),
+        ({"splits.test.files": {"images": "img"}}, "splits.test.files.images must be a list, not 'img'"),
+        ({"splits.test.files": {"images": []}}, "splits.test.files.images names no place"),
+        ({"splits.test.files": {"images": ["a", "../b"]}}, "'../b' must be a path below the raw folder"),
+        ({"splits.test.files": {"images": ["/b"]}}, "'/b' must be a path below the raw folder"),
+        ({"reader_options": ["a"]}, "reader_options must be keys and values, not ['a']"),
+        ({"reader_options": {"a": {1: 2}}}, "reader_options.a has the key 1, which is not text"),
+        (
+            {"reader_options": {"a": [datetime.date(2026, 1, 2)]}},
+            "reader_options.a[0] is datetime.date(2026, 1, 2), which",
+        ),
         ({"evaluation.prompt": "{qestion}"}, "unknown field 'qestion'; did you mean 'question'?"),
-        ({"evaluation.prompt": "{question"}, "evaluation.prompt is not a format string"),
+        ({"evaluation.prompt": "{question"}, "evaluation.prompt '{question' has a brace without"),
     ],
 )
 def test_a_mistake_is_named_with_file_and_key(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
@@ -168,6 +189,26 @@ def test_a_mistake_is_named_with_file_and_key(tmp_path: Path, changes: dict[str,
         load_card(path)
     assert str(path) in str(caught.value)
     assert words in str(caught.value)
+
+
+def test_what_a_reader_is_told_is_taken_as_it_stands(tmp_path: Path) -> None:
+    files = {"images": ["train2014", "val2014"], "questions": ["q.json"]}
+    options = {"prefix": "a", "sizes": [1, 2.5, None], "deep": {"on": True}}
+    card = load_card(_write(tmp_path, {"splits.test.files": files, "reader_options": options}))
+    assert card.splits["test"].files == {"images": ("train2014", "val2014"), "questions": ("q.json",)}
+    assert card.reader_options == options
+    plain = load_card(_write(tmp_path, {}))
+    assert (plain.splits["test"].files, plain.reader_options, plain.image_source) == ({}, {}, None)
+    assert source_sha256(card) != source_sha256(plain)
+
+
+def test_a_card_need_not_be_evaluated_and_may_score_other_kinds_than_it_trains_on(tmp_path: Path) -> None:
+    card = load_card(_write(tmp_path, {"evaluation": ..., "training": ...}))
+    assert (card.evaluation, card.training.flip) == (None, True)
+    assert "| - | - | - | MIT | yes |" in cards_table([card])
+    changes = {"kinds": ["shape"], "evaluation.kinds": ["color"], "splits": {"train": VALID["splits"]["test"]}}
+    card = load_card(_write(tmp_path, changes | {"evaluation.split": "train"}))
+    assert "| 2 | 4 (train) |" in cards_table([card])
 
 
 def test_whole_numbers_serve_as_scores(tmp_path: Path) -> None:

@@ -11,11 +11,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from instructblip.data import features
-from instructblip.data.features import FeatureCache
+from instructblip.data.features import FeatureCache, shard_pixels
 from instructblip.data.shards import ShardReader
 from instructblip.data.transforms import decode_image, squash
 from instructblip.errors import UserError
-from tests.unit.test_shards import _write
+from tests.unit.test_shards import _write, _write_videos
 
 SIZE = 8
 Usage = namedtuple("Usage", "total used free")
@@ -43,7 +43,7 @@ def _cache(tmp_path: Path, fingerprint: str = "weights", size: int = SIZE) -> Fe
 
 
 def _direct(shard: ShardReader, row: int) -> Tensor:
-    return Encoder()(squash(decode_image(shard.read(row)[0], "x"), SIZE)[None])[0]
+    return Encoder()(squash(decode_image(shard.read(row)[0][0], "x"), SIZE)[None])
 
 
 def _files(folder: Path) -> list[str]:
@@ -59,6 +59,19 @@ def test_the_cache_equals_direct_encoding(
     for shard in reversed(shards):
         for row in (len(shard) - 1, *range(len(shard))):
             assert torch.equal(cache.tokens(shard, row), _direct(shard, row))
+
+
+def test_a_video_has_the_tokens_of_its_frames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(features, "_BATCH", 4)  # a batch ends within a video
+    shard = ShardReader(_write_videos(tmp_path))
+    cache = _cache(tmp_path)
+    cache.fill([shard], Encoder(), "encoding")
+    for row, frames in enumerate((3, 1, 2)):
+        tokens, pixels = cache.tokens(shard, row), shard_pixels(shard, row, SIZE)
+        assert (tokens.shape, pixels.shape) == ((frames, 4, 3), (frames, 3, SIZE, SIZE))
+        assert torch.equal(tokens, Encoder()(pixels))
+        expected = [squash(decode_image(frame, "x"), SIZE) for frame in shard.read(row)[0]]
+        assert torch.equal(pixels, torch.stack(expected))
 
 
 def test_a_second_fill_does_nothing(tmp_path: Path, shards: list[ShardReader]) -> None:
@@ -148,7 +161,7 @@ def test_an_image_that_cannot_be_decoded_is_named(tmp_path: Path) -> None:
     path = _write(tmp_path, range(3))
     shard = ShardReader(path)
     content = bytearray(path.read_bytes())
-    start = int(shard.arrays["image_offset"][1])
+    start = int(shard.arrays["frame_offset"][1])
     content[start : start + 8] = bytes(8)
     path.write_bytes(content)
     with pytest.raises(UserError, match=r"image image_1 of .*shard-000000\.tar cannot be decoded"):

@@ -166,6 +166,18 @@ def test_alignment_loss_is_about_the_first_token_alone(model: InstructBLIP, monk
     assert bool((loss.per_sample[:2] != other_start.per_sample[:2]).all())
 
 
+@pytest.mark.parametrize("through_llm", [True, False])
+def test_a_language_model_in_half_precision_trains_the_rest_in_full(through_llm: bool) -> None:
+    model = tiny_model()
+    expected = model(tiny_images(3), PROMPTS, TARGETS, through_llm=through_llm).total
+    model.llm.to(torch.bfloat16)
+    loss = model(tiny_images(3), PROMPTS, TARGETS, through_llm=through_llm).total
+    loss.backward()
+    assert {gradient.dtype for gradient in gradients(model).values()} == {torch.float32}
+    torch.testing.assert_close(loss, expected, rtol=0.03, atol=0)
+    assert loss != expected
+
+
 @torch.no_grad()
 def test_alignment_loss_is_a_likelihood_over_the_vocabulary(
     model: InstructBLIP, monkeypatch: pytest.MonkeyPatch

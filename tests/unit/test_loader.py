@@ -1,5 +1,6 @@
 """Positions decide what a step holds: not workers, ranks, micro-batches or the step a run was resumed at."""
 
+import dataclasses
 import hashlib
 import io
 import json
@@ -11,12 +12,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from instructblip.data.loader import Batch, MixtureDataset, TrainingSet, load_batches
+from instructblip.data.loader import Batch, MixtureDataset, TrainingSet, collate, load_batches
 from instructblip.data.mixture import Mixture, MixtureEntry
 from instructblip.data.sample import Record
 from instructblip.data.shards import PreparedSplit, ShardReader, ShardWriter, open_split, shard_path
 from instructblip.data.templates import TemplateSet
 from instructblip.data.transforms import decode_image, squash
+from instructblip.errors import UserError
 from instructblip.training.loop import Phase, micro_batch_positions, total_steps
 
 TEMPLATES = TemplateSet("two", "", ("{question}", "Q: {question} A:"))
@@ -57,7 +59,7 @@ def _write_split(folder: Path) -> PreparedSplit:
             for number in numbers:
                 records = [Record(f"{number}-c", "color", f"color of {number}?", answers=(f"c{number}", "other"))]
                 records += [Record(f"{number}-y{k}", "yes_no", f"is {number} {k}?", answers=("yes",)) for k in range(2)]
-                writer.add(f"image_{number}", "png", _png(number), str(number), records)
+                writer.add(f"image_{number}", {"png": _png(number)}, str(number), records)
         entries.append({"name": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()})
     manifest = {"format": 1, "dataset": "tiny", "split": "train", "shards": entries}
     (folder / "manifest.json").write_text(json.dumps(manifest | {"records_by_kind": {"color": 7, "yes_no": 14}}))
@@ -65,7 +67,7 @@ def _write_split(folder: Path) -> PreparedSplit:
 
 
 def _read_image(shard: ShardReader, row: int) -> Tensor:
-    return squash(decode_image(shard.read(row)[0], "image"), 4)
+    return squash(decode_image(shard.read(row)[0][0], "image"), 4)[None]
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +147,16 @@ def test_micro_batches_have_their_size(dataset: MixtureDataset) -> None:
         for step, batches in load_batches(dataset, micro_batch_positions(PHASES, 0))
     }
     assert (sizes[0], sizes[3], sizes[8]) == ([4, 4], [4], [3, 3, 3, 3])
+
+
+def test_videos_have_their_frames_and_do_not_mix_with_pictures(dataset: MixtureDataset) -> None:
+    sample, image = dataset[0]
+    video = image.expand(4, -1, -1, -1)
+    assert collate([(sample, video), (sample, video)]).images.shape == (2, 4, 3, 4, 4)
+    other = dataclasses.replace(sample, dataset="clips")
+    with pytest.raises(UserError, match=f"one number of frames, but has clips 4, {sample.dataset} 1; train on"):
+        collate([(other, video), (sample, image)])
+    assert sample.frames == dataset.sets[0].split.read(*sample.image_location)[0]
 
 
 def test_images_have_one_frame(dataset: MixtureDataset) -> None:

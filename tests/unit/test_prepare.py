@@ -9,6 +9,7 @@ import os
 import select
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,17 @@ import pytest
 import webdataset
 from PIL import Image
 
-from instructblip.data import transforms
 from instructblip.data.cards import Card, SplitCounts, load_card
-from instructblip.data.prepare import ImageError, check_image, check_prepared, prepare_dataset
+from instructblip.data.prepare import check_prepared, prepare_dataset
+from instructblip.data.readers import READERS, Losses, MediaRecords, RawSplit
+from instructblip.data.sample import Record
 from instructblip.data.shards import open_split
 from instructblip.errors import UserError
+from tests.unit.test_media import video
 
 IMAGES = 7
 COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal")
-COUNTS = SplitCounts(IMAGES, 3 * IMAGES, {"color": IMAGES, "yes_no": IMAGES, "statement": IMAGES})
+COUNTS = SplitCounts(IMAGES, 3 * IMAGES, {"color": IMAGES, "absent": IMAGES, "statement": IMAGES})
 CARD = dataclasses.replace(load_card("easy_vqa"), splits={"test": COUNTS})
 
 
@@ -58,13 +61,13 @@ def test_shards_and_manifest(raw: Path, tmp_path: Path, caplog: pytest.LogCaptur
     assert caplog.messages == []
     assert (manifest["dataset"], manifest["split"], manifest["licence"]) == ("easy_vqa", "test", "MIT")
     assert (manifest["images"], manifest["records"]) == (7, 21)
-    assert manifest["records_by_kind"] == {"color": 7, "statement": 7, "yes_no": 7}
+    assert manifest["records_by_kind"] == {"absent": 7, "color": 7, "statement": 7}
     assert [shard["images"] for shard in manifest["shards"]] == [3, 3, 1]
     assert (manifest["lost"], manifest["differences"]) == ([], [])
     split = open_split(tmp_path / "out/easy_vqa/test")
     answers = [split.read(shard, row)[1][number].answers for shard, row, number in split.records(["color"])]
     assert answers == [(color,) for color in COLORS]
-    assert split.read(2, 0)[0] == (raw / "test/images/6.png").read_bytes()
+    assert split.read(2, 0)[0] == ((raw / "test/images/6.png").read_bytes(),)
 
 
 def test_stock_webdataset_reads_what_prepare_writes(raw: Path, tmp_path: Path) -> None:
@@ -102,31 +105,81 @@ def test_a_killed_run_goes_on_to_the_same_bytes(raw: Path, tmp_path: Path) -> No
     assert _files(tmp_path / "killed") == _files(tmp_path / "whole")
 
 
-def test_workers_end_with_a_killed_parent(raw: Path, tmp_path: Path) -> None:
-    """One image is a pipe, so that a worker waits in the middle of its shard while the parent is killed."""
-    pipe = raw / "test/images/0.png"
-    pipe.unlink()
-    os.mkfifo(pipe)
+@dataclasses.dataclass(frozen=True)
+class WaitingRecord(Record):
+    """A record whose conversion waits at a pipe, wherever it is: in this process or in a worker."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields, once somebody has written to the pipe."""
+        (pipe := Path(self.tags["pipe"])).exists() and pipe.read_bytes()
+        return super().to_dict()
+
+
+def _prepare_waiting(raw: Path, out: Path, workers: int) -> dict[str, Any]:
+    """Prepare pictures of which the fifth has a record that waits at `pipe`, if that is there."""
+
+    def read(source: RawSplit, losses: Losses) -> Iterator[MediaRecords]:
+        for number in range(IMAGES):
+            fields = {
+                "id": str(number),
+                "kind": "absent",
+                "tags": {"pipe": "pipe" if number != 4 else str(raw / "pipe")},
+            }
+            record = (WaitingRecord if number == 4 else Record)(**fields)
+            yield MediaRecords(f"k{number}", str(number), raw / f"test/images/{number}.png", [record])
+
+    READERS["waiting"] = read
+    return _prepare(raw, out, dataclasses.replace(CARD, reader="waiting"), workers=workers)
+
+
+@contextlib.contextmanager
+def _waiting(raw: Path, out: Path, workers: int) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+    """A process that prepares and waits in the middle of the second shard, and our end of its pipe; killed at the end."""
+    os.mkfifo(raw / "pipe")
     code = (
-        "import sys, test_prepare as t, pathlib as p; t._prepare(p.Path(sys.argv[1]), p.Path(sys.argv[2]), workers=2)"
+        "import sys, test_prepare as t, pathlib as p; t._prepare_waiting(*map(p.Path, sys.argv[1:3]), int(sys.argv[3]))"
     )
     here = Path(__file__).parent
     environment = {**os.environ, "PYTHONPATH": f"{here}{os.pathsep}{here.parents[1]}"}
-    parent = subprocess.Popen([sys.executable, "-c", code, str(raw), str(tmp_path / "out")], env=environment)
-    try:
+    command = [sys.executable, "-c", code, str(raw), str(out), str(workers)]
+    with subprocess.Popen(command, env=environment) as process:
         writing = None
         while writing is None:
-            with contextlib.suppress(OSError):  # no worker has opened its end yet
-                writing = os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
+            with contextlib.suppress(OSError):  # nobody has opened the other end yet
+                writing = os.open(raw / "pipe", os.O_WRONLY | os.O_NONBLOCK)
             with pytest.raises(subprocess.TimeoutExpired):
-                parent.wait(0.02)
-    finally:
-        parent.kill()
-        parent.wait()
-    poll = select.poll()
-    poll.register(writing, 0)
-    assert poll.poll(20_000), "a worker still holds its end of the pipe: it outlived its parent"
-    os.close(writing)
+                process.wait(0.02)
+        try:
+            yield process, writing
+        finally:
+            process.kill()
+            process.wait()
+            os.close(writing)
+            (raw / "pipe").unlink()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_run_that_is_really_killed_goes_on_to_the_same_bytes(raw: Path, tmp_path: Path, workers: int) -> None:
+    first = tmp_path / "killed/easy_vqa/test/shard-000000.index.safetensors"
+    with _waiting(raw, tmp_path / "killed", workers) as (process, _):
+        while not first.is_file():
+            with pytest.raises(subprocess.TimeoutExpired):
+                process.wait(0.02)
+    assert not (tmp_path / "killed/easy_vqa/test/manifest.json").exists()
+    inode = first.stat().st_ino
+    _prepare_waiting(raw, tmp_path / "killed", 1)
+    _prepare_waiting(raw, tmp_path / "whole", 1)
+    assert first.stat().st_ino == inode
+    assert _files(tmp_path / "killed") == _files(tmp_path / "whole")
+
+
+def test_workers_end_with_a_killed_parent(raw: Path, tmp_path: Path) -> None:
+    with _waiting(raw, tmp_path / "out", 2) as (process, writing):
+        process.kill()
+        process.wait()
+        poll = select.poll()
+        poll.register(writing, 0)
+        assert poll.poll(20_000), "a worker still holds its end of the pipe: it outlived its parent"
 
 
 def test_finished_shards_are_kept_and_damaged_ones_made_again(raw: Path, tmp_path: Path) -> None:
@@ -150,40 +203,6 @@ def test_changed_raw_files_or_options_are_noticed(raw: Path, tmp_path: Path) -> 
     _prepare(raw, tmp_path / "out")
     _prepare(raw, tmp_path / "fresh")
     assert _files(tmp_path / "out") == _files(tmp_path / "fresh")  # the fourth shard of two images is gone, too
-
-
-def _image(format: str = "PNG", mode: str = "RGB", size: tuple[int, int] = (40, 30)) -> bytes:
-    buffer = io.BytesIO()
-    Image.effect_noise(size, 60).convert(mode).save(buffer, format)
-    return buffer.getvalue()
-
-
-@pytest.mark.parametrize(
-    ("content", "reason"),
-    [
-        (b"", "image file is empty"),
-        (b"<html>not found</html>", "file is not an image"),
-        (_image("JPEG")[:-200], "image is truncated"),
-        (_image("PNG")[:300], "image is truncated"),
-        (_image("PNG")[:-200], "image is truncated"),
-        (_image("GIF", "L"), "image format GIF is neither JPEG nor PNG"),
-        (_image("PNG", "1", (3000, 3000)), "too many pixels"),
-        (_image("PNG")[:45] + b"\xff" * 40 + _image("PNG")[85:], "image is"),
-    ],
-)
-def test_bad_images_have_a_reason(content: bytes, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transforms, "MAX_PIXELS", 5_000_000)
-    with pytest.raises(ImageError, match=reason):
-        check_image(content)
-
-
-@pytest.mark.parametrize(
-    ("format", "mode", "extension"),
-    [("PNG", "RGB", "png"), ("PNG", "RGBA", "png"), ("PNG", "P", "png"), ("JPEG", "L", "jpg"), ("JPEG", "CMYK", "jpg")],
-)
-def test_sound_images_are_kept_whatever_their_mode(format: str, mode: str, extension: str) -> None:
-    assert check_image(_image(format, mode)) == extension
-    assert check_image(_image(format, mode, (1, 1))) == extension
 
 
 def test_bad_images_are_counted_by_reason_and_kept_over_a_second_run(
@@ -223,11 +242,64 @@ def test_unverified_and_unknown_counts(raw: Path, tmp_path: Path) -> None:
         ({"splits": ["dev"]}, "easy_vqa has no split 'dev'; choose among test"),
         ({"workers": 0}, "must be 1 or more"),
         ({"images_per_shard": 0}, "must be 1 or more"),
+        ({"image_size": 0}, "image_size=0 must be 1 or more"),
+        ({"frames": -4}, "frames=-4 must be 1 or more"),
     ],
 )
 def test_wrong_options_are_one_line(raw: Path, tmp_path: Path, options: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=words):
         _prepare(raw, tmp_path / "out", **options)
+
+
+def _write_clips(raw: Path) -> None:
+    """Two videos and a picture, by a reader of their own."""
+    raw.mkdir()
+    for number in range(2):
+        video(raw / f"{number}.mp4", seconds=2 + 2 * number)
+    Image.new("RGB", (64, 48), "red").save(raw / "2.png")
+
+
+def _read_clips(source: RawSplit, losses: Losses) -> Iterator[MediaRecords]:
+    for number in range(2):
+        record = Record(f"v{number}", "video_question", "red?", answers=("yes",))
+        yield MediaRecords(f"clip_{number}", f"v{number}", source.raw / f"{number}.mp4", [record], video=True)
+    yield MediaRecords("picture", "p", source.raw / "2.png", [Record("p", "question", "red?", answers=("yes",))])
+
+
+@pytest.fixture
+def clips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Card:
+    _write_clips(tmp_path / "clips")
+    monkeypatch.setitem(READERS, "clips", _read_clips)
+    return dataclasses.replace(CARD, name="clips", reader="clips", splits={"test": SplitCounts(3, 3)})
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_videos_are_stored_as_frames(clips: Card, tmp_path: Path, workers: int) -> None:
+    options = {"images_per_shard": 2, "frames": 3, "image_size": 32, "workers": workers}
+    manifest = _prepare(tmp_path / "clips", tmp_path / "out", clips, **options)
+    assert manifest["options"] == {"images_per_shard": 2, "frames": 3, "image_size": 32, "jpeg_quality": 95}
+    assert (manifest["images"], manifest["frames"]) == (3, 7)
+    assert [(shard["images"], shard["frames"]) for shard in manifest["shards"]] == [(2, 6), (1, 1)]
+    split = open_split(tmp_path / "out/clips/test")
+    assert [len(split.read(shard, row)[0]) for shard, row, _ in split.records()] == [3, 3, 1]
+    sizes = {Image.open(io.BytesIO(frame)).size for frame in split.read(0, 1)[0] + split.read(1, 0)[0]}
+    assert sizes == {(48, 32), (43, 32)}
+    assert check_prepared(tmp_path / "out") == []
+    content = bytearray((tmp_path / "out/clips/test/shard-000000.tar").read_bytes())
+    content[int(split.shards[0].arrays["frame_offset"][4]) + 99] ^= 1
+    (tmp_path / "out/clips/test/shard-000000.tar").write_bytes(content)
+    assert len(check_prepared(tmp_path / "out")) == 1
+
+
+def test_shards_of_other_options_are_made_again(clips: Card, tmp_path: Path) -> None:
+    shards = {}
+    for options in ({}, {"frames": 2}, {"frames": 2, "image_size": 40}, {"image_size": 40}):
+        _prepare(tmp_path / "clips", tmp_path / "kept", clips, **options)
+        name = " ".join(f"{key}={value}" for key, value in options.items())
+        _prepare(tmp_path / "clips", tmp_path / f"fresh {name}", clips, **options)
+        assert _files(tmp_path / "kept") == _files(tmp_path / f"fresh {name}")
+        shards[name] = (tmp_path / "kept/clips/test/shard-000000.tar").read_bytes()
+    assert len(set(shards.values())) == 4
 
 
 @pytest.mark.parametrize("workers", [1, 2])

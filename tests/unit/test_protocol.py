@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -49,12 +50,28 @@ def test_the_subset_does_not_depend_on_the_cutting_into_shards(yes_no: Card, sha
     assert ids(yes_no, tmp_path / "shards", 9) == ids(yes_no, shards, 9)
 
 
+@pytest.mark.parametrize(
+    ("rules", "words"),
+    [
+        (None, "is a dataset to train on: its card has no evaluation"),
+        ({"metric": "cider"}, "is scored by cider, which evaluation cannot compute yet"),
+        ({"candidates": (), "candidates_from": "choices"}, "ranks choices, which evaluation cannot do yet"),
+    ],
+)
+def test_what_evaluation_cannot_do_is_one_line(
+    yes_no: Card, shards: Path, rules: dict[str, Any] | None, words: str
+) -> None:
+    evaluation = None if rules is None else dataclasses.replace(yes_no.evaluation, **rules)
+    with pytest.raises(UserError, match=f"easy_vqa_yes_no {words}"):
+        make_task(dataclasses.replace(yes_no, evaluation=evaluation), shards)
+
+
 def test_samples_are_what_the_card_asks(yes_no: Card, shards: Path) -> None:
     task = make_task(yes_no, shards, samples=5)
     for sample in task.samples:
         assert sample.id == f"easy_vqa_yes_no/{sample.record.id}"
-        assert sample.record.kind == "yes_no"
-        assert sample.prompt == f"Question: {sample.record.question} Short answer:"
+        assert sample.record.kind in ("present", "absent")
+        assert sample.prompt == sample.record.question
         assert sample.record in sample.shard.read(sample.row)[1]
     shown = make_task(yes_no, shards).samples
     assert len({sample.image_key for sample in shown}) == 12
@@ -72,7 +89,7 @@ def test_everything_that_decides_a_score_is_in_the_hash(yes_no: Card, shards: Pa
         *(
             make_task(dataclasses.replace(yes_no, evaluation=other), shards, samples=5).protocol.sha256()
             for other in (
-                dataclasses.replace(yes_no.evaluation, prompt="{question}"),
+                dataclasses.replace(yes_no.evaluation, prompt="Q: {question}"),
                 dataclasses.replace(yes_no.evaluation, normalize="mean"),
                 dataclasses.replace(yes_no.evaluation, include_eos=not yes_no.evaluation.include_eos),
                 dataclasses.replace(yes_no.evaluation, candidates=yes_no.evaluation.candidates[:-1]),

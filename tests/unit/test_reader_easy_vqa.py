@@ -52,7 +52,7 @@ def test_records_equal_what_a_person_reads_off_the_file(tmp_path: Path) -> None:
     assert images[1].media == tmp_path / "test/images/7.png"
     assert [record.to_dict() for record in images[1].records] == [
         {"id": "test-7-0", "kind": "color", "question": "what color is the shape?", "answers": ("blue",)},
-        {"id": "test-7-1", "kind": "yes_no", "question": "is there not a red shape?", "answers": ("yes",)},
+        {"id": "test-7-1", "kind": "absent", "question": "is there not a red shape?", "answers": ("yes",)},
         {
             "id": "test-7-1-statement",
             "kind": "statement",
@@ -60,7 +60,7 @@ def test_records_equal_what_a_person_reads_off_the_file(tmp_path: Path) -> None:
             "answers": ("true",),
             "label": 1,
         },
-        {"id": "test-7-2", "kind": "yes_no", "question": "is a circle present?", "answers": ("no",)},
+        {"id": "test-7-2", "kind": "absent", "question": "is a circle present?", "answers": ("no",)},
         {
             "id": "test-7-2-statement",
             "kind": "statement",
@@ -135,3 +135,20 @@ def test_bad_raw_files_are_one_clear_line(tmp_path: Path, split: str, content: s
     (tmp_path / "test/questions.json").write_text(content)
     with pytest.raises(UserError, match=words):
         list(READERS["easy_vqa"](RawSplit(tmp_path, split), Losses()))
+
+
+@pytest.mark.parametrize(
+    ("question", "answer", "kind"),
+    [
+        ("is there a red shape?", "yes", "present"),
+        ("is there not a red shape?", "no", "present"),
+        ("is no circle present?", "yes", "absent"),
+        ("does the image contain a circle?", "no", "absent"),
+    ],
+)
+def test_yes_no_questions_are_divided_by_what_the_picture_shows(
+    tmp_path: Path, question: str, answer: str, kind: str
+) -> None:
+    (image,), losses = _read(tmp_path, "test", [[question, answer, 1]])
+    assert [record.kind for record in image.records] == [kind, "statement"]
+    assert losses.to_list() == []

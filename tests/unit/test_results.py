@@ -37,7 +37,7 @@ def write_split(folder: Path, rows: list[tuple[str, str]]) -> None:
     with ShardWriter.open(shard_path(folder, 0)) as writer:
         for number, (question, answer) in enumerate(rows):
             record = Record(id=f"{folder.name}-{number}", kind="color", question=question, answers=(answer,))
-            writer.add(f"image_{number}", "png", PNG, str(number), [record])
+            writer.add(f"image_{number}", {"png": PNG}, str(number), [record])
     shard = shard_path(folder, 0)
     manifest = {
         "format": MANIFEST_FORMAT,

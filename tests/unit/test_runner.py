@@ -86,7 +86,7 @@ def test_generation_does_not_depend_on_the_batch_either(model: InstructBLIP, sha
 def test_a_score_is_that_of_the_image_and_prompt(model: InstructBLIP, yes_no: Task) -> None:
     read = read_pixels(IMAGE_SIZE)
     sample = yes_no.samples[13]
-    image = read(sample.shard, sample.row)[None, None]
+    image = read(sample.shard, sample.row)[None]
     expected = model.rank(image, [sample.prompt], [yes_no.protocol.candidates], include_eos=False)[0]
     found = answer(model, yes_no).predictions[13]
     assert found.scores == pytest.approx(expected.tolist(), abs=1e-4)

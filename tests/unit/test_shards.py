@@ -39,7 +39,7 @@ def _write(folder: Path, numbers: Iterable[int] = range(4), shard: int = 0) -> P
     path = folder / f"shard-{shard:06d}.tar"
     with ShardWriter.open(path) as writer:
         for number in numbers:
-            writer.add(f"image_{number}", "png", _png(number), str(number), _records(number))
+            writer.add(f"image_{number}", {"png": _png(number)}, str(number), _records(number))
     return path
 
 
@@ -58,7 +58,8 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     shard = ShardReader(_write(tmp_path))
     assert len(shard) == 4
     for row in (3, 0, 2, 1):
-        assert shard.read(row) == (_png(row), _records(row))
+        assert shard.read(row) == ((_png(row),), _records(row))
+        assert shard.read_records(row) == _records(row)
     assert shard.records_by_kind() == {"color": 1 + 1, "shape": 1 + 1 + 2}
     assert shard.arrays["record_image"].tolist() == [1, 2, 2, 3, 3, 3]
     assert shard.arrays["record_number"].tolist() == [0, 0, 1, 0, 1, 2]
@@ -67,13 +68,38 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     ]
 
 
+def _write_videos(folder: Path) -> Path:
+    """A video of three frames, a picture, a video of two frames."""
+    path = folder / "shard-000000.tar"
+    with ShardWriter.open(path) as writer:
+        writer.add("a", {f"{number}.png": _png(number) for number in range(3)}, "A", _records(2))
+        writer.add("b", {"png": _png(3)}, "B", _records(1))
+        writer.add("c", {f"{number}.png": _png(4 + number) for number in range(2)}, "C", _records(3))
+    return path
+
+
+def test_frames_are_read_back_in_order(tmp_path: Path) -> None:
+    path = _write_videos(tmp_path)
+    shard = ShardReader(path)
+    assert (len(shard), len(shard.extensions)) == (3, 6)
+    assert [shard.frames_of(row) for row in range(3)] == [slice(0, 3), slice(3, 4), slice(4, 6)]
+    for row, numbers, records in ((2, (4, 5), 3), (0, (0, 1, 2), 2), (1, (3,), 1)):
+        assert shard.read(row) == (tuple(map(_png, numbers)), _records(records))
+        assert json.loads(shard.read_encoded(row)[1])["image_id"] == "ABC"[row]
+    with tarfile.open(path) as tar:
+        assert [member.name for member in tar.getmembers()[:5]] == ["a.0.png", "a.1.png", "a.2.png", "a.json", "b.png"]
+    video, _, _ = webdataset.WebDataset(str(path), shardshuffle=False).decode("pil")
+    assert [video[f"{number}.png"].size for number in range(3)] == [(4, 5), (5, 5), (6, 5)]
+    assert video["__key__"] == "a"
+
+
 def test_offsets_are_those_tarfile_finds(tmp_path: Path) -> None:
     path = _write(tmp_path)
     shard = ShardReader(path)
     with tarfile.open(path) as tar:
         members = tar.getmembers()
     assert [member.name for member in members[:2]] == ["image_0.png", "image_0.json"]
-    assert [m.offset_data for m in members[::2]] == shard.arrays["image_offset"].tolist()
+    assert [m.offset_data for m in members[::2]] == shard.arrays["frame_offset"].tolist()
     assert [m.offset_data for m in members[1::2]] == shard.arrays["json_offset"].tolist()
     assert {(m.mtime, m.uid, m.gid, m.uname, m.gname, m.mode) for m in members} == {(0, 0, 0, "", "", 0o644)}
 
@@ -103,7 +129,7 @@ def test_equal_content_gives_equal_bytes_in_another_process(tmp_path: Path) -> N
 def test_index_is_plain_safetensors(tmp_path: Path) -> None:
     with safe_open(index_path(_write(tmp_path)), framework="np") as file:
         assert sorted(file.keys()) == sorted(INDEX_ARRAYS)
-        assert file.metadata()["version"] == "1"
+        assert file.metadata()["version"] == "2"
         assert json.loads(file.metadata()["extensions"]) == ["png"] * 4
         assert {file.get_tensor(name).dtype for name in INDEX_ARRAYS} == {np.dtype(np.int64)}
 
@@ -133,9 +159,9 @@ def test_an_error_leaves_nothing_behind(tmp_path: Path) -> None:
 @pytest.mark.parametrize("key", ["a.b", "a/b", "", "ok"])
 def test_keys_that_webdataset_would_misread_are_refused(tmp_path: Path, key: str) -> None:
     with ShardWriter.open(tmp_path / "shard-000000.tar") as writer:
-        writer.add("ok", "png", _png(1), "1", [])
+        writer.add("ok", {"png": _png(1)}, "1", [])
         with pytest.raises(ValueError, match="image key"):
-            writer.add(key, "png", _png(1), "1", [])
+            writer.add(key, {"png": _png(1)}, "1", [])
 
 
 def test_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,7 +178,7 @@ def test_readers_may_be_pickled_forked_and_shared_among_threads(tmp_path: Path) 
     shard = pickle.loads(pickle.dumps(ShardReader(_write(tmp_path))))
     rows = [row % 4 for row in range(200)]
     with ThreadPoolExecutor(8) as pool:
-        assert list(pool.map(shard.read, rows)) == [(_png(row), _records(row)) for row in rows]
+        assert list(pool.map(shard.read, rows)) == [((_png(row),), _records(row)) for row in rows]
 
 
 def test_truncated_shard_is_named(tmp_path: Path) -> None:
@@ -185,7 +211,7 @@ def test_index_that_is_incomplete_or_of_another_version_is_named(tmp_path: Path)
     path = _write(tmp_path)
     shard = ShardReader(path)
     for metadata, arrays, words in (
-        ({**shard.metadata, "version": "2"}, shard.arrays, "another version"),
+        ({**shard.metadata, "version": "1"}, shard.arrays, "another version"),
         ({}, shard.arrays, "another version"),
         ({**shard.metadata, "keys": '["a"]'}, shard.arrays, "damaged index"),
         (shard.metadata, {**shard.arrays, "record_kind": np.arange(2)}, "damaged index"),
@@ -203,7 +229,9 @@ def test_damaged_records_are_named(tmp_path: Path) -> None:
     path.write_bytes(content)
     with pytest.raises(UserError, match="image image_2 has damaged records"):
         shard.read(2)
-    assert shard.read(1) == (_png(1), _records(1))
+    with pytest.raises(UserError, match="image image_2 has damaged records"):
+        shard.read_records(2)
+    assert shard.read(1) == ((_png(1),), _records(1))
 
 
 def test_open_split_locates_records_by_kind_in_stored_order(tmp_path: Path) -> None:

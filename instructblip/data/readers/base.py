@@ -9,6 +9,7 @@ from instructblip.data.sample import Record
 from instructblip.errors import UserError
 
 MAX_EXAMPLES = 5
+MAX_EXAMPLE_LENGTH = 200
 
 
 @dataclass(frozen=True)
@@ -34,14 +35,21 @@ class RawSplit:
             UserError: none does; names all of them.
         """
         found = self.paths(role)
+        if not found and role not in self.files:
+            raise UserError(
+                f"the card names no file for {role} of split {self.split}; add it to splits.{self.split}.files"
+            )
         if not found:
             places = " or ".join(self.files[role])
-            raise UserError(f"{self.raw} lacks {places} ({role} of split {self.split}); put it there, or correct raw=")
+            raise UserError(
+                f"{self.raw} lacks {places} ({role} of split {self.split}); put it there, correct raw=, or prepare other "
+                "splits with split="
+            )
         return found[0]
 
     def paths(self, role: str) -> list[Path]:
-        """All places of a role that exist: images may lie in several folders."""
-        return [self.raw / place for place in self.files[role] if (self.raw / place).exists()]
+        """All places of a role that exist, none where the card names none: images may lie in several folders."""
+        return [self.raw / place for place in self.files.get(role, ()) if (self.raw / place).exists()]
 
 
 @dataclass(frozen=True)
@@ -75,8 +83,14 @@ class Losses:
     reasons: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def add(self, reason: str, example: str, records: int = 1) -> None:
-        """Count one lost entry or image and the `records` that are lost with it; `example` says which one it was."""
-        self.merge([{"reason": reason, "count": 1, "records": records, "examples": [example]}])
+        """Count one lost entry or image and the `records` that are lost with it; `example` says which one it was.
+
+        What an example holds comes from the raw files: it is cut to a readable length and to one line.
+        """
+        shown = example[:MAX_EXAMPLE_LENGTH]
+        if not shown.isprintable():
+            shown = "".join(char if char.isprintable() else repr(char)[1:-1] for char in shown)
+        self.merge([{"reason": reason, "count": 1, "records": records, "examples": [shown]}])
 
     def merge(self, losses: list[dict[str, Any]]) -> None:
         """Add what another `to_list` counted."""

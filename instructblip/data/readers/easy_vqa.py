@@ -4,7 +4,8 @@ Raw folder: the `data/` of the official package `easy-vqa` 1.0: `{train,test}/qu
 `[question, answer, image id]`, and `{train,test}/images/<image id>.png`.
 
 The package's train split is divided into `train` and `validation` by image, so that no picture is in both; `test` is
-the package's own. Each yes/no question also gives a `statement` record, to be judged true or false.
+the package's own. A yes/no question is of the kind `present` or `absent`, by what the picture shows, and also gives a
+`statement` record, to be judged true or false.
 """
 
 import hashlib
@@ -21,7 +22,7 @@ SHAPES = ("circle", "rectangle", "triangle")
 COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 KIND_OF_ANSWER = {
     "yes": "yes_no",
-    "no": "yes_no",
+    "no": "yes_no",  # divided by what the picture shows, see `_yes_no_kind`
     **dict.fromkeys(SHAPES, "shape"),
     **dict.fromkeys(COLORS, "color"),
 }
@@ -95,6 +96,12 @@ def statement_of(question: str) -> str | None:
     return None
 
 
+def _yes_no_kind(question: str, answer: str) -> str:
+    """Whether the picture shows the thing that is asked about; "yes" to a negated question says that it does not."""
+    negated = re.search(r"\b(not|no)\b", question) is not None
+    return "present" if (answer == "yes") != negated else "absent"
+
+
 def _well_formed(entry: Any) -> bool:
     return isinstance(entry, list) and [type(value) for value in entry] == [str, str, int] and entry[2] >= 0
 
@@ -107,9 +114,10 @@ def _records(image: str, questions: list[tuple[str, str]], losses: Losses) -> li
         if kind is None:
             losses.add("answer is not among the 13", f"{record_id}: {answer!r}")
             continue
-        records.append(Record(id=record_id, kind=kind, question=question, answers=(answer,)))
         if kind != "yes_no":
+            records.append(Record(id=record_id, kind=kind, question=question, answers=(answer,)))
             continue
+        records.append(Record(record_id, _yes_no_kind(question, answer), question, answers=(answer,)))
         statement = statement_of(question)
         if statement is None:
             losses.add("yes/no question of unknown form gives no statement", f"{record_id}: {question!r}")

@@ -1,6 +1,46 @@
-"""Scores of predictions against references: lists in, one entry a sample; a `Score` out."""
+"""Scores of predictions against references: lists in, one entry a sample; a `Score` out.
 
-from instructblip.evaluation.metrics.accuracy import accuracy
-from instructblip.evaluation.metrics.score import Score
+Equal to the official scorers; each docstring names them, states the scale, and says what to know. `METRICS` has them by
+the names that dataset cards use, called with a model's outputs and the records.
+"""
 
-__all__ = ["Score", "accuracy"]
+from instructblip.evaluation.metrics.accuracy import (
+    accuracy,
+    aokvqa_direct_answer,
+    aokvqa_multiple_choice,
+    exact_match,
+    iconqa_accuracy,
+    ivqa_accuracy,
+    multiple_choice_accuracy,
+    scienceqa_choice,
+    vsr_accuracy,
+)
+from instructblip.evaluation.metrics.auroc import auroc, probability_of_class
+from instructblip.evaluation.metrics.captions import cider
+from instructblip.evaluation.metrics.records import METRICS, ModelOutput
+from instructblip.evaluation.metrics.score import Score, group_means
+from instructblip.evaluation.metrics.visdial import visdial
+from instructblip.evaluation.metrics.vqa import gqa_accuracy, ocr_vqa_accuracy, vqa_accuracy
+
+__all__ = [
+    "METRICS",
+    "ModelOutput",
+    "Score",
+    "accuracy",
+    "aokvqa_direct_answer",
+    "aokvqa_multiple_choice",
+    "auroc",
+    "cider",
+    "exact_match",
+    "gqa_accuracy",
+    "group_means",
+    "iconqa_accuracy",
+    "ivqa_accuracy",
+    "multiple_choice_accuracy",
+    "ocr_vqa_accuracy",
+    "probability_of_class",
+    "scienceqa_choice",
+    "visdial",
+    "vqa_accuracy",
+    "vsr_accuracy",
+]

@@ -1,10 +1,13 @@
-"""Exact-match accuracy."""
+"""Accuracy by equality: of texts, of the number of a choice, of a yes/no label."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Collection, Hashable, Sequence
 
-from instructblip.evaluation.metrics.score import Score
+from instructblip.evaluation.metrics.score import Score, check_references, group_means, mean_score, same_length
 
 _TRAILING_PUNCTUATION = ".,;:!?"
+_LETTERS = "ABCDE"
+NO_CHOICE = -1
 
 
 def accuracy(predictions: Sequence[str], answers: Sequence[Sequence[str]], *, normalize: bool = False) -> Score:
@@ -22,15 +25,12 @@ def accuracy(predictions: Sequence[str], answers: Sequence[Sequence[str]], *, no
         ValueError: no samples, different lengths, a sample without any accepted answer, or one string where a list of
             answers belongs.
     """
-    if len(predictions) != len(answers):
-        raise ValueError(f"{len(predictions)} predictions for {len(answers)} samples with answers")
-    if not predictions:
-        raise ValueError("accuracy of no samples is not defined")
-    per_sample = tuple(
+    check_references("answers", predictions, answers)
+    per_sample = [
         100.0 * _matches(prediction, accepted, normalize)
         for prediction, accepted in zip(predictions, answers, strict=True)
-    )
-    return Score(value=sum(per_sample) / len(per_sample), per_sample=per_sample, count=len(per_sample))
+    ]
+    return mean_score(per_sample, metric="accuracy")
 
 
 def normalize_answer(text: str) -> str:
@@ -41,9 +41,152 @@ def normalize_answer(text: str) -> str:
     return " ".join(text.lower().split()).rstrip(_TRAILING_PUNCTUATION + " ")
 
 
+def multiple_choice_accuracy(predictions: Sequence[int], labels: Sequence[int]) -> Score:
+    """Share of right choices on a scale of 0 to 100; choices are numbered from 0, and `NO_CHOICE` (-1) is always wrong.
+
+    This is ScienceQA's accuracy; over the test questions with an image it is ScienceQA-IMG ("acc_has_image").
+
+    Raises:
+        ValueError: different lengths, no samples, or a label below 0.
+    """
+    same_length("labels", predictions, labels)
+    if any(label < 0 for label in labels):
+        raise ValueError(f"labels are numbered from 0, got {min(labels)}")
+    per_sample = [100.0 * (prediction == label) for prediction, label in zip(predictions, labels, strict=True)]
+    return mean_score(per_sample, metric="multiple-choice accuracy")
+
+
+def scienceqa_choice(text: str, choices: int) -> int:
+    """The number of the choice that a written letter names: "A" to "E", exactly, and no further than there are choices.
+
+    For anything else ("a", "(A)", "F") the official code draws a choice at random, which nobody can repeat; here it is
+    `NO_CHOICE`, which is wrong, as in LLaVA's script.
+    """
+    valid = _LETTERS[:choices]
+    return valid.index(text) if len(text) == 1 and text in valid else NO_CHOICE
+
+
+def iconqa_accuracy(predictions: Sequence[int | str], answers: Sequence[int | str]) -> Score:
+    """Share of predictions whose text equals the answer's, on a scale of 0 to 100.
+
+    Answers are numbers of choices from 0 (choose_txt, choose_img) or texts (fill_in_blank, where "8,488" is not "8488").
+    The rule of IconQA's evaluation script.
+
+    Raises:
+        ValueError: different lengths or no samples.
+    """
+    same_length("answers", predictions, answers)
+    per_sample = [
+        100.0 * (str(prediction) == str(answer)) for prediction, answer in zip(predictions, answers, strict=True)
+    ]
+    return mean_score(per_sample, metric="IconQA accuracy")
+
+
+def aokvqa_multiple_choice(predictions: Sequence[str | None], correct_choices: Sequence[str]) -> Score:
+    """Share of predictions equal to the text of the right choice, on a scale of 0 to 100; None is wrong.
+
+    The rule of A-OKVQA's `eval_predictions.py`.
+
+    Raises:
+        ValueError: different lengths or no samples.
+    """
+    same_length("right choices", predictions, correct_choices)
+    per_sample = [100.0 * (text == correct) for text, correct in zip(predictions, correct_choices, strict=True)]
+    return mean_score(per_sample, metric="A-OKVQA multiple choice")
+
+
+def aokvqa_direct_answer(
+    predictions: Sequence[str | None],
+    answers: Sequence[Sequence[str]],
+    *,
+    difficult: Sequence[bool] | None = None,
+) -> Score:
+    """min(1, equal answers / 3) on a scale of 0 to 100: no annotator left out, no normalisation; None is wrong.
+
+    The rule of A-OKVQA's `eval_predictions.py`.
+
+    Args:
+        predictions: one answer a sample.
+        answers: the ten annotators' answers of each sample, repeated as often as given.
+        difficult: marks the questions with `difficult_direct_answer`, which are left out. None: none is.
+
+    Raises:
+        ValueError: different lengths, a sample without answers, or nothing left to score.
+    """
+    check_references("answers", predictions, answers)
+    marks = [False] * len(predictions) if difficult is None else difficult
+    same_length("marks of difficult questions", predictions, marks)
+    scored = tuple(number for number, mark in enumerate(marks) if not mark)
+    matches = [sum(answer == predictions[number] for answer in answers[number]) for number in scored]
+    per_sample = [100 * min(1.0, count / 3) for count in matches]
+    return mean_score(per_sample, metric="A-OKVQA direct answer", scored=scored)
+
+
+def vsr_accuracy(
+    predictions: Sequence[int], labels: Sequence[int], *, relations: Sequence[Hashable] | None = None
+) -> Score:
+    """Share of statements judged right, between 0 and 1; 1 is true, 0 is false. `details` has it by relation.
+
+    The rule of visual-spatial-reasoning's evaluation scripts.
+
+    Raises:
+        ValueError: different lengths, no samples, or labels other than 0 and 1.
+    """
+    same_length("labels", predictions, labels)
+    if not set(labels) <= {0, 1}:
+        raise ValueError(f"VSR labels are 0 and 1, got {sorted(set(labels))}")
+    per_sample = [float(prediction == label) for prediction, label in zip(predictions, labels, strict=True)]
+    by_relation = (
+        {
+            str(relation): {"accuracy": mean, "count": count}
+            for relation, (mean, count) in group_means(per_sample, relations or ()).items()
+        }
+        if relations is not None
+        else {}
+    )
+    return mean_score(per_sample, metric="VSR accuracy", table_factor=100, details={"by_relation": by_relation})
+
+
+def exact_match(
+    predictions: Sequence[str], answers: Sequence[str], *, vocabulary: Collection[str] | None = None
+) -> Score:
+    """Share of predictions equal to their answer, between 0 and 1: MSVD-QA's and MSRVTT-QA's top-1 accuracy.
+
+    The rule of just-ask's `compute_aggreeings`: the model chooses from an answer vocabulary, and a sample whose answer is
+    outside it is wrong but counts.
+
+    Args:
+        predictions, answers: one text a sample, compared as they stand.
+        vocabulary: the answers there are to choose from; None, as in open generation: any.
+
+    Raises:
+        ValueError: different lengths or no samples.
+    """
+    same_length("answers", predictions, answers)
+    known = None if vocabulary is None else frozenset(vocabulary)
+    per_sample = [
+        float(prediction == answer and (known is None or answer in known))
+        for prediction, answer in zip(predictions, answers, strict=True)
+    ]
+    return mean_score(per_sample, metric="exact match", table_factor=100)
+
+
+def ivqa_accuracy(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> Score:
+    """min(1, equal answers / 2) over the five annotators, between 0 and 1, texts compared as they stand.
+
+    Yang et al., "Just Ask", ICCV 2021; the rule of its `compute_aggreeings`.
+
+    Raises:
+        ValueError: different lengths, no samples, or a sample without answers.
+    """
+    check_references("answers", predictions, answers)
+    per_sample = [
+        min(1.0, Counter(given)[prediction] / 2) for prediction, given in zip(predictions, answers, strict=True)
+    ]
+    return mean_score(per_sample, metric="iVQA accuracy", table_factor=100)
+
+
 def _matches(prediction: str, accepted: Sequence[str], normalize: bool) -> bool:
-    if isinstance(accepted, str) or not accepted:
-        raise ValueError(f"each sample needs a list of at least one accepted answer, got {accepted!r}")
     if normalize:
         return normalize_answer(prediction) in {normalize_answer(answer) for answer in accepted}
     return prediction in accepted

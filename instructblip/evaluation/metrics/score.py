@@ -1,6 +1,8 @@
-"""What every metric returns."""
+"""What every metric returns, and the checks that every metric makes of its input."""
 
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping, Sequence, Sized
+from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -9,10 +11,63 @@ class Score:
 
     Attributes:
         value: the score of the whole set, in the scale that the metric's docstring states.
-        per_sample: the score of each sample in the order of the predictions, in the same scale.
+        per_sample: the score of each scored sample in the order of the predictions, in the same scale. Their mean is the
+            value.
         count: number of samples scored.
+        scored: positions among the predictions of the samples in `per_sample`, where a metric leaves some out; None: all.
+        table_factor: times this, the value is as papers print it (CIDEr 1.231 -> 123.1); 1 where it already is.
+        details: what else the scorer says (other metrics, the variant or tokenizer used), ready for JSON.
     """
 
     value: float
     per_sample: tuple[float, ...]
     count: int
+    scored: tuple[int, ...] | None = None
+    table_factor: float = 1.0
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def table_value(self) -> float:
+        """The value as papers print it."""
+        return self.value * self.table_factor
+
+
+def mean_score(per_sample: Sequence[float], *, metric: str, **fields: Any) -> Score:
+    """The mean over samples as a `Score`; `fields` are further attributes of it.
+
+    Raises:
+        ValueError: no samples.
+    """
+    if not per_sample:
+        raise ValueError(f"{metric} of no samples is not defined")
+    return Score(sum(per_sample) / len(per_sample), tuple(per_sample), len(per_sample), **fields)
+
+
+def group_means(per_sample: Sequence[float], groups: Sequence[Hashable]) -> dict[Hashable, tuple[float, int]]:
+    """Mean and number of samples of each group (question type, relation, subject), groups by first appearance.
+
+    Right wherever a score is a mean over samples; not for CIDEr, whose word weights depend on the set of images, nor for
+    AUROC.
+
+    Raises:
+        ValueError: different lengths.
+    """
+    same_length("groups", per_sample, groups)
+    members: dict[Hashable, list[float]] = {}
+    for value, group in zip(per_sample, groups, strict=True):
+        members.setdefault(group, []).append(value)
+    return {group: (sum(values) / len(values), len(values)) for group, values in members.items()}
+
+
+def same_length(what: str, predictions: Sized, others: Sized) -> None:
+    """Raise ValueError unless there is one entry of `others` for each prediction."""
+    if len(predictions) != len(others):
+        raise ValueError(f"{len(predictions)} predictions for {len(others)} {what}: one entry a sample is needed")
+
+
+def check_references(what: str, predictions: Sequence[object], references: Sequence[Sequence[str]]) -> None:
+    """Raise ValueError unless each prediction has a non-empty list of references."""
+    same_length(f"lists of {what}", predictions, references)
+    for number, texts in enumerate(references):
+        if isinstance(texts, str) or not texts:
+            raise ValueError(f"sample {number} needs a list of at least one of its {what}, got {texts!r}")

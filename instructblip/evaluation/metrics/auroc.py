@@ -1,0 +1,58 @@
+"""Area under the ROC curve, for HatefulMemes."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from instructblip.evaluation.metrics.score import Score, same_length
+
+Floats = NDArray[np.float64]
+
+
+def auroc(probabilities: Sequence[float], labels: Sequence[int]) -> Score:
+    """Area under the ROC curve between 0 and 1: how often a positive sample scores above a negative one, ties half.
+
+    Equal to scikit-learn's `roc_auc_score`. A sample's own score is the share of samples of the other class that it is
+    on the right side of (its placement value; DeLong, DeLong and Clarke-Pearson, Biometrics 44, 1988); their mean over
+    either class, and over both, is the value.
+
+    Rounding makes and breaks ties and moves the result in the third decimal: give float64, not float32 or rounded values.
+
+    Args:
+        probabilities: of class 1, a sample each. Continuous, not 0 or 1 (`probability_of_class` makes them).
+        labels: 0 or 1 a sample.
+
+    Raises:
+        ValueError: different lengths, a label other than 0 and 1, only one of them, or a probability that is not a number
+            between 0 and 1.
+    """
+    same_length("labels", probabilities, labels)
+    values = np.asarray(probabilities, dtype=np.float64)
+    positive = np.asarray(labels) == 1
+    if not set(labels) <= {0, 1}:
+        raise ValueError(f"AUROC needs labels 0 and 1, got {sorted(set(labels))[:5]}")
+    if positive.all() or not positive.any():
+        raise ValueError(f"AUROC needs samples of both labels, got {int(positive.sum())} of 1 among {len(labels)}")
+    if not ((values >= 0) & (values <= 1)).all():
+        raise ValueError("AUROC needs probabilities between 0 and 1 without NaN")
+    per_sample = np.empty(len(values))
+    wins = _wins(values[positive], values[~positive])
+    per_sample[positive] = wins / (~positive).sum()
+    per_sample[~positive] = 1 - _wins(values[~positive], values[positive]) / positive.sum()
+    value = float(wins.sum() / (positive.sum() * (~positive).sum()))
+    return Score(value, tuple(per_sample.tolist()), len(per_sample), table_factor=100)
+
+
+def probability_of_class(log_likelihoods: Sequence[Sequence[float]], index: int = 1) -> list[float]:
+    """Softmax over each sample's class log-likelihoods (nats), in float64: the probability of class `index`."""
+    return [float(torch.tensor(row, dtype=torch.float64).softmax(0)[index]) for row in log_likelihoods]
+
+
+def _wins(values: Floats, others: Floats) -> Floats:
+    """For each value the number of `others` below it, equal ones counted half."""
+    ordered = np.sort(others)
+    below = np.searchsorted(ordered, values, side="left")
+    not_above = np.searchsorted(ordered, values, side="right")
+    return (below + not_above) / 2

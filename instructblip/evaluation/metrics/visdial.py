@@ -1,0 +1,79 @@
+"""VisDial: where the right answer stands among 100 options, and how good the first options are."""
+
+import math
+from collections.abc import Sequence
+
+from instructblip.evaluation.metrics.score import Score, mean_score, same_length
+
+_RECALL_AT = (1, 5, 10)
+
+
+def visdial(
+    scores: Sequence[Sequence[float]],
+    labels: Sequence[int],
+    relevance: Sequence[Sequence[float] | None] | None = None,
+) -> Score:
+    """Mean reciprocal rank of the right option, between 0 and 1; `details` has R@1, R@5, R@10, mean rank and NDCG.
+
+    Das et al., "Visual Dialog", CVPR 2017, and the challenge's starter code. R@k and NDCG are between 0 and 1, higher is
+    better; the mean rank counts from 1, lower is better. NDCG is the mean over the rounds that have relevances (one a
+    dialog), of dcg / best dcg over the first k options, k the number of options with relevance above 0, and discount
+    1 / log2(rank + 1). Equal scores rank in the order of the options (in the starter code: in no stated order).
+
+    Args:
+        scores: of the options of each round; higher is better, such as log-likelihoods.
+        labels: the number of the right option of each round, from 0.
+        relevance: 0 to 1 for each option of a round, or None for a round without; None: no NDCG.
+
+    Raises:
+        ValueError: different lengths, no rounds, a label that names no option, a score that is NaN, or relevances that
+            do not fit the options or are all 0.
+    """
+    same_length("labels", scores, labels)
+    relevances = [None] * len(scores) if relevance is None else relevance
+    same_length("lists of relevances", scores, relevances)
+    ranks = []
+    gains = []
+    for number, (row, label, relevant) in enumerate(zip(scores, labels, relevances, strict=True)):
+        order = _order(row, number)
+        if not 0 <= label < len(row):
+            raise ValueError(f"round {number} has {len(row)} options, none of them number {label}")
+        ranks.append(order.index(label) + 1)
+        if relevant is not None:
+            gains.append(_ndcg(order, relevant, number))
+    details: dict[str, float | int | None] = {
+        f"r@{k}": sum(rank <= k for rank in ranks) / max(1, len(ranks)) for k in _RECALL_AT
+    }
+    details["mean_rank"] = sum(ranks) / max(1, len(ranks))
+    details["ndcg"] = sum(gains) / len(gains) if gains else None
+    details["ndcg_count"] = len(gains)
+    return mean_score([1 / rank for rank in ranks], metric="VisDial", table_factor=100, details=details)
+
+
+def option_ranks(scores: Sequence[float]) -> list[int]:
+    """Rank from 1 (best) of each option, equal scores in the order of the options; what a VisDial submission holds."""
+    ranks = [0] * len(scores)
+    for rank, option in enumerate(_order(scores, 0), start=1):
+        ranks[option] = rank
+    return ranks
+
+
+def _order(scores: Sequence[float], number: int) -> list[int]:
+    """Numbers of the options, best first."""
+    if any(math.isnan(score) for score in scores):
+        raise ValueError(f"round {number} has an option whose score is NaN")
+    return sorted(range(len(scores)), key=lambda option: -scores[option])
+
+
+def _ndcg(order: Sequence[int], relevance: Sequence[float], number: int) -> float:
+    if len(relevance) != len(order):
+        raise ValueError(f"round {number} has {len(order)} options but {len(relevance)} relevances")
+    count = sum(value != 0 for value in relevance)
+    if count == 0:
+        raise ValueError(f"round {number} has no relevant option, so its NDCG is not defined")
+    best = sorted(relevance, reverse=True)
+    return _dcg([relevance[option] for option in order[:count]]) / _dcg(best[:count])
+
+
+def _dcg(relevances: Sequence[float]) -> float:
+    return sum(value / math.log2(place + 2) for place, value in enumerate(relevances))

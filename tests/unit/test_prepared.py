@@ -1,0 +1,46 @@
+"""Prepared shards are had before they are used: fetched where that is allowed, asked for where it is not."""
+
+import dataclasses
+import io
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from instructblip.config import SourcesConfig
+from instructblip.data.cards import Card, load_card
+from instructblip.data.prepare import prepare_dataset
+from instructblip.errors import UserError
+from instructblip.prepared import ensure_prepared
+from tests.tiny import write_easy_vqa
+
+
+@pytest.fixture
+def raw(tmp_path: Path) -> Path:
+    write_easy_vqa(tmp_path / "raw", images=12)
+    return tmp_path / "raw"
+
+
+def _ensure(card: Card, shards: Path, fetchable: dict[str, SourcesConfig]) -> str:
+    console = Console(file=io.StringIO(), width=200)
+    ensure_prepared([card], shards, fetchable, console)
+    text: str = console.file.getvalue()
+    return text
+
+
+def test_what_may_be_fetched_is_prepared_whole(raw: Path, tmp_path: Path) -> None:
+    card, shards = load_card("easy_vqa"), tmp_path / "shards"
+    fetchable = {"easy_vqa": SourcesConfig(path=str(raw))}
+    prepare_dataset(card, raw, shards, splits=["test"], progress=False)
+    assert "preparing easy_vqa in" in _ensure(card, shards, fetchable)
+    assert all((shards / "easy_vqa" / split / "manifest.json").is_file() for split in card.splits)
+    assert _ensure(card, shards, fetchable) == ""
+    assert _ensure(load_card("easy_vqa_color"), shards, {}) == ""  # a view has its parent's shards
+
+
+def test_what_only_the_user_can_get_may_be_prepared_in_part(raw: Path, tmp_path: Path) -> None:
+    card, shards = dataclasses.replace(load_card("easy_vqa"), source_part=None), tmp_path / "shards"
+    with pytest.raises(UserError, match=r"easy_vqa is not prepared in .* run python prepare.py dataset=easy_vqa raw="):
+        _ensure(card, shards, {})
+    prepare_dataset(card, raw, shards, splits=["test"], progress=False)
+    assert _ensure(card, shards, {}) == ""

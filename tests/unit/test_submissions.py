@@ -1,0 +1,64 @@
+"""Leaderboard files, as the servers take them."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from instructblip.data.sample import Record
+from instructblip.evaluation.metrics import ModelOutput
+from instructblip.evaluation.submissions import SUBMISSIONS, submission_rows, write_submission
+
+OPTIONS = ("yes", "no", "maybe")
+
+
+def rows(dataset: str, record_id: str, output: ModelOutput, choices: tuple[str, ...] = ()) -> list[dict[str, object]]:
+    return submission_rows(dataset, [output], [Record(record_id, "question", choices=choices)])
+
+
+def test_rows_of_every_leaderboard() -> None:
+    found = {
+        "vqav2": rows("vqav2", "262148000", ModelOutput("down")),
+        "textvqa": rows("textvqa", "34602", ModelOutput("nokia")),
+        "vizwiz": rows("vizwiz", "VizWiz_test_00000003", ModelOutput("unanswerable")),
+        "nocaps": rows("nocaps", "0", ModelOutput("a baby in a bath")),
+        "visdial": rows("visdial", "185565-10", ModelOutput("no", OPTIONS, (-2.0, -1.0, -2.0)), OPTIONS),
+    }
+    assert found == {
+        "vqav2": [{"question_id": 262148000, "answer": "down"}],
+        "textvqa": [{"question_id": 34602, "answer": "nokia"}],
+        "vizwiz": [{"image": "VizWiz_test_00000003.jpg", "answer": "unanswerable"}],
+        "nocaps": [{"image_id": 0, "caption": "a baby in a bath"}],
+        "visdial": [{"image_id": 185565, "round_id": 10, "ranks": [2, 1, 3]}],
+    }
+    assert found.keys() == SUBMISSIONS.keys()
+
+
+def test_the_file_is_one_json_list_in_the_order_of_the_records(tmp_path: Path) -> None:
+    records = [Record("7", "question"), Record("3", "question")]
+    path = write_submission(tmp_path, "vqav2", [ModelOutput("caf\u00e9"), ModelOutput("2")], records)
+    assert path == tmp_path / "submission.json"
+    assert json.loads(path.read_text(encoding="utf-8")) == [
+        {"question_id": 7, "answer": "caf\u00e9"},
+        {"question_id": 3, "answer": "2"},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("dataset", "ids", "message"),
+    [
+        ("gqa", ["1"], "no leaderboard file is known for gqa; there is one for vqav2, textvqa"),
+        ("vqav2", ["1", "1"], "'1' of vqav2 comes twice"),
+        ("vqav2", ["12a"], "'12a': the leaderboard needs whole numbers"),
+        ("nocaps", [], "needs at least one record"),
+        ("visdial", ["12-1"], "'12-1' has 0 options but 0 scores"),
+    ],
+)
+def test_bad_input_is_told_in_one_line(dataset: str, ids: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        submission_rows(dataset, [ModelOutput("x")] * len(ids), [Record(name, "question") for name in ids])
+
+
+def test_outputs_and_records_must_be_as_many() -> None:
+    with pytest.raises(ValueError, match="1 predictions for 0 records"):
+        submission_rows("vqav2", [ModelOutput("x")], [])
