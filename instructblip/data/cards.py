@@ -51,6 +51,8 @@ Metric = Literal[
     "vizwiz_accuracy",
     "ivqa_accuracy",
     "aokvqa_direct_answer",
+    "aokvqa_multiple_choice",
+    "ocr_vqa_accuracy",
     "cider",
     "auroc",
     "visdial",
