@@ -68,6 +68,7 @@ def write_model(folder: Path, parts: list[str]) -> None:
         qformer=qformer,
         qformer_tokenizer=tokenizer,
         llm=load_llm(config.llm),
+        max_instruction_tokens=config.qformer.max_instruction_tokens,
     ).save_huggingface(folder / "model")
 
 
@@ -94,7 +95,9 @@ def this_code(folder: Path, _: list[str]) -> Work:
 def transformers(folder: Path, _: list[str]) -> Work:
     ours = load_huggingface(folder / "model")  # for its tokenizers and pixels only
     pixels = (pictures()[:, 0] - ours.vision.mean) / ours.vision.std
-    text = ours.qformer_tokenizer(PROMPTS, padding=True, return_tensors="pt")
+    text = ours.qformer_tokenizer(
+        PROMPTS, padding=True, truncation=True, max_length=ours.max_instruction_tokens, return_tensors="pt"
+    )
     rows = [
         (ours.llm.prompt_ids(prompt), ours.llm.target_ids(answer))
         for prompt, answer in zip(PROMPTS, ANSWERS, strict=True)

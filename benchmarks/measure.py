@@ -24,6 +24,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+import instructblip  # noqa: F401  declares what torchvision lacks on CPU, before anything imports it
+
 Work = Callable[[], object]  # a float that it returns is printed, to show that the variants compute the same
 Prepare = Callable[[Path, list[str]], Work]
 

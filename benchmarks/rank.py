@@ -24,7 +24,7 @@ from instructblip.config import TrainConfig
 from instructblip.model.llm import LLM
 from instructblip.model.ranking import rank_candidates
 
-SAMPLES = 2
+SAMPLES = 1
 VISUAL_TOKENS = 32
 QUESTION = "Question: what is the man on the left side of the picture doing with the thing that he holds? Short answer:"
 # Frequent answers to questions about pictures: mostly one or two tokens, some share their beginning.

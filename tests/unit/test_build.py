@@ -248,7 +248,7 @@ def qformer_config(parts: dict[str, str], *overrides: str) -> QFormerConfig:
 
 def test_the_random_stream_of_the_demo(parts: dict[str, str]) -> None:
     """What is new in the demo's Q-Former and projection is drawn as it always was; golden runs depend on it."""
-    config = model_config(parts, "qformer.query_init=normal")
+    config = model_config(parts, "qformer.query_init=normal", "qformer.cross_attention_every=2")
     built = build(config)
     bert = load_file(Path(parts["qformer.sources.path"]) / "model.safetensors")
     torch.manual_seed(config.seed)
