@@ -117,7 +117,9 @@ def test_a_value_that_fits_its_type_but_not_its_place(
 
 def test_a_checkpoint_that_is_not_there(world: World, tmp_path: Path) -> None:
     line = fail(world, "evaluate.py", *world.evaluate, "checkpoint=outputs/train/nowhere", cwd=tmp_path)
-    assert says(line, "outputs/train/nowhere is no run, transformers folder, hub id or .pth file", "give one that is there")
+    assert says(
+        line, "outputs/train/nowhere is no run, transformers folder, hub id or .pth file", "give one that is there"
+    )
 
 
 def test_a_folder_without_a_checkpoint(world: World, finished_run: Path, tmp_path: Path) -> None:
