@@ -87,7 +87,7 @@ def this_code(folder: Path, _: list[str]) -> Work:
         loss = model(images, PROMPTS, ANSWERS)
         mean = loss.total / loss.tokens_per_sample.sum()
         mean.backward()
-        return float(mean)
+        return mean.item()
 
     return work
 
@@ -123,7 +123,7 @@ def transformers(folder: Path, _: list[str]) -> Work:
         model.zero_grad()
         loss = model(**batch).loss
         loss.backward()
-        return float(loss)
+        return loss.item()
 
     return work
 
