@@ -1,10 +1,8 @@
 """What the entry points share: compose with Hydra, validate, hand over, and say errors in one line."""
 
-import difflib
 import re
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NoReturn
 
 import hydra
@@ -15,10 +13,9 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from yaml import YAMLError
 
-from instructblip.config import Schema, unknown_key, valid_keys, validate
+from instructblip.config import CONFIGS, Schema, unknown_choice, unknown_key, valid_keys, validate
 from instructblip.errors import UserError
 
-CONFIGS = Path(__file__).parents[1] / "configs"
 EXIT_USER_ERROR = 2
 
 
@@ -91,11 +88,7 @@ def _explain(error: Exception, schema: Any) -> str:
         return f"{name} is a section; add to it with +{name}.KEY=VALUE" if name in known else unknown_key(name, known)
     choice = re.search(r"Could not find '([^']+)/([^/']+)'", message)
     if choice:
-        folder, wanted = choice.groups()
-        known = sorted(path.stem for path in (CONFIGS / folder).glob("*.yaml"))
-        near = difflib.get_close_matches(wanted, known, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        return f"there is no {folder}={wanted}; {hint}configs/{folder} has: {', '.join(known)}"
+        return unknown_choice(choice[1], choice[2])
     group = re.search(r"Could not override '?([\w/]+)'?\. No match in the defaults list", message)
     if group:
         return unknown_key(group.group(1), valid_keys(schema))

@@ -21,6 +21,8 @@ from instructblip.errors import UserError
 
 Schema = TypeVar("Schema")
 
+CONFIGS = Path(__file__).parents[1] / "configs"
+
 
 @dataclass
 class WheelConfig:
@@ -304,6 +306,14 @@ def unknown_key(key: str, valid: list[str]) -> str:
     section = f"{section}." if any(name.startswith(f"{section}.") for name in valid) else ""
     neighbours = [name for name in valid if name.startswith(section) and "." not in name[len(section) :]]
     return f"unknown configuration key {key}; the keys there are: {', '.join(neighbours)}"
+
+
+def unknown_choice(group: str, wanted: str, configs: Path = CONFIGS) -> str:
+    """The message for a choice of a group that does not exist, naming the nearest one and all that do."""
+    known = sorted(path.stem for path in (configs / group).glob("*.yaml"))
+    near = difflib.get_close_matches(wanted, known, n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    return f"there is no {group}={wanted}; {hint}configs/{group} has: {', '.join(known)}"
 
 
 def valid_keys(schema: Any, prefix: str = "") -> list[str]:

@@ -1,13 +1,21 @@
 """One call for every kind of trained model: our runs, transformers' folders and hub ids, LAVIS's files."""
 
 import dataclasses
-import difflib
 import re
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from instructblip.build import build_model, choose_device, find_checkpoint, load_llm, load_run, warn_aligned
-from instructblip.config import LLMConfig, ModelConfig, QFormerConfig, VisionConfig, read_config, read_model_config
+from instructblip.config import (
+    CONFIGS,
+    LLMConfig,
+    ModelConfig,
+    QFormerConfig,
+    VisionConfig,
+    read_config,
+    read_model_config,
+    unknown_choice,
+)
 from instructblip.errors import UserError
 from instructblip.model.instructblip import InstructBLIP
 from instructblip.weights.assets import Sources, part_folder
@@ -15,7 +23,6 @@ from instructblip.weights.huggingface import is_huggingface_folder, load_hugging
 from instructblip.weights.huggingface import read_config as read_huggingface_config
 from instructblip.weights.lavis import load_lavis, qformer_settings, read_lavis
 
-CONFIGS = Path(__file__).parents[1] / "configs"
 LAVIS_VISION, LAVIS_QFORMER = "eva_vit_g", "blip2"  # names in configs/vision and configs/qformer
 
 # The language models that the released LAVIS files were trained with, by kind and width.
@@ -146,10 +153,7 @@ def part_config(group: str, name: str, schema: type[Section]) -> Section:
     """
     file = CONFIGS / group / f"{name}.yaml"
     if not file.is_file():
-        known = sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise UserError(f"there is no {group}={name}; {hint}configs/{group} has: {', '.join(known)}")
+        raise UserError(unknown_choice(group, name, CONFIGS))
     return read_config(file, schema)
 
 

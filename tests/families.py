@@ -29,8 +29,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from instructblip.cli import CONFIGS
-from instructblip.config import LLMConfig, read_config
+from instructblip.config import CONFIGS, LLMConfig, read_config
 
 WIDTH = 32
 SLIDING_WINDOW = 6  # of the tiny Gemma: shorter than any prompt with its visual tokens

@@ -22,8 +22,7 @@ import hydra
 import torch
 from rich.console import Console
 
-from instructblip.cli import CONFIGS
-from instructblip.config import EvaluateConfig, Schema, TrainConfig, validate
+from instructblip.config import CONFIGS, EvaluateConfig, Schema, TrainConfig, validate
 from instructblip.data.cards import load_card
 from instructblip.data.prepare import prepare_dataset
 from instructblip.evaluation.run import evaluate

@@ -17,8 +17,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
-from rich.text import Text
 
 from instructblip.data.cards import Card, SplitCounts, source_sha256
 from instructblip.data.media import JPEG_QUALITY, MediaError, MediaOptions, read_media, stored_frames
@@ -35,6 +33,7 @@ from instructblip.data.shards import (
 )
 from instructblip.errors import UserError
 from instructblip.files import exclusive, sha256_file, write_json
+from instructblip.progress import progress_bar
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +104,7 @@ class _Job:
 def _prepare_split(job: _Job, split: str, workers: int, progress: bool) -> Path:
     name = f"{job.card.source}/{split}"
     losses = Losses()
-    with _progress_bar(not progress) as bar:
+    with progress_bar("images", show=progress) as bar:
         bar_task = bar.add_task(name, total=job.card.splits[split].images)
         shards = []
         for shard in _convert(_plans(job, split, losses), workers):
@@ -397,17 +396,3 @@ def _check_split(folder: Path) -> list[str]:
             problems.append(f"{path}: shard or index is not the one the manifest lists")
     extra = _foreign_files(folder, {folder / entry["name"] for entry in manifest["shards"]})
     return problems + [f"{path}: not in the manifest" for path in extra]
-
-
-# --- progress --------------------------------------------------------------------------------------------------------
-
-
-class _Rate(ProgressColumn):
-    def render(self, task: Task) -> Text:
-        speed = task.finished_speed or task.speed
-        return Text("- images/s" if speed is None else f"{speed:,.0f} images/s")
-
-
-def _progress_bar(disable: bool) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
-    return Progress(*columns, disable=disable)

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from instructblip.build import build_model, frozen_fingerprints, load_qformer, load_run, load_vision
-from instructblip.cli import CONFIGS
 from instructblip.config import (
+    CONFIGS,
     ModelConfig,
     QFormerConfig,
     SourcesConfig,

@@ -13,8 +13,8 @@ import pytest
 from omegaconf import DictConfig, OmegaConf
 
 import instructblip
-from instructblip.cli import CONFIGS
 from instructblip.config import (
+    CONFIGS,
     EvaluateConfig,
     LLMConfig,
     MixtureConfig,

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from instructblip.build import load_llm
-from instructblip.cli import CONFIGS
+from instructblip.config import CONFIGS
 from instructblip.errors import UserError
 from instructblip.model.frozen import fingerprint
 from instructblip.model.instructblip import InstructBLIP
