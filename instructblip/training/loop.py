@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from instructblip.data.loader import Batch
+from instructblip.data.batching import Batch, Batching, in_order_of_draws
 from instructblip.errors import UserError
 from instructblip.model.instructblip import InstructBLIP, Loss
 from instructblip.training.optim import learning_rate, set_learning_rate
@@ -26,7 +26,7 @@ class Phase:
         name: shown while it runs.
         steps: optimiser steps.
         batch_size: samples a step, over all ranks.
-        micro_batch_size: samples a forward pass.
+        batching: how a rank's share of the batch is cut into forward passes.
         learning_rate, warmup_steps, warmup_learning_rate, final_learning_rate: linear warm-up, then cosine, both within
             the phase.
         new_parts_scale: learning rate of what BERT does not bring (query tokens, cross-attention) as a multiple.
@@ -36,7 +36,7 @@ class Phase:
     name: str
     steps: int
     batch_size: int
-    micro_batch_size: int
+    batching: Batching
     learning_rate: float
     warmup_steps: int
     warmup_learning_rate: float
@@ -79,10 +79,10 @@ def locate(phases: Sequence[Phase], step: int) -> Place:
     raise ValueError(f"step {step} lies beyond the last phase")
 
 
-def micro_batch_positions(
+def rank_positions(
     phases: Sequence[Phase], start_step: int, *, rank: int = 0, world_size: int = 1
-) -> Iterator[tuple[int, list[list[int]]]]:
-    """For each remaining global step, this rank's share of the global batch as lists of positions.
+) -> Iterator[tuple[int, list[int]]]:
+    """For each remaining global step, the positions of this rank's share of the global batch.
 
     Raises:
         ValueError: a global batch does not divide among the ranks.
@@ -93,8 +93,12 @@ def micro_batch_positions(
         if rest:
             raise ValueError(f"a global batch of {place.phase.batch_size} does not divide among {world_size} ranks")
         first = place.position + rank * share
-        size = place.phase.micro_batch_size
-        yield step, [list(range(at, min(at + size, first + share))) for at in range(first, first + share, size)]
+        yield step, list(range(first, first + share))
+
+
+def step_batching(phases: Sequence[Phase], step: int) -> Batching:
+    """How the samples of a global step are cut into forward passes."""
+    return locate(phases, step).phase.batching
 
 
 def total_steps(phases: Iterable[Phase]) -> int:
@@ -143,7 +147,7 @@ def train_step(
         parameter.grad.div_(tokens)  # type: ignore[union-attr]
     norm = nn.utils.clip_grad_norm_(parameters, math.inf if clip_norm is None else clip_norm)
     total = sum(float(loss.total.detach()) for loss in losses) / tokens
-    ids = [sample_id for batch in batches for sample_id in batch.ids]
+    ids = in_order_of_draws(batches)
     if not math.isfinite(total) or not math.isfinite(float(norm)):
         raise UserError(
             f"loss {total} and gradient norm {float(norm)} are not both finite in the batch {', '.join(ids)}; "

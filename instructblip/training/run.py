@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,9 @@ from torch import Tensor
 
 from instructblip.build import build_model, check_frozen, choose_device, frozen_fingerprints, restore_trainable
 from instructblip.config import TrainConfig, check_at_least, differences, read_config, to_dict, to_yaml
+from instructblip.data.batching import Batch, Batching
 from instructblip.data.cards import Card, load_card
-from instructblip.data.loader import Batch, MixtureDataset, TrainingSet, load_batches
+from instructblip.data.loader import MixtureDataset, TrainingSet, load_batches
 from instructblip.data.mixture import Mixture, MixtureEntry, share_table
 from instructblip.data.shards import open_split
 from instructblip.data.templates import load_templates
@@ -41,8 +43,9 @@ from instructblip.training.loop import (
     Place,
     StepResult,
     log_entry,
-    micro_batch_positions,
+    rank_positions,
     run_steps,
+    step_batching,
     total_steps,
 )
 from instructblip.training.meters import MetricsLog, StepTimer, TrainingProgress, draw_curves, training_progress
@@ -250,7 +253,7 @@ def _phases(config: TrainConfig) -> list[Phase]:
             name=phase.name,
             steps=phase.steps,
             batch_size=phase.batch_size,
-            micro_batch_size=phase.micro_batch_size or phase.batch_size,
+            batching=Batching(micro_batch_size=phase.micro_batch_size),
             learning_rate=phase.learning_rate,
             warmup_steps=phase.warmup_steps,
             warmup_learning_rate=phase.warmup_learning_rate,
@@ -272,8 +275,12 @@ def _restore(run: TrainingRun, checkpoint: LoadedCheckpoint) -> int:
 
 def _train_steps(run: TrainingRun, start: int, stop: StopRequest) -> int:
     recipe, steps = run.config.recipe, total_steps(run.phases)
-    positions = micro_batch_positions(run.phases, start)
-    batches = load_batches(run.dataset, positions, workers=run.config.data.workers)
+    batches = load_batches(
+        run.dataset,
+        rank_positions(run.phases, start),
+        batching=partial(step_batching, run.phases),
+        workers=run.config.data.workers,
+    )
     timer = StepTimer()
     timer.start()
     with training_progress(f"training {run.config.name}", steps, first_step=start) as progress:

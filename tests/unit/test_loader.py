@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,14 +13,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from instructblip.data.loader import Batch, MixtureDataset, TrainingSet, collate, load_batches
+from instructblip.data.batching import Batch, Batching, collate
+from instructblip.data.loader import MixtureDataset, TrainingSet, load_batches
 from instructblip.data.mixture import Mixture, MixtureEntry
 from instructblip.data.sample import Record
 from instructblip.data.shards import PreparedSplit, ShardReader, ShardWriter, open_split, shard_path
 from instructblip.data.templates import TemplateSet
 from instructblip.data.transforms import decode_image, squash
 from instructblip.errors import UserError
-from instructblip.training.loop import Phase, micro_batch_positions, total_steps
+from instructblip.training.loop import Phase, rank_positions, step_batching, total_steps
 
 TEMPLATES = TemplateSet("two", "", ("{question}", "Q: {question} A:"))
 IMAGES = 7
@@ -30,7 +32,7 @@ def _phase(steps: int, batch_size: int, micro_batch_size: int) -> Phase:
         name=f"{steps} of {batch_size}",
         steps=steps,
         batch_size=batch_size,
-        micro_batch_size=micro_batch_size,
+        batching=Batching(micro_batch_size=micro_batch_size),
         learning_rate=1.0,
         warmup_steps=0,
         warmup_learning_rate=0.0,
@@ -92,8 +94,8 @@ def _batch_rows(batch: Batch) -> list[Row]:
 
 
 def _load(dataset: MixtureDataset, start: int = 0, workers: int = 0, rank: int = 0, world: int = 1) -> list:
-    positions = micro_batch_positions(PHASES, start, rank=rank, world_size=world)
-    return _rows(load_batches(dataset, positions, workers=workers))
+    positions = rank_positions(PHASES, start, rank=rank, world_size=world)
+    return _rows(load_batches(dataset, positions, batching=partial(step_batching, PHASES), workers=workers))
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +146,7 @@ def test_any_start_is_the_tail_of_the_whole(
 def test_micro_batches_have_their_size(dataset: MixtureDataset) -> None:
     sizes = {
         step: [len(batch.ids) for batch in batches]
-        for step, batches in load_batches(dataset, micro_batch_positions(PHASES, 0))
+        for step, batches in load_batches(dataset, rank_positions(PHASES, 0), batching=partial(step_batching, PHASES))
     }
     assert (sizes[0], sizes[3], sizes[8]) == ([4, 4], [4], [3, 3, 3, 3])
 
@@ -154,12 +156,12 @@ def test_videos_have_their_frames_and_do_not_mix_with_pictures(dataset: MixtureD
     video = image.expand(4, -1, -1, -1)
     assert collate([(sample, video), (sample, video)]).images.shape == (2, 4, 3, 4, 4)
     other = dataclasses.replace(sample, dataset="clips")
-    with pytest.raises(UserError, match=f"one number of frames, but has clips 4, {sample.dataset} 1; train on"):
+    with pytest.raises(UserError, match=f"one number of frames, but has clips 4, {sample.dataset} 1; set"):
         collate([(other, video), (sample, image)])
     assert sample.frames == dataset.sets[0].split.read(*sample.image_location)[0]
 
 
 def test_images_have_one_frame(dataset: MixtureDataset) -> None:
-    _, (batch, *_) = next(load_batches(dataset, micro_batch_positions(PHASES, 0)))
+    _, (batch, *_) = next(load_batches(dataset, rank_positions(PHASES, 0), batching=partial(step_batching, PHASES)))
     assert batch.images.shape == (4, 1, 3, 4, 4)
     assert batch.images.dtype == torch.uint8

@@ -3,12 +3,11 @@
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import chain
 
 import pytest
 import torch
 
-from instructblip.data.loader import Batch
+from instructblip.data.batching import Batch, Batching
 from instructblip.errors import UserError
 from instructblip.model.instructblip import InstructBLIP
 from instructblip.training.loop import (
@@ -17,7 +16,7 @@ from instructblip.training.loop import (
     StepResult,
     locate,
     log_entry,
-    micro_batch_positions,
+    rank_positions,
     run_steps,
     total_steps,
     train_step,
@@ -29,7 +28,7 @@ FIRST = Phase(
     name="first",
     steps=3,
     batch_size=4,
-    micro_batch_size=4,
+    batching=Batching(micro_batch_size=4),
     learning_rate=1e-3,
     warmup_steps=2,
     warmup_learning_rate=1e-8,
@@ -37,7 +36,7 @@ FIRST = Phase(
     new_parts_scale=1.0,
     through_llm=False,
 )
-SECOND = replace(FIRST, name="second", steps=2, batch_size=6, micro_batch_size=4, warmup_steps=0, through_llm=True)
+SECOND = replace(FIRST, name="second", steps=2, batch_size=6, warmup_steps=0, through_llm=True)
 PHASES = (FIRST, SECOND)
 
 INSTRUCTIONS = ["what color?", "is there a red shape in the image?", "shape?", "what shape is in the image?"]
@@ -53,6 +52,7 @@ def _batch(rows: Sequence[int]) -> Batch:
         instructions=[INSTRUCTIONS[row] for row in rows],
         targets=[TARGETS[row] for row in rows],
         images=images[list(rows)],
+        places=list(rows),
     )
 
 
@@ -92,28 +92,27 @@ def test_beyond_the_last_phase() -> None:
 
 
 def test_positions_of_one_rank() -> None:
-    assert list(micro_batch_positions(PHASES, 0)) == [
-        (0, [[0, 1, 2, 3]]),
-        (1, [[4, 5, 6, 7]]),
-        (2, [[8, 9, 10, 11]]),
-        (3, [[12, 13, 14, 15], [16, 17]]),
-        (4, [[18, 19, 20, 21], [22, 23]]),
+    assert list(rank_positions(PHASES, 0)) == [
+        (0, [0, 1, 2, 3]),
+        (1, [4, 5, 6, 7]),
+        (2, [8, 9, 10, 11]),
+        (3, [12, 13, 14, 15, 16, 17]),
+        (4, [18, 19, 20, 21, 22, 23]),
     ]
-    assert list(micro_batch_positions(PHASES, 3)) == list(micro_batch_positions(PHASES, 0))[3:]
-    assert list(micro_batch_positions(PHASES, 5)) == []
+    assert list(rank_positions(PHASES, 3)) == list(rank_positions(PHASES, 0))[3:]
+    assert list(rank_positions(PHASES, 5)) == []
 
 
 def test_positions_of_two_ranks_are_the_halves_of_each_global_batch() -> None:
-    ranks = [list(micro_batch_positions(PHASES, 0, rank=rank, world_size=2)) for rank in range(2)]
-    assert [ranks[0][3], ranks[1][3]] == [(3, [[12, 13, 14]]), (3, [[15, 16, 17]])]
-    joined = [[*first, *second] for (_, first), (_, second) in zip(*ranks, strict=True)]
-    whole = [parts for _, parts in micro_batch_positions(PHASES, 0)]
-    assert [list(chain(*parts)) for parts in joined] == [list(chain(*parts)) for parts in whole]
+    ranks = [list(rank_positions(PHASES, 0, rank=rank, world_size=2)) for rank in range(2)]
+    assert [ranks[0][3], ranks[1][3]] == [(3, [12, 13, 14]), (3, [15, 16, 17])]
+    joined = [(step, [*first, *second]) for (step, first), (_, second) in zip(*ranks, strict=True)]
+    assert joined == list(rank_positions(PHASES, 0))
 
 
 def test_a_batch_that_does_not_divide_among_the_ranks() -> None:
     with pytest.raises(ValueError, match="a global batch of 4 does not divide among 3 ranks"):
-        list(micro_batch_positions(PHASES, 0, world_size=3))
+        list(rank_positions(PHASES, 0, world_size=3))
 
 
 def test_each_phase_has_its_own_schedule() -> None:

@@ -1,0 +1,152 @@
+"""From drawn samples to micro-batches: how one rank's share of a step is cut into forward passes.
+
+The loss is a sum over supervised tokens divided by their number in the global batch, so no cut changes a gradient; it
+decides how much of the language model's work is padding. `fixed` cuts in the order of the draws; `bucketed` puts samples of
+like length together; `packed` does so too, and the model then lays several samples into one row.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from instructblip.data.sample import Sample
+from instructblip.errors import UserError
+
+BATCHINGS = ("fixed", "bucketed", "packed")
+
+Item = tuple[Sample, Tensor]  # a drawn sample and its image tokens (F, P, V) or uint8 pixels (F, 3, H, W)
+Length = Callable[[str, str, int], int]  # (instruction, target, frames) -> tokens of the language model
+
+
+class Batch(NamedTuple):
+    """A micro-batch. `images` holds image tokens (B, F, P, V) when features are cached, else uint8 (B, F, 3, H, W).
+
+    F is 1 for pictures, the number of frames for videos. `places` says where each sample stands in its rank's share of the
+    step, in the order of the draws.
+    """
+
+    ids: list[str]
+    datasets: list[str]
+    instructions: list[str]
+    targets: list[str]
+    images: Tensor
+    places: list[int]
+
+
+@dataclass(frozen=True)
+class Batching:
+    """How a rank's share of a step becomes micro-batches. Goes to worker processes, so `length` must be picklable.
+
+    Attributes:
+        kind: one of `BATCHINGS`.
+        micro_batch_size: samples of a micro-batch, at most; None sets no limit.
+        micro_batch_tokens: language-model tokens of a micro-batch, at most: with the padding that `bucketed` rows need,
+            without any when `packed`. A longer sample comes alone. None sets no limit. Not for `fixed`.
+        length: counts a sample's tokens in the language model; `fixed` needs none.
+
+    Raises:
+        ValueError: an unknown kind, or a kind without what it needs.
+    """
+
+    kind: str = "fixed"
+    micro_batch_size: int | None = None
+    micro_batch_tokens: int | None = None
+    length: Length | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in BATCHINGS:
+            raise ValueError(f"batching is one of {', '.join(BATCHINGS)}, not {self.kind!r}")
+        if self.kind == "fixed" and self.micro_batch_tokens is not None:
+            raise ValueError("a token budget needs batching bucketed or packed")
+        if self.kind != "fixed" and self.length is None:
+            raise ValueError(f"{self.kind} batching needs to know how long a sample is")
+
+    def split(self, items: Sequence[Item]) -> list[Batch]:
+        """Cut the drawn samples of one step, in the order of their draws, into micro-batches.
+
+        `bucketed` and `packed` also keep samples of one number of frames together.
+
+        Raises:
+            UserError: `fixed` put pictures and videos, or videos of different numbers of frames, together.
+        """
+        return [collate([items[place] for place in places], places) for places in self._cut(items)]
+
+    def _cut(self, items: Sequence[Item]) -> Iterator[list[int]]:
+        if self.kind == "fixed":
+            size = self.micro_batch_size or max(len(items), 1)
+            yield from (list(range(at, min(at + size, len(items)))) for at in range(0, len(items), size))
+            return
+        frames, lengths = [len(image) for _, image in items], [self._length(item) for item in items]
+        group: list[int] = []
+        # The longest first: what does not fit into memory fails in the first pass of a step, not somewhere in the run.
+        for place in sorted(range(len(items)), key=lambda place: (-frames[place], -lengths[place], place)):
+            if group and (frames[place] != frames[group[0]] or not self._fits([lengths[k] for k in (*group, place)])):
+                yield group
+                group = []
+            group.append(place)
+        if group:
+            yield group
+
+    def _fits(self, lengths: list[int]) -> bool:
+        if self.micro_batch_size is not None and len(lengths) > self.micro_batch_size:
+            return False
+        tokens = sum(lengths) if self.kind == "packed" else len(lengths) * max(lengths)
+        return self.micro_batch_tokens is None or tokens <= self.micro_batch_tokens
+
+    def _length(self, item: Item) -> int:
+        assert self.length is not None
+        sample, image = item
+        return self.length(sample.instruction, sample.target or "", len(image))
+
+
+def collate(items: Sequence[Item], places: Sequence[int] | None = None) -> Batch:
+    """Stack drawn samples into a batch; `places` are theirs in the rank's share, by default 0, 1, 2, ...
+
+    Raises:
+        UserError: pictures and videos, or videos of different numbers of frames, together.
+    """
+    samples = [sample for sample, _ in items]
+    if len({len(image) for _, image in items}) > 1:
+        frames = {sample.dataset: len(image) for sample, image in items}
+        found = ", ".join(f"{name} {count}" for name, count in sorted(frames.items()))
+        raise UserError(
+            f"a micro-batch needs one number of frames, but has {found}; "
+            "set recipe.phases[].batching=bucketed or packed, which keep pictures and videos apart"
+        )
+    return Batch(
+        ids=[sample.id for sample in samples],
+        datasets=[sample.dataset for sample in samples],
+        instructions=[sample.instruction for sample in samples],
+        targets=[sample.target or "" for sample in samples],
+        images=torch.stack([image for _, image in items]),
+        places=list(range(len(items)) if places is None else places),
+    )
+
+
+def split_further(batches: Sequence[Batch], count: int) -> list[Batch]:
+    """Halve the largest micro-batches until there are `count`: ranks that compute in step need equally many.
+
+    Raises:
+        ValueError: more micro-batches than samples.
+    """
+    parts = list(batches)
+    while len(parts) < count:
+        at = max(range(len(parts)), key=lambda number: (len(parts[number].ids), -number))
+        middle = len(parts[at].ids) // 2
+        if not middle:
+            raise ValueError(f"{len(parts)} samples do not make {count} micro-batches")
+        parts[at : at + 1] = [_rows(parts[at], slice(middle)), _rows(parts[at], slice(middle, None))]
+    return parts
+
+
+def _rows(batch: Batch, rows: slice) -> Batch:
+    return Batch(*(column[rows] for column in batch))
+
+
+def in_order_of_draws(batches: Sequence[Batch]) -> list[str]:
+    """The ids of a step's samples in the order of their draws, however they were cut."""
+    placed = [pair for batch in batches for pair in zip(batch.places, batch.ids, strict=True)]
+    return [sample_id for _, sample_id in sorted(placed, key=lambda pair: pair[0])]
