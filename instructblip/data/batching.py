@@ -143,7 +143,14 @@ def split_further(batches: Sequence[Batch], count: int) -> list[Batch]:
 
 
 def _rows(batch: Batch, rows: slice) -> Batch:
-    return Batch(*(column[rows] for column in batch))
+    return Batch(
+        ids=batch.ids[rows],
+        datasets=batch.datasets[rows],
+        instructions=batch.instructions[rows],
+        targets=batch.targets[rows],
+        images=batch.images[rows],
+        places=batch.places[rows],
+    )
 
 
 def in_order_of_draws(batches: Sequence[Batch]) -> list[str]:
