@@ -22,7 +22,7 @@ from instructblip.errors import UserError
 from instructblip.evaluation.metrics import accuracy
 from instructblip.evaluation.metrics.accuracy import normalize_answer
 from instructblip.evaluation.protocol import EvaluationSample, Task, as_json
-from instructblip.evaluation.statistics import accuracy_interval
+from instructblip.evaluation.statistics import score_interval
 from instructblip.files import is_disk_full, write_atomically
 from instructblip.model.instructblip import InstructBLIP
 from instructblip.progress import progress_bar
@@ -186,7 +186,7 @@ def _best_class(classes: Sequence[str], scores: Tensor) -> str:
 def _score(task: Task, predictions: tuple[Prediction, ...], folder: Path | None, seconds: float) -> TaskResult:
     answers = [sample.record.answers for sample in task.samples]
     score = accuracy([item.prediction for item in predictions], answers, normalize=task.protocol.mode == "generate")
-    low, high = accuracy_interval(score.per_sample, [sample.image_key for sample in task.samples])
+    low, high = score_interval(score, [sample.image_key for sample in task.samples])
     correct = tuple(value > 0 for value in score.per_sample)
     if folder is not None:
         lines = [

@@ -6,12 +6,21 @@ import numpy as np
 import pytest
 
 from instructblip.evaluation import statistics
+from instructblip.evaluation.metrics import auroc, cider, visdial
+from instructblip.evaluation.metrics.score import Score, mean_score
 from instructblip.evaluation.statistics import (
-    accuracy_interval,
+    MCNEMAR,
+    PERMUTATION,
     bootstrap_interval,
     clustered_bootstrap_interval,
+    compare_paired,
+    score_interval,
     wilson_interval,
 )
+
+
+def accuracy_of(values: list[float]) -> Score:
+    return mean_score(values, metric="accuracy")
 
 
 @pytest.mark.parametrize(
@@ -81,18 +90,144 @@ def test_clusters_need_not_be_neighbours_and_larger_ones_weigh_more() -> None:
     assert clustered_bootstrap_interval(values, clusters) == (0.0, 100.0)
 
 
-def test_accuracy_interval_has_a_width_where_all_are_right_or_wrong() -> None:
-    low, high = accuracy_interval([100.0] * 40, [number // 2 for number in range(40)])
+# --- the interval of a score -----------------------------------------------------------------------------------------
+
+
+def test_interval_has_a_width_where_all_are_right_or_wrong() -> None:
+    low, high = score_interval(accuracy_of([100.0] * 40), [number // 2 for number in range(40)])
     assert high == 100.0
     assert low == pytest.approx(100 - 16.11, abs=0.01)  # 20 images, not 40 questions
-    assert accuracy_interval([0.0] * 20, range(20)) == pytest.approx((0.0, 16.11), abs=0.01)
+    assert score_interval(accuracy_of([0.0] * 20), range(20)) == pytest.approx((0.0, 16.11), abs=0.01)
+    all_first = visdial([[0.0, -1.0]] * 20, [0] * 20)
+    assert score_interval(all_first, range(20)) == pytest.approx((100 - 16.11, 100.0), abs=0.01)
 
 
-def test_accuracy_interval_otherwise_resamples_images() -> None:
-    values, clusters = [100.0, 0.0, 100.0, 100.0] * 10, list(range(20)) * 2
-    assert accuracy_interval(values, clusters) == clustered_bootstrap_interval(values, clusters)
-    with pytest.raises(ValueError, match="0 or 100"):
-        accuracy_interval([0.5, 1.0], [0, 1])
+def test_interval_of_a_mean_resamples_images_on_the_tables_scale() -> None:
+    values, clusters = [100.0, 0.0, 30.0, 60.0] * 10, list(range(20)) * 2
+    assert score_interval(accuracy_of(values), clusters) == clustered_bootstrap_interval(values, clusters)
+    fractions = mean_score([value / 100 for value in values], metric="m", table_factor=100)
+    assert score_interval(fractions, clusters) == pytest.approx(clustered_bootstrap_interval(values, clusters))
+
+
+def test_samples_that_a_metric_leaves_out_do_not_count_as_images() -> None:
+    score = mean_score([100.0, 0.0, 100.0], metric="m", scored=(0, 2, 3))
+    assert score_interval(score, ["a", "left out", "b", "a"]) == clustered_bootstrap_interval(
+        [100.0, 0.0, 100.0], ["a", "b", "a"]
+    )
+
+
+def test_auroc_is_computed_anew_on_each_resample() -> None:
+    generator = np.random.default_rng(7)
+    labels = generator.integers(2, size=60)
+    probabilities = np.round(np.clip(generator.normal(0.4 + 0.2 * labels, 0.2), 0, 1), 1)  # many ties
+    score = auroc(probabilities.tolist(), labels.tolist())
+    assert score.resampled is not None
+    times = generator.multinomial(60, np.full(60, 1 / 60), size=50)
+    expected = [auroc(np.repeat(probabilities, row).tolist(), np.repeat(labels, row).tolist()).value for row in times]
+    assert score.resampled(times) == pytest.approx(expected)
+    low, high = score_interval(score, range(60))
+    assert low < 100 * score.value < high
+    # The standard error of DeLong, DeLong and Clarke-Pearson (1988), from the placement values.
+    placements = np.array(score.per_sample)
+    variance = sum(placements[labels == label].var(ddof=1) / (labels == label).sum() for label in (0, 1))
+    assert high - low == pytest.approx(100 * 2 * 1.96 * math.sqrt(variance), rel=0.1)
+
+
+def test_a_resample_of_one_class_is_left_out_of_aurocs_interval() -> None:
+    score = auroc([0.1, 0.7, 0.4, 0.9], [0, 1, 1, 0])
+    assert score.resampled is not None
+    assert np.isnan(score.resampled(np.array([[0, 2, 2, 0], [1, 1, 1, 1]]))).tolist() == [True, False]
+    low, high = score_interval(score, range(4))
+    assert (low, high) == (0.0, 100.0)
+
+
+def captions(images: int) -> tuple[list[str], list[list[str]]]:
+    """Captions of rare and common words, of which a model gets some right."""
+    generator = np.random.default_rng(8)
+    words = np.array([f"w{number}" for number in range(400)])
+    frequency = 1 / np.arange(1, 401)
+    references, predictions = [], []
+    for _ in range(images):
+        truth = generator.choice(words, size=9, p=frequency / frequency.sum())
+        given = [np.where(generator.random(9) < 0.7, truth, generator.choice(words, 9)) for _ in range(5)]
+        references.append([" ".join(text) for text in given])
+        predictions.append(" ".join(np.where(generator.random(9) < 0.5, truth, generator.choice(words, 9))))
+    return predictions, references
+
+
+def test_ciders_interval_holds_word_weights_and_is_as_wide_as_with_new_ones() -> None:
+    predictions, references = captions(120)
+    score = cider(predictions, references, tokenizer="python")
+    low, high = score_interval(score, range(120))
+    assert low < score.table_value < high
+    generator = np.random.default_rng(9)
+    anew = []
+    for _ in range(60):
+        drawn = generator.integers(120, size=120)
+        anew.append(
+            cider([predictions[n] for n in drawn], [references[n] for n in drawn], tokenizer="python").table_value
+        )
+    assert np.mean(anew) < score.table_value  # doubled images make their words common
+    assert 3.92 * np.std(anew) == pytest.approx(high - low, rel=0.25)
+
+
+def test_visdials_ndcg_is_resampled_by_dialog() -> None:
+    generator = np.random.default_rng(10)
+    scores = generator.normal(size=(40, 6)).tolist()
+    relevance = [generator.random(6).tolist() if number % 2 else None for number in range(40)]
+    score = visdial(scores, generator.integers(6, size=40).tolist(), relevance)
+    ndcg = score.parts["ndcg"]
+    assert ndcg.value == score.details["ndcg"]
+    assert ndcg.scored == tuple(range(1, 40, 2))
+    low, high = score_interval(ndcg, [number // 2 for number in range(40)])
+    assert low < ndcg.table_value < high
+    assert score.parts["r@1"].value == score.details["r@1"]
+
+
+# --- two runs --------------------------------------------------------------------------------------------------------
+
+
+def test_mcnemar_meets_a_published_example() -> None:
+    # Fay, "Exact McNemar's test and matching confidence intervals" (R package exact2x2): 9 against 2 discordant pairs of
+    # 101, p = 0.0654.
+    first = [100.0] * 80 + [0.0] * 10 + [100.0] * 2 + [0.0] * 9
+    second = [100.0] * 80 + [0.0] * 10 + [0.0] * 2 + [100.0] * 9
+    found = compare_paired(first, second, range(101))
+    assert (found.test, found.p) == (MCNEMAR, pytest.approx(0.0654, abs=5e-5))
+    assert found.difference == pytest.approx(700 / 101)
+    assert found.low < found.difference < found.high
+    back = compare_paired(second, first, range(101))
+    assert (back.p, back.difference) == (found.p, -found.difference)
+
+
+def test_equal_runs_do_not_differ() -> None:
+    same = [30.0, 60.0, 0.0, 100.0]
+    found = compare_paired(same, same, range(4))
+    assert (found.difference, found.low, found.high, found.p) == (0.0, 0.0, 0.0, 1.0)
+    assert compare_paired([0.0, 100.0], [0.0, 100.0], range(2)).p == 1.0
+
+
+def test_few_differing_images_are_permuted_exactly() -> None:
+    first, second = [0.0, 10.0, 20.0, 5.0], [30.0, 10.0, 50.0, 5.0]
+    found = compare_paired(first, second, range(4))
+    assert (found.test, found.p) == (PERMUTATION, 0.5)  # of ++, +-, -+, -- two are as far from 0
+    assert compare_paired([0.0] * 6, [1.0, 2.0, 3.0, 4.0, 5.0, 6.0], range(6)).p == 2 / 2**6
+
+
+def test_questions_of_one_image_are_one_piece_of_evidence() -> None:
+    first, second = [0.0] * 40, [100.0] * 40
+    assert compare_paired(first, second, range(40)).p < 1e-10
+    clustered = compare_paired(first, second, [number // 10 for number in range(40)])
+    assert (clustered.test, clustered.p) == (PERMUTATION, 2 / 2**4)
+
+
+def test_p_of_runs_that_are_equally_good_is_uniform() -> None:
+    generator = np.random.default_rng(11)
+    small = 0
+    for _ in range(60):
+        first, second = generator.random((2, 50)).round(1).tolist()
+        small += compare_paired(first, second, range(50)).p < 0.2
+    assert 4 <= small <= 22
 
 
 def test_empty_and_uneven_input_is_refused() -> None:
@@ -103,4 +238,6 @@ def test_empty_and_uneven_input_is_refused() -> None:
     with pytest.raises(ValueError):
         clustered_bootstrap_interval([1.0, 2.0], ["a"])
     with pytest.raises(ValueError):
-        accuracy_interval([100.0, 100.0], ["a"])
+        score_interval(accuracy_of([100.0, 100.0]), ["a"])
+    with pytest.raises(ValueError):
+        compare_paired([1.0], [2.0, 3.0], ["a"])

@@ -1,6 +1,7 @@
 """Area under the ROC curve, for HatefulMemes."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -42,12 +43,26 @@ def auroc(probabilities: Sequence[float], labels: Sequence[int]) -> Score:
     per_sample[positive] = wins / (~positive).sum()
     per_sample[~positive] = 1 - _wins(values[~positive], values[positive]) / positive.sum()
     value = float(wins.sum() / (positive.sum() * (~positive).sum()))
-    return Score(value, tuple(per_sample.tolist()), len(per_sample), table_factor=100)
+    resampled = partial(_resampled, values, positive)
+    return Score(value, tuple(per_sample.tolist()), len(per_sample), table_factor=100, resampled=resampled)
 
 
 def probability_of_class(log_likelihoods: Sequence[Sequence[float]], index: int = 1) -> list[float]:
     """Softmax over each sample's class log-likelihoods (nats), in float64: the probability of class `index`."""
     return [float(torch.tensor(row, dtype=torch.float64).softmax(0)[index]) for row in log_likelihoods]
+
+
+def _resampled(values: Floats, positive: NDArray[np.bool_], times: NDArray[np.int64]) -> Floats:
+    """AUROC of each resample [resamples]; NaN for one that has samples of one class only."""
+    order = np.argsort(values, kind="stable")
+    first_of_equals = np.flatnonzero(np.r_[True, np.diff(values[order]) > 0])
+    ordered, is_positive = times[:, order], positive[order]
+    ups = np.add.reduceat(ordered * is_positive, first_of_equals, axis=1)  # [resamples, different values]
+    downs = np.add.reduceat(ordered * ~is_positive, first_of_equals, axis=1)
+    below = downs.cumsum(axis=1) - downs / 2
+    pairs = ups.sum(axis=1) * downs.sum(axis=1)
+    with np.errstate(invalid="ignore"):
+        return (ups * below).sum(axis=1) / np.where(pairs > 0, pairs, np.nan)
 
 
 def _wins(values: Floats, others: Floats) -> Floats:

@@ -50,7 +50,7 @@ def cider(
         tokenizer: `java` (exact), `python` (see `ptb`), or `auto`: `java` where it can run, else `python`.
             `details["tokenizer"]` names the one used.
         groups: of each image, such as NoCaps' domains: `details["groups"]` has each group's CIDEr with its own word
-            weights. Whether NoCaps' server does so is not public; LAVIS does.
+            weights, `parts` the same with a value an image. Whether NoCaps' server does so is not public; LAVIS does.
 
     Raises:
         ValueError: different lengths, no images, an image without references, or an unknown tokenizer.
@@ -71,9 +71,10 @@ def cider(
     details |= {f"Bleu_{n}": value for n, (value, _) in enumerate(bleu(hypotheses, given_words), start=1)}
     details["ROUGE_L"] = sum(rouge_l(texts, given_texts)) / len(predictions)
     details["METEOR"] = java.meteor(texts, given_texts)[0] if name == "java" else None
+    parts = {} if groups is None else _cider_of_groups(hypotheses, given_words, groups)
     if groups is not None:
-        details["groups"] = _cider_of_groups(hypotheses, given_words, groups)
-    return mean_score(cider_d(hypotheses, given_words), metric="CIDEr", table_factor=100, details=details)
+        details["groups"] = {name: {"CIDEr": part.value, "count": part.count} for name, part in parts.items()}
+    return mean_score(cider_d(hypotheses, given_words), metric="CIDEr", table_factor=100, details=details, parts=parts)
 
 
 def cider_d(hypotheses: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -> list[float]:
@@ -150,13 +151,13 @@ class _TfIdf:
 
 def _cider_of_groups(
     hypotheses: Sequence[Tokens], references: Sequence[Sequence[Tokens]], groups: Sequence[Hashable]
-) -> dict[str, dict[str, float]]:
+) -> dict[str, Score]:
     same_length("groups", hypotheses, groups)
     found = {}
     for group in dict.fromkeys(groups):
         members = [number for number, name in enumerate(groups) if name == group]
         scores = cider_d([hypotheses[number] for number in members], [references[number] for number in members])
-        found[str(group)] = {"CIDEr": sum(scores) / len(scores), "count": len(scores)}
+        found[str(group)] = mean_score(scores, metric="CIDEr", table_factor=100, scored=tuple(members))
     return found
 
 

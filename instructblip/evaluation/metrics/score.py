@@ -1,8 +1,13 @@
 """What every metric returns, and the checks that every metric makes of its input."""
 
-from collections.abc import Hashable, Mapping, Sequence, Sized
+from collections.abc import Callable, Hashable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Resampled = Callable[[NDArray[np.int64]], NDArray[np.float64]]
 
 
 @dataclass(frozen=True)
@@ -12,11 +17,14 @@ class Score:
     Attributes:
         value: the score of the whole set, in the scale that the metric's docstring states.
         per_sample: the score of each scored sample in the order of the predictions, in the same scale. Their mean is the
-            value.
+            value, unless `resampled` is given.
         count: number of samples scored.
         scored: positions among the predictions of the samples in `per_sample`, where a metric leaves some out; None: all.
         table_factor: times this, the value is as papers print it (CIDEr 1.231 -> 123.1); 1 where it already is.
         details: what else the scorer says (other metrics, the variant or tokenizer used), ready for JSON.
+        parts: further scores of these samples, or of some of them, that have a value a sample of their own.
+        resampled: for a metric that is no mean over samples: times[resamples, samples], how often each sample of
+            `per_sample` is drawn, to the value of each resample; NaN where it is not defined.
     """
 
     value: float
@@ -25,6 +33,8 @@ class Score:
     scored: tuple[int, ...] | None = None
     table_factor: float = 1.0
     details: Mapping[str, Any] = field(default_factory=dict)
+    parts: "Mapping[str, Score]" = field(default_factory=dict)
+    resampled: Resampled | None = field(default=None, compare=False)
 
     @property
     def table_value(self) -> float:

@@ -18,7 +18,8 @@ def visdial(
     Das et al., "Visual Dialog", CVPR 2017, and the challenge's starter code. R@k and NDCG are between 0 and 1, higher is
     better; the mean rank counts from 1, lower is better. NDCG is the mean over the rounds that have relevances (one a
     dialog), of dcg / best dcg over the first k options, k the number of options with relevance above 0, and discount
-    1 / log2(rank + 1). Equal scores rank in the order of the options (in the starter code: in no stated order).
+    1 / log2(rank + 1). Equal scores rank in the order of the options (in the starter code: in no stated order). `parts` has
+    R@k and NDCG with a value a round.
 
     Args:
         scores: of the options of each round; higher is better, such as log-likelihoods.
@@ -32,8 +33,7 @@ def visdial(
     same_length("labels", scores, labels)
     relevances = [None] * len(scores) if relevance is None else relevance
     same_length("lists of relevances", scores, relevances)
-    ranks = []
-    gains = []
+    ranks, gains, annotated = [], [], []
     for number, (row, label, relevant) in enumerate(zip(scores, labels, relevances, strict=True)):
         order = _order(row, number)
         if not 0 <= label < len(row):
@@ -41,13 +41,21 @@ def visdial(
         ranks.append(order.index(label) + 1)
         if relevant is not None:
             gains.append(_ndcg(order, relevant, number))
+            annotated.append(number)
     details: dict[str, float | int | None] = {
         f"r@{k}": sum(rank <= k for rank in ranks) / max(1, len(ranks)) for k in _RECALL_AT
     }
     details["mean_rank"] = sum(ranks) / max(1, len(ranks))
     details["ndcg"] = sum(gains) / len(gains) if gains else None
     details["ndcg_count"] = len(gains)
-    return mean_score([1 / rank for rank in ranks], metric="VisDial", table_factor=100, details=details)
+    parts = {
+        f"r@{k}": mean_score([float(rank <= k) for rank in ranks], metric="VisDial", table_factor=100)
+        for k in _RECALL_AT
+        if ranks
+    }
+    if gains:
+        parts["ndcg"] = mean_score(gains, metric="NDCG", table_factor=100, scored=tuple(annotated))
+    return mean_score([1 / rank for rank in ranks], metric="VisDial", table_factor=100, details=details, parts=parts)
 
 
 def option_ranks(scores: Sequence[float]) -> list[int]:
