@@ -49,6 +49,21 @@ def test_golden_sequence() -> None:
     assert _small().draw(10_000_000) == (10_000_000, 0, 409_623, 0)
 
 
+def test_golden_draws_of_the_demo() -> None:
+    """The demo's published figures were measured with these draws: (dataset, epoch, record) by position, seed 0."""
+    sizes = {"present": 4623, "absent": 20924, "shape": 4497, "color": 4632}
+    mixture = Mixture([MixtureEntry(name, size) for name, size in sizes.items()], seed=0)
+    expected = [
+        (1, 11281), (1, 19081), (2, 3611), (3, 173), (3, 3405), (2, 1348), (2, 2089), (3, 4511), (3, 718), (1, 9638),
+        (0, 4576), (0, 635), (1, 1366), (1, 16467), (3, 1975), (2, 1781), (1, 13915), (3, 4187), (3, 1333), (3, 236),
+        (1, 17065), (1, 12844), (3, 4412), (1, 1476), (1, 13419), (1, 7616), (3, 2594), (1, 18274), (2, 2077), (0, 344),
+        (3, 4077), (3, 1003), (3, 1187), (3, 3695), (2, 1296), (0, 1177), (0, 943), (3, 162), (2, 4113), (1, 993),
+        (1, 1214), (1, 20336), (3, 4241), (1, 11510), (1, 907), (1, 1989), (3, 1128), (2, 836), (2, 332), (3, 973),
+    ]  # fmt: skip
+    assert _draws(mixture, range(50)) == [Draw(i, dataset, 0, record) for i, (dataset, record) in enumerate(expected)]
+    assert _draws(mixture, range(31198, 31200)) == [(31198, 1, 0, 7742), (31199, 3, 1, 741)]
+
+
 def test_order_of_access_does_not_matter() -> None:
     forward = _draws(_small(), range(2000))
     backward = _small()
