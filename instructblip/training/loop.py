@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from instructblip.data.batching import Batch, Batching, in_order_of_draws
+from instructblip.data.batching import Batch, Batching, in_order_of_draws, split_further
 from instructblip.errors import UserError
 from instructblip.model.instructblip import InstructBLIP, Loss
 from instructblip.training.optim import learning_rate, set_learning_rate
+from instructblip.training.parallel import Execution
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Phase:
             the phase.
         new_parts_scale: learning rate of what BERT does not bring (query tokens, cross-attention) as a multiple.
         through_llm: False trains on the alignment loss, which skips the LLM's layers.
+        plateau_steps: None is a cosine of every step; a number is the released code's staircase of so long plateaus.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Phase:
     final_learning_rate: float
     new_parts_scale: float
     through_llm: bool
+    plateau_steps: int | None = None
 
     def rate(self, step: int) -> float:
         """Learning rate at a step of this phase."""
@@ -53,6 +56,7 @@ class Phase:
             warmup_steps=self.warmup_steps,
             start=self.warmup_learning_rate,
             final=self.final_learning_rate,
+            plateau_steps=self.plateau_steps,
         )
 
 
@@ -107,7 +111,16 @@ def total_steps(phases: Iterable[Phase]) -> int:
 
 
 class StepResult(NamedTuple):
-    """What one optimiser step saw: mean loss (nats a supervised token), the same by dataset, gradient norm, sizes."""
+    """What one optimiser step saw, over all ranks.
+
+    Attributes:
+        loss: mean over supervised tokens, nats; `loss_by_dataset` the same for each.
+        grad_norm: before clipping.
+        samples, tokens: trained on; tokens are supervised ones.
+        ids: of the samples, in the order of their positions.
+        skipped: the loss or the gradient was not finite, and the weights are as they were.
+        stop_signal: of the ranks that were asked to stop, the largest number of a signal; else 0.
+    """
 
     loss: float
     loss_by_dataset: dict[str, float]
@@ -115,6 +128,11 @@ class StepResult(NamedTuple):
     samples: int
     tokens: int
     ids: list[str]
+    skipped: bool = False
+    stop_signal: int = 0
+
+
+_ALONE = Execution()
 
 
 def train_step(
@@ -126,39 +144,59 @@ def train_step(
     rate: float,
     new_parts_scale: float = 1.0,
     clip_norm: float | None,
+    execution: Execution = _ALONE,
 ) -> StepResult:
-    """One optimiser step over the micro-batches of a global batch.
+    """One optimiser step over a global batch, of which `batches` are this rank's micro-batches.
 
-    The loss is a sum over supervised tokens divided by their number in the global batch: micro-batches only add up, so any
-    split of the batch gives the same gradient.
+    The loss is a sum over supervised tokens divided by their number in the global batch: micro-batches and ranks only add
+    up, so any split of the batch gives the same gradient.
 
     Raises:
-        UserError: the loss or the gradient is not finite; the weights are as they were, the samples are named.
+        UserError: the loss or the gradient is not finite, and is not to be skipped; the weights are as they were, the
+            samples are named. Another rank is lost.
     """
     optimizer.zero_grad()
-    losses = []
-    for batch in batches:
-        loss = model(batch.images, batch.instructions, batch.targets, through_llm=through_llm)
-        loss.total.backward()
-        losses.append(loss)
-    tokens = int(sum(loss.tokens_per_sample.sum() for loss in losses))
+    processes = execution.processes
+    if execution.equal_passes:
+        batches = split_further(batches, max(processes.gather(len(batches))))
+    with processes.watched():
+        losses = _backward(model, batches, execution, through_llm=through_llm)
+    result = _result(processes.gather(_report(batches, losses, execution.stop_signal())))
     parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
     for parameter in parameters:
-        parameter.grad.div_(tokens)  # type: ignore[union-attr]
-    norm = nn.utils.clip_grad_norm_(parameters, math.inf if clip_norm is None else clip_norm)
-    total = sum(float(loss.total.detach()) for loss in losses) / tokens
-    ids = in_order_of_draws(batches)
-    if not math.isfinite(total) or not math.isfinite(float(norm)):
+        parameter.grad.div_(result.tokens)  # type: ignore[union-attr]
+    norm = float(nn.utils.clip_grad_norm_(parameters, math.inf if clip_norm is None else clip_norm))
+    result = result._replace(grad_norm=norm)
+    if not math.isfinite(result.loss) or not math.isfinite(norm):
+        if execution.skip_non_finite:
+            return result._replace(skipped=True)
         raise UserError(
-            f"loss {total} and gradient norm {float(norm)} are not both finite in the batch {', '.join(ids)}; "
-            "lower recipe.phases[].learning_rate or look at these samples"
+            f"{what_is_not_finite(result)}; lower recipe.phases[].learning_rate, look at these samples, "
+            "or set recipe.non_finite=skip"
         )
     set_learning_rate(optimizer, rate, new_parts_scale)
     optimizer.step()
-    return StepResult(total, _by_dataset(batches, losses), float(norm), len(ids), tokens, ids)
+    return result
 
 
-def _by_dataset(batches: Sequence[Batch], losses: Sequence[Loss]) -> dict[str, float]:
+def what_is_not_finite(result: StepResult) -> str:
+    """A line that names a step's samples."""
+    ids = ", ".join(result.ids)
+    return f"loss {result.loss} and gradient norm {result.grad_norm} are not both finite in the batch {ids}"
+
+
+def _backward(model: InstructBLIP, batches: Sequence[Batch], execution: Execution, *, through_llm: bool) -> list[Loss]:
+    losses = []
+    for number, batch in enumerate(batches, start=1):
+        with execution.accumulate(last=number == len(batches)):
+            loss = execution.forward(model, batch.images, batch.instructions, batch.targets, through_llm=through_llm)
+            loss.total.backward()
+        losses.append(loss)
+    return losses
+
+
+def _report(batches: Sequence[Batch], losses: Sequence[Loss], stop_signal: int) -> dict[str, Any]:
+    """What a rank tells the others of its micro-batches: sums, which add up."""
     sums: dict[str, float] = {}
     counts: dict[str, int] = {}
     for batch, loss in zip(batches, losses, strict=True):
@@ -166,7 +204,31 @@ def _by_dataset(batches: Sequence[Batch], losses: Sequence[Loss]) -> dict[str, f
         for dataset, value, tokens in rows:
             sums[dataset] = sums.get(dataset, 0.0) + value
             counts[dataset] = counts.get(dataset, 0) + tokens
-    return {dataset: sums[dataset] / counts[dataset] for dataset in sorted(sums)}
+    return {
+        "loss": sum(float(loss.total.detach()) for loss in losses),
+        "tokens": sum(counts.values()),
+        "sums": sums,
+        "counts": counts,
+        "ids": in_order_of_draws(batches),
+        "stop_signal": stop_signal,
+    }
+
+
+def _result(reports: Sequence[dict[str, Any]]) -> StepResult:
+    tokens = sum(report["tokens"] for report in reports)
+    names = sorted({name for report in reports for name in report["sums"]})
+    sums = {name: sum(report["sums"].get(name, 0.0) for report in reports) for name in names}
+    counts = {name: sum(report["counts"].get(name, 0) for report in reports) for name in names}
+    ids = [sample_id for report in reports for sample_id in report["ids"]]
+    return StepResult(
+        loss=sum(report["loss"] for report in reports) / tokens,
+        loss_by_dataset={name: sums[name] / counts[name] for name in names},
+        grad_norm=math.nan,
+        samples=len(ids),
+        tokens=tokens,
+        ids=ids,
+        stop_signal=max(report["stop_signal"] for report in reports),
+    )
 
 
 def run_steps(
@@ -179,19 +241,20 @@ def run_steps(
     seed: int,
     clip_norm: float | None,
     after_step: Callable[[int, Place, float, StepResult], bool],
+    execution: Execution = _ALONE,
 ) -> int:
     """Train over `batches`, (global step, micro-batches) pairs; return the number of steps taken in the whole run.
 
     Args:
         start_step: steps taken before.
-        seed: dropout's random stream is made anew from (seed, step), so a resumed run draws the same.
+        seed: dropout's random stream is made anew from (seed, step, rank), so a resumed run draws the same.
         after_step: called after each step with (global step, place, learning rate, result); True ends the loop.
     """
     model.train()
     done = start_step
     for step, micro_batches in batches:
         place = locate(phases, step)
-        torch.manual_seed(_step_seed(seed, step))
+        torch.manual_seed(_step_seed(seed, step, execution.processes.rank))
         rate = place.phase.rate(place.step)
         result = train_step(
             model,
@@ -201,6 +264,7 @@ def run_steps(
             rate=rate,
             new_parts_scale=place.phase.new_parts_scale,
             clip_norm=clip_norm,
+            execution=execution,
         )
         done = step + 1
         if after_step(step, place, rate, result):
@@ -208,8 +272,8 @@ def run_steps(
     return done
 
 
-def _step_seed(seed: int, step: int) -> int:
-    return (seed * 1_000_003 + step) % 2**63
+def _step_seed(seed: int, step: int, rank: int) -> int:
+    return (seed * 1_000_003 + step + rank * 2**40) % 2**63
 
 
 def log_entry(step: int, place: Place, rate: float, result: StepResult, speed: dict[str, float]) -> dict[str, Any]:

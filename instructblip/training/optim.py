@@ -33,8 +33,26 @@ def make_adamw(
     return torch.optim.AdamW(options, lr=0.0, betas=(betas[0], betas[1]), fused=True)
 
 
-def learning_rate(step: int, *, steps: int, peak: float, warmup_steps: int, start: float, final: float) -> float:
-    """Learning rate of a step: linear from `start` to `peak` over the warm-up, then a per-step cosine to `final`."""
+def learning_rate(
+    step: int,
+    *,
+    steps: int,
+    peak: float,
+    warmup_steps: int,
+    start: float,
+    final: float,
+    plateau_steps: int | None = None,
+) -> float:
+    """Learning rate of a step: linear from `start` to `peak` over the warm-up, then a per-step cosine to `final`.
+
+    With `plateau_steps` it is what the released code computes (`linear_warmup_cosine_lr` of LAVIS): the warm-up ends with
+    the first plateau at the latest, and the cosine is evaluated once a plateau, over all steps from the first.
+    """
+    if plateau_steps is not None:
+        plateau = step // plateau_steps
+        if plateau == 0:
+            return min(peak, start + (peak - start) * step / max(1, warmup_steps))
+        return final + (peak - final) * 0.5 * (1 + math.cos(math.pi * plateau / (steps / plateau_steps)))
     if step < warmup_steps:
         return start + (peak - start) * (step + 1) / warmup_steps
     progress = (step - warmup_steps) / max(1, steps - warmup_steps)
