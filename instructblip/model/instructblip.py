@@ -4,7 +4,8 @@ Shape legend: B batch, F frames, P image tokens, V vision width, Q queries, D Q-
 L language-model width, S supervised tokens in the batch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,12 +33,15 @@ _ALIGNMENT_SCALE = 25.0
 class Loss(NamedTuple):
     """Cross-entropy summed over supervised tokens (nats), its terms, and how many tokens of each sample they are.
 
-    Sums, not means: only the training loop knows the number of supervised tokens in the global batch.
+    Sums, not means: only the training loop knows the number of supervised tokens in the global batch. `positions` are the
+    places of the pass through the LLM, `padding` those of them that hold nothing.
     """
 
     total: Tensor
     per_sample: Tensor  # (B,), detached
     tokens_per_sample: Tensor  # (B,), int64
+    positions: int = 0
+    padding: int = 0
 
 
 class InstructBLIP(nn.Module):
@@ -102,7 +106,13 @@ class InstructBLIP(nn.Module):
         return self.projection(query_NQD).view(batch, -1, self.llm.width)
 
     def forward(
-        self, images: Images, instructions: Sequence[str], targets: Sequence[str], *, through_llm: bool = True
+        self,
+        images: Images,
+        instructions: Sequence[str],
+        targets: Sequence[str],
+        *,
+        through_llm: bool = True,
+        packed: bool = False,
     ) -> Loss:
         """Language-model loss of the targets given images and instructions.
 
@@ -114,15 +124,24 @@ class InstructBLIP(nn.Module):
                 its input embeddings the visual tokens must point nearest to that of the answer's first token (a
                 cross-entropy over cosines), and be as long as embeddings are (the squared log of the ratio).
                 It costs a small part of a pass through the LLM and teaches the projection the language of its inputs.
+            packed: several samples in a row of the LLM, each blind to the others: less padding, the same loss.
+
+        Raises:
+            ValueError: packed, and the LLM is no decoder-only one.
         """
         visual_BQL = self.visual_prompt(self.image_tokens(images), instructions)
         if not through_llm:
             return self._alignment_loss(visual_BQL, targets)
         prefixes = self._prefixes(visual_BQL, instructions, truncate=True)
         answers = [self.llm.target_ids(text) for text in targets]
-        hidden_SL = self.llm.answer_states(prefixes, answers)
-        labels_S = torch.tensor([token for ids in answers for token in ids], device=hidden_SL.device)
-        return _summed_loss(self.llm.logits(hidden_SL), labels_S, [len(ids) for ids in answers])
+        states = self.llm.answer_states(prefixes, answers, packed=packed)
+        labels_S = torch.tensor([token for ids in answers for token in ids], device=states.hidden_SL.device)
+        loss = _summed_loss(self.llm.logits(states.hidden_SL), labels_S, [len(ids) for ids in answers])
+        return loss._replace(positions=states.positions, padding=states.padding)
+
+    def sample_length(self) -> Callable[[str, str, int], int]:
+        """A picklable function: how many positions of the LLM a sample fills, from its (prompt, target, frames)."""
+        return partial(self.llm.texts.length, queries=self.qformer.query_tokens.shape[1])
 
     @torch.inference_mode()
     def rank(

@@ -1,16 +1,16 @@
 """Frozen language models in two kinds, decoder-only and encoder-decoder: embeddings in, hidden states and logits out.
 
-Everything particular to one LLM (special tokens, how a prompt and an answer start) arrives as arguments; nothing here looks
-at a model's name.
+Everything particular to one LLM arrives as arguments, its text conventions in `text.py`; nothing here looks at a model's
+name.
 
-Shape legend: B batch, T tokens, Q visual tokens, L language-model width, S answer tokens in the batch, V vocabulary,
-N nodes of a candidate tree, K keys a node may attend to.
+Shape legend: B batch, R rows of one sample or of several, T tokens, Q visual tokens, L language-model width, S answer tokens
+in the batch, V vocabulary, N nodes of a candidate tree, K keys a node may attend to.
 """
 
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,8 @@ from transformers import (
 )
 
 from instructblip.model.frozen import FrozenModule
+from instructblip.model.packing import RowLayout, isolated, lay_out, pack_rows
+from instructblip.model.text import DecoderTexts, EncoderDecoderTexts, Texts
 
 
 @dataclass
@@ -46,54 +48,39 @@ class OpenPrompts:
     encoded: dict[str, Tensor]
 
 
+class AnswerStates(NamedTuple):
+    """What `LLM.answer_states` returns.
+
+    Attributes:
+        hidden_SL: the hidden states that predict each token of each answer, sample after sample.
+        positions: places of the pass through the model, an encoder-decoder's in both parts.
+        padding: those of them that hold nothing.
+    """
+
+    hidden_SL: Tensor
+    positions: int
+    padding: int
+
+
 class LLM(FrozenModule):
     """A frozen transformers model with its tokenizer and text conventions.
 
     Args:
         model: a `...ForCausalLM` or `...ForConditionalGeneration` of text.
-        tokenizer: its tokenizer; used without special tokens, which are added here.
-        eos_token: token that ends an answer, in training targets and in ranking.
-        pad_token: token that fills batches.
-        bos_token: token before the prompt, or None where the model has none.
-        image_prefix: text in front of the visual tokens. A model that always saw some token first sends much of its
-            attention there; a visual token in that place is heard badly and disturbs the rest.
-        prompt_prefix: text between the visual tokens and the prompt.
-        answer_prefix: put before every target and candidate; byte-level vocabularies need the space.
-        max_prompt_tokens: in training, longer prompts lose their beginning (as released: truncation side left).
-        max_target_tokens: longer targets lose their end; BOS counts, which the released code cuts with and then drops.
+        tokenizer, conventions: its text conventions, as `text.Texts` takes them.
 
     Raises:
         ValueError: a token that the tokenizer does not know, or a model that this kind cannot run.
     """
 
+    texts_kind: type[Texts]
     embedding_norms: Tensor  # (V,), of the token embeddings as the model receives them
     embedding_scale: Tensor  # (1,), what the embedding layer multiplies its table by
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        eos_token: str,
-        pad_token: str,
-        bos_token: str | None = None,
-        image_prefix: str = "",
-        prompt_prefix: str = "",
-        answer_prefix: str = "",
-        max_prompt_tokens: int = 128,
-        max_target_tokens: int = 256,
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, **conventions: Any) -> None:
         super().__init__()
         self.model = model
-        self.tokenizer = tokenizer
-        self.eos_id = _token_id(tokenizer, eos_token)
-        self.pad_id = _token_id(tokenizer, pad_token)
-        self.bos_ids = [] if bos_token is None else [_token_id(tokenizer, bos_token)]
-        self.image_prefix = image_prefix
-        self.prompt_prefix = prompt_prefix
-        self.answer_prefix = answer_prefix
-        self.max_prompt_tokens = max_prompt_tokens
-        self.max_target_tokens = max_target_tokens
+        self.texts = self.texts_kind(tokenizer, **conventions)
         # What a checkpoint's authors like to sample with must not leak into an evaluation.
         model.generation_config = GenerationConfig(
             eos_token_id=self.eos_id,
@@ -122,25 +109,46 @@ class LLM(FrozenModule):
         return table
 
     @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's own."""
+        return self.texts.tokenizer
+
+    @property
+    def eos_id(self) -> int:
+        """The token that ends an answer."""
+        return self.texts.eos_id
+
+    @property
+    def pad_id(self) -> int:
+        """The token that fills batches."""
+        return self.texts.pad_id
+
+    @property
     def image_prefix_ids(self) -> list[int]:
         """Token ids in front of the visual tokens."""
-        return self._ids(self.image_prefix)
+        return self.texts.image_prefix_ids
 
-    @abstractmethod
     def prompt_ids(self, prompt: str, *, truncate: bool = False) -> list[int]:
-        """Token ids of a prompt; `truncate` cuts its beginning to `max_prompt_tokens`, special tokens stay."""
+        """Token ids of a prompt; `truncate` cuts its beginning, as training does."""
+        return self.texts.prompt_ids(prompt, truncate=truncate)
 
-    @abstractmethod
     def target_ids(self, target: str, include_eos: bool = True) -> list[int]:
-        """Token ids of an answer and its EOS, cut on the right to `max_target_tokens`."""
+        """Token ids of an answer and its EOS."""
+        return self.texts.target_ids(target, include_eos)
 
     @abstractmethod
-    def answer_states(self, prefixes: Sequence[Tensor], answers: Sequence[Sequence[int]]) -> Tensor:
-        """Hidden states (S, L) that predict each token of each answer, row after row.
+    def answer_states(
+        self, prefixes: Sequence[Tensor], answers: Sequence[Sequence[int]], *, packed: bool = False
+    ) -> AnswerStates:
+        """Run each prompt with its answer.
 
         Args:
             prefixes: B embedded prompts, each (T_i, L).
             answers: B token sequences, none of them empty.
+            packed: several samples in a row, each blind to the others.
+
+        Raises:
+            ValueError: packed, and the model is no decoder-only one.
         """
 
     @abstractmethod
@@ -193,9 +201,6 @@ class LLM(FrozenModule):
         cap = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
         return logits_NV if cap is None else cap * (logits_NV / cap).tanh()
 
-    def _ids(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
-
     def _decode(self, ids_BT: Tensor) -> list[str]:
         return [text.strip() for text in self.tokenizer.batch_decode(ids_BT, skip_special_tokens=True)]
 
@@ -203,16 +208,7 @@ class LLM(FrozenModule):
 class DecoderLLM(LLM):
     """Decoder-only: the answer continues the prompt."""
 
-    def prompt_ids(self, prompt: str, *, truncate: bool = False) -> list[int]:
-        """BOS and the prompt."""
-        ids = self._ids(self.prompt_prefix + prompt)
-        room = self.max_prompt_tokens - len(self.bos_ids)
-        return self.bos_ids + (ids[max(len(ids) - room, 0) :] if truncate else ids)
-
-    def target_ids(self, target: str, include_eos: bool = True) -> list[int]:
-        """The answer and EOS; an answer that was cut has no EOS."""
-        ids = self._ids(self.answer_prefix + target) + [self.eos_id] * include_eos
-        return ids[: self.max_target_tokens - len(self.bos_ids)]
+    texts_kind = DecoderTexts
 
     def hidden_states(
         self,
@@ -232,15 +228,36 @@ class DecoderLLM(LLM):
         )
         return outputs.last_hidden_state
 
-    def answer_states(self, prefixes: Sequence[Tensor], answers: Sequence[Sequence[int]]) -> Tensor:
-        """One causal pass over `prompt answer`; the answer's last token is only ever predicted."""
-        # Rows are padded on the right, where a causal model's real tokens never look: no mask is needed.
-        rows = [torch.cat([prefix, self.embed(ids[:-1])]) for prefix, ids in zip(prefixes, answers, strict=True)]
-        hidden_BTL = self.hidden_states(pad_sequence(rows, batch_first=True))
-        first = [len(prefix) - 1 for prefix in prefixes]
-        return torch.cat(
-            [row[start : start + len(ids)] for row, start, ids in zip(hidden_BTL, first, answers, strict=True)]
-        )
+    def answer_states(
+        self, prefixes: Sequence[Tensor], answers: Sequence[Sequence[int]], *, packed: bool = False
+    ) -> AnswerStates:
+        """One causal pass over `prompt answer`; the answer's last token is only ever predicted.
+
+        Packed or not, rows are padded on the right, where a causal model's real tokens never look.
+        """
+        samples = [torch.cat([prefix, self.embed(ids[:-1])]) for prefix, ids in zip(prefixes, answers, strict=True)]
+        lengths = [len(sample) for sample in samples]
+        rows = pack_rows(lengths, width=self.width) if packed else [[sample] for sample in range(len(samples))]
+        embeddings_RTL = pad_sequence([torch.cat([samples[k] for k in row]) for row in rows], batch_first=True)
+        if len(rows) < len(samples):
+            hidden_RTL = self._isolated_states(embeddings_RTL, lay_out(rows, lengths, device=embeddings_RTL.device))
+        else:
+            hidden_RTL = self.hidden_states(embeddings_RTL)
+        states: dict[int, Tensor] = {}
+        for row, hidden_TL in zip(rows, hidden_RTL, strict=True):
+            start = 0
+            for k in row:
+                states[k] = hidden_TL[start + len(prefixes[k]) - 1 : start + lengths[k]]
+                start += lengths[k]
+        positions = embeddings_RTL.shape[0] * embeddings_RTL.shape[1]
+        hidden_SL = torch.cat([states[k] for k in range(len(samples))])
+        return AnswerStates(hidden_SL, positions, positions - sum(lengths))
+
+    def _isolated_states(self, embeddings_RTL: Tensor, layout: RowLayout) -> Tensor:
+        """Final hidden states of rows that hold several samples each."""
+        distance_RTT = layout.position_RT[:, :, None] - layout.position_RT[:, None]
+        mask = self._mask(isolated(layout), distance_BNK=distance_RTT)
+        return self.hidden_states(embeddings_RTL, positions_BT=layout.position_RT, mask=mask)
 
     def open_prompts(self, prefixes: Sequence[Tensor]) -> OpenPrompts:
         """Keep the prompts' keys and values; no window forgets any, masks do."""
@@ -302,6 +319,8 @@ class DecoderLLM(LLM):
 class EncoderDecoderLLM(LLM):
     """Encoder-decoder with T5's relative positions: the prompt is encoded, the answer decoded beside it."""
 
+    texts_kind = EncoderDecoderTexts
+
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, **conventions: Any) -> None:
         super().__init__(model, tokenizer, **conventions)
         biases = [m for m in model.get_decoder().modules() if getattr(m, "has_relative_attention_bias", False)]
@@ -310,24 +329,20 @@ class EncoderDecoderLLM(LLM):
         self._relative: Any = biases[0]
         self.start_id: int = model.config.decoder_start_token_id
 
-    def prompt_ids(self, prompt: str, *, truncate: bool = False) -> list[int]:
-        """BOS where the model has one, the prompt, EOS."""
-        ids = self._ids(self.prompt_prefix + prompt)
-        room = self.max_prompt_tokens - len(self.bos_ids) - 1
-        return [*self.bos_ids, *(ids[max(len(ids) - room, 0) :] if truncate else ids), self.eos_id]
-
-    def target_ids(self, target: str, include_eos: bool = True) -> list[int]:
-        """The answer and EOS, which stays when the answer is cut."""
-        ids = self._ids(self.answer_prefix + target)[: self.max_target_tokens - 1]
-        return ids + [self.eos_id] * include_eos
-
-    def answer_states(self, prefixes: Sequence[Tensor], answers: Sequence[Sequence[int]]) -> Tensor:
+    def answer_states(
+        self, prefixes: Sequence[Tensor], answers: Sequence[Sequence[int]], *, packed: bool = False
+    ) -> AnswerStates:
         """Decode `start answer`; the answer's last token is only ever predicted."""
+        if packed:
+            raise ValueError("rows of an encoder-decoder model hold one sample each; take bucketed batches instead")
         encoded = self._encode(prefixes)
         longest = max(len(ids) for ids in answers)
         inputs = [[self.start_id, *ids[:-1]] + [self.pad_id] * (longest - len(ids)) for ids in answers]
         hidden_BTL = self._decode_states(torch.tensor(inputs, device=self.embeddings.weight.device), encoded)
-        return torch.cat([row[: len(ids)] for row, ids in zip(hidden_BTL, answers, strict=True)])
+        hidden_SL = torch.cat([row[: len(ids)] for row, ids in zip(hidden_BTL, answers, strict=True)])
+        positions = len(answers) * (max(len(prefix) for prefix in prefixes) + longest)
+        filled = sum(len(prefix) + len(ids) for prefix, ids in zip(prefixes, answers, strict=True))
+        return AnswerStates(hidden_SL, positions, positions - filled)
 
     def open_prompts(self, prefixes: Sequence[Tensor]) -> OpenPrompts:
         """Encode the prompts and decode the start token, which leaves the keys and values of the encoder's states."""
@@ -411,10 +426,3 @@ def _additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
 def _row_mask(rows: Sequence[Tensor]) -> Tensor:
     """1 at the rows' positions, 0 at the padding behind them: (B, T)."""
     return pad_sequence([torch.ones(len(row), dtype=torch.long, device=row.device) for row in rows], batch_first=True)
-
-
-def _token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
-    found = tokenizer.get_vocab().get(token)
-    if found is None:
-        raise ValueError(f"the tokenizer has no token {token!r}; name one of its own in the llm config")
-    return found

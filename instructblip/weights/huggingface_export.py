@@ -91,8 +91,8 @@ def _huggingface_config(model: InstructBLIP, rows: int, image_token: int) -> Any
     text = copy.deepcopy(llm.model.config)
     text.vocab_size = rows
     text.eos_token_id, text.pad_token_id = llm.eos_id, llm.pad_id
-    if llm.bos_ids:
-        text.bos_token_id = llm.bos_ids[0]
+    if llm.texts.bos_ids:
+        text.bos_token_id = llm.texts.bos_ids[0]
     tensors = [
         *model.vision.backbone.state_dict().values(),
         *model.trainable_state().values(),
@@ -166,12 +166,12 @@ def _processor_tokenizer(llm: LLM) -> PreTrainedTokenizerBase:
     tokenizer = copy.deepcopy(llm.tokenizer)
     vocabulary = {token_id: token for token, token_id in tokenizer.get_vocab().items()}
     tokenizer.pad_token, tokenizer.eos_token = vocabulary[llm.pad_id], vocabulary[llm.eos_id]
-    if llm.bos_ids:
-        tokenizer.bos_token = vocabulary[llm.bos_ids[0]]
+    if llm.texts.bos_ids:
+        tokenizer.bos_token = vocabulary[llm.texts.bos_ids[0]]
     decoder_only = not isinstance(llm, EncoderDecoderLLM)
     tokenizer.padding_side = "left" if decoder_only else "right"
     if tokenizer("a photo")["input_ids"] != _plain_prompt_ids(llm):
-        tokenizer.add_bos_token, tokenizer.add_eos_token = bool(llm.bos_ids), not decoder_only
+        tokenizer.add_bos_token, tokenizer.add_eos_token = bool(llm.texts.bos_ids), not decoder_only
     tokenizer.add_special_tokens({"additional_special_tokens": [_IMAGE_TOKEN]})
     return tokenizer
 
@@ -179,7 +179,7 @@ def _processor_tokenizer(llm: LLM) -> PreTrainedTokenizerBase:
 def _plain_prompt_ids(llm: LLM) -> list[int]:
     """Token ids of a prompt without `prompt_prefix`."""
     plain = llm.tokenizer("a photo", add_special_tokens=False)["input_ids"]
-    return [*llm.bos_ids, *plain, *([llm.eos_id] if isinstance(llm, EncoderDecoderLLM) else [])]
+    return [*llm.texts.bos_ids, *plain, *([llm.eos_id] if isinstance(llm, EncoderDecoderLLM) else [])]
 
 
 def _processor(model: InstructBLIP, tokenizer: PreTrainedTokenizerBase) -> InstructBlipProcessor:
@@ -210,23 +210,23 @@ def _sidecar(model: InstructBLIP) -> dict[str, Any]:
         "llm": {
             "eos_token": vocabulary[llm.eos_id],
             "pad_token": vocabulary[llm.pad_id],
-            "bos_token": vocabulary[llm.bos_ids[0]] if llm.bos_ids else None,
-            "image_prefix": llm.image_prefix,
-            "prompt_prefix": llm.prompt_prefix,
-            "answer_prefix": llm.answer_prefix,
-            "max_prompt_tokens": llm.max_prompt_tokens,
-            "max_target_tokens": llm.max_target_tokens,
+            "bos_token": vocabulary[llm.texts.bos_ids[0]] if llm.texts.bos_ids else None,
+            "image_prefix": llm.texts.image_prefix,
+            "prompt_prefix": llm.texts.prompt_prefix,
+            "answer_prefix": llm.texts.answer_prefix,
+            "max_prompt_tokens": llm.texts.max_prompt_tokens,
+            "max_target_tokens": llm.texts.max_target_tokens,
         },
     }
 
 
 def _warn_about_text(llm: LLM, folder: Path) -> None:
-    if llm.image_prefix or llm.prompt_prefix:
+    if llm.texts.image_prefix or llm.texts.prompt_prefix:
         logger.warning(
             "transformers' processor puts no text around the visual tokens: there, write %r before and %r after the "
             "image tokens yourself",
-            llm.image_prefix,
-            llm.prompt_prefix,
+            llm.texts.image_prefix,
+            llm.texts.prompt_prefix,
         )
     found = InstructBlipProcessor.from_pretrained(folder).tokenizer("a photo")["input_ids"]
     if found != _plain_prompt_ids(llm):

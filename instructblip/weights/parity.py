@@ -71,8 +71,8 @@ def trace_native(model: InstructBLIP) -> Trace:
     queries = model.qformer(images, text, mask)
     projected = model.projection(queries)
     answers = [model.llm.target_ids(ANSWER)] * _BATCH
-    hidden_SL = model.llm.answer_states([model.llm.prefix(visual_QL, INSTRUCTION) for visual_QL in projected], answers)
-    return Trace(images, queries, projected, model.llm.logits(hidden_SL))
+    states = model.llm.answer_states([model.llm.prefix(visual_QL, INSTRUCTION) for visual_QL in projected], answers)
+    return Trace(images, queries, projected, model.llm.logits(states.hidden_SL))
 
 
 @torch.inference_mode()

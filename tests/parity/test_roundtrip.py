@@ -123,7 +123,7 @@ def test_transformers_answers_with_the_same_text(exported: tuple[InstructBLIP, P
     plain = processor.tokenizer(PROMPT)["input_ids"]
     assert inputs["input_ids"][0].tolist() == [theirs.config.image_token_index] * 4 + plain
     before, marks, prompt = llm.image_prefix_ids, inputs["input_ids"][0, :4].tolist(), llm.prompt_ids(PROMPT)
-    assert prompt == plain or llm.prompt_prefix
+    assert prompt == plain or llm.texts.prompt_prefix
     inputs["input_ids"] = torch.tensor([[*before, *marks, *prompt]])
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     ids = theirs.generate(**inputs, max_new_tokens=8, do_sample=False)

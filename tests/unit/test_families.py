@@ -125,7 +125,7 @@ def test_text_conventions(name: str, folders: dict[str, Path]) -> None:
     assert tokens(llm.target_ids("red")) == answer
     assert llm.target_ids("red", include_eos=False) == llm.target_ids("red")[:-1]
     assert len(llm.prompt_ids("red " * 400, truncate=True)) == 128
-    longest = {"decoder": 256 - len(llm.bos_ids), "encoder_decoder": 256}[llm_config(name, folders[name]).kind]
+    longest = {"decoder": 256 - len(llm.texts.bos_ids), "encoder_decoder": 256}[llm_config(name, folders[name]).kind]
     assert len(llm.target_ids("red " * 400)) == longest
     assert llm.tokenizer.convert_ids_to_tokens([llm.pad_id, llm.eos_id]) == [
         llm.tokenizer.pad_token,

@@ -32,7 +32,7 @@ def backward(model: InstructBLIP, rows: slice, **options: bool) -> None:
 def plain_loss(model: InstructBLIP, image: Tensor, prompt: str, target: str) -> Tensor:
     """Summed loss of one sample by transformers: labels only at the answer and its EOS."""
     visual = model.visual_prompt(model.image_tokens(image[None]), [prompt])
-    text = model.llm.tokenizer(model.llm.prompt_prefix + prompt)["input_ids"]
+    text = model.llm.tokenizer(model.llm.texts.prompt_prefix + prompt)["input_ids"]
     answer = [*model.llm.tokenizer(" " + target)["input_ids"], model.llm.eos_id]
     embed = model.llm.model.get_input_embeddings()
     before = embed(torch.tensor([model.llm.image_prefix_ids], dtype=torch.long))
