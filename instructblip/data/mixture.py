@@ -3,11 +3,13 @@
 The sample at position i is a pure function of (mixture, seed, i): nothing else, not the number of ranks, workers or
 restarts, decides it. So a resumed run needs its step number only.
 
-* Datasets are interleaved in blocks. Before block b dataset d has been drawn `floor(b * size * P_d + u_d)` minus the same
-  for its predecessor times, where P_d are cumulative probabilities: realised shares stay within two samples of p_d at
+* Positions are drawn in groups that come from one dataset. A group is one position when datasets are mixed sample by
+  sample; `per_batch` and `per_step` mixing make it a micro-batch or a global batch (`Stretch`).
+* Datasets are interleaved in blocks of groups. Before block b dataset d has had `floor(b * size * P_d + u_d)` groups minus
+  the same for its predecessor, where P_d are cumulative probabilities: realised shares stay within two groups of p_d at
   every block border instead of wandering like independent draws. Inside a block the order is a seeded shuffle.
-* Within a dataset every record comes once per epoch, in an order given by a keyed permutation (a Feistel network with
-  cycle walking), which needs no memory: position 10,000,000 costs as much as position 0.
+* Within a dataset every record comes once per epoch (`order.py`). Nothing is kept from one position to the next: position
+  10,000,000 costs as much as position 0.
 
 The paper's weights are p_d = sqrt(n_d) / sum sqrt(n) (section 2.4), n_d in records.
 """
@@ -18,15 +20,18 @@ from typing import NamedTuple
 
 import numpy as np
 
-_BLOCK = 512
-_MAX_BLOCK = 1 << 20  # 24 MB; a share of two in a million still fits
-_FEISTEL_ROUNDS = 4
-_MASK32 = np.uint64(0xFFFFFFFF)
+from instructblip.data.order import Int64Array, RecordOrder, seeded_generator
 
-WEIGHTINGS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-    "sqrt": np.sqrt,
-    "proportional": lambda records: records,
-    "uniform": np.ones_like,
+_BLOCK = 512  # groups
+_MAX_BLOCK = 1 << 20  # 24 MB; a share of two in a million still fits
+_CHUNK = 512  # positions whose records are computed together
+
+# weighting -> (records of each dataset, temperature) -> weights
+WEIGHTINGS: dict[str, Callable[[np.ndarray, float], np.ndarray]] = {
+    "sqrt": lambda records, _: np.sqrt(records),
+    "proportional": lambda records, _: records,
+    "uniform": lambda records, _: np.ones_like(records),
+    "temperature": lambda records, temperature: records ** (1 / temperature),
 }
 
 
@@ -39,13 +44,21 @@ class Draw(NamedTuple):
     record: int
 
 
+class Stretch(NamedTuple):
+    """So many positions of a run in which each `group` consecutive ones, from its first on, come from one dataset."""
+
+    positions: int
+    group: int
+
+
 @dataclass(frozen=True)
 class MixtureEntry:
-    """One dataset of a mixture: its name, how many records it has, and its named multiplier."""
+    """One dataset of a mixture: its name, how many records it has, its named multiplier, and the records of each shard."""
 
     name: str
     records: int
     multiplier: float = 1.0
+    shards: tuple[int, ...] = ()
 
 
 class Mixture:
@@ -53,123 +66,193 @@ class Mixture:
 
     Args:
         entries: the datasets.
-        weighting: `sqrt`, `proportional` or `uniform`, times each entry's multiplier.
+        weighting: `sqrt`, `proportional`, `uniform` or `temperature`, times each entry's multiplier.
+        temperature: T of p_d ~ n_d ** (1 / T), for `temperature` alone: 1 is proportional, 2 the square root.
         seed: decides every order.
+        stretches: how many positions are drawn in groups of which size, in order; the last one goes on for ever. None
+            given: sample by sample.
 
     Raises:
-        ValueError: no entries, an empty dataset, an unknown weighting, a multiplier that is not positive, or a dataset so
-            rare that the largest block would not hold two samples of it.
+        ValueError: no entries, an empty dataset, an unknown weighting, a multiplier or temperature that is not positive, a
+            temperature that is missing or not used, a stretch that is not of whole groups, or a dataset so rare that the
+            largest block would not hold two groups of it.
     """
 
-    def __init__(self, entries: Sequence[MixtureEntry], *, weighting: str = "sqrt", seed: int = 0) -> None:
-        if weighting not in WEIGHTINGS:
-            raise ValueError(f"weighting {weighting!r} is not known; choose one of {', '.join(WEIGHTINGS)}")
-        for entry in entries:
-            if entry.records < 1:
-                raise ValueError(f"dataset {entry.name} has no records; remove it")
-            if entry.multiplier <= 0:
-                raise ValueError(
-                    f"dataset {entry.name} has multiplier {entry.multiplier:g}; give more than 0, or remove it"
-                )
-        if not entries:
-            raise ValueError("a mixture needs at least one dataset")
+    def __init__(
+        self,
+        entries: Sequence[MixtureEntry],
+        *,
+        weighting: str = "sqrt",
+        temperature: float | None = None,
+        seed: int = 0,
+        stretches: Sequence[Stretch] = (),
+    ) -> None:
+        _check(entries, weighting, temperature, stretches)
         self.entries = tuple(entries)
         self.seed = seed
         records = np.array([entry.records for entry in entries], dtype=np.float64)
-        weights = WEIGHTINGS[weighting](records) * np.array([entry.multiplier for entry in entries])
+        weights = WEIGHTINGS[weighting](records, temperature or 1.0)
+        weights = weights * np.array([entry.multiplier for entry in entries])
         self.shares = weights / weights.sum()
-        # Cumulative counts must grow by at least one a block for the difference of two floors never to fall.
-        self._block = _BLOCK
-        while self.shares.min() * self._block < 2 and len(entries) > 1:
-            self._block *= 2
-            if self._block > _MAX_BLOCK:
-                rarest = int(self.shares.argmin())
-                raise ValueError(
-                    f"dataset {self.entries[rarest].name} has a share of {self.shares[rarest]:.1e}, too small to be "
-                    "planned; raise its multiplier or remove it"
-                )
-        self._phase = _generator(seed, "phase").random(len(entries) - 1)
+        self._block = self._block_size()
+        self._phase = seeded_generator(seed, "phase").random(len(entries) - 1)
+        self._orders = [RecordOrder(seed, number, e.records, e.shards) for number, e in enumerate(entries)]
         self._cached_block = -1
-        self._cached = np.empty((0, 3), dtype=np.int64)
+        self._groups = np.empty((0, 2), dtype=np.int64)  # dataset and ordinal among its groups, of the cached block
+        self._chunk_start = 0
+        self._chunk = np.empty((0, 3), dtype=np.int64)  # dataset, epoch, record of the positions from there on
+        self._lay_stretches(stretches or [Stretch(1, 1)])
 
     def draw(self, position: int) -> Draw:
         """The draw at a global position (0, 1, 2, ...)."""
         if position < 0:
             raise ValueError(f"position {position} is negative")
-        block, offset = divmod(position, self._block)
-        if self._cached_block != block:
-            self._cached, self._cached_block = self._draw_block(block), block
-        return Draw(position, *self._cached[offset].tolist())
+        if not self._chunk_start <= position < self._chunk_start + len(self._chunk):
+            self._draw_chunk(position)
+        return Draw(position, *self._chunk[position - self._chunk_start].tolist())
 
-    def counts_before(self, block: int) -> np.ndarray:
-        """How often each dataset has been drawn in the positions before block number `block`."""
+    def replacement(self, position: int, tries: int) -> Draw:
+        """What stands in for the record at a position that cannot be used: the `tries`-th next draw of its dataset."""
+        group, offset = self._group_of(position)
+        dataset, first = self._first_ordinal(group)
+        epoch, place = divmod(first + offset + tries, self.entries[dataset].records)
+        ordinals = np.array([epoch * self.entries[dataset].records + place], dtype=np.int64)
+        return Draw(position, dataset, epoch, int(self._orders[dataset](ordinals)[0]))
+
+    def counts(self, positions: int) -> Int64Array:
+        """How often each dataset has been drawn in the first so many positions; costs as much for any number."""
+        group, offset = self._group_of(positions)
+        counts = self._samples_before(group)
+        if offset:
+            counts[self._block_groups(group // self._block)[group % self._block, 0]] += offset
+        return counts
+
+    def counts_before(self, block: int) -> Int64Array:
+        """How many groups each dataset has had before block number `block`."""
         inner = np.floor(block * self._block * np.cumsum(self.shares)[:-1] + self._phase * (block > 0))
         borders = np.concatenate([[0], inner, [block * self._block]]).astype(np.int64)
         return np.diff(borders)
 
-    def _draw_block(self, block: int) -> np.ndarray:
-        """Dataset, epoch and record of each position of a block: int64 (block size, 3)."""
-        before, after = self.counts_before(block), self.counts_before(block + 1)
-        datasets = np.repeat(np.arange(len(self.entries)), after - before)
-        datasets = _generator(self.seed, "block", block).permutation(datasets)
+    # --- groups and stretches -------------------------------------------------------------------------------------------
+
+    def _block_size(self) -> int:
+        # Cumulative counts must grow by at least one a block for the difference of two floors never to fall.
+        size = _BLOCK
+        while self.shares.min() * size < 2 and len(self.entries) > 1:
+            size *= 2
+            if size > _MAX_BLOCK:
+                rarest = int(self.shares.argmin())
+                raise ValueError(
+                    f"dataset {self.entries[rarest].name} has a share of {self.shares[rarest]:.1e}, too small to be "
+                    "planned; raise its multiplier or remove it"
+                )
+        return size
+
+    def _lay_stretches(self, stretches: Sequence[Stretch]) -> None:
+        """Where each stretch begins, counted in positions, in groups, and in groups and samples of each dataset."""
+        self._sizes = np.array([stretch.group for stretch in stretches], dtype=np.int64)
+        lengths = np.array([stretch.positions for stretch in stretches], dtype=np.int64)
+        self._position_starts = np.cumsum(lengths) - lengths
+        groups = lengths // self._sizes
+        self._group_starts = np.cumsum(groups) - groups
+        self._groups_before = np.stack([self._count_groups(int(start)) for start in self._group_starts])
+        grown = np.diff(self._groups_before, axis=0) * self._sizes[:-1, None]
+        start = np.zeros((1, len(self.entries)), dtype=np.int64)
+        self._samples_at_start = np.concatenate([start, np.cumsum(grown, axis=0)])
+
+    def _group_of(self, position: int) -> tuple[int, int]:
+        """The group that a position is in, and its place within the group."""
+        stretch = int(np.searchsorted(self._position_starts, position, side="right")) - 1
+        group, offset = divmod(position - int(self._position_starts[stretch]), int(self._sizes[stretch]))
+        return int(self._group_starts[stretch]) + group, offset
+
+    def _count_groups(self, group: int) -> Int64Array:
+        """How many groups each dataset has had before group number `group`."""
+        block, offset = divmod(group, self._block)
+        inside = self._block_groups(block)[:offset, 0] if offset else np.empty(0, dtype=np.int64)
+        return self.counts_before(block) + np.bincount(inside, minlength=len(self.entries))
+
+    def _samples_before(self, group: int) -> Int64Array:
+        stretch = int(np.searchsorted(self._group_starts, group, side="right")) - 1
+        grown = (self._count_groups(group) - self._groups_before[stretch]) * self._sizes[stretch]
+        counts: Int64Array = self._samples_at_start[stretch] + grown
+        return counts
+
+    def _block_groups(self, block: int) -> Int64Array:
+        """Dataset, and ordinal among that dataset's groups, of each group of a block: int64 (block size, 2)."""
+        if self._cached_block != block:
+            before, after = self.counts_before(block), self.counts_before(block + 1)
+            datasets = np.repeat(np.arange(len(self.entries)), after - before)
+            datasets = seeded_generator(self.seed, "block", block).permutation(datasets)
+            ordinals = np.empty_like(datasets)
+            for number in range(len(self.entries)):
+                places = np.flatnonzero(datasets == number)
+                ordinals[places] = before[number] + np.arange(len(places))
+            self._groups, self._cached_block = np.stack([datasets, ordinals], axis=1), block
+        return self._groups
+
+    def _first_ordinal(self, group: int) -> tuple[int, int]:
+        """Dataset of a group, and ordinal of its first sample among that dataset's samples."""
+        dataset, ordinal = self._block_groups(group // self._block)[group % self._block].tolist()
+        stretch = int(np.searchsorted(self._group_starts, group, side="right")) - 1
+        before = ordinal - int(self._groups_before[stretch, dataset])
+        return dataset, int(self._samples_at_start[stretch, dataset]) + before * int(self._sizes[stretch])
+
+    def _draw_chunk(self, position: int) -> None:
+        """Compute the draws around a position: of its group and, where groups are small, of those beside it."""
+        group, offset = self._group_of(position)
+        stretch = int(np.searchsorted(self._group_starts, group, side="right")) - 1
+        size = int(self._sizes[stretch])
+        many = max(1, _CHUNK // size)
+        block, place = divmod(group, self._block)
+        low = place // many * many
+        low = max(low, int(self._group_starts[stretch]) - block * self._block)  # one stretch, one size of group
+        high = min(place // many * many + many, self._block)
+        if stretch + 1 < len(self._sizes):
+            high = min(high, int(self._group_starts[stretch + 1]) - block * self._block)
+        groups = self._block_groups(block)[low:high]
+        datasets, ordinals = groups[:, 0], groups[:, 1]
+        ordinals = ordinals - self._groups_before[stretch][datasets]
+        firsts = self._samples_at_start[stretch][datasets] + ordinals * size
+        datasets = np.repeat(datasets, size)
+        ordinals = np.repeat(firsts, size) + np.tile(np.arange(size), len(groups))
         epochs, records = np.empty_like(datasets), np.empty_like(datasets)
-        for number, entry in enumerate(self.entries):
-            places = np.flatnonzero(datasets == number)
-            ordinals = before[number] + np.arange(len(places))
-            epochs[places] = ordinals // entry.records
-            records[places] = self._records(number, ordinals)
-        return np.stack([datasets, epochs, records], axis=1)
+        for number in np.unique(datasets).tolist():
+            places = datasets == number
+            epochs[places] = ordinals[places] // self.entries[number].records
+            records[places] = self._orders[number](ordinals[places])
+        self._chunk = np.stack([datasets, epochs, records], axis=1)
+        self._chunk_start = position - offset - (place - low) * size
 
-    def _records(self, dataset: int, ordinals: np.ndarray) -> np.ndarray:
-        """The records that the given draws of one dataset give: each epoch is a permutation of all records."""
-        size = self.entries[dataset].records
-        epochs = ordinals // size
-        records = np.empty_like(ordinals)
-        for epoch in np.unique(epochs):
-            inside = epochs == epoch
-            keys = _generator(self.seed, "order", dataset, int(epoch)).integers(
-                0, 2**32, size=_FEISTEL_ROUNDS, dtype=np.uint64
+
+def _check(
+    entries: Sequence[MixtureEntry], weighting: str, temperature: float | None, stretches: Sequence[Stretch]
+) -> None:
+    if weighting not in WEIGHTINGS:
+        raise ValueError(f"weighting {weighting!r} is not known; choose one of {', '.join(WEIGHTINGS)}")
+    if (temperature is not None) != (weighting == "temperature"):
+        raise ValueError("a temperature belongs to weights=temperature, which needs one; give both or neither")
+    if temperature is not None and temperature <= 0:
+        raise ValueError(f"temperature {temperature:g} is not positive; 1 is proportional, 2 the square root")
+    for entry in entries:
+        if entry.records < 1:
+            raise ValueError(f"dataset {entry.name} has no records; remove it")
+        if entry.multiplier <= 0:
+            raise ValueError(
+                f"dataset {entry.name} has multiplier {entry.multiplier:g}; give more than 0, or remove it"
             )
-            records[inside] = permute(ordinals[inside] % size, size, keys)
-        return records
-
-
-def permute(values: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
-    """Map distinct integers in [0, size) to distinct integers in [0, size): a keyed permutation without a table.
-
-    A balanced Feistel network on the smallest even number of bits that holds `size`; results outside are sent through
-    again (cycle walking) until they fall inside.
-    """
-    half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
-    low = np.uint64((1 << int(half)) - 1)
-    out = _feistel(values.astype(np.uint64), keys, half, low)
-    while (outside := out >= size).any():
-        out[outside] = _feistel(out[outside], keys, half, low)
-    return out.astype(np.int64)
-
-
-def _feistel(values: np.ndarray, keys: np.ndarray, half: np.uint64, low: np.uint64) -> np.ndarray:
-    left, right = values >> half, values & low
-    for key in keys:
-        left, right = right, left ^ (_mix(right, key) & low)
-    return (left << half) | right
-
-
-def _mix(values: np.ndarray, key: np.uint64) -> np.ndarray:
-    # A multiply-xorshift hash of 32 bits; the odd constants are those of the SplitMix and Murmur finalisers.
-    mixed = ((values ^ key) * np.uint64(0x85EBCA6B)) & _MASK32
-    mixed = ((mixed ^ (mixed >> np.uint64(13))) * np.uint64(0xC2B2AE35)) & _MASK32
-    return mixed ^ (mixed >> np.uint64(16))
+        if entry.shards and sum(entry.shards) != entry.records:
+            raise ValueError(f"dataset {entry.name}: its shards hold {sum(entry.shards)} records, not {entry.records}")
+    if not entries:
+        raise ValueError("a mixture needs at least one dataset")
+    for stretch in stretches:
+        if stretch.group < 1 or stretch.positions % stretch.group:
+            raise ValueError(f"{stretch.positions} positions are not whole groups of {stretch.group}")
 
 
 def position_generator(seed: int, position: int) -> np.random.Generator:
     """The random stream that belongs to one position: template choice and augmentation draw from it."""
-    return _generator(seed, "position", position)
-
-
-def _generator(seed: int, *purpose: str | int) -> np.random.Generator:
-    words = [seed, *(int.from_bytes(part.encode(), "big") if isinstance(part, str) else part for part in purpose)]
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence(words)))
+    return seeded_generator(seed, "position", position)
 
 
 def share_table(mixture: Mixture, samples: int) -> list[dict[str, float | int | str]]:

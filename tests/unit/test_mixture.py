@@ -1,11 +1,13 @@
 """The plan of a run: a pure function of (mixture, seed, position), every record once an epoch, shares as planned."""
 
+import pickle
+import time
 import tracemalloc
 
 import numpy as np
 import pytest
 
-from instructblip.data.mixture import Draw, Mixture, MixtureEntry, permute, position_generator, share_table
+from instructblip.data.mixture import Draw, Mixture, MixtureEntry, Stretch, position_generator, share_table
 
 SMALL = (MixtureEntry("a", 3), MixtureEntry("b", 50), MixtureEntry("c", 7, 2.0))
 BLOCK = 512
@@ -105,26 +107,6 @@ def test_epochs_have_different_orders() -> None:
     assert sorted(range(40)) not in epochs
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 5, 16, 100, 4096, 4097])
-def test_permute_is_a_permutation(size: int) -> None:
-    orders = []
-    for seed in range(4):
-        keys = np.random.default_rng(seed).integers(0, 2**32, size=4, dtype=np.uint64)
-        orders.append(permute(np.arange(size), size, keys).tolist())
-        assert sorted(orders[-1]) == list(range(size))
-    if size >= 100:
-        assert len({tuple(order) for order in orders}) == 4
-        assert abs(np.corrcoef(np.arange(size), orders[0])[0, 1]) < 0.3
-
-
-def test_permute_does_not_need_all_values_at_once() -> None:
-    keys = np.array([7, 8, 9, 10], dtype=np.uint64)
-    whole = permute(np.arange(14_000_000 - 50, 14_000_000), 14_000_000, keys)
-    parts = [permute(np.array([value]), 14_000_000, keys)[0] for value in range(14_000_000 - 50, 14_000_000)]
-    assert whole.tolist() == parts
-    assert whole.max() < 14_000_000
-
-
 @pytest.mark.parametrize("entries", [SMALL, [MixtureEntry(name, size) for name, size in HELD_IN.items()]])
 def test_realised_shares_stay_within_two_samples_at_block_borders(entries: list[MixtureEntry]) -> None:
     mixture = Mixture(entries, seed=3)
@@ -157,6 +139,90 @@ def test_shares_of_the_papers_thirteen_datasets() -> None:
     assert epochs["capfilt"] == pytest.approx(0.24, abs=0.01)
 
 
+def test_a_million_draws_of_the_papers_thirteen_datasets() -> None:
+    """Shares within sampling error of p_d, and no record twice before all others of its dataset have come."""
+    mixture = Mixture([MixtureEntry(name, size) for name, size in HELD_IN.items()], seed=2)
+    draws = np.array([mixture.draw(position)[1:] for position in range(1_000_000)])
+    counts = np.bincount(draws[:, 0], minlength=13)
+    assert (np.abs(counts - 1e6 * mixture.shares) < 3 * np.sqrt(1e6 * mixture.shares * (1 - mixture.shares))).all()
+    assert counts.tolist() == mixture.counts(1_000_000).tolist()
+    for number, size in enumerate(HELD_IN.values()):
+        epochs, records = draws[draws[:, 0] == number, 1:].T
+        assert epochs.tolist() == (np.arange(len(epochs)) // size).tolist()
+        for epoch in range(int(epochs[-1]) + 1):
+            drawn = np.sort(records[epochs == epoch])
+            whole = epoch < epochs[-1]
+            assert (drawn.tolist() == list(range(size))) if whole else (np.diff(drawn) > 0).all()
+
+
+def test_a_far_position_is_reached_at_once() -> None:
+    mixture = Mixture([MixtureEntry(name, size) for name, size in HELD_IN.items()], seed=2)
+    begun = time.perf_counter()
+    mixture.draw(10_000_000)
+    mixture.counts(10_000_000)
+    assert time.perf_counter() - begun < 0.5
+
+
+@pytest.mark.parametrize("positions", [0, 1, 511, 512, 513, 3000, 100_000])
+def test_counts_without_drawing(positions: int) -> None:
+    for mixture in (_small(), Mixture(SMALL, seed=5, stretches=STRETCHES)):
+        drawn = [draw.dataset for draw in _draws(mixture, range(min(positions, 6000)))]
+        if positions < 6000:
+            assert mixture.counts(positions).tolist() == np.bincount(drawn, minlength=3).tolist()
+        assert mixture.counts(positions).sum() == positions
+
+
+STRETCHES = (Stretch(30, 6), Stretch(4 * 700, 4), Stretch(300, 100))
+
+
+def test_groups_come_from_one_dataset_and_count_on_through_the_stretches() -> None:
+    mixture = Mixture(SMALL, seed=5, stretches=STRETCHES)
+    draws = _draws(mixture, range(30 + 2800 + 300 + 200))  # two groups beyond the last stretch, which goes on
+    at = 0
+    for size, groups in ((6, 5), (4, 700), (100, 5)):
+        for _ in range(groups):
+            assert len({draw.dataset for draw in draws[at : at + size]}) == 1
+            at += size
+    assert at == len(draws)
+    for number, entry in enumerate(SMALL):
+        mine = [draw for draw in draws if draw.dataset == number]
+        assert [draw.epoch for draw in mine] == [place // entry.records for place in range(len(mine))]
+        for epoch in range(mine[-1].epoch):
+            assert sorted(draw.record for draw in mine if draw.epoch == epoch) == list(range(entry.records))
+    jumping = Mixture(SMALL, seed=5, stretches=STRETCHES)
+    for position in np.random.default_rng(1).integers(len(draws), size=200).tolist():
+        assert jumping.draw(position) == draws[position]
+    shares = np.bincount([draws[at].dataset for at in range(30, 2830, 4)]) / 700
+    assert np.abs(shares - mixture.shares).max() < 0.02
+
+
+def test_groups_of_one_are_sample_by_sample() -> None:
+    grouped = Mixture(SMALL, seed=5, stretches=[Stretch(10, 1), Stretch(700, 1)])
+    assert _draws(grouped, range(1500)) == _draws(_small(), range(1500))
+
+
+def test_a_replacement_is_the_next_draw_of_the_dataset() -> None:
+    for mixture in (_small(), Mixture(SMALL, seed=5, stretches=STRETCHES)):
+        draws = _draws(mixture, range(1500))
+        for position in (0, 1, 29, 30, 77, 511, 512, 600):
+            later = [draw for draw in draws[position + 1 :] if draw.dataset == draws[position].dataset]
+            for tries in range(1, 9):  # dataset a has three records: over the end of its epoch too
+                found = mixture.replacement(position, tries)
+                assert found == (position, *later[tries - 1][1:])
+            assert mixture.replacement(position, 0) == draws[position]
+
+
+def test_temperature() -> None:
+    entries = [MixtureEntry("a", 400), MixtureEntry("b", 100)]
+
+    def shares(temperature: float) -> list[float]:
+        return Mixture(entries, weighting="temperature", temperature=temperature).shares.tolist()
+
+    assert shares(1.0) == pytest.approx([0.8, 0.2])
+    assert shares(2.0) == pytest.approx(Mixture(entries).shares.tolist())
+    assert shares(4.0) == pytest.approx([2**0.5 / (1 + 2**0.5), 1 / (1 + 2**0.5)])
+
+
 def test_a_rare_dataset_enlarges_the_block() -> None:
     rare = Mixture([MixtureEntry("big", 1_000_000), MixtureEntry("rare", 300)], weighting="proportional", seed=0)
     assert rare._block == 8192
@@ -187,6 +253,12 @@ def test_share_table() -> None:
     assert rows[0]["epochs"] == pytest.approx(float(rows[0]["samples"]) / 3)
 
 
+def test_a_plan_may_be_pickled() -> None:
+    mixture = Mixture(SMALL, seed=5, stretches=STRETCHES)
+    draws = _draws(mixture, range(100))
+    assert _draws(pickle.loads(pickle.dumps(mixture)), range(100)) == draws
+
+
 def test_position_streams_are_their_own() -> None:
     first = position_generator(1, 2).integers(1 << 60)
     assert first == position_generator(1, 2).integers(1 << 60)
@@ -201,14 +273,25 @@ def test_position_streams_are_their_own() -> None:
         ([MixtureEntry("a", 0)], "sqrt", ["dataset a", "no records"]),
         ([MixtureEntry("a", 5, 0.0)], "sqrt", ["dataset a", "multiplier 0"]),
         ([MixtureEntry("a", 5, -1.0)], "sqrt", ["dataset a", "multiplier -1"]),
-        ([MixtureEntry("a", 5)], "squareroot", ["'squareroot'", "sqrt, proportional, uniform"]),
+        ([MixtureEntry("a", 5)], "squareroot", ["'squareroot'", "sqrt, proportional, uniform, temperature"]),
         ([MixtureEntry("a", 5), MixtureEntry("b", 5, 1e-9)], "sqrt", ["dataset b", "1.0e-09", "raise its multiplier"]),
+        ([MixtureEntry("a", 5)], "temperature", ["temperature belongs to weights=temperature", "both or neither"]),
+        ([MixtureEntry("a", 5, shards=(2, 2))], "sqrt", ["dataset a", "shards hold 4 records, not 5"]),
     ],
 )
 def test_what_cannot_be_planned(entries: list[MixtureEntry], weighting: str, words: list[str]) -> None:
-    with pytest.raises(ValueError, match=r"dataset|weighting") as error:
+    with pytest.raises(ValueError, match=r"dataset|weight") as error:
         Mixture(entries, weighting=weighting)
     assert all(word in str(error.value) for word in words)
+
+
+def test_what_cannot_be_grouped() -> None:
+    with pytest.raises(ValueError, match="10 positions are not whole groups of 4"):
+        Mixture(SMALL, stretches=[Stretch(10, 4)])
+    with pytest.raises(ValueError, match="temperature -1 is not positive"):
+        Mixture(SMALL, weighting="temperature", temperature=-1.0)
+    with pytest.raises(ValueError, match="both or neither"):
+        Mixture(SMALL, temperature=2.0)
 
 
 def test_negative_position() -> None:
