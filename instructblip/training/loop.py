@@ -118,6 +118,7 @@ class StepResult(NamedTuple):
         grad_norm: before clipping.
         samples, tokens: trained on; tokens are supervised ones.
         ids: of the samples, in the order of their positions.
+        padding_fraction: share of the places in the passes through the LLM that held nothing, 0 to 1.
         skipped: the loss or the gradient was not finite, and the weights are as they were.
         stop_signal: of the ranks that were asked to stop, the largest number of a signal; else 0.
     """
@@ -128,6 +129,7 @@ class StepResult(NamedTuple):
     samples: int
     tokens: int
     ids: list[str]
+    padding_fraction: float = 0.0
     skipped: bool = False
     stop_signal: int = 0
 
@@ -141,6 +143,7 @@ def train_step(
     batches: Sequence[Batch],
     *,
     through_llm: bool,
+    packed: bool = False,
     rate: float,
     new_parts_scale: float = 1.0,
     clip_norm: float | None,
@@ -160,7 +163,7 @@ def train_step(
     if execution.equal_passes:
         batches = split_further(batches, max(processes.gather(len(batches))))
     with processes.watched():
-        losses = _backward(model, batches, execution, through_llm=through_llm)
+        losses = _backward(model, batches, execution, through_llm=through_llm, packed=packed)
     result = _result(processes.gather(_report(batches, losses, execution.stop_signal())))
     parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
     for parameter in parameters:
@@ -185,11 +188,15 @@ def what_is_not_finite(result: StepResult) -> str:
     return f"loss {result.loss} and gradient norm {result.grad_norm} are not both finite in the batch {ids}"
 
 
-def _backward(model: InstructBLIP, batches: Sequence[Batch], execution: Execution, *, through_llm: bool) -> list[Loss]:
+def _backward(
+    model: InstructBLIP, batches: Sequence[Batch], execution: Execution, *, through_llm: bool, packed: bool
+) -> list[Loss]:
     losses = []
     for number, batch in enumerate(batches, start=1):
         with execution.accumulate(last=number == len(batches)):
-            loss = execution.forward(model, batch.images, batch.instructions, batch.targets, through_llm=through_llm)
+            loss = execution.forward(
+                model, batch.images, batch.instructions, batch.targets, through_llm=through_llm, packed=packed
+            )
             loss.total.backward()
         losses.append(loss)
     return losses
@@ -210,6 +217,8 @@ def _report(batches: Sequence[Batch], losses: Sequence[Loss], stop_signal: int) 
         "sums": sums,
         "counts": counts,
         "ids": in_order_of_draws(batches),
+        "positions": sum(loss.positions for loss in losses),
+        "padding": sum(loss.padding for loss in losses),
         "stop_signal": stop_signal,
     }
 
@@ -227,6 +236,8 @@ def _result(reports: Sequence[dict[str, Any]]) -> StepResult:
         samples=len(ids),
         tokens=tokens,
         ids=ids,
+        padding_fraction=sum(report["padding"] for report in reports)
+        / max(sum(report["positions"] for report in reports), 1),
         stop_signal=max(report["stop_signal"] for report in reports),
     )
 
@@ -261,6 +272,7 @@ def run_steps(
             optimizer,
             micro_batches,
             through_llm=place.phase.through_llm,
+            packed=place.phase.batching.kind == "packed",
             rate=rate,
             new_parts_scale=place.phase.new_parts_scale,
             clip_norm=clip_norm,
@@ -286,6 +298,7 @@ def log_entry(step: int, place: Place, rate: float, result: StepResult, speed: d
         "lr": rate,
         "grad_norm": result.grad_norm,
         "tokens": result.tokens,
+        "padding_fraction": result.padding_fraction,
         "sample_ids": result.ids,
         **speed,
     }

@@ -259,6 +259,7 @@ def test_log_entry_counts_finished_steps() -> None:
         "lr": 2e-4,
         "grad_norm": 0.7,
         "tokens": 6,
+        "padding_fraction": 0.0,
         "sample_ids": ["a/1", "a/2"],
         "samples_per_second": 9.0,
     }
