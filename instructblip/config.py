@@ -162,7 +162,13 @@ class PhaseConfig:
     name: str = MISSING
     steps: int = MISSING
     batch_size: int = MISSING
-    micro_batch_size: int | None = None  # None: the whole batch in one forward pass
+    # How a rank's share of the batch is cut into forward passes, which changes no gradient. fixed: as the samples are drawn;
+    # bucketed: samples of like length together; packed: the same, and several samples in a row of a decoder-only LLM.
+    batching: str = "fixed"
+    micro_batch_size: int | None = None  # samples of a forward pass at most; None: no limit
+    micro_batch_tokens: int | None = (
+        None  # bucketed, packed: tokens of the LLM in a forward pass at most; None: no limit
+    )
     learning_rate: float = MISSING
     warmup_steps: int = 0
     warmup_learning_rate: float = 1e-8

@@ -12,8 +12,17 @@ from rich.table import Table
 from torch import Tensor
 
 from instructblip.build import build_model, check_frozen, choose_device, frozen_fingerprints, restore_trainable
-from instructblip.config import TrainConfig, check_at_least, differences, read_config, to_dict, to_yaml
-from instructblip.data.batching import Batch, Batching
+from instructblip.config import (
+    LLMConfig,
+    PhaseConfig,
+    TrainConfig,
+    check_at_least,
+    differences,
+    read_config,
+    to_dict,
+    to_yaml,
+)
+from instructblip.data.batching import BATCHINGS, Batch, Batching, Length
 from instructblip.data.cards import Card, load_card
 from instructblip.data.loader import MixtureDataset, TrainingSet, load_batches
 from instructblip.data.mixture import Mixture, MixtureEntry, share_table
@@ -125,14 +134,26 @@ def _check_numbers(config: TrainConfig) -> None:
         "recipe.final_samples": recipe.final_samples,
     }
     for number, phase in enumerate(recipe.phases):
-        for name in ("steps", "batch_size", "micro_batch_size"):
+        for name in ("steps", "batch_size", "micro_batch_size", "micro_batch_tokens"):
             counts[f"recipe.phases.{number}.{name}"] = getattr(phase, name)
+        _check_batching(f"recipe.phases.{number}", phase, config.llm)
     check_at_least(1, counts)
     check_at_least(0, {"data.workers": config.data.workers})
     if not recipe.phases:
         raise UserError("recipe.phases is empty; give at least one phase")
     if len(recipe.betas) != 2 or not all(0 <= beta < 1 for beta in recipe.betas):
         raise UserError(f"recipe.betas={recipe.betas} must be two numbers from 0 to below 1, such as [0.9, 0.999]")
+
+
+def _check_batching(key: str, phase: PhaseConfig, llm: LLMConfig) -> None:
+    if phase.batching not in BATCHINGS:
+        raise UserError(f"{key}.batching={phase.batching} is none of {', '.join(BATCHINGS)}")
+    if phase.batching == "fixed" and phase.micro_batch_tokens is not None:
+        raise UserError(f"{key}.micro_batch_tokens limits no fixed batches; set {key}.batching=bucketed or packed")
+    if phase.batching == "packed" and llm.kind != "decoder":
+        raise UserError(f"{key}.batching=packed needs a decoder-only LLM, llm={llm.name} is none; set it to bucketed")
+    if phase.batching == "packed" and not phase.through_llm:
+        raise UserError(f"{key}.batching=packed packs rows of the LLM, which the phase leaves out; set it to fixed")
 
 
 def _find_checkpoint(config: TrainConfig, folder: Path, console: Console) -> LoadedCheckpoint | None:
@@ -197,7 +218,7 @@ def _set_up(config: TrainConfig, folder: Path, console: Console) -> TrainingRun:
             betas=config.recipe.betas,
         ),
         names={parameter: name for name, parameter in model.named_parameters()},
-        phases=_phases(config),
+        phases=_phases(config, model.sample_length()),
         mixture=mixture,
         dataset=dataset,
         validation=validation,
@@ -247,13 +268,18 @@ def _calibrate(model: InstructBLIP, norm: ChannelNorm, dataset: MixtureDataset) 
     norm.calibrate(model.image_tokens(images).flatten(0, 1))
 
 
-def _phases(config: TrainConfig) -> list[Phase]:
+def _phases(config: TrainConfig, sample_length: Length) -> list[Phase]:
     return [
         Phase(
             name=phase.name,
             steps=phase.steps,
             batch_size=phase.batch_size,
-            batching=Batching(micro_batch_size=phase.micro_batch_size),
+            batching=Batching(
+                kind=phase.batching,
+                micro_batch_size=phase.micro_batch_size,
+                micro_batch_tokens=phase.micro_batch_tokens,
+                length=sample_length,
+            ),
             learning_rate=phase.learning_rate,
             warmup_steps=phase.warmup_steps,
             warmup_learning_rate=phase.warmup_learning_rate,
