@@ -231,10 +231,10 @@ def scores(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def predictions(folder: Path, *parts: str) -> dict[str, list[tuple[Any, ...]]]:
-    """(sample id, prediction, correct) of every line of each dataset's predictions.jsonl, in the file's order."""
+    """(sample id, prediction, score) of every line of each dataset's predictions.jsonl, in the file's order."""
     return {
         name: [
-            (line["id"], line["prediction"], line["correct"])
+            (line["id"], line["prediction"], line["score"])
             for line in read_lines(folder.joinpath(name, *parts, "predictions.jsonl"))
         ]
         for name in DATASETS

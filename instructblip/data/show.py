@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from instructblip.data.cards import TRAIN_SPLIT, Card, Evaluation, all_cards
+from instructblip.data.card_evaluation import Evaluation
+from instructblip.data.cards import TRAIN_SPLIT, Card, all_cards
 from instructblip.data.mixture import position_generator
 from instructblip.data.sample import Record
 from instructblip.data.shards import MANIFEST_NAME, PreparedSplit, open_split

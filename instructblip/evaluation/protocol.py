@@ -3,18 +3,22 @@
 import hashlib
 import json
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from instructblip.data.cards import Card, Evaluation
+from instructblip.data.card_evaluation import PRESETS, Evaluation, with_preset
+from instructblip.data.cards import Card
 from instructblip.data.sample import Record
-from instructblip.data.shards import PreparedSplit, ShardReader, open_split
-from instructblip.data.templates import render_prompt
+from instructblip.data.shards import MANIFEST_NAME, PreparedSplit, ShardReader, open_split
+from instructblip.data.templates import MAX_OCR_TOKENS, render_prompt
 from instructblip.errors import UserError
+from instructblip.evaluation.metrics.records import REFERENCES
+from instructblip.evaluation.submissions import SUBMISSIONS
+from instructblip.model.ranking import RANKING_PRESETS
 
-SCORED_METRICS = ("accuracy",)  # what `runner` computes so far
+_OWN_OCR = "the dataset's own"
 
 
 @dataclass(frozen=True)
@@ -22,9 +26,17 @@ class Protocol:
     """Everything that decides a score besides the model; stored in results.json.
 
     Attributes:
-        candidates: texts to rank; `classes` beside them names the class each text stands for (itself, without verbalizers).
-            A class's score is the log of the summed likelihoods of its texts.
+        preset: `paper`, or `lavis` for what the released code computes.
+        candidates_from: where ranked texts come from: `card`, each record's `choices`, or `train_answers`, a vocabulary of
+            `vocabulary_size` texts with the hash `vocabulary_sha256`; `none` when the model writes freely.
+        candidates: the card's texts to rank; `classes` beside them names the class each text stands for (itself, without
+            verbalizers).
+        aggregate: a class's log-likelihood is that of any of its texts (`sum` of likelihoods) or of the best (`max`).
         verbalizers: (text, class) pairs; a freely generated text of one of them counts as its class.
+        normalize, include_eos: of a candidate's token log-likelihoods.
+        max_new_tokens, min_new_tokens, num_beams, length_penalty, repetition_penalty: of generation.
+        frames: pictures a sample, 1 but for videos.
+        ocr: whose tokens the prompt shows and how many at most; empty where it shows none.
         samples: how many of the split's samples are scored; None is all. The subset is the first by SHA-256 of the sample
             id: it depends on nothing else.
         samples_sha256: of the chosen sample ids and of the shards they lie in.
@@ -33,10 +45,15 @@ class Protocol:
 
     dataset: str
     split: str
+    preset: str
     prompt: str
     mode: str
+    candidates_from: str
     candidates: tuple[str, ...]
     classes: tuple[str, ...]
+    aggregate: str
+    vocabulary_size: int
+    vocabulary_sha256: str
     verbalizers: tuple[tuple[str, str], ...]
     normalize: str
     include_eos: bool
@@ -44,6 +61,9 @@ class Protocol:
     min_new_tokens: int
     num_beams: int
     length_penalty: float
+    repetition_penalty: float
+    frames: int
+    ocr: str
     metric: str
     samples: int | None
     samples_sha256: str
@@ -58,16 +78,32 @@ class Protocol:
         shown = {
             "split": self.split,
             "samples": "all" if self.samples is None else f"first {self.samples} by hash of id",
+            "preset": self.preset,
+            "prompt": self.prompt,
+            "mode": self.mode,
+            "metric": self.metric,
+            "images": self.images if self.frames == 1 else f"{self.images}, {self.frames} frames a video",
         }
-        shown |= {"prompt": self.prompt, "mode": self.mode, "metric": self.metric, "images": self.images}
+        if self.ocr:
+            shown["OCR tokens"] = self.ocr
         if self.mode == "rank":
-            shown["candidates"] = ", ".join(self.candidates)
-            eos = "EOS counted" if self.include_eos else "EOS not counted"
-            shown["normalisation"] = f"{self.normalize} of token log-likelihoods, {eos}"
+            shown |= self._describe_ranking()
         else:
             tokens = f"{self.min_new_tokens} to {self.max_new_tokens} new tokens"
-            shown["decoding"] = f"beam size {self.num_beams}, {tokens}, length penalty {self.length_penalty:g}"
+            penalties = f"length penalty {self.length_penalty:g}, repetition penalty {self.repetition_penalty:g}"
+            shown["decoding"] = f"beam size {self.num_beams}, {tokens}, {penalties}"
         return shown | {"samples sha256": self.samples_sha256[:16], "protocol sha256": self.sha256()[:16]}
+
+    def _describe_ranking(self) -> dict[str, str]:
+        candidates = {
+            "choices": "each sample's own choices",
+            "train_answers": f"{self.vocabulary_size:,} answers of the train split (sha256 {self.vocabulary_sha256[:16]})",
+        }.get(self.candidates_from, ", ".join(self.candidates))
+        eos = "EOS counted" if self.include_eos else "EOS not counted"
+        shown = {"candidates": candidates, "normalisation": f"{self.normalize} of token log-likelihoods, {eos}"}
+        if self.verbalizers:
+            shown["classes"] = f"{self.aggregate} of the likelihoods of a class's texts"
+        return shown
 
 
 @dataclass(frozen=True)
@@ -85,14 +121,34 @@ class EvaluationSample:
         """Names the image, so that questions on one image can be resampled together."""
         return f"{self.shard.path.name}/{self.row}"
 
+    @property
+    def frames(self) -> int:
+        """Pictures of this sample, 1 but for videos."""
+        frames = self.shard.frames_of(self.row)
+        return int(frames.stop - frames.start)
+
 
 @dataclass(frozen=True)
 class Task:
-    """A dataset card made ready to run on one split."""
+    """A dataset card made ready to run on one split.
+
+    Attributes:
+        card, protocol, samples: what is run.
+        vocabulary: the texts to rank where they come from the train split.
+        answers_public: whether the samples can be scored here; a leaderboard's server does it otherwise.
+    """
 
     card: Card
     protocol: Protocol
     samples: tuple[EvaluationSample, ...]
+    vocabulary: tuple[str, ...] = ()
+    answers_public: bool = True
+
+    def candidates(self, record: Record) -> tuple[str, ...]:
+        """The texts to rank for a record; none where the model writes freely."""
+        if self.protocol.candidates_from == "choices":
+            return record.choices
+        return self.vocabulary or self.protocol.candidates
 
 
 def make_task(
@@ -103,6 +159,8 @@ def make_task(
     samples: int | None = None,
     mode: str | None = None,
     withhold_images: bool = False,
+    preset: str = "paper",
+    llm_kind: str = "decoder",
 ) -> Task:
     """Open a card's split and settle its protocol.
 
@@ -113,33 +171,36 @@ def make_task(
         samples: how many to score; None is all.
         mode: `rank` or `generate` instead of the card's own.
         withhold_images: the blind baseline.
+        preset: `paper`, or `lavis` for what the released code computes.
+        llm_kind: `decoder` or `encoder_decoder`; the released code treats them differently.
 
     Raises:
-        UserError: the card says nothing of evaluation or asks for what cannot be done yet, the split is not prepared or
-            has no public answers, or the mode does not suit the card.
+        UserError: the card says nothing of evaluation, the split (or the train split that candidates come from) is not
+            prepared or has no public answers, or the mode does not suit the card.
     """
-    rules = _rules(card)
-    split = split or rules.split
-    opened = open_split(shards / card.source / split)
-    chosen = _choose(card, opened, rules.kinds or card.kinds, rules.prompt, samples)
-    for sample in chosen:
-        if not sample.record.answers:
-            raise UserError(f"{card.name}: the answers of split {split!r} are not public; evaluate another split")
-    mode = mode or rules.mode
+    rules = _rules(card, preset, llm_kind)
+    split, mode = split or rules.split, mode or rules.mode
     if mode not in ("rank", "generate"):
         raise UserError(f"mode is rank or generate, not {mode!r}")
-    texts = [(text, text) for text in rules.candidates]
+    opened = open_split(shards / card.source / split)
+    chosen = _choose(card, opened, rules.kinds or card.kinds, rules.prompt, samples)
+    public = _answers_public(card, split, rules.metric, chosen)
+    source = _candidates_from(card, rules) if mode == "rank" else "none"
+    vocabulary = train_answers(card, shards) if source == "train_answers" else ()
     verbalizers = tuple((text, label) for label, synonyms in rules.verbalizers.items() for text in synonyms)
-    texts += verbalizers
-    if mode == "rank" and not texts:
-        raise UserError(f"{card.name} has no candidates to rank; evaluate it with mode=generate")
+    ranked = source == "card"
     protocol = Protocol(
         dataset=card.name,
         split=split,
+        preset=preset,
         prompt=rules.prompt,
         mode=mode,
-        candidates=tuple(text for text, _ in texts) if mode == "rank" else (),
-        classes=tuple(label for _, label in texts) if mode == "rank" else (),
+        candidates_from=source,
+        candidates=rules.candidates + tuple(text for text, _ in verbalizers) if ranked else (),
+        classes=rules.candidates + tuple(label for _, label in verbalizers) if ranked else (),
+        aggregate=rules.aggregate,
+        vocabulary_size=len(vocabulary),
+        vocabulary_sha256=hashlib.sha256("\n".join(vocabulary).encode()).hexdigest() if vocabulary else "",
         verbalizers=verbalizers,
         normalize=rules.normalize,
         include_eos=rules.include_eos,
@@ -147,12 +208,25 @@ def make_task(
         min_new_tokens=rules.min_new_tokens,
         num_beams=rules.num_beams,
         length_penalty=rules.length_penalty,
+        repetition_penalty=rules.repetition_penalty,
+        frames=max(sample.frames for sample in chosen),
+        ocr=_ocr(rules.prompt, opened),
         metric=rules.metric,
         samples=samples,
         samples_sha256=_samples_sha256(opened, chosen),
         images="withheld" if withhold_images else "shown",
     )
-    return Task(card, protocol, tuple(chosen))
+    return Task(card, protocol, tuple(chosen), vocabulary, public)
+
+
+def make_validation_task(card: Card, shards: Path, *, samples: int | None) -> Task:
+    """The task that training watches: the card's protocol on its validation split.
+
+    Raises:
+        UserError: as `make_task`.
+    """
+    rules = _rules(card, "paper", "decoder")
+    return make_task(card, shards, split=rules.validation_split or rules.split, samples=samples)
 
 
 def withheld(task: Task) -> Task:
@@ -160,34 +234,110 @@ def withheld(task: Task) -> Task:
     return replace(task, protocol=replace(task.protocol, images="withheld"))
 
 
+def train_answers(card: Card, shards: Path) -> tuple[str, ...]:
+    """Every answer of the prepared train split, the most frequent first, equally frequent ones by text.
+
+    Raises:
+        UserError: that split is not prepared.
+    """
+    folder = shards / card.source / "train"
+    if not (folder / MANIFEST_NAME).is_file():
+        raise UserError(
+            f"{card.name} ranks all answers of its train split, which is not prepared in {shards}; run "
+            f"python prepare.py dataset={card.source} split=train raw=FOLDER out={shards}, or evaluate with mode=generate"
+        )
+    counts = Counter(answer for record in _records(card, open_split(folder)) for answer in record.answers)
+    return tuple(sorted(counts, key=lambda answer: (-counts[answer], answer)))
+
+
 def majority_answers(card: Card, shards: Path) -> dict[str, str]:
     """The most frequent training answer to each question text, and under the empty string to any question.
 
-    What a model can know without looking at any image.
+    What a model can know without looking at any image. Empty where the train split is not prepared or has no answers.
     """
-    rules, opened = _rules(card), open_split(shards / card.source / "train")
+    folder = shards / card.source / "train"
+    if not (folder / MANIFEST_NAME).is_file():
+        return {}
     counts: dict[str, Counter[str]] = defaultdict(Counter)
-    for sample in _choose(card, opened, rules.kinds or card.kinds, rules.prompt, None):
-        answer = sample.record.answers[0]
-        counts[sample.record.question or ""][answer] += 1
-        counts[""][answer] += 1
+    for record in _records(card, open_split(folder)):
+        if record.answers:
+            counts[record.question or ""][record.answers[0]] += 1
+            counts[""][record.answers[0]] += 1
     return {question: min(seen, key=lambda answer: (-seen[answer], answer)) for question, seen in counts.items()}
 
 
-def _rules(card: Card) -> Evaluation:
-    """How a card is evaluated.
+def chance_level(task: Task) -> float | None:
+    """The expected score of drawing evenly among the candidates, on the scale of papers' tables; None: not known.
+
+    AUROC 50 whatever the classes; VisDial's MRR is the mean of 1/rank.
+    """
+    if task.protocol.metric == "auroc":
+        return 50.0
+    if task.protocol.candidates_from == "choices":
+        counts = [len(sample.record.choices) for sample in task.samples]
+        if task.protocol.metric == "visdial":
+            return 100 * sum(sum(1 / rank for rank in range(1, count + 1)) / count for count in counts) / len(counts)
+        return 100 * sum(1 / count for count in counts) / len(counts)
+    classes = set(task.protocol.classes or task.vocabulary)
+    return 100.0 / len(classes) if classes else None
+
+
+def as_json(protocol: Protocol) -> dict[str, Any]:
+    """The protocol and its hash as JSON values."""
+    return {**asdict(protocol), "sha256": protocol.sha256()}
+
+
+def _rules(card: Card, preset: str, llm_kind: str) -> Evaluation:
+    """How a card is evaluated under a preset.
 
     Raises:
-        UserError: it is not, or not in a way that is built yet.
+        UserError: it is not evaluated, or there is no such preset.
     """
-    rules = card.evaluation
-    if rules is None:
+    if preset not in PRESETS:
+        raise UserError(f"preset is {' or '.join(PRESETS)}, not {preset!r}")
+    if card.evaluation is None:
         raise UserError(f"{card.name} is a dataset to train on: its card has no evaluation; take it out of the suite")
-    if rules.metric not in SCORED_METRICS:
-        raise UserError(f"{card.name} is scored by {rules.metric}, which evaluation cannot compute yet")
-    if rules.candidates_from is not None:
-        raise UserError(f"{card.name} ranks {rules.candidates_from}, which evaluation cannot do yet")
+    rules = with_preset(card.evaluation, preset, llm_kind)
+    if preset != "paper" and rules.mode == "rank":
+        rules = replace(rules, **RANKING_PRESETS[preset][llm_kind])
     return rules
+
+
+def _candidates_from(card: Card, rules: Evaluation) -> str:
+    if rules.candidates_from is not None:
+        return rules.candidates_from
+    if not rules.candidates and not rules.verbalizers:
+        raise UserError(f"{card.name} has no candidates to rank; evaluate it with mode=generate")
+    return "card"
+
+
+def _answers_public(card: Card, split: str, metric: str, samples: Sequence[EvaluationSample]) -> bool:
+    """Whether every sample has what the metric compares with; a leaderboard may do the scoring where none has."""
+    known = [bool(REFERENCES[metric](sample.record)) for sample in samples]
+    if all(known):
+        return True
+    if any(known):
+        first = samples[known.index(False)].id
+        raise UserError(f"{card.name}: some answers of split {split!r} are not there ({first}); prepare it again")
+    if card.name not in SUBMISSIONS:
+        raise UserError(f"{card.name}: the answers of split {split!r} are not public; evaluate another split")
+    return False
+
+
+def _ocr(prompt: str, opened: PreparedSplit) -> str:
+    if "{ocr_tokens}" not in prompt:
+        return ""
+    source = opened.manifest.get("options", {}).get("ocr") or _OWN_OCR
+    return f"{source}, the first {MAX_OCR_TOKENS}"
+
+
+def _records(card: Card, opened: PreparedSplit) -> Iterable[Record]:
+    """The records that a card draws from a split, in stored order."""
+    row_read, records = (-1, -1), []
+    for number, row, place in opened.records(card.kinds).tolist():
+        if (number, row) != row_read:
+            row_read, records = (number, row), opened.shards[number].read_records(row)
+        yield records[place]
 
 
 def _choose(
@@ -200,7 +350,13 @@ def _choose(
             records_at[number, row] = opened.shards[number].read_records(row)
         record = records_at[number, row][place]
         shard = opened.shards[number]
-        found.append(EvaluationSample(f"{card.name}/{record.id}", shard, row, record, render_prompt(prompt, record)))
+        try:
+            asked = render_prompt(prompt, record)
+        except ValueError as error:
+            raise UserError(f"{card.name}: {error}; change evaluation.prompt of its card") from None
+        found.append(EvaluationSample(f"{card.name}/{record.id}", shard, row, record, asked))
+    if not found:
+        raise UserError(f"{card.name}: split {opened.split!r} has nothing to evaluate; prepare it again")
     if limit is None or limit >= len(found):
         return found
     by_hash = sorted(found, key=lambda sample: hashlib.sha256(sample.id.encode()).digest())
@@ -213,8 +369,3 @@ def _samples_sha256(opened: PreparedSplit, samples: Sequence[EvaluationSample]) 
     for sample in samples:
         digest.update(sample.id.encode() + b"\n")
     return digest.hexdigest()
-
-
-def as_json(protocol: Protocol) -> dict[str, Any]:
-    """The protocol and its hash as JSON values."""
-    return {**asdict(protocol), "sha256": protocol.sha256()}

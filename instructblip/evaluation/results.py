@@ -12,10 +12,10 @@ import torch
 from rich import box
 from rich.table import Table
 
-from instructblip.evaluation.metrics import accuracy
-from instructblip.evaluation.protocol import Task, majority_answers
+from instructblip.evaluation.metrics import METRICS, ModelOutput
+from instructblip.evaluation.outcomes import TaskResult
+from instructblip.evaluation.protocol import Task, chance_level, majority_answers
 from instructblip.evaluation.report import Report, ReportExample, ReportRow, ReportSection, write_report
-from instructblip.evaluation.runner import TaskResult
 from instructblip.files import write_json
 
 _VERSIONS = ("torch", "torchvision", "timm", "transformers")
@@ -41,14 +41,16 @@ def baselines(task: Task, shards: Path, blind: TaskResult | None) -> dict[str, f
     * `chance`: a class drawn uniformly from the candidates.
     """
     found = {}
-    if blind is not None:
+    if blind is not None and blind.value is not None:
         found[BLIND] = blind.value
-    if task.card.role == "held-in":
-        majority = majority_answers(task.card, shards)
-        guesses = [majority.get(sample.record.question or "", majority[""]) for sample in task.samples]
-        found[MAJORITY] = accuracy(guesses, [sample.record.answers for sample in task.samples]).value
-    if task.protocol.classes:
-        found[CHANCE] = 100.0 / len(set(task.protocol.classes))
+    asked = task.card.role == "held-in" and task.protocol.candidates_from != "choices" and task.answers_public
+    if majority := majority_answers(task.card, shards) if asked else {}:
+        records = [sample.record for sample in task.samples]
+        guesses = [ModelOutput(majority.get(record.question or "", majority[""])) for record in records]
+        found[MAJORITY] = METRICS[task.protocol.metric](guesses, records).table_value
+    chance = chance_level(task)
+    if chance is not None:
+        found[CHANCE] = chance
     return found
 
 
@@ -79,8 +81,8 @@ def write_results(
         title=title,
         checkpoint=f"{summary['checkpoint']['path']} (step {summary['checkpoint']['step']})",
         created=summary["created"],
-        summary=[_row(item) for item in results],
-        sections=[_section(item, examples) for item in results],
+        summary=[_row(item) for item in results if item.result.score is not None],
+        sections=[_section(item, examples) for item in results if item.result.score is not None],
     )
     write_report(folder / "report.html", report)
     predictions = [folder / item.result.task.card.name / "predictions.jsonl" for item in results]
@@ -95,13 +97,15 @@ def score_table(title: str, results: Sequence[DatasetResult]) -> Table:
     table = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     names = list(dict.fromkeys(name for item in results for name in item.baselines))
     table.add_column("dataset", no_wrap=True)
-    for name in ("accuracy %", "95%", *names, "samples"):
+    for name in ("score", "95%", *names, "samples"):
         table.add_column(name, justify="right")
     for item in results:
         result = item.result
         others = [f"{item.baselines[name]:.1f}" if name in item.baselines else "" for name in names]
-        interval = f"{result.low:.1f}-{result.high:.1f}"
-        table.add_row(result.task.card.name, f"{result.value:.1f}", interval, *others, str(len(result.correct)))
+        value, interval = "", ""
+        if result.value is not None:
+            value, interval = f"{result.value:.1f}", f"{result.low:.1f}-{result.high:.1f}"
+        table.add_row(result.task.card.name, value, interval, *others, str(len(result.samples)))
     return table
 
 
@@ -113,10 +117,10 @@ def _row(item: DatasetResult) -> ReportRow:
         task=result.task.card.task_group + (", held out" if result.task.card.role == "held-out" else ""),
         mode="ranking" if result.task.protocol.mode == "rank" else "open generation",
         metric=f"{result.task.protocol.metric} %",
-        count=len(result.correct),
-        value=result.value,
-        low=result.low,
-        high=result.high,
+        count=len(result.samples),
+        value=result.value or 0.0,
+        low=result.low or 0.0,
+        high=result.high or 0.0,
         baselines=item.baselines,
     )
 
@@ -124,8 +128,10 @@ def _row(item: DatasetResult) -> ReportRow:
 def _section(item: DatasetResult, examples: int) -> ReportSection:
     result = item.result
     by_answer: dict[str, list[bool]] = {}
-    for sample, right in zip(result.task.samples, result.correct, strict=True):
-        by_answer.setdefault(sample.record.answers[0], []).append(right)
+    correct = [(value or 0) > 0 for value in result.per_sample]
+    for sample, right in zip(result.samples, correct, strict=True):
+        if sample.record.answers:
+            by_answer.setdefault(sample.record.answers[0], []).append(right)
     breakdown = [
         (answer, len(rights), 100.0 * sum(rights) / len(rights)) for answer, rights in sorted(by_answer.items())
     ]
@@ -133,7 +139,7 @@ def _section(item: DatasetResult, examples: int) -> ReportSection:
         dataset=result.task.card.name,
         protocol=result.task.protocol.describe(),
         breakdowns={"answer": breakdown},
-        examples=[_example(result, number) for number in _shown(result.correct, examples)],
+        examples=[_example(result, number) for number in _shown(correct, examples)],
     )
 
 
@@ -146,14 +152,14 @@ def _shown(correct: Sequence[bool], limit: int) -> list[int]:
 
 
 def _example(result: TaskResult, number: int) -> ReportExample:
-    sample, prediction = result.task.samples[number], result.predictions[number]
+    sample, prediction = result.samples[number], result.predictions[number]
     frames, _ = sample.shard.read(sample.row)
     return ReportExample(
         image=frames[0],
         question=sample.record.question or "",
         instruction=sample.prompt,
-        answer=" | ".join(sample.record.answers),
+        answer=" | ".join(sample.record.answers or sample.record.captions),
         prediction=prediction.prediction,
-        correct=result.correct[number],
-        scores=list(zip(result.task.protocol.candidates, prediction.scores, strict=True)) if prediction.scores else [],
+        correct=(result.per_sample[number] or 0) > 0,
+        scores=result.candidate_scores(number),
     )

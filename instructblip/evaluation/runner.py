@@ -8,7 +8,6 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,10 +18,9 @@ from torch import Tensor
 from instructblip.data.features import shard_pixels
 from instructblip.data.shards import ShardReader
 from instructblip.errors import UserError
-from instructblip.evaluation.metrics import accuracy
 from instructblip.evaluation.metrics.accuracy import normalize_answer
-from instructblip.evaluation.protocol import EvaluationSample, Task, as_json
-from instructblip.evaluation.statistics import score_interval
+from instructblip.evaluation.outcomes import Prediction, TaskResult, class_scores, score_task
+from instructblip.evaluation.protocol import EvaluationSample, Task
 from instructblip.files import is_disk_full, write_atomically
 from instructblip.model.instructblip import InstructBLIP
 from instructblip.progress import progress_bar
@@ -31,39 +29,6 @@ Group = list[tuple[str, EvaluationSample]]  # journal keys and samples that ask 
 ReadImage = Callable[[ShardReader, int], Tensor]  # image tokens (F, P, V) or uint8 pixels (F, 3, H, W) of F frames
 PREDICTIONS = "predictions.jsonl"
 _GREY = 127  # a picture that shows nothing, near the middle of what encoders are normalised to
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """What the model said to one sample; `scores` are log-likelihoods of the protocol's candidates, in nats."""
-
-    key: str
-    id: str
-    prediction: str
-    scores: tuple[float, ...]
-
-    def to_json(self, sample: EvaluationSample, correct: bool) -> dict[str, Any]:
-        """A line of predictions.jsonl."""
-        line = {"key": self.key, "id": self.id, "prompt": sample.prompt, "answers": list(sample.record.answers)}
-        return line | {"prediction": self.prediction, "correct": correct, "scores": list(self.scores)}
-
-
-@dataclass(frozen=True)
-class TaskResult:
-    """Score of one task, its 95% interval (images resampled), and what it was computed from."""
-
-    task: Task
-    predictions: tuple[Prediction, ...]
-    correct: tuple[bool, ...]
-    value: float
-    low: float
-    high: float
-    seconds: float
-
-    def to_json(self) -> dict[str, Any]:
-        """The entry of this dataset in results.json."""
-        scores = {"value": self.value, "low": self.low, "high": self.high, "count": len(self.correct)}
-        return {**scores, "metric": self.task.protocol.metric, "protocol": as_json(self.task.protocol)}
 
 
 def run_task(
@@ -105,8 +70,12 @@ def run_task(
             _append_journal(folder, predictions)
     finally:
         model.train(training)
-    ordered = tuple(done[key] for key in keys)
-    return _score(task, ordered, folder, time.perf_counter() - started)
+    ordered = [done[key] for key in keys]
+    result = score_task(task, task.samples, ordered, seconds=time.perf_counter() - started)
+    if folder is not None:
+        lines = map(_line, task.samples, ordered, result.per_sample)
+        write_atomically(folder / PREDICTIONS, "\n".join(lines) + "\n")
+    return result
 
 
 def blank_image(image_size: int) -> Tensor:
@@ -147,17 +116,17 @@ def _answer(
             max_new_tokens=protocol.max_new_tokens,
             min_new_tokens=protocol.min_new_tokens,
             length_penalty=protocol.length_penalty,
+            repetition_penalty=protocol.repetition_penalty,
         )
         classes = {normalize_answer(text): label for text, label in protocol.verbalizers}
         return [(classes.get(normalize_answer(text), text), ()) for text in texts]
-    scores = model.rank(
-        images,
-        prompts,
-        [protocol.candidates] * len(samples),
-        normalize=protocol.normalize,
-        include_eos=protocol.include_eos,
-    )
-    return [(_best_class(protocol.classes, row), tuple(row.tolist())) for row in scores]
+    candidates = [list(task.candidates(sample.record)) for sample in samples]
+    scores = model.rank(images, prompts, candidates, normalize=protocol.normalize, include_eos=protocol.include_eos)
+    answers = []
+    for texts, row in zip(candidates, scores, strict=True):
+        names, values = class_scores(protocol, texts, row.tolist())
+        answers.append((names[values.index(max(values))], tuple(row.tolist())))
+    return answers
 
 
 def _images(model: InstructBLIP, task: Task, samples: Sequence[EvaluationSample], read_image: ReadImage) -> Tensor:
@@ -173,28 +142,15 @@ def _images(model: InstructBLIP, task: Task, samples: Sequence[EvaluationSample]
     return tokens[[place[sample.image_key] for sample in samples]]
 
 
-def _best_class(classes: Sequence[str], scores: Tensor) -> str:
-    """The class whose texts are most likely together; the first of equals."""
-    names = list(dict.fromkeys(classes))
-    totals = [
-        scores[[number for number, label in enumerate(classes) if label == name]].double().logsumexp(0)
-        for name in names
-    ]
-    return names[int(torch.stack(totals).argmax())]
-
-
-def _score(task: Task, predictions: tuple[Prediction, ...], folder: Path | None, seconds: float) -> TaskResult:
-    answers = [sample.record.answers for sample in task.samples]
-    score = accuracy([item.prediction for item in predictions], answers, normalize=task.protocol.mode == "generate")
-    low, high = score_interval(score, [sample.image_key for sample in task.samples])
-    correct = tuple(value > 0 for value in score.per_sample)
-    if folder is not None:
-        lines = [
-            json.dumps(prediction.to_json(sample, right), ensure_ascii=False)
-            for prediction, sample, right in zip(predictions, task.samples, correct, strict=True)
-        ]
-        write_atomically(folder / PREDICTIONS, "\n".join(lines) + "\n")
-    return TaskResult(task, predictions, correct, score.value, low, high, seconds)
+def _line(sample: EvaluationSample, prediction: Prediction, score: float | None) -> str:
+    """A line of predictions.jsonl; the score is on the scale of `TaskResult.value`."""
+    record = sample.record
+    line: dict[str, Any] = {"key": prediction.key, "id": prediction.id, "prompt": sample.prompt}
+    line["answers"] = list(record.answers or record.captions)
+    line |= {"prediction": prediction.prediction, "score": score, "scores": list(prediction.scores)}
+    if prediction.ranked:
+        line["ranked"] = list(prediction.ranked)
+    return json.dumps(line, ensure_ascii=False)
 
 
 def _key(model_fingerprint: str, task: Task, sample: EvaluationSample) -> str:

@@ -6,7 +6,7 @@ from typing import get_args
 
 import pytest
 
-from instructblip.data.cards import Metric
+from instructblip.data.card_evaluation import Metric
 from instructblip.data.sample import Record
 from instructblip.evaluation.metrics import (
     METRICS,

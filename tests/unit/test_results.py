@@ -11,6 +11,8 @@ from rich.console import Console
 from instructblip.data.cards import Card, load_card
 from instructblip.data.sample import Record
 from instructblip.data.shards import MANIFEST_FORMAT, ShardWriter, shard_path
+from instructblip.evaluation.metrics import accuracy
+from instructblip.evaluation.outcomes import Prediction, TaskResult
 from instructblip.evaluation.protocol import Task, make_task
 from instructblip.evaluation.results import (
     BLIND,
@@ -23,7 +25,6 @@ from instructblip.evaluation.results import (
     score_table,
     write_results,
 )
-from instructblip.evaluation.runner import Prediction, TaskResult
 from instructblip.files import sha256_file, write_json
 
 PNG = (
@@ -70,8 +71,8 @@ def result_of(task: Task, answers: list[str]) -> TaskResult:
         Prediction(str(number), sample.id, text, tuple(-1.0 if other == text else -3.0 for other in candidates))
         for number, (sample, text) in enumerate(zip(task.samples, answers, strict=True))
     )
-    correct = tuple(text in sample.record.answers for sample, text in zip(task.samples, answers, strict=True))
-    return TaskResult(task, predictions, correct, 100.0 * sum(correct) / len(correct), 10.0, 90.0, 1.0)
+    score = accuracy(answers, [sample.record.answers for sample in task.samples])
+    return TaskResult(task, task.samples, predictions, score, 10.0, 90.0, 1.0)
 
 
 def test_baselines_equal_those_counted_by_hand(card: Card, shards: Path) -> None:

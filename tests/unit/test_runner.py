@@ -12,8 +12,9 @@ from torch import Tensor
 from instructblip.data.cards import load_card
 from instructblip.data.prepare import prepare_dataset
 from instructblip.data.shards import ShardReader
+from instructblip.evaluation.outcomes import TaskResult
 from instructblip.evaluation.protocol import Task, make_task, withheld
-from instructblip.evaluation.runner import PREDICTIONS, TaskResult, blank_image, read_pixels, run_task
+from instructblip.evaluation.runner import PREDICTIONS, blank_image, read_pixels, run_task
 from instructblip.model.instructblip import InstructBLIP
 from tests.tiny import IMAGE_SIZE, tiny_model, write_easy_vqa
 
@@ -118,7 +119,7 @@ def test_a_generated_verbalizer_counts_as_its_class(
     result = answer(model, make_task(load_card("easy_vqa_statements"), shards, mode="generate"))
     assert {prediction.prediction for prediction in result.predictions} == {"true"}
     truth = [sample.record.answers == ("true",) for sample in result.task.samples]
-    assert list(result.correct) == truth
+    assert result.per_sample == tuple(100.0 * right for right in truth)
     assert len(set(truth)) == 2
 
 
@@ -141,11 +142,11 @@ def test_predictions_stand_in_stored_order_with_all_they_need(
     assert [line["id"] for line in lines] == [sample.id for sample in yes_no.samples]
     assert [line["prompt"] for line in lines] == [sample.prompt for sample in yes_no.samples]
     assert [line["answers"] for line in lines] == [list(sample.record.answers) for sample in yes_no.samples]
-    assert [line["correct"] for line in lines] == list(result.correct)
-    assert [line["correct"] for line in lines] == [line["answers"] == ["yes"] for line in lines]
+    assert [line["score"] for line in lines] == list(result.per_sample)
+    assert [line["score"] for line in lines] == [100.0 * (line["answers"] == ["yes"]) for line in lines]
     assert len({line["key"] for line in lines}) == len(lines)
     assert result.value == 50.0
-    assert result.low <= 50.0 <= result.high
+    assert result.low is not None and result.high is not None and result.low <= 50.0 <= result.high
 
 
 def test_an_interrupted_run_goes_on(

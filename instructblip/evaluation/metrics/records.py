@@ -8,7 +8,7 @@ scale; `Score.table_value` is on the scale of papers' tables for all of them. A 
 (its answers are not public, say) raises ValueError with its id.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -52,6 +52,7 @@ class ModelOutput:
 Outputs = Sequence[ModelOutput]
 Records = Sequence[Record]
 RecordMetric = Callable[[Outputs, Records], Score]
+Reference = tuple[str, ...] | tuple[int, ...]
 
 
 def _accuracy(outputs: Outputs, records: Records) -> Score:
@@ -160,6 +161,29 @@ METRICS: dict[str, RecordMetric] = {
     "cider": _cider,
     "auroc": _auroc,
     "visdial": _visdial,
+}
+
+
+def _reference_answers(record: Record) -> Reference:
+    return record.answers
+
+
+def _reference_captions(record: Record) -> Reference:
+    return record.captions
+
+
+def _reference_label(record: Record) -> Reference:
+    return () if record.label is None else (record.label,)
+
+
+# What each metric compares with; empty where a record's answer is not public.
+REFERENCES: Mapping[str, Callable[[Record], Reference]] = {
+    **dict.fromkeys(METRICS, _reference_answers),
+    "cider": _reference_captions,
+    "multiple_choice_accuracy": _reference_label,
+    "aokvqa_multiple_choice": _reference_label,
+    "auroc": _reference_label,
+    "visdial": _reference_label,
 }
 
 

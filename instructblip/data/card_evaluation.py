@@ -1,0 +1,140 @@
+"""What a dataset card says of its evaluation, and the presets where the paper and the released code differ.
+
+A card's `evaluation:` is the paper's protocol. Below `presets.lavis` stand the keys that the released code (LAVIS)
+has otherwise; those that hold for one kind of language model stand below `decoder` or `encoder_decoder` once more.
+"""
+
+import dataclasses
+import re
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from instructblip.data.schema import build, nearest
+from instructblip.data.templates import FIELDS
+from instructblip.errors import UserError
+
+PRESETS = ("paper", "lavis")
+LLM_KINDS = ("decoder", "encoder_decoder")
+
+# What a prompt of a card may name in braces: what a template may, without what would give the answer away.
+PROMPT_FIELDS = tuple(name for name in FIELDS if name not in ("answer", "caption"))
+_FIELD = re.compile(r"\{([^{}]*)\}")
+
+Metric = Literal[
+    "accuracy",
+    "multiple_choice_accuracy",
+    "exact_match",
+    "gqa_accuracy",
+    "gqa_accuracy_lavis",
+    "vqa_accuracy",
+    "vqa_accuracy_lavis",
+    "textvqa_accuracy",
+    "vizwiz_accuracy",
+    "ivqa_accuracy",
+    "aokvqa_direct_answer",
+    "aokvqa_multiple_choice",
+    "ocr_vqa_accuracy",
+    "cider",
+    "auroc",
+    "visdial",
+]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How a dataset is evaluated.
+
+    Attributes:
+        split: the split that is scored.
+        prompt: instruction, with fields of the record in braces.
+        mode: `rank` scores given answers by log-likelihood, `generate` writes one.
+        normalize: log-likelihood of a candidate as the sum or the mean over its tokens.
+        include_eos: whether the end-of-sequence token counts as one of them.
+        max_new_tokens, num_beams: decoding in `generate` mode (tokens; beam size).
+        metric: the score.
+        candidates: the answers to rank, the same for all records.
+        verbalizers: class -> the texts that stand for it.
+        aggregate: a class is as likely as any of its texts (`sum` of likelihoods) or as the likeliest (`max`).
+        candidates_from: where the answers to rank come from: each record's own `choices`, or `train_answers`, all
+            answers of the train split. With `rank`, exactly one of candidates, verbalizers and candidates_from.
+        min_new_tokens, length_penalty, repetition_penalty: further decoding in `generate` mode (tokens; exponent of the
+            length that a beam's log-likelihood is divided by; factor against tokens that were written before, 1 for none).
+        kinds: the record kinds that are scored; empty: the card's own.
+        validation_split: the split that training watches; None: the scored one.
+        presets: name of a preset -> the keys that differ there.
+    """
+
+    split: str
+    prompt: str
+    mode: Literal["rank", "generate"]
+    normalize: Literal["sum", "mean"]
+    include_eos: bool
+    max_new_tokens: int
+    num_beams: int
+    metric: Metric
+    candidates: tuple[str, ...] = ()
+    verbalizers: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    aggregate: Literal["sum", "max"] = "sum"
+    candidates_from: Literal["choices", "train_answers"] | None = None
+    min_new_tokens: int = 1
+    length_penalty: float = 1.0
+    repetition_penalty: float = 1.0
+    kinds: tuple[str, ...] = ()
+    validation_split: str | None = None
+    presets: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+def with_preset(evaluation: Evaluation, preset: str, llm_kind: str) -> Evaluation:
+    """The evaluation as it is under a preset with one kind of language model; `paper` is the card as it stands.
+
+    Raises:
+        UserError: a preset's key or value that is not valid.
+    """
+    return _with_preset(evaluation, preset, llm_kind, "the card")
+
+
+def check_evaluation(evaluation: Evaluation, splits: Collection[str], path: Path) -> None:
+    """Refuse statements that are well-typed one by one but do not go together, in any preset.
+
+    Raises:
+        UserError: names the file and the key.
+    """
+    for name in evaluation.presets:
+        if name not in PRESETS[1:]:
+            raise UserError(f"{path}: evaluation.presets has {name!r}{nearest(name, PRESETS[1:])}")
+    for preset in ("paper", *evaluation.presets):
+        for llm_kind in LLM_KINDS:
+            _check(_with_preset(evaluation, preset, llm_kind, str(path)), splits, path)
+
+
+def _with_preset(evaluation: Evaluation, preset: str, llm_kind: str, file: str) -> Evaluation:
+    overrides = dict(evaluation.presets.get(preset, {}))
+    by_kind = {kind: overrides.pop(kind, {}) for kind in LLM_KINDS}
+    overrides |= by_kind[llm_kind]
+    if "presets" in overrides:
+        raise UserError(f"{file}: evaluation.presets.{preset} has presets of its own; remove them")
+    values = dataclasses.asdict(evaluation) | {"presets": {}}
+    # Back to what YAML would give, so that all keys are checked in one way.
+    plain: dict[str, Any] = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+    plain["verbalizers"] = {name: list(texts) for name, texts in evaluation.verbalizers.items()}
+    where = f"evaluation.presets.{preset}" if overrides else "evaluation"
+    settled: Evaluation = build(Evaluation, plain | overrides, file, where)
+    return settled
+
+
+def _check(evaluation: Evaluation, splits: Collection[str], path: Path) -> None:
+    for key in ("split", "validation_split"):
+        name = getattr(evaluation, key)
+        if name is not None and name not in splits:
+            raise UserError(f"{path}: evaluation.{key} {name!r} is not among splits{nearest(name, splits)}")
+    stated = bool(evaluation.candidates) + bool(evaluation.verbalizers) + (evaluation.candidates_from is not None)
+    if stated != (evaluation.mode == "rank"):
+        ways = "candidates, verbalizers and candidates_from"
+        raise UserError(f"{path}: evaluation needs one of {ways} to rank, none of them to generate")
+    if set("{}") & set(_FIELD.sub("", evaluation.prompt)):
+        raise UserError(f"{path}: evaluation.prompt {evaluation.prompt!r} has a brace without its partner")
+    for name in _FIELD.findall(evaluation.prompt):
+        if name not in PROMPT_FIELDS:
+            raise UserError(f"{path}: evaluation.prompt names an unknown field {name!r}{nearest(name, PROMPT_FIELDS)}")
