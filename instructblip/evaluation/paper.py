@@ -1,0 +1,96 @@
+"""The paper's Table 1 beside one's own numbers: its order, its rows, and where a score must not be compared with it.
+
+The numbers themselves stand in the dataset cards (`paper`).
+"""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from instructblip.data.cards import Card
+
+# Names of cards and the headings of their columns, in the order of Table 1 (Dai et al., "InstructBLIP", 2023).
+HELD_OUT = {
+    "nocaps": "NoCaps",
+    "flickr30k": "Flickr30K",
+    "gqa": "GQA",
+    "vsr": "VSR",
+    "iconqa": "IconQA",
+    "textvqa": "TextVQA",
+    "visdial": "VisDial",
+    "hateful_memes": "HM",
+    "vizwiz": "VizWiz",
+    "scienceqa_img": "SciQA-IMG",
+    "msvd_qa": "MSVD-QA",
+    "msrvtt_qa": "MSRVTT-QA",
+    "ivqa": "iVQA",
+}
+HELD_IN = {
+    "coco_caption": "COCO",
+    "textcaps": "TextCaps",
+    "vqav2": "VQAv2",
+    "okvqa": "OKVQA",
+    "aokvqa": "A-OKVQA",
+    "aokvqa_multiple_choice": "A-OKVQA MC",
+    "ocr_vqa": "OCR-VQA",
+}
+# Keys of a card's `paper` and the names of Table 1's rows.
+MODELS = {
+    "flan_t5_xl": "InstructBLIP FlanT5-XL",
+    "flan_t5_xxl": "InstructBLIP FlanT5-XXL",
+    "vicuna_7b": "InstructBLIP Vicuna-7B",
+    "vicuna_13b": "InstructBLIP Vicuna-13B",
+}
+# Where the paper's numbers are of another split than the one that its card can score.
+PAPER_SPLITS = {"vizwiz": "test-dev"}
+
+
+@dataclass(frozen=True)
+class Mark:
+    """Why a score is not like the paper's: `symbol` beside the number, `meaning` below the table."""
+
+    symbol: str
+    meaning: str
+
+
+SUBSET = Mark("*", "part of the split's samples")
+OTHER_SPLIT = Mark("†", "another split than the paper's")
+OTHER_PROTOCOL = Mark("‡", "another protocol than the card's")
+MARKS = (SUBSET, OTHER_SPLIT, OTHER_PROTOCOL)
+
+
+def in_table_order(datasets: Iterable[str]) -> list[str]:
+    """Held-out datasets in Table 1's order, then held-in ones, then all others as they came; each once."""
+    given = dict.fromkeys(datasets)
+    known = [name for name in (*HELD_OUT, *HELD_IN) if name in given]
+    return known + [name for name in given if name not in known]
+
+
+def heading(dataset: str) -> str:
+    """What a dataset's column is called; its own name where the paper has no column for it."""
+    return {**HELD_OUT, **HELD_IN}.get(dataset, dataset)
+
+
+def comparison_marks(card: Card, protocol: Mapping[str, Any]) -> dict[Mark, str]:
+    """Where a score's protocol, as results.json has it, is not the one that the paper's number stands for; with details."""
+    found = {}
+    if (samples := protocol.get("samples")) is not None:
+        found[SUBSET] = f"{samples} samples"
+    rules = card.evaluation
+    if rules is None:
+        return found
+    split = PAPER_SPLITS.get(card.name, rules.split)
+    if protocol["split"] != split:
+        found[OTHER_SPLIT] = f"{protocol['split']}, the paper: {split}"
+    stated = {name: value for name, value in dataclasses.asdict(rules).items() if name != "split"}
+    changed = [
+        f"{name} {protocol[name]!r} in place of {value!r}"
+        for name, value in stated.items()
+        if isinstance(value, str | int | float) and protocol.get(name, value) != value
+    ]
+    if protocol.get("images", "shown") != "shown":
+        changed.append("images withheld")
+    if changed:
+        found[OTHER_PROTOCOL] = "; ".join(changed)
+    return found

@@ -1,0 +1,193 @@
+"""The paper's Table 1 with rows of one's own: `python -m instructblip.evaluation.table RUNS... [--csv F] [--html F]`.
+
+Rows are evaluations and the paper's models, columns datasets in the paper's order, then held-in and other ones. Every score
+of a run has its 95% interval, and a mark where it must not be compared with the paper's.
+"""
+
+import argparse
+import csv
+import io
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from instructblip.data.cards import Card, all_cards
+from instructblip.errors import UserError
+from instructblip.evaluation.paper import MARKS, MODELS, Mark, comparison_marks, heading, in_table_order
+from instructblip.evaluation.stored import StoredRun, StoredScore, read_run
+from instructblip.files import write_atomically
+from instructblip.page import page_environment
+
+_TEMPLATE = "table.html.jinja"
+_HIDDEN = "not public"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One score; `low` and `high` are None for the paper's, `value` too where the answers are not public."""
+
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+    marks: tuple[tuple[Mark, str], ...] = ()
+
+    @property
+    def symbols(self) -> str:
+        """The symbols of all marks."""
+        return "".join(mark.symbol for mark, _ in self.marks)
+
+
+@dataclass(frozen=True)
+class Row:
+    """An evaluation, or a model of the paper; `about` says where it comes from."""
+
+    name: str
+    about: str
+    cells: dict[str, Cell]
+    is_paper: bool = False
+
+
+@dataclass(frozen=True)
+class ScoreTable:
+    """Datasets in the order of the columns, and the rows."""
+
+    datasets: list[str]
+    rows: list[Row]
+
+    @property
+    def marks(self) -> list[Mark]:
+        """Those that occur."""
+        used = {mark for row in self.rows for cell in row.cells.values() for mark, _ in cell.marks}
+        return [mark for mark in MARKS if mark in used]
+
+
+def score_table(runs: Sequence[StoredRun]) -> ScoreTable:
+    """The table of some evaluations, the paper's rows below them, of the datasets that at least one of them has."""
+    cards = {card.name: card for card in all_cards()}
+    datasets = in_table_order(name for run in runs for name in run.scores)
+    rows = [
+        Row(
+            name,
+            f"{run.folder}, checkpoint {run.checkpoint}",
+            {dataset: _cell(score, cards.get(dataset)) for dataset, score in run.scores.items()},
+        )
+        for name, run in zip(_names(runs), runs, strict=True)
+    ]
+    for key, model in MODELS.items():
+        numbers = {
+            name: Cell(cards[name].paper[key]) for name in datasets if name in cards and key in cards[name].paper
+        }
+        if numbers:
+            rows.append(Row(model, "the paper, zero-shot", numbers, is_paper=True))
+    return ScoreTable(datasets, rows)
+
+
+def as_text(table: ScoreTable, width: int = 120) -> str:
+    """The table in lines of at most `width` characters where a single column allows it; wide ones go on below."""
+    label = max(len(row.name) for row in table.rows)
+    columns = [_column(table, dataset) for dataset in table.datasets]
+    blocks: list[list[list[str]]] = [[]]
+    used = label
+    for column in columns:
+        needed = 2 + max(map(len, column))
+        if blocks[-1] and used + needed > width:
+            blocks.append([])
+            used = label
+        blocks[-1].append(column)
+        used += needed
+    names = ["", *(line for row in table.rows for line in ([row.name] if row.is_paper else [row.name, ""]))]
+    parts = []
+    for block in blocks:
+        lines = []
+        for number, name in enumerate(names):
+            cells = "".join("  " + column[number].rjust(max(map(len, column))) for column in block)
+            lines.append(f"{name:<{label}}{cells}".rstrip())
+        parts.append("\n".join(lines))
+    legend = [f"{mark.symbol} {mark.meaning}" for mark in table.marks]
+    return "\n\n".join([*parts, "\n".join([*legend, "Below a score: 95% bootstrap interval, images resampled."])])
+
+
+def as_csv(table: ScoreTable) -> str:
+    """One line a row; for each dataset its value, the ends of the interval, and the marks."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    fields = ("", "_low", "_high", "_marks")
+    writer.writerow(["row", "source", *(f"{name}{field}" for name in table.datasets for field in fields)])
+    for row in table.rows:
+        line: list[object] = [row.name, row.about]
+        for dataset in table.datasets:
+            cell = row.cells.get(dataset)
+            values = () if cell is None else (cell.value, cell.low, cell.high, cell.symbols)
+            line += values or ("", "", "", "")
+        writer.writerow(line)
+    return buffer.getvalue()
+
+
+def as_html(table: ScoreTable) -> str:
+    """The table as a page that loads nothing."""
+    page = page_environment(Path(__file__).parent).get_template(_TEMPLATE)
+    best = {name: _best(table, name) for name in table.datasets}
+    return page.render(table=table, heading=heading, best=best, hidden=_HIDDEN)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status: 0, or 2 after a line on standard error that says what to mend."""
+    parser = argparse.ArgumentParser(prog="python -m instructblip.evaluation.table", description=__doc__)
+    parser.add_argument("runs", metavar="RUN", nargs="+", help="folder of an evaluation, or its results.json")
+    parser.add_argument("--csv", type=Path, help="also write it to this file, values separated by commas")
+    parser.add_argument("--html", type=Path, help="also write it to this file, as a page")
+    options = parser.parse_args(arguments)
+    console = Console(soft_wrap=True, highlight=False)
+    try:
+        table = score_table([read_run(place) for place in options.runs])
+        console.print(as_text(table, console.width if console.is_terminal else 120), markup=False)
+        for path, text in ((options.csv, as_csv), (options.html, as_html)):
+            if path is not None:
+                write_atomically(path, text(table))
+                console.print(f"wrote {path}", markup=False)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _cell(score: StoredScore, card: Card | None) -> Cell:
+    marks = () if card is None else tuple(comparison_marks(card, score.protocol).items())
+    return Cell(score.value, score.low, score.high, marks)
+
+
+def _names(runs: Sequence[StoredRun]) -> list[str]:
+    """The folders' own names, with as many parents as it takes to tell them apart."""
+    for length in range(1, 1 + max(len(run.folder.parts) for run in runs)):
+        names = ["/".join(run.folder.parts[-length:]) for run in runs]
+        if len(set(names)) == len({run.folder for run in runs}):
+            break
+    return names
+
+
+def _column(table: ScoreTable, dataset: str) -> list[str]:
+    """Heading, then for each row its score, and below a run's its interval."""
+    lines = [heading(dataset)]
+    room = max((len(row.cells[dataset].symbols) for row in table.rows if dataset in row.cells), default=0)
+    for row in table.rows:
+        cell = row.cells.get(dataset)
+        if cell is None:
+            lines += [""] if row.is_paper else ["", ""]
+            continue
+        value = _HIDDEN if cell.value is None else f"{cell.value:.1f}"
+        lines.append(value + cell.symbols.ljust(room))
+        if not row.is_paper:
+            lines.append("" if cell.low is None else f"{cell.low:.1f}-{cell.high:.1f}" + " " * room)
+    return lines
+
+
+def _best(table: ScoreTable, dataset: str) -> float | None:
+    values = [cell.value for row in table.rows if (cell := row.cells.get(dataset)) and cell.value is not None]
+    return max(values, default=None)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

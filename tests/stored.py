@@ -1,0 +1,69 @@
+"""Evaluations as evaluate.py leaves them, made up: results.json and predictions.jsonl."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from instructblip.data.cards import load_card
+from instructblip.evaluation.stored import FORMAT
+from instructblip.files import write_json
+
+PROTOCOL_KEYS = ("split", "prompt", "mode", "metric", "num_beams", "max_new_tokens", "length_penalty")
+
+
+def entry(dataset: str, value: float | None, **protocol: Any) -> dict[str, Any]:
+    """A dataset's entry of results.json under its card's protocol, but for what `protocol` says."""
+    rules = load_card(dataset).evaluation
+    assert rules is not None
+    chosen = {key: getattr(rules, key) for key in PROTOCOL_KEYS}
+    chosen |= {"samples": None, "samples_sha256": "5a", "sha256": "ab", "images": "shown", **protocol}
+    interval = (None, None) if value is None else (value - 1.5, value + 1.25)
+    return {
+        "value": value,
+        "low": interval[0],
+        "high": interval[1],
+        "count": 0 if value is None else 200,
+        "metric": rules.metric,
+        "protocol": chosen,
+    }
+
+
+def write_run(folder: Path, datasets: Mapping[str, Mapping[str, Any]]) -> Path:
+    """Write results.json and return the folder."""
+    checkpoint = {"path": "outputs/train/x", "step": 7}
+    write_json(folder / "results.json", {"format": FORMAT, "checkpoint": checkpoint, "datasets": dict(datasets)})
+    return folder
+
+
+def write_predictions(folder: Path, dataset: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write a dataset's predictions.jsonl."""
+    path = folder / dataset / "predictions.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def scored_run(
+    folder: Path,
+    dataset: str,
+    scores: Sequence[float | None],
+    *,
+    images: Sequence[object] | None = None,
+    answers: Sequence[str] | None = None,
+    **protocol: Any,
+) -> Path:
+    """A run with one dataset whose samples have these scores, on the table's scale."""
+    counted = [score for score in scores if score is not None]
+    found = entry(dataset, sum(counted) / len(counted), **protocol) | {"count": len(counted)}
+    rows = [
+        {
+            "id": f"{dataset}/{number}",
+            "image": str(number if images is None else images[number]),
+            "answers": ["yes" if answers is None else answers[number]],
+            "prediction": "yes",
+            "score": score,
+        }
+        for number, score in enumerate(scores)
+    ]
+    write_predictions(folder, dataset, rows)
+    return write_run(folder, {dataset: found})
