@@ -10,3 +10,10 @@ class UserError(Exception):
 
     def __init__(self, message: str) -> None:
         super().__init__(" ".join(message.split()))
+
+
+class DamagedSample(UserError):
+    """One image or record that cannot be used, while the rest of its shard can.
+
+    Training replaces it, counts it and stops past a tolerance; everything else treats it as any `UserError`.
+    """

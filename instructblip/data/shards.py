@@ -16,19 +16,19 @@ import os
 import re
 import struct
 import tarfile
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO, Self
+from typing import Any, BinaryIO, Protocol, Self, overload
 
 import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
 from instructblip.data.sample import Record
-from instructblip.errors import UserError
+from instructblip.errors import DamagedSample, UserError
 from instructblip.files import atomic_path, read_json, sha256_file, write_atomically
 
 Int64Array = npt.NDArray[np.int64]
@@ -41,6 +41,7 @@ JSON_ARRAYS = ("json_offset", "json_size")
 RECORD_ARRAYS = ("record_image", "record_number", "record_kind")
 INDEX_ARRAYS = (*FRAME_ARRAYS, *JSON_ARRAYS, *RECORD_ARRAYS)
 KEY = re.compile(r"[A-Za-z0-9_-]+")
+_READERS_KEPT = 256  # open indexes of a split: more than the shards that training has in hand at a time
 
 
 def shard_path(folder: Path, number: int) -> Path:
@@ -162,12 +163,27 @@ def safetensors_bytes(arrays: dict[str, Int64Array], metadata: dict[str, str]) -
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
+class OpenTar(Protocol):
+    """Gives a file descriptor of a shard's tar, from wherever it is kept."""
+
+    def __call__(self, shard: "ShardReader") -> int: ...
+
+
+def _open_local(shard: "ShardReader") -> int:
+    return os.open(shard.path, os.O_RDONLY | os.O_CLOEXEC)
+
+
 class ShardReader:
     """Read images and records of one shard at the offsets of its index; nothing is unpacked.
 
     Each read opens the tar, reads one span and closes it: no state, so readers may be forked, pickled and shared among
     threads, and a data set of many thousand shards does not run into the limit of open files. Beside decoding an image
-    the cost is nothing.
+    the cost is nothing. Each read also looks at the tar's own headers of what it reads, so an index of another tar is
+    noticed even where both have as many bytes.
+
+    Args:
+        path: the tar; the index lies beside it.
+        open_tar: how to open the tar, where that is not the file at `path`.
 
     Attributes:
         kinds, keys, extensions: lists of the index, of all kinds, images and frames.
@@ -177,19 +193,17 @@ class ShardReader:
         UserError: shard or index missing, unreadable, cut short, or not belonging together.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, open_tar: OpenTar | None = None) -> None:
         self.path = path
+        self._open_tar = open_tar or _open_local
         self.metadata, self.arrays = _read_index(index_path(path))
         self.kinds: list[str] = json.loads(self.metadata["kinds"])
         self.keys: list[str] = json.loads(self.metadata["keys"])
         self.extensions: list[str] = json.loads(self.metadata["extensions"])
         self.tar_sha256 = self.metadata["tar_sha256"]
         self.tar_bytes = int(self.metadata["tar_bytes"])
-        try:
-            found = path.stat().st_size
-        except OSError as error:
-            raise _broken(path, f"cannot be read ({error.strerror})") from None
-        self._check_size(found)
+        if open_tar is None:
+            _check_tar(path, self.tar_bytes)
         self._first_frame: list[int] = np.searchsorted(self.arrays["frame_image"], np.arange(len(self) + 1)).tolist()
 
     def __len__(self) -> int:
@@ -212,29 +226,52 @@ class ShardReader:
     def read_records(self, row: int) -> list[Record]:
         """The records of row `row` alone, without reading its frames."""
         offset, size = (int(self.arrays[name][row]) for name in JSON_ARRAYS)
-        return self._records(row, self._read_span(offset, size))
+        span = self._read_span(offset - tarfile.BLOCKSIZE, tarfile.BLOCKSIZE + size)
+        self._check_header(span, f"{self.keys[row]}.json", size)
+        return self._records(row, span[tarfile.BLOCKSIZE :])
 
     def read_encoded(self, row: int) -> tuple[tuple[bytes, ...], bytes]:
         """The encoded frames and the JSON text of row `row`, as they are stored."""
-        offsets = self.arrays["frame_offset"][self.frames_of(row)].tolist()
-        sizes = self.arrays["frame_size"][self.frames_of(row)].tolist()
+        places = self.frames_of(row)
+        members = [
+            (f"{self.keys[row]}.{extension}", offset, size)
+            for extension, offset, size in zip(
+                self.extensions[places],
+                self.arrays["frame_offset"][places].tolist(),
+                self.arrays["frame_size"][places].tolist(),
+                strict=True,
+            )
+        ]
         json_offset, json_size = (int(self.arrays[name][row]) for name in JSON_ARRAYS)
-        start = min([*offsets, json_offset])
+        members.append((f"{self.keys[row]}.json", json_offset, json_size))
+        start = min(offset for _, offset, _ in members) - tarfile.BLOCKSIZE
         span = self._read_span(start, json_offset + json_size - start)
-        frames = tuple(span[at - start : at - start + size] for at, size in zip(offsets, sizes, strict=True))
-        return frames, span[json_offset - start :]
+        contents = []
+        for name, offset, size in members:
+            at = offset - start
+            self._check_header(span[at - tarfile.BLOCKSIZE : at], name, size)
+            contents.append(span[at : at + size])
+        return tuple(contents[:-1]), contents[-1]
 
     def _records(self, row: int, text: bytes) -> list[Record]:
         try:
             return [Record.from_dict(record) for record in json.loads(text.decode())["records"]]
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise _broken(self.path, f"image {self.keys[row]} has damaged records") from None
+            line = _broken(self.path, f"image {self.keys[row]} has damaged records")
+            raise DamagedSample(str(line)) from None
+
+    def _check_header(self, header: bytes, name: str, size: int) -> None:
+        """A tar member's header of 512 bytes: the name at 0, cut at 100 bytes, the size at 124 as octal digits."""
+        found = header[:100].rstrip(b"\0")
+        digits = header[124:136].rstrip(b"\0 ")
+        if found != name.encode()[:100] or not digits.isdigit() or digits != b"%011o" % size:
+            raise _broken(self.path, f"does not match its index: {name} is not where that says")
 
     def _read_span(self, offset: int, size: int) -> bytes:
         try:
-            descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+            descriptor = self._open_tar(self)
             try:
-                self._check_size(os.fstat(descriptor).st_size)
+                _check_size(self.path, os.fstat(descriptor).st_size, self.tar_bytes)
                 content = os.pread(descriptor, size, offset)
             finally:
                 os.close(descriptor)
@@ -244,14 +281,29 @@ class ShardReader:
             raise _broken(self.path, f"gave {len(content)} of {size} bytes at {offset}")
         return content
 
-    def _check_size(self, found: int) -> None:
-        if found != self.tar_bytes:
-            raise _broken(self.path, f"has {found:,} bytes where its index says {self.tar_bytes:,}")
+    def records_of(self, kinds: Sequence[str] = ()) -> Int64Array:
+        """Which of the R records are of these kinds (none given: all), in stored order."""
+        wanted = [number for number, kind in enumerate(self.kinds) if not kinds or kind in kinds]
+        chosen: Int64Array = np.flatnonzero(np.isin(self.arrays["record_kind"], wanted))
+        return chosen
 
     def records_by_kind(self) -> dict[str, int]:
         """Number of records of each kind, kinds sorted."""
         counts = Counter(self.arrays["record_kind"].tolist())
         return {kind: counts[row] for row, kind in enumerate(self.kinds)}
+
+
+def _check_tar(path: Path, size: int) -> None:
+    try:
+        found = path.stat().st_size
+    except OSError as error:
+        raise _broken(path, f"cannot be read ({error.strerror})") from None
+    _check_size(path, found, size)
+
+
+def _check_size(path: Path, found: int, size: int) -> None:
+    if found != size:
+        raise _broken(path, f"has {found:,} bytes where its index says {size:,}")
 
 
 def _broken(shard: Path, what: str) -> UserError:
@@ -260,23 +312,73 @@ def _broken(shard: Path, what: str) -> UserError:
 
 def _read_index(path: Path) -> tuple[dict[str, str], dict[str, Int64Array]]:
     """Metadata and arrays of an index, checked for completeness and for lengths that fit together."""
-    tar = path.name.removesuffix(".index.safetensors") + ".tar"
+    metadata = _index_metadata(path)
+    tar = _tar_of(path)
     try:
         with safe_open(path, framework="np") as file:
-            metadata = dict(file.metadata() or {})
             arrays = {name: file.get_tensor(name) for name in INDEX_ARRAYS}
     except (OSError, SafetensorError) as error:
-        reason = "is missing" if isinstance(error, FileNotFoundError) else "is damaged"
-        raise _broken(path.with_name(tar), f"has no usable index: {path.name} {reason}") from None
-    needed = {"version", "kinds", "keys", "extensions", "tar_sha256", "tar_bytes"}
-    if not needed <= metadata.keys() or metadata["version"] != INDEX_VERSION:
-        raise _broken(path.with_name(tar), f"has an index of another version than {INDEX_VERSION}")
+        raise _no_index(path, error) from None
     images = len(json.loads(metadata["keys"]))
     frames = len(json.loads(metadata["extensions"]))
     lengths = [{len(arrays[name]) for name in names} for names in (FRAME_ARRAYS, JSON_ARRAYS, RECORD_ARRAYS)]
     if lengths[:2] != [{frames}, {images}] or len(lengths[2]) != 1:
-        raise _broken(path.with_name(tar), f"has a damaged index: the lengths in {path.name} differ")
+        raise _broken(tar, f"has a damaged index: the lengths in {path.name} differ")
     return metadata, arrays
+
+
+def _index_metadata(path: Path) -> dict[str, str]:
+    """What an index says beside its arrays, which are not read."""
+    try:
+        with safe_open(path, framework="np") as file:
+            metadata = dict(file.metadata() or {})
+    except (OSError, SafetensorError) as error:
+        raise _no_index(path, error) from None
+    needed = {"version", "kinds", "keys", "extensions", "tar_sha256", "tar_bytes"}
+    if not needed <= metadata.keys() or metadata["version"] != INDEX_VERSION:
+        raise _broken(_tar_of(path), f"has an index of another version than {INDEX_VERSION}")
+    return metadata
+
+
+def _tar_of(index: Path) -> Path:
+    return index.with_name(index.name.removesuffix(".index.safetensors") + ".tar")
+
+
+def _no_index(path: Path, error: Exception) -> UserError:
+    reason = "is missing" if isinstance(error, FileNotFoundError) else "is damaged"
+    return _broken(_tar_of(path), f"has no usable index: {path.name} {reason}")
+
+
+class _Shards(Sequence[ShardReader]):
+    """A split's readers, opened when they are asked for; the last ones used stay open.
+
+    The indexes of 14 million images would be gigabytes in every process.
+    """
+
+    def __init__(self, paths: Sequence[Path], open_tar: OpenTar | None) -> None:
+        self._paths = tuple(paths)
+        self._open_tar = open_tar
+        self._kept: OrderedDict[int, ShardReader] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    @overload
+    def __getitem__(self, number: int) -> ShardReader: ...
+
+    @overload
+    def __getitem__(self, number: slice) -> Sequence[ShardReader]: ...
+
+    def __getitem__(self, number: int | slice) -> ShardReader | Sequence[ShardReader]:
+        if isinstance(number, slice):
+            return [self[place] for place in range(len(self))[number]]
+        place = range(len(self))[number]
+        if place not in self._kept:
+            self._kept[place] = ShardReader(self._paths[place], self._open_tar)
+            while len(self._kept) > _READERS_KEPT:
+                self._kept.popitem(last=False)
+        self._kept.move_to_end(place)
+        return self._kept[place]
 
 
 @dataclass(frozen=True)
@@ -286,12 +388,12 @@ class PreparedSplit:
     Attributes:
         folder: the split's folder.
         manifest: content of its `manifest.json`.
-        shards: one reader per shard, in the manifest's order.
+        shards: one reader per shard, in the manifest's order; opened when asked for.
     """
 
     folder: Path
     manifest: dict[str, Any]
-    shards: tuple[ShardReader, ...]
+    shards: Sequence[ShardReader]
 
     @property
     def dataset(self) -> str:
@@ -306,7 +408,7 @@ class PreparedSplit:
     @cached_property
     def sha256(self) -> str:
         """One hash of the whole split: of its shards' SHA-256, in order."""
-        return hashlib.sha256("".join(shard.tar_sha256 for shard in self.shards).encode()).hexdigest()
+        return hashlib.sha256("".join(entry["sha256"] for entry in self.manifest["shards"]).encode()).hexdigest()
 
     def records(self, kinds: Sequence[str] = ()) -> Int64Array:
         """Locations of all records of these kinds (none given: of all), in stored order.
@@ -317,16 +419,28 @@ class PreparedSplit:
         Raises:
             UserError: a kind that does not occur in this split.
         """
-        present = self.manifest["records_by_kind"]
-        if unknown := sorted(set(kinds) - present.keys()):
-            raise UserError(f"{self.folder} has no records of kind {', '.join(unknown)}; it has {', '.join(present)}")
+        self._check_kinds(kinds)
         parts = [np.zeros((0, 3), dtype=np.int64)]
         for number, shard in enumerate(self.shards):
-            wanted = [row for row, kind in enumerate(shard.kinds) if not kinds or kind in kinds]
-            chosen = np.isin(shard.arrays["record_kind"], wanted)
+            chosen = shard.records_of(kinds)
             image, record = shard.arrays["record_image"][chosen], shard.arrays["record_number"][chosen]
             parts.append(np.stack([np.full_like(image, number), image, record], axis=1))
         return np.concatenate(parts)
+
+    def record_counts(self, kinds: Sequence[str] = ()) -> tuple[int, ...]:
+        """How many records of these kinds (none given: of all) each shard holds; no index is opened for it.
+
+        Raises:
+            UserError: as `records`.
+        """
+        self._check_kinds(kinds)
+        counts = [entry["records_by_kind"] for entry in self.manifest["shards"]]
+        return tuple(sum(number for kind, number in count.items() if not kinds or kind in kinds) for count in counts)
+
+    def _check_kinds(self, kinds: Sequence[str]) -> None:
+        present = self.manifest["records_by_kind"]
+        if unknown := sorted(set(kinds) - present.keys()):
+            raise UserError(f"{self.folder} has no records of kind {', '.join(unknown)}; it has {', '.join(present)}")
 
     def read(self, shard: int, row: int) -> tuple[tuple[bytes, ...], list[Record]]:
         """The encoded frames at (shard number, row) and all its records."""
@@ -348,17 +462,22 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def open_split(folder: Path) -> PreparedSplit:
-    """Open all shards of a split folder; costs reading the indexes, not the tars.
+def open_split(folder: Path, open_tar: OpenTar | None = None) -> PreparedSplit:
+    """Open a split folder; costs reading the heads of its indexes, not the tars.
+
+    Args:
+        folder: of the manifest and the indexes.
+        open_tar: how to open a shard's tar, where the tars do not lie in the folder.
 
     Raises:
         UserError: the folder is not prepared, or a shard is missing, cut short, or not the one of the manifest.
     """
     manifest = read_manifest(folder)
-    shards = []
-    for entry in manifest["shards"]:
-        shard = ShardReader(folder / entry["name"])
-        if shard.tar_sha256 != entry["sha256"]:
-            raise _broken(shard.path, "is not the one its manifest lists (another SHA-256 in the index)")
-        shards.append(shard)
-    return PreparedSplit(folder, manifest, tuple(shards))
+    paths = [folder / entry["name"] for entry in manifest["shards"]]
+    for path, entry in zip(paths, manifest["shards"], strict=True):
+        metadata = _index_metadata(index_path(path))
+        if metadata["tar_sha256"] != entry["sha256"]:
+            raise _broken(path, "is not the one its manifest lists (another SHA-256 in the index)")
+        if open_tar is None:
+            _check_tar(path, int(metadata["tar_bytes"]))
+    return PreparedSplit(folder, manifest, _Shards(paths, open_tar))

@@ -18,9 +18,10 @@ import webdataset
 from PIL import Image
 from safetensors import safe_open
 
+from instructblip.data import shards
 from instructblip.data.sample import Record
 from instructblip.data.shards import INDEX_ARRAYS, ShardReader, ShardWriter, index_path, open_split, safetensors_bytes
-from instructblip.errors import UserError
+from instructblip.errors import DamagedSample, UserError
 
 
 def _png(number: int) -> bytes:
@@ -47,7 +48,8 @@ def _write_split(folder: Path) -> Path:
     entries = []
     for shard, numbers in enumerate((range(3), range(3, 6))):
         path = _write(folder, numbers, shard)
-        entries.append({"name": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()})
+        entry = {"name": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+        entries.append(entry | {"records_by_kind": ShardReader(path).records_by_kind()})
     manifest = {"format": 1, "dataset": "tiny", "split": "test", "shards": entries}
     manifest["records_by_kind"] = {"color": 6, "shape": 9}
     (folder / "manifest.json").write_text(json.dumps(manifest))
@@ -232,6 +234,58 @@ def test_damaged_records_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="image image_2 has damaged records"):
         shard.read_records(2)
     assert shard.read(1) == ((_png(1),), _records(1))
+
+
+def _shifted(index: Path, shard: ShardReader) -> None:
+    """An index whose first two images changed places: the tar has as many bytes as before."""
+    arrays = {name: array.copy() for name, array in shard.arrays.items()}
+    for name in ("frame_offset", "frame_size", "json_offset", "json_size"):
+        arrays[name][:2] = arrays[name][1::-1]
+    index.write_bytes(safetensors_bytes(arrays, shard.metadata))
+
+
+def test_an_index_that_does_not_match_its_tar_is_named(tmp_path: Path) -> None:
+    path = _write(tmp_path)
+    _shifted(index_path(path), ShardReader(path))
+    shard = ShardReader(path)
+    line = r"shard-000000.tar does not match its index: image_0.(png|json) is not where that says; run prepare"
+    for read in (shard.read, shard.read_encoded, shard.read_records):
+        with pytest.raises(UserError, match=line) as error:
+            read(0)
+        assert not isinstance(error.value, DamagedSample)
+    assert shard.read(3) == ((_png(3),), _records(3))
+
+
+def test_damage_of_one_record_is_a_damaged_sample(tmp_path: Path) -> None:
+    path = _write(tmp_path)
+    shard = ShardReader(path)
+    content = bytearray(path.read_bytes())
+    content[int(shard.arrays["json_offset"][1])] = ord("[")
+    path.write_bytes(content)
+    with pytest.raises(DamagedSample, match="image image_1 has damaged records"):
+        shard.read(1)
+
+
+def test_shards_are_opened_when_needed_and_the_last_ones_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "_READERS_KEPT", 1)
+    split = open_split(_write_split(tmp_path))
+    first = split.shards[0]
+    assert split.shards[0] is first
+    assert split.shards[1].path.name == "shard-000001.tar"
+    assert split.shards[0] is not first
+    assert [shard.path.name for shard in split.shards] == ["shard-000000.tar", "shard-000001.tar"]
+    assert [shard.path.name for shard in split.shards[1:]] == ["shard-000001.tar"]
+    with pytest.raises(IndexError):
+        split.shards[2]
+
+
+def test_records_are_counted_by_shard_without_opening_one(tmp_path: Path) -> None:
+    split = open_split(_write_split(tmp_path))
+    for kinds in ((), ("color",), ("shape", "color")):
+        numbers = split.records(kinds)[:, 0]
+        assert split.record_counts(kinds) == tuple(np.bincount(numbers, minlength=2).tolist())
+    with pytest.raises(UserError, match="no records of kind colour"):
+        split.record_counts(["colour"])
 
 
 def test_open_split_locates_records_by_kind_in_stored_order(tmp_path: Path) -> None:
