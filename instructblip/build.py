@@ -260,6 +260,7 @@ def load_llm(config: LLMConfig) -> LLM:
             bos_token=config.bos_token,
             image_prefix=config.image_prefix,
             prompt_prefix=config.prompt_prefix,
+            prompt_suffix=config.prompt_suffix,
             answer_prefix=config.answer_prefix,
             max_prompt_tokens=config.max_prompt_tokens,
             max_target_tokens=config.max_target_tokens,

@@ -104,6 +104,7 @@ class LLMConfig:
     added_tokens: list[str] = field(default_factory=list)
     image_prefix: str = ""  # text in front of the visual tokens
     prompt_prefix: str = ""  # text between them and the prompt
+    prompt_suffix: str = ""  # text after the prompt
     answer_prefix: str = ""
     max_prompt_tokens: int = 128
     max_target_tokens: int = 256
@@ -177,6 +178,7 @@ class PhaseConfig:
         1.0  # learning rate of what BERT does not bring (query tokens, cross-attention), a multiple
     )
     through_llm: bool = True
+    plateau_steps: int | None = None  # None: a cosine of every step; 3000: the released code's staircase
 
 
 @dataclass
@@ -188,11 +190,27 @@ class RecipeConfig:
     weight_decay: float = 0.05
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     clip_norm: float | None = 1.0
+    precision: str = "fp32"  # or bf16: autocast over float32 weights of what trains
+    non_finite: str = "stop"  # or skip: what a loss or gradient that is not finite does
+    average_decay: float | None = None  # moving average of the trained weights, evaluated in their place; such as 0.999
     checkpoint_every: int = MISSING
     keep_checkpoints: int = 2
+    keep_best: str | None = None  # also the best: a validation dataset by name, or mean over all of them
+    full_disk: str = "stop"  # or continue, without the checkpoint that could not be written
     validate_every: int = MISSING
     validation_samples: int = MISSING
     final_samples: int | None = MISSING  # per dataset, in the evaluation that ends the run; None is all
+
+
+@dataclass
+class ParallelConfig:
+    """How the run is laid over processes; changes nothing but speed and memory."""
+
+    kind: str = "ddp"  # single, ddp or fsdp
+    shard_size: int | None = None  # fsdp: processes that hold the frozen parts once together; None: all
+    activation_checkpointing: bool = False
+    compile: bool = False
+    timeout: float = 600.0  # seconds that a process may be silent before the others end
 
 
 @dataclass
@@ -212,10 +230,13 @@ class TrainConfig(ModelConfig):
     output: str = "outputs/train"
     device: str = "auto"
     resume: str | None = None
+    resume_allow: list[str] = field(default_factory=list)  # keys that a resumed run may change
+    profile_step: int | None = None  # trace the five steps after this one into trace.json.gz
     mixture: MixtureConfig = field(default_factory=MixtureConfig)
     suite: SuiteConfig = field(default_factory=SuiteConfig)
     data: DataConfig = field(default_factory=DataConfig)
     recipe: RecipeConfig = field(default_factory=RecipeConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
 
 
@@ -254,6 +275,8 @@ class PrepareConfig:
     images_per_shard: int = 1000
     image_size: int | None = None  # shorter side, pixels; None keeps images as they are
     frames: int = 4  # of a video
+    ocr: str | None = None  # library that makes OCR tokens on the images; None keeps the dataset's own
+    fetch: bool = False
     check: str | None = None
     show: str | None = None
     samples: int = 12

@@ -129,6 +129,7 @@ def tiny_llm(
     bos_token: str | None = None,
     image_prefix: str = "",
     prompt_prefix: str = "",
+    prompt_suffix: str = "",
     max_prompt_tokens: int = 128,
     max_target_tokens: int = 256,
 ) -> DecoderLLM:
@@ -142,6 +143,7 @@ def tiny_llm(
         bos_token=bos_token,
         image_prefix=image_prefix,
         prompt_prefix=prompt_prefix,
+        prompt_suffix=prompt_suffix,
         answer_prefix=answer_prefix,
         max_prompt_tokens=max_prompt_tokens,
         max_target_tokens=max_target_tokens,

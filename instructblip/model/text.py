@@ -19,6 +19,7 @@ class Texts(ABC):
         image_prefix: text in front of the visual tokens. A model that always saw some token first sends much of its
             attention there; a visual token in that place is heard badly and disturbs the rest.
         prompt_prefix: text between the visual tokens and the prompt.
+        prompt_suffix: text after the prompt, such as a cue to answer or the opening of a chat's next turn.
         answer_prefix: put before every target and candidate; byte-level vocabularies need the space.
         max_prompt_tokens: in training, longer prompts lose their beginning (as released: truncation side left).
         max_target_tokens: longer targets lose their end; BOS counts, which the released code cuts with and then drops.
@@ -36,6 +37,7 @@ class Texts(ABC):
         bos_token: str | None = None,
         image_prefix: str = "",
         prompt_prefix: str = "",
+        prompt_suffix: str = "",
         answer_prefix: str = "",
         max_prompt_tokens: int = 128,
         max_target_tokens: int = 256,
@@ -46,6 +48,7 @@ class Texts(ABC):
         self.bos_ids = [] if bos_token is None else [_token_id(tokenizer, bos_token)]
         self.image_prefix = image_prefix
         self.prompt_prefix = prompt_prefix
+        self.prompt_suffix = prompt_suffix
         self.answer_prefix = answer_prefix
         self.max_prompt_tokens = max_prompt_tokens
         self.max_target_tokens = max_target_tokens
@@ -77,7 +80,7 @@ class DecoderTexts(Texts):
 
     def prompt_ids(self, prompt: str, *, truncate: bool = False) -> list[int]:
         """BOS and the prompt."""
-        ids = self.ids(self.prompt_prefix + prompt)
+        ids = self.ids(self.prompt_prefix + prompt + self.prompt_suffix)
         room = self.max_prompt_tokens - len(self.bos_ids)
         return self.bos_ids + (ids[max(len(ids) - room, 0) :] if truncate else ids)
 
@@ -97,7 +100,7 @@ class EncoderDecoderTexts(Texts):
 
     def prompt_ids(self, prompt: str, *, truncate: bool = False) -> list[int]:
         """BOS where the model has one, the prompt, EOS."""
-        ids = self.ids(self.prompt_prefix + prompt)
+        ids = self.ids(self.prompt_prefix + prompt + self.prompt_suffix)
         room = self.max_prompt_tokens - len(self.bos_ids) - 1
         return [*self.bos_ids, *(ids[max(len(ids) - room, 0) :] if truncate else ids), self.eos_id]
 

@@ -177,7 +177,7 @@ def _processor_tokenizer(llm: LLM) -> PreTrainedTokenizerBase:
 
 
 def _plain_prompt_ids(llm: LLM) -> list[int]:
-    """Token ids of a prompt without `prompt_prefix`."""
+    """Token ids of a prompt without `prompt_prefix` and `prompt_suffix`."""
     plain = llm.tokenizer("a photo", add_special_tokens=False)["input_ids"]
     return [*llm.texts.bos_ids, *plain, *([llm.eos_id] if isinstance(llm, EncoderDecoderLLM) else [])]
 
@@ -213,6 +213,7 @@ def _sidecar(model: InstructBLIP) -> dict[str, Any]:
             "bos_token": vocabulary[llm.texts.bos_ids[0]] if llm.texts.bos_ids else None,
             "image_prefix": llm.texts.image_prefix,
             "prompt_prefix": llm.texts.prompt_prefix,
+            "prompt_suffix": llm.texts.prompt_suffix,
             "answer_prefix": llm.texts.answer_prefix,
             "max_prompt_tokens": llm.texts.max_prompt_tokens,
             "max_target_tokens": llm.texts.max_target_tokens,
@@ -221,12 +222,13 @@ def _sidecar(model: InstructBLIP) -> dict[str, Any]:
 
 
 def _warn_about_text(llm: LLM, folder: Path) -> None:
-    if llm.texts.image_prefix or llm.texts.prompt_prefix:
+    if llm.texts.image_prefix or llm.texts.prompt_prefix or llm.texts.prompt_suffix:
         logger.warning(
-            "transformers' processor puts no text around the visual tokens: there, write %r before and %r after the "
-            "image tokens yourself",
+            "transformers' processor puts no text around the visual tokens and the prompt: there, write %r before and %r "
+            "after the image tokens and %r after the prompt yourself",
             llm.texts.image_prefix,
             llm.texts.prompt_prefix,
+            llm.texts.prompt_suffix,
         )
     found = InstructBlipProcessor.from_pretrained(folder).tokenizer("a photo")["input_ids"]
     if found != _plain_prompt_ids(llm):

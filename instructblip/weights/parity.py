@@ -124,6 +124,6 @@ def _token_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[list[i
     said = read_json(folder / SIDECAR)["llm"] if (folder / SIDECAR).is_file() else {}
     queries: list[int | None] = [None] * read_config(folder).num_query_tokens
     before = tokenizer(said.get("image_prefix", ""), add_special_tokens=False)["input_ids"]
-    prompt = tokenizer(said.get("prompt_prefix", "") + INSTRUCTION)["input_ids"]
+    prompt = tokenizer(said.get("prompt_prefix", "") + INSTRUCTION + said.get("prompt_suffix", ""))["input_ids"]
     answer = tokenizer(said.get("answer_prefix", "") + ANSWER, add_special_tokens=False)["input_ids"]
     return [*before, *queries, *prompt], [*answer, tokenizer.eos_token_id]

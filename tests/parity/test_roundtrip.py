@@ -59,7 +59,7 @@ LLMS = {
     "tied": tied_llm,
     "spare_rows": spare_rows_llm,
     "t5": tiny_encoder_decoder_llm,
-    "prefixes": lambda: tiny_llm(image_prefix=f"{BOS}user\n", prompt_prefix="\n"),
+    "prefixes": lambda: tiny_llm(image_prefix=f"{BOS}user\n", prompt_prefix="\n", prompt_suffix=" answer"),
 }
 
 
@@ -119,11 +119,11 @@ def test_transformers_answers_with_the_same_text(exported: tuple[InstructBLIP, P
     image = Image.fromarray(torch.randint(0, 256, (28, 28, 3), dtype=torch.uint8, generator=generator).numpy())
     llm = model.llm.float()
     inputs = processor(images=image, text=PROMPT, return_tensors="pt")
-    # What the processor cannot say, its user has to: text around the visual tokens.
+    # What the processor cannot say, its user has to: text around the visual tokens and the prompt.
     plain = processor.tokenizer(PROMPT)["input_ids"]
     assert inputs["input_ids"][0].tolist() == [theirs.config.image_token_index] * 4 + plain
     before, marks, prompt = llm.image_prefix_ids, inputs["input_ids"][0, :4].tolist(), llm.prompt_ids(PROMPT)
-    assert prompt == plain or llm.texts.prompt_prefix
+    assert prompt == plain or (llm.texts.prompt_prefix and llm.texts.prompt_suffix)
     inputs["input_ids"] = torch.tensor([[*before, *marks, *prompt]])
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     ids = theirs.generate(**inputs, max_new_tokens=8, do_sample=False)
@@ -167,8 +167,8 @@ def test_no_row_is_added_where_one_is_spare(tmp_path: Path) -> None:
 def test_the_sidecar_says_what_transformers_cannot(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     tiny_released_model(llm=LLMS["prefixes"]()).save_huggingface(tmp_path / "exported")
     assert [record.message for record in caplog.records] == [
-        "transformers' processor puts no text around the visual tokens: there, write '<|im_start|>user\\n' before and '\\n' "
-        "after the image tokens yourself",
+        "transformers' processor puts no text around the visual tokens and the prompt: there, write '<|im_start|>user\\n' "
+        "before and '\\n' after the image tokens and ' answer' after the prompt yourself",
         "transformers computes ln_vision with an eps of 1e-06, this model with 1e-05: its outputs differ by that",
     ]
     assert json.loads((tmp_path / "exported/instructblip.json").read_text()) == {
@@ -182,6 +182,7 @@ def test_the_sidecar_says_what_transformers_cannot(tmp_path: Path, caplog: pytes
             "bos_token": None,
             "image_prefix": f"{BOS}user\n",
             "prompt_prefix": "\n",
+            "prompt_suffix": " answer",
             "answer_prefix": " ",
             "max_prompt_tokens": 128,
             "max_target_tokens": 256,

@@ -100,7 +100,7 @@ CONVENTIONS: dict[str, tuple[list[str], list[str], list[str]]] = {
     "flan_t5_xxl": ([], ["▁red", "</s>"], ["▁red", "</s>"]),
     "llama_3_1_8b": (["<|begin_of_text|>"], ["red"], ["Ġred", "<|eot_id|>"]),
     "qwen3_8b": (["<|im_start|>", "user", "Ċ"], ["red"], ["Ġred", "<|im_end|>"]),
-    "smollm2_135m": (["<|im_start|>", "user", "Ċ"], ["Ċ", "red"], ["Ġred", "<|im_end|>"]),
+    "smollm2_135m": (["<|im_start|>", "user", "Ċ"], ["Ċ", "redĠAnswer:"], ["Ġred", "<|im_end|>"]),
     "mistral_7b": (["<s>"], ["▁red"], ["▁red", "</s>"]),
     "gemma_3_4b": (["<bos>"], ["red"], ["▁red", "<end_of_turn>"]),
     "opt_2_7b": ([], ["</s>", "red"], ["Ġred", "</s>"]),
