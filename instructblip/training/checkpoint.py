@@ -7,7 +7,7 @@ are not stored, their fingerprints are, and they are checked when the run goes o
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +22,7 @@ from instructblip.files import is_disk_full, read_json, sha256_file
 FORMAT = 1
 MODEL_FILE = "model.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
+AVERAGE_FILE = "average.safetensors"
 STATE_FILE = "state.json"
 _PREFIX = "step_"
 
@@ -33,12 +34,13 @@ class LoadedCheckpoint(NamedTuple):
     step: int
     model: dict[str, Tensor]
     state: dict[str, Any]
+    average: dict[str, Tensor] | None = None  # moving average of `model`, where the run keeps one
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> dict[str, Tensor]:
     """The optimiser's state as flat tensors named `<parameter>|<key>`."""
     return {
-        f"{names[parameter]}|{key}": value.detach().cpu().contiguous()
+        f"{names[parameter]}|{key}": value.detach()
         for parameter, values in optimizer.state.items()
         for key, value in values.items()
     }
@@ -70,13 +72,18 @@ def save_checkpoint(
     optimizer: dict[str, Tensor],
     state: dict[str, Any],
     keep: int,
+    average: dict[str, Tensor] | None = None,
+    spare: Collection[int] = (),
 ) -> Path:
-    """Write `folder/step_XXXXXXXX`, whole or not at all, then delete all but the newest `keep`.
+    """Write `folder/step_XXXXXXXX`, whole or not at all, then delete all but the newest `keep` whole ones.
 
     Args:
         step: number of optimiser steps taken.
         model, optimizer: named tensors.
         state: JSON values stored beside them (fingerprints, versions, metrics).
+        keep: checkpoints that are broken do not count; those older than the last that is kept go too.
+        average: moving average of `model`.
+        spare: steps whose checkpoints stay, however old.
 
     Raises:
         UserError: the disk is full; older checkpoints stay as they are.
@@ -86,7 +93,9 @@ def save_checkpoint(
     try:
         partial.mkdir(parents=True)
         files = {}
-        for name, tensors in ((MODEL_FILE, model), (OPTIMIZER_FILE, optimizer)):
+        for name, tensors in {MODEL_FILE: model, OPTIMIZER_FILE: optimizer, AVERAGE_FILE: average}.items():
+            if tensors is None:
+                continue
             save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, partial / name)
             files[name] = {"bytes": (partial / name).stat().st_size, "sha256": sha256_file(partial / name)}
         content = {"format": FORMAT, "step": step, "files": files, **state}
@@ -102,9 +111,17 @@ def save_checkpoint(
         raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    for old in checkpoint_folders(folder)[keep:]:
-        shutil.rmtree(old)
+    _delete_old(folder, keep, [folder / f"{_PREFIX}{kept:08d}" for kept in (step, *spare)])
     return target
+
+
+def _delete_old(folder: Path, keep: int, spare: Sequence[Path]) -> None:
+    whole = 0
+    for path in checkpoint_folders(folder):
+        if whole >= keep and path not in spare:
+            shutil.rmtree(path)
+        elif path == spare[0] or _problem(path) is None:
+            whole += 1
 
 
 def checkpoint_folders(folder: Path) -> list[Path]:
@@ -142,7 +159,8 @@ def load_checkpoint(path: Path) -> LoadedCheckpoint:
     if problem is not None:
         raise UserError(f"checkpoint {path} is broken ({problem}); use an older one of the same run")
     state = read_json(path / STATE_FILE)
-    return LoadedCheckpoint(path, int(state["step"]), _load_tensors(path / MODEL_FILE), state)
+    average = _load_tensors(path / AVERAGE_FILE) if AVERAGE_FILE in state["files"] else None
+    return LoadedCheckpoint(path, int(state["step"]), _load_tensors(path / MODEL_FILE), state, average)
 
 
 def _problem(path: Path) -> str | None:

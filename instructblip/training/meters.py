@@ -5,12 +5,14 @@ import errno
 import json
 import math
 import os
+import resource
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -166,6 +168,13 @@ class StepTimer:
     def _per_second(self, column: int) -> float:
         seconds = sum(step[0] for step in self._steps)
         return sum(step[column] for step in self._steps) / seconds if seconds > 0 else 0.0
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most memory that this process has held, bytes: the GPU's that tensors are on, else resident memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 class TrainingProgress:

@@ -128,7 +128,7 @@ def _recompute(block: nn.Module) -> None:
             return inner(*inputs, **options)
         return checkpoint(inner, *inputs, use_reentrant=False, **options)
 
-    block.forward = forward  # type: ignore[method-assign]
+    block.forward = forward
 
 
 def _shard_mesh(processes: Processes, shard_size: int | None, device: str) -> DeviceMesh:
@@ -164,7 +164,8 @@ def _unsharded(root: nn.Module) -> set[nn.Parameter]:
 
 
 def _tables(block: nn.Module) -> set[nn.Parameter]:
-    return {module.weight for module in block.modules() if isinstance(module, nn.Embedding)}
+    tables = [module for module in block.modules() if isinstance(module, nn.Embedding)]
+    return {parameter for table in tables for parameter in table.parameters()}
 
 
 def _replicate(model: InstructBLIP) -> DistributedDataParallel:

@@ -1,41 +1,23 @@
-"""train.py's work: data, model, loop, checkpoints, validation, final evaluation. Nothing below reads the configuration."""
+"""train.py's work: set up, steps, checkpoints, validation, final evaluation. Nothing below reads the configuration."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import contextlib
+import os
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-import torch
 from rich.console import Console
-from rich.table import Table
-from torch import Tensor
 
-from instructblip.build import build_model, check_frozen, choose_device, frozen_fingerprints, restore_trainable
-from instructblip.config import (
-    LLMConfig,
-    PhaseConfig,
-    TrainConfig,
-    check_at_least,
-    differences,
-    read_config,
-    to_dict,
-    to_yaml,
-)
-from instructblip.data.batching import BATCHINGS, Batch, Batching, Length
-from instructblip.data.cards import Card, load_card
-from instructblip.data.loader import MixtureDataset, TrainingSet, load_batches
-from instructblip.data.mixture import Mixture, MixtureEntry, share_table
-from instructblip.data.shards import open_split
-from instructblip.data.templates import load_templates
+from instructblip.build import check_frozen, choose_device, restore_trainable
+from instructblip.config import TrainConfig, differences, read_config, to_dict, to_yaml, unknown_key, valid_keys
+from instructblip.data.batching import Batch
+from instructblip.data.loader import load_batches
 from instructblip.errors import UserError
-from instructblip.evaluation.protocol import Task, make_task
-from instructblip.evaluation.runner import ReadImage, read_pixels, run_task
-from instructblip.evaluation.suite import cached_images, evaluate_tasks, feature_cache, finish_evaluation
+from instructblip.evaluation.runner import run_task
+from instructblip.evaluation.suite import evaluate_tasks, finish_evaluation
 from instructblip.files import write_atomically
-from instructblip.model.instructblip import InstructBLIP
-from instructblip.model.vision import ChannelNorm
-from instructblip.prepared import ensure_prepared
+from instructblip.model.frozen import fingerprint_tensors
 from instructblip.training.checkpoint import (
     LoadedCheckpoint,
     checkpoint_folders,
@@ -44,11 +26,8 @@ from instructblip.training.checkpoint import (
     optimizer_tensors,
     remove_unfinished,
     restore_optimizer,
-    save_checkpoint,
 )
-from instructblip.training.loggers import Logger, make_logger
 from instructblip.training.loop import (
-    Phase,
     Place,
     StepResult,
     log_entry,
@@ -56,45 +35,34 @@ from instructblip.training.loop import (
     run_steps,
     step_batching,
     total_steps,
+    what_is_not_finite,
 )
-from instructblip.training.meters import MetricsLog, StepTimer, TrainingProgress, draw_curves, training_progress
-from instructblip.training.optim import make_adamw
-from instructblip.training.signals import StopRequest
-from instructblip.weights.assets import cache_folder
+from instructblip.training.meters import StepTimer, TrainingProgress, draw_curves, peak_memory, training_progress
+from instructblip.training.parallel import Execution, parallelize
+from instructblip.training.processes import Processes, start_processes
+from instructblip.training.profile import traced_steps
+from instructblip.training.setup import PRECISIONS, TrainingRun, check_batches, check_numbers, set_up
+from instructblip.training.signals import Stopped, StopRequest
+from instructblip.training.tables import shares_planned, shares_realised
 
-_CALIBRATION_IMAGES = 256
 _EVALUATION_BATCH = 32
+_SAVE_FAILED = 255  # instead of a signal's number: rank 0 could not write a checkpoint
 # Settings that a resumed run may change: they decide how a run is carried out, not what it computes.
 _FREE_ON_RESUME = (
     "resume",
+    "resume_allow",
     "device",
     "output",
     "logger",
+    "parallel",
+    "profile_step",
     "data.workers",
     "recipe.keep_checkpoints",
+    "recipe.keep_best",
+    "recipe.full_disk",
     "recipe.final_samples",
 )
-
-
-@dataclass
-class TrainingRun:
-    """Everything the steps of one run share."""
-
-    config: TrainConfig
-    folder: Path
-    console: Console
-    model: InstructBLIP
-    optimizer: torch.optim.Optimizer
-    names: dict[Tensor, str]
-    phases: list[Phase]
-    mixture: Mixture
-    dataset: MixtureDataset
-    validation: list[Task]
-    final: list[Task]
-    read_image: ReadImage
-    frozen: dict[str, str]
-    metrics: MetricsLog
-    logger: Logger
+_FREE_IN_PHASES = ("batching", "micro_batch_size", "micro_batch_tokens")
 
 
 def train(config: TrainConfig, console: Console) -> int:
@@ -103,60 +71,70 @@ def train(config: TrainConfig, console: Console) -> int:
     Raises:
         UserError: anything the user can mend: configuration, missing parts or data, another run in the folder, disk full.
     """
-    _check_numbers(config)
+    check_numbers(config)
+    device = choose_device(config.device)
+    with StopRequest() as stop, start_processes(device, config.parallel.timeout) as processes:
+        check_batches(config, processes.world_size)
+        with _silent(processes):
+            return _train(config, processes, stop, console if processes.is_first else Console(quiet=True))
+
+
+@contextlib.contextmanager
+def _silent(processes: Processes) -> Iterator[None]:
+    """Ranks other than the first print errors only."""
+    if processes.is_first:
+        yield
+        return
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stdout(nowhere):
+        yield
+
+
+def _train(config: TrainConfig, processes: Processes, stop: StopRequest, console: Console) -> int:
     folder = Path(config.output) / config.name
-    checkpoint = _find_checkpoint(config, folder, console)
-    if checkpoint:
-        _check_unchanged(config, folder)
-    run = _set_up(config, folder, console)
-    write_atomically(folder / "config.yaml", to_yaml(config))
-    start = _restore(run, checkpoint) if checkpoint else 0
-    run.metrics.truncate_after(start)
-    console.print(_share_table(run.mixture, run.phases))
-    with StopRequest() as stop:
-        done = _train_steps(run, start, stop)
-    if done < total_steps(run.phases):
-        run.logger.finish()
-        console.print(f"stopped at step {done}; run the same command with resume=auto to go on", soft_wrap=True)
+    try:
+        with stop.at_once():
+            checkpoint = _find_checkpoint(config, folder, processes, console)
+            if checkpoint:
+                _check_unchanged(config, folder, console)
+            run = set_up(config, folder, processes, console)
+    except Stopped:
+        console.print("stopped before the first step; run the same command again to begin", soft_wrap=True)
         return stop.exit_code
-    console.print(_realised_table(run))
-    _finish(run)
+    start = _restore(run, checkpoint) if checkpoint else 0
+    _check_equal(run)
+    execution = _execution(run, stop)
+    if processes.is_first:
+        write_atomically(folder / "config.yaml", to_yaml(config))
+        run.metrics.truncate_after(start)
+    console.print(shares_planned(run.mixture, run.phases))
+    unvalidated = checkpoint.state.get("unvalidated") if checkpoint else None
+    done = _train_steps(run, start, stop, execution, unvalidated)
+    if done < total_steps(run.phases) or stop.received:
+        return _stopped(run, stop, done)
+    console.print(shares_realised(run.mixture, run.phases))
+    try:
+        with stop.at_once():
+            _finish(run)
+    except Stopped:
+        return _stopped(run, stop, done)
     return 0
 
 
-def _check_numbers(config: TrainConfig) -> None:
-    recipe = config.recipe
-    counts: dict[str, int | None] = {
-        "recipe.checkpoint_every": recipe.checkpoint_every,
-        "recipe.keep_checkpoints": recipe.keep_checkpoints,
-        "recipe.validate_every": recipe.validate_every,
-        "recipe.validation_samples": recipe.validation_samples,
-        "recipe.final_samples": recipe.final_samples,
-    }
-    for number, phase in enumerate(recipe.phases):
-        for name in ("steps", "batch_size", "micro_batch_size", "micro_batch_tokens"):
-            counts[f"recipe.phases.{number}.{name}"] = getattr(phase, name)
-        _check_batching(f"recipe.phases.{number}", phase, config.llm)
-    check_at_least(1, counts)
-    check_at_least(0, {"data.workers": config.data.workers})
-    if not recipe.phases:
-        raise UserError("recipe.phases is empty; give at least one phase")
-    if len(recipe.betas) != 2 or not all(0 <= beta < 1 for beta in recipe.betas):
-        raise UserError(f"recipe.betas={recipe.betas} must be two numbers from 0 to below 1, such as [0.9, 0.999]")
+def _stopped(run: TrainingRun, stop: StopRequest, done: int) -> int:
+    run.writer.wait()
+    run.metrics.close()
+    run.logger.finish()
+    run.console.print(f"stopped at step {done}; run the same command with resume=auto to go on", soft_wrap=True)
+    return stop.exit_code
 
 
-def _check_batching(key: str, phase: PhaseConfig, llm: LLMConfig) -> None:
-    if phase.batching not in BATCHINGS:
-        raise UserError(f"{key}.batching={phase.batching} is none of {', '.join(BATCHINGS)}")
-    if phase.batching == "fixed" and phase.micro_batch_tokens is not None:
-        raise UserError(f"{key}.micro_batch_tokens limits no fixed batches; set {key}.batching=bucketed or packed")
-    if phase.batching == "packed" and llm.kind != "decoder":
-        raise UserError(f"{key}.batching=packed needs a decoder-only LLM, llm={llm.name} is none; set it to bucketed")
-    if phase.batching == "packed" and not phase.through_llm:
-        raise UserError(f"{key}.batching=packed packs rows of the LLM, which the phase leaves out; set it to fixed")
+# --- resuming --------------------------------------------------------------------------------------------------------
 
 
-def _find_checkpoint(config: TrainConfig, folder: Path, console: Console) -> LoadedCheckpoint | None:
+def _find_checkpoint(
+    config: TrainConfig, folder: Path, processes: Processes, console: Console
+) -> LoadedCheckpoint | None:
+    """The checkpoint that the run goes on from, which the first rank chooses for all."""
     if config.resume not in (None, "auto"):
         raise UserError(f"resume={config.resume} is not known; use resume=auto, or leave it out for a new run")
     existing = checkpoint_folders(folder / "checkpoints")
@@ -165,170 +143,128 @@ def _find_checkpoint(config: TrainConfig, folder: Path, console: Console) -> Loa
             f"{folder} already holds a run (newest checkpoint {existing[0].name}); "
             "continue it with resume=auto, or choose another name="
         )
-    remove_unfinished(folder / "checkpoints")
-    if config.resume is None:
-        return None
-    newest, complaints = newest_whole(folder / "checkpoints")
-    for line in complaints:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
-    if newest is None:
+    chosen = None
+    if processes.is_first:
+        remove_unfinished(folder / "checkpoints")
+        if config.resume is not None:
+            newest, complaints = newest_whole(folder / "checkpoints")
+            for line in complaints:
+                console.print(line, markup=False, highlight=False, soft_wrap=True)
+            chosen = None if newest is None else str(newest)
+    chosen = processes.gather(chosen)[0]
+    if chosen is not None:
+        return load_checkpoint(Path(chosen))
+    if config.resume is not None:
         console.print(f"{folder} has no whole checkpoint yet; starting from the beginning", soft_wrap=True)
-        return None
-    return load_checkpoint(newest)
+    return None
 
 
-def _check_unchanged(config: TrainConfig, folder: Path) -> None:
+def _check_unchanged(config: TrainConfig, folder: Path, console: Console) -> None:
+    for key in config.resume_allow:
+        if key not in (known := valid_keys(TrainConfig)):
+            raise UserError(f"resume_allow: {unknown_key(key, known)}")
     begun = read_config(folder / "config.yaml", TrainConfig)
-    changed = differences(to_dict(begun), to_dict(config), ignore=_FREE_ON_RESUME)
-    if changed:
+    phases = range(max(len(begun.recipe.phases), len(config.recipe.phases)))
+    free = *_FREE_ON_RESUME, *(f"recipe.phases.{number}.{name}" for number in phases for name in _FREE_IN_PHASES)
+    old, new = to_dict(begun), to_dict(config)
+    refused = differences(old, new, ignore=(*free, *config.resume_allow))
+    if refused:
         raise UserError(
-            f"{folder} was begun with another configuration ({'; '.join(changed)}); "
-            "undo the change, or choose another name= for a new run"
+            f"{folder} was begun with another configuration ({'; '.join(refused)}); undo the change, "
+            "choose another name= for a new run, or allow it by name: resume_allow=[KEY]"
         )
-
-
-def _set_up(config: TrainConfig, folder: Path, console: Console) -> TrainingRun:
-    shards = Path(config.data.shards)
-    cards = {entry.name: load_card(entry.name) for entry in config.mixture.datasets}
-    held_in = [load_card(name) for name in config.suite.held_in]
-    held_out = [load_card(name) for name in config.suite.held_out]
-    for card in cards.values():
-        if card.role == "held-out":
-            raise UserError(f"mixture {config.mixture.name} trains on {card.name}, which is held out; remove it")
-    ensure_prepared([*cards.values(), *held_in, *held_out], shards, config.data.sources, console)
-    model = build_model(config.vision, config.qformer, config.llm, seed=config.seed).to(choose_device(config.device))
-    sets = [_training_set(card, shards) for card in cards.values()]
-    mixture = _make_mixture(config, sets)
-    validation = [
-        make_task(card, shards, split="validation", samples=config.recipe.validation_samples) for card in held_in
-    ]
-    final = [make_task(card, shards, samples=config.recipe.final_samples) for card in (*held_in, *held_out)]
-    read_image = _images(config, model, sets, [*validation, *final])
-    dataset = MixtureDataset(mixture, sets, read_image)
-    if isinstance(model.vision_norm, ChannelNorm):
-        _calibrate(model, model.vision_norm, dataset)
-    return TrainingRun(
-        config=config,
-        folder=folder,
-        console=console,
-        model=model,
-        optimizer=make_adamw(
-            model.named_parameters(),
-            weight_decay=config.recipe.weight_decay,
-            betas=config.recipe.betas,
-        ),
-        names={parameter: name for name, parameter in model.named_parameters()},
-        phases=_phases(config, model.sample_length()),
-        mixture=mixture,
-        dataset=dataset,
-        validation=validation,
-        final=final,
-        read_image=read_image,
-        frozen=frozen_fingerprints(model),
-        metrics=MetricsLog(folder / "metrics.jsonl"),
-        logger=make_logger(
-            config.logger.kind,
-            mode=config.logger.mode,
-            project=config.logger.project,
-            name=config.name,
-            folder=folder,
-            config=to_dict(config),
-        ),
-    )
-
-
-def _training_set(card: Card, shards: Path) -> TrainingSet:
-    if card.templates is None:
-        raise UserError(f"card {card.name} names no templates and cannot be trained on")
-    split = open_split(shards / card.source / "train")
-    return TrainingSet(card.name, split, split.records(card.kinds), load_templates(card.templates))
-
-
-def _make_mixture(config: TrainConfig, sets: Sequence[TrainingSet]) -> Mixture:
-    multipliers = {entry.name: entry.multiplier for entry in config.mixture.datasets}
-    entries = [MixtureEntry(item.name, len(item.locations), multipliers[item.name]) for item in sets]
-    try:
-        return Mixture(entries, weighting=config.mixture.weights, seed=config.seed)
-    except ValueError as error:
-        raise UserError(f"mixture {config.mixture.name}: {error}") from None
-
-
-def _images(config: TrainConfig, model: InstructBLIP, sets: Sequence[TrainingSet], tasks: Sequence[Task]) -> ReadImage:
-    if not config.data.cache_features:
-        return read_pixels(model.vision.image_size)
-    shards = {shard.tar_sha256: shard for item in sets for shard in item.split.shards}
-    shards |= {sample.shard.tar_sha256: sample.shard for task in tasks for sample in task.samples}
-    cache = feature_cache(model, cache_folder() / "features")
-    return cached_images(model, cache, list(shards.values()), "encoding images once")
-
-
-def _calibrate(model: InstructBLIP, norm: ChannelNorm, dataset: MixtureDataset) -> None:
-    """Measure the channel statistics on the images of the run's first draws, whatever rank asks."""
-    images = torch.stack([dataset[position][1] for position in range(_CALIBRATION_IMAGES)])
-    norm.calibrate(model.image_tokens(images).flatten(0, 1))
-
-
-def _phases(config: TrainConfig, sample_length: Length) -> list[Phase]:
-    return [
-        Phase(
-            name=phase.name,
-            steps=phase.steps,
-            batch_size=phase.batch_size,
-            batching=Batching(
-                kind=phase.batching,
-                micro_batch_size=phase.micro_batch_size,
-                micro_batch_tokens=phase.micro_batch_tokens,
-                length=sample_length,
-            ),
-            learning_rate=phase.learning_rate,
-            warmup_steps=phase.warmup_steps,
-            warmup_learning_rate=phase.warmup_learning_rate,
-            final_learning_rate=phase.final_learning_rate,
-            new_parts_scale=phase.new_parts_scale,
-            through_llm=phase.through_llm,
-        )
-        for phase in config.recipe.phases
-    ]
+    for line in differences(old, new, ignore=free):
+        console.print(f"changed on resuming: {line}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _restore(run: TrainingRun, checkpoint: LoadedCheckpoint) -> int:
     check_frozen(run.model, checkpoint.state["frozen"], checkpoint.path)
     restore_trainable(run.model, checkpoint.model, checkpoint.path)
     restore_optimizer(run.optimizer, run.names, checkpoint.path)
+    if run.average:
+        run.average.restore(checkpoint.average or checkpoint.model)
     run.console.print(f"continuing {checkpoint.path} after step {checkpoint.step}", highlight=False, soft_wrap=True)
     return checkpoint.step
 
 
-def _train_steps(run: TrainingRun, start: int, stop: StopRequest) -> int:
+def _check_equal(run: TrainingRun) -> None:
+    """Every rank starts from the same weights: other files, or another library, on one node would go unnoticed."""
+    own = {"trained weights": fingerprint_tensors(run.model.trainable_state()), **run.frozen}
+    for rank, other in enumerate(run.processes.gather(own)):
+        for part, value in own.items():
+            if other[part] != value:
+                raise UserError(
+                    f"rank {rank} has other {part} than rank {run.processes.rank}; give all nodes the same files"
+                )
+
+
+# --- steps -----------------------------------------------------------------------------------------------------------
+
+
+def _execution(run: TrainingRun, stop: StopRequest) -> Execution:
+    parallel, recipe = run.config.parallel, run.config.recipe
+    wrapped = parallelize(
+        run.model,
+        run.processes,
+        kind=parallel.kind,
+        shard_size=parallel.shard_size,
+        activation_checkpointing=parallel.activation_checkpointing,
+        compile_blocks=parallel.compile,
+    )
+
+    def stop_signal() -> int:
+        ends = run.writer.failed and recipe.full_disk == "stop"
+        return _SAVE_FAILED if ends else stop.received or 0
+
+    return Execution(
+        processes=run.processes,
+        wrapped=wrapped,
+        autocast=PRECISIONS[recipe.precision],
+        equal_passes=wrapped is not None and parallel.kind == "fsdp",
+        skip_non_finite=recipe.non_finite == "skip",
+        stop_signal=stop_signal,
+    )
+
+
+def _train_steps(
+    run: TrainingRun, start: int, stop: StopRequest, execution: Execution, unvalidated: dict[str, Any] | None
+) -> int:
     recipe, steps = run.config.recipe, total_steps(run.phases)
     batches = load_batches(
         run.dataset,
-        rank_positions(run.phases, start),
+        rank_positions(run.phases, start, rank=run.processes.rank, world_size=run.processes.world_size),
         batching=partial(step_batching, run.phases),
         workers=run.config.data.workers,
     )
     timer = StepTimer()
-    timer.start()
-    with training_progress(f"training {run.config.name}", steps, first_step=start) as progress:
+    with (
+        training_progress(f"training {run.config.name}", steps, first_step=start, console=run.console) as progress,
+        traced_steps(run.config.profile_step if run.processes.is_first else None, run.folder, progress.say) as trace,
+    ):
 
         def after_step(step: int, place: Place, rate: float, result: StepResult) -> bool:
             done = step + 1
+            if run.average and not result.skipped:
+                run.average.update()
+            if result.skipped:
+                progress.say(f"step {done} is skipped: {what_is_not_finite(result)}")
             timer.step(result.samples, result.tokens)
-            entry = log_entry(step, place, rate, result, _speed(timer))
+            entry = log_entry(step, place, rate, result, _measures(timer, run))
+            stop.received = stop.received or result.stop_signal or None
+            trace(done)
             # Alignment does not teach the LLM's layers to listen: its answers would say nothing yet.
-            if place.phase.through_llm and done % recipe.validate_every == 0 and done < steps:
-                entry["validation"] = _validate(run, progress, done)
-                timer.start()
-            run.metrics.append(entry)
-            run.logger.log({key: value for key, value in entry.items() if key != "sample_ids"}, done)
+            due = place.phase.through_llm and done % recipe.validate_every == 0 and done < steps
+            stopping = not _record(run, progress, entry, stop, validate=due) or stop.received is not None
             progress.update(done, result.loss, timer.samples_per_second)
-            stopping = stop.received is not None
-            if done % recipe.checkpoint_every == 0 or done == steps or stopping:
-                _save(run, done)
-                timer.start()
+            if done % recipe.checkpoint_every == 0 or done == steps or stopping or _is_best(run, done):
+                _save(run, done, unvalidated=entry if due and "validation" not in entry else None)
+            timer.start()
             return stopping
 
-        return run_steps(
+        if unvalidated is not None and not _record(run, progress, unvalidated, stop, validate=True):
+            return start
+        timer.start()
+        done = run_steps(
             run.model,
             run.optimizer,
             run.phases,
@@ -337,7 +273,25 @@ def _train_steps(run: TrainingRun, start: int, stop: StopRequest) -> int:
             seed=run.config.seed,
             clip_norm=recipe.clip_norm,
             after_step=after_step,
+            execution=execution,
         )
+    run.writer.wait()
+    return done
+
+
+def _record(
+    run: TrainingRun, progress: TrainingProgress, entry: dict[str, Any], stop: StopRequest, *, validate: bool
+) -> bool:
+    """Log a step, after its validation if that is due; False when a signal ended the validation: nothing is logged."""
+    if validate:
+        scores = _validate(run, progress, entry["step"], stop)
+        if scores is None:
+            return False
+        entry["validation"] = scores
+    if run.processes.is_first:
+        run.metrics.append(entry)
+        run.logger.log({key: value for key, value in entry.items() if key != "sample_ids"}, entry["step"])
+    return True
 
 
 def _timed(batches: Iterator[tuple[int, list[Batch]]], timer: StepTimer) -> Iterator[tuple[int, list[Batch]]]:
@@ -349,93 +303,114 @@ def _timed(batches: Iterator[tuple[int, list[Batch]]], timer: StepTimer) -> Iter
         yield item
 
 
-def _speed(timer: StepTimer) -> dict[str, float]:
+def _measures(timer: StepTimer, run: TrainingRun) -> dict[str, float]:
     return {
         "samples_per_second": timer.samples_per_second,
         "tokens_per_second": timer.tokens_per_second,
         "data_wait_fraction": timer.data_wait_fraction,
+        "memory": peak_memory(run.model.projection.weight.device),
     }
 
 
-def _validate(run: TrainingRun, progress: TrainingProgress, step: int) -> dict[str, float]:
-    scores = {}
-    for task in run.validation:
-        result = run_task(run.model, task, run.read_image, batch_size=_EVALUATION_BATCH, show_progress=False)
-        scores[task.card.name] = result.value
+def _validate(run: TrainingRun, progress: TrainingProgress, step: int, stop: StopRequest) -> dict[str, float] | None:
+    """Scores by dataset; None when a rank was told to stop. Every rank answers everything, so all know the result."""
+    scores: dict[str, float] = {}
+    # Sharded blocks are gathered by all ranks in step: none may leave before the others.
+    leave = contextlib.nullcontext() if run.config.parallel.kind == "fsdp" else stop.at_once()
+    try:
+        with _averaged(run), leave:
+            for task in run.validation:
+                result = run_task(run.model, task, run.read_image, batch_size=_EVALUATION_BATCH, show_progress=False)
+                if result.value is not None:  # answers that only a leaderboard has
+                    scores[task.card.name] = result.value
+        ended = False
+    except Stopped:
+        ended = True
+    # A signal may have reached some ranks only, and some of them after their last answer.
+    reports = run.processes.gather([ended, stop.received or 0])
+    stop.received = stop.received or max(received for _, received in reports) or None
+    if any(ended for ended, _ in reports):
+        return None
     shown = ", ".join(f"{name} {value:.1f}" for name, value in scores.items())
     progress.say(f"step {step}: validation accuracy {shown}")
     return scores
 
 
-def _save(run: TrainingRun, step: int) -> None:
-    save_checkpoint(
-        run.folder / "checkpoints",
-        step=step,
-        model=run.model.trainable_state(),
+def _averaged(run: TrainingRun) -> contextlib.AbstractContextManager[None]:
+    return run.average.in_place() if run.average else contextlib.nullcontext()
+
+
+# --- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+def _save(run: TrainingRun, step: int, *, unvalidated: dict[str, Any] | None) -> None:
+    if not run.processes.is_first:
+        return
+    problem = run.writer.problem()
+    if problem and run.config.recipe.full_disk == "stop":
+        raise problem
+    if problem:
+        run.console.print(f"{problem}; training goes on without it", markup=False, soft_wrap=True)
+    best = _best_step(run)
+    trainable = run.model.trainable_state()
+    run.writer.save(
+        step,
+        model=trainable,
         optimizer=optimizer_tensors(run.optimizer, run.names),
-        state={"frozen": run.frozen, "seed": run.config.seed},
-        keep=run.config.recipe.keep_checkpoints,
+        average=run.average.state(trainable) if run.average else None,
+        state={"frozen": run.frozen, "seed": run.config.seed} | ({"unvalidated": unvalidated} if unvalidated else {}),
+        spare=[] if best is None else [best],
     )
+
+
+def _is_best(run: TrainingRun, step: int) -> bool:
+    return run.processes.is_first and _best_step(run) == step
+
+
+def _best_step(run: TrainingRun) -> int | None:
+    """The step with the best validation so far, the first of equals; None where the best is not kept."""
+    wanted = run.config.recipe.keep_best
+    if wanted is None:
+        return None
+    scored = [(entry["step"], entry["validation"]) for entry in run.metrics.read() if entry.get("validation")]
+    values = [
+        (sum(scores.values()) / len(scores) if wanted == "mean" else scores[wanted], -step) for step, scores in scored
+    ]
+    return -max(values)[1] if values else None
+
+
+# --- the end ---------------------------------------------------------------------------------------------------------
 
 
 def _finish(run: TrainingRun) -> None:
     run.metrics.close()
+    if not run.processes.is_first:
+        return
     draw_curves(run.folder / "metrics.jsonl", run.folder / "curves.png", run.config.name)
-    results = evaluate_tasks(
-        run.model,
-        run.final,
-        run.read_image,
-        shards=Path(run.config.data.shards),
-        folder=run.folder / "evaluation",
-        batch_size=_EVALUATION_BATCH,
-        blind=True,
-    )
     newest = checkpoint_folders(run.folder / "checkpoints")[0]
-    finish_evaluation(
-        run.model,
-        results,
-        run.folder / "evaluation",
-        title=f"{run.config.name}: what was learned",
-        checkpoint=str(newest),
-        step=total_steps(run.phases),
-        examples=60,
-        console=run.console,
-    )
+    with _averaged(run):
+        results = evaluate_tasks(
+            run.model,
+            run.final,
+            run.read_image,
+            shards=Path(run.config.data.shards),
+            folder=run.folder / "evaluation",
+            batch_size=_EVALUATION_BATCH,
+            blind=True,
+        )
+        finish_evaluation(
+            run.model,
+            results,
+            run.folder / "evaluation",
+            title=f"{run.config.name}: what was learned",
+            checkpoint=str(newest),
+            step=total_steps(run.phases),
+            examples=60,
+            console=run.console,
+        )
     scores = {item.result.task.card.name: item.result.value for item in results}
     run.logger.log({"test": scores}, total_steps(run.phases))
     run.logger.finish()
     for path in ("config.yaml", "metrics.jsonl", "curves.png"):
         run.console.print(f"wrote {run.folder / path}", highlight=False, soft_wrap=True)
     run.console.print(f"wrote {newest}", highlight=False, soft_wrap=True)
-
-
-def _share_table(mixture: Mixture, phases: Sequence[Phase]) -> Table:
-    samples = sum(phase.steps * phase.batch_size for phase in phases)
-    table = Table(title=f"{samples:,} samples in {total_steps(phases):,} steps")
-    table.add_column("dataset")
-    for name in ("records", "multiplier", "share %", "samples", "epochs"):
-        table.add_column(name, justify="right")
-    for row in share_table(mixture, samples):
-        table.add_row(
-            str(row["dataset"]),
-            f"{row['records']:,}",
-            f"{row['multiplier']:g}",
-            f"{100 * float(row['share']):.1f}",
-            f"{float(row['samples']):,.0f}",
-            f"{row['epochs']:.2f}",
-        )
-    return table
-
-
-def _realised_table(run: TrainingRun) -> Table:
-    samples = sum(phase.steps * phase.batch_size for phase in run.phases)
-    drawn = np.bincount(
-        [run.mixture.draw(position).dataset for position in range(samples)], minlength=len(run.mixture.entries)
-    )
-    table = Table(title="shares, planned and realised")
-    table.add_column("dataset")
-    for name in ("planned %", "realised %", "samples"):
-        table.add_column(name, justify="right")
-    for entry, share, count in zip(run.mixture.entries, run.mixture.shares, drawn, strict=True):
-        table.add_row(entry.name, f"{100 * share:.2f}", f"{100 * count / samples:.2f}", f"{count:,}")
-    return table

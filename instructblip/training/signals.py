@@ -1,20 +1,28 @@
-"""Notice a request to stop and act on it between two steps."""
+"""Notice a request to stop, and act on it between two steps, or at once where nothing would be lost."""
 
+import contextlib
 import signal
+from collections.abc import Iterator
 from types import FrameType
 from typing import Self
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
+class Stopped(BaseException):
+    """Ends what `StopRequest.at_once` surrounds; no `except Exception` on the way holds it up."""
+
+
 class StopRequest:
     """Remember the first stop signal; a second SIGINT interrupts at once.
 
-    Used as a context manager around the training loop, which asks `received` after each step.
+    Used as a context manager around a run: the training loop asks `received` after each step, and what can be repeated
+    without loss (preparation, evaluation) stands inside `at_once`.
     """
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self._at_once = False
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> Self:
@@ -26,6 +34,17 @@ class StopRequest:
         for number, handler in self._previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Raise `Stopped` inside, as soon as a signal comes; before, if one has come already."""
+        self._at_once = True
+        try:
+            if self.received is not None:
+                raise Stopped
+            yield
+        finally:
+            self._at_once = False
+
     @property
     def exit_code(self) -> int:
         """128 + signal number, as a shell reports a process that a signal ended."""
@@ -34,4 +53,7 @@ class StopRequest:
     def _notice(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.received = number
+        self.received = self.received or number
+        if self._at_once:
+            self._at_once = False
+            raise Stopped

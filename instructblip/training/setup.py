@@ -1,0 +1,241 @@
+"""What the steps of a run share, put together from its configuration: data, model, optimiser, tasks, files."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from instructblip.build import build_model, choose_device, frozen_fingerprints
+from instructblip.config import LLMConfig, PhaseConfig, TrainConfig, check_at_least, to_dict
+from instructblip.data.batching import BATCHINGS, Batching, Length
+from instructblip.data.cards import Card, load_card
+from instructblip.data.loader import MixtureDataset, TrainingSet
+from instructblip.data.mixture import Mixture, MixtureEntry
+from instructblip.data.shards import open_split
+from instructblip.data.templates import load_templates
+from instructblip.errors import UserError
+from instructblip.evaluation.protocol import Task, make_task
+from instructblip.evaluation.runner import ReadImage, read_pixels
+from instructblip.evaluation.suite import cached_images, feature_cache
+from instructblip.files import exclusive
+from instructblip.model.instructblip import InstructBLIP
+from instructblip.model.vision import ChannelNorm
+from instructblip.prepared import ensure_prepared
+from instructblip.training.average import WeightAverage
+from instructblip.training.loggers import Logger, make_logger
+from instructblip.training.loop import Phase
+from instructblip.training.meters import MetricsLog
+from instructblip.training.optim import make_adamw
+from instructblip.training.processes import Processes
+from instructblip.training.writer import CheckpointWriter
+from instructblip.weights.assets import cache_folder
+
+PRECISIONS: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16}
+_CALIBRATION_IMAGES = 256
+
+
+@dataclass
+class TrainingRun:
+    """Everything the steps of one run share."""
+
+    config: TrainConfig
+    folder: Path
+    console: Console
+    processes: Processes
+    model: InstructBLIP
+    optimizer: torch.optim.Optimizer
+    names: dict[Tensor, str]
+    average: WeightAverage | None
+    phases: list[Phase]
+    mixture: Mixture
+    dataset: MixtureDataset
+    validation: list[Task]
+    final: list[Task]
+    read_image: ReadImage
+    frozen: dict[str, str]
+    metrics: MetricsLog
+    logger: Logger
+    writer: CheckpointWriter
+
+
+def check_numbers(config: TrainConfig) -> None:
+    """Refuse settings that no run can have, before anything is loaded.
+
+    Raises:
+        UserError: names the key.
+    """
+    recipe = config.recipe
+    counts: dict[str, int | None] = {
+        "recipe.checkpoint_every": recipe.checkpoint_every,
+        "recipe.keep_checkpoints": recipe.keep_checkpoints,
+        "recipe.validate_every": recipe.validate_every,
+        "recipe.validation_samples": recipe.validation_samples,
+        "recipe.final_samples": recipe.final_samples,
+        "parallel.shard_size": config.parallel.shard_size,
+    }
+    for number, phase in enumerate(recipe.phases):
+        for name in ("steps", "batch_size", "micro_batch_size", "micro_batch_tokens", "plateau_steps"):
+            counts[f"recipe.phases.{number}.{name}"] = getattr(phase, name)
+        _check_batching(f"recipe.phases.{number}", phase, config.llm)
+    check_at_least(1, counts)
+    check_at_least(0, {"data.workers": config.data.workers, "profile_step": config.profile_step})
+    if not recipe.phases:
+        raise UserError("recipe.phases is empty; give at least one phase")
+    if len(recipe.betas) != 2 or not all(0 <= beta < 1 for beta in recipe.betas):
+        raise UserError(f"recipe.betas={recipe.betas} must be two numbers from 0 to below 1, such as [0.9, 0.999]")
+    if recipe.average_decay is not None and not 0 <= recipe.average_decay < 1:
+        raise UserError(f"recipe.average_decay={recipe.average_decay} must be from 0 to below 1, such as 0.999")
+    if recipe.keep_best not in (None, "mean", *config.suite.held_in):
+        raise UserError(
+            f"recipe.keep_best={recipe.keep_best} is no dataset of suite.held_in; name one of them, or mean"
+        )
+    choices = {
+        "recipe.precision": (recipe.precision, PRECISIONS),
+        "recipe.non_finite": (recipe.non_finite, ("stop", "skip")),
+        "recipe.full_disk": (recipe.full_disk, ("stop", "continue")),
+    }
+    for key, (value, known) in choices.items():
+        if value not in known:
+            raise UserError(f"{key}={value} is none of {', '.join(known)}")
+
+
+def _check_batching(key: str, phase: PhaseConfig, llm: LLMConfig) -> None:
+    if phase.batching not in BATCHINGS:
+        raise UserError(f"{key}.batching={phase.batching} is none of {', '.join(BATCHINGS)}")
+    if phase.batching == "fixed" and phase.micro_batch_tokens is not None:
+        raise UserError(f"{key}.micro_batch_tokens limits no fixed batches; set {key}.batching=bucketed or packed")
+    if phase.batching == "packed" and llm.kind != "decoder":
+        raise UserError(f"{key}.batching=packed needs a decoder-only LLM, llm={llm.name} is none; set it to bucketed")
+    if phase.batching == "packed" and not phase.through_llm:
+        raise UserError(f"{key}.batching=packed packs rows of the LLM, which the phase leaves out; set it to fixed")
+
+
+def check_batches(config: TrainConfig, world_size: int) -> None:
+    """Refuse a number of processes that a global batch does not divide among.
+
+    Raises:
+        UserError: names the phase.
+    """
+    for number, phase in enumerate(config.recipe.phases):
+        if phase.batch_size % world_size:
+            raise UserError(
+                f"recipe.phases.{number}.batch_size={phase.batch_size} does not divide among {world_size} processes; "
+                "start another number of them"
+            )
+
+
+def set_up(config: TrainConfig, folder: Path, processes: Processes, console: Console) -> TrainingRun:
+    """Fetch, prepare and build everything; nothing of the run's folder but wandb's is written.
+
+    Raises:
+        UserError: data or parts are missing and cannot be fetched, or do not fit together.
+    """
+    shards = Path(config.data.shards)
+    cards = {entry.name: load_card(entry.name) for entry in config.mixture.datasets}
+    held_in = [load_card(name) for name in config.suite.held_in]
+    held_out = [load_card(name) for name in config.suite.held_out]
+    for card in cards.values():
+        if card.role == "held-out":
+            raise UserError(f"mixture {config.mixture.name} trains on {card.name}, which is held out; remove it")
+    ensure_prepared([*cards.values(), *held_in, *held_out], shards, config.data.sources, console)
+    model = build_model(config.vision, config.qformer, config.llm, seed=config.seed).to(choose_device(config.device))
+    sets = [_training_set(card, shards) for card in cards.values()]
+    mixture = _make_mixture(config, sets)
+    validation = [
+        make_task(card, shards, split="validation", samples=config.recipe.validation_samples) for card in held_in
+    ]
+    final = [make_task(card, shards, samples=config.recipe.final_samples) for card in (*held_in, *held_out)]
+    read_image = _images(config, model, sets, [*validation, *final])
+    dataset = MixtureDataset(mixture, sets, read_image)
+    if isinstance(model.vision_norm, ChannelNorm):
+        _calibrate(model, model.vision_norm, dataset)
+    return TrainingRun(
+        config=config,
+        folder=folder,
+        console=console,
+        processes=processes,
+        model=model,
+        optimizer=make_adamw(
+            model.named_parameters(),
+            weight_decay=config.recipe.weight_decay,
+            betas=config.recipe.betas,
+        ),
+        names={parameter: name for name, parameter in model.named_parameters()},
+        average=None if config.recipe.average_decay is None else WeightAverage(model, config.recipe.average_decay),
+        phases=_phases(config, model.sample_length()),
+        mixture=mixture,
+        dataset=dataset,
+        validation=validation,
+        final=final,
+        read_image=read_image,
+        frozen=frozen_fingerprints(model),
+        metrics=MetricsLog(folder / "metrics.jsonl"),
+        logger=make_logger(
+            config.logger.kind if processes.is_first else "none",
+            mode=config.logger.mode,
+            project=config.logger.project,
+            name=config.name,
+            folder=folder,
+            config=to_dict(config),
+        ),
+        writer=CheckpointWriter(folder / "checkpoints", config.recipe.keep_checkpoints),
+    )
+
+
+def _training_set(card: Card, shards: Path) -> TrainingSet:
+    if card.templates is None:
+        raise UserError(f"card {card.name} names no templates and cannot be trained on")
+    split = open_split(shards / card.source / "train")
+    return TrainingSet(card.name, split, split.records(card.kinds), load_templates(card.templates))
+
+
+def _make_mixture(config: TrainConfig, sets: Sequence[TrainingSet]) -> Mixture:
+    multipliers = {entry.name: entry.multiplier for entry in config.mixture.datasets}
+    entries = [MixtureEntry(item.name, len(item.locations), multipliers[item.name]) for item in sets]
+    try:
+        return Mixture(entries, weighting=config.mixture.weights, seed=config.seed)
+    except ValueError as error:
+        raise UserError(f"mixture {config.mixture.name}: {error}") from None
+
+
+def _images(config: TrainConfig, model: InstructBLIP, sets: Sequence[TrainingSet], tasks: Sequence[Task]) -> ReadImage:
+    if not config.data.cache_features:
+        return read_pixels(model.vision.image_size)
+    shards = {shard.tar_sha256: shard for item in sets for shard in item.split.shards}
+    shards |= {sample.shard.tar_sha256: sample.shard for task in tasks for sample in task.samples}
+    cache = feature_cache(model, cache_folder() / "features")
+    with exclusive(cache.folder / "lock", "encoding images"):  # one rank does, for all on its node
+        return cached_images(model, cache, list(shards.values()), "encoding images once")
+
+
+def _calibrate(model: InstructBLIP, norm: ChannelNorm, dataset: MixtureDataset) -> None:
+    """Measure the channel statistics on the images of the run's first draws, whatever rank asks."""
+    images = torch.stack([dataset[position][1] for position in range(_CALIBRATION_IMAGES)])
+    norm.calibrate(model.image_tokens(images).flatten(0, 1))
+
+
+def _phases(config: TrainConfig, sample_length: Length) -> list[Phase]:
+    return [
+        Phase(
+            name=phase.name,
+            steps=phase.steps,
+            batch_size=phase.batch_size,
+            batching=Batching(
+                kind=phase.batching,
+                micro_batch_size=phase.micro_batch_size,
+                micro_batch_tokens=phase.micro_batch_tokens,
+                length=sample_length,
+            ),
+            learning_rate=phase.learning_rate,
+            warmup_steps=phase.warmup_steps,
+            warmup_learning_rate=phase.warmup_learning_rate,
+            final_learning_rate=phase.final_learning_rate,
+            new_parts_scale=phase.new_parts_scale,
+            through_llm=phase.through_llm,
+            plateau_steps=phase.plateau_steps,
+        )
+        for phase in config.recipe.phases
+    ]

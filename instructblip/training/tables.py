@@ -1,0 +1,41 @@
+"""The tables of shares that a run prints before and after training."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from rich.table import Table
+
+from instructblip.data.mixture import Mixture, share_table
+from instructblip.training.loop import Phase, total_steps
+
+
+def shares_planned(mixture: Mixture, phases: Sequence[Phase]) -> Table:
+    """What a run will draw from each dataset."""
+    samples = sum(phase.steps * phase.batch_size for phase in phases)
+    table = Table(title=f"{samples:,} samples in {total_steps(phases):,} steps")
+    table.add_column("dataset")
+    for name in ("records", "multiplier", "share %", "samples", "epochs"):
+        table.add_column(name, justify="right")
+    for row in share_table(mixture, samples):
+        table.add_row(
+            str(row["dataset"]),
+            f"{row['records']:,}",
+            f"{row['multiplier']:g}",
+            f"{100 * float(row['share']):.1f}",
+            f"{float(row['samples']):,.0f}",
+            f"{row['epochs']:.2f}",
+        )
+    return table
+
+
+def shares_realised(mixture: Mixture, phases: Sequence[Phase]) -> Table:
+    """What a run has drawn from each dataset."""
+    samples = sum(phase.steps * phase.batch_size for phase in phases)
+    drawn = np.bincount([mixture.draw(position).dataset for position in range(samples)], minlength=len(mixture.entries))
+    table = Table(title="shares, planned and realised")
+    table.add_column("dataset")
+    for name in ("planned %", "realised %", "samples"):
+        table.add_column(name, justify="right")
+    for entry, share, count in zip(mixture.entries, mixture.shares, drawn, strict=True):
+        table.add_row(entry.name, f"{100 * share:.2f}", f"{100 * count / samples:.2f}", f"{count:,}")
+    return table

@@ -1,0 +1,90 @@
+"""Checkpoints written while training goes on: tensors are copied at once, a thread puts them on disk.
+
+A checkpoint appears whole or not at all, and no older one is deleted before it has, so a run that is killed at any moment of
+a save goes on from the one before.
+"""
+
+import threading
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from instructblip.errors import UserError
+from instructblip.training.checkpoint import save_checkpoint
+
+
+class CheckpointWriter:
+    """Writes one checkpoint at a time into a run's `checkpoints` folder.
+
+    Args:
+        folder: where.
+        keep: how many of the newest whole ones stay.
+    """
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.folder, self.keep = folder, keep
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def save(
+        self,
+        step: int,
+        *,
+        model: dict[str, Tensor],
+        optimizer: dict[str, Tensor],
+        state: dict[str, Any],
+        average: dict[str, Tensor] | None = None,
+        spare: Collection[int] = (),
+    ) -> None:
+        """Copy everything and begin to write it; `save_checkpoint` says what the arguments are.
+
+        Raises:
+            UserError: the disk was full at the save before, see `problem`.
+        """
+        self.wait()
+        tensors = {"model": _copies(model), "optimizer": _copies(optimizer)}
+        averages = None if average is None else _copies(average)
+
+        def write() -> None:
+            try:
+                save_checkpoint(
+                    self.folder, step=step, **tensors, average=averages, state=state, keep=self.keep, spare=spare
+                )
+            except BaseException as error:  # raised again where somebody listens
+                self._error = error
+
+        self._thread = threading.Thread(target=write, name=f"checkpoint of step {step}")
+        self._thread.start()
+
+    @property
+    def failed(self) -> bool:
+        """Whether the last save has ended badly, so far as one can tell without waiting."""
+        return self._error is not None and not (self._thread and self._thread.is_alive())
+
+    def problem(self) -> UserError | None:
+        """Wait for the save under way; return what it failed of if the user can mend that (a full disk), and forget it."""
+        try:
+            self.wait()
+        except UserError as error:
+            return error
+        return None
+
+    def wait(self) -> None:
+        """Return when the save under way is done.
+
+        Raises:
+            UserError: the disk is full; older checkpoints are whole.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+
+def _copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: torch.empty_like(value, device="cpu").copy_(value.detach()) for name, value in tensors.items()}
