@@ -28,7 +28,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
-        with _errors_for_users(path):
+        with errors_for_users(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             yield partial
             os.replace(partial, path)
@@ -55,7 +55,7 @@ def atomic_folder(folder: Path, *, overwrite_if: str | None = None) -> Iterator[
         if not (folder / overwrite_if).is_file():
             raise UserError(f"{folder} has no {overwrite_if}, so it is not replaced; choose another folder")
     try:
-        with _errors_for_users(folder):
+        with errors_for_users(folder):
             partial.mkdir(parents=True)
             yield partial
             if folder.exists():
@@ -77,7 +77,7 @@ def exclusive(path: Path, doing: str, *, show: bool = True) -> Iterator[None]:
     Raises:
         UserError: the lock file cannot be written.
     """
-    with _errors_for_users(path):
+    with errors_for_users(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(path)
         try:
@@ -92,7 +92,7 @@ def exclusive(path: Path, doing: str, *, show: bool = True) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _errors_for_users(path: Path) -> Iterator[None]:
+def errors_for_users(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:

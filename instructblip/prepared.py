@@ -9,12 +9,14 @@ from instructblip.build import sources
 from instructblip.config import PrepareConfig, SourcesConfig
 from instructblip.data.audit import audit_prepared, audit_table
 from instructblip.data.cards import Card, load_card
+from instructblip.data.fetch import fetch_raw
 from instructblip.data.prepare import check_prepared, prepare_dataset
 from instructblip.data.shards import MANIFEST_NAME, read_manifest
 from instructblip.data.show import write_samples
 from instructblip.errors import UserError
 from instructblip.weights.assets import part_folder
 
+RAW_FOLDER = Path("data/raw")  # where official files are fetched to when raw= names no other folder
 SHOWN_SIZE = 224  # the side of the square that the paper's models get, pixels
 
 
@@ -106,7 +108,7 @@ def _convert(config: PrepareConfig, console: Console) -> int:
             "name a dataset: python prepare.py dataset=NAME raw=FOLDER out=SHARDS; or give check=SHARDS, show= or audit="
         )
     card = load_card(config.dataset)
-    raw = raw_folder(card, config.sources, Path(config.out)) if config.raw is None else Path(config.raw)
+    raw = _raw(card, config, console)
     manifests = prepare_dataset(
         card,
         raw,
@@ -116,6 +118,7 @@ def _convert(config: PrepareConfig, console: Console) -> int:
         images_per_shard=config.images_per_shard,
         image_size=config.image_size,
         frames=config.frames,
+        ocr=config.ocr,
     )
     for path in manifests:
         manifest = read_manifest(path.parent)
@@ -125,4 +128,16 @@ def _convert(config: PrepareConfig, console: Console) -> int:
             highlight=False,
             soft_wrap=True,
         )
+    done = {path.parent.name for path in manifests}
+    if config.split is None and (skipped := [split for split in card.splits if split not in done]):
+        console.print(f"skipped, as {raw} has no files of them: {', '.join(skipped)}", highlight=False, soft_wrap=True)
     return 0
+
+
+def _raw(card: Card, config: PrepareConfig, console: Console) -> Path:
+    """The folder of the raw files; with `fetch`, what it lacks is downloaded."""
+    if not config.fetch or card.source_part is not None:
+        return raw_folder(card, config.sources, Path(config.out)) if config.raw is None else Path(config.raw)
+    raw = RAW_FOLDER / card.source if config.raw is None else Path(config.raw)
+    fetch_raw(card, raw, console, splits=[] if config.split is None else [config.split])
+    return raw

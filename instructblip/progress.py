@@ -1,7 +1,21 @@
 """The progress bar of every command: what, how much, how fast, how long still."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.text import Text
 
 
@@ -19,3 +33,14 @@ def progress_bar(unit: str, *, show: bool = True, console: Console | None = None
     """A bar over things counted in `unit` (a plural), with rate and time left; invisible when `show` is false."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(unit), TimeRemainingColumn())
     return Progress(*columns, disable=not show, console=console)
+
+
+@contextmanager
+def bytes_bar(description: str, total: int | None, *, show: bool = True) -> Iterator[tuple[Progress, TaskID]]:
+    """A bar over bytes, without an end where `total` is None; full when the block ends without an exception."""
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(TextColumn("{task.description}"), *columns, disable=not show) as bar:
+        task = bar.add_task(description, total=total)
+        yield bar, task
+        done = bar.tasks[0].total or bar.tasks[0].completed
+        bar.update(task, total=done, completed=done)

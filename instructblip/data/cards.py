@@ -4,13 +4,10 @@
 """
 
 import dataclasses
-import difflib
 import hashlib
 import json
 import re
 import sys
-import types
-import typing
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -18,15 +15,15 @@ from typing import Any, Literal
 
 import yaml
 
-from instructblip.data.templates import FIELDS
+from instructblip.data.card_evaluation import Evaluation, check_evaluation
+from instructblip.data.schema import build, nearest
 from instructblip.errors import UserError
 from instructblip.files import write_atomically
 
 CARDS_FOLDER = Path(__file__).parents[2] / "datasets"
 
-# What a prompt of a card may name in braces: what a template may, without what would give the answer away.
-PROMPT_FIELDS = tuple(name for name in FIELDS if name not in ("answer", "caption"))
-_FIELD = re.compile(r"\{([^{}]*)\}")
+_URL = re.compile(r"https?://[^/\s]+/\S+")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 # What a view takes from its parent and may not say again.
 SOURCE_KEYS = (
     "reader",
@@ -39,24 +36,9 @@ SOURCE_KEYS = (
     "verified",
     "image_source",
 )
+# And how its files come to the disk, which says nothing about what is in them.
+FETCH_KEYS = ("fetch", "not_fetched")
 TRAIN_SPLIT = "train"
-
-Metric = Literal[
-    "accuracy",
-    "multiple_choice_accuracy",
-    "exact_match",
-    "gqa_accuracy",
-    "vqa_accuracy",
-    "textvqa_accuracy",
-    "vizwiz_accuracy",
-    "ivqa_accuracy",
-    "aokvqa_direct_answer",
-    "aokvqa_multiple_choice",
-    "ocr_vqa_accuracy",
-    "cider",
-    "auroc",
-    "visdial",
-]
 
 
 @dataclass(frozen=True)
@@ -77,40 +59,29 @@ class SplitCounts:
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """How a dataset is evaluated.
+class Download:
+    """An official file that anybody may download.
 
     Attributes:
-        split: the split that is scored.
-        prompt: instruction, with fields of the record in braces.
-        mode: `rank` scores given answers by log-likelihood, `generate` writes one.
-        normalize: log-likelihood of a candidate as the sum or the mean over its tokens.
-        include_eos: whether the end-of-sequence token counts as one of them.
-        max_new_tokens, num_beams: decoding in `generate` mode (tokens; beam size).
-        metric: the score.
-        candidates: the answers to rank, the same for all records.
-        verbalizers: class -> the texts that stand for it.
-        candidates_from: where the answers to rank come from: each record's own `choices`, or `train_answers`, all
-            answers of the train split. With `rank`, exactly one of candidates, verbalizers and candidates_from.
-        min_new_tokens, length_penalty: further decoding in `generate` mode (tokens; exponent of the length that a
-            beam's log-likelihood is divided by).
-        kinds: the record kinds that are scored; empty: the card's own.
+        url: http or https.
+        gives: the files and folders below the raw folder that are there afterwards: the file itself under its place, or
+            what is wanted of an archive. Where all of them are there already, nothing is fetched.
+        unpack: the folder below the raw folder ("." for itself) that a zip or tar archive is unpacked in; None: the file
+            is kept as it is.
+        members: patterns (`*_balanced_questions.json`) of the archive's members that are unpacked; empty: all.
+        flat: whether the members' own folders are left out, for archives whose folders differ or are not known.
+        splits: those that need it; empty: all.
+        bytes, sha256: of the file, where known; the server's file must have them.
     """
 
-    split: str
-    prompt: str
-    mode: Literal["rank", "generate"]
-    normalize: Literal["sum", "mean"]
-    include_eos: bool
-    max_new_tokens: int
-    num_beams: int
-    metric: Metric
-    candidates: tuple[str, ...] = ()
-    verbalizers: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    candidates_from: Literal["choices", "train_answers"] | None = None
-    min_new_tokens: int = 1
-    length_penalty: float = 1.0
-    kinds: tuple[str, ...] = ()
+    url: str
+    gives: tuple[str, ...]
+    unpack: str | None = None
+    members: tuple[str, ...] = ()
+    flat: bool = False
+    splits: tuple[str, ...] = ()
+    bytes: int | None = None
+    sha256: str | None = None
 
 
 @dataclass(frozen=True)
@@ -126,6 +97,8 @@ _DEFAULTS: dict[str, Any] = {
     "kinds": [],
     "reader_options": {},
     "source_part": None,
+    "fetch": [],
+    "not_fetched": None,
     "image_source": None,
     "shared_images": {},
     "templates": None,
@@ -139,7 +112,7 @@ _DEFAULTS: dict[str, Any] = {
 class Card:
     """One dataset, or one view of a dataset (other records of the same prepared images).
 
-    A view says what it is a view of and is given its parent's source facts (`SOURCE_KEYS`) on loading.
+    A view says what it is a view of and is given its parent's source facts (`SOURCE_KEYS`, `FETCH_KEYS`) on loading.
 
     Attributes:
         name, title: short and full name; the name is the file's.
@@ -151,6 +124,8 @@ class Card:
         reader_options: what else that reader is told.
         homepage, licence, how_to_get: where it comes from, on which terms, and how a person gets the raw files.
         source_part: the part of `instructblip.weights.assets` that fetches the raw files by itself, if one does.
+        fetch: the official files, where they are public and their licence lets anybody download them.
+        not_fetched: why they are not, else; exactly one of source_part, fetch and not_fetched is said.
         splits: split -> raw files and expected counts of the whole source.
         verified: whether the counts were checked against the official files.
         image_source: the collection whose ids its images carry, so that another dataset's use of the same image is found
@@ -174,6 +149,8 @@ class Card:
     licence: str
     how_to_get: str
     source_part: str | None
+    fetch: tuple[Download, ...]
+    not_fetched: str | None
     splits: dict[str, SplitCounts]
     verified: bool
     image_source: Literal["coco", "openimages", "youtube"] | None
@@ -208,15 +185,15 @@ def load_card(name_or_path: str | Path) -> Card:
         path = CARDS_FOLDER / f"{name_or_path}.yaml"
         if not path.is_file():
             known = [card.stem for card in sorted(CARDS_FOLDER.glob("*.yaml"))]
-            nearest = _nearest(str(name_or_path), known)
-            raise UserError(f"no dataset card {str(name_or_path)!r} in {CARDS_FOLDER}{nearest}")
+            near = nearest(str(name_or_path), known)
+            raise UserError(f"no dataset card {str(name_or_path)!r} in {CARDS_FOLDER}{near}")
     values = _read_yaml(path)
     if values.get("view_of") is not None:
-        if said := [key for key in SOURCE_KEYS if key in values]:
+        if said := [key for key in SOURCE_KEYS + FETCH_KEYS if key in values]:
             raise UserError(f"{path}: {said[0]} is the parent's to say; remove it, or view_of")
         parent = _load_parent(path, values["view_of"])
-        values |= {key: parent[key] for key in SOURCE_KEYS if key in parent}
-    card: Card = _build(Card, _DEFAULTS | values, str(path), "")
+        values |= {key: parent[key] for key in SOURCE_KEYS + FETCH_KEYS if key in parent}
+    card: Card = build(Card, _DEFAULTS | values, str(path), "")
     _check_card(card, path)
     return card
 
@@ -253,7 +230,7 @@ def _load_parent(path: Path, name: Any) -> dict[str, Any]:
     folder = path.parent
     if not isinstance(name, str) or not (folder / f"{name}.yaml").is_file():
         known = [card.stem for card in sorted(folder.glob("*.yaml"))]
-        raise UserError(f"{path}: view_of names no card: {name!r}{_nearest(str(name), known)}")
+        raise UserError(f"{path}: view_of names no card: {name!r}{nearest(str(name), known)}")
     if load_card(folder / f"{name}.yaml").view_of is not None:
         raise UserError(f"{path}: view_of must name a dataset of its own, but {name} is a view too")
     return _read_yaml(folder / f"{name}.yaml")
@@ -271,8 +248,9 @@ def _check_card(card: Card, path: Path) -> None:
         raise UserError(f"{path}: a held-out dataset needs the key evaluation")
     for split, counts in card.splits.items():
         _check_files(counts.files, f"{path}: splits.{split}.files")
+    _check_fetch(card, path)
     if card.evaluation is not None:
-        _check_evaluation(card.evaluation, card, path)
+        check_evaluation(card.evaluation, card.splits, path)
 
 
 def _check_files(files: Mapping[str, Sequence[str]], key: str) -> None:
@@ -281,94 +259,33 @@ def _check_files(files: Mapping[str, Sequence[str]], key: str) -> None:
         if not places:
             raise UserError(f"{key}.{role} names no place; give one, or remove it")
         for place in places:
-            if PurePosixPath(place).is_absolute() or ".." in PurePosixPath(place).parts:
-                raise UserError(f"{key}.{role}: {place!r} must be a path below the raw folder")
+            _check_place(place, f"{key}.{role}")
 
 
-def _check_evaluation(evaluation: Evaluation, card: Card, path: Path) -> None:
-    if evaluation.split not in card.splits:
-        nearest = _nearest(evaluation.split, card.splits)
-        raise UserError(f"{path}: evaluation.split {evaluation.split!r} is not among splits{nearest}")
-    stated = bool(evaluation.candidates) + bool(evaluation.verbalizers) + (evaluation.candidates_from is not None)
-    if stated != (evaluation.mode == "rank"):
-        ways = "candidates, verbalizers and candidates_from"
-        raise UserError(f"{path}: evaluation needs one of {ways} to rank, none of them to generate")
-    if set("{}") & set(_FIELD.sub("", evaluation.prompt)):
-        raise UserError(f"{path}: evaluation.prompt {evaluation.prompt!r} has a brace without its partner")
-    for name in _FIELD.findall(evaluation.prompt):
-        if name not in PROMPT_FIELDS:
-            raise UserError(f"{path}: evaluation.prompt names an unknown field {name!r}{_nearest(name, PROMPT_FIELDS)}")
+def _check_place(place: str, key: str) -> None:
+    if PurePosixPath(place).is_absolute() or ".." in PurePosixPath(place).parts:
+        raise UserError(f"{key}: {place!r} must be a path below the raw folder")
 
 
-def _nearest(word: str, known: Iterable[str]) -> str:
-    """The end of an error line: the known word nearest to `word`, or all of them."""
-    known = list(known)
-    near = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
-
-
-def _build(kind: Any, value: Any, file: str, key: str) -> Any:
-    """Turn a value read from YAML into the annotated type, or say which key of which file is wrong.
-
-    Nothing is converted but list to tuple and int to float: an unquoted `yes` (a bool in YAML) is an error, not "True".
-    """
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if kind is Any:
-        return _plain(value, file, key)
-    if dataclasses.is_dataclass(kind):
-        return _build_dataclass(kind, value, file, key)
-    if origin in (types.UnionType, typing.Union):  # only "X | None" occurs
-        return None if value is None else _build(arguments[0], value, file, key)
-    if origin is Literal:
-        if value not in arguments:
-            raise UserError(f"{file}: {key} is {value!r}{_nearest(str(value), arguments)}")
-        return value
-    if origin is tuple and isinstance(value, list):
-        return tuple(_build(arguments[0], item, file, f"{key}[{row}]") for row, item in enumerate(value))
-    if origin is dict and isinstance(value, dict):
-        _check_keys_are_text(value, file, key)
-        return {name: _build(arguments[1], item, file, f"{key}.{name}") for name, item in value.items()}
-    if kind is float and type(value) is int:
-        return float(value)
-    if type(value) is not kind:
-        expected = {tuple: "a list", dict: "keys and values", str: "text", int: "a whole number"}.get(origin or kind)
-        hint = "; put it in quotes" if kind is str and value is not None and not isinstance(value, list | dict) else ""
-        raise UserError(f"{file}: {key} must be {expected or kind.__name__}, not {value!r}{hint}")
-    return value
-
-
-def _plain(value: Any, file: str, key: str) -> Any:
-    """A value that JSON can hold, as it is."""
-    if isinstance(value, dict):
-        _check_keys_are_text(value, file, key)
-        return {name: _plain(item, file, f"{key}.{name}") for name, item in value.items()}
-    if isinstance(value, list):
-        return [_plain(item, file, f"{key}[{row}]") for row, item in enumerate(value)]
-    if value is None or type(value) in (str, int, float, bool):
-        return value
-    raise UserError(f"{file}: {key} is {value!r}, which YAML reads as {type(value).__name__}; put it in quotes")
-
-
-def _build_dataclass(kind: Any, value: Any, file: str, key: str) -> Any:
-    if not isinstance(value, dict):
-        raise UserError(f"{file}: {key} must be keys and values, not {value!r}")
-    _check_keys_are_text(value, file, key)
-    hints = typing.get_type_hints(kind)
-    prefix = f"{key}." if key else ""
-    for name in value:
-        if name not in hints:
-            raise UserError(f"{file}: unknown key {prefix}{name}{_nearest(name, hints)}")
-    for part in dataclasses.fields(kind):
-        required = part.default is dataclasses.MISSING and part.default_factory is dataclasses.MISSING
-        if required and part.name not in value:
-            raise UserError(f"{file}: key {prefix}{part.name} is missing")
-    return kind(**{name: _build(hints[name], item, file, prefix + name) for name, item in value.items()})
-
-
-def _check_keys_are_text(value: Mapping[Any, Any], file: str, key: str) -> None:
-    for name in value:
-        if not isinstance(name, str):
-            raise UserError(f"{file}: {key or 'the card'} has the key {name!r}, which is not text; put it in quotes")
+def _check_fetch(card: Card, path: Path) -> None:
+    """Each dataset says how its files come to the disk, and each download is complete."""
+    if (card.source_part is not None) + bool(card.fetch) + (card.not_fetched is not None) != 1:
+        raise UserError(f"{path}: say one of source_part, fetch, and not_fetched (why its files are not fetched)")
+    for number, item in enumerate(card.fetch):
+        key = f"{path}: fetch[{number}]"
+        if not _URL.fullmatch(item.url):
+            raise UserError(f"{key}.url {item.url!r} is no address of http or https")
+        if item.sha256 is not None and not _SHA256.fullmatch(item.sha256):
+            raise UserError(f"{key}.sha256 must be 64 hexadecimal digits in lower case")
+        if not item.gives or (item.unpack is None and (len(item.gives) != 1 or item.members or item.flat)):
+            raise UserError(
+                f"{key}.gives must name what is there afterwards: one file, or, with unpack, some of a folder"
+            )
+        for place in (*item.gives, item.unpack or "."):
+            _check_place(place, key)
+        for split in item.splits:
+            if split not in card.splits:
+                raise UserError(f"{key}.splits: {split!r} is not among splits{nearest(split, card.splits)}")
 
 
 # --- table -----------------------------------------------------------------------------------------------------------

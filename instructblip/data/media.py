@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from instructblip.data import transforms
+from instructblip.data.ocr import OcrOptions
 from instructblip.data.readers import MediaRecords
 from instructblip.data.video import VideoError, read_frames
 
@@ -34,10 +35,12 @@ class MediaOptions:
     Attributes:
         image_size: pictures and frames whose shorter side is longer are reduced to it, pixels; None: never.
         frames: how many frames of a video.
+        ocr: how the OCR tokens are made; None: they are the dataset's own, if any.
     """
 
     image_size: int | None = None
     frames: int = 4
+    ocr: OcrOptions | None = None
 
 
 class MediaError(Exception):

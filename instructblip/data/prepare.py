@@ -7,7 +7,7 @@ import os
 import re
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
@@ -20,7 +20,9 @@ import numpy.typing as npt
 
 from instructblip.data.cards import Card, SplitCounts, source_sha256
 from instructblip.data.media import JPEG_QUALITY, MediaError, MediaOptions, read_media, stored_frames
-from instructblip.data.readers import READERS, Losses, MediaRecords, RawSplit
+from instructblip.data.ocr import OcrOptions, ocr_options, ocr_tokens
+from instructblip.data.readers import MEDIA_ROLES, OCR_ROLE, READERS, Losses, MediaRecords, RawSplit
+from instructblip.data.sample import Record
 from instructblip.data.shards import (
     KEY,
     MANIFEST_FORMAT,
@@ -60,6 +62,7 @@ def prepare_dataset(
     images_per_shard: int = 1000,
     image_size: int | None = None,
     frames: int = 4,
+    ocr: str | None = None,
     progress: bool = True,
 ) -> list[Path]:
     """Convert a dataset to `<out>/<dataset>/<split>/` and return the paths of the manifests.
@@ -68,26 +71,48 @@ def prepare_dataset(
     are whole and hold what they should. Bytes depend on the raw files and the options, not on `workers`.
 
     Args:
-        splits: which to convert; None: all of the card.
+        splits: which to convert; None: all of the card, but those that the raw folder has no files of (a line names them).
         workers: number of processes.
         images_per_shard: images or videos.
         image_size: pictures and frames whose shorter side is longer are reduced to it, pixels; None: never.
         frames: how many frames of a video are stored.
+        ocr: library that makes the OCR tokens of all records, in `instructblip.data.ocr`; None: the dataset's own, if any.
 
     Raises:
-        UserError: unknown split, raw files missing or unreadable, nothing found, disk full.
+        UserError: unknown split, raw files missing or unreadable, nothing found, no such OCR library, disk full.
     """
     numbers = {"workers": workers, "images_per_shard": images_per_shard, "image_size": image_size, "frames": frames}
     if wrong := [name for name, number in numbers.items() if number is not None and number < 1]:
         raise UserError(f"{wrong[0]}={numbers[wrong[0]]} must be 1 or more")
-    chosen = list(card.splits) if splits is None else list(splits)
+    chosen = _present_splits(card, raw) if splits is None else list(splits)
     if unknown := [split for split in chosen if split not in card.splits]:
         raise UserError(f"{card.source} has no split {unknown[0]!r}; choose among {', '.join(card.splits)}")
     if not raw.is_dir():
         raise UserError(f"raw={raw} is not a folder; {card.how_to_get}")
+    options = MediaOptions(image_size, frames, None if ocr is None else ocr_options(ocr))
     with exclusive(out / f".{card.source}.lock", f"preparing {card.source}", show=progress):
-        job = _Job(card, raw, out, images_per_shard, MediaOptions(image_size, frames))
+        job = _Job(card, raw, out, images_per_shard, options)
         return [_prepare_split(job, split, workers, progress) for split in chosen]
+
+
+def _present_splits(card: Card, raw: Path) -> list[str]:
+    """The splits that the raw folder has any annotation file of; all of them where it has none at all.
+
+    Files that several splits share say nothing about a split, unless it has no others. Images do not either: a split
+    whose annotations are there without its images is an error, not one to be left out.
+    """
+    shared = Counter((role, places) for counts in card.splits.values() for role, places in counts.files.items())
+    absent = {}
+    for split, counts in card.splits.items():
+        files = {role: places for role, places in counts.files.items() if role not in MEDIA_ROLES}
+        own = {role: places for role, places in files.items() if shared[role, places] == 1} or files
+        if own and not any((raw / place).exists() for places in own.values() for place in places):
+            absent[split] = next(iter(own.values()))[0]
+    if len(absent) == len(card.splits):
+        return list(card.splits)
+    for split, place in absent.items():
+        logger.warning("%s/%s: skipped, %s has no file of it, such as %s", card.source, split, raw, place)
+    return [split for split in card.splits if split not in absent]
 
 
 @dataclass(frozen=True)
@@ -115,7 +140,10 @@ def _prepare_split(job: _Job, split: str, workers: int, progress: bool) -> Path:
 
 def _plans(job: _Job, split: str, losses: Losses) -> Iterator[ShardPlan]:
     """Cut the reader's stream into shards; only a few plans exist at a time, so memory stays flat."""
-    source = RawSplit(job.raw, split, job.card.splits[split].files, job.card.reader_options)
+    files = job.card.splits[split].files
+    if job.options.ocr is not None:
+        files = {role: places for role, places in files.items() if role != OCR_ROLE}
+    source = RawSplit(job.raw, split, files, job.card.reader_options)
     images = _without_repeats(READERS[job.card.reader](source, losses), losses)
     folder = job.out / job.card.source / split
     number = 0
@@ -220,7 +248,7 @@ def convert_shard(plan: ShardPlan) -> ShardReader:
             try:
                 content = read_media(image, plan.raw)
                 frames = stored_frames(content, image.video, plan.options)
-                writer.add(image.key, frames, image.media_id, image.records)
+                writer.add(image.key, frames, image.media_id, _with_ocr(image, frames, plan.options.ocr))
             except MediaError as error:
                 losses.add(str(error), _name(image, plan.raw), records=len(image.records))
             except UnicodeEncodeError:
@@ -229,6 +257,14 @@ def convert_shard(plan: ShardPlan) -> ShardReader:
         lost = json.dumps(losses.to_list(), ensure_ascii=False)
         writer.notes = {"plan_sha256": digest.hexdigest(), "lost": lost}
     return ShardReader(plan.path)
+
+
+def _with_ocr(image: MediaRecords, frames: Mapping[str, bytes], options: OcrOptions | None) -> list[Record]:
+    """The records of an image with the tokens that OCR finds in it, in place of any they had; as they are without OCR."""
+    if options is None:
+        return image.records
+    tokens = ocr_tokens(frames.values(), options, image.key)
+    return [replace(record, ocr_tokens=tokens) for record in image.records]
 
 
 def _name(image: MediaRecords, raw: Path) -> str:

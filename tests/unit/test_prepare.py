@@ -277,7 +277,8 @@ def clips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Card:
 def test_videos_are_stored_as_frames(clips: Card, tmp_path: Path, workers: int) -> None:
     options = {"images_per_shard": 2, "frames": 3, "image_size": 32, "workers": workers}
     manifest = _prepare(tmp_path / "clips", tmp_path / "out", clips, **options)
-    assert manifest["options"] == {"images_per_shard": 2, "frames": 3, "image_size": 32, "jpeg_quality": 95}
+    chosen = {"images_per_shard": 2, "frames": 3, "image_size": 32, "ocr": None, "jpeg_quality": 95}
+    assert manifest["options"] == chosen
     assert (manifest["images"], manifest["frames"]) == (3, 7)
     assert [(shard["images"], shard["frames"]) for shard in manifest["shards"]] == [(2, 6), (1, 1)]
     split = open_split(tmp_path / "out/clips/test")

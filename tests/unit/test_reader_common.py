@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from instructblip.data.readers.base import Losses
+from instructblip.data.readers.base import Losses, RawSplit
 from instructblip.data.readers.common import (
     clean_text,
     coco_id,
@@ -169,7 +169,9 @@ def test_rosetta_tokens(tmp_path: Path) -> None:
     ]
     (tmp_path / "ocr.json").write_text(json.dumps({"data": entries}))
     losses = Losses()
-    assert rosetta_tokens(tmp_path / "ocr.json", losses) == {"0a": ("STOP", "é"), "0b": ()}
+    source = RawSplit(tmp_path, "val", {"ocr": ("ocr.json",)})
+    assert rosetta_tokens(source, losses) == {"0a": ("STOP", "é"), "0b": ()}
+    assert rosetta_tokens(RawSplit(tmp_path, "val", {"images": ("images",)}), losses) is None
     assert [(loss["reason"], loss["count"], loss["records"]) for loss in losses.to_list()] == [
         ("OCR entry lacks image_id or ocr_tokens", 2, 0),
         ("OCR entry repeats an image", 1, 0),

@@ -1,7 +1,7 @@
 """One function per raw format, found by the name a card gives."""
 
 from instructblip.data.readers.aokvqa import read_aokvqa
-from instructblip.data.readers.base import Losses, MediaRecords, RawSplit, Reader
+from instructblip.data.readers.base import MEDIA_ROLES, OCR_ROLE, Losses, MediaRecords, RawSplit, Reader
 from instructblip.data.readers.coco_caption import read_coco_captions, read_coco_karpathy
 from instructblip.data.readers.easy_vqa import read_easy_vqa
 from instructblip.data.readers.flickr30k import read_flickr30k
@@ -47,4 +47,4 @@ READERS: dict[str, Reader] = {
     "vsr": read_vsr,
 }
 
-__all__ = ["READERS", "Losses", "MediaRecords", "RawSplit", "Reader"]
+__all__ = ["MEDIA_ROLES", "OCR_ROLE", "READERS", "Losses", "MediaRecords", "RawSplit", "Reader"]

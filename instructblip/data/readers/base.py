@@ -8,6 +8,8 @@ from typing import Any
 from instructblip.data.sample import Record
 from instructblip.errors import UserError
 
+MEDIA_ROLES = ("images", "videos")  # what a card calls folders of images or videos; all other files are annotations
+OCR_ROLE = "ocr"  # a dataset's own OCR tokens; a split is read without them where its files name none
 MAX_EXAMPLES = 5
 MAX_EXAMPLE_LENGTH = 200
 

@@ -10,7 +10,7 @@ from typing import Any, BinaryIO, TypeGuard
 
 import ijson
 
-from instructblip.data.readers.base import Losses, MediaRecords, RawSplit
+from instructblip.data.readers.base import OCR_ROLE, Losses, MediaRecords, RawSplit
 from instructblip.data.sample import Record
 from instructblip.errors import UserError
 from instructblip.files import read_json
@@ -245,11 +245,18 @@ def find_image(folders: Sequence[Path], names: Sequence[str]) -> Path | None:
 # --- OCR tokens ------------------------------------------------------------------------------------------------------
 
 
-def rosetta_tokens(path: Path, losses: Losses) -> dict[str, tuple[str, ...]]:
-    """Image id -> OCR tokens, from a TextVQA_Rosetta_OCR file, which serves TextVQA and TextCaps.
+def rosetta_tokens(source: RawSplit, losses: Losses) -> dict[str, tuple[str, ...]] | None:
+    """Image id -> OCR tokens, from a TextVQA_Rosetta_OCR file, which serves TextVQA and TextCaps; None where the split's
+    files name none.
 
     A malformed entry or a second one for the same image is counted, with no record lost.
+
+    Raises:
+        UserError: the file is missing or damaged.
     """
+    if OCR_ROLE not in source.files:
+        return None
+    path = source.path(OCR_ROLE)
     tokens: dict[str, tuple[str, ...]] = {}
     for row, entry in enumerate(stream_list(path, "data")):
         image_id = plain_id(entry.get("image_id")) if isinstance(entry, dict) else None

@@ -37,10 +37,10 @@ def read_textcaps(source: RawSplit, losses: Losses) -> Iterator[MediaRecords]:
         UserError: a file or the images are missing, or a file is damaged.
     """
     folders = image_folders(source)
-    tokens = rosetta_tokens(source.path("ocr"), losses)
+    tokens = rosetta_tokens(source, losses)
     for image_id, image in _read_images(source, losses).items():
         references = image.references or tuple(text for _, text in image.captions)
-        found = tokens.get(image_id)
+        found = () if tokens is None else tokens.get(image_id)
         records = caption_records(source.split, image_id, image.captions, references, found or ())
         path = find_image(folders, [f"{image_id}.jpg"])
         if not image.captions and source.split != HIDDEN_SPLIT:

@@ -32,7 +32,7 @@ def read_textvqa(source: RawSplit, losses: Losses) -> Iterator[MediaRecords]:
         UserError: a file is missing, cut short or of another form.
     """
     folders = image_folders(source)
-    tokens = rosetta_tokens(source.path("ocr"), losses)
+    tokens = rosetta_tokens(source, losses)
     by_image: dict[str, list[Record]] = {}
     seen = set()
     for row, entry in enumerate(load_list(source.path("questions"), "data")):
@@ -47,11 +47,11 @@ def read_textvqa(source: RawSplit, losses: Losses) -> Iterator[MediaRecords]:
             losses.add("question has no answers", place)
         else:
             seen.add(question_id)
-            words = tokens.get(image_id, ())
+            words = () if tokens is None else tokens.get(image_id, ())
             record = Record(question_id, "question", question, *weigh_answers(answers), ocr_tokens=words)
             by_image.setdefault(image_id, []).append(record)
     for image_id, records in by_image.items():
-        if image_id not in tokens:
+        if tokens is not None and image_id not in tokens:
             losses.add("image is not in the OCR file (kept without OCR tokens)", image_id, records=0)
         media = find_image(folders, [f"{image_id}.jpg"])
         if media is None:

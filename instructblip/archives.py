@@ -1,0 +1,166 @@
+"""Zip and tar archives from elsewhere: unpacked without leaving their folder, without links, and not without bound."""
+
+import fnmatch
+import gzip
+import lzma
+import os
+import shutil
+import stat
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import IO
+
+from instructblip.errors import UserError
+from instructblip.files import atomic_path
+
+# What an archive may grow to: a JSON file shrinks to a twentieth, zeros to a thousandth.
+MAX_GROWTH = 100
+MAX_BYTES = 1 << 38  # 256 GiB
+_DAMAGED = (
+    zipfile.BadZipFile,
+    tarfile.TarError,
+    gzip.BadGzipFile,
+    zlib.error,
+    lzma.LZMAError,
+    EOFError,
+    NotImplementedError,
+)
+
+
+class ArchiveError(UserError):
+    """An archive that is damaged, or that is not to be trusted."""
+
+
+@dataclass(frozen=True)
+class _Member:
+    """One file of an archive: its name, its size in bytes, and how it is opened."""
+
+    name: str
+    size: int
+    open: Callable[[], IO[bytes] | None]
+
+
+def unpack(
+    archive: Path,
+    folder: Path,
+    *,
+    members: Sequence[str] = (),
+    flat: bool = False,
+    advance: Callable[[int], None] = lambda number: None,
+) -> int:
+    """Write the files of a zip or tar archive below `folder`, each whole or not at all, over what has the same name.
+
+    Args:
+        members: patterns of the names of those that are wanted (`*` stands for `/` too); empty: all.
+        flat: leave their folders out.
+        advance: called with the number of bytes of each file that has been written.
+
+    Returns:
+        How many files were written.
+
+    Raises:
+        ArchiveError: neither zip nor tar, damaged or encrypted, a member that points out of the folder, is a link or
+            device, or has the name of another; more bytes than a sound archive of this size can hold.
+        UserError: more bytes than the disk has free.
+    """
+    written: set[str] = set()
+    size, limit, free = 0, min(MAX_BYTES, archive.stat().st_size * MAX_GROWTH + (1 << 20)), _free(folder)
+    try:
+        for member in _members(archive):
+            if members and not any(fnmatch.fnmatchcase(member.name, pattern) for pattern in members):
+                continue
+            name = PurePosixPath(member.name).name if flat else str(PurePosixPath(member.name))
+            if name in written:
+                raise ArchiveError(f"{archive.name} has two members {name}; the archive is not to be trusted")
+            written.add(name)
+            size += member.size
+            if size > limit:
+                raise ArchiveError(f"{archive.name} would unpack to more than {limit:,} bytes; it is not to be trusted")
+            if size > free:
+                raise UserError(
+                    f"{archive} unpacks to more than {free:,} bytes, which {folder} has free; free some space"
+                )
+            _write(member, folder / name)
+            advance(member.size)
+    except _DAMAGED as error:
+        raise ArchiveError(f"{archive} is damaged ({error}); fetch it again") from None
+    return len(written)
+
+
+def check_zip_member(archive: str, member: zipfile.ZipInfo, path: str) -> None:
+    """Refuse a member that is no regular file, or that has a name or would be written to a path out of its folder.
+
+    Raises:
+        ArchiveError: names archive and member.
+    """
+    _check_names(archive, member.filename, path)
+    kind = stat.S_IFMT(member.external_attr >> 16)
+    if member.is_dir() or kind not in (0, stat.S_IFREG):
+        raise ArchiveError(f"{archive}: member {member.filename!r} is not a regular file; it is not to be trusted")
+
+
+def _check_names(archive: str, *names: str) -> None:
+    for name in names:
+        if not name or name.startswith("/") or "\\" in name or ":" in name or ".." in PurePosixPath(name).parts:
+            raise ArchiveError(f"{archive}: member {name!r} points out of its folder; it is not to be trusted")
+
+
+def _members(archive: Path) -> Iterator[_Member]:
+    """The regular files of an archive, in its order, each checked."""
+    if zipfile.is_zipfile(archive):
+        yield from _zip_members(archive)
+    elif tarfile.is_tarfile(archive):
+        yield from _tar_members(archive)
+    else:
+        raise ArchiveError(
+            f"{archive} is neither a zip nor a tar archive; its server may have sent an error page instead"
+        )
+
+
+def _zip_members(archive: Path) -> Iterator[_Member]:
+    with zipfile.ZipFile(archive) as file:
+        for info in file.infolist():
+            if info.is_dir():
+                _check_names(archive.name, info.filename)
+                continue
+            check_zip_member(archive.name, info, info.filename)
+            if info.flag_bits & 1:
+                raise ArchiveError(f"{archive.name}: member {info.filename!r} is encrypted; unpack it yourself")
+            yield _Member(info.filename, info.file_size, lambda info=info: file.open(info))  # type: ignore[misc]
+
+
+def _tar_members(archive: Path) -> Iterator[_Member]:
+    with tarfile.open(archive) as file:
+        for info in file:
+            _check_names(archive.name, info.name)
+            if info.isdir():
+                continue
+            if not info.isreg():
+                raise ArchiveError(
+                    f"{archive.name}: member {info.name!r} is not a regular file; it is not to be trusted"
+                )
+            yield _Member(info.name, info.size, lambda info=info: file.extractfile(info))  # type: ignore[misc]
+        while file.fileobj is not None and file.fileobj.read(1 << 20):
+            pass  # a compressed tar's checksum stands at its end
+
+
+def _free(folder: Path) -> int:
+    """Bytes free on the disk of a folder that need not be there yet."""
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def _write(member: _Member, path: Path) -> None:
+    """One file; a source with more bytes than it has said is a damaged archive, which the library finds."""
+    with atomic_path(path) as partial:
+        source = member.open()
+        assert source is not None  # it is a regular file
+        with source, open(partial, "wb") as target:
+            shutil.copyfileobj(source, target, 1 << 20)
+        if os.path.getsize(partial) != member.size:
+            raise zipfile.BadZipFile(f"{member.name} has another size than stated")
