@@ -9,10 +9,26 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as torchvision_functional
 
 from instructblip.data import transforms
-from instructblip.data.transforms import decode_image, squash
-from instructblip.errors import UserError
+from instructblip.data.augment import OPERATIONS, Operation, apply_operations, draw_operations
+from instructblip.data.transforms import (
+    AUGMENTATIONS,
+    TRANSFORMS,
+    Augmentation,
+    View,
+    augment_frames,
+    center_crop,
+    decode_image,
+    draw_view,
+    fit_frames,
+    image_size,
+    show_view,
+    squash,
+)
+from instructblip.errors import DamagedSample, UserError
 
 
 def _encode(image: Image.Image, format: str = "PNG", **options: object) -> bytes:
@@ -135,3 +151,186 @@ def test_squash_ignores_the_aspect() -> None:
 def test_squash_keeps_what_has_the_size() -> None:
     pixels = squash(_noise((16, 16)), 16)
     assert torch.equal(pixels, torch.from_numpy(np.array(_noise((16, 16)))).permute(2, 0, 1))
+
+
+# --- by name ----------------------------------------------------------------------------------------------------------
+
+
+def test_center_crop_is_torchvisions() -> None:
+    for size in ((60, 40), (40, 60), (31, 97), (50, 50)):
+        image = _noise(size)
+        resized = torchvision_functional.resize(image, 24, InterpolationMode.BICUBIC)
+        expected = np.array(torchvision_functional.center_crop(resized, 24))
+        assert np.array_equal(center_crop(image, 24).permute(1, 2, 0).numpy(), expected)
+
+
+def test_fits_draw_nothing_and_keep_every_frame() -> None:
+    frames = [_encode(_noise((40, 30))), _encode(_noise((20, 30)), "JPEG")]
+    for name, fit in (("squash", squash), ("center_crop", center_crop)):
+        found = fit_frames(frames, "x", name, 16)
+        assert torch.equal(found, torch.stack([fit(decode_image(frame, "x"), 16) for frame in frames]))
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_a_sample_without_frames_or_with_an_empty_one_is_damaged(name: str) -> None:
+    def transform(frames: list[bytes]) -> torch.Tensor:
+        if name in AUGMENTATIONS:
+            return augment_frames(frames, "7 of a.tar", name, 16, np.random.default_rng(0))
+        return fit_frames(frames, "7 of a.tar", name, 16)
+
+    with pytest.raises(DamagedSample, match=r"image 7 of a\.tar has no frame"):
+        transform([])
+    with pytest.raises(DamagedSample, match=r"image 7 of a\.tar cannot be decoded \(not an image\)"):
+        transform([b""])
+
+
+# --- decoding towards a size ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("at_least", "decoded"),
+    [((640, 480), (640, 480)), ((321, 10), (640, 480)), ((320, 240), (320, 240)), ((100, 100), (160, 120)),
+     ((10, 10), (80, 60)), ((1000, 10), (640, 480))],
+)  # fmt: skip
+def test_jpeg_is_decoded_at_the_smallest_scale_that_is_enough(
+    at_least: tuple[int, int], decoded: tuple[int, int]
+) -> None:
+    data = _encode(Image.new("RGB", (640, 480), (200, 100, 50)), "JPEG")
+    found = decode_image(data, "x", at_least=at_least)
+    assert found.size == decoded
+    assert max(abs(a - b) for a, b in zip(found.getpixel((5, 5)), (200, 100, 50), strict=True)) < 6
+
+
+def test_orientation_is_known_before_decoding() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = _encode(Image.new("RGB", (640, 480)), "JPEG", exif=exif)
+    assert image_size(data, "x") == (480, 640)
+    assert decode_image(data, "x", at_least=(240, 100)).size == (240, 320)
+    assert decode_image(data, "x", at_least=(241, 100)).size == (480, 640)
+    assert decode_image(_encode(_noise((40, 30))), "x", at_least=(4, 3)).size == (40, 30)  # PNG has no such scales
+
+
+def test_a_crop_is_never_decoded_below_the_target(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, interpolate = [], torch.nn.functional.interpolate
+
+    def spy(crop: torch.Tensor, **options: object) -> torch.Tensor:
+        seen.append(tuple(crop.shape[2:]))
+        return interpolate(crop, **options)
+
+    monkeypatch.setattr(transforms.functional, "interpolate", spy)
+    data = _encode(_noise((333, 217)), "JPEG")
+    random = np.random.default_rng(3)
+    for _ in range(200):
+        view = draw_view(AUGMENTATIONS["blip2_image_train"], (333, 217), random)
+        show_view(data, "x", view, 48)
+    assert min(min(size) for size in seen) >= 48
+    assert max(size[0] for size in seen) <= 109  # and always at half of 217 or less
+
+
+# --- drawn ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_view_in_full_is_torchvisions_resized_crop() -> None:
+    data, random = _encode(_noise((50, 40))), np.random.default_rng(1)
+    image = decode_image(data, "x")
+    for flip in (False, True):
+        view = draw_view(Augmentation((0.5, 1.0), flip=False), (50, 40), random)._replace(flip=flip)
+        box = [round(view.top * 40), round(view.left * 50), round(view.height * 40), round(view.width * 50)]
+        cropped = torchvision_functional.resized_crop(image, *box, [32, 32], InterpolationMode.BICUBIC)
+        expected = np.array(torchvision_functional.hflip(cropped) if flip else cropped).astype(int)
+        found = show_view(data, "x", view, 32)
+        assert (found.dtype, tuple(found.shape), found.is_contiguous()) == (torch.uint8, (3, 32, 32), True)
+        assert np.abs(found.permute(1, 2, 0).numpy() - expected).max() <= 1
+
+
+def test_crops_have_the_stated_areas_and_ratios() -> None:
+    random = np.random.default_rng(0)
+    for name, least in (("blip_image_train", 0.5), ("blip2_image_train", 0.5), ("clip_image_train", 0.9)):
+        views = [draw_view(AUGMENTATIONS[name], (640, 480), random) for _ in range(300)]
+        areas = np.array([view.width * view.height for view in views])
+        ratios = np.array([view.width * 640 / (view.height * 480) for view in views])
+        assert least - 0.01 < areas.min() < least + 0.05
+        assert 0.95 < areas.max() <= 1.0
+        assert ratios.min() > 0.74
+        assert ratios.max() < 1.34
+        assert all(
+            0 <= view.left <= 1 - view.width + 1e-9 and 0 <= view.top <= 1 - view.height + 1e-9 for view in views
+        )
+        assert {view.flip for view in views} == ({False} if name == "clip_image_train" else {False, True})
+        assert any(view.operations for view in views) == (name == "blip_image_train")
+
+
+@pytest.mark.parametrize(("size", "kept"), [((1000, 10), (13, 10)), ((10, 1000), (10, 13))])
+def test_an_image_that_no_crop_fits_gives_its_middle(size: tuple[int, int], kept: tuple[int, int]) -> None:
+    view = draw_view(Augmentation((0.9, 1.0), flip=False), size, np.random.default_rng(0))
+    assert (round(view.width * size[0]), round(view.height * size[1])) == kept
+    assert view.left == pytest.approx((1 - view.width) / 2, abs=0.01)
+
+
+def test_flip_is_left_out_where_a_dataset_forbids_it() -> None:
+    random = np.random.default_rng(0)
+    views = [draw_view(AUGMENTATIONS["blip2_image_train"], (64, 48), random, flip=False) for _ in range(50)]
+    assert not any(view.flip for view in views)
+
+
+def test_the_stream_decides_and_no_global_one() -> None:
+    data = _encode(_noise((64, 48)), "JPEG")
+    before = (random.getstate(), np.random.get_state()[1].tolist(), torch.random.get_rng_state())
+    found = [augment_frames([data], "x", "blip_image_train", 32, np.random.default_rng(k)) for k in (4, 4, 5)]
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
+    after = (random.getstate(), np.random.get_state()[1].tolist(), torch.random.get_rng_state())
+    assert before[:2] == after[:2]
+    assert torch.equal(before[2], after[2])
+
+
+def test_frames_of_a_video_share_a_view() -> None:
+    data = _encode(_noise((64, 48)), "JPEG")
+    for seed in range(5):
+        frames = augment_frames([data] * 3, "x", "blip_image_train", 32, np.random.default_rng(seed))
+        assert frames.shape == (3, 3, 32, 32)
+        assert torch.equal(frames[0], frames[2])
+
+
+def test_operations_are_drawn_evenly_and_half_of_them_left_out() -> None:
+    random = np.random.default_rng(0)
+    drawn = [operation for _ in range(4000) for operation in draw_operations(random, 2, 5)]
+    assert abs(len(drawn) - 4000) < 200
+    counts = {name: sum(operation.name == name for operation in drawn) for name in OPERATIONS}
+    assert min(counts.values()) > 320
+    assert max(counts.values()) < 480
+    strengths = {name: {round(o.strength, 6) for o in drawn if o.name == name} for name in OPERATIONS}
+    assert strengths["brightness"] == strengths["sharpness"] == {1.0}
+    assert strengths["shear_x"] == strengths["shear_y"] == {-0.15, 0.15}
+    assert strengths["translate_x"] == strengths["translate_y"] == {-5.0, 5.0}
+    assert strengths["rotate"] == {-15.0, 15.0}
+
+
+def test_operations_do_what_they_are_called() -> None:
+    image = _noise((32, 32))
+    pixels = np.array(image)
+
+    def apply(name: str, strength: float) -> np.ndarray:
+        return np.array(apply_operations(image, (Operation(name, strength),)))
+
+    for name in ("identity", "brightness", "sharpness"):
+        assert np.array_equal(apply(name, 1.0), pixels)
+    assert np.array_equal(apply("translate_x", 5.0)[:, :-5], pixels[:, 5:])
+    assert (apply("translate_x", 5.0)[:, -5:] == 128).all()
+    assert np.array_equal(apply("translate_y", -5.0)[5:], pixels[:-5])
+    assert np.abs(apply("brightness", 0.5).astype(int) - pixels // 2).max() <= 1
+    assert tuple(apply("rotate", 15.0)[0, 0]) == tuple(apply("rotate", -15.0)[0, 31]) == (128,) * 3
+    assert tuple(apply("shear_x", 0.15)[31, 0]) == (128,) * 3
+    dark = Image.fromarray(pixels // 4)
+    assert np.array(apply_operations(dark, (Operation("auto_contrast", 0.0),))).max() == 255
+    assert np.array(apply_operations(dark, (Operation("equalize", 0.0),))).mean() > 100
+    both = apply_operations(image, (Operation("translate_x", 5.0), Operation("translate_y", 5.0)))
+    assert np.array_equal(np.array(both)[:-5, :-5], pixels[5:, 5:])
+
+
+def test_a_view_applies_its_operations_to_the_resized_crop() -> None:
+    data = _encode(_noise((32, 32)))
+    whole = View(0.0, 0.0, 1.0, 1.0, flip=True, operations=(Operation("translate_x", 5.0),))
+    expected = torch.from_numpy(np.array(_noise((32, 32)))).permute(2, 0, 1).flip(2)
+    assert torch.equal(show_view(data, "x", whole, 32)[:, :, :-5], expected[:, :, 5:])
