@@ -7,6 +7,7 @@ like length together; `packed` does so too, and the model then lays several samp
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby, pairwise
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,8 @@ from instructblip.data.sample import Sample
 from instructblip.errors import UserError
 
 BATCHINGS = ("fixed", "bucketed", "packed")
+# What one more pass costs, in tokens: below some hundreds of them a GPU takes longer to read the weights than to compute.
+_PASS_TOKENS = 64
 
 Item = tuple[Sample, Tensor]  # a drawn sample and its image tokens (F, P, V) or uint8 pixels (F, 3, H, W)
 Length = Callable[[str, str, int], int]  # (instruction, target, frames) -> tokens of the language model
@@ -45,6 +48,7 @@ class Batching:
         micro_batch_size: samples of a micro-batch, at most; None sets no limit.
         micro_batch_tokens: language-model tokens of a micro-batch, at most: with the padding that `bucketed` rows need,
             without any when `packed`. A longer sample comes alone. None sets no limit. Not for `fixed`.
+            `bucketed` makes smaller micro-batches than it may where that saves more padding than the passes cost.
         length: counts a sample's tokens in the language model; `fixed` needs none.
 
     Raises:
@@ -80,21 +84,41 @@ class Batching:
             yield from (list(range(at, min(at + size, len(items)))) for at in range(0, len(items), size))
             return
         frames, lengths = [len(image) for _, image in items], [self._length(item) for item in items]
-        group: list[int] = []
         # The longest first: what does not fit into memory fails in the first pass of a step, not somewhere in the run.
-        for place in sorted(range(len(items)), key=lambda place: (-frames[place], -lengths[place], place)):
-            if group and (frames[place] != frames[group[0]] or not self._fits([lengths[k] for k in (*group, place)])):
+        order = sorted(range(len(items)), key=lambda place: (-frames[place], -lengths[place], place))
+        cut = self._fewest if self.kind == "packed" else self._least_padded
+        for _, group in groupby(order, key=frames.__getitem__):
+            yield from cut(list(group), lengths)
+
+    def _fewest(self, order: list[int], lengths: list[int]) -> Iterator[list[int]]:
+        group: list[int] = []
+        for place in order:
+            if group and not self._fits(len(group) + 1, sum(lengths[k] for k in group) + lengths[place]):
                 yield group
                 group = []
             group.append(place)
-        if group:
-            yield group
+        yield group
 
-    def _fits(self, lengths: list[int]) -> bool:
-        if self.micro_batch_size is not None and len(lengths) > self.micro_batch_size:
-            return False
-        tokens = sum(lengths) if self.kind == "packed" else len(lengths) * max(lengths)
-        return self.micro_batch_tokens is None or tokens <= self.micro_batch_tokens
+    def _least_padded(self, order: list[int], lengths: list[int]) -> Iterator[list[int]]:
+        """Of all ways to cut the sorted samples, the one with the fewest padded tokens and passes: dynamic programming."""
+        least, starts = [0.0], [0]  # for the first 0, 1, ... samples: the cost, and where its last micro-batch starts
+        for end in range(1, len(order) + 1):
+            costs = {}
+            for start in range(end - 1, -1, -1):
+                tokens = (end - start) * lengths[order[start]]
+                if end - start > 1 and not self._fits(end - start, tokens):
+                    break
+                costs[start] = least[start] + tokens + _PASS_TOKENS
+            starts.append(min(costs, key=costs.__getitem__))
+            least.append(costs[starts[-1]])
+        cuts = [len(order)]
+        while cuts[-1]:
+            cuts.append(starts[cuts[-1]])
+        yield from (order[start:end] for end, start in reversed(list(pairwise(cuts))))
+
+    def _fits(self, samples: int, tokens: int) -> bool:
+        few = self.micro_batch_size is None or samples <= self.micro_batch_size
+        return few and (self.micro_batch_tokens is None or tokens <= self.micro_batch_tokens)
 
     def _length(self, item: Item) -> int:
         assert self.length is not None

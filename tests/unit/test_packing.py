@@ -1,5 +1,6 @@
 """Samples that share a row compute what they compute alone, in every decoder-only family, and the rows are nearly full."""
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,12 +10,16 @@ import torch
 from torch import Tensor
 
 from instructblip.build import load_llm
+from instructblip.data.batching import Batching
+from instructblip.data.sample import Record, Sample
 from instructblip.model import llm as llm_module
 from instructblip.model.instructblip import InstructBLIP
 from instructblip.model.llm import LLM
-from instructblip.model.packing import isolated, lay_out, pack_rows
+from instructblip.model.packing import RowLayout, isolated, lay_out, pack_rows
+from instructblip.training.loop import StepResult, train_step
+from instructblip.training.optim import make_adamw
 from tests.families import SLIDING_WINDOW, llm_config, write_llm
-from tests.tiny import tiny_encoder_decoder_llm, tiny_images, tiny_llm, tiny_model
+from tests.tiny import tiny_encoder_decoder_llm, tiny_images, tiny_model
 
 # The tiny models are so narrow that attention in longer rows would cost more than it saves: rows are made as for a wide one.
 WIDE = 4096
@@ -79,3 +84,169 @@ def test_packed_rows_compute_what_one_sample_a_row_computes(name: str, frames: i
     loss, gradient = differences(model, images, [range(len(PROMPTS))])
     assert loss < 1e-6
     assert gradient < 1e-5
+
+
+@pytest.mark.parametrize("name", ["mistral_7b", "gemma_3_4b"])
+def test_a_window_ends_inside_a_packed_sample(name: str, tmp_path: Path) -> None:
+    """The tiny families' windows are shorter than their samples, or nothing would be tested of them."""
+    llm = load(name, tmp_path)
+    lengths = [tiny_model(llm=llm).sample_length()(p, t, 1) for p, t in zip(PROMPTS, TARGETS, strict=True)]
+    assert llm.model.config.sliding_window == SLIDING_WINDOW < min(lengths)
+
+
+# --- leaks -----------------------------------------------------------------------------------------------------------
+
+
+def causal_alone(layout: RowLayout) -> Tensor:
+    """What a row's places see where nothing parts its samples."""
+    places_T = torch.arange(layout.owner_RT.shape[1])
+    return (places_T[:, None] >= places_T).expand(len(layout.owner_RT), -1, -1)
+
+
+def positions_go_on(rows: Sequence[Sequence[int]], lengths: Sequence[int], *, device: torch.device) -> RowLayout:
+    layout = lay_out(rows, lengths, device=device)
+    return layout._replace(position_RT=torch.arange(layout.owner_RT.shape[1]).expand_as(layout.owner_RT))
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_without_the_mask_the_comparison_fails(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, images = tiny_model(llm=load(name, tmp_path)), tiny_images(len(PROMPTS))
+    monkeypatch.setattr(llm_module, "isolated", causal_alone)
+    loss, gradient = differences(model, images, [range(len(PROMPTS))])
+    assert loss > 1e-4
+    assert gradient > 1e-2
+
+
+def test_without_positions_from_0_the_comparison_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For learned positions; rotary ones know distances only."""
+    model, images = tiny_model(llm=load("opt_2_7b", tmp_path)), tiny_images(len(PROMPTS))
+    monkeypatch.setattr(llm_module, "lay_out", positions_go_on)
+    loss, gradient = differences(model, images, [range(len(PROMPTS))])
+    assert loss > 1e-4
+    assert gradient > 1e-2
+
+
+@pytest.mark.parametrize("changed", range(len(PROMPTS)))
+def test_what_changes_in_one_sample_moves_no_other_by_a_bit(changed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, images = tiny_model(), tiny_images(len(PROMPTS))
+    other = images.clone()
+    other[changed] = 255 - images[changed]
+    before, after = (model(pixels, PROMPTS, TARGETS, packed=True).per_sample for pixels in (images, other))
+    assert (before != after).tolist() == [sample == changed for sample in range(len(PROMPTS))]
+    monkeypatch.setattr(llm_module, "isolated", causal_alone)
+    before, after = (model(pixels, PROMPTS, TARGETS, packed=True).per_sample for pixels in (images, other))
+    rows = pack_rows([model.sample_length()(p, t, 1) for p, t in zip(PROMPTS, TARGETS, strict=True)], width=WIDE)
+    last = any(row[-1] == changed for row in rows)  # in its row: what is causal only leaks to the right
+    assert int((before != after).sum()) == 1 if last else int((before != after).sum()) > 1
+
+
+# --- whole steps -----------------------------------------------------------------------------------------------------
+
+
+def drawn(frames: Sequence[int]) -> list[tuple[Sample, Tensor]]:
+    """Samples as the loader draws them; those of several frames are videos."""
+    rows = []
+    for number, count in enumerate(frames):
+        record = Record(str(number), "question", answers=(TARGETS[number],))
+        sample = Sample(
+            id=f"set/{number}",
+            dataset="pictures" if count == 1 else "videos",
+            record=record,
+            frames=(),
+            image_location=(0, number),
+            instruction=PROMPTS[number],
+            target=TARGETS[number],
+            template="{question}",
+        )
+        rows.append((sample, tiny_images(1, frames=count, seed=number)[0]))
+    return rows
+
+
+def one_step(model: InstructBLIP, batching: Batching) -> tuple[StepResult, dict[str, Tensor]]:
+    """A training step over pictures and videos, and its gradients."""
+    optimizer = make_adamw(model.named_parameters(), weight_decay=0.05, betas=(0.9, 0.999))
+    items = drawn([1, 3, 1, 1, 3])
+    result = train_step(
+        model,
+        optimizer,
+        batching.split(items),
+        through_llm=True,
+        packed=batching.kind == "packed",
+        rate=0.0,
+        clip_norm=None,
+    )
+    return result, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize(
+    ("kind", "family"),
+    [
+        *itertools.product(("bucketed", "packed"), ("vicuna_7b", "gemma_3_4b", "opt_2_7b")),
+        ("bucketed", "flan_t5_xl"),
+    ],
+)
+def test_a_step_over_pictures_and_videos(kind: str, family: str, tmp_path: Path) -> None:
+    model = tiny_model(llm=load(family, tmp_path)).train()
+    expected, gradients = one_step(model, Batching(micro_batch_size=1))
+    for limits in ({}, {"micro_batch_size": 2}, {"micro_batch_tokens": 150}):
+        result, found = one_step(model, Batching(kind, length=model.sample_length(), **limits))
+        assert result.loss == pytest.approx(expected.loss, rel=1e-6)
+        assert result.loss_by_dataset == pytest.approx(expected.loss_by_dataset, rel=1e-5)
+        assert (result.tokens, result.ids) == (expected.tokens, expected.ids)
+        assert found.keys() == gradients.keys()
+        largest = max(float(gradient.abs().max()) for gradient in gradients.values())
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(found[name], gradient, rtol=0, atol=1e-5 * largest)
+    assert expected.padding_fraction == 0
+
+
+def test_padding_is_counted() -> None:
+    model, images = tiny_model(), tiny_images(len(PROMPTS))
+    lengths = [model.sample_length()(p, t, 1) for p, t in zip(PROMPTS, TARGETS, strict=True)]
+    padded, packed = (model(images, PROMPTS, TARGETS, packed=packed) for packed in (False, True))
+    assert padded.positions == len(lengths) * max(lengths)
+    assert padded.padding == padded.positions - sum(lengths)
+    rows = [sum(lengths[k] for k in row) for row in pack_rows(lengths, width=WIDE)]
+    assert packed.positions == len(rows) * max(rows) < 0.8 * padded.positions
+    assert packed.padding == packed.positions - sum(lengths)
+    aligned = model(images, PROMPTS, TARGETS, through_llm=False)
+    assert (aligned.positions, aligned.padding) == (0, 0)
+
+
+def test_an_encoder_decoder_model_refuses() -> None:
+    model = tiny_model(llm=tiny_encoder_decoder_llm())
+    with pytest.raises(ValueError, match="one sample each; take bucketed"):
+        model(tiny_images(2), PROMPTS[:2], TARGETS[:2], packed=True)
+
+
+# --- rows ------------------------------------------------------------------------------------------------------------
+
+
+def test_rows_of_like_samples() -> None:
+    assert pack_rows([7], width=WIDE) == [[0]]
+    assert pack_rows([50, 50, 50, 50], width=WIDE) == [[0], [1], [2], [3]]  # full as they are
+    assert pack_rows([60, 30, 30], width=WIDE) == [[0], [1, 2]]
+    assert pack_rows([100, 60, 60, 60], width=WIDE) == [[0, 1, 2, 3]]
+    assert pack_rows([100, 60, 60, 60], width=8) == [[0], [1], [2], [3]]  # so narrow that attention is what costs
+
+
+def test_every_sample_lies_in_one_row_and_rows_are_full() -> None:
+    random = np.random.default_rng(0)
+    for count in (2, 5, 17, 64, 192):
+        lengths = [int(length) for length in random.integers(40, 300, count)]
+        rows = pack_rows(lengths, width=WIDE)
+        assert sorted(sample for row in rows for sample in row) == list(range(count))
+        assert rows == pack_rows(lengths, width=WIDE)
+        filled = [sum(lengths[sample] for sample in row) for row in rows]
+        assert max(filled) >= max(lengths)
+        assert len(rows) * max(filled) <= 1.05 * sum(lengths)
+
+
+def test_what_a_place_sees() -> None:
+    layout = lay_out([[2, 0], [1]], [2, 3, 1], device=torch.device("cpu"))
+    assert layout.owner_RT.tolist() == [[2, 0, 0], [1, 1, 1]]
+    assert layout.position_RT.tolist() == [[0, 0, 1], [0, 1, 2]]
+    assert isolated(layout).int().tolist() == [[[1, 0, 0], [0, 1, 0], [0, 1, 1]], [[1, 0, 0], [1, 1, 0], [1, 1, 1]]]
+    padded = lay_out([[0], [1]], [1, 3], device=torch.device("cpu"))
+    assert padded.owner_RT[0].tolist() == [0, -1, -1]
+    assert isolated(padded)[0].int().tolist() == [[1, 0, 0], [0, 1, 0], [0, 1, 1]]
