@@ -86,7 +86,7 @@ def test_prompt(dataset: str, write: Callable[[Path], None], record_id: str, pro
 PROTOCOLS = {
     "nocaps": ("val", "generate", "cider", 123.1),
     "flickr30k": ("test", "generate", "cider", 82.4),
-    "gqa": ("testdev", "generate", "gqa_accuracy", 49.2),
+    "gqa": ("testdev", "generate", "gqa_accuracy_lavis", 49.2),
     "vsr": ("zeroshot_test", "rank", "accuracy", 54.3),
     "iconqa": ("test", "rank", "multiple_choice_accuracy", 43.1),
     "textvqa": ("val", "generate", "textvqa_accuracy", 50.1),

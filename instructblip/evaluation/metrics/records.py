@@ -9,7 +9,7 @@ scale; `Score.table_value` is on the scale of papers' tables for all of them. A 
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from instructblip.data.sample import Record
@@ -85,8 +85,14 @@ def _ocr_vqa_accuracy(outputs: Outputs, records: Records) -> Score:
 
 
 def _gqa_accuracy(outputs: Outputs, records: Records, *, variant: str) -> Score:
+    """With `lavis` also the official score, in `details`: both go by the name of GQA accuracy."""
+    texts, answers = _texts(outputs), _only_answers(records)
     balanced = [record.tags.get("balanced", "true") == "true" for record in records]
-    return gqa_accuracy(_texts(outputs), _only_answers(records), variant=variant, balanced=balanced)
+    score = gqa_accuracy(texts, answers, variant=variant, balanced=balanced)
+    if variant == "official":
+        return score
+    exact = gqa_accuracy(texts, answers, variant="official", balanced=balanced).value if any(balanced) else None
+    return replace(score, details={**score.details, "official": exact})
 
 
 def _vqa_accuracy(outputs: Outputs, records: Records, *, variant: str) -> Score:
