@@ -1,4 +1,4 @@
-"""What an evaluation leaves behind: results.json, report.html, and a table on the screen."""
+"""What an evaluation leaves behind: results.json, report.html, leaderboard files, and a table on the screen."""
 
 import platform
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,10 @@ from rich.table import Table
 from instructblip.evaluation.metrics import METRICS, ModelOutput
 from instructblip.evaluation.outcomes import TaskResult
 from instructblip.evaluation.protocol import Task, chance_level, majority_answers
-from instructblip.evaluation.report import Report, ReportExample, ReportRow, ReportSection, write_report
+from instructblip.evaluation.report import Report, write_report
+from instructblip.evaluation.report_data import part_scores, report_row, report_section
+from instructblip.evaluation.stored import FORMAT, PREDICTIONS, RESULTS
+from instructblip.evaluation.submissions import SUBMISSIONS, write_submission
 from instructblip.files import write_json
 
 _VERSIONS = ("torch", "torchvision", "timm", "transformers")
@@ -57,36 +60,47 @@ def baselines(task: Task, shards: Path, blind: TaskResult | None) -> dict[str, f
 def results_json(results: Sequence[DatasetResult], *, checkpoint: str, fingerprint: str, step: int) -> dict[str, Any]:
     """Everything a score needs to be trusted: the model, the machine, the versions, and each frozen protocol."""
     return {
-        "format": 1,
+        "format": FORMAT,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "checkpoint": {"path": checkpoint, "trainable_sha256": fingerprint, "step": step},
         "machine": {"platform": platform.platform(), "torch_threads": torch.get_num_threads()},
         "versions": {"python": platform.python_version(), **{name: version(name) for name in _VERSIONS}},
-        "datasets": {
-            item.result.task.card.name: {**item.result.to_json(), "baselines": item.baselines} for item in results
-        },
+        "datasets": {item.result.task.card.name: _entry(item) for item in results},
     }
 
 
 def write_results(
     folder: Path, title: str, results: Sequence[DatasetResult], summary: Mapping[str, Any], examples: int
 ) -> list[Path]:
-    """Write results.json and report.html; return the paths of everything the evaluation left.
+    """Write results.json, report.html and what leaderboards take; return the paths of everything the evaluation left.
 
     Args:
-        examples: samples shown for each dataset, wrong and right ones in turn.
+        examples: samples shown for each dataset, half of them wrong ones.
     """
-    write_json(folder / "results.json", summary)
+    write_json(folder / RESULTS, summary)
     report = Report(
         title=title,
         checkpoint=f"{summary['checkpoint']['path']} (step {summary['checkpoint']['step']})",
         created=summary["created"],
-        summary=[_row(item) for item in results if item.result.score is not None],
-        sections=[_section(item, examples) for item in results if item.result.score is not None],
+        summary=[report_row(item.result, item.baselines) for item in results],
+        sections=[report_section(item.result, examples) for item in results],
     )
     write_report(folder / "report.html", report)
-    predictions = [folder / item.result.task.card.name / "predictions.jsonl" for item in results]
-    return [folder / "results.json", folder / "report.html", *predictions]
+    written = [folder / RESULTS, folder / "report.html"]
+    for item in results:
+        home = folder / item.result.task.card.name
+        written.append(home / PREDICTIONS)
+        if has_submission(item.result):
+            records = [sample.record for sample in item.result.samples]
+            written.append(write_submission(home, item.result.task.card.name, item.result.outputs, records))
+    return written
+
+
+def has_submission(result: TaskResult) -> bool:
+    """Whether a public leaderboard takes this result: it refuses a part of a split, and blind answers are not meant."""
+    protocol = result.task.protocol
+    whole = protocol.samples is None and not result.failures and protocol.images == "shown"
+    return result.task.card.name in SUBMISSIONS and whole
 
 
 def score_table(title: str, results: Sequence[DatasetResult]) -> Table:
@@ -102,64 +116,12 @@ def score_table(title: str, results: Sequence[DatasetResult]) -> Table:
     for item in results:
         result = item.result
         others = [f"{item.baselines[name]:.1f}" if name in item.baselines else "" for name in names]
-        value, interval = "", ""
+        value, interval = "-", "not public"
         if result.value is not None:
             value, interval = f"{result.value:.1f}", f"{result.low:.1f}-{result.high:.1f}"
         table.add_row(result.task.card.name, value, interval, *others, str(len(result.samples)))
     return table
 
 
-def _row(item: DatasetResult) -> ReportRow:
-    result = item.result
-    return ReportRow(
-        dataset=result.task.card.name,
-        title=result.task.card.title,
-        task=result.task.card.task_group + (", held out" if result.task.card.role == "held-out" else ""),
-        mode="ranking" if result.task.protocol.mode == "rank" else "open generation",
-        metric=f"{result.task.protocol.metric} %",
-        count=len(result.samples),
-        value=result.value or 0.0,
-        low=result.low or 0.0,
-        high=result.high or 0.0,
-        baselines=item.baselines,
-    )
-
-
-def _section(item: DatasetResult, examples: int) -> ReportSection:
-    result = item.result
-    by_answer: dict[str, list[bool]] = {}
-    correct = [(value or 0) > 0 for value in result.per_sample]
-    for sample, right in zip(result.samples, correct, strict=True):
-        if sample.record.answers:
-            by_answer.setdefault(sample.record.answers[0], []).append(right)
-    breakdown = [
-        (answer, len(rights), 100.0 * sum(rights) / len(rights)) for answer, rights in sorted(by_answer.items())
-    ]
-    return ReportSection(
-        dataset=result.task.card.name,
-        protocol=result.task.protocol.describe(),
-        breakdowns={"answer": breakdown},
-        examples=[_example(result, number) for number in _shown(correct, examples)],
-    )
-
-
-def _shown(correct: Sequence[bool], limit: int) -> list[int]:
-    """At most `limit` samples, half of them wrong ones where there are as many, in the order of the split."""
-    wrong = [number for number, right in enumerate(correct) if not right]
-    right = [number for number, right in enumerate(correct) if right]
-    few_wrong = wrong[: max(limit // 2, limit - len(right))]
-    return sorted(few_wrong + right[: limit - len(few_wrong)])
-
-
-def _example(result: TaskResult, number: int) -> ReportExample:
-    sample, prediction = result.samples[number], result.predictions[number]
-    frames, _ = sample.shard.read(sample.row)
-    return ReportExample(
-        image=frames[0],
-        question=sample.record.question or "",
-        instruction=sample.prompt,
-        answer=" | ".join(sample.record.answers or sample.record.captions),
-        prediction=prediction.prediction,
-        correct=(result.per_sample[number] or 0) > 0,
-        scores=result.candidate_scores(number),
-    )
+def _entry(item: DatasetResult) -> dict[str, Any]:
+    return {**item.result.to_json(), "parts": part_scores(item.result), "baselines": item.baselines}

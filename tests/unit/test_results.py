@@ -7,25 +7,27 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from rich.table import Table
 
 from instructblip.data.cards import Card, load_card
 from instructblip.data.sample import Record
 from instructblip.data.shards import MANIFEST_FORMAT, ShardWriter, shard_path
 from instructblip.evaluation.metrics import accuracy
-from instructblip.evaluation.outcomes import Prediction, TaskResult
+from instructblip.evaluation.outcomes import Failure, Prediction, TaskResult
 from instructblip.evaluation.protocol import Task, make_task
 from instructblip.evaluation.results import (
     BLIND,
     CHANCE,
     MAJORITY,
     DatasetResult,
-    _shown,
     baselines,
+    has_submission,
     results_json,
     score_table,
     write_results,
 )
 from instructblip.files import sha256_file, write_json
+from tests.unit.test_report_data import result_of as any_result
 
 PNG = (
     b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR\x00\x00\x00\x01\x00\x00\x00\x01\x08\x02\x00\x00\x00\x90wS\xde"
@@ -73,6 +75,13 @@ def result_of(task: Task, answers: list[str]) -> TaskResult:
     )
     score = accuracy(answers, [sample.record.answers for sample in task.samples])
     return TaskResult(task, task.samples, predictions, score, 10.0, 90.0, 1.0)
+
+
+def rendered(table: Table) -> str:
+    console = Console(width=80, file=io.StringIO())
+    with console.capture() as captured:
+        console.print(table)
+    return captured.get()
 
 
 def test_baselines_equal_those_counted_by_hand(card: Card, shards: Path) -> None:
@@ -123,23 +132,6 @@ def test_written_files_are_those_named(card: Card, shards: Path, tmp_path: Path)
         assert text in page
 
 
-@pytest.mark.parametrize(
-    ("correct", "limit", "expected"),
-    [
-        ("rrrrwwww", 4, [0, 1, 4, 5]),  # half of them wrong
-        ("rrrrrrrw", 4, [0, 1, 2, 7]),  # too few wrong ones: right ones fill the rest
-        ("wwwwwwwr", 4, [0, 1, 2, 7]),
-        ("wrwrwr", 6, [0, 1, 2, 3, 4, 5]),
-        ("wr", 10, [0, 1]),
-        ("rrr", 2, [0, 1]),
-        ("www", 2, [0, 1]),
-        ("rwrw", 0, []),
-    ],
-)
-def test_half_of_the_examples_are_wrong_ones(correct: str, limit: int, expected: list[int]) -> None:
-    assert _shown([letter == "r" for letter in correct], limit) == expected
-
-
 def test_the_table_shows_every_score_beside_its_baselines(card: Card, shards: Path) -> None:
     task = make_task(card, shards)
     items = [
@@ -148,12 +140,43 @@ def test_the_table_shows_every_score_beside_its_baselines(card: Card, shards: Pa
             result_of(make_task(dataclasses.replace(card, role="held-out"), shards), ["red"] * 4), {CHANCE: 7.7}
         ),
     ]
-    console = Console(width=80, file=io.StringIO())
-    with console.capture() as captured:
-        console.print(score_table("scores", items))
-    text = captured.get()
+    text = rendered(score_table("scores", items))
     assert "easy_vqa_color " in text  # whole, even on a narrow terminal
     assert "held out, never trained on: easy_vqa_color" in " ".join(text.split())
     assert text.count("75.0") == 2
     assert BLIND.split()[0] in text
     assert "10.0-" in text
+
+
+def test_a_leaderboards_file_is_written_for_a_whole_split_only(tmp_path: Path) -> None:
+    records = [Record(f"VizWiz_test_{n:08d}", "question", "what?") for n in range(3)]
+    result = any_result(tmp_path / "shards", "vizwiz", records, ["a", "b", "c"], split="test")
+    item = DatasetResult(result, {})
+    summary = results_json([item], checkpoint="outputs/x", fingerprint="abc", step=12)
+    written = write_results(tmp_path / "out", "a title", [item], summary, examples=3)
+    assert written[-1] == tmp_path / "out/vizwiz/submission.json"
+    rows = json.loads(written[-1].read_text())
+    assert rows == [{"image": f"{record.id}.jpg", "answer": text} for record, text in zip(records, "abc", strict=True)]
+    found = json.loads(written[0].read_text())["datasets"]["vizwiz"]
+    assert (found["value"], found["low"], found["high"], found["note"]) == (None, None, None, "answers not public")
+    assert "not public" in rendered(score_table("scores", [item]))
+
+    task = result.task
+    part = dataclasses.replace(task, protocol=dataclasses.replace(task.protocol, samples=3))
+    blind = dataclasses.replace(task, protocol=dataclasses.replace(task.protocol, images="withheld"))
+    lost = dataclasses.replace(result, failures=(Failure("k", "vizwiz/9", "no image"),))
+    assert has_submission(result)
+    assert not has_submission(dataclasses.replace(result, task=part))
+    assert not has_submission(dataclasses.replace(result, task=blind))
+    assert not has_submission(lost)
+
+
+def test_sub_scores_have_intervals_of_their_own(tmp_path: Path) -> None:
+    rounds = [Record(f"{n}-1", "dialog", "?", ("b",), choices=("a", "b"), label=1) for n in range(4)]
+    result = any_result(tmp_path, "visdial", rounds, [[-1.0, -2.0]] + [[-2.0, -1.0]] * 3)
+    summary = results_json([DatasetResult(result, {})], checkpoint="x", fingerprint="abc", step=1)
+    found = summary["datasets"]["visdial"]
+    assert found["value"] == 87.5
+    assert found["parts"]["r@1"]["value"] == 75.0
+    assert found["parts"]["r@1"]["low"] < 75.0 < found["parts"]["r@1"]["high"]
+    assert found["metric_details"]["mean_rank"] == 1.25
