@@ -4,8 +4,8 @@
     python benchmarks/prepare.py --images 100 --megabytes 50       a small version
 
 The pictures are JPEGs of 640 x 480 made on the spot, about as large as COCO's. The list is like those of BLIP's CapFilt,
-and web_capfilt's reader reads it; one url in a hundred has a picture, the others are counted as dead links. Each run of
-preparation is a process of its own, so that its peak memory is its own.
+and web_capfilt's reader reads it; one url in a hundred has a picture, a small one, the others are counted as dead links.
+Each run of preparation is a process of its own, so that its peak memory is its own.
 """
 
 import argparse
@@ -54,10 +54,10 @@ def folder_card() -> Card:
     return dataclasses.replace(load_card("web_capfilt"), name="pictures", reader="folder", splits=splits)
 
 
-def picture(generator: np.random.Generator) -> bytes:
-    """A JPEG of 640 x 480 with the fine structure of a photograph."""
+def picture(generator: np.random.Generator, width: int = 640, height: int = 480) -> bytes:
+    """A JPEG with the fine structure of a photograph."""
     coarse = generator.integers(0, 256, (15, 20, 3), dtype=np.uint8)
-    smooth = np.asarray(Image.fromarray(coarse).resize((640, 480), Image.Resampling.BICUBIC), dtype=np.float32)
+    smooth = np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC), dtype=np.float32)
     noisy = (smooth + generator.normal(0, 14, smooth.shape)).clip(0, 255).astype(np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(noisy).save(buffer, "JPEG", quality=90)
@@ -84,7 +84,7 @@ def write_list(raw: Path, megabytes: int) -> int:
         "wooden",
         "roof",
     ]
-    content = picture(generator)
+    content = picture(generator, 64, 48)  # tens of thousands of them
     folder = raw / "images"
     number = written = 0
     with open(raw / "ccs_filtered.json", "w", encoding="utf-8") as file:
@@ -93,7 +93,9 @@ def write_list(raw: Path, megabytes: int) -> int:
             # Every tenth url comes again later with another caption, as in the real lists.
             place = number if number % 10 else number // 20
             url = f"https://images.example.org/{place % 977}/{place * 7919}/picture-of-something-{place}.jpg"
-            caption = " ".join(generator.choice(words, 12))
+            if number % 10_000 == 0:
+                chosen = generator.integers(len(words), size=(10_000, 12))
+            caption = " ".join(words[place] for place in chosen[number % 10_000])
             written += file.write((", " if number else "") + json.dumps({"url": url, "caption": caption}))
             if number % PICTURE_EVERY == 1:
                 path = folder / file_of_url(url)

@@ -38,6 +38,8 @@ VALID: dict[str, Any] = {
     "training": {"flip": True},
 }
 
+GOOD = {"url": "https://example.org/a.zip", "unpack": ".", "gives": ["images"]}  # a download
+
 
 def _write(folder: Path, changes: dict[str, Any], name: str = "tiny") -> Path:
     """A card with `changes` made to the valid one: "a.b" is a nested key, the value `...` removes it."""
@@ -174,6 +176,23 @@ def test_a_view_takes_the_source_from_its_parent(tmp_path: Path) -> None:
         ({"splits.test.files": {"images": []}}, "splits.test.files.images names no place"),
         ({"splits.test.files": {"images": ["a", "../b"]}}, "'../b' must be a path below the raw folder"),
         ({"splits.test.files": {"images": ["/b"]}}, "'/b' must be a path below the raw folder"),
+        ({"not_fetched": ...}, "say one of source_part, fetch, and not_fetched"),
+        ({"fetch": [GOOD]}, "say one of source_part, fetch, and not_fetched"),
+        (
+            {"not_fetched": ..., "fetch": [GOOD | {"url": "ftp://x/a.zip"}]},
+            "fetch[0].url 'ftp://x/a.zip' is no address of",
+        ),
+        ({"not_fetched": ..., "fetch": [GOOD | {"url": "file:///etc/passwd"}]}, "is no address of http or https"),
+        ({"not_fetched": ..., "fetch": [GOOD, GOOD | {"gives": ["../b"]}]}, "fetch[1]: '../b' must be a path below"),
+        ({"not_fetched": ..., "fetch": [GOOD | {"unpack": "/tmp"}]}, "fetch[0]: '/tmp' must be a path below"),
+        ({"not_fetched": ..., "fetch": [GOOD | {"gives": []}]}, "fetch[0].gives must name what is there afterwards"),
+        ({"not_fetched": ..., "fetch": [GOOD | {"unpack": None, "flat": True}]}, "fetch[0].gives must name what is"),
+        ({"not_fetched": ..., "fetch": [GOOD | {"sha256": "AB"}]}, "fetch[0].sha256 must be 64 hexadecimal digits"),
+        (
+            {"not_fetched": ..., "fetch": [GOOD | {"splits": ["tests"]}]},
+            "'tests' is not among splits; did you mean 'test'?",
+        ),
+        ({"not_fetched": ..., "fetch": [GOOD | {"size": 3}]}, "unknown key fetch[0].size"),
         ({"reader_options": ["a"]}, "reader_options must be keys and values, not ['a']"),
         ({"reader_options": {"a": {1: 2}}}, "reader_options.a has the key 1, which is not text"),
         (

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import select
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,14 +17,19 @@ from typing import Any
 import pytest
 import webdataset
 from PIL import Image
+from rich.console import Console
 
+from instructblip.config import PrepareConfig
 from instructblip.data.cards import Card, SplitCounts, load_card
 from instructblip.data.prepare import check_prepared, prepare_dataset
 from instructblip.data.readers import READERS, Losses, MediaRecords, RawSplit
 from instructblip.data.sample import Record
 from instructblip.data.shards import open_split
 from instructblip.errors import UserError
+from instructblip.prepared import prepare
 from tests.unit.test_media import video
+from tests.unit.test_reader_iconqa import write_iconqa
+from tests.unit.test_reader_vqa import write_vqav2
 
 IMAGES = 7
 COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal")
@@ -351,3 +357,49 @@ def test_processes_that_prepare_the_same_dataset_do_not_disturb_each_other(raw: 
     assert [process.returncode for process in processes] == [0, 0, 0], errors
     assert len(list((tmp_path / "out/easy_vqa/test").glob("*.tar"))) == 7
     assert check_prepared(tmp_path / "out/easy_vqa/test") == []
+
+
+def _warned(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if "skipped" in record.getMessage()]
+
+
+def test_splits_that_the_raw_folder_has_no_file_of_are_left_out_visibly(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    raw, console = tmp_path / "raw", Console(file=io.StringIO(), width=300)
+    write_vqav2(raw)
+    for name in ("v2_OpenEnded_mscoco_test2015_questions.json", "v2_OpenEnded_mscoco_test-dev2015_questions.json"):
+        (raw / name).unlink()
+    assert prepare(PrepareConfig(dataset="vqav2", raw=str(raw), out=str(tmp_path / "out")), console) == 0
+    assert sorted(path.name for path in (tmp_path / "out/vqav2").iterdir()) == ["train", "val"]
+    assert f"skipped, as {raw} has no files of them: test-dev, test" in console.file.getvalue()
+    assert _warned(caplog) == [
+        f"vqav2/{split}: skipped, {raw} has no file of it, such as v2_OpenEnded_mscoco_{split}2015_questions.json"
+        for split in ("test-dev", "test")
+    ]
+    with pytest.raises(UserError, match="lacks v2_OpenEnded_mscoco_test2015_questions"):
+        _prepare(raw, tmp_path / "out", load_card("vqav2"), splits=["test"])
+
+
+def test_a_split_that_is_there_in_part_or_a_folder_with_nothing_is_an_error(tmp_path: Path) -> None:
+    raw, card = tmp_path / "raw", load_card("vqav2")
+    write_vqav2(raw)
+    (raw / "v2_OpenEnded_mscoco_val2014_questions.json").unlink()
+    with pytest.raises(
+        UserError, match=r"lacks v2_OpenEnded_mscoco_val2014_questions\.json \(questions of split val\)"
+    ):
+        prepare_dataset(card, raw, tmp_path / "out", progress=False)
+    (tmp_path / "images_only/train2014").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"lacks v2_OpenEnded_mscoco_train2014_questions\.json"):
+        prepare_dataset(card, tmp_path / "images_only", tmp_path / "out", progress=False)
+    write_vqav2(tmp_path / "other")
+    shutil.rmtree(tmp_path / "other/test2015")  # questions without their images are no missing split
+    with pytest.raises(UserError, match=r"lacks test2015 or images/test2015 \(images of split test-dev\)"):
+        prepare_dataset(card, tmp_path / "other", tmp_path / "out", progress=False)
+
+
+def test_a_file_that_splits_share_makes_no_split_present(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_iconqa(tmp_path / "raw")  # its pid_splits.json is of all splits
+    manifests = prepare_dataset(load_card("iconqa"), tmp_path / "raw", tmp_path / "out", progress=False)
+    assert [path.parent.name for path in manifests] == ["test"]
+    assert len(_warned(caplog)) == 2
