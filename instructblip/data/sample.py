@@ -14,6 +14,8 @@ class Record:
         kind: what the record asks (`color`, `caption`, `statement`, ...); views of a dataset select by it.
         question: the question, statement or instruction, as in the source.
         answers: accepted answers, most usual first; `answer_weights` beside them (empty: all equal).
+        annotators: how many people were asked, where some answered without text: `answer_weights` leave those out, which
+            nobody should be trained on, but official scores count them. None: as many as the weights say.
         captions: reference captions.
         choices: the options of a multiple-choice question; `label` is the index of the right one.
         label: index of the right choice, or class number.
@@ -27,6 +29,7 @@ class Record:
     question: str | None = None
     answers: tuple[str, ...] = ()
     answer_weights: tuple[float, ...] = ()
+    annotators: int | None = None
     captions: tuple[str, ...] = ()
     choices: tuple[str, ...] = ()
     label: int | None = None

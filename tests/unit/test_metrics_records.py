@@ -1,5 +1,6 @@
 """Metrics called from records by the names that cards use: oracle and chance, the rules of each, and errors in one line."""
 
+import dataclasses
 import random
 from collections.abc import Callable
 from typing import get_args
@@ -80,6 +81,15 @@ def test_the_rarer_answer_gets_its_share() -> None:
 def test_textvqa_counts_the_blank_answers_that_its_reader_leaves_out() -> None:
     record = Record("q", "question", answers=("cat",), answer_weights=(3.0,))
     assert METRICS["textvqa_accuracy"](text("cat"), [record]).value == pytest.approx(90)
+
+
+def test_a_blank_answer_counts_as_an_annotator() -> None:
+    record = Record("q", "question", answers=("cat",), answer_weights=(3.0,))
+    blank = dataclasses.replace(record, annotators=4)
+    for name in ("vqa_accuracy", "vqa_accuracy_lavis", "vizwiz_accuracy"):
+        assert METRICS[name](text("cat"), [record]).value == pytest.approx(100 * 2 / 3), name
+        assert METRICS[name](text("cat"), [blank]).value == pytest.approx(100 * (3 * 2 / 3 + 1) / 4), name
+    assert METRICS["textvqa_accuracy"](text("cat"), [blank]).value == pytest.approx(90)
 
 
 def test_ranked_choices_are_compared_by_number_and_written_ones_by_text_or_letter() -> None:

@@ -133,6 +133,7 @@ def test_losses(tmp_path: Path) -> None:
                 "question": "kept without OCR tokens?",
                 "answers": ("b",),
                 "answer_weights": (9.0,),
+                "annotators": 10,
             }
         ]
     }

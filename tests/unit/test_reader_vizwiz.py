@@ -109,6 +109,7 @@ def test_losses(tmp_path: Path) -> None:
                 "question": "What?",
                 "answers": ("a",),
                 "answer_weights": (2.0,),
+                "annotators": 3,
             }
         ]
     }

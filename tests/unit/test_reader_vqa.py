@@ -202,9 +202,9 @@ def test_what_does_not_fit_together_is_counted(tmp_path: Path) -> None:
     write_raw_json(tmp_path / "v2_mscoco_train2014_annotations.json", {"annotations": annotations})
     media, lost = read_raw("vqav2", tmp_path, "train")
     (item,) = media
-    assert [(record.id, record.answers, record.answer_weights) for record in item.records] == [
-        ("0", ("a",), (10.0,)),
-        ("1", ("a", "b"), (8.0, 1.0)),
+    assert [(r.id, r.answers, r.answer_weights, r.annotators) for r in item.records] == [
+        ("0", ("a",), (10.0,), None),
+        ("1", ("a", "b"), (8.0, 1.0), 10),
     ]
     assert lost == {
         "question id repeats": (1, 1),

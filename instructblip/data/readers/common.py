@@ -336,6 +336,11 @@ def given_answers(values: Any, place: str, losses: Losses) -> tuple[str, ...]:
     return answers
 
 
+def annotators(values: Any, answers: Sequence[str]) -> int | None:
+    """How many people gave the `values`, where `answers`, those with text, are fewer; None where they are all."""
+    return len(values) if isinstance(values, list) and len(answers) < len(values) else None
+
+
 def split_ids(path: Path, *keys: str) -> set[str]:
     """The ids that a `pid_splits.json` lists under the first of these keys that it has.
 

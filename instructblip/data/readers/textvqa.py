@@ -11,6 +11,7 @@ from typing import Any
 from instructblip.data.readers.base import Losses, MediaRecords, RawSplit
 from instructblip.data.readers.common import (
     MISSING_IMAGE,
+    annotators,
     clean_text,
     find_image,
     given_answers,
@@ -48,7 +49,8 @@ def read_textvqa(source: RawSplit, losses: Losses) -> Iterator[MediaRecords]:
         else:
             seen.add(question_id)
             words = () if tokens is None else tokens.get(image_id, ())
-            record = Record(question_id, "question", question, *weigh_answers(answers), ocr_tokens=words)
+            people = annotators(values.get("answers"), answers)
+            record = Record(question_id, "question", question, *weigh_answers(answers), people, ocr_tokens=words)
             by_image.setdefault(image_id, []).append(record)
     for image_id, records in by_image.items():
         if tokens is not None and image_id not in tokens:

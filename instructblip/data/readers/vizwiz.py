@@ -12,6 +12,7 @@ from typing import Any
 from instructblip.data.readers.base import Losses, MediaRecords, RawSplit
 from instructblip.data.readers.common import (
     MISSING_IMAGE,
+    annotators,
     clean_text,
     file_name,
     find_image,
@@ -48,7 +49,8 @@ def read_vizwiz(source: RawSplit, losses: Losses) -> Iterator[MediaRecords]:
             losses.add("question has no answers", place)
         else:
             seen.add(stem)
-            record = Record(stem, "question", question, *weigh_answers(answers), tags=_tags(values))
+            people = annotators(values.get("answers"), answers)
+            record = Record(stem, "question", question, *weigh_answers(answers), people, tags=_tags(values))
             yield MediaRecords(f"vizwiz_{stem}", stem, media, [record])
 
 

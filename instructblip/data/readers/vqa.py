@@ -19,6 +19,7 @@ from typing import Any
 
 from instructblip.data.readers.base import Losses, MediaRecords, RawSplit
 from instructblip.data.readers.common import (
+    annotators,
     clean_text,
     coco_id,
     coco_images,
@@ -38,6 +39,7 @@ from instructblip.errors import UserError
 class _Annotation:
     answers: tuple[str, ...] = ()
     weights: tuple[float, ...] = ()
+    annotators: int | None = None
     tags: dict[str, str] = field(default_factory=dict)
 
 
@@ -62,8 +64,9 @@ def read_vqa(source: RawSplit, losses: Losses) -> Iterator[MediaRecords]:
             losses.add("question has no annotation", f"question {question_id}")
             continue
         image_id, question = asked
-        answers, weights, tags = annotation.answers, annotation.weights, annotation.tags
-        records.setdefault(image_id, []).append(Record(question_id, "question", question, answers, weights, tags=tags))
+        given = (annotation.answers, annotation.weights, annotation.annotators)
+        record = Record(question_id, "question", question, *given, tags=annotation.tags)
+        records.setdefault(image_id, []).append(record)
     yield from coco_media(source.options["prefix"], records, coco_images(folders), losses)
 
 
@@ -130,7 +133,7 @@ def _annotation(fields: dict[str, Any], taken: str, place: str, losses: Losses) 
         losses.add("answer of one person is blank or no text", place, records=0)
     answers, weights = weigh_answers(texts)
     tags = {name: fields[name] for name in ("answer_type", "question_type") if is_text(fields.get(name))}
-    return _Annotation(answers, weights, tags)
+    return _Annotation(answers, weights, annotators(given, texts), tags)
 
 
 def _check_header(path: Path, source: RawSplit) -> None:

@@ -202,7 +202,7 @@ def _texts(outputs: Outputs) -> list[str]:
 
 
 def _answers(records: Records) -> list[list[str]]:
-    """All annotators' answers of each record, repeated as often as given."""
+    """All annotators' answers of each record, repeated as often as given; a blank one is the empty text."""
     found = []
     for record in records:
         if not record.answers:
@@ -210,7 +210,8 @@ def _answers(records: Records) -> list[list[str]]:
         weights = record.answer_weights or (1.0,) * len(record.answers)
         if len(weights) != len(record.answers) or any(weight < 1 or weight != int(weight) for weight in weights):
             raise ValueError(f"record {record.id!r}: answer weights must count annotators, got {weights}")
-        found.append([answer for answer, n in zip(record.answers, weights, strict=True) for _ in range(int(n))])
+        given = [answer for answer, n in zip(record.answers, weights, strict=True) for _ in range(int(n))]
+        found.append(given + [""] * ((record.annotators or len(given)) - len(given)))
     return found
 
 
