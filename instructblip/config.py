@@ -134,7 +134,9 @@ class MixtureConfig:
 
     name: str = MISSING
     datasets: list[MixtureDatasetConfig] = MISSING
-    weights: str = "sqrt"
+    weights: str = "sqrt"  # or proportional, uniform, temperature
+    temperature: float | None = None  # T of p_d ~ n_d ** (1 / T), for weights=temperature
+    per: str = "sample"  # or batch, step: what comes from one dataset
 
 
 @dataclass
@@ -147,6 +149,14 @@ class SuiteConfig:
 
 
 @dataclass
+class ToleranceConfig:
+    """How much of a dataset training may lose on the way: whichever of the two is more."""
+
+    fraction: float = 0.001  # of the samples drawn
+    samples: int = 10
+
+
+@dataclass
 class DataConfig:
     """Where prepared shards lie and how they are read."""
 
@@ -154,6 +164,8 @@ class DataConfig:
     sources: dict[str, SourcesConfig] = field(default_factory=dict)  # raw data that may be fetched, by dataset
     workers: int = 0
     cache_features: bool = False
+    transform: str = "squash"  # of training images: squash, center_crop, or a random one
+    tolerance: ToleranceConfig = field(default_factory=ToleranceConfig)
 
 
 @dataclass
@@ -253,10 +265,12 @@ class EvaluateConfig:
     qformer_path: str | None = None
     split: str | None = None  # None takes each card's own
     mode: str | None = None  # rank or generate; None takes each card's own
+    preset: str = "paper"  # or lavis, what the released code computes
     samples: int | None = None  # per dataset; None is all of them
     withhold_images: bool = False
     blind_baseline: bool = False
     batch_size: int = 32
+    tolerance: int = 0  # damaged samples, per dataset, that are counted and left out
     examples: int = 60
     suite: SuiteConfig = field(default_factory=SuiteConfig)
     data: DataConfig = field(default_factory=DataConfig)

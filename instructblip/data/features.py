@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from instructblip.data.shards import ShardReader
-from instructblip.data.transforms import decode_image, squash
+from instructblip.data.transforms import fit_frames
 from instructblip.errors import UserError
 from instructblip.files import atomic_path
 from instructblip.progress import progress_bar
@@ -27,11 +27,10 @@ Encode = Callable[[Tensor], Tensor]  # uint8 (B, 3, H, W) -> tokens (B, P, V)
 _BATCH = 50
 
 
-def shard_pixels(shard: ShardReader, row: int, image_size: int) -> Tensor:
-    """The frames of one row, decoded and squashed: uint8 (F, 3, image_size, image_size)."""
+def shard_pixels(shard: ShardReader, row: int, image_size: int, transform: str = "squash") -> Tensor:
+    """The frames of one row under a transform of `transforms.FITS`: uint8 (F, 3, image_size, image_size)."""
     frames, _ = shard.read_encoded(row)
-    where = f"{shard.keys[row]} of {shard.path}"
-    return torch.stack([squash(decode_image(frame, where), image_size) for frame in frames])
+    return fit_frames(frames, f"{shard.keys[row]} of {shard.path}", transform, image_size)
 
 
 class FeatureCache:

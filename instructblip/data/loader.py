@@ -1,85 +1,213 @@
 """From the plan to batches: global positions in, plain tensors and strings out.
 
-What a step holds is decided by positions alone (`training.loop.rank_positions`); worker processes and prefetching
-never change the sequence.
+What a step holds is decided by positions alone (`training.loop.rank_positions`); worker processes and prefetching never
+change the sequence. A worker reads the whole share of one step and cuts it into micro-batches (`batching.py`).
 """
 
+import multiprocessing
+import os
+import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from instructblip.data.batching import Batch, Batching
-from instructblip.data.mixture import Mixture, position_generator
+from instructblip.data.batching import Batch, Batching, Item
+from instructblip.data.lost import LostSample
+from instructblip.data.mixture import Draw, Mixture, position_generator
 from instructblip.data.sample import Sample
 from instructblip.data.shards import PreparedSplit, ShardReader
 from instructblip.data.templates import TemplateSet, render_training
+from instructblip.data.transforms import AUGMENTATIONS, augment_frames, fit_frames
+from instructblip.errors import DamagedSample, UserError
 
-# (shard, row) -> image tokens (F, P, V) or uint8 pixels (F, 3, H, W) of the F frames, one of a picture
+_TRIES = 50  # records in a row that cannot be used: not damage here and there
+_GRACE = 30  # seconds that a worker goes on after SIGTERM
+
+# (shard, row) -> image tokens (F, P, V) of the F frames, one of a picture
 ReadTokens = Callable[[ShardReader, int], Tensor]
 
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """One dataset of a mixture, opened: its card's name, prepared split, selected records and templates.
+    """One dataset of a mixture, opened.
 
-    `locations` is int64 (n, 3): shard, image row, place of the record in that image's list.
+    Attributes:
+        name: of its card.
+        split: its prepared training split.
+        kinds: of the records that are drawn; none: all.
+        templates: it is rendered by.
+        flip: whether its images may be mirrored.
     """
 
     name: str
     split: PreparedSplit
-    locations: np.ndarray
+    kinds: tuple[str, ...]
     templates: TemplateSet
+    flip: bool = True
+
+    @cached_property
+    def shard_records(self) -> tuple[int, ...]:
+        """How many records each shard holds."""
+        return self.split.record_counts(self.kinds)
+
+    def __len__(self) -> int:
+        """Number of records."""
+        return sum(self.shard_records)
+
+    def locate(self, record: int) -> tuple[int, int, int]:
+        """Shard, image row and place in that image's list of a record in [0, len), in stored order."""
+        number = int(np.searchsorted(self._ends, record, side="right"))
+        shard = self.split.shards[number]
+        inside = record - int(self._ends[number]) + self.shard_records[number]
+        stored = int(shard.records_of(self.kinds)[inside])
+        return number, int(shard.arrays["record_image"][stored]), int(shard.arrays["record_number"][stored])
+
+    @cached_property
+    def _ends(self) -> np.ndarray:
+        return np.cumsum(self.shard_records, dtype=np.int64)
 
 
-class MixtureDataset(Dataset[tuple[Sample, Tensor]]):
+class DrawnImage(NamedTuple):
+    """What an image is made from: where it lies, its encoded frames, the position's random stream, the dataset's word."""
+
+    shard: ShardReader
+    row: int
+    frames: tuple[bytes, ...]
+    random: np.random.Generator
+    flip: bool
+
+
+MakeImage = Callable[[DrawnImage], Tensor]  # image tokens (F, P, V) or uint8 pixels (F, 3, H, W) of the F frames
+
+
+def decoded(transform: str, image_size: int) -> MakeImage:
+    """Decode each drawn image under a transform of `transforms.TRANSFORMS`; gives uint8 (F, 3, image_size, image_size)."""
+    return partial(_augment if transform in AUGMENTATIONS else _fit, transform, image_size)
+
+
+def _augment(transform: str, size: int, image: DrawnImage) -> Tensor:
+    return augment_frames(image.frames, _name(image), transform, size, image.random, flip=image.flip)
+
+
+def _fit(transform: str, size: int, image: DrawnImage) -> Tensor:
+    return fit_frames(image.frames, _name(image), transform, size)
+
+
+def cached(tokens: ReadTokens) -> MakeImage:
+    """Take the image tokens (F, P, V) of each drawn image from where they are kept."""
+    return partial(_tokens, tokens)
+
+
+def _tokens(tokens: ReadTokens, image: DrawnImage) -> Tensor:
+    return tokens(image.shard, image.row)
+
+
+def _name(image: DrawnImage) -> str:
+    return f"{image.shard.keys[image.row]} of {image.shard.path}"
+
+
+class MixtureDataset(Dataset[Item]):
     """Random access by global position: the sample drawn there and its image.
 
     Args:
         mixture: the plan.
         sets: the datasets, in the order of the mixture's entries.
-        read_image: gives the image tokens or pixels of (shard, row).
+        make_image: gives the image tokens or pixels of a drawn image.
     """
 
-    def __init__(self, mixture: Mixture, sets: Sequence[TrainingSet], read_image: ReadTokens) -> None:
+    def __init__(self, mixture: Mixture, sets: Sequence[TrainingSet], make_image: MakeImage) -> None:
         self.mixture = mixture
         self.sets = list(sets)
-        self.read_image = read_image
+        self.make_image = make_image
 
-    def __getitem__(self, position: int) -> tuple[Sample, Tensor]:
-        draw = self.mixture.draw(position)
+    def __getitem__(self, position: int) -> Item:
+        return self.read(position)[0]
+
+    def read(self, position: int) -> tuple[Item, list[LostSample]]:
+        """The sample of a position, and what was lost before one could be used.
+
+        A damaged record gives way to the next draw of its dataset. Template and augmentation come from the position's
+        stream, anew for each try.
+
+        Raises:
+            UserError: a shard is gone or not the one of its index, or nothing near the draw can be used.
+        """
+        lost: list[LostSample] = []
+        for tries in range(_TRIES):
+            draw = self.mixture.replacement(position, tries) if tries else self.mixture.draw(position)
+            chosen = self.sets[draw.dataset]
+            number, row, place = chosen.locate(draw.record)
+            shard = chosen.split.shards[number]
+            try:
+                return self._read_draw(draw, shard, (number, row, place)), lost
+            except DamagedSample as error:
+                lost.append(LostSample(position, chosen.name, str(shard.path), shard.keys[row], str(error)))
+        raise UserError(f"{_TRIES} records of {lost[0].dataset} in a row cannot be used, the last: {lost[-1].reason}")
+
+    def _read_draw(self, draw: Draw, shard: ShardReader, location: tuple[int, int, int]) -> Item:
         chosen = self.sets[draw.dataset]
-        shard_number, row, place = (int(value) for value in chosen.locations[draw.record])
-        shard = chosen.split.shards[shard_number]
+        number, row, place = location
         frames, records = shard.read(row)
+        if place >= len(records):
+            raise DamagedSample(f"image {shard.keys[row]} of {shard.path} has fewer records than its index says")
         record = records[place]
-        random = position_generator(self.mixture.seed, position)
-        instruction, target, template = render_training(record, chosen.templates, random)
+        random = position_generator(self.mixture.seed, draw.position)
+        try:
+            instruction, target, template = render_training(record, chosen.templates, random)
+        except ValueError as error:
+            raise DamagedSample(f"{error} (image {shard.keys[row]} of {shard.path})") from None
         sample = Sample(
             id=f"{chosen.name}/{record.id}",
             dataset=chosen.name,
             record=record,
             frames=frames,
-            image_location=(shard_number, row),
+            image_location=(number, row),
             instruction=instruction,
             target=target,
             template=template,
         )
-        return sample, self.read_image(shard, row)
+        return sample, self.make_image(DrawnImage(shard, row, frames, random, chosen.flip))
 
 
-class _Steps(Dataset[list[Batch]]):
-    """Random access by (step, positions): the micro-batches of one rank's share."""
+class LoadedStep(NamedTuple):
+    """One rank's share of a global step: its micro-batches, and the samples that others took the place of."""
+
+    step: int
+    batches: list[Batch]
+    lost: list[LostSample]
+
+
+class _Refused(NamedTuple):
+    """What a worker gives in place of a step: torch would bury the one line of a `UserError` in a traceback."""
+
+    line: str
+
+
+class _Steps(Dataset[LoadedStep | _Refused]):
+    """Random access by (step, positions)."""
 
     def __init__(self, dataset: MixtureDataset, batching: Callable[[int], Batching]) -> None:
         self.dataset = dataset
         self.batching = batching
 
-    def __getitem__(self, share: tuple[int, list[int]]) -> list[Batch]:
+    def __getitem__(self, share: tuple[int, list[int]]) -> LoadedStep | _Refused:
         step, positions = share
-        return self.batching(step).split([self.dataset[position] for position in positions])
+        items: list[Item] = []
+        lost: list[LostSample] = []
+        try:
+            for position in positions:
+                item, missed = self.dataset.read(position)
+                items.append(item)
+                lost += missed
+            return LoadedStep(step, self.batching(step).split(items), lost)
+        except UserError as error:
+            return _Refused(str(error))
 
 
 def load_batches(
@@ -88,13 +216,62 @@ def load_batches(
     *,
     batching: Callable[[int], Batching],
     workers: int = 0,
-) -> Iterator[tuple[int, list[Batch]]]:
-    """Read the positions of each step: (step, this rank's positions) in, (step, micro-batches) out, in the same order.
+) -> Iterator[LoadedStep]:
+    """Read the positions of each step: (step, this rank's positions) in, its share out, in the same order.
 
-    `batching` says how a step's samples are cut. `workers` processes read ahead, each whole steps; the sequence does not
-    depend on their number.
+    Closing the iterator, and any error, ends the worker processes.
+
+    Args:
+        batching: says how a step's samples are cut; goes to the workers.
+        workers: processes that read ahead, each whole steps; the sequence does not depend on their number.
+
+    Raises:
+        UserError: as `MixtureDataset.read`, or a worker process was killed.
     """
-    plan = list(steps)
-    batches = DataLoader(_Steps(dataset, batching), sampler=plan, batch_size=None, num_workers=workers)
-    for (step, _), micro_batches in zip(plan, batches, strict=True):
-        yield step, micro_batches
+    before = set(multiprocessing.active_children())
+    loader = DataLoader(
+        _Steps(dataset, batching),
+        sampler=steps,
+        batch_size=None,
+        collate_fn=_as_it_is,  # torch would look for numbers to make tensors of
+        num_workers=workers,
+        worker_init_fn=_begin_worker,
+        generator=torch.Generator(),  # else it would draw from the global stream
+    )
+    loaded = iter(loader)
+    processes = set(multiprocessing.active_children()) - before
+    try:
+        while (item := _next(loaded)) is not None:
+            if isinstance(item, _Refused):
+                raise UserError(item.line)
+            yield item
+    finally:
+        del loaded  # asks the workers to end
+        for process in processes:
+            if process.is_alive():
+                process.kill()
+
+
+def _next(loaded: Iterator[LoadedStep | _Refused]) -> LoadedStep | _Refused | None:
+    try:
+        return next(loaded, None)
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise UserError(
+            f"a data worker process was killed ({str(error).splitlines()[0]}); if memory ran out, lower data.workers, "
+            "and go on with resume=auto"
+        ) from None
+
+
+def _as_it_is(value: Any) -> Any:
+    return value
+
+
+def _begin_worker(number: int) -> None:
+    """The main process decides when a run ends: signals that reach all processes leave its workers time to the end."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # tokenizers warns in forked processes otherwise
+    for ignored in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(ignored, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_GRACE))  # whose signal, SIGALRM, ends the worker
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)

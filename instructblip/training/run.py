@@ -2,6 +2,8 @@
 
 import contextlib
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -12,7 +14,8 @@ from rich.console import Console
 from instructblip.build import check_frozen, choose_device, restore_trainable
 from instructblip.config import TrainConfig, differences, read_config, to_dict, to_yaml, unknown_key, valid_keys
 from instructblip.data.batching import Batch
-from instructblip.data.loader import load_batches
+from instructblip.data.loader import LoadedStep, load_batches
+from instructblip.data.lost import LostSample
 from instructblip.errors import UserError
 from instructblip.evaluation.runner import run_task
 from instructblip.evaluation.suite import evaluate_tasks, finish_evaluation
@@ -30,6 +33,7 @@ from instructblip.training.checkpoint import (
 from instructblip.training.loop import (
     Place,
     StepResult,
+    locate,
     log_entry,
     rank_positions,
     run_steps,
@@ -57,6 +61,7 @@ _FREE_ON_RESUME = (
     "parallel",
     "profile_step",
     "data.workers",
+    "data.tolerance",
     "recipe.keep_checkpoints",
     "recipe.keep_best",
     "recipe.full_disk",
@@ -111,7 +116,7 @@ def _train(config: TrainConfig, processes: Processes, stop: StopRequest, console
     done = _train_steps(run, start, stop, execution, unvalidated)
     if done < total_steps(run.phases) or stop.received:
         return _stopped(run, stop, done)
-    console.print(shares_realised(run.mixture, run.phases))
+    console.print(shares_realised(run.mixture, run.phases, run.lost.counts))
     try:
         with stop.at_once():
             _finish(run)
@@ -179,6 +184,7 @@ def _check_unchanged(config: TrainConfig, folder: Path, console: Console) -> Non
 
 def _restore(run: TrainingRun, checkpoint: LoadedCheckpoint) -> int:
     check_frozen(run.model, checkpoint.state["frozen"], checkpoint.path)
+    run.lost.restore(checkpoint.state["lost"])
     restore_trainable(run.model, checkpoint.model, checkpoint.path)
     restore_optimizer(run.optimizer, run.names, checkpoint.path)
     if run.average:
@@ -253,7 +259,9 @@ def _train_steps(
             stop.received = stop.received or result.stop_signal or None
             trace(done)
             # Alignment does not teach the LLM's layers to listen: its answers would say nothing yet.
-            due = place.phase.through_llm and done % recipe.validate_every == 0 and done < steps
+            due = (
+                bool(run.validation and place.phase.through_llm) and done % recipe.validate_every == 0 and done < steps
+            )
             stopping = not _record(run, progress, entry, stop, validate=due) or stop.received is not None
             progress.update(done, result.loss, timer.samples_per_second)
             if done % recipe.checkpoint_every == 0 or done == steps or stopping or _is_best(run, done):
@@ -268,7 +276,7 @@ def _train_steps(
             run.model,
             run.optimizer,
             run.phases,
-            _timed(batches, timer),
+            _counted(run, _timed(batches, timer)),
             start_step=start,
             seed=run.config.seed,
             clip_norm=recipe.clip_norm,
@@ -294,7 +302,19 @@ def _record(
     return True
 
 
-def _timed(batches: Iterator[tuple[int, list[Batch]]], timer: StepTimer) -> Iterator[tuple[int, list[Batch]]]:
+def _counted(run: TrainingRun, steps: Iterator[LoadedStep]) -> Iterator[tuple[int, list[Batch]]]:
+    """Count what each step has lost, over all ranks."""
+    for step, batches, lost in steps:
+        of_ranks = run.processes.gather(lost)
+        if any(of_ranks):
+            place = locate(run.phases, step)
+            drawn = run.mixture.counts(place.position + place.phase.batch_size).tolist()
+            names = [entry.name for entry in run.mixture.entries]
+            run.lost.add([LostSample(*one) for rank in of_ranks for one in rank], dict(zip(names, drawn, strict=True)))
+        yield step, batches
+
+
+def _timed(batches: Iterator[LoadedStep], timer: StepTimer) -> Iterator[LoadedStep]:
     while True:
         with timer.waiting():
             item = next(batches, None)
@@ -358,7 +378,8 @@ def _save(run: TrainingRun, step: int, *, unvalidated: dict[str, Any] | None) ->
         model=trainable,
         optimizer=optimizer_tensors(run.optimizer, run.names),
         average=run.average.state(trainable) if run.average else None,
-        state={"frozen": run.frozen, "seed": run.config.seed} | ({"unvalidated": unvalidated} if unvalidated else {}),
+        state={"frozen": run.frozen, "seed": run.config.seed, "lost": run.lost.state()}
+        | ({"unvalidated": unvalidated} if unvalidated else {}),
         spare=[] if best is None else [best],
     )
 
@@ -384,33 +405,44 @@ def _best_step(run: TrainingRun) -> int | None:
 
 def _finish(run: TrainingRun) -> None:
     run.metrics.close()
-    if not run.processes.is_first:
-        return
-    draw_curves(run.folder / "metrics.jsonl", run.folder / "curves.png", run.config.name)
+    first = run.processes.is_first
+    if first:
+        draw_curves(run.folder / "metrics.jsonl", run.folder / "curves.png", run.config.name)
+    # Sharded blocks are gathered by all ranks in step; otherwise the first does not need the others any more.
+    sharded = run.config.parallel.kind == "fsdp" and run.processes.world_size > 1
     newest = checkpoint_folders(run.folder / "checkpoints")[0]
-    with _averaged(run):
+    if run.final and (first or sharded):
+        _evaluate(run, newest, from_the_beginning=sharded)
+    run.logger.finish()
+    for path in (*(run.folder / name for name in ("config.yaml", "metrics.jsonl", "curves.png")), newest):
+        run.console.print(f"wrote {path}", highlight=False, soft_wrap=True)
+
+
+def _evaluate(run: TrainingRun, checkpoint: Path, *, from_the_beginning: bool) -> None:
+    folder = run.folder / "evaluation"
+    with tempfile.TemporaryDirectory() as elsewhere, _averaged(run):
+        if from_the_beginning and run.processes.is_first:
+            shutil.rmtree(folder, ignore_errors=True)  # or this rank would have less to do than the others
         results = evaluate_tasks(
             run.model,
             run.final,
             run.read_image,
             shards=Path(run.config.data.shards),
-            folder=run.folder / "evaluation",
+            folder=folder if run.processes.is_first else Path(elsewhere),
             batch_size=_EVALUATION_BATCH,
             blind=True,
         )
+        if not run.processes.is_first:
+            return
         finish_evaluation(
             run.model,
             results,
-            run.folder / "evaluation",
+            folder,
             title=f"{run.config.name}: what was learned",
-            checkpoint=str(newest),
+            checkpoint=str(checkpoint),
             step=total_steps(run.phases),
             examples=60,
             console=run.console,
         )
     scores = {item.result.task.card.name: item.result.value for item in results}
     run.logger.log({"test": scores}, total_steps(run.phases))
-    run.logger.finish()
-    for path in ("config.yaml", "metrics.jsonl", "curves.png"):
-        run.console.print(f"wrote {run.folder / path}", highlight=False, soft_wrap=True)
-    run.console.print(f"wrote {newest}", highlight=False, soft_wrap=True)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,11 +12,11 @@ from torch import Tensor
 from instructblip.build import build_model, choose_device, frozen_fingerprints
 from instructblip.config import LLMConfig, PhaseConfig, TrainConfig, check_at_least, to_dict
 from instructblip.data.batching import BATCHINGS, Batching, Length
-from instructblip.data.cards import Card, load_card
+from instructblip.data.cards import load_card
+from instructblip.data.features import FeatureCache
 from instructblip.data.loader import MixtureDataset, TrainingSet
-from instructblip.data.mixture import Mixture, MixtureEntry
-from instructblip.data.shards import open_split
-from instructblip.data.templates import load_templates
+from instructblip.data.lost import LostSamples
+from instructblip.data.mixture import Mixture
 from instructblip.errors import UserError
 from instructblip.evaluation.protocol import Task, make_task
 from instructblip.evaluation.runner import ReadImage, read_pixels
@@ -25,6 +26,7 @@ from instructblip.model.instructblip import InstructBLIP
 from instructblip.model.vision import ChannelNorm
 from instructblip.prepared import ensure_prepared
 from instructblip.training.average import WeightAverage
+from instructblip.training.data import check_data, make_images, make_mixture, mixture_cards, open_sets
 from instructblip.training.loggers import Logger, make_logger
 from instructblip.training.loop import Phase
 from instructblip.training.meters import MetricsLog
@@ -52,6 +54,7 @@ class TrainingRun:
     phases: list[Phase]
     mixture: Mixture
     dataset: MixtureDataset
+    lost: LostSamples
     validation: list[Task]
     final: list[Task]
     read_image: ReadImage
@@ -67,6 +70,7 @@ def check_numbers(config: TrainConfig) -> None:
     Raises:
         UserError: names the key.
     """
+    check_data(config.data)
     recipe = config.recipe
     counts: dict[str, int | None] = {
         "recipe.checkpoint_every": recipe.checkpoint_every,
@@ -134,22 +138,19 @@ def set_up(config: TrainConfig, folder: Path, processes: Processes, console: Con
         UserError: data or parts are missing and cannot be fetched, or do not fit together.
     """
     shards = Path(config.data.shards)
-    cards = {entry.name: load_card(entry.name) for entry in config.mixture.datasets}
+    cards = mixture_cards(config.mixture)
     held_in = [load_card(name) for name in config.suite.held_in]
     held_out = [load_card(name) for name in config.suite.held_out]
-    for card in cards.values():
-        if card.role == "held-out":
-            raise UserError(f"mixture {config.mixture.name} trains on {card.name}, which is held out; remove it")
-    ensure_prepared([*cards.values(), *held_in, *held_out], shards, config.data.sources, console)
+    ensure_prepared([*cards, *held_in, *held_out], shards, config.data.sources, console)
     model = build_model(config.vision, config.qformer, config.llm, seed=config.seed).to(choose_device(config.device))
-    sets = [_training_set(card, shards) for card in cards.values()]
-    mixture = _make_mixture(config, sets)
+    sets = open_sets(cards, shards)
+    mixture = make_mixture(config.mixture, sets, config.recipe.phases, seed=config.seed)
     validation = [
         make_task(card, shards, split="validation", samples=config.recipe.validation_samples) for card in held_in
     ]
     final = [make_task(card, shards, samples=config.recipe.final_samples) for card in (*held_in, *held_out)]
-    read_image = _images(config, model, sets, [*validation, *final])
-    dataset = MixtureDataset(mixture, sets, read_image)
+    cache = _feature_cache(config, model, sets, [*validation, *final])
+    dataset = MixtureDataset(mixture, sets, make_images(config.data, model.vision.image_size, cache))
     if isinstance(model.vision_norm, ChannelNorm):
         _calibrate(model, model.vision_norm, dataset)
     return TrainingRun(
@@ -168,9 +169,14 @@ def set_up(config: TrainConfig, folder: Path, processes: Processes, console: Con
         phases=_phases(config, model.sample_length()),
         mixture=mixture,
         dataset=dataset,
+        lost=LostSamples(
+            fraction=config.data.tolerance.fraction,
+            samples=config.data.tolerance.samples,
+            say=partial(console.print, markup=False, highlight=False, soft_wrap=True),
+        ),
         validation=validation,
         final=final,
-        read_image=read_image,
+        read_image=read_pixels(model.vision.image_size) if cache is None else cache.tokens,
         frozen=frozen_fingerprints(model),
         metrics=MetricsLog(folder / "metrics.jsonl"),
         logger=make_logger(
@@ -185,30 +191,18 @@ def set_up(config: TrainConfig, folder: Path, processes: Processes, console: Con
     )
 
 
-def _training_set(card: Card, shards: Path) -> TrainingSet:
-    if card.templates is None:
-        raise UserError(f"card {card.name} names no templates and cannot be trained on")
-    split = open_split(shards / card.source / "train")
-    return TrainingSet(card.name, split, split.records(card.kinds), load_templates(card.templates))
-
-
-def _make_mixture(config: TrainConfig, sets: Sequence[TrainingSet]) -> Mixture:
-    multipliers = {entry.name: entry.multiplier for entry in config.mixture.datasets}
-    entries = [MixtureEntry(item.name, len(item.locations), multipliers[item.name]) for item in sets]
-    try:
-        return Mixture(entries, weighting=config.mixture.weights, seed=config.seed)
-    except ValueError as error:
-        raise UserError(f"mixture {config.mixture.name}: {error}") from None
-
-
-def _images(config: TrainConfig, model: InstructBLIP, sets: Sequence[TrainingSet], tasks: Sequence[Task]) -> ReadImage:
+def _feature_cache(
+    config: TrainConfig, model: InstructBLIP, sets: Sequence[TrainingSet], tasks: Sequence[Task]
+) -> FeatureCache | None:
+    """The image tokens of all that a run reads, encoded once; None where they are not kept."""
     if not config.data.cache_features:
-        return read_pixels(model.vision.image_size)
+        return None
     shards = {shard.tar_sha256: shard for item in sets for shard in item.split.shards}
     shards |= {sample.shard.tar_sha256: sample.shard for task in tasks for sample in task.samples}
     cache = feature_cache(model, cache_folder() / "features")
     with exclusive(cache.folder / "lock", "encoding images"):  # one rank does, for all on its node
-        return cached_images(model, cache, list(shards.values()), "encoding images once")
+        cached_images(model, cache, list(shards.values()), "encoding images once")
+    return cache
 
 
 def _calibrate(model: InstructBLIP, norm: ChannelNorm, dataset: MixtureDataset) -> None:

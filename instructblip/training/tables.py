@@ -1,8 +1,7 @@
 """The tables of shares that a run prints before and after training."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-import numpy as np
 from rich.table import Table
 
 from instructblip.data.mixture import Mixture, share_table
@@ -28,14 +27,14 @@ def shares_planned(mixture: Mixture, phases: Sequence[Phase]) -> Table:
     return table
 
 
-def shares_realised(mixture: Mixture, phases: Sequence[Phase]) -> Table:
-    """What a run has drawn from each dataset."""
+def shares_realised(mixture: Mixture, phases: Sequence[Phase], lost: Mapping[str, int]) -> Table:
+    """What a run has drawn from each dataset, and how many draws of it were lost and replaced."""
     samples = sum(phase.steps * phase.batch_size for phase in phases)
-    drawn = np.bincount([mixture.draw(position).dataset for position in range(samples)], minlength=len(mixture.entries))
     table = Table(title="shares, planned and realised")
     table.add_column("dataset")
-    for name in ("planned %", "realised %", "samples"):
+    for name in ("planned %", "realised %", "samples", "lost"):
         table.add_column(name, justify="right")
-    for entry, share, count in zip(mixture.entries, mixture.shares, drawn, strict=True):
-        table.add_row(entry.name, f"{100 * share:.2f}", f"{100 * count / samples:.2f}", f"{count:,}")
+    for entry, share, count in zip(mixture.entries, mixture.shares, mixture.counts(samples).tolist(), strict=True):
+        realised = f"{100 * count / samples:.2f}"
+        table.add_row(entry.name, f"{100 * share:.2f}", realised, f"{count:,}", f"{lost.get(entry.name, 0):,}")
     return table

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from instructblip.data.batching import Batch, Batching, collate
-from instructblip.data.loader import MixtureDataset, TrainingSet, load_batches
+from instructblip.data.loader import LoadedStep, MixtureDataset, TrainingSet, decoded, load_batches
 from instructblip.data.mixture import Mixture, MixtureEntry
 from instructblip.data.sample import Record
 from instructblip.data.shards import PreparedSplit, ShardReader, ShardWriter, open_split, shard_path
@@ -62,30 +62,31 @@ def _write_split(folder: Path) -> PreparedSplit:
                 records = [Record(f"{number}-c", "color", f"color of {number}?", answers=(f"c{number}", "other"))]
                 records += [Record(f"{number}-y{k}", "yes_no", f"is {number} {k}?", answers=("yes",)) for k in range(2)]
                 writer.add(f"image_{number}", {"png": _png(number)}, str(number), records)
-        entries.append({"name": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()})
+        entry = {"name": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+        entries.append(entry | {"records_by_kind": ShardReader(path).records_by_kind()})
     manifest = {"format": 1, "dataset": "tiny", "split": "train", "shards": entries}
     (folder / "manifest.json").write_text(json.dumps(manifest | {"records_by_kind": {"color": 7, "yes_no": 14}}))
     return open_split(folder)
 
 
-def _read_image(shard: ShardReader, row: int) -> Tensor:
+def _pixels(shard: ShardReader, row: int) -> Tensor:
     return squash(decode_image(shard.read(row)[0][0], "image"), 4)[None]
 
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> MixtureDataset:
     split = _write_split(tmp_path_factory.mktemp("train"))
-    sets = [TrainingSet(kind, split, split.records([kind]), TEMPLATES) for kind in ("color", "yes_no")]
-    mixture = Mixture([MixtureEntry(item.name, len(item.locations)) for item in sets], seed=11)
-    return MixtureDataset(mixture, sets, _read_image)
+    sets = [TrainingSet(kind, split, (kind,), TEMPLATES) for kind in ("color", "yes_no")]
+    mixture = Mixture([MixtureEntry(item.name, len(item)) for item in sets], seed=11)
+    return MixtureDataset(mixture, sets, decoded("squash", 4))
 
 
 Row = tuple[str, str, str, str, list[int]]
 
 
-def _rows(steps: Iterable[tuple[int, list[Batch]]]) -> list[tuple[int, list[Row]]]:
+def _rows(steps: Iterable[LoadedStep]) -> list[tuple[int, list[Row]]]:
     """Each step's samples in order: id, dataset, instruction, target, pixels."""
-    return [(step, [row for batch in batches for row in _batch_rows(batch)]) for step, batches in steps]
+    return [(step, [row for batch in batches for row in _batch_rows(batch)]) for step, batches, _ in steps]
 
 
 def _batch_rows(batch: Batch) -> list[Row]:
@@ -109,14 +110,15 @@ def test_the_sequence_is_that_of_the_mixture(dataset: MixtureDataset, whole: lis
     for position, (sample_id, name, instruction, target, pixels) in enumerate(rows):
         draw = dataset.mixture.draw(position)
         chosen = dataset.sets[draw.dataset]
-        shard, row, place = chosen.locations[draw.record].tolist()
+        shard, row, place = chosen.split.records(chosen.kinds)[draw.record].tolist()
+        assert chosen.locate(draw.record) == (shard, row, place)
         record = chosen.split.read(shard, row)[1][place]
         assert (name, sample_id) == (chosen.name, f"{chosen.name}/{record.id}")
         assert instruction in [
             template.replace("{question}", record.question or "") for template in TEMPLATES.templates
         ]
         assert target in record.answers
-        assert pixels == _read_image(chosen.split.shards[shard], row).flatten().tolist()
+        assert pixels == _pixels(chosen.split.shards[shard], row).flatten().tolist()
     assert {row[1] for row in rows} == {"color", "yes_no"}
     assert {row[2].startswith("Q: ") for row in rows} == {True, False}
 
@@ -146,7 +148,9 @@ def test_any_start_is_the_tail_of_the_whole(
 def test_micro_batches_have_their_size(dataset: MixtureDataset) -> None:
     sizes = {
         step: [len(batch.ids) for batch in batches]
-        for step, batches in load_batches(dataset, rank_positions(PHASES, 0), batching=partial(step_batching, PHASES))
+        for step, batches, _ in load_batches(
+            dataset, rank_positions(PHASES, 0), batching=partial(step_batching, PHASES)
+        )
     }
     assert (sizes[0], sizes[3], sizes[8]) == ([4, 4], [4], [3, 3, 3, 3])
 
@@ -162,6 +166,7 @@ def test_videos_have_their_frames_and_do_not_mix_with_pictures(dataset: MixtureD
 
 
 def test_images_have_one_frame(dataset: MixtureDataset) -> None:
-    _, (batch, *_) = next(load_batches(dataset, rank_positions(PHASES, 0), batching=partial(step_batching, PHASES)))
+    loaded = next(load_batches(dataset, rank_positions(PHASES, 0), batching=partial(step_batching, PHASES)))
+    batch = loaded.batches[0]
     assert batch.images.shape == (4, 1, 3, 4, 4)
     assert batch.images.dtype == torch.uint8
