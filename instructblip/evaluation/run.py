@@ -6,8 +6,9 @@ from rich.console import Console
 
 from instructblip.config import EvaluateConfig, check_at_least, to_dict
 from instructblip.data.cards import load_card
+from instructblip.evaluation.distributed import this_worker
 from instructblip.evaluation.protocol import make_task
-from instructblip.evaluation.suite import evaluate_tasks, finish_evaluation, image_reader
+from instructblip.evaluation.suite import evaluate_tasks, finish_evaluation, image_reader, llm_kind
 from instructblip.loading import load_model
 from instructblip.prepared import ensure_prepared
 from instructblip.training.loggers import make_logger
@@ -21,14 +22,17 @@ def evaluate(config: EvaluateConfig, console: Console) -> None:
         UserError: no such checkpoint, card, split or device; unreadable shards; disk full.
     """
     check_at_least(1, {"samples": config.samples, "batch_size": config.batch_size})
-    check_at_least(0, {"examples": config.examples})
+    check_at_least(0, {"examples": config.examples, "tolerance": config.tolerance})
+    worker = this_worker()
+    if not worker.is_first:
+        console = Console(quiet=True)
     cards = [load_card(name) for name in (*config.suite.held_in, *config.suite.held_out)]
     loaded = load_model(
         config.checkpoint,
         llm=config.llm,
         vision_path=config.vision_path,
         qformer_path=config.qformer_path,
-        device=config.device,
+        device=worker.device(config.device),
     )
     shards, folder = Path(config.data.shards), Path(config.output) / config.name
     ensure_prepared(cards, shards, config.data.sources, console)
@@ -40,10 +44,13 @@ def evaluate(config: EvaluateConfig, console: Console) -> None:
             samples=config.samples,
             mode=config.mode,
             withhold_images=config.withhold_images,
+            preset=config.preset,
+            llm_kind=llm_kind(loaded.model),
         )
         for card in cards
     ]
-    cache = cache_folder() / "features" if config.data.cache_features else None
+    # A cache of features has no place for images that cannot be read.
+    cache = cache_folder() / "features" if config.data.cache_features and not config.tolerance else None
     results = evaluate_tasks(
         loaded.model,
         tasks,
@@ -52,7 +59,11 @@ def evaluate(config: EvaluateConfig, console: Console) -> None:
         folder=folder,
         batch_size=config.batch_size,
         blind=config.blind_baseline and not config.withhold_images,
+        tolerance=config.tolerance,
+        worker=worker,
     )
+    if not worker.is_first:
+        return
     finish_evaluation(
         loaded.model,
         results,

@@ -1,34 +1,102 @@
-"""Run one evaluation task with a model: predictions, journal, score.
+"""Run one evaluation task with a model: read, encode, ask, note the answers, score them.
 
-Predictions are appended to a journal keyed by content (model, protocol, sample), so a killed evaluation goes on where it
-stopped and counts every sample once.
+The work is cut into chunks, a few batches of questions with all images that they need: each image is encoded once for all
+its questions, and within a chunk questions of like length stand together. How the work is cut depends on the task and the
+batch size alone, so every answer is computed beside the same others, whatever was interrupted and however many processes
+share the work.
 """
 
-import hashlib
-import json
+import gc
+import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from instructblip.data.features import shard_pixels
 from instructblip.data.shards import ShardReader
-from instructblip.errors import UserError
+from instructblip.errors import DamagedSample, UserError
+from instructblip.evaluation.distributed import ALONE, Worker
+from instructblip.evaluation.journal import Journal, journal_keys
 from instructblip.evaluation.metrics.accuracy import normalize_answer
-from instructblip.evaluation.outcomes import Prediction, TaskResult, class_scores, score_task
+from instructblip.evaluation.outcomes import Failure, Prediction, TaskResult, class_scores, score_task
 from instructblip.evaluation.protocol import EvaluationSample, Task
-from instructblip.files import is_disk_full, write_atomically
 from instructblip.model.instructblip import InstructBLIP
 from instructblip.progress import progress_bar
 
-Group = list[tuple[str, EvaluationSample]]  # journal keys and samples that ask the same of the same image
+logger = logging.getLogger(__name__)
+
 ReadImage = Callable[[ShardReader, int], Tensor]  # image tokens (F, P, V) or uint8 pixels (F, 3, H, W) of F frames
-PREDICTIONS = "predictions.jsonl"
+Answer = tuple[str, tuple[float, ...], tuple[int, ...]]  # text, scores and what they are of, as in `Prediction`
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
 _GREY = 127  # a picture that shows nothing, near the middle of what encoders are normalised to
+_BATCHES_PER_CHUNK = 4
+_READERS = 4  # threads that read and decode the next chunk's images meanwhile
+_MOST_SCORES = 200  # longer lists of candidates leave the scores of their best only
+_BEST_SCORES = 10
+
+
+@dataclass(frozen=True)
+class Question:
+    """Samples that ask the same of the same image, to be answered once; their journal keys beside them."""
+
+    keys: tuple[str, ...]
+    samples: tuple[EvaluationSample, ...]
+
+    @property
+    def sample(self) -> EvaluationSample:
+        """The one that is asked."""
+        return self.samples[0]
+
+
+Chunk = Sequence[Question]
+
+
+class BatchLimit:
+    """How many may be done at a time; halved whenever memory does not suffice, and never raised again."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def run(self, items: Sequence[Item], work: Callable[[Sequence[Item]], Sequence[Result]]) -> list[Result]:
+        """The results of `work` over all items, as many at a time as memory holds.
+
+        Raises:
+            UserError: it does not suffice for a single one.
+        """
+        done: list[Result] = []
+        while len(done) < len(items):
+            batch = items[len(done) : len(done) + self.size]
+            results = self._try(batch, work)
+            if results is not None:
+                done += results
+            elif len(batch) == 1:
+                raise UserError(
+                    "one question alone does not fit into the GPU's memory; use a smaller model or another GPU"
+                )
+            else:
+                self.size = len(batch) // 2
+                logger.warning("out of memory with a batch of %d; going on with %d", len(batch), self.size)
+                gc.collect()
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+        return done
+
+    @staticmethod
+    def _try(batch: Sequence[Item], work: Callable[[Sequence[Item]], Sequence[Result]]) -> Sequence[Result] | None:
+        try:
+            return work(batch)
+        except torch.OutOfMemoryError:
+            return None  # what the failed attempt holds is let go of with its stack
 
 
 def run_task(
@@ -39,43 +107,57 @@ def run_task(
     batch_size: int,
     model_fingerprint: str = "",
     folder: Path | None = None,
+    tolerance: int = 0,
+    worker: Worker = ALONE,
     show_progress: bool = True,
 ) -> TaskResult:
-    """Answer every sample of a task and score the answers.
+    """Answer a task's samples, or the first worker's share of them, wait for the others' and score all answers.
 
     Args:
         model: put into evaluation mode for the duration.
         task: samples and protocol.
-        read_image: gives image tokens or pixels.
-        batch_size: samples at a time; the result does not depend on it.
+        read_image: gives image tokens or pixels; called from several threads.
+        batch_size: questions at a time; the result does not depend on it.
         model_fingerprint: of the weights; part of the journal's keys.
-        folder: where predictions.jsonl is kept; None keeps nothing.
+        folder: where answers are kept; None keeps nothing. All workers need the same one.
+        tolerance: how many samples may fail, because their image is damaged.
+        worker: which of the processes this is; the others call `answer_share` at the same time.
         show_progress: draw a progress bar.
+
+    Raises:
+        UserError: more samples fail than are tolerated; a share does not come; the disk is full.
     """
     started = time.perf_counter()
-    keys = [_key(model_fingerprint, task, sample) for sample in task.samples]
-    done = _read_journal(folder, set(keys))
-    groups = _same_inputs(task, [pair for pair in zip(keys, task.samples, strict=True) if pair[0] not in done])
-    training = model.training
-    model.eval()
-    try:
-        for batch in _batches(groups, batch_size, task, show_progress):
-            answers = _answer(model, task, [group[0][1] for group in batch], read_image)
-            predictions = [
-                Prediction(key, sample.id, text, scores)
-                for group, (text, scores) in zip(batch, answers, strict=True)
-                for key, sample in group
-            ]
-            done.update((prediction.key, prediction) for prediction in predictions)
-            _append_journal(folder, predictions)
-    finally:
-        model.train(training)
-    ordered = [done[key] for key in keys]
-    result = score_task(task, task.samples, ordered, seconds=time.perf_counter() - started)
-    if folder is not None:
-        lines = map(_line, task.samples, ordered, result.per_sample)
-        write_atomically(folder / PREDICTIONS, "\n".join(lines) + "\n")
+    keys = journal_keys(model_fingerprint, task)
+    journal = Journal(folder, keys, worker)
+    _answer(model, task, read_image, journal, cut_work(task, keys, batch_size), batch_size, tolerance, show_progress)
+    journal.wait_for_others(task.card.name)
+    _check_failures(task, journal, tolerance)
+    answered = [(key, sample) for key, sample in zip(keys, task.samples, strict=True) if key in journal.predictions]
+    if not answered:
+        raise UserError(f"{task.card.name}: not one sample could be answered; prepare it again")
+    samples, predictions = [sample for _, sample in answered], [journal.predictions[key] for key, _ in answered]
+    failures = [journal.failures[key] for key in keys if key in journal.failures]
+    result = score_task(task, samples, predictions, seconds=time.perf_counter() - started, failures=failures)
+    journal.finish(zip(samples, predictions, result.per_sample, strict=True))
     return result
+
+
+def answer_share(
+    model: InstructBLIP,
+    task: Task,
+    read_image: ReadImage,
+    *,
+    batch_size: int,
+    model_fingerprint: str,
+    folder: Path,
+    worker: Worker,
+    tolerance: int = 0,
+) -> None:
+    """Answer the share of a worker that is not the first, into its journal; arguments and errors as `run_task`."""
+    keys = journal_keys(model_fingerprint, task)
+    journal = Journal(folder, keys, worker)
+    _answer(model, task, read_image, journal, cut_work(task, keys, batch_size), batch_size, tolerance, show=False)
 
 
 def blank_image(image_size: int) -> Tensor:
@@ -85,29 +167,142 @@ def blank_image(image_size: int) -> Tensor:
 
 def read_pixels(image_size: int) -> ReadImage:
     """A reader that decodes and squashes images, for use without a feature cache."""
-
     return partial(shard_pixels, image_size=image_size)
 
 
-def _same_inputs(task: Task, pairs: Iterable[tuple[str, EvaluationSample]]) -> list[Group]:
-    """(key, sample) pairs with the same image and prompt together, to be answered once; short prompts first.
+# --- cutting the work ------------------------------------------------------------------------------------------------
 
-    Prompts of one length in a batch mean less padding. With images withheld all samples share one image.
+
+def cut_work(task: Task, keys: Sequence[str], batch_size: int) -> list[Chunk]:
+    """The task's questions in stored order, cut where an image's questions end and `_BATCHES_PER_CHUNK` batches are full.
+
+    With images withheld all samples share one image, and a prompt is asked but once.
     """
-    groups: dict[tuple[str, str], Group] = {}
-    for key, sample in pairs:
-        image = "" if task.protocol.images == "withheld" else sample.image_key
-        groups.setdefault((image, sample.prompt), []).append((key, sample))
-    return sorted(groups.values(), key=lambda group: len(group[0][1].prompt))
+    blind = task.protocol.images == "withheld"
+    same: dict[tuple[str, str, tuple[str, ...]], list[tuple[str, EvaluationSample]]] = {}
+    for key, sample in zip(keys, task.samples, strict=True):
+        own = sample.record.choices if task.protocol.candidates_from == "choices" else ()
+        same.setdefault(("" if blind else sample.image_key, sample.prompt, own), []).append((key, sample))
+    questions = [Question(*zip(*pairs, strict=True)) for pairs in same.values()]
+    chunks: list[list[Question]] = []
+    for _, group in groupby(questions, key=lambda question: "" if blind else question.sample.image_key):
+        for question in group if blind else [list(group)]:
+            asked = [question] if isinstance(question, Question) else question
+            if not chunks or len(chunks[-1]) >= _BATCHES_PER_CHUNK * batch_size:
+                chunks.append([])
+            chunks[-1] += asked
+    return list(chunks)
+
+
+def cut_chunk(chunk: Chunk, batch_size: int) -> Iterator[Chunk]:
+    """Batches of a chunk: as many frames in all of one, prompts of like length, so that little is padding."""
+    in_order = sorted(chunk, key=lambda question: (question.sample.frames, len(question.sample.prompt)))
+    for _, group in groupby(in_order, key=lambda question: question.sample.frames):
+        alike = list(group)
+        for start in range(0, len(alike), batch_size):
+            yield alike[start : start + batch_size]
+
+
+# --- answering -------------------------------------------------------------------------------------------------------
 
 
 def _answer(
-    model: InstructBLIP, task: Task, samples: Sequence[EvaluationSample], read_image: ReadImage
-) -> list[tuple[str, tuple[float, ...]]]:
-    """Text and candidate scores (none for open generation) for each sample."""
-    protocol = task.protocol
-    images = _images(model, task, samples, read_image)
-    prompts = [sample.prompt for sample in samples]
+    model: InstructBLIP,
+    task: Task,
+    read_image: ReadImage,
+    journal: Journal,
+    chunks: Sequence[Chunk],
+    batch_size: int,
+    tolerance: int,
+    show: bool,
+) -> None:
+    """Ask whatever of the worker's share of the chunks the journal has no answer to."""
+    share = journal.worker.share(chunks)
+    left = [chunk for chunk in share if any(key not in journal for question in chunk for key in question.keys)]
+    limit, training = BatchLimit(batch_size), model.training
+    blind = task.protocol.images == "withheld"
+    with progress_bar("questions", show=show) as progress:
+        bar = progress.add_task(_title(task, journal.worker), total=sum(map(_samples, left)))
+        model.eval()
+        try:
+            for chunk, pixels in _read_ahead(left, None if blind else read_image):
+                images = _blank(model, chunk) if blind else _images(model, chunk, pixels, journal, limit)
+                _check_failures(task, journal, tolerance)
+                for batch in cut_chunk(chunk, batch_size):
+                    asked = [question for question in batch if question.sample.image_key in images]
+                    if any(key not in journal for question in asked for key in question.keys):
+                        pairs = [(question, images[question.sample.image_key]) for question in asked]
+                        answers = limit.run(pairs, partial(_ask, model, task))
+                        journal.append(_new_predictions(asked, answers, journal))
+                    progress.advance(bar, _samples(batch))
+        finally:
+            model.train(training)
+
+
+def _title(task: Task, worker: Worker) -> str:
+    withheld = ", images withheld" if task.protocol.images == "withheld" else ""
+    shared = f", share of process 1 of {worker.count}" if worker.count > 1 else ""
+    return f"evaluating {task.card.name}{withheld}{shared}"
+
+
+def _samples(questions: Chunk) -> int:
+    return sum(len(question.keys) for question in questions)
+
+
+def _blank(model: InstructBLIP, chunk: Chunk) -> dict[str, Tensor]:
+    """The tokens of a grey picture for every image of the chunk."""
+    tokens = model.image_tokens(blank_image(model.vision.image_size)[None, None])[0]
+    return {question.sample.image_key: tokens for question in chunk}
+
+
+def _read_ahead(
+    chunks: Sequence[Chunk], read_image: ReadImage | None
+) -> Iterator[tuple[Chunk, dict[str, Future[Tensor]]]]:
+    """Each chunk with its images by key, the next chunk's being read meanwhile; none when images are withheld."""
+    if read_image is None:
+        yield from ((chunk, {}) for chunk in chunks)
+        return
+    with ThreadPoolExecutor(_READERS) as pool:
+
+        def start(chunk: Chunk) -> dict[str, Future[Tensor]]:
+            samples = {question.sample.image_key: question.sample for question in chunk}
+            return {key: pool.submit(read_image, sample.shard, sample.row) for key, sample in samples.items()}
+
+        try:
+            following = start(chunks[0]) if chunks else {}
+            for number, chunk in enumerate(chunks):
+                current, following = following, start(chunks[number + 1]) if number + 1 < len(chunks) else {}
+                yield chunk, current
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _images(
+    model: InstructBLIP, chunk: Chunk, pixels: dict[str, Future[Tensor]], journal: Journal, limit: BatchLimit
+) -> dict[str, Tensor]:
+    """Tokens (F, P, V) of the chunk's images by key; the questions on damaged ones are noted as failures."""
+    read: dict[str, Tensor] = {}
+    for key, future in pixels.items():
+        try:
+            read[key] = future.result()
+        except DamagedSample as error:
+            lost = [question for question in chunk if question.sample.image_key == key]
+            pairs = [pair for question in lost for pair in zip(question.keys, question.samples, strict=True)]
+            failed = [Failure(name, sample.id, str(error)) for name, sample in pairs if name not in journal]
+            journal.append([], failed)
+    tokens: dict[str, Tensor] = {}
+    for _, group in groupby(sorted(read, key=lambda key: len(read[key])), key=lambda key: len(read[key])):
+        alike = list(group)
+        encoded = limit.run(alike, lambda batch: list(model.image_tokens(torch.stack([read[key] for key in batch]))))
+        tokens |= dict(zip(alike, encoded, strict=True))
+    return tokens
+
+
+@torch.inference_mode()
+def _ask(model: InstructBLIP, task: Task, batch: Sequence[tuple[Question, Tensor]]) -> list[Answer]:
+    """What the model says to questions on image tokens."""
+    protocol, samples = task.protocol, [question.sample for question, _ in batch]
+    images, prompts = torch.stack([tokens for _, tokens in batch]), [sample.prompt for sample in samples]
     if protocol.mode == "generate":
         texts = model.generate(
             images,
@@ -119,86 +314,35 @@ def _answer(
             repetition_penalty=protocol.repetition_penalty,
         )
         classes = {normalize_answer(text): label for text, label in protocol.verbalizers}
-        return [(classes.get(normalize_answer(text), text), ()) for text in texts]
-    candidates = [list(task.candidates(sample.record)) for sample in samples]
+        return [(classes.get(normalize_answer(text), text), (), ()) for text in texts]
+    candidates = [task.candidates(sample.record) for sample in samples]
     scores = model.rank(images, prompts, candidates, normalize=protocol.normalize, include_eos=protocol.include_eos)
-    answers = []
-    for texts, row in zip(candidates, scores, strict=True):
-        names, values = class_scores(protocol, texts, row.tolist())
-        answers.append((names[values.index(max(values))], tuple(row.tolist())))
-    return answers
+    return [_ranked(task, texts, row.tolist()) for texts, row in zip(candidates, scores, strict=True)]
 
 
-def _images(model: InstructBLIP, task: Task, samples: Sequence[EvaluationSample], read_image: ReadImage) -> Tensor:
-    if task.protocol.images == "withheld":
-        blank = model.image_tokens(blank_image(model.vision.image_size)[None, None])
-        return blank.expand(len(samples), -1, -1, -1)
-    unique: dict[str, Tensor] = {}
-    for sample in samples:
-        if sample.image_key not in unique:
-            unique[sample.image_key] = read_image(sample.shard, sample.row)
-    tokens = model.image_tokens(torch.stack(list(unique.values())))
-    place = {key: number for number, key in enumerate(unique)}
-    return tokens[[place[sample.image_key] for sample in samples]]
+def _ranked(task: Task, candidates: Sequence[str], scores: list[float]) -> Answer:
+    """The likeliest class, the first of equals, and the scores to keep."""
+    names, values = class_scores(task.protocol, candidates, scores)
+    best = names[values.index(max(values))]
+    if len(scores) <= _MOST_SCORES:
+        return best, tuple(scores), ()
+    ranked = sorted(range(len(scores)), key=lambda number: -scores[number])[:_BEST_SCORES]
+    return best, tuple(scores[number] for number in ranked), tuple(ranked)
 
 
-def _line(sample: EvaluationSample, prediction: Prediction, score: float | None) -> str:
-    """A line of predictions.jsonl; the score is on the scale of `TaskResult.value`."""
-    record = sample.record
-    line: dict[str, Any] = {"key": prediction.key, "id": prediction.id, "prompt": sample.prompt}
-    line["answers"] = list(record.answers or record.captions)
-    line |= {"prediction": prediction.prediction, "score": score, "scores": list(prediction.scores)}
-    if prediction.ranked:
-        line["ranked"] = list(prediction.ranked)
-    return json.dumps(line, ensure_ascii=False)
-
-
-def _key(model_fingerprint: str, task: Task, sample: EvaluationSample) -> str:
-    content = "\n".join((model_fingerprint, task.protocol.sha256(), sample.id))
-    return hashlib.sha256(content.encode()).hexdigest()[:32]
-
-
-def _read_journal(folder: Path | None, wanted: set[str]) -> dict[str, Prediction]:
-    """Predictions of an earlier, perhaps killed, run of the same protocol with the same model."""
-    found: dict[str, Prediction] = {}
-    if folder is None or not (folder / PREDICTIONS).exists():
-        return found
-    for line in (folder / PREDICTIONS).read_text(encoding="utf-8").split("\n"):
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError:
-            continue  # the last line of a killed run may be cut: its sample is simply answered again
-        if entry["key"] in wanted:
-            found[entry["key"]] = Prediction(entry["key"], entry["id"], entry["prediction"], tuple(entry["scores"]))
-    return found
-
-
-def _append_journal(folder: Path | None, predictions: Iterable[Prediction]) -> None:
-    if folder is None:
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    lines = [
-        json.dumps({"key": item.key, "id": item.id, "prediction": item.prediction, "scores": list(item.scores)})
-        for item in predictions
+def _new_predictions(asked: Chunk, answers: Sequence[Answer], journal: Journal) -> list[Prediction]:
+    return [
+        Prediction(key, sample.id, *answer)
+        for question, answer in zip(asked, answers, strict=True)
+        for key, sample in zip(question.keys, question.samples, strict=True)
+        if key not in journal
     ]
-    try:
-        with open(folder / PREDICTIONS, "a", encoding="utf-8") as file:
-            file.write("\n" + "\n".join(lines) + "\n")  # the leading line break ends a cut line
-    except OSError as error:
-        if not is_disk_full(error):
-            raise
-        raise UserError(
-            f"disk full while writing {folder / PREDICTIONS}; free some space and run the same command again: "
-            "it goes on where it stopped"
-        ) from None
 
 
-def _batches(groups: Sequence[Group], size: int, task: Task, show: bool) -> Iterable[Sequence[Group]]:
-    """`size` groups at a time, under a progress bar that counts their samples."""
-    with progress_bar("questions", show=show) as progress:
-        title = f"evaluating {task.card.name}" + (", images withheld" if task.protocol.images == "withheld" else "")
-        bar = progress.add_task(title, total=sum(len(group) for group in groups))
-        for start in range(0, len(groups), size):
-            batch = groups[start : start + size]
-            yield batch
-            progress.advance(bar, sum(len(group) for group in batch))
+def _check_failures(task: Task, journal: Journal, tolerance: int) -> None:
+    if len(journal.failures) <= tolerance:
+        return
+    failures = list(journal.failures.values())
+    more = f"{len(failures)} samples failed where tolerance={tolerance} allows no more, the first " if tolerance else ""
+    hint = "" if tolerance else f"; or give tolerance={len(failures)} to count such samples and leave them out"
+    raise UserError(f"{task.card.name}: {more}{failures[0].id}: {failures[0].reason}{hint}")

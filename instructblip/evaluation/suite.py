@@ -1,19 +1,25 @@
 """Several evaluation tasks with one model, and the files that remain. Used by evaluate.py and at the end of training."""
 
+import hashlib
+import json
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from torch import Tensor
 
+from instructblip.build import frozen_fingerprints
 from instructblip.data.features import FeatureCache
 from instructblip.data.shards import ShardReader
+from instructblip.evaluation.distributed import ALONE, Worker
 from instructblip.evaluation.protocol import Task, withheld
 from instructblip.evaluation.results import DatasetResult, baselines, results_json, score_table, write_results
-from instructblip.evaluation.runner import ReadImage, read_pixels, run_task
+from instructblip.evaluation.runner import ReadImage, answer_share, read_pixels, run_task
+from instructblip.files import exclusive
 from instructblip.model.frozen import fingerprint, fingerprint_tensors
 from instructblip.model.instructblip import InstructBLIP
+from instructblip.model.llm import LLM_KINDS
 
 
 def feature_cache(model: InstructBLIP, folder: Path) -> FeatureCache:
@@ -40,7 +46,26 @@ def image_reader(model: InstructBLIP, tasks: Sequence[Task], cache_folder: Path 
     if cache_folder is None:
         return read_pixels(model.vision.image_size)
     shards = {sample.shard.tar_sha256: sample.shard for task in tasks for sample in task.samples}
-    return cached_images(model, feature_cache(model, cache_folder), list(shards.values()), "encoding images")
+    cache = feature_cache(model, cache_folder)
+    with exclusive(cache.folder / "lock", "encoding images"):  # of several processes one does, the others find it done
+        return cached_images(model, cache, list(shards.values()), "encoding images")
+
+
+def model_identity(model: InstructBLIP) -> str:
+    """SHA-256 of all that a model's answers depend on: every weight, frozen or not, and how texts and images enter."""
+    llm, vision = model.llm, model.vision
+    conventions = [
+        [llm.image_prefix_ids, llm.prompt_ids("A word?"), llm.target_ids("A word.")],
+        [model.max_instruction_tokens, model.qformer.instruction_aware],
+        [vision.image_size, vision.mean.tolist(), vision.std.tolist(), str(vision.layers), str(vision.grid)],
+    ]
+    parts = [fingerprint_tensors(model.trainable_state()), *frozen_fingerprints(model).values()]
+    return hashlib.sha256(json.dumps([parts, conventions]).encode()).hexdigest()
+
+
+def llm_kind(model: InstructBLIP) -> str:
+    """`decoder` or `encoder_decoder`."""
+    return next(name for name, kind in LLM_KINDS.items() if isinstance(model.llm, kind))
 
 
 def evaluate_tasks(
@@ -52,21 +77,40 @@ def evaluate_tasks(
     folder: Path,
     batch_size: int,
     blind: bool,
+    tolerance: int = 0,
+    worker: Worker = ALONE,
 ) -> list[DatasetResult]:
-    """Run tasks and their baselines; predictions are kept below `folder/<dataset>`.
+    """Run tasks and their baselines; answers are kept below `folder/<dataset>`.
 
     Args:
         shards: folder of prepared datasets, for the majority baseline.
         blind: also answer every question with the images withheld.
+        tolerance: samples that may fail, for each task.
+        worker: which of several processes this is.
+
+    Returns:
+        The results; none to all workers but the first.
+
+    Raises:
+        UserError: as `run_task`.
     """
-    weights = fingerprint_tensors(model.trainable_state())
+    options: dict[str, Any] = {
+        "batch_size": batch_size,
+        "model_fingerprint": model_identity(model),
+        "tolerance": tolerance,
+    }
     results = []
     for task in tasks:
-        run = partial(run_task, model, batch_size=batch_size, model_fingerprint=weights, read_image=read_image)
         home = folder / task.card.name
-        result = run(task, folder=home)
-        blind_result = run(withheld(task), folder=home / "images_withheld") if blind else None
-        results.append(DatasetResult(result, baselines(task, shards, blind_result)))
+        runs = [(task, home), (withheld(task), home / "images_withheld")][: 1 + blind]
+        if not worker.is_first:
+            for asked, place in runs:
+                answer_share(model, asked, read_image, folder=place, worker=worker, **options)
+            continue
+        shown, *without = [
+            run_task(model, asked, read_image, folder=place, worker=worker, **options) for asked, place in runs
+        ]
+        results.append(DatasetResult(shown, baselines(task, shards, without[0] if without else None)))
     return results
 
 

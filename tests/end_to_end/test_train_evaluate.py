@@ -116,7 +116,7 @@ def test_curves_are_a_picture(finished_run: Path) -> None:
 def test_predictions_say_what_was_asked_and_answered(finished_run: Path) -> None:
     for name in DATASETS:
         for line in read_lines(finished_run / "evaluation" / name / "predictions.jsonl"):
-            assert line.keys() == {"key", "id", "prompt", "answers", "prediction", "score", "scores"}
+            assert line.keys() == {"key", "id", "image", "prompt", "answers", "prediction", "score", "scores"}
             assert line["id"].startswith(f"{name}/test-")
             assert line["score"] == 100.0 * (line["prediction"] in line["answers"])
             assert len(line["scores"]) == (VERBALIZERS if name == "easy_vqa_statements" else CANDIDATES)

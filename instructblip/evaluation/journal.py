@@ -1,0 +1,192 @@
+"""The journal of an evaluation: each answer is appended as soon as it is there, keyed by content.
+
+Each process writes a file of its own, `journal-<rank>.jsonl`; when all are there they become `predictions.jsonl`, and
+samples that failed stand in `failures.jsonl`. The key is a hash of model, protocol and sample, so an answer is used by the
+same question alone, whichever process or run gave it, and a run that was killed goes on where it stopped, on any number of
+processes.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from instructblip.errors import UserError
+from instructblip.evaluation.distributed import ALONE, SILENCE_SECONDS, Worker
+from instructblip.evaluation.outcomes import Failure, Prediction
+from instructblip.evaluation.protocol import EvaluationSample, Task
+from instructblip.evaluation.stored import PREDICTIONS
+from instructblip.files import is_disk_full, write_atomically
+
+FAILURES = "failures.jsonl"
+_JOURNALS = "journal-*.jsonl"
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.01, 2.0  # seconds between looks at the others' journals
+
+
+def journal_keys(model_fingerprint: str, task: Task) -> list[str]:
+    """The key of each sample's answer, in stored order."""
+    protocol = task.protocol.sha256()
+    contents = ("\n".join((model_fingerprint, protocol, sample.id)) for sample in task.samples)
+    return [hashlib.sha256(content.encode()).hexdigest()[:32] for content in contents]
+
+
+class Journal:
+    """Answers of one task, in memory and below `folder`.
+
+    Args:
+        folder: None keeps nothing on disk.
+        keys: of the task's samples; others' answers in the files are passed over.
+        worker: whose file is appended to.
+
+    Attributes:
+        worker: see above.
+        predictions, failures: what is known so far, by key.
+    """
+
+    def __init__(self, folder: Path | None, keys: Sequence[str], worker: Worker = ALONE) -> None:
+        if folder is None and worker.count > 1:
+            raise ValueError("several processes need a folder to put their answers together in")
+        self.folder = folder
+        self.worker = worker
+        self.predictions: dict[str, Prediction] = {}
+        self.failures: dict[str, Failure] = {}
+        self._keys = frozenset(keys)
+        self._path = None if folder is None else folder / f"journal-{worker.rank}.jsonl"
+        self._read_to: dict[Path, int] = {}  # bytes of each journal that were read
+        self.read()
+
+    @property
+    def missing(self) -> int:
+        """How many samples have neither answer nor failure."""
+        return len(self._keys) - len(self.predictions) - len(self.failures)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.predictions or key in self.failures
+
+    def read(self) -> None:
+        """Take in what any process has written."""
+        if self.folder is None:
+            return
+        for path in sorted(self.folder.glob(_JOURNALS)):
+            with contextlib.suppress(FileNotFoundError):  # put together and removed: predictions.jsonl has it
+                self._read_file(path)
+        for name in (PREDICTIONS, FAILURES):
+            with contextlib.suppress(FileNotFoundError):
+                self._read_file(self.folder / name)
+
+    def append(self, predictions: Iterable[Prediction], failures: Iterable[Failure] = ()) -> None:
+        """Note answers, on disk before in memory.
+
+        Raises:
+            UserError: the disk is full.
+        """
+        predictions, failures = list(predictions), list(failures)
+        lines = [*map(_prediction_line, predictions), *map(_failure_line, failures)]
+        if self._path is not None:
+            _append(self._path, lines)
+        self.predictions.update((item.key, item) for item in predictions)
+        self.failures.update((item.key, item) for item in failures)
+
+    def wait_for_others(self, what: str) -> None:
+        """Return when all answers are there.
+
+        Raises:
+            UserError: nothing new has come for `SILENCE_SECONDS`.
+        """
+        pause, since, before = _FIRST_PAUSE, time.monotonic(), self.missing
+        while self.missing:
+            time.sleep(pause)
+            self.read()
+            pause = min(2 * pause, _LONGEST_PAUSE)
+            if self.missing != before:
+                since, before = time.monotonic(), self.missing
+            elif time.monotonic() - since > SILENCE_SECONDS:
+                raise UserError(
+                    f"{self.missing} answers of {what} are missing and none has come for {SILENCE_SECONDS / 60:g} minutes: "
+                    "another process must have died; run the same command again, it goes on where it stopped"
+                )
+
+    def finish(self, samples: Iterable[tuple[EvaluationSample, Prediction, float | None]]) -> None:
+        """Put all answers into predictions.jsonl, the failures beside them, and remove the journals.
+
+        Args:
+            samples: what was answered, in stored order, with its score on the scale of `TaskResult.value`.
+        """
+        if self.folder is None:
+            return
+        lines = [_full_line(sample, prediction, score) for sample, prediction, score in samples]
+        write_atomically(self.folder / PREDICTIONS, "\n".join(lines) + "\n")
+        if self.failures:
+            write_atomically(self.folder / FAILURES, "\n".join(map(_failure_line, self.failures.values())) + "\n")
+        else:
+            (self.folder / FAILURES).unlink(missing_ok=True)
+        for path in self.folder.glob(_JOURNALS):
+            path.unlink(missing_ok=True)
+
+    def _read_file(self, path: Path) -> None:
+        start = 0 if path.name == PREDICTIONS else self._read_to.get(path, 0)
+        with open(path, "rb") as file:
+            if os.fstat(file.fileno()).st_size < start:  # another file by now
+                start = 0
+            file.seek(start)
+            content = file.read()
+        whole = content.rfind(b"\n") + 1  # what follows may be half a line
+        self._read_to[path] = start + whole
+        for line in content[:whole].decode("utf-8", "replace").split("\n"):
+            try:
+                entry = json.loads(line)
+            except json.JSONDecodeError:
+                continue  # the last line of a killed process may be cut: its sample is simply answered again
+            self._take(entry)
+
+    def _take(self, entry: dict[str, Any]) -> None:
+        key = entry["key"]
+        if key not in self._keys or key in self.predictions:
+            return
+        if "error" in entry:
+            self.failures[key] = Failure(key, entry["id"], entry["error"])
+            return
+        self.failures.pop(key, None)
+        scores, ranked = tuple(entry.get("scores", ())), tuple(entry.get("ranked", ()))
+        self.predictions[key] = Prediction(key, entry["id"], entry["prediction"], scores, ranked)
+
+
+def _answer(prediction: Prediction) -> dict[str, Any]:
+    answer: dict[str, Any] = {"prediction": prediction.prediction, "scores": list(prediction.scores)}
+    return answer | ({"ranked": list(prediction.ranked)} if prediction.ranked else {})
+
+
+def _prediction_line(prediction: Prediction) -> str:
+    return _json({"key": prediction.key, "id": prediction.id} | _answer(prediction))
+
+
+def _failure_line(failure: Failure) -> str:
+    return _json({"key": failure.key, "id": failure.id, "error": failure.reason})
+
+
+def _full_line(sample: EvaluationSample, prediction: Prediction, score: float | None) -> str:
+    """A line of predictions.jsonl."""
+    head = {"key": prediction.key, "id": prediction.id, "image": sample.image_key, "prompt": sample.prompt}
+    answers = list(sample.record.answers or sample.record.captions)
+    return _json(head | {"answers": answers, "score": score} | _answer(prediction))
+
+
+def _json(line: dict[str, Any]) -> str:
+    return json.dumps(line, ensure_ascii=False)
+
+
+def _append(path: Path, lines: Sequence[str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write("\n" + "\n".join(lines) + "\n")  # the leading line break ends a cut line
+    except OSError as error:
+        if not is_disk_full(error):
+            raise
+        raise UserError(
+            f"disk full while writing {path}; free some space and run the same command again: it goes on where it stopped"
+        ) from None
