@@ -61,6 +61,7 @@ class Evaluation:
             answers of the train split. With `rank`, exactly one of candidates, verbalizers and candidates_from.
         min_new_tokens, length_penalty, repetition_penalty: further decoding in `generate` mode (tokens; exponent of the
             length that a beam's log-likelihood is divided by; factor against tokens that were written before, 1 for none).
+        transform: how an image becomes a square, one of `transforms.FITS`.
         kinds: the record kinds that are scored; empty: the card's own.
         validation_split: the split that training watches; None: the scored one.
         presets: name of a preset -> the keys that differ there.
@@ -81,6 +82,7 @@ class Evaluation:
     min_new_tokens: int = 1
     length_penalty: float = 1.0
     repetition_penalty: float = 1.0
+    transform: Literal["squash", "center_crop"] = "squash"
     kinds: tuple[str, ...] = ()
     validation_split: str | None = None
     presets: dict[str, dict[str, Any]] = field(default_factory=dict)

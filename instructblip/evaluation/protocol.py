@@ -35,6 +35,7 @@ class Protocol:
         verbalizers: (text, class) pairs; a freely generated text of one of them counts as its class.
         normalize, include_eos: of a candidate's token log-likelihoods.
         max_new_tokens, min_new_tokens, num_beams, length_penalty, repetition_penalty: of generation.
+        transform: how an image becomes a square, one of `transforms.FITS`.
         frames: pictures a sample, 1 but for videos.
         ocr: whose tokens the prompt shows and how many at most; empty where it shows none.
         samples: how many of the split's samples are scored; None is all. The subset is the first by SHA-256 of the sample
@@ -62,6 +63,7 @@ class Protocol:
     num_beams: int
     length_penalty: float
     repetition_penalty: float
+    transform: str
     frames: int
     ocr: str
     metric: str
@@ -82,7 +84,7 @@ class Protocol:
             "prompt": self.prompt,
             "mode": self.mode,
             "metric": self.metric,
-            "images": self.images if self.frames == 1 else f"{self.images}, {self.frames} frames a video",
+            "images": f"{self.images}, {self.transform}" + (f", {self.frames} frames a video" * (self.frames > 1)),
         }
         if self.ocr:
             shown["OCR tokens"] = self.ocr
@@ -209,6 +211,7 @@ def make_task(
         num_beams=rules.num_beams,
         length_penalty=rules.length_penalty,
         repetition_penalty=rules.repetition_penalty,
+        transform=rules.transform,
         frames=max(sample.frames for sample in chosen),
         ocr=_ocr(rules.prompt, opened),
         metric=rules.metric,

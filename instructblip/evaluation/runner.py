@@ -165,9 +165,9 @@ def blank_image(image_size: int) -> Tensor:
     return torch.full((3, image_size, image_size), _GREY, dtype=torch.uint8)
 
 
-def read_pixels(image_size: int) -> ReadImage:
-    """A reader that decodes and squashes images, for use without a feature cache."""
-    return partial(shard_pixels, image_size=image_size)
+def read_pixels(image_size: int, transform: str = "squash") -> ReadImage:
+    """A reader that decodes images, for use without a feature cache."""
+    return partial(shard_pixels, image_size=image_size, transform=transform)
 
 
 # --- cutting the work ------------------------------------------------------------------------------------------------

@@ -101,14 +101,16 @@ def evaluate_tasks(
     }
     results = []
     for task in tasks:
-        home = folder / task.card.name
+        home, transform = folder / task.card.name, task.protocol.transform
+        # What `read_image` gives, from a cache perhaps, is squashed.
+        reader = read_image if transform == "squash" else read_pixels(model.vision.image_size, transform)
         runs = [(task, home), (withheld(task), home / "images_withheld")][: 1 + blind]
         if not worker.is_first:
             for asked, place in runs:
-                answer_share(model, asked, read_image, folder=place, worker=worker, **options)
+                answer_share(model, asked, reader, folder=place, worker=worker, **options)
             continue
         shown, *without = [
-            run_task(model, asked, read_image, folder=place, worker=worker, **options) for asked, place in runs
+            run_task(model, asked, reader, folder=place, worker=worker, **options) for asked, place in runs
         ]
         results.append(DatasetResult(shown, baselines(task, shards, without[0] if without else None)))
     return results

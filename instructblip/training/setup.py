@@ -18,7 +18,7 @@ from instructblip.data.loader import MixtureDataset, TrainingSet
 from instructblip.data.lost import LostSamples
 from instructblip.data.mixture import Mixture
 from instructblip.errors import UserError
-from instructblip.evaluation.protocol import Task, make_task
+from instructblip.evaluation.protocol import Task, make_task, make_validation_task
 from instructblip.evaluation.runner import ReadImage, read_pixels
 from instructblip.evaluation.suite import cached_images, feature_cache
 from instructblip.files import exclusive
@@ -145,9 +145,7 @@ def set_up(config: TrainConfig, folder: Path, processes: Processes, console: Con
     model = build_model(config.vision, config.qformer, config.llm, seed=config.seed).to(choose_device(config.device))
     sets = open_sets(cards, shards)
     mixture = make_mixture(config.mixture, sets, config.recipe.phases, seed=config.seed)
-    validation = [
-        make_task(card, shards, split="validation", samples=config.recipe.validation_samples) for card in held_in
-    ]
+    validation = [make_validation_task(card, shards, samples=config.recipe.validation_samples) for card in held_in]
     final = [make_task(card, shards, samples=config.recipe.final_samples) for card in (*held_in, *held_out)]
     cache = _feature_cache(config, model, sets, [*validation, *final])
     dataset = MixtureDataset(mixture, sets, make_images(config.data, model.vision.image_size, cache))

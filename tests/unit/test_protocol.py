@@ -94,7 +94,7 @@ def test_withheld_differs_in_nothing_but_the_images(yes_no: Card, shards: Path) 
     assert blind.samples == task.samples
     assert dataclasses.replace(blind.protocol, images="shown") == task.protocol
     assert blind.protocol == make_task(yes_no, shards, samples=5, withhold_images=True).protocol
-    assert blind.protocol.describe()["images"] == "withheld"
+    assert blind.protocol.describe()["images"] == "withheld, squash"
 
 
 def test_verbalizers_become_candidates_with_classes(shards: Path) -> None:
