@@ -12,6 +12,7 @@ from instructblip.evaluation.statistics import score_interval
 
 _FULL = 100 - 1e-6  # on the tables' scale
 _FAILURES_SHOWN = 5
+_METRIC_NAMES = {"cider": "CIDEr", "auroc": "AUROC", "visdial": "mean reciprocal rank"}
 _NO_RIGHT_AND_WRONG = ("cider",)
 _BY_CHOICE = ("auroc", "visdial")  # the score of a sample says how it was ranked; right is what was chosen
 
@@ -24,14 +25,14 @@ def report_row(result: TaskResult, baselines: Mapping[str, float]) -> ReportRow:
         title=card.title,
         task=card.task_group + (", held out" if card.role == "held-out" else ""),
         mode="ranking" if protocol.mode == "rank" else "open generation",
-        metric=protocol.metric.replace("_", " "),
+        metric=_METRIC_NAMES.get(protocol.metric, protocol.metric.replace("_", " ").replace("vqa", "VQA")),
         count=len(result.samples) if result.score is None else result.score.count,
         value=result.value,
         low=result.low,
         high=result.high,
         baselines=dict(baselines),
         paper=card.paper,
-        marks=comparison_marks(card, as_json(protocol)),
+        marks={} if result.score is None else comparison_marks(card, as_json(protocol)),
     )
 
 

@@ -104,7 +104,8 @@ def as_text(table: ScoreTable, width: int = 120) -> str:
         lines = []
         for number, name in enumerate(names):
             cells = "".join("  " + column[number].rjust(max(map(len, column))) for column in block)
-            lines.append(f"{name:<{label}}{cells}".rstrip())
+            if cells.strip():  # a row without any score here is left out
+                lines.append(f"{name:<{label}}{cells}".rstrip())
         parts.append("\n".join(lines))
     legend = [f"{mark.symbol} {mark.meaning}" for mark in table.marks]
     return "\n\n".join([*parts, "\n".join([*legend, "Below a score: 95% bootstrap interval, images resampled."])])
@@ -155,7 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _cell(score: StoredScore, card: Card | None) -> Cell:
-    marks = () if card is None else tuple(comparison_marks(card, score.protocol).items())
+    marks = () if card is None or score.value is None else tuple(comparison_marks(card, score.protocol).items())
     return Cell(score.value, score.low, score.high, marks)
 
 
@@ -185,8 +186,9 @@ def _column(table: ScoreTable, dataset: str) -> list[str]:
 
 
 def _best(table: ScoreTable, dataset: str) -> float | None:
-    values = [cell.value for row in table.rows if (cell := row.cells.get(dataset)) and cell.value is not None]
-    return max(values, default=None)
+    """The highest score without marks."""
+    cells = [row.cells[dataset] for row in table.rows if dataset in row.cells]
+    return max((cell.value for cell in cells if cell.value is not None and not cell.marks), default=None)
 
 
 if __name__ == "__main__":

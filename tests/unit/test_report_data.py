@@ -153,7 +153,9 @@ def test_a_split_without_public_answers_has_predictions_only(tmp_path: Path) -> 
     assert [(example.outcome, example.answers) for example in section.examples] == [("", []), ("", [])]
     row = report_row(result, {})
     assert (row.value, row.low, row.count, row.paper["vicuna_7b"]) == (None, None, 3, 34.5)
-    assert row.marks == {OTHER_SPLIT: "test, the paper: test-dev"}
+    assert row.marks == {}  # there is nothing to compare
+    scored = result_of(tmp_path, "vizwiz", [question(n) for n in range(2)], ["yes", "no"])
+    assert report_row(scored, {}).marks == {OTHER_SPLIT: "val, the paper: test-dev"}
 
 
 def test_left_out_and_failed_samples_are_told(tmp_path: Path) -> None:
