@@ -7,9 +7,11 @@ change the sequence. A worker reads the whole share of one step and cuts it into
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -228,7 +230,6 @@ def load_batches(
     Raises:
         UserError: as `MixtureDataset.read`, or a worker process was killed.
     """
-    before = set(multiprocessing.active_children())
     loader = DataLoader(
         _Steps(dataset, batching),
         sampler=steps,
@@ -238,28 +239,44 @@ def load_batches(
         worker_init_fn=_begin_worker,
         generator=torch.Generator(),  # else it would draw from the global stream
     )
-    loaded = iter(loader)
-    processes = set(multiprocessing.active_children()) - before
+    loaded, processes = _start(loader)
     try:
-        while (item := _next(loaded)) is not None:
+        while (item := _next(loaded, processes)) is not None:
             if isinstance(item, _Refused):
                 raise UserError(item.line)
             yield item
     finally:
-        del loaded  # asks the workers to end
-        for process in processes:
-            if process.is_alive():
-                process.kill()
+        for process in processes:  # they hold nothing that could be lost
+            process.kill()
+            process.join()
+        del loaded
 
 
-def _next(loaded: Iterator[LoadedStep | _Refused]) -> LoadedStep | _Refused | None:
+def _start(loader: DataLoader[Any]) -> tuple[Iterator[Any], list[BaseProcess]]:
+    """The loader's iterator and its worker processes.
+
+    torch reports a dead worker by an exception from a signal handler, in the middle of whatever the main process does then.
+    Without that handler it is found when the next step is asked for, 5 seconds later at most.
+    """
+    main_thread = threading.current_thread() is threading.main_thread()
+    before, handler = set(multiprocessing.active_children()), signal.getsignal(signal.SIGCHLD)
+    loaded = iter(loader)
+    if main_thread:
+        signal.signal(signal.SIGCHLD, handler)
+    return loaded, [process for process in multiprocessing.active_children() if process not in before]
+
+
+def _next(loaded: Iterator[Any], processes: Sequence[BaseProcess]) -> LoadedStep | _Refused | None:
     try:
         return next(loaded, None)
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+    except (RuntimeError, OSError, EOFError):
+        for process in processes:
+            process.join(timeout=0.1)  # one that broke off a transfer is ending
+        ended = [process for process in processes if not process.is_alive()]
+        if not ended:
             raise
         raise UserError(
-            f"a data worker process was killed ({str(error).splitlines()[0]}); if memory ran out, lower data.workers, "
+            f"a data worker process was killed (exit code {ended[0].exitcode}); if memory ran out, lower data.workers, "
             "and go on with resume=auto"
         ) from None
 
