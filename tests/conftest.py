@@ -41,6 +41,16 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> "World":
 
 
 @pytest.fixture(scope="session")
+def all_datasets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`raw/<dataset>` and `shards/<dataset>/<split>` of all datasets, hand-made; not to be changed by a test."""
+    from tests.all_datasets import prepare_all
+
+    folder = tmp_path_factory.mktemp("datasets")
+    prepare_all(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def finished_run(world: "World", tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a run on the tiny world that went to its end; not to be changed by a test."""
     from tests.runs import train_here
