@@ -298,11 +298,13 @@ def cards_table(cards: Iterable[Card]) -> str:
         "",
         "One YAML card per dataset, or per view of a dataset (other records of the same images); template sets are in",
         "`templates/`. Train and evaluation: expected records of the kinds that are drawn and scored; `?` is a number that",
-        "is not known, `-` no such split. Verified: whether the numbers were checked against the official files.",
+        "is not known, `-` no such split. Verified: whether the numbers were checked against the official files. Fetched:",
+        "whether `prepare.py dataset=NAME fetch=true` downloads the official files; the cards of the others say why not,",
+        "and all of them how to get the files by hand.",
         "This file is written by `python -m instructblip.data.cards`.",
         "",
-        "| name | task group | role | train | evaluation | metric | licence | verified |",
-        "|---|---|---|---:|---:|---|---|---|",
+        "| name | task group | role | train | evaluation | metric | licence | verified | fetched |",
+        "|---|---|---|---:|---:|---|---|---|---|",
     ]
     return "\n".join([*lines, *(_table_row(card) for card in cards)]) + "\n"
 
@@ -313,8 +315,9 @@ def _table_row(card: Card) -> str:
     scored = "-" if rules is None else f"{_number(card.expected_records(rules.split, rules.kinds))} ({rules.split})"
     name = f"[`{card.name}`]({card.homepage})" + (f", view of `{card.view_of}`" if card.view_of else "")
     metric = "-" if rules is None else f"{rules.metric}, {rules.mode}"
-    verified = "yes" if card.verified else "no"
-    return "| " + " | ".join([name, card.task_group, card.role, train, scored, metric, card.licence, verified]) + " |"
+    verified, fetched = ("yes" if said else "no" for said in (card.verified, card.not_fetched is None))
+    cells = [name, card.task_group, card.role, train, scored, metric, card.licence, verified, fetched]
+    return "| " + " | ".join(cells) + " |"
 
 
 def _number(count: int | None) -> str:

@@ -94,7 +94,7 @@ def test_main_writes_the_table(
     _write(tmp_path, {})
     assert main() == 0
     row = "| [`tiny`](https://example.org) | image question answering | held-in | - | ? (test) | accuracy, rank | MIT |"
-    assert f"{row} yes |" in (tmp_path / "README.md").read_text().splitlines()
+    assert f"{row} yes | no |" in (tmp_path / "README.md").read_text().splitlines()
     _write(tmp_path, {"rol": 1})
     assert main() == 2
     assert "rol" in capsys.readouterr().err
@@ -225,7 +225,7 @@ def test_what_a_reader_is_told_is_taken_as_it_stands(tmp_path: Path) -> None:
 def test_a_card_need_not_be_evaluated_and_may_score_other_kinds_than_it_trains_on(tmp_path: Path) -> None:
     card = load_card(_write(tmp_path, {"evaluation": ..., "training": ...}))
     assert (card.evaluation, card.training.flip) == (None, True)
-    assert "| - | - | - | MIT | yes |" in cards_table([card])
+    assert "| - | - | - | MIT | yes | no |" in cards_table([card])
     changes = {"kinds": ["shape"], "evaluation.kinds": ["color"], "splits": {"train": VALID["splits"]["test"]}}
     card = load_card(_write(tmp_path, changes | {"evaluation.split": "train"}))
     assert "| 2 | 4 (train) |" in cards_table([card])
