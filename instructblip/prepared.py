@@ -47,9 +47,11 @@ def ensure_prepared(
 def raw_folder(card: Card, fetchable: Mapping[str, SourcesConfig], shards: Path) -> Path:
     """Fetch a card's raw files, when its source may be fetched without asking anybody."""
     if card.source_part is None or card.source_part not in fetchable:
+        command = f"python prepare.py dataset={card.source} out={shards}"
+        fetched = f"{command} fetch=true, or " if card.fetch else ""
         raise UserError(
-            f"{card.source} is not prepared in {shards}; get its files ({card.how_to_get.strip()}) and run "
-            f"python prepare.py dataset={card.source} raw=FOLDER out={shards}"
+            f"{card.source} is not prepared in {shards}; run {fetched}{command} raw=FOLDER, "
+            f"with its files in FOLDER: {card.how_to_get.strip()}"
         )
     part = card.source_part
     return part_folder(sources(part, fetchable[part]), setting=f"data.sources.{part}.path")

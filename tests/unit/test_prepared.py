@@ -40,7 +40,14 @@ def test_what_may_be_fetched_is_prepared_whole(raw: Path, tmp_path: Path) -> Non
 
 def test_what_only_the_user_can_get_may_be_prepared_in_part(raw: Path, tmp_path: Path) -> None:
     card, shards = dataclasses.replace(load_card("easy_vqa"), source_part=None), tmp_path / "shards"
-    with pytest.raises(UserError, match=r"easy_vqa is not prepared in .* run python prepare.py dataset=easy_vqa raw="):
+    words = (
+        rf"easy_vqa is not prepared in .*; run python prepare\.py dataset=easy_vqa out={shards} raw=FOLDER, with its"
+    )
+    with pytest.raises(UserError, match=words):
         _ensure(card, shards, {})
+    with pytest.raises(
+        UserError, match=r"run python prepare\.py dataset=okvqa out=\S+ fetch=true, or python prepare\.py"
+    ):
+        _ensure(load_card("okvqa_question_generation"), shards, {})
     prepare_dataset(card, raw, shards, splits=["test"], progress=False)
     assert _ensure(card, shards, {}) == ""
