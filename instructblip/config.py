@@ -133,6 +133,7 @@ class MixtureConfig:
     """What is trained on and how it is weighted."""
 
     name: str = MISSING
+    finetuning: bool = False  # may train on held-out datasets, which are zero-shot no more
     datasets: list[MixtureDatasetConfig] = MISSING
     weights: str = "sqrt"  # or proportional, uniform, temperature
     temperature: float | None = None  # T of p_d ~ n_d ** (1 / T), for weights=temperature
@@ -297,6 +298,22 @@ class PrepareConfig:
     seed: int = 0
     audit: list[str] | None = None
     sources: dict[str, SourcesConfig] = field(default_factory=dict)
+
+
+@dataclass
+class InspectConfig:
+    """Everything `python -m instructblip.data.inspect` reads."""
+
+    mixture: MixtureConfig = field(default_factory=MixtureConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    seed: int = 0
+    image_size: int = 224
+    steps: int = 60_000  # of the run that is planned
+    batch_size: int = 128
+    micro_batch_size: int | None = None  # for mixture.per=batch
+    samples: int = 8  # shown
+    timed: int = 1024  # samples that the loader is timed over
+    workers: int = 0
 
 
 def validate(config: DictConfig, schema: type[Schema]) -> Schema:

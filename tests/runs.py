@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import os
 import runpy
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -139,11 +140,16 @@ class Command:
     """A running entry point: `python <script> <arguments>` in the folder `cwd`, its output in a file."""
 
     def __init__(
-        self, world: World, script: str, arguments: Sequence[str], cwd: Path, before: Callable[[], None]
+        self,
+        environment: dict[str, str],
+        script: str,
+        arguments: Sequence[str],
+        cwd: Path,
+        before: Callable[[], None],
     ) -> None:
         self.log = cwd / f"{script}.log"
         self.process: ForkServerProcess = _fork_context().Process(
-            target=_run_script, args=(script, list(arguments), cwd, world.environment, self.log, before)
+            target=_run_script, args=(script, list(arguments), cwd, environment, self.log, before)
         )
         self.process.start()
 
@@ -176,7 +182,32 @@ def nothing() -> None:
 def start(world: World, script: str, *arguments: str, cwd: Path, before: Callable[[], None] = nothing) -> Command:
     """Start an entry point. `before`, a module's function, is called in the new process first."""
     cwd.mkdir(parents=True, exist_ok=True)
-    return Command(world, script, arguments, cwd, before)
+    return Command(world.environment, script, arguments, cwd, before)
+
+
+def start_ranks(
+    world: World, script: str, *arguments: str, cwd: Path, ranks: int = 2, before: Callable[[], None] = nothing
+) -> list[Command]:
+    """Start an entry point on several processes, as torchrun would; rank r works in the folder `cwd/rank<r>`."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    commands = []
+    for rank in range(ranks):
+        folder = cwd / f"rank{rank}"
+        folder.mkdir(parents=True, exist_ok=True)
+        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        commands.append(Command({**world.environment, **place, **where}, script, arguments, folder, before))
+    return commands
+
+
+def run_ranks(world: World, script: str, *arguments: str, cwd: Path, ranks: int = 2) -> list[str]:
+    """Run an entry point on several processes to their ends, which must be good; return what each printed."""
+    commands = start_ranks(world, script, *arguments, cwd=cwd, ranks=ranks)
+    ends = [command.wait() for command in commands]
+    assert ends == [0] * ranks, "\n".join(f"rank {r} ended with {ends[r]}:\n{c.output}" for r, c in enumerate(commands))
+    return [command.output for command in commands]
 
 
 def run(world: World, script: str, *arguments: str, cwd: Path, status: int = 0) -> str:

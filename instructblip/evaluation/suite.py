@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,15 +51,18 @@ def image_reader(model: InstructBLIP, tasks: Sequence[Task], cache_folder: Path 
         return cached_images(model, cache, list(shards.values()), "encoding images")
 
 
-def model_identity(model: InstructBLIP) -> str:
-    """SHA-256 of all that a model's answers depend on: every weight, frozen or not, and how texts and images enter."""
+def model_identity(model: InstructBLIP, frozen: Mapping[str, str] | None = None) -> str:
+    """SHA-256 of all that a model's answers depend on: every weight, frozen or not, and how texts and images enter.
+
+    `frozen` are the frozen parts' fingerprints where they are known; computing them takes a while, and all of the weights.
+    """
     llm, vision = model.llm, model.vision
     conventions = [
         [llm.image_prefix_ids, llm.prompt_ids("A word?"), llm.target_ids("A word.")],
         [model.max_instruction_tokens, model.qformer.instruction_aware],
         [vision.image_size, vision.mean.tolist(), vision.std.tolist(), str(vision.layers), str(vision.grid)],
     ]
-    parts = [fingerprint_tensors(model.trainable_state()), *frozen_fingerprints(model).values()]
+    parts = [fingerprint_tensors(model.trainable_state()), *(frozen or frozen_fingerprints(model)).values()]
     return hashlib.sha256(json.dumps([parts, conventions]).encode()).hexdigest()
 
 
@@ -79,6 +82,7 @@ def evaluate_tasks(
     blind: bool,
     tolerance: int = 0,
     worker: Worker = ALONE,
+    frozen: Mapping[str, str] | None = None,
 ) -> list[DatasetResult]:
     """Run tasks and their baselines; answers are kept below `folder/<dataset>`.
 
@@ -87,6 +91,7 @@ def evaluate_tasks(
         blind: also answer every question with the images withheld.
         tolerance: samples that may fail, for each task.
         worker: which of several processes this is.
+        frozen: fingerprints of the frozen parts, where they are known.
 
     Returns:
         The results; none to all workers but the first.
@@ -96,7 +101,7 @@ def evaluate_tasks(
     """
     options: dict[str, Any] = {
         "batch_size": batch_size,
-        "model_fingerprint": model_identity(model),
+        "model_fingerprint": model_identity(model, frozen),
         "tolerance": tolerance,
     }
     results = []

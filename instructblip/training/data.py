@@ -24,6 +24,11 @@ class Steps(Protocol):
     def steps(self) -> int: ...
     @property
     def batch_size(self) -> int: ...
+
+
+class CutSteps(Steps, Protocol):
+    """Steps whose micro-batches have a size of their own; None: that of the batch."""
+
     @property
     def micro_batch_size(self) -> int | None: ...
 
@@ -56,8 +61,11 @@ def mixture_cards(config: MixtureConfig) -> list[Card]:
     for number, card in enumerate(cards):
         if card.name in [other.name for other in cards[:number]]:
             raise UserError(f"mixture {config.name} names {card.name} twice; give it one multiplier")
-        if card.role == "held-out":
-            raise UserError(f"mixture {config.name} trains on {card.name}, which is held out; remove it")
+        if card.role == "held-out" and not config.finetuning:
+            raise UserError(
+                f"mixture {config.name} trains on {card.name}, which is held out; remove it, or set mixture.finetuning=true "
+                "and take its scores for no zero-shot ones"
+            )
         if card.templates is None:
             raise UserError(f"card {card.name} names no templates and cannot be trained on")
     return cards
@@ -80,7 +88,7 @@ def open_sets(cards: Sequence[Card], shards: Path) -> list[TrainingSet]:
     return sets
 
 
-def make_mixture(config: MixtureConfig, sets: Sequence[TrainingSet], phases: Sequence[Steps], *, seed: int) -> Mixture:
+def make_mixture(config: MixtureConfig, sets: Sequence[TrainingSet], phases: Sequence[CutSteps], *, seed: int) -> Mixture:
     """The plan of a run over these datasets and phases.
 
     Raises:

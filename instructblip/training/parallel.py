@@ -178,7 +178,7 @@ def _replicate(model: InstructBLIP) -> DistributedDataParallel:
     wrapped = DistributedDataParallel(
         model,
         device_ids=[device.index] if device.type == "cuda" else None,
-        broadcast_buffers=False,  # there are none that change
+        forward_sync_buffers=False,  # there are none that change
         init_sync=False,  # every process started from the same files and seed; see `check_equal`
         gradient_as_bucket_view=True,
     )

@@ -2,8 +2,6 @@
 
 import contextlib
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -17,8 +15,6 @@ from instructblip.data.batching import Batch
 from instructblip.data.loader import LoadedStep, load_batches
 from instructblip.data.lost import LostSample
 from instructblip.errors import UserError
-from instructblip.evaluation.runner import run_task
-from instructblip.evaluation.suite import evaluate_tasks, finish_evaluation
 from instructblip.files import write_atomically
 from instructblip.model.frozen import fingerprint_tensors
 from instructblip.training.checkpoint import (
@@ -41,15 +37,15 @@ from instructblip.training.loop import (
     total_steps,
     what_is_not_finite,
 )
-from instructblip.training.meters import StepTimer, TrainingProgress, draw_curves, peak_memory, training_progress
+from instructblip.training.meters import StepTimer, TrainingProgress, peak_memory, training_progress
 from instructblip.training.parallel import Execution, parallelize
 from instructblip.training.processes import Processes, start_processes
 from instructblip.training.profile import traced_steps
+from instructblip.training.scoring import finish, validate
 from instructblip.training.setup import PRECISIONS, TrainingRun, check_batches, check_numbers, set_up
 from instructblip.training.signals import Stopped, StopRequest
 from instructblip.training.tables import shares_planned, shares_realised
 
-_EVALUATION_BATCH = 32
 _SAVE_FAILED = 255  # instead of a signal's number: rank 0 could not write a checkpoint
 # Settings that a resumed run may change: they decide how a run is carried out, not what it computes.
 _FREE_ON_RESUME = (
@@ -119,7 +115,7 @@ def _train(config: TrainConfig, processes: Processes, stop: StopRequest, console
     console.print(shares_realised(run.mixture, run.phases, run.lost.counts))
     try:
         with stop.at_once():
-            _finish(run)
+            finish(run)
     except Stopped:
         return _stopped(run, stop, done)
     return 0
@@ -262,14 +258,14 @@ def _train_steps(
             due = (
                 bool(run.validation and place.phase.through_llm) and done % recipe.validate_every == 0 and done < steps
             )
-            stopping = not _record(run, progress, entry, stop, validate=due) or stop.received is not None
+            stopping = not _record(run, progress, entry, stop, due=due) or stop.received is not None
             progress.update(done, result.loss, timer.samples_per_second)
             if done % recipe.checkpoint_every == 0 or done == steps or stopping or _is_best(run, done):
                 _save(run, done, unvalidated=entry if due and "validation" not in entry else None)
             timer.start()
             return stopping
 
-        if unvalidated is not None and not _record(run, progress, unvalidated, stop, validate=True):
+        if unvalidated is not None and not _record(run, progress, unvalidated, stop, due=True):
             return start
         timer.start()
         done = run_steps(
@@ -288,13 +284,15 @@ def _train_steps(
 
 
 def _record(
-    run: TrainingRun, progress: TrainingProgress, entry: dict[str, Any], stop: StopRequest, *, validate: bool
+    run: TrainingRun, progress: TrainingProgress, entry: dict[str, Any], stop: StopRequest, *, due: bool
 ) -> bool:
     """Log a step, after its validation if that is due; False when a signal ended the validation: nothing is logged."""
-    if validate:
-        scores = _validate(run, progress, entry["step"], stop)
+    if due:
+        scores = validate(run, entry["step"], stop)
         if scores is None:
             return False
+        shown = ", ".join(f"{name} {value:.1f}" for name, value in scores.items())
+        progress.say(f"step {entry['step']}: validation {shown}")
         entry["validation"] = scores
     if run.processes.is_first:
         run.metrics.append(entry)
@@ -330,34 +328,6 @@ def _measures(timer: StepTimer, run: TrainingRun) -> dict[str, float]:
         "data_wait_fraction": timer.data_wait_fraction,
         "memory": peak_memory(run.model.projection.weight.device),
     }
-
-
-def _validate(run: TrainingRun, progress: TrainingProgress, step: int, stop: StopRequest) -> dict[str, float] | None:
-    """Scores by dataset; None when a rank was told to stop. Every rank answers everything, so all know the result."""
-    scores: dict[str, float] = {}
-    # Sharded blocks are gathered by all ranks in step: none may leave before the others.
-    leave = contextlib.nullcontext() if run.config.parallel.kind == "fsdp" else stop.at_once()
-    try:
-        with _averaged(run), leave:
-            for task in run.validation:
-                result = run_task(run.model, task, run.read_image, batch_size=_EVALUATION_BATCH, show_progress=False)
-                if result.value is not None:  # answers that only a leaderboard has
-                    scores[task.card.name] = result.value
-        ended = False
-    except Stopped:
-        ended = True
-    # A signal may have reached some ranks only, and some of them after their last answer.
-    reports = run.processes.gather([ended, stop.received or 0])
-    stop.received = stop.received or max(received for _, received in reports) or None
-    if any(ended for ended, _ in reports):
-        return None
-    shown = ", ".join(f"{name} {value:.1f}" for name, value in scores.items())
-    progress.say(f"step {step}: validation accuracy {shown}")
-    return scores
-
-
-def _averaged(run: TrainingRun) -> contextlib.AbstractContextManager[None]:
-    return run.average.in_place() if run.average else contextlib.nullcontext()
 
 
 # --- checkpoints -----------------------------------------------------------------------------------------------------
@@ -398,51 +368,3 @@ def _best_step(run: TrainingRun) -> int | None:
         (sum(scores.values()) / len(scores) if wanted == "mean" else scores[wanted], -step) for step, scores in scored
     ]
     return -max(values)[1] if values else None
-
-
-# --- the end ---------------------------------------------------------------------------------------------------------
-
-
-def _finish(run: TrainingRun) -> None:
-    run.metrics.close()
-    first = run.processes.is_first
-    if first:
-        draw_curves(run.folder / "metrics.jsonl", run.folder / "curves.png", run.config.name)
-    # Sharded blocks are gathered by all ranks in step; otherwise the first does not need the others any more.
-    sharded = run.config.parallel.kind == "fsdp" and run.processes.world_size > 1
-    newest = checkpoint_folders(run.folder / "checkpoints")[0]
-    if run.final and (first or sharded):
-        _evaluate(run, newest, from_the_beginning=sharded)
-    run.logger.finish()
-    for path in (*(run.folder / name for name in ("config.yaml", "metrics.jsonl", "curves.png")), newest):
-        run.console.print(f"wrote {path}", highlight=False, soft_wrap=True)
-
-
-def _evaluate(run: TrainingRun, checkpoint: Path, *, from_the_beginning: bool) -> None:
-    folder = run.folder / "evaluation"
-    with tempfile.TemporaryDirectory() as elsewhere, _averaged(run):
-        if from_the_beginning and run.processes.is_first:
-            shutil.rmtree(folder, ignore_errors=True)  # or this rank would have less to do than the others
-        results = evaluate_tasks(
-            run.model,
-            run.final,
-            run.read_image,
-            shards=Path(run.config.data.shards),
-            folder=folder if run.processes.is_first else Path(elsewhere),
-            batch_size=_EVALUATION_BATCH,
-            blind=True,
-        )
-        if not run.processes.is_first:
-            return
-        finish_evaluation(
-            run.model,
-            results,
-            folder,
-            title=f"{run.config.name}: what was learned",
-            checkpoint=str(checkpoint),
-            step=total_steps(run.phases),
-            examples=60,
-            console=run.console,
-        )
-    scores = {item.result.task.card.name: item.result.value for item in results}
-    run.logger.log({"test": scores}, total_steps(run.phases))

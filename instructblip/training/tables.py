@@ -5,13 +5,13 @@ from collections.abc import Mapping, Sequence
 from rich.table import Table
 
 from instructblip.data.mixture import Mixture, share_table
-from instructblip.training.loop import Phase, total_steps
+from instructblip.training.data import Steps
 
 
-def shares_planned(mixture: Mixture, phases: Sequence[Phase]) -> Table:
+def shares_planned(mixture: Mixture, phases: Sequence[Steps]) -> Table:
     """What a run will draw from each dataset."""
     samples = sum(phase.steps * phase.batch_size for phase in phases)
-    table = Table(title=f"{samples:,} samples in {total_steps(phases):,} steps")
+    table = Table(title=f"{samples:,} samples in {sum(phase.steps for phase in phases):,} steps")
     table.add_column("dataset")
     for name in ("records", "multiplier", "share %", "samples", "epochs"):
         table.add_column(name, justify="right")
@@ -27,7 +27,7 @@ def shares_planned(mixture: Mixture, phases: Sequence[Phase]) -> Table:
     return table
 
 
-def shares_realised(mixture: Mixture, phases: Sequence[Phase], lost: Mapping[str, int]) -> Table:
+def shares_realised(mixture: Mixture, phases: Sequence[Steps], lost: Mapping[str, int]) -> Table:
     """What a run has drawn from each dataset, and how many draws of it were lost and replaced."""
     samples = sum(phase.steps * phase.batch_size for phase in phases)
     table = Table(title="shares, planned and realised")

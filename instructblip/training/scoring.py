@@ -1,0 +1,116 @@
+"""Evaluation while a run trains and when it ends, shared among its processes."""
+
+import contextlib
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from instructblip.evaluation.distributed import ALONE, Worker
+from instructblip.evaluation.runner import answer_share, run_task
+from instructblip.evaluation.suite import evaluate_tasks, finish_evaluation, model_identity
+from instructblip.training.checkpoint import checkpoint_folders
+from instructblip.training.loop import total_steps
+from instructblip.training.meters import draw_curves
+from instructblip.training.setup import TrainingRun
+from instructblip.training.signals import Stopped, StopRequest
+
+_BATCH = 32
+
+
+def validate(run: TrainingRun, step: int, stop: StopRequest) -> dict[str, float] | None:
+    """Scores by dataset after a step, the same on all ranks; None when one of them was told to stop before it was done."""
+    scores: dict[str, float] = {}
+    # Sharded blocks are gathered by all ranks in step: none may leave before the others.
+    leave = contextlib.nullcontext() if _is_sharded(run) else stop.at_once()
+    try:
+        with _averaged(run), leave:
+            scores = _validation_scores(run, step)
+        ended = False
+    except Stopped:
+        ended = True
+    # A signal may have reached some ranks only, and some of them after their last answer.
+    reports = run.processes.gather({"ended": ended, "signal": stop.received or 0, "scores": scores})
+    stop.received = stop.received or max(report["signal"] for report in reports) or None
+    if any(report["ended"] for report in reports):
+        return None
+    found: dict[str, float] = reports[0]["scores"]
+    return found
+
+
+def _validation_scores(run: TrainingRun, step: int) -> dict[str, float]:
+    """On the first rank, which puts the answers of all together; nothing is left on disk."""
+    worker, scores, home = _worker(run), {}, run.folder / "validation" / f"step_{step:08d}"
+    together = worker.count > 1
+    identity = model_identity(run.model, run.frozen) if together else ""
+    for task in run.validation:
+        asked: dict[str, Any] = {"batch_size": _BATCH, "model_fingerprint": identity, "worker": worker}
+        if not worker.is_first:
+            answer_share(run.model, task, run.read_image, folder=home / task.card.name, **asked)
+            continue
+        folder = home / task.card.name if together else None
+        result = run_task(run.model, task, run.read_image, folder=folder, show_progress=False, **asked)
+        if result.value is not None:  # answers that only a leaderboard has
+            scores[task.card.name] = result.value
+    if together and worker.is_first:
+        shutil.rmtree(home.parent)
+    return scores
+
+
+def finish(run: TrainingRun) -> None:
+    """Draw the curves, evaluate what was learned, and name what the run wrote."""
+    run.metrics.close()
+    if run.processes.is_first:
+        draw_curves(run.folder / "metrics.jsonl", run.folder / "curves.png", run.config.name)
+    newest = checkpoint_folders(run.folder / "checkpoints")[0]
+    if run.final:
+        _evaluate(run, newest)
+    run.logger.finish()
+    for path in (*(run.folder / name for name in ("config.yaml", "metrics.jsonl", "curves.png")), newest):
+        run.console.print(f"wrote {path}", highlight=False, soft_wrap=True)
+
+
+def _evaluate(run: TrainingRun, checkpoint: Path) -> None:
+    folder = run.folder / "evaluation"
+    with tempfile.TemporaryDirectory() as elsewhere, _averaged(run):
+        if _is_sharded(run) and run.processes.is_first:
+            shutil.rmtree(folder, ignore_errors=True)  # what it keeps would leave this rank less to do than the others
+        results = evaluate_tasks(
+            run.model,
+            run.final,
+            run.read_image,
+            shards=Path(run.config.data.shards),
+            folder=Path(elsewhere) if _is_sharded(run) and not run.processes.is_first else folder,
+            batch_size=_BATCH,
+            blind=True,
+            worker=_worker(run),
+            frozen=run.frozen,
+        )
+        if not run.processes.is_first:
+            return
+        finish_evaluation(
+            run.model,
+            results,
+            folder,
+            title=f"{run.config.name}: what was learned",
+            checkpoint=str(checkpoint),
+            step=total_steps(run.phases),
+            examples=60,
+            console=run.console,
+        )
+    scores = {item.result.task.card.name: item.result.value for item in results}
+    run.logger.log({"test": scores}, total_steps(run.phases))
+
+
+def _worker(run: TrainingRun) -> Worker:
+    """Who answers which share. Sharded blocks are gathered by all ranks in step, so all of them answer everything."""
+    processes = run.processes
+    return ALONE if _is_sharded(run) else Worker(processes.rank, processes.world_size, processes.local_rank)
+
+
+def _is_sharded(run: TrainingRun) -> bool:
+    return run.config.parallel.kind == "fsdp" and run.processes.world_size > 1
+
+
+def _averaged(run: TrainingRun) -> contextlib.AbstractContextManager[None]:
+    return run.average.in_place() if run.average else contextlib.nullcontext()

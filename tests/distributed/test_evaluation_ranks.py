@@ -1,0 +1,124 @@
+"""Evaluation by several processes: the same files as one writes, whoever is killed on the way."""
+
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from instructblip.errors import UserError
+from instructblip.evaluation import journal
+from instructblip.evaluation.distributed import ALONE, Worker, this_worker
+from tests.runs import World, evaluate_here, predictions, run, scores, start
+
+OVERRIDES = ("samples=10", "batch_size=1")
+
+
+@pytest.fixture(scope="module")
+def alone(world: World, untrained_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of an evaluation by one process."""
+    return evaluate_here(world, untrained_run, tmp_path_factory.mktemp("alone"), *OVERRIDES)
+
+
+def be_rank(rank: int, count: int, and_then: Callable[[], None] | None = None) -> None:
+    """Give this process the environment that torchrun gives."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(count), LOCAL_RANK=str(rank))
+    if and_then is not None:
+        and_then()
+
+
+def die_at_the_third_answer() -> None:
+    """Kill this process in the midst of a line."""
+    append, batches = journal._append, 0
+
+    def dying(path: Path, lines: list[str]) -> None:
+        nonlocal batches
+        batches += 1
+        append(path, lines)
+        if batches == 3:
+            os.truncate(path, path.stat().st_size - 20)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    journal._append = dying  # type: ignore[assignment]
+
+
+def arguments(world: World, checkpoint: Path, output: Path) -> list[str]:
+    return [*world.evaluate, f"checkpoint={checkpoint}", f"output={output}", *OVERRIDES]
+
+
+def evaluate_with(world: World, checkpoint: Path, output: Path, count: int) -> Path:
+    commands = [
+        start(
+            world,
+            "evaluate.py",
+            *arguments(world, checkpoint, output),
+            cwd=output / f"rank{rank}",
+            before=partial(be_rank, rank, count),
+        )
+        for rank in range(count)
+    ]
+    for command in commands:
+        assert command.wait() == 0, command.output
+    return output / "demo"
+
+
+def assert_same(found: Path, expected: Path) -> None:
+    assert scores(found) == scores(expected)
+    assert predictions(found) == predictions(expected)
+    for path in expected.rglob("predictions.jsonl"):
+        assert (found / path.relative_to(expected)).read_bytes() == path.read_bytes()
+    assert not list(found.rglob("journal-*"))
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_any_number_of_processes_gives_the_same_files(
+    world: World, untrained_run: Path, alone: Path, tmp_path: Path, count: int
+) -> None:
+    assert_same(evaluate_with(world, untrained_run, tmp_path, count), alone)
+
+
+def test_killed_processes_are_continued_by_another_number_of_them(
+    world: World, untrained_run: Path, alone: Path, tmp_path: Path
+) -> None:
+    commands = [
+        start(
+            world,
+            "evaluate.py",
+            *arguments(world, untrained_run, tmp_path),
+            cwd=tmp_path / f"rank{rank}",
+            before=partial(be_rank, rank, 2, die_at_the_third_answer if rank else None),
+        )
+        for rank in range(2)
+    ]
+    assert commands[1].wait() == -signal.SIGKILL
+    assert commands[0].process.is_alive()  # waits for answers that will not come; torchrun would end it now
+    commands[0].process.kill()
+    commands[0].wait()
+    assert not (tmp_path / "demo/results.json").exists()
+    assert list((tmp_path / "demo").rglob("journal-1.jsonl"))
+    shutil.copytree(tmp_path / "demo", tmp_path / "copy/demo")
+    assert_same(evaluate_with(world, untrained_run, tmp_path, 3), alone)
+    run(world, "evaluate.py", *arguments(world, untrained_run, tmp_path / "copy"), cwd=tmp_path / "one")
+    assert_same(tmp_path / "copy/demo", alone)
+
+
+def test_who_a_process_is_stands_in_its_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    assert this_worker() == ALONE
+    for name, value in {"RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert this_worker() == Worker(9, 16, 1)
+    for name, value in (("RANK", "16"), ("LOCAL_RANK", "x"), ("RANK", "")):
+        with monkeypatch.context() as patch, pytest.raises(UserError, match=f"{name}={value}.*start with torchrun"):
+            patch.setenv(name, value)
+            this_worker()
+
+
+def test_every_piece_of_work_is_somebodys_and_nobody_elses() -> None:
+    for count in (1, 2, 3, 7):
+        shares = [Worker(rank, count).share(range(10)) for rank in range(count)]
+        assert sorted(piece for share in shares for piece in share) == list(range(10))
