@@ -97,11 +97,14 @@ def _transfer(url: str, partial: Path, size: int | None) -> Iterator[tuple[int, 
         length = response.headers.get("Content-Length")
         total = start + int(length) if length is not None and length.isdecimal() else None
         _check_answer(url, response, start, total, size, partial)
+        if not start:
+            partial.unlink(missing_ok=True)  # before the note: old bytes must never stand beside the new file's mark
         write_json(_note(partial), {"url": url, "validator": _validator(response), "bytes": total})
         done = start
-        with open(partial, "ab" if start else "wb", buffering=0) as file:  # a kill loses nothing that has come
+        with open(partial, "ab") as file:
             while chunk := _read(response):
                 file.write(chunk)
+                file.flush()  # a kill loses nothing that has come
                 done += len(chunk)
                 yield done, total
         if total is not None and done < total:

@@ -110,6 +110,25 @@ def test_a_file_that_has_changed_is_begun_anew(server: FileServer, tmp_path: Pat
     assert path.read_bytes() == CONTENT[::-1]
 
 
+def test_a_kill_between_an_old_and_a_new_file_does_not_mix_them(
+    server: FileServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = _half(server, tmp_path)
+    server.files["/a.bin"], server.headers = CONTENT[::-1], {"ETag": '"two"'}
+    write = module.write_json
+
+    def killed(*arguments: Any) -> None:
+        write(*arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "write_json", killed)
+        with pytest.raises(KeyboardInterrupt):
+            _get(server, path)
+    _get(server, path)
+    assert path.read_bytes() == CONTENT[::-1]
+
+
 def test_a_server_without_ranges_sends_all_of_it_again(server: FileServer, tmp_path: Path) -> None:
     server.ranges = False
     server.cuts = [9000, 100]
