@@ -41,6 +41,14 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> "World":
 
 
 @pytest.fixture(scope="session")
+def untrained_run(world: "World", tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a run on the tiny world whose model is as it was drawn; not to be changed by a test."""
+    from tests.untrained import write_untrained_run
+
+    return write_untrained_run(world, tmp_path_factory.mktemp("untrained") / "run")
+
+
+@pytest.fixture(scope="session")
 def all_datasets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`raw/<dataset>` and `shards/<dataset>/<split>` of all datasets, hand-made; not to be changed by a test."""
     from tests.all_datasets import prepare_all
