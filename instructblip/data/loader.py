@@ -8,7 +8,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from multiprocessing.process import BaseProcess
@@ -155,10 +155,7 @@ class MixtureDataset(Dataset[Item]):
     def _read_draw(self, draw: Draw, shard: ShardReader, location: tuple[int, int, int]) -> Item:
         chosen = self.sets[draw.dataset]
         number, row, place = location
-        frames, records = shard.read(row)
-        if place >= len(records):
-            raise DamagedSample(f"image {shard.keys[row]} of {shard.path} has fewer records than its index says")
-        record = records[place]
+        frames, record = shard.read_record(row, place)
         random = position_generator(self.mixture.seed, draw.position)
         try:
             instruction, target, template = render_training(record, chosen.templates, random)
@@ -218,7 +215,7 @@ def load_batches(
     *,
     batching: Callable[[int], Batching],
     workers: int = 0,
-) -> Iterator[LoadedStep]:
+) -> Generator[LoadedStep, None, None]:
     """Read the positions of each step: (step, this rank's positions) in, its share out, in the same order.
 
     Closing the iterator, and any error, ends the worker processes.

@@ -50,15 +50,18 @@ class Record:
         Raises:
             ValueError: an unknown field, or no id or kind.
         """
-        known = {field.name for field in dataclasses.fields(cls)}
-        if not {"id", "kind"} <= fields.keys() <= known:
-            raise ValueError(f"a record needs id and kind and knows only {sorted(known)}, got {sorted(fields)}")
+        if not {"id", "kind"} <= fields.keys() <= _RECORD_FIELDS:
+            known = sorted(_RECORD_FIELDS)
+            raise ValueError(f"a record needs id and kind and knows only {known}, got {sorted(fields)}")
         values: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()
         }
         if "history" in values:
             values["history"] = tuple((question, answer) for question, answer in values["history"])
         return cls(**values)
+
+
+_RECORD_FIELDS = {field.name for field in dataclasses.fields(Record)}
 
 
 @dataclass(frozen=True)

@@ -204,6 +204,7 @@ class ShardReader:
         self.tar_bytes = int(self.metadata["tar_bytes"])
         if open_tar is None:
             _check_tar(path, self.tar_bytes)
+        self._records_of: dict[tuple[str, ...], Int64Array] = {}
         self._first_frame: list[int] = np.searchsorted(self.arrays["frame_image"], np.arange(len(self) + 1)).tolist()
 
     def __len__(self) -> int:
@@ -222,6 +223,16 @@ class ShardReader:
         """
         frames, text = self.read_encoded(row)
         return frames, self._records(row, text)
+
+    def read_record(self, row: int, place: int) -> tuple[tuple[bytes, ...], Record]:
+        """The encoded frames of row `row` and the record at `place` among its own.
+
+        Raises:
+            UserError: as `read`.
+            DamagedSample: the record is not there, or damaged.
+        """
+        frames, text = self.read_encoded(row)
+        return frames, self._records(row, text, slice(place, place + 1))[0]
 
     def read_records(self, row: int) -> list[Record]:
         """The records of row `row` alone, without reading its frames."""
@@ -253,9 +264,13 @@ class ShardReader:
             contents.append(span[at : at + size])
         return tuple(contents[:-1]), contents[-1]
 
-    def _records(self, row: int, text: bytes) -> list[Record]:
+    def _records(self, row: int, text: bytes, wanted: slice = slice(None)) -> list[Record]:
+        """The wanted ones of a row's records; those of a slice must be there."""
         try:
-            return [Record.from_dict(record) for record in json.loads(text.decode())["records"]]
+            found = json.loads(text.decode())["records"]
+            if wanted.stop is not None and len(found) < wanted.stop:
+                raise ValueError("fewer records than the index says")
+            return [Record.from_dict(record) for record in found[wanted]]
         except (ValueError, KeyError, TypeError, AttributeError):
             line = _broken(self.path, f"image {self.keys[row]} has damaged records")
             raise DamagedSample(str(line)) from None
@@ -283,9 +298,11 @@ class ShardReader:
 
     def records_of(self, kinds: Sequence[str] = ()) -> Int64Array:
         """Which of the R records are of these kinds (none given: all), in stored order."""
-        wanted = [number for number, kind in enumerate(self.kinds) if not kinds or kind in kinds]
-        chosen: Int64Array = np.flatnonzero(np.isin(self.arrays["record_kind"], wanted))
-        return chosen
+        key = tuple(kinds)
+        if key not in self._records_of:
+            wanted = [number for number, kind in enumerate(self.kinds) if not kinds or kind in kinds]
+            self._records_of[key] = np.flatnonzero(np.isin(self.arrays["record_kind"], wanted))
+        return self._records_of[key]
 
     def records_by_kind(self) -> dict[str, int]:
         """Number of records of each kind, kinds sorted."""

@@ -177,13 +177,22 @@ def _draw_crop(
     return (across - width) // 2, (down - height) // 2, width, height
 
 
+def decode_for(data: bytes, where: str, view: View, size: int) -> Image.Image:
+    """The image, at the smallest scale at which the view's crop has `size` pixels a side.
+
+    Raises:
+        DamagedSample: as `decode_image`.
+    """
+    return decode_image(data, where, at_least=(math.ceil(size / view.width), math.ceil(size / view.height)))
+
+
 def show_view(data: bytes, where: str, view: View, size: int) -> Tensor:
     """The pixels of a view: uint8 (3, size, size).
 
     Raises:
         DamagedSample: as `decode_image`.
     """
-    image = decode_image(data, where, at_least=(math.ceil(size / view.width), math.ceil(size / view.height)))
+    image = decode_for(data, where, view, size)
     width, height = max(1, round(view.width * image.width)), max(1, round(view.height * image.height))
     left = min(round(view.left * image.width), image.width - width)
     top = min(round(view.top * image.height), image.height - height)

@@ -16,6 +16,7 @@ import instructblip
 from instructblip.config import (
     CONFIGS,
     EvaluateConfig,
+    InspectConfig,
     LLMConfig,
     MixtureConfig,
     ModelConfig,
@@ -34,10 +35,18 @@ from instructblip.config import (
 )
 from instructblip.errors import UserError
 
-SCHEMAS: dict[str, Any] = {"train": TrainConfig, "evaluate": EvaluateConfig, "prepare": PrepareConfig}
+SCHEMAS: dict[str, Any] = {
+    "train": TrainConfig,
+    "evaluate": EvaluateConfig,
+    "prepare": PrepareConfig,
+    "inspect": InspectConfig,
+}
 PARTS: dict[str, Any] = {"vision": VisionConfig, "qformer": QFormerConfig, "llm": LLMConfig}
 FILES = sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml"))
-COMMAND = re.compile(r"# (?:torchrun [^ ]+ |python )(train|evaluate|prepare)\.py(.*)")
+COMMAND = re.compile(
+    r"# (?:(?:torchrun [^ ]+ |python )(?=\w+\.py)|python -m instructblip\.data\.)"
+    r"(train|evaluate|prepare|inspect)(?:\.py)?(.*)"
+)
 
 
 def _commands(file: str) -> list[tuple[str, list[str]]]:
@@ -160,7 +169,7 @@ def test_a_misspelt_key_names_the_nearest(key: str, nearest: str) -> None:
 
 def test_a_key_like_no_other_names_its_neighbours() -> None:
     message = unknown_key("mixture.zzzz", valid_keys(TrainConfig))
-    assert message.endswith("mixture.name, mixture.datasets, mixture.weights, mixture.temperature, mixture.per")
+    assert message.endswith("mixture.datasets, mixture.weights, mixture.temperature, mixture.per")
     assert unknown_key("zzzz", valid_keys(PrepareConfig)).endswith("check, show, samples, seed, audit, sources")
 
 
