@@ -44,10 +44,10 @@ def wide_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(llm_module, "pack_rows", rows)
 
 
-def load(name: str, folder: Path) -> LLM:
+def load(name: str, folder: Path, dtype: str = "float32") -> LLM:
     write_llm(name, folder)
     options = {"sliding_window": SLIDING_WINDOW} if name == "mistral_7b" else {}
-    return load_llm(llm_config(name, folder, dtype="float32", options=options))
+    return load_llm(llm_config(name, folder, dtype=dtype, options=options))
 
 
 def step(
@@ -84,6 +84,19 @@ def test_packed_rows_compute_what_one_sample_a_row_computes(name: str, frames: i
     loss, gradient = differences(model, images, [range(len(PROMPTS))])
     assert loss < 1e-6
     assert gradient < 1e-5
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("name", ["vicuna_7b", "gemma_3_4b"])
+def test_packed_rows_in_bfloat16(name: str, autocast: bool, tmp_path: Path) -> None:
+    """Within that format's rounding, whether the weights are bfloat16 or the computation alone."""
+    llm = load(name, tmp_path, dtype="float32" if autocast else "bfloat16")
+    model, images = tiny_model(llm=llm), tiny_images(len(PROMPTS))
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        packed, padded = (model(images, PROMPTS, TARGETS, packed=packed) for packed in (True, False))
+    torch.testing.assert_close(packed.per_sample, padded.per_sample, rtol=0.03, atol=0.1)
+    packed.total.backward()
+    assert all(p.grad is None or bool(p.grad.isfinite().all()) for p in model.parameters())
 
 
 @pytest.mark.parametrize("name", ["mistral_7b", "gemma_3_4b"])
