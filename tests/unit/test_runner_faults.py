@@ -1,0 +1,188 @@
+"""What goes wrong while a task runs: damaged images, too little memory, processes that die at any moment."""
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from instructblip.data.cards import load_card
+from instructblip.data.prepare import prepare_dataset
+from instructblip.data.shards import ShardReader
+from instructblip.errors import DamagedSample, UserError
+from instructblip.evaluation import journal
+from instructblip.evaluation.distributed import Worker
+from instructblip.evaluation.outcomes import TaskResult
+from instructblip.evaluation.protocol import Task, make_task
+from instructblip.evaluation.runner import BatchLimit, answer_share, read_pixels, run_task
+from instructblip.model.instructblip import InstructBLIP
+from tests.tiny import IMAGE_SIZE, tiny_model, write_easy_vqa
+
+KILLS = 20  # by raising where the journal is written; tests/distributed and tests/faults kill real processes
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
+    """48 yes/no questions on 12 images."""
+    folder = tmp_path_factory.mktemp("prepared")
+    write_easy_vqa(folder / "raw", images=24)
+    prepare_dataset(load_card("easy_vqa"), folder / "raw", folder / "shards", progress=False)
+    return make_task(load_card("easy_vqa_yes_no"), folder / "shards")
+
+
+@pytest.fixture(scope="module")
+def model() -> InstructBLIP:
+    return tiny_model()
+
+
+def answer(model: InstructBLIP, task: Task, **options: Any) -> TaskResult:
+    options = {"batch_size": 2, "show_progress": False} | options
+    return run_task(model, task, options.pop("read_image", read_pixels(IMAGE_SIZE)), **options)
+
+
+# --- damaged images --------------------------------------------------------------------------------------------------
+
+
+def read_but_three(shard: ShardReader, row: int) -> Tensor:
+    if row == 3:
+        raise DamagedSample("image 3 cannot be decoded")
+    return read_pixels(IMAGE_SIZE)(shard, row)
+
+
+def test_a_damaged_image_fails_the_run_and_says_how_to_go_on(model: InstructBLIP, task: Task, tmp_path: Path) -> None:
+    lost = [sample.id for sample in task.samples if sample.row == 3]
+    with pytest.raises(UserError, match=f"easy_vqa_yes_no: {lost[0]}: image 3 cannot be decoded; or give tolerance=4"):
+        answer(model, task, read_image=read_but_three, folder=tmp_path)
+    with pytest.raises(UserError, match="4 samples failed where tolerance=3 allows no more, the first"):
+        answer(model, task, read_image=read_but_three, folder=tmp_path, tolerance=3)
+
+
+def test_tolerated_failures_are_counted_and_named_and_never_answered(
+    model: InstructBLIP, task: Task, tmp_path: Path
+) -> None:
+    lost = [sample.id for sample in task.samples if sample.row == 3]
+    result = answer(model, task, read_image=read_but_three, folder=tmp_path, tolerance=4)
+    assert [failure.id for failure in result.failures] == lost
+    assert [failed["id"] for failed in result.to_json()["failed"]] == lost
+    assert result.to_json()["count"] == 44
+    assert [sample.id for sample in result.samples] == [
+        sample.id for sample in task.samples if sample.id not in set(lost)
+    ]
+    # Asked again, they are neither answered nor forgotten; without tolerance they stop the run.
+    assert answer(model, task, folder=tmp_path, tolerance=4).failures == result.failures
+    with pytest.raises(UserError, match="tolerance=4"):
+        answer(model, task, folder=tmp_path)
+
+
+def test_a_shard_that_is_gone_is_no_damaged_sample(model: InstructBLIP, task: Task) -> None:
+    def gone(shard: ShardReader, row: int) -> Tensor:
+        raise UserError("shard is gone")
+
+    with pytest.raises(UserError, match="shard is gone"):
+        answer(model, task, read_image=gone, tolerance=100)
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+
+def test_out_of_memory_halves_the_batch_and_changes_no_answer(
+    model: InstructBLIP, task: Task, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    rank, sizes = InstructBLIP.rank, []
+
+    def small_memory(self: InstructBLIP, images: Tensor, prompts: Sequence[str], *rest: Any, **options: Any) -> Any:
+        sizes.append(len(prompts))
+        if len(prompts) > 3:
+            raise torch.OutOfMemoryError("too much")
+        return rank(self, images, prompts, *rest, **options)
+
+    expected = answer(model, task, batch_size=1)
+    monkeypatch.setattr(InstructBLIP, "rank", small_memory)
+    found = answer(model, task, batch_size=16)
+    assert [item.prediction for item in found.predictions] == [item.prediction for item in expected.predictions]
+    assert sizes[:4] == [16, 8, 4, 2]
+    assert set(sizes[4:]) == {2}
+    messages = [record.getMessage() for record in caplog.records if "out of memory" in record.getMessage()]
+    assert messages[0] == "out of memory with a batch of 16; going on with 8"
+    assert len(messages) == 3
+
+
+def test_too_little_memory_for_one_is_said_in_one_line() -> None:
+    def hopeless(batch: Sequence[int]) -> list[int]:
+        raise torch.OutOfMemoryError("too much")
+
+    with pytest.raises(UserError, match="one question alone does not fit into the GPU's memory"):
+        BatchLimit(5).run(range(7), hopeless)
+
+
+# --- kills -----------------------------------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """The process is gone."""
+
+
+def test_twenty_kills_at_random_moments_change_nothing(
+    model: InstructBLIP, task: Task, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"batch_size": 1, "model_fingerprint": "m"}
+    expected = answer(model, task, folder=tmp_path / "whole", **options)
+    stream, append, asked = random.Random(0), journal._append, 0
+    rank = InstructBLIP.rank
+
+    def counting(self: InstructBLIP, images: Tensor, prompts: Sequence[str], *rest: Any, **others: Any) -> Any:
+        nonlocal asked
+        asked += len(prompts)
+        return rank(self, images, prompts, *rest, **others)
+
+    monkeypatch.setattr(InstructBLIP, "rank", counting)
+    folder, kills, attempts = tmp_path / "killed", 0, 0
+    while kills < KILLS:
+        attempts += 1
+        assert attempts < 20 * KILLS
+        count = stream.randint(1, 3)
+        worker, left = Worker(stream.randrange(count), count), stream.randint(1, 2)
+
+        def dying(path: Path, lines: Sequence[str]) -> None:
+            nonlocal left
+            append(path, lines)
+            left -= 1
+            if left == 0:
+                whole = path.read_bytes()
+                path.write_bytes(whole[: len(whole) - stream.choice([0, 1, 30])])  # the last line may be cut
+                raise Killed
+
+        monkeypatch.setattr(journal, "_append", dying)
+        try:
+            if worker.is_first and count == 1:
+                answer(model, task, folder=folder, **options)
+            else:
+                answer_share(model, task, read_pixels(IMAGE_SIZE), folder=folder, worker=worker, **options)
+        except Killed:
+            kills += 1
+    monkeypatch.setattr(journal, "_append", append)
+    found = answer(model, task, folder=folder, **options)
+    assert found.predictions == expected.predictions
+    assert (found.value, found.low, found.high) == (expected.value, expected.low, expected.high)
+    assert [path.name for path in folder.iterdir()] == ["predictions.jsonl"]
+    written = (folder / "predictions.jsonl").read_bytes()
+    assert written == (tmp_path / "whole/predictions.jsonl").read_bytes()
+    assert len(task.samples) <= asked <= len(task.samples) + 2 * KILLS
+
+
+def test_a_silent_process_is_given_up_with_one_line(
+    model: InstructBLIP, task: Task, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(journal, "SILENCE_SECONDS", 0.05)
+    with pytest.raises(UserError, match=r"answers of easy_vqa_yes_no are missing and none has come for .* minutes"):
+        answer(model, task, folder=tmp_path, worker=Worker(0, 2))
+    # Its own share stays, and alone it answers the rest.
+    assert answer(model, task, folder=tmp_path).predictions == answer(model, task).predictions
+
+
+def test_several_processes_need_a_folder(model: InstructBLIP, task: Task) -> None:
+    with pytest.raises(ValueError, match="need a folder"):
+        answer(model, task, worker=Worker(0, 2))
