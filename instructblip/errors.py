@@ -12,7 +12,7 @@ class UserError(Exception):
         super().__init__(" ".join(message.split()))
 
 
-class DamagedSample(UserError):
+class DamagedSample(UserError):  # noqa: N818
     """One image or record that cannot be used, while the rest of its shard can.
 
     Training replaces it, counts it and stops past a tolerance; everything else treats it as any `UserError`.

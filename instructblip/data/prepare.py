@@ -99,7 +99,10 @@ def _present_splits(card: Card, raw: Path) -> list[str]:
     """The splits that the raw folder has any annotation file of; all of them where it has none at all.
 
     Files that several splits share say nothing about a split, unless it has no others. Images do not either: a split
-    whose annotations are there without its images is an error, not one to be left out.
+    whose annotations are there without its images is an error, and said before an hour is spent on the others.
+
+    Raises:
+        UserError: a split's annotations are there, and no folder of its images or videos.
     """
     shared = Counter((role, places) for counts in card.splits.values() for role, places in counts.files.items())
     absent = {}
@@ -112,7 +115,13 @@ def _present_splits(card: Card, raw: Path) -> list[str]:
         return list(card.splits)
     for split, place in absent.items():
         logger.warning("%s/%s: skipped, %s has no file of it, such as %s", card.source, split, raw, place)
-    return [split for split in card.splits if split not in absent]
+    present = [split for split in card.splits if split not in absent]
+    for split in present:
+        files = card.splits[split].files
+        for role in MEDIA_ROLES:
+            if role in files:
+                RawSplit(raw, split, files).path(role)
+    return present
 
 
 @dataclass(frozen=True)

@@ -88,7 +88,9 @@ def open_sets(cards: Sequence[Card], shards: Path) -> list[TrainingSet]:
     return sets
 
 
-def make_mixture(config: MixtureConfig, sets: Sequence[TrainingSet], phases: Sequence[CutSteps], *, seed: int) -> Mixture:
+def make_mixture(
+    config: MixtureConfig, sets: Sequence[TrainingSet], phases: Sequence[CutSteps], *, seed: int
+) -> Mixture:
     """The plan of a run over these datasets and phases.
 
     Raises:

@@ -395,7 +395,8 @@ def test_a_split_that_is_there_in_part_or_a_folder_with_nothing_is_an_error(tmp_
     write_vqav2(tmp_path / "other")
     shutil.rmtree(tmp_path / "other/test2015")  # questions without their images are no missing split
     with pytest.raises(UserError, match=r"lacks test2015 or images/test2015 \(images of split test-dev\)"):
-        prepare_dataset(card, tmp_path / "other", tmp_path / "out", progress=False)
+        prepare_dataset(card, tmp_path / "other", tmp_path / "new", progress=False)
+    assert not (tmp_path / "new").exists()  # said before train was converted
 
 
 def test_a_file_that_splits_share_makes_no_split_present(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -1,0 +1,59 @@
+"""Several ranks end together: told to stop, or when one of them dies or falls silent; another number of them goes on."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from instructblip.training.checkpoint import checkpoint_folders
+from tests.runs import World, read_lines, run, start_ranks
+
+STEPS = 40
+RECIPE = (
+    f"recipe.phases=[{{name: instruction, steps: {STEPS}, batch_size: 4, learning_rate: 1e-4}}]",
+    "recipe.checkpoint_every=4",
+    "recipe.validate_every=50",
+    "suite.held_in=[]",
+    "suite.held_out=[]",
+    "qformer.dropout=0",  # its masks are drawn by rank
+    "parallel.timeout=3",
+)
+
+
+def overrides(world: World, output: Path) -> list[str]:
+    return [*world.train, *RECIPE, f"output={output}"]
+
+
+def test_all_stop_at_one_step_and_one_goes_on_alone(world: World, tmp_path: Path) -> None:
+    """Only rank 1 is told; the run goes on with one process and gives the samples and losses of one process."""
+    arguments = overrides(world, tmp_path)
+    commands = start_ranks(world, "train.py", *arguments, cwd=tmp_path)
+    commands[0].wait_for_lines(tmp_path / "demo/metrics.jsonl", 6)
+    commands[1].process.terminate()
+    assert [command.wait() for command in commands] == [128 + signal.SIGTERM] * 2
+    steps = len(read_lines(tmp_path / "demo/metrics.jsonl"))
+    assert checkpoint_folders(tmp_path / "demo/checkpoints")[0].name == f"step_{steps:08d}"
+    assert steps < STEPS
+    run(world, "train.py", *arguments, "resume=auto", cwd=tmp_path)
+    run(world, "train.py", *overrides(world, tmp_path / "alone"), cwd=tmp_path)
+    found, expected = (read_lines(folder / "demo/metrics.jsonl") for folder in (tmp_path, tmp_path / "alone"))
+    assert [line["sample_ids"] for line in found] == [line["sample_ids"] for line in expected]
+    assert [line["loss"] for line in found] == pytest.approx([line["loss"] for line in expected], abs=1e-5)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["dead", "silent"])
+def test_a_lost_rank_ends_the_others_within_the_bound(world: World, tmp_path: Path, number: int) -> None:
+    commands = start_ranks(world, "train.py", *overrides(world, tmp_path), cwd=tmp_path)
+    commands[0].wait_for_lines(tmp_path / "demo/metrics.jsonl", 5)
+    began = time.monotonic()
+    os.kill(commands[1].process.pid or 0, number)
+    try:
+        assert commands[0].wait() == 2, commands[0].output
+        assert time.monotonic() - began < 3 + 7  # the bound, and the end of the process on a loaded machine
+    finally:
+        commands[1].process.kill()  # which does nothing to a dead one
+        commands[1].wait()
+    assert "rank 0 lost the others" in commands[0].output.splitlines()[-1]
+    assert checkpoint_folders(tmp_path / "demo/checkpoints")
