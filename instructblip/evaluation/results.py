@@ -20,6 +20,7 @@ from instructblip.evaluation.report_data import part_scores, report_row, report_
 from instructblip.evaluation.stored import FORMAT, PREDICTIONS, RESULTS
 from instructblip.evaluation.submissions import SUBMISSIONS, write_submission
 from instructblip.files import write_json
+from instructblip.training.loggers import Logger
 
 _VERSIONS = ("torch", "torchvision", "timm", "transformers")
 BLIND = "images withheld"
@@ -121,6 +122,27 @@ def score_table(title: str, results: Sequence[DatasetResult]) -> Table:
             value, interval = f"{result.value:.1f}", f"{result.low:.1f}-{result.high:.1f}"
         table.add_row(result.task.card.name, value, interval, *others, str(len(result.samples)))
     return table
+
+
+def log_scores(logger: Logger, results: Sequence[DatasetResult], step: int) -> None:
+    """Give an experiment tracker what results.json says: each score with its interval, and all of them as a table.
+
+    Scores of splits without public answers are in neither.
+    """
+    entries = {item.result.task.card.name: _entry(item) for item in results if item.result.value is not None}
+    columns = ("value", "low", "high", "count", "metric")
+    baselines = list(dict.fromkeys(name for entry in entries.values() for name in entry["baselines"]))
+    numbers = {
+        name: {key: entry[key] for key in ("value", "low", "high")}
+        | {part: score["value"] for part, score in entry["parts"].items()}
+        for name, entry in entries.items()
+    }
+    rows = [
+        [name, *(entry[key] for key in columns), *(entry["baselines"].get(key) for key in baselines)]
+        for name, entry in entries.items()
+    ]
+    logger.log({"evaluation": numbers}, step)
+    logger.log_table("evaluation/table", ["dataset", *columns, *baselines], rows, step)
 
 
 def _entry(item: DatasetResult) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from instructblip.config import EvaluateConfig, check_at_least, to_dict
 from instructblip.data.cards import load_card
 from instructblip.evaluation.distributed import this_worker
 from instructblip.evaluation.protocol import make_task
+from instructblip.evaluation.results import log_scores
 from instructblip.evaluation.suite import evaluate_tasks, finish_evaluation, image_reader, llm_kind
 from instructblip.loading import load_model
 from instructblip.prepared import ensure_prepared
@@ -82,5 +83,5 @@ def evaluate(config: EvaluateConfig, console: Console) -> None:
         folder=folder,
         config=to_dict(config),
     )
-    logger.log({"accuracy": {item.result.task.card.name: item.result.value for item in results}}, loaded.step)
+    log_scores(logger, results, loaded.step)
     logger.finish()

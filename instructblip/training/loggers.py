@@ -1,7 +1,7 @@
 """Where a run's metrics go besides its own `metrics.jsonl`: nowhere, or to Weights & Biases."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,6 +14,9 @@ class Logger(Protocol):
     def log(self, metrics: Mapping[str, Any], step: int) -> None:
         """Record numbers at an optimiser step; nested dicts become names joined with "/"."""
 
+    def log_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int) -> None:
+        """Record a table at an optimiser step."""
+
     def finish(self) -> None:
         """Write out everything; nothing may be logged afterwards."""
 
@@ -22,6 +25,9 @@ class NoLogger:
     """Takes everything and keeps nothing."""
 
     def log(self, metrics: Mapping[str, Any], step: int) -> None:
+        """Nothing to do."""
+
+    def log_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int) -> None:
         """Nothing to do."""
 
     def finish(self) -> None:
@@ -37,7 +43,7 @@ class WandbLogger:
             import wandb
         except ImportError:
             raise UserError("logger=wandb needs the package wandb; pip install wandb, or choose logger=none") from None
-        self._teardown = wandb.teardown
+        self._teardown, self._table = wandb.teardown, wandb.Table
         folder.mkdir(parents=True, exist_ok=True)
         try:
             self._run = wandb.init(
@@ -55,6 +61,11 @@ class WandbLogger:
     def log(self, metrics: Mapping[str, Any], step: int) -> None:
         """Record numbers at an optimiser step, which must not go backwards."""
         self._run.log(flatten(metrics), step=step)
+
+    def log_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int) -> None:
+        """Record a table at an optimiser step, which must not go backwards."""
+        table = self._table(columns=list(columns), data=[list(row) for row in rows], allow_mixed_types=True)
+        self._run.log({name: table}, step=step)
 
     def finish(self) -> None:
         """Write out, and when online send, what is left. Ends any other wandb run of this process too.

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from instructblip.evaluation.distributed import ALONE, Worker
+from instructblip.evaluation.results import log_scores
 from instructblip.evaluation.runner import answer_share, run_task
 from instructblip.evaluation.suite import evaluate_tasks, finish_evaluation, model_identity
 from instructblip.training.checkpoint import checkpoint_folders
@@ -98,8 +99,7 @@ def _evaluate(run: TrainingRun, checkpoint: Path) -> None:
             examples=60,
             console=run.console,
         )
-    scores = {item.result.task.card.name: item.result.value for item in results}
-    run.logger.log({"test": scores}, total_steps(run.phases))
+    log_scores(run.logger, results, total_steps(run.phases))
 
 
 def _worker(run: TrainingRun) -> Worker:

@@ -1,6 +1,7 @@
 """Loggers: off by default, Weights & Biases offline, and what the user hears when it cannot start."""
 
 import builtins
+import json
 import os
 import sys
 from collections.abc import Iterator
@@ -69,9 +70,15 @@ def test_wandb_offline_writes_only_below_its_folder(tmp_path: Path, monkeypatch:
     logger = make("wandb", folder)
     logger.log({"loss": 1.25, "loss_by_dataset": {"shape": 0.5}}, step=1)
     logger.log({"loss": 1.0}, step=2)
+    logger.log_table("scores", ["dataset", "value"], [["gqa", 49.25], ["vsr", None]], step=2)
     logger.finish()
     (journal,) = folder.glob("wandb/offline-run-*/*.wandb")
     content = journal.read_bytes()
     assert b"1.25" in content
     assert b"loss_by_dataset/shape" in content
+    (table,) = folder.glob("wandb/offline-run-*/files/media/table/scores_*.table.json")
+    assert json.loads(table.read_text()) == {
+        "columns": ["dataset", "value"],
+        "data": [["gqa", 49.25], ["vsr", None]],
+    }
     assert list(elsewhere.iterdir()) == []

@@ -3,7 +3,9 @@
 import dataclasses
 import io
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -22,6 +24,7 @@ from instructblip.evaluation.results import (
     DatasetResult,
     baselines,
     has_submission,
+    log_scores,
     results_json,
     score_table,
     write_results,
@@ -180,3 +183,40 @@ def test_sub_scores_have_intervals_of_their_own(tmp_path: Path) -> None:
     assert found["parts"]["r@1"]["value"] == 75.0
     assert found["parts"]["r@1"]["low"] < 75.0 < found["parts"]["r@1"]["high"]
     assert found["metric_details"]["mean_rank"] == 1.25
+
+
+class Tracker:
+    """Keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.logged: list[object] = []
+
+    def log(self, metrics: Mapping[str, Any], step: int) -> None:
+        self.logged.append((dict(metrics), step))
+
+    def log_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int) -> None:
+        self.logged.append((name, columns, rows, step))
+
+    def finish(self) -> None:
+        raise AssertionError("the run may have more to say")
+
+
+def test_a_tracker_gets_the_scores_and_the_table(card: Card, shards: Path, tmp_path: Path) -> None:
+    rounds = [Record(f"{n}-1", "dialog", "?", ("b",), choices=("a", "b"), label=1) for n in range(4)]
+    dialogs = any_result(tmp_path / "d", "visdial", rounds, [[-1.0, -2.0]] + [[-2.0, -1.0]] * 3)
+    unscored = [Record(f"VizWiz_test_{n:08d}", "question", "what?") for n in range(2)]
+    hidden = any_result(tmp_path / "h", "vizwiz", unscored, ["a", "b"], split="test")
+    colors = result_of(make_task(card, shards), ["blue", "red", "red", "blue"])
+    tracker = Tracker()
+    items = [DatasetResult(colors, {CHANCE: 7.7}), DatasetResult(dialogs, {}), DatasetResult(hidden, {})]
+    log_scores(tracker, items, 12)
+    (numbers, step), (name, columns, rows, table_step) = tracker.logged
+    assert (step, table_step, name) == (12, 12, "evaluation/table")
+    assert numbers["evaluation"].keys() == {"easy_vqa_color", "visdial"}
+    assert numbers["evaluation"]["easy_vqa_color"] == {"value": 75.0, "low": 10.0, "high": 90.0}
+    assert numbers["evaluation"]["visdial"]["r@1"] == 75.0
+    assert columns == ["dataset", "value", "low", "high", "count", "metric", CHANCE]
+    assert rows == [
+        ["easy_vqa_color", 75.0, 10.0, 90.0, 4, "accuracy", 7.7],
+        ["visdial", 87.5, dialogs.low, dialogs.high, 4, "visdial", None],
+    ]
