@@ -12,6 +12,7 @@ import torch
 from rich import box
 from rich.table import Table
 
+from instructblip.errors import UserError
 from instructblip.evaluation.metrics import METRICS, ModelOutput
 from instructblip.evaluation.outcomes import TaskResult
 from instructblip.evaluation.protocol import Task, chance_level, majority_answers
@@ -77,6 +78,9 @@ def write_results(
 
     Args:
         examples: samples shown for each dataset, half of them wrong ones.
+
+    Raises:
+        UserError: a damaged image, a record that a leaderboard's file has no place for, or a disk that is full.
     """
     write_json(folder / RESULTS, summary)
     report = Report(
@@ -92,8 +96,7 @@ def write_results(
         home = folder / item.result.task.card.name
         written.append(home / PREDICTIONS)
         if has_submission(item.result):
-            records = [sample.record for sample in item.result.samples]
-            written.append(write_submission(home, item.result.task.card.name, item.result.outputs, records))
+            written.append(_write_submission(home, item.result))
     return written
 
 
@@ -122,6 +125,16 @@ def score_table(title: str, results: Sequence[DatasetResult]) -> Table:
             value, interval = f"{result.value:.1f}", f"{result.low:.1f}-{result.high:.1f}"
         table.add_row(result.task.card.name, value, interval, *others, str(len(result.samples)))
     return table
+
+
+def _write_submission(folder: Path, result: TaskResult) -> Path:
+    name, records = result.task.card.name, [sample.record for sample in result.samples]
+    try:
+        return write_submission(folder, name, result.outputs, records)
+    except ValueError as error:
+        raise UserError(
+            f"{name} has no form that its leaderboard takes ({error}); prepare the official files"
+        ) from None
 
 
 def log_scores(logger: Logger, results: Sequence[DatasetResult], step: int) -> None:

@@ -11,6 +11,10 @@ import hydra
 import pytest
 
 from instructblip.config import CONFIGS
+from instructblip.errors import UserError
+from instructblip.evaluation.compare import compare_runs
+from instructblip.evaluation.stored import read_run
+from instructblip.evaluation.table import score_table
 from tests.runs import REPOSITORY, World, evaluate_here, run, scores
 
 HAS_LAUNCHER = importlib.util.find_spec("submitit") is not None
@@ -39,6 +43,14 @@ def test_jobs_run_one_after_the_other_and_keep_apart(
     assert scores(output / "demo-samples_6-withhold_images_False") == scores(alone)
     blind = json.loads((output / "demo-samples_6-withhold_images_True/results.json").read_text())
     assert blind["datasets"]["easy_vqa_shape"]["protocol"]["images"] == "withheld"
+    # What evaluate.py writes is what compare and table read.
+    shown, again = (read_run(folder) for folder in (output / "demo-samples_6-withhold_images_False", alone))
+    (compared,) = compare_runs(shown, again)
+    assert (compared.count, compared.paired.difference, compared.paired.p) == (6, 0.0, 1.0)
+    with pytest.raises(UserError, match=r"differ in images \('shown' and 'withheld'\)"):
+        compare_runs(shown, read_run(output / "demo-samples_6-withhold_images_True"))
+    table = score_table([shown, read_run(output / "demo-samples_4-withhold_images_True")])
+    assert [row.cells["easy_vqa_shape"].symbols for row in table.rows] == ["*", "*‡"]
     (recorded,) = output.glob("sweeps/*/multirun.yaml")
     assert "samples=4,6" in recorded.read_text()
 

@@ -14,6 +14,7 @@ from rich.table import Table
 from instructblip.data.cards import Card, load_card
 from instructblip.data.sample import Record
 from instructblip.data.shards import MANIFEST_FORMAT, ShardWriter, shard_path
+from instructblip.errors import UserError
 from instructblip.evaluation.metrics import accuracy
 from instructblip.evaluation.outcomes import Failure, Prediction, TaskResult
 from instructblip.evaluation.protocol import Task, make_task
@@ -183,6 +184,15 @@ def test_sub_scores_have_intervals_of_their_own(tmp_path: Path) -> None:
     assert found["parts"]["r@1"]["value"] == 75.0
     assert found["parts"]["r@1"]["low"] < 75.0 < found["parts"]["r@1"]["high"]
     assert found["metric_details"]["mean_rank"] == 1.25
+
+
+def test_ids_that_no_leaderboard_takes_are_told_in_one_line(tmp_path: Path) -> None:
+    records = [Record("mine-1", "question", "?", ("a",)), Record("mine-2", "question", "?", ("b",))]
+    item = DatasetResult(any_result(tmp_path / "shards", "vqav2", records, ["a", "b"]), {})
+    summary = results_json([item], checkpoint="x", fingerprint="abc", step=1)
+    with pytest.raises(UserError, match="vqav2 has no form that its leaderboard takes .*'mine-1'.*whole numbers"):
+        write_results(tmp_path / "out", "t", [item], summary, examples=1)
+    assert (tmp_path / "out/results.json").exists()  # the scores are not lost with it
 
 
 class Tracker:
