@@ -3,31 +3,19 @@
 python -m instructblip.data.inspect mixture=held_in data.shards=/data/shards samples=8 workers=8
 """
 
-import time
-from collections.abc import Callable, Iterator
-from functools import partial
-from itertools import count, islice
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
 from instructblip.cli import main
 from instructblip.config import InspectConfig, check_at_least
-from instructblip.data.batching import Batching
-from instructblip.data.loader import DrawnImage, MixtureDataset, decoded, load_batches
-from instructblip.data.mixture import position_generator
-from instructblip.data.transforms import AUGMENTATIONS, decode_for, decode_image, draw_view, image_size
+from instructblip.data.loader import MixtureDataset, decoded
+from instructblip.data.timing import loading_parts, loading_seconds
 from instructblip.errors import UserError
 from instructblip.prepared import ensure_prepared
 from instructblip.training.data import check_data, make_mixture, mixture_cards, open_sets
 from instructblip.training.tables import shares_planned
-
-_STEP = 32  # samples that a worker reads at a time
-_WARM_UP = 2  # steps of each worker before the clock starts
-_PARTS = 64  # samples whose decoding is timed apart
 
 
 def inspect(config: InspectConfig, console: Console) -> None:
@@ -76,77 +64,13 @@ def _show(dataset: MixtureDataset, position: int, console: Console) -> None:
 def _timing(dataset: MixtureDataset, config: InspectConfig) -> Table:
     workers = config.data.workers
     whole = loading_seconds(dataset, config.timed, workers)
-    empty = torch.zeros(1, 3, config.image_size, config.image_size, dtype=torch.uint8)
-    rest = loading_seconds(MixtureDataset(dataset.mixture, dataset.sets, _Always(empty)), config.timed, workers)
-    decode, transform = _decoding_seconds(dataset, config)
-    busy = max(workers, 1)
+    parts = loading_parts(dataset, config.data.transform, config.image_size, config.timed, workers)
     table = Table(title=f"the loader alone: {1 / whole:,.0f} samples/s with {workers} workers")
     for name in ("part", "ms a sample and process", "share %"):
         table.add_column(name, justify="left" if name == "part" else "right")
-    parts = {"decode": decode, "transform": transform, "read, text and transport": rest * busy}
     for name, seconds in parts.items():
         table.add_row(name, f"{1e3 * seconds:.2f}", f"{100 * seconds / sum(parts.values()):.0f}")
     return table
-
-
-class _Always:
-    """Makes the same image of everything: what remains is the work around it."""
-
-    def __init__(self, image: Tensor) -> None:
-        self.image = image
-
-    def __call__(self, image: DrawnImage) -> Tensor:
-        return self.image
-
-
-def loading_seconds(dataset: MixtureDataset, samples: int, workers: int) -> float:
-    """Seconds a sample that the loader takes to give so many samples, when nothing else is to be done."""
-    steps = load_batches(dataset, _steps(), batching=_whole_step, workers=workers)
-    try:
-        for _ in islice(steps, _WARM_UP * max(workers, 1)):
-            pass
-        begun, loaded = time.perf_counter(), 0
-        while loaded < samples:
-            loaded += sum(len(batch.ids) for batch in next(steps).batches)
-        return (time.perf_counter() - begun) / loaded
-    finally:
-        steps.close()
-
-
-def _steps() -> Iterator[tuple[int, list[int]]]:
-    return ((step, list(range(_STEP * step, _STEP * (step + 1)))) for step in count())
-
-
-def _whole_step(step: int) -> Batching:
-    return Batching(kind="fixed")
-
-
-def _decoding_seconds(dataset: MixtureDataset, config: InspectConfig) -> tuple[float, float]:
-    """Seconds a sample for decoding and for what follows it."""
-    decode = transform = 0.0
-    size, name = config.image_size, config.data.transform
-    for position in range(_PARTS):
-        sample, _ = dataset[position]
-        chosen = dataset.sets[dataset.mixture.draw(position).dataset]
-        number, row = sample.image_location
-        random = position_generator(config.seed, position)
-        image = DrawnImage(chosen.split.shards[number], row, sample.frames, random, chosen.flip)
-        made = _seconds(partial(dataset.make_image, image))
-        for frame in sample.frames:
-            if name in AUGMENTATIONS:
-                view = draw_view(AUGMENTATIONS[name], image_size(frame, sample.id), random)
-                spent = _seconds(partial(decode_for, frame, "", view, size))
-            else:
-                spent = _seconds(partial(decode_image, frame, ""))
-            decode, made = decode + spent, made - spent
-        transform += max(made, 0.0)
-    return decode / _PARTS, transform / _PARTS
-
-
-def _seconds(work: Callable[[], object]) -> float:
-    begun = time.perf_counter()
-    work()
-    return time.perf_counter() - begun
 
 
 if __name__ == "__main__":
