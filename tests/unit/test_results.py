@@ -190,7 +190,7 @@ def test_ids_that_no_leaderboard_takes_are_told_in_one_line(tmp_path: Path) -> N
     records = [Record("mine-1", "question", "?", ("a",)), Record("mine-2", "question", "?", ("b",))]
     item = DatasetResult(any_result(tmp_path / "shards", "vqav2", records, ["a", "b"]), {})
     summary = results_json([item], checkpoint="x", fingerprint="abc", step=1)
-    with pytest.raises(UserError, match="vqav2 has no form that its leaderboard takes .*'mine-1'.*whole numbers"):
+    with pytest.raises(UserError, match=r"vqav2 has no form that its leaderboard takes .*'mine-1'.*whole numbers"):
         write_results(tmp_path / "out", "t", [item], summary, examples=1)
     assert (tmp_path / "out/results.json").exists()  # the scores are not lost with it
 
