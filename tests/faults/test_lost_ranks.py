@@ -10,7 +10,7 @@ import pytest
 from instructblip.training.checkpoint import checkpoint_folders
 from tests.runs import World, read_lines, run, start_ranks
 
-STEPS = 40
+STEPS = 24
 RECIPE = (
     f"recipe.phases=[{{name: instruction, steps: {STEPS}, batch_size: 4, learning_rate: 1e-4}}]",
     "recipe.checkpoint_every=4",
