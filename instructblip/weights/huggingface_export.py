@@ -101,7 +101,7 @@ def _huggingface_config(model: InstructBLIP, rows: int, image_token: int) -> Any
     dtypes = {tensor.dtype for tensor in tensors}
     config = InstructBlipConfig(
         vision_config=_vision_config(model.vision),
-        qformer_config=_qformer_config(qformer, model.qformer_tokenizer.pad_token_id),
+        qformer_config=qformer_config(qformer, model.qformer_tokenizer.pad_token_id),
         text_config=text.to_dict() | {"decoder_start_token_id": text.decoder_start_token_id}
         if isinstance(llm, EncoderDecoderLLM)
         else text.to_dict(),
@@ -127,7 +127,8 @@ def _vision_config(vision: VisionEncoder) -> dict[str, Any]:
     }
 
 
-def _qformer_config(qformer: QFormer, pad_token: int | None) -> dict[str, Any]:
+def qformer_config(qformer: QFormer, pad_token: int | None) -> dict[str, Any]:
+    """The sizes of a Q-Former as transformers' configuration has them, without the width of what it looks at."""
     layers = [layer for layer in qformer.layers if isinstance(layer, QFormerLayer)]
     crossed = [index for index, layer in enumerate(layers) if layer.cross_attention is not None]
     return {
