@@ -95,7 +95,7 @@ def test_the_two_commands_as_a_user_types_them(world: World, finished_run: Path,
 def test_metrics_have_their_keys(finished_run: Path) -> None:
     lines = read_lines(finished_run / "metrics.jsonl")
     always = {"step", "phase", "loss", "loss_by_dataset", "lr", "grad_norm", "tokens", "sample_ids"}
-    always |= {"samples_per_second", "tokens_per_second", "data_wait_fraction"}
+    always |= {"samples_per_second", "tokens_per_second", "data_wait_fraction", "padding_fraction", "memory"}
     for line in lines:
         validated = {"validation"} if line["step"] % 5 == 0 and line["phase"] == "instruction" else set()
         assert line.keys() == always | validated
