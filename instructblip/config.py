@@ -161,7 +161,8 @@ class ToleranceConfig:
 class DataConfig:
     """Where prepared shards lie and how they are read."""
 
-    shards: str = "data/shards"
+    shards: str = "data/shards"  # a folder, or a URL that fsspec reads
+    remote_cache_bytes: int = 100_000_000_000  # of shards that are kept on this machine when they come from a URL
     sources: dict[str, SourcesConfig] = field(default_factory=dict)  # raw data that may be fetched, by dataset
     workers: int = 0
     cache_features: bool = False

@@ -6,15 +6,16 @@ from pathlib import Path
 from rich.console import Console
 
 from instructblip.build import sources
-from instructblip.config import PrepareConfig, SourcesConfig
+from instructblip.config import DataConfig, PrepareConfig, SourcesConfig
 from instructblip.data.audit import audit_prepared, audit_table
 from instructblip.data.cards import Card, load_card
 from instructblip.data.fetch import fetch_raw
 from instructblip.data.prepare import check_prepared, prepare_dataset
+from instructblip.data.remote import is_url, mirror_datasets
 from instructblip.data.shards import MANIFEST_NAME, read_manifest
 from instructblip.data.show import write_samples
 from instructblip.errors import UserError
-from instructblip.weights.assets import part_folder
+from instructblip.weights.assets import cache_folder, part_folder
 
 RAW_FOLDER = Path("data/raw")  # where official files are fetched to when raw= names no other folder
 SHOWN_SIZE = 224  # the side of the square that the paper's models get, pixels
@@ -42,6 +43,24 @@ def ensure_prepared(
         raw = raw_folder(card, fetchable, shards)
         console.print(f"preparing {card.source} in {shards / card.source}", highlight=False)
         prepare_dataset(card, raw, shards)
+
+
+def shards_folder(cards: Sequence[Card], data: DataConfig, console: Console) -> Path:
+    """The folder that the prepared datasets of these cards can be opened from, wherever data.shards is.
+
+    Raises:
+        UserError: as `ensure_prepared`; a place elsewhere that cannot be read, or does not have one of them.
+    """
+    if not is_url(data.shards):
+        ensure_prepared(cards, Path(data.shards), data.sources, console)
+        return Path(data.shards)
+    wanted = {(card.source, split) for card in cards for split in card.splits}
+    root, found = mirror_datasets(data.shards, sorted(wanted), cache_folder() / "shards", data.remote_cache_bytes)
+    if missing := sorted({card.source for card in cards} - {source for source, _ in found}):
+        raise UserError(
+            f"{data.shards} has no prepared {', '.join(missing)}; prepare it with prepare.py and copy its folder there"
+        )
+    return root
 
 
 def raw_folder(card: Card, fetchable: Mapping[str, SourcesConfig], shards: Path) -> Path:

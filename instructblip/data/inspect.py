@@ -3,8 +3,6 @@
 python -m instructblip.data.inspect mixture=held_in data.shards=/data/shards samples=8 workers=8
 """
 
-from pathlib import Path
-
 from rich.console import Console
 from rich.table import Table
 
@@ -13,7 +11,7 @@ from instructblip.config import InspectConfig, check_at_least
 from instructblip.data.loader import MixtureDataset, decoded
 from instructblip.data.timing import loading_parts, loading_seconds
 from instructblip.errors import UserError
-from instructblip.prepared import ensure_prepared
+from instructblip.prepared import shards_folder
 from instructblip.training.data import check_data, make_mixture, mixture_cards, open_sets
 from instructblip.training.tables import shares_planned
 
@@ -25,10 +23,8 @@ def inspect(config: InspectConfig, console: Console) -> None:
         UserError: a setting that cannot be, data that is missing or damaged.
     """
     _check(config)
-    shards = Path(config.data.shards)
     cards = mixture_cards(config.mixture)
-    ensure_prepared(cards, shards, config.data.sources, console)
-    sets = open_sets(cards, shards)
+    sets = open_sets(cards, shards_folder(cards, config.data, console))
     mixture = make_mixture(config.mixture, sets, [config], seed=config.seed)
     console.print(shares_planned(mixture, [config]))
     dataset = MixtureDataset(mixture, sets, decoded(config.data.transform, config.image_size))

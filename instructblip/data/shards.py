@@ -21,12 +21,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, Self, overload
+from typing import Any, BinaryIO, Self, overload
 
 import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
+from instructblip.data.remote import RemoteTars, remote_tars
 from instructblip.data.sample import Record
 from instructblip.errors import DamagedSample, UserError
 from instructblip.files import atomic_path, read_json, sha256_file, write_atomically
@@ -163,16 +164,6 @@ def safetensors_bytes(arrays: dict[str, Int64Array], metadata: dict[str, str]) -
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
-class OpenTar(Protocol):
-    """Gives a file descriptor of a shard's tar, from wherever it is kept."""
-
-    def __call__(self, shard: "ShardReader") -> int: ...
-
-
-def _open_local(shard: "ShardReader") -> int:
-    return os.open(shard.path, os.O_RDONLY | os.O_CLOEXEC)
-
-
 class ShardReader:
     """Read images and records of one shard at the offsets of its index; nothing is unpacked.
 
@@ -183,7 +174,7 @@ class ShardReader:
 
     Args:
         path: the tar; the index lies beside it.
-        open_tar: how to open the tar, where that is not the file at `path`.
+        remote: where the tar comes from, if it is not the file at `path`.
 
     Attributes:
         kinds, keys, extensions: lists of the index, of all kinds, images and frames.
@@ -193,16 +184,16 @@ class ShardReader:
         UserError: shard or index missing, unreadable, cut short, or not belonging together.
     """
 
-    def __init__(self, path: Path, open_tar: OpenTar | None = None) -> None:
+    def __init__(self, path: Path, remote: RemoteTars | None = None) -> None:
         self.path = path
-        self._open_tar = open_tar or _open_local
+        self._remote = remote
         self.metadata, self.arrays = _read_index(index_path(path))
         self.kinds: list[str] = json.loads(self.metadata["kinds"])
         self.keys: list[str] = json.loads(self.metadata["keys"])
         self.extensions: list[str] = json.loads(self.metadata["extensions"])
         self.tar_sha256 = self.metadata["tar_sha256"]
         self.tar_bytes = int(self.metadata["tar_bytes"])
-        if open_tar is None:
+        if remote is None:
             _check_tar(path, self.tar_bytes)
         self._records_of: dict[tuple[str, ...], Int64Array] = {}
         self._first_frame: list[int] = np.searchsorted(self.arrays["frame_image"], np.arange(len(self) + 1)).tolist()
@@ -284,7 +275,10 @@ class ShardReader:
 
     def _read_span(self, offset: int, size: int) -> bytes:
         try:
-            descriptor = self._open_tar(self)
+            if self._remote is None:
+                descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+            else:
+                descriptor = self._remote.open(self.path.name, self.tar_sha256, self.tar_bytes)
             try:
                 _check_size(self.path, os.fstat(descriptor).st_size, self.tar_bytes)
                 content = os.pread(descriptor, size, offset)
@@ -372,9 +366,9 @@ class _Shards(Sequence[ShardReader]):
     The indexes of 14 million images would be gigabytes in every process.
     """
 
-    def __init__(self, paths: Sequence[Path], open_tar: OpenTar | None) -> None:
+    def __init__(self, paths: Sequence[Path], remote: RemoteTars | None) -> None:
         self._paths = tuple(paths)
-        self._open_tar = open_tar
+        self._remote = remote
         self._kept: OrderedDict[int, ShardReader] = OrderedDict()
 
     def __len__(self) -> int:
@@ -391,7 +385,7 @@ class _Shards(Sequence[ShardReader]):
             return [self[place] for place in range(len(self))[number]]
         place = range(len(self))[number]
         if place not in self._kept:
-            self._kept[place] = ShardReader(self._paths[place], self._open_tar)
+            self._kept[place] = ShardReader(self._paths[place], self._remote)
             while len(self._kept) > _READERS_KEPT:
                 self._kept.popitem(last=False)
         self._kept.move_to_end(place)
@@ -479,22 +473,19 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def open_split(folder: Path, open_tar: OpenTar | None = None) -> PreparedSplit:
+def open_split(folder: Path) -> PreparedSplit:
     """Open a split folder; costs reading the heads of its indexes, not the tars.
-
-    Args:
-        folder: of the manifest and the indexes.
-        open_tar: how to open a shard's tar, where the tars do not lie in the folder.
 
     Raises:
         UserError: the folder is not prepared, or a shard is missing, cut short, or not the one of the manifest.
     """
     manifest = read_manifest(folder)
+    remote = remote_tars(folder)
     paths = [folder / entry["name"] for entry in manifest["shards"]]
     for path, entry in zip(paths, manifest["shards"], strict=True):
         metadata = _index_metadata(index_path(path))
         if metadata["tar_sha256"] != entry["sha256"]:
             raise _broken(path, "is not the one its manifest lists (another SHA-256 in the index)")
-        if open_tar is None:
+        if remote is None:
             _check_tar(path, int(metadata["tar_bytes"]))
-    return PreparedSplit(folder, manifest, _Shards(paths, open_tar))
+    return PreparedSplit(folder, manifest, _Shards(paths, remote))

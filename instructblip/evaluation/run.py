@@ -11,7 +11,7 @@ from instructblip.evaluation.protocol import make_task
 from instructblip.evaluation.results import log_scores
 from instructblip.evaluation.suite import evaluate_tasks, finish_evaluation, image_reader, llm_kind
 from instructblip.loading import load_model
-from instructblip.prepared import ensure_prepared
+from instructblip.prepared import shards_folder
 from instructblip.training.loggers import make_logger
 from instructblip.weights.assets import cache_folder
 
@@ -35,8 +35,8 @@ def evaluate(config: EvaluateConfig, console: Console) -> None:
         qformer_path=config.qformer_path,
         device=worker.device(config.device),
     )
-    shards, folder = Path(config.data.shards), Path(config.output) / config.name
-    ensure_prepared(cards, shards, config.data.sources, console)
+    folder = Path(config.output) / config.name
+    shards = shards_folder(cards, config.data, console)
     tasks = [
         make_task(
             card,

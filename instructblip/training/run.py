@@ -58,6 +58,7 @@ _FREE_ON_RESUME = (
     "profile_step",
     "data.workers",
     "data.tolerance",
+    "data.remote_cache_bytes",
     "recipe.keep_checkpoints",
     "recipe.keep_best",
     "recipe.full_disk",

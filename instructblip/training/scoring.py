@@ -80,7 +80,7 @@ def _evaluate(run: TrainingRun, checkpoint: Path) -> None:
             run.model,
             run.final,
             run.read_image,
-            shards=Path(run.config.data.shards),
+            shards=run.shards,
             folder=Path(elsewhere) if _is_sharded(run) and not run.processes.is_first else folder,
             batch_size=_BATCH,
             blind=True,

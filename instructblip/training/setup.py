@@ -24,7 +24,7 @@ from instructblip.evaluation.suite import cached_images, feature_cache
 from instructblip.files import exclusive
 from instructblip.model.instructblip import InstructBLIP
 from instructblip.model.vision import ChannelNorm
-from instructblip.prepared import ensure_prepared
+from instructblip.prepared import shards_folder
 from instructblip.training.average import WeightAverage
 from instructblip.training.data import check_data, make_images, make_mixture, mixture_cards, open_sets
 from instructblip.training.loggers import Logger, make_logger
@@ -45,6 +45,7 @@ class TrainingRun:
 
     config: TrainConfig
     folder: Path
+    shards: Path
     console: Console
     processes: Processes
     model: InstructBLIP
@@ -137,11 +138,10 @@ def set_up(config: TrainConfig, folder: Path, processes: Processes, console: Con
     Raises:
         UserError: data or parts are missing and cannot be fetched, or do not fit together.
     """
-    shards = Path(config.data.shards)
     cards = mixture_cards(config.mixture)
     held_in = [load_card(name) for name in config.suite.held_in]
     held_out = [load_card(name) for name in config.suite.held_out]
-    ensure_prepared([*cards, *held_in, *held_out], shards, config.data.sources, console)
+    shards = shards_folder([*cards, *held_in, *held_out], config.data, console)
     model = build_model(config.vision, config.qformer, config.llm, seed=config.seed).to(choose_device(config.device))
     sets = open_sets(cards, shards)
     mixture = make_mixture(config.mixture, sets, config.recipe.phases, seed=config.seed)
@@ -154,6 +154,7 @@ def set_up(config: TrainConfig, folder: Path, processes: Processes, console: Con
     return TrainingRun(
         config=config,
         folder=folder,
+        shards=shards,
         console=console,
         processes=processes,
         model=model,
