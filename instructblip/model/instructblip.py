@@ -167,7 +167,15 @@ class InstructBLIP(nn.Module):
         `ranking.RANKING_PRESETS` has the values of `normalize` and `include_eos` of the paper and of the released code.
         """
         prefixes = self._prefixes(self.visual_prompt(self.image_tokens(images), prompts), prompts)
-        ids = [[self.llm.target_ids(text, include_eos) for text in texts] for texts in candidates]
+        # Texts are tokenised once; lists that are one and the same (a vocabulary) stay so, for ranking to share its work.
+        tokens = {
+            text: self.llm.target_ids(text, include_eos) for text in {text for texts in candidates for text in texts}
+        }
+        lists = {
+            number: [tokens[text] for text in texts]
+            for number, texts in {id(item): item for item in candidates}.items()
+        }
+        ids = [lists[id(texts)] for texts in candidates]
         return rank_candidates(self.llm, prefixes, ids, normalize=normalize, token_budget=token_budget)
 
     @torch.inference_mode()

@@ -145,22 +145,37 @@ def _rank_group(
 ) -> list[Tensor]:
     """Scores of each row's candidates, in passes whose trees hold together as many tokens as the budget allows."""
     room = max(token_budget // len(candidates), 1)
-    # In the order of their tokens, candidates that begin alike come into the same tree.
-    orders = [_token_order(sequences) for sequences in candidates]
+    # In the order of their tokens, candidates that begin alike come into the same tree. Rows that were given one and the
+    # same list, such as a vocabulary, share order and trees.
+    order_of = {
+        id(sequences): _token_order(sequences) for sequences in {id(item): item for item in candidates}.values()
+    }
+    orders = [order_of[id(sequences)] for sequences in candidates]
     scores = [torch.empty(len(sequences)) for sequences in candidates]
     places = [0] * len(candidates)
     while any(place < len(order) for place, order in zip(places, orders, strict=True)):
         trees, taken = [], []
+        made: dict[int, tuple[CandidateTree, int]] = {}
         for row, sequences in enumerate(candidates):
-            tree = CandidateTree()
-            start = places[row]
-            while places[row] < len(orders[row]) and tree.add(sequences[orders[row][places[row]]], room):
-                places[row] += 1
+            start = places[row]  # the same for all rows of one list
+            if id(sequences) not in made:
+                made[id(sequences)] = _fill_tree(sequences, orders[row], start, room)
+            tree, places[row] = made[id(sequences)]
             trees.append(tree)
             taken.append(orders[row][start : places[row]])
         for row, values in enumerate(_score_trees(llm, prompts, trees, normalize)):
             scores[row][taken[row]] = values
     return scores
+
+
+def _fill_tree(
+    sequences: Sequence[Sequence[int]], order: list[int], start: int, room: int
+) -> tuple[CandidateTree, int]:
+    """A tree of the candidates from `start` on, as many as there is room for, and the place of the first that is left."""
+    tree, place = CandidateTree(), start
+    while place < len(order) and tree.add(sequences[order[place]], room):
+        place += 1
+    return tree, place
 
 
 def _token_order(sequences: Sequence[Sequence[int]]) -> list[int]:
@@ -173,7 +188,8 @@ def _score_trees(llm: LLM, prompts: OpenPrompts, trees: list[CandidateTree], nor
         device = node_BNL.device
         tokens_BN = torch.tensor([tree.tokens + [llm.pad_id] * (nodes - len(tree.tokens)) for tree in trees])
         depths_BN = torch.tensor([tree.depths + [0] * (nodes - len(tree.tokens)) for tree in trees])
-        visible_BNN = torch.stack([_visible(tree, nodes) for tree in trees])
+        visible = {number: _visible(tree, nodes) for number, tree in {id(tree): tree for tree in trees}.items()}
+        visible_BNN = torch.stack([visible[id(tree)] for tree in trees])
         hidden_BNL = llm.continue_prompts(prompts, tokens_BN.to(device), depths_BN.to(device), visible_BNN.to(device))
         node_BNL = torch.cat([node_BNL, hidden_BNL], dim=1)
     return [_score(llm, tree, node_NL, normalize) for tree, node_NL in zip(trees, node_BNL, strict=True)]
@@ -201,5 +217,5 @@ def _score(llm: LLM, tree: CandidateTree, node_NL: Tensor, normalize: str) -> Te
         chunk = llm.logits(node_NL[needed[start : start + _LOGIT_ROWS]]).log_softmax(-1)
         inside = (place >= start) & (place < start + _LOGIT_ROWS)
         log_probs[inside] = chunk[place[inside] - start, tokens[inside]]
-    pieces = log_probs.split([len(path) for path in tree.paths])
-    return torch.stack([piece.sum() if normalize == "sum" else piece.mean() for piece in pieces]).cpu()
+    lengths = torch.tensor([len(path) for path in tree.paths])
+    return torch.segment_reduce(log_probs.cpu(), normalize, lengths=lengths)
