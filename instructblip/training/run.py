@@ -111,7 +111,7 @@ def _train(config: TrainConfig, processes: Processes, stop: StopRequest, console
     console.print(shares_planned(run.mixture, run.phases))
     unvalidated = checkpoint.state.get("unvalidated") if checkpoint else None
     done = _train_steps(run, start, stop, execution, unvalidated)
-    if done < total_steps(run.phases) or stop.received:
+    if done < total_steps(run.phases) or stop.agreed:
         return _stopped(run, stop, done)
     console.print(shares_realised(run.mixture, run.phases, run.lost.counts))
     try:
@@ -253,13 +253,13 @@ def _train_steps(
                 progress.say(f"step {done} is skipped: {what_is_not_finite(result)}")
             timer.step(result.samples, result.tokens)
             entry = log_entry(step, place, rate, result, _measures(timer, run))
-            stop.received = stop.received or result.stop_signal or None
+            stop.agreed = result.stop_signal or None
             trace(done)
             # Alignment does not teach the LLM's layers to listen: its answers would say nothing yet.
             due = (
                 bool(run.validation and place.phase.through_llm) and done % recipe.validate_every == 0 and done < steps
             )
-            stopping = not _record(run, progress, entry, stop, due=due) or stop.received is not None
+            stopping = not _record(run, progress, entry, stop, due=due) or stop.agreed is not None
             progress.update(done, result.loss, timer.samples_per_second)
             if done % recipe.checkpoint_every == 0 or done == steps or stopping or _is_best(run, done):
                 _save(run, done, unvalidated=entry if due and "validation" not in entry else None)

@@ -32,7 +32,7 @@ def validate(run: TrainingRun, step: int, stop: StopRequest) -> dict[str, float]
         ended = True
     # A signal may have reached some ranks only, and some of them after their last answer.
     reports = run.processes.gather({"ended": ended, "signal": stop.received or 0, "scores": scores})
-    stop.received = stop.received or max(report["signal"] for report in reports) or None
+    stop.agreed = stop.agreed or max(report["signal"] for report in reports) or None
     if any(report["ended"] for report in reports):
         return None
     found: dict[str, float] = reports[0]["scores"]

@@ -18,10 +18,16 @@ class StopRequest:
 
     Used as a context manager around a run: the training loop asks `received` after each step, and what can be repeated
     without loss (preparation, evaluation) stands inside `at_once`.
+
+    Attributes:
+        received: the signal that this process got.
+        agreed: the one that all processes of the run know of and act on. A signal that came after they last spoke to each
+            other waits for the next time: a process that acted on it alone would leave the others waiting.
     """
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self.agreed: int | None = None
         self._at_once = False
         self._previous: dict[int, object] = {}
 
@@ -48,7 +54,7 @@ class StopRequest:
     @property
     def exit_code(self) -> int:
         """128 + signal number, as a shell reports a process that a signal ended."""
-        return 128 + (self.received or 0)
+        return 128 + (self.agreed or self.received or 0)
 
     def _notice(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None and number == signal.SIGINT:

@@ -32,7 +32,8 @@ def test_all_stop_at_one_step_and_one_goes_on_alone(world: World, tmp_path: Path
     commands = start_ranks(world, "train.py", *arguments, cwd=tmp_path)
     commands[0].wait_for_lines(tmp_path / "demo/metrics.jsonl", 6)
     commands[1].process.terminate()
-    assert [command.wait() for command in commands] == [128 + signal.SIGTERM] * 2
+    codes = [command.wait() for command in commands]
+    assert codes == [128 + signal.SIGTERM] * 2, commands[0].output + commands[1].output
     steps = len(read_lines(tmp_path / "demo/metrics.jsonl"))
     assert checkpoint_folders(tmp_path / "demo/checkpoints")[0].name == f"step_{steps:08d}"
     assert steps < STEPS
