@@ -15,8 +15,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tokenizers import AddedToken
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from instructblip.architecture import AUTO_CLASSES, make_qformer, override_settings, torch_dtype, vision_encoder
 from instructblip.config import LLMConfig, ModelConfig, QFormerConfig, SourcesConfig, VisionConfig, read_model_config
 from instructblip.errors import UserError
 from instructblip.model.frozen import fingerprint
@@ -47,7 +48,6 @@ VISION_NORMS: dict[str, Callable[[int, float], nn.Module]] = {
 }
 INITS = ("bert", "blip2", "scratch")
 QUERY_INITS = ("normal", "cls")
-_AUTO_CLASSES: dict[str, Any] = {"decoder": AutoModelForCausalLM, "encoder_decoder": AutoModelForSeq2SeqLM}
 
 
 class LoadedRun(NamedTuple):
@@ -97,24 +97,10 @@ def load_vision(config: VisionConfig) -> VisionEncoder:
     Positions are resized to the configured image size. A file may hold more than is built: its classification head, the
     last norm where `final_norm` is false, and the blocks past `options.depth`.
     """
-    file, dtype = _vision_file(config), _dtype("vision.dtype", config.dtype)
-    try:
-        encoder = VisionEncoder(
-            backbone=config.backbone,
-            image_size=config.image_size,
-            mean=config.mean,
-            std=config.std,
-            layers=config.layers,
-            grid=config.grid,
-            options=config.options,
-            final_norm=config.final_norm,
-        )
-    except ValueError as error:
-        raise UserError(f"vision={config.name}: {error}") from None
+    file, encoder = _vision_file(config), vision_encoder(config)
     weights = _vision_weights(file)
     _fit_positions(encoder.backbone, weights)
     load_exactly(encoder.backbone, weights, str(file), surplus_ok=_not_built(encoder.backbone, config))
-    encoder.backbone.to(dtype)
     return encoder
 
 
@@ -177,25 +163,10 @@ def load_qformer(config: QFormerConfig, *, vision_width: int) -> tuple[QFormer, 
         raise UserError(f"qformer.query_init=cls needs BERT's embeddings, which init={config.init} has not; use normal")
     folder = part_folder(sources(config.name, config.sources), setting="qformer.sources.path")
     bert = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    layers = bert["num_hidden_layers"] if config.layers is None else config.layers
-    if not 1 <= layers <= bert["num_hidden_layers"]:
-        raise UserError(f"qformer.layers={layers}: {folder} has {bert['num_hidden_layers']}; give 1 to that many")
     tokenizer = AutoTokenizer.from_pretrained(folder, truncation_side="left")
     _add_tokens(tokenizer, config.extra_tokens)
-    qformer = QFormer(
-        vocab_size=max(bert["vocab_size"], _rows_needed(tokenizer)),
-        width=bert["hidden_size"],
-        layers=layers,
-        heads=bert["num_attention_heads"],
-        hidden_width=bert["intermediate_size"],
-        vision_width=vision_width,
-        queries=config.queries,
-        cross_attention_every=config.cross_attention_every,
-        max_text_tokens=bert["max_position_embeddings"],
-        dropout=config.dropout,
-        norm_eps=bert["layer_norm_eps"],
-        instruction_aware=config.instruction_aware,
-    )
+    rows = max(bert["vocab_size"], _rows_needed(tokenizer))
+    qformer = make_qformer(config, bert, rows=rows, vision_width=vision_width, where=str(folder))
     if config.init == "bert":
         weights = load_file(folder / "model.safetensors")
         state = qformer_state_from_bert(weights, qformer)
@@ -204,9 +175,6 @@ def load_qformer(config: QFormerConfig, *, vision_width: int) -> tuple[QFormer, 
             draw_query_tokens_near(qformer, weights, token=tokenizer.cls_token_id)
     elif config.init == "scratch":
         initialize_like_bert(qformer)
-    if config.instruction_aware:
-        qformer.word_embeddings.requires_grad_(config.train_text_embeddings)
-        qformer.position_embeddings.requires_grad_(config.train_text_embeddings)
     return qformer, tokenizer
 
 
@@ -296,12 +264,12 @@ def _language_model(config: LLMConfig, folder: Path) -> Any:
     """The transformers model, its text part alone where it has others, with every weight from its files."""
     try:
         settings = AutoConfig.from_pretrained(folder)
-        _override(settings.get_text_config(), config.options)
+        override_settings(settings.get_text_config(), config.options)
         with quiet_transformers():
-            model, found = _AUTO_CLASSES[config.kind].from_pretrained(
+            model, found = AUTO_CLASSES[config.kind].from_pretrained(
                 folder,
                 config=settings,
-                dtype=_dtype("llm.dtype", config.dtype),
+                dtype=torch_dtype("llm.dtype", config.dtype),
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # they are named below
             )
@@ -314,13 +282,6 @@ def _language_model(config: LLMConfig, folder: Path) -> Any:
     for name in sorted(found["unexpected_keys"]):
         raise UserError(f"llm={config.name}: {folder} has the unknown tensor {name}; it is of another model")
     return _text_model(model) if config.kind == "decoder" else model
-
-
-def _override(settings: Any, options: Mapping[str, Any]) -> None:
-    for name, value in options.items():
-        if not hasattr(settings, name):
-            raise UserError(f"llm.options.{name} is no setting of a {type(settings).__name__}; see its config.json")
-        setattr(settings, name, value)
 
 
 def _text_model(model: Any) -> Any:
@@ -359,13 +320,6 @@ def _add_tokens(tokenizer: Any, tokens: list[str]) -> None:
 
 def _rows_needed(tokenizer: Any) -> int:
     return max(tokenizer.get_vocab().values()) + 1
-
-
-def _dtype(key: str, name: str) -> torch.dtype:
-    dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise UserError(f"{key}={name} is no floating-point torch dtype; use float32, bfloat16 or float16")
-    return dtype
 
 
 def _first_line(error: Exception) -> str:

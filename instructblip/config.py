@@ -76,6 +76,7 @@ class QFormerConfig:
     stage1: str | None = None  # init=blip2: LAVIS files of BLIP-2's two stages
     stage2: str | None = None
     aligned_to: str | None = None  # name of the LLM that stage 2 was trained with
+    sizes: dict[str, Any] = field(default_factory=dict)  # as in BERT's config.json, for what opens no file: a plan
     extra_tokens: list[str] = field(default_factory=list)
     layers: int | None = None  # the first ones of BERT's; null: all
     queries: int = 32
@@ -97,6 +98,7 @@ class LLMConfig:
     dtype: str = "float32"
     quantization: str | None = None  # int8 or nf4
     options: dict[str, Any] = field(default_factory=dict)  # values that replace those of the model's own config.json
+    sizes: dict[str, Any] = field(default_factory=dict)  # as in that file, for what opens no file: a plan
     eos_token: str = MISSING
     pad_token: str = MISSING
     bos_token: str | None = None
@@ -162,6 +164,7 @@ class DataConfig:
     """Where prepared shards lie and how they are read."""
 
     shards: str = "data/shards"  # a folder, or a URL that fsspec reads
+    synthetic: bool = False  # datasets that are not prepared in it are made up, in place of their official files
     remote_cache_bytes: int = 100_000_000_000  # of shards that are kept on this machine when they come from a URL
     sources: dict[str, SourcesConfig] = field(default_factory=dict)  # raw data that may be fetched, by dataset
     workers: int = 0
@@ -246,6 +249,10 @@ class TrainConfig(ModelConfig):
     resume: str | None = None
     resume_allow: list[str] = field(default_factory=list)  # keys that a resumed run may change
     profile_step: int | None = None  # trace the five steps after this one into trace.json.gz
+    plan: bool = False  # print what the run needs and how long it takes, and end
+    plan_gpu: str = "a100_40"
+    plan_gpus: int | None = None  # None: 16, or 1 where parallel=single
+    plan_mfu: float = 0.4  # share of the GPU's peak that is reached
     mixture: MixtureConfig = field(default_factory=MixtureConfig)
     suite: SuiteConfig = field(default_factory=SuiteConfig)
     data: DataConfig = field(default_factory=DataConfig)

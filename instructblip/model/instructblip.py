@@ -34,7 +34,8 @@ class Loss(NamedTuple):
     """Cross-entropy summed over supervised tokens (nats), its terms, and how many tokens of each sample they are.
 
     Sums, not means: only the training loop knows the number of supervised tokens in the global batch. `positions` are the
-    places of the pass through the LLM, `padding` those of them that hold nothing.
+    places of the pass through the LLM, `padding` those of them that hold nothing, `text` the tokens of the instructions in
+    the Q-Former, once a frame.
     """
 
     total: Tensor
@@ -42,6 +43,7 @@ class Loss(NamedTuple):
     tokens_per_sample: Tensor  # (B,), int64
     positions: int = 0
     padding: int = 0
+    text: int = 0
 
 
 class InstructBLIP(nn.Module):
@@ -95,15 +97,21 @@ class InstructBLIP(nn.Module):
 
     def visual_prompt(self, tokens_BFPV: Tensor, instructions: Sequence[str]) -> Tensor:
         """Soft prompt (B, F * Q, L): each frame goes alone through the Q-Former with the same instruction."""
+        return self._visual_prompt(tokens_BFPV, instructions)[0]
+
+    def _visual_prompt(self, tokens_BFPV: Tensor, instructions: Sequence[str]) -> tuple[Tensor, int]:
+        """The soft prompt, and the tokens of text that the Q-Former read for it."""
         batch, frames = tokens_BFPV.shape[:2]
         image_NPV = self.vision_norm(tokens_BFPV.flatten(0, 1).float())
-        text_NT, mask_NT = None, None
+        text_NT, mask_NT, tokens = None, None, 0
         if self.qformer.instruction_aware:
-            text_BT, mask_BT = self._tokenize_instructions(instructions, image_NPV.device)
+            text_BT, mask_BT = self._tokenize_instructions(instructions)
+            tokens = frames * int(mask_BT.sum())
+            text_BT, mask_BT = text_BT.to(image_NPV.device), mask_BT.to(image_NPV.device)
             text_NT = text_BT.repeat_interleave(frames, dim=0)
             mask_NT = mask_BT.repeat_interleave(frames, dim=0)
         query_NQD = self.qformer(image_NPV, text_NT, mask_NT)
-        return self.projection(query_NQD).view(batch, -1, self.llm.width)
+        return self.projection(query_NQD).view(batch, -1, self.llm.width), tokens
 
     def forward(
         self,
@@ -129,15 +137,15 @@ class InstructBLIP(nn.Module):
         Raises:
             ValueError: packed, and the LLM is no decoder-only one.
         """
-        visual_BQL = self.visual_prompt(self.image_tokens(images), instructions)
+        visual_BQL, text = self._visual_prompt(self.image_tokens(images), instructions)
         if not through_llm:
-            return self._alignment_loss(visual_BQL, targets)
+            return self._alignment_loss(visual_BQL, targets)._replace(text=text)
         prefixes = self._prefixes(visual_BQL, instructions, truncate=True)
         answers = [self.llm.target_ids(text) for text in targets]
         states = self.llm.answer_states(prefixes, answers, packed=packed)
         labels_S = torch.tensor([token for ids in answers for token in ids], device=states.hidden_SL.device)
         loss = _summed_loss(self.llm.logits(states.hidden_SL), labels_S, [len(ids) for ids in answers])
-        return loss._replace(positions=states.positions, padding=states.padding)
+        return loss._replace(positions=states.positions, padding=states.padding, text=text)
 
     def sample_length(self) -> Callable[[str, str, int], int]:
         """A picklable function: how many positions of the LLM a sample fills, from its (prompt, target, frames)."""
@@ -249,7 +257,7 @@ class InstructBLIP(nn.Module):
         self.projection.weight.normal_().mul_(self.llm.embedding_deviation() / power.sqrt())
         self.projection.bias.zero_()
 
-    def _tokenize_instructions(self, instructions: Sequence[str], device: torch.device) -> tuple[Tensor, Tensor]:
+    def _tokenize_instructions(self, instructions: Sequence[str]) -> tuple[Tensor, Tensor]:
         # [CLS] and [SEP] stay, as in the released model; what is too long loses its beginning.
         encoded = self.qformer_tokenizer(
             list(instructions),
@@ -258,7 +266,7 @@ class InstructBLIP(nn.Module):
             max_length=self.max_instruction_tokens,
             return_tensors="pt",
         )
-        return encoded["input_ids"].to(device), encoded["attention_mask"].to(device)
+        return encoded["input_ids"], encoded["attention_mask"]
 
 
 def _summed_loss(logits_SV: Tensor, labels_S: Tensor, counts: Sequence[int]) -> Loss:

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from instructblip.data.batching import Batch, Batching, in_order_of_draws, split_further
 from instructblip.errors import UserError
 from instructblip.model.instructblip import InstructBLIP, Loss
+from instructblip.training.flops import Work
 from instructblip.training.optim import learning_rate, set_learning_rate
 from instructblip.training.parallel import Execution
 
@@ -119,6 +120,7 @@ class StepResult(NamedTuple):
         samples, tokens: trained on; tokens are supervised ones.
         ids: of the samples, in the order of their positions.
         padding_fraction: share of the places in the passes through the LLM that held nothing, 0 to 1.
+        work: what went through each part, padding left out.
         skipped: the loss or the gradient was not finite, and the weights are as they were.
         stop_signal: of the ranks that were asked to stop, the largest number of a signal; else 0.
     """
@@ -130,6 +132,7 @@ class StepResult(NamedTuple):
     tokens: int
     ids: list[str]
     padding_fraction: float = 0.0
+    work: Work = Work()
     skipped: bool = False
     stop_signal: int = 0
 
@@ -217,10 +220,17 @@ def _report(batches: Sequence[Batch], losses: Sequence[Loss], stop_signal: int) 
         "sums": sums,
         "counts": counts,
         "ids": in_order_of_draws(batches),
+        "frames": sum(batch.images.shape[0] * batch.images.shape[1] for batch in batches),
+        "encoded": sum(batch.images.shape[0] * batch.images.shape[1] for batch in batches if _are_pixels(batch.images)),
+        "text": sum(loss.text for loss in losses),
         "positions": sum(loss.positions for loss in losses),
         "padding": sum(loss.padding for loss in losses),
         "stop_signal": stop_signal,
     }
+
+
+def _are_pixels(images: Tensor) -> bool:
+    return images.dtype == torch.uint8
 
 
 def _result(reports: Sequence[dict[str, Any]]) -> StepResult:
@@ -229,6 +239,9 @@ def _result(reports: Sequence[dict[str, Any]]) -> StepResult:
     sums = {name: sum(report["sums"].get(name, 0.0) for report in reports) for name in names}
     counts = {name: sum(report["counts"].get(name, 0) for report in reports) for name in names}
     ids = [sample_id for report in reports for sample_id in report["ids"]]
+    whole = {
+        key: sum(report[key] for report in reports) for key in ("frames", "encoded", "text", "positions", "padding")
+    }
     return StepResult(
         loss=sum(report["loss"] for report in reports) / tokens,
         loss_by_dataset={name: sums[name] / counts[name] for name in names},
@@ -236,8 +249,15 @@ def _result(reports: Sequence[dict[str, Any]]) -> StepResult:
         samples=len(ids),
         tokens=tokens,
         ids=ids,
-        padding_fraction=sum(report["padding"] for report in reports)
-        / max(sum(report["positions"] for report in reports), 1),
+        padding_fraction=whole["padding"] / max(whole["positions"], 1),
+        work=Work(
+            samples=len(ids),
+            frames=whole["frames"],
+            encoded=whole["encoded"],
+            text=whole["text"],
+            positions=whole["positions"] - whole["padding"],
+            answers=tokens,
+        ),
         stop_signal=max(report["stop_signal"] for report in reports),
     )
 

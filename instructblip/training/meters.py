@@ -112,7 +112,7 @@ def _finite(value: Any) -> Any:
 
 
 class StepTimer:
-    """Samples and tokens per second, and the share of time spent waiting for data, over the last `window` steps.
+    """Samples, tokens and FLOPs per second, and the share of time spent waiting for data, over the last `window` steps.
 
         timer.start()
         for ...:
@@ -127,7 +127,8 @@ class StepTimer:
 
     def __init__(self, window: int = 50, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
-        self._steps: deque[tuple[float, float, int, int]] = deque(maxlen=window)  # seconds, waited, samples, tokens
+        # seconds, waited, samples, tokens, FLOPs
+        self._steps: deque[tuple[float, float, int, int, float]] = deque(maxlen=window)
         self._waited = 0.0
         self.start()
 
@@ -145,9 +146,9 @@ class StepTimer:
         finally:
             self._waited += self._clock() - begin
 
-    def step(self, samples: int, tokens: int = 0) -> None:
-        """End a step that trained on so many samples and tokens, and begin the next."""
-        self._steps.append((self._clock() - self._mark, self._waited, samples, tokens))
+    def step(self, samples: int, tokens: int = 0, flops: float = 0.0) -> None:
+        """End a step that trained on so many samples and tokens with so much work, and begin the next."""
+        self._steps.append((self._clock() - self._mark, self._waited, samples, tokens, flops))
         self.start()
 
     @property
@@ -159,6 +160,11 @@ class StepTimer:
     def tokens_per_second(self) -> float:
         """Tokens per second; 0 before the first step."""
         return self._per_second(3)
+
+    @property
+    def flops_per_second(self) -> float:
+        """FLOPs per second; 0 before the first step."""
+        return self._per_second(4)
 
     @property
     def data_wait_fraction(self) -> float:

@@ -56,6 +56,12 @@ _FREE_ON_RESUME = (
     "logger",
     "parallel",
     "profile_step",
+    "plan",
+    "plan_gpu",
+    "plan_gpus",
+    "plan_mfu",
+    "llm.sizes",
+    "qformer.sizes",
     "data.workers",
     "data.tolerance",
     "data.remote_cache_bytes",
@@ -251,7 +257,7 @@ def _train_steps(
                 run.average.update()
             if result.skipped:
                 progress.say(f"step {done} is skipped: {what_is_not_finite(result)}")
-            timer.step(result.samples, result.tokens)
+            timer.step(result.samples, result.tokens, run.shape.total(result.work, through_llm=place.phase.through_llm))
             entry = log_entry(step, place, rate, result, _measures(timer, run))
             stop.agreed = result.stop_signal or None
             trace(done)
@@ -326,6 +332,7 @@ def _measures(timer: StepTimer, run: TrainingRun) -> dict[str, float]:
     return {
         "samples_per_second": timer.samples_per_second,
         "tokens_per_second": timer.tokens_per_second,
+        "mfu": timer.flops_per_second / run.peak_flops,
         "data_wait_fraction": timer.data_wait_fraction,
         "memory": peak_memory(run.model.projection.weight.device),
     }

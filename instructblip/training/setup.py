@@ -1,5 +1,6 @@
 """What the steps of a run share, put together from its configuration: data, model, optimiser, tasks, files."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -9,6 +10,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from instructblip.architecture import vision_encoder
 from instructblip.build import build_model, choose_device, frozen_fingerprints
 from instructblip.config import LLMConfig, PhaseConfig, TrainConfig, check_at_least, to_dict
 from instructblip.data.batching import BATCHINGS, Batching, Length
@@ -27,6 +29,7 @@ from instructblip.model.vision import ChannelNorm
 from instructblip.prepared import shards_folder
 from instructblip.training.average import WeightAverage
 from instructblip.training.data import check_data, make_images, make_mixture, mixture_cards, open_sets
+from instructblip.training.flops import ModelShape, device_peak, model_shape
 from instructblip.training.loggers import Logger, make_logger
 from instructblip.training.loop import Phase
 from instructblip.training.meters import MetricsLog
@@ -60,6 +63,8 @@ class TrainingRun:
     final: list[Task]
     read_image: ReadImage
     frozen: dict[str, str]
+    shape: ModelShape
+    peak_flops: float  # of all processes' devices together
     metrics: MetricsLog
     logger: Logger
     writer: CheckpointWriter
@@ -177,6 +182,8 @@ def set_up(config: TrainConfig, folder: Path, processes: Processes, console: Con
         final=final,
         read_image=read_pixels(model.vision.image_size) if cache is None else cache.tokens,
         frozen=frozen_fingerprints(model),
+        shape=_shape(config, model),
+        peak_flops=processes.world_size * _peak_flops(config, model, processes),
         metrics=MetricsLog(folder / "metrics.jsonl"),
         logger=make_logger(
             config.logger.kind if processes.is_first else "none",
@@ -208,6 +215,18 @@ def _calibrate(model: InstructBLIP, norm: ChannelNorm, dataset: MixtureDataset) 
     """Measure the channel statistics on the images of the run's first draws, whatever rank asks."""
     images = torch.stack([dataset[position][1] for position in range(_CALIBRATION_IMAGES)])
     norm.calibrate(model.image_tokens(images).flatten(0, 1))
+
+
+def _shape(config: TrainConfig, model: InstructBLIP) -> ModelShape:
+    with torch.device("meta"):
+        vision = vision_encoder(config.vision)
+    return model_shape(vision, model.qformer, model.projection, model.llm.model)
+
+
+def _peak_flops(config: TrainConfig, model: InstructBLIP, processes: Processes) -> float:
+    """The first rank's figure, which alone is read."""
+    dtype = PRECISIONS[config.recipe.precision] or torch.float32
+    return device_peak(model.projection.weight.device, dtype) if processes.is_first else math.inf
 
 
 def _phases(config: TrainConfig, sample_length: Length) -> list[Phase]:

@@ -95,13 +95,14 @@ def test_the_two_commands_as_a_user_types_them(world: World, finished_run: Path,
 def test_metrics_have_their_keys(finished_run: Path) -> None:
     lines = read_lines(finished_run / "metrics.jsonl")
     always = {"step", "phase", "loss", "loss_by_dataset", "lr", "grad_norm", "tokens", "sample_ids"}
-    always |= {"samples_per_second", "tokens_per_second", "data_wait_fraction", "padding_fraction", "memory"}
+    always |= {"samples_per_second", "tokens_per_second", "mfu", "data_wait_fraction", "padding_fraction", "memory"}
     for line in lines:
         validated = {"validation"} if line["step"] % 5 == 0 and line["phase"] == "instruction" else set()
         assert line.keys() == always | validated
         assert len(line["sample_ids"]) == 4
         assert {sample_id.split("/")[0] for sample_id in line["sample_ids"]} == line["loss_by_dataset"].keys()
         assert 0 <= line["data_wait_fraction"] <= 1
+        assert 0 < line["mfu"] < 1
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     assert [line["phase"] for line in lines] == ["alignment"] * 9 + ["instruction"] * 15
     assert lines[9]["validation"].keys() == {"easy_vqa_yes_no", "easy_vqa_shape", "easy_vqa_color"}

@@ -1,0 +1,129 @@
+"""Counted FLOPs against torch's own counter over real forward and backward passes, and the devices' peaks."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from instructblip.data.batching import Batch
+from instructblip.model.instructblip import InstructBLIP
+from instructblip.training.flops import GPUS, ModelShape, Work, device_peak, known_gpu, model_shape
+from instructblip.training.loop import train_step
+from instructblip.training.optim import make_adamw
+from tests.tiny import tiny_encoder_decoder_llm, tiny_images, tiny_llm, tiny_model, tiny_vision
+
+PROMPTS = [
+    "Question: what color is the shape? Short answer:",
+    "is there a circle in the image? Answer with yes or no:",
+    "Based on the image, is this statement true or false? The shape is green. Answer:",
+]
+ANSWERS = ["it is a yellow rectangle on a green ground", "yes there is one", "false"]
+
+
+@contextmanager
+def counted() -> Iterator[FlopCounterMode]:
+    """torch counts attention only where it is made of matrix products, not in its CPU kernel."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        yield counter
+
+
+def shape_of(model: InstructBLIP) -> ModelShape:
+    with torch.device("meta"):
+        vision = tiny_vision()
+    return model_shape(vision, model.qformer, model.projection, model.llm.model)
+
+
+def passed(model: InstructBLIP, images: torch.Tensor, *, through_llm: bool = True) -> tuple[Work, float]:
+    """A step's work, and the FLOPs that torch counts in it."""
+    count = len(images)
+    batch = Batch(
+        ids=[str(number) for number in range(count)],
+        datasets=["a"] * count,
+        instructions=PROMPTS[:count],
+        targets=ANSWERS[:count],
+        images=images,
+        places=list(range(count)),
+    )
+    optimizer = make_adamw(model.named_parameters(), weight_decay=0.0, betas=(0.9, 0.999))
+    with counted() as counter:
+        result = train_step(model.train(), optimizer, [batch], through_llm=through_llm, rate=1e-4, clip_norm=None)
+    return result.work, float(counter.get_total_flops())
+
+
+@pytest.mark.parametrize(("kind", "off"), [("decoder", 0.01), ("encoder_decoder", 0.04)])
+def test_a_step_of_one_sample_is_counted_as_torch_counts_it(kind: str, off: float) -> None:
+    """One sample: no padding, and no mean over lengths. A decoder's first self-attention, here one of two, has no gradient
+    to pass on beside an encoder; the formula does not know."""
+    model = tiny_model(llm={"decoder": tiny_llm, "encoder_decoder": tiny_encoder_decoder_llm}[kind]())
+    work, expected = passed(model, tiny_images(1))
+    assert work.samples == work.frames == work.encoded == 1
+    assert shape_of(model).total(work) == pytest.approx(expected, rel=off)
+
+
+def test_a_clip_is_counted_frame_by_frame() -> None:
+    model = tiny_model()
+    work, expected = passed(model, tiny_images(1, frames=3))
+    assert work.frames == work.encoded == 3
+    assert shape_of(model).total(work) == pytest.approx(expected, rel=0.02)
+
+
+def test_cached_image_tokens_leave_the_encoder_out() -> None:
+    model = tiny_model()
+    images = tiny_images(1)
+    pixels, _ = passed(model, images)
+    tokens, expected = passed(model, model.image_tokens(images))
+    shape = shape_of(model)
+    assert (pixels.encoded, tokens.encoded) == (1, 0)
+    assert shape.total(pixels) - shape.total(tokens) == shape.image_flops > 0
+    assert shape.total(tokens) == pytest.approx(expected, rel=0.02)
+
+
+def test_the_alignment_loss_leaves_the_llm_out() -> None:
+    model = tiny_model()
+    work, expected = passed(model, tiny_images(1), through_llm=False)
+    assert work.positions == 0
+    assert work.text > 0
+    assert shape_of(model).total(work, through_llm=False) == pytest.approx(expected, rel=0.02)
+
+
+@pytest.mark.parametrize("kind", ["decoder", "encoder_decoder"])
+def test_padding_is_no_work(kind: str) -> None:
+    model = tiny_model(llm={"decoder": tiny_llm, "encoder_decoder": tiny_encoder_decoder_llm}[kind]())
+    shape, images = shape_of(model), tiny_images(3)
+    together, spent = passed(model, images)
+    lengths = model.sample_length()
+    assert together.positions == sum(
+        lengths(prompt, answer, 1) for prompt, answer in zip(PROMPTS, ANSWERS, strict=True)
+    )
+    assert shape.total(together) < 0.95 * spent
+
+
+def test_parts_cost_what_passes_through_them() -> None:
+    model = tiny_model()
+    work, _ = passed(model, tiny_images(1))
+    parts = {part.part: part for part in shape_of(model).by_part(work)}
+    assert parts["vision encoder"].backward == 0
+    assert parts["Q-Former and projection"].backward == 2 * parts["Q-Former and projection"].forward
+    assert 1 < parts["language model"].backward / parts["language model"].forward < 1.3  # attention has two inputs
+    assert parts["logits of the answers"].backward == parts["logits of the answers"].forward
+
+
+def test_a_device_of_the_table_has_its_data_sheet_and_another_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = {
+        "NVIDIA A100-SXM4-40GB": "a100_40",
+        "NVIDIA A100 80GB PCIe": "a100_80",
+        "NVIDIA H100 80GB HBM3": "h100",
+        "NVIDIA H200": "h200",
+        "NVIDIA L40S": "l40s",
+        "NVIDIA GeForce RTX 4090": "rtx_4090",
+    }
+    assert {name: known_gpu(name) for name in names} == {name: GPUS[key] for name, key in names.items()}
+    assert known_gpu("NVIDIA H100 PCIe") is known_gpu("NVIDIA GeForce RTX 4090 D") is None
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    assert device_peak(torch.device("cuda"), torch.bfloat16) == 989.4e12
+    state = torch.random.get_rng_state()
+    assert 1e8 < device_peak(torch.device("cpu"), torch.float32) < 1e14
+    assert torch.equal(torch.random.get_rng_state(), state)  # a run's random stream does not notice
