@@ -1,5 +1,6 @@
 """What holds for every test: one thread, no network service, and a cache of its own instead of the user's."""
 
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -13,12 +14,16 @@ import pytest
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["WANDB_MODE"] = "disabled"
 os.environ["HF_HUB_OFFLINE"] = "1"
+# For processes that are forked from a server, see below.
+os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
 
 import torch
 
 import instructblip  # noqa: F401  before timm and transformers, see instructblip/_torchvision.py
 
 torch.set_num_threads(1)
+# Processes start in a moment, forked from a server that has imported all of this once; Python 3.11's sees PYTHONPATH only.
+multiprocessing.set_forkserver_preload(["tests.runs", "wandb", "matplotlib.backends.backend_agg"])
 
 if TYPE_CHECKING:
     from tests.runs import World

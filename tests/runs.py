@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing import forkserver
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
@@ -148,7 +147,7 @@ class Command:
         before: Callable[[], None],
     ) -> None:
         self.log = cwd / f"{script}.log"
-        self.process: ForkServerProcess = _fork_context().Process(
+        self.process: ForkServerProcess = multiprocessing.get_context("forkserver").Process(
             target=_run_script, args=(script, list(arguments), cwd, environment, self.log, before)
         )
         self.process.start()
@@ -216,20 +215,6 @@ def run(world: World, script: str, *arguments: str, cwd: Path, status: int = 0) 
     found = command.wait()
     assert found == status, f"{script} {' '.join(arguments)} ended with {found}:\n{command.output}"
     return command.output
-
-
-def _fork_context() -> Any:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.runs", "wandb", "matplotlib.backends.backend_agg"])
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY), *([before] if before else [])])
-    try:
-        forkserver.ensure_running()
-    finally:
-        del os.environ["PYTHONPATH"]
-        if before is not None:
-            os.environ["PYTHONPATH"] = before
-    return context
 
 
 def _run_script(

@@ -1,5 +1,6 @@
 """From raw files to checked shards: parallel by shard, resumable after a kill, the same bytes from the same input."""
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -92,7 +93,8 @@ def prepare_dataset(
     options = MediaOptions(image_size, frames, None if ocr is None else ocr_options(ocr))
     with exclusive(out / f".{card.source}.lock", f"preparing {card.source}", show=progress):
         job = _Job(card, raw, out, images_per_shard, options)
-        return [_prepare_split(job, split, workers, progress) for split in chosen]
+        with _workers(workers) as pool:
+            return [_prepare_split(job, split, pool, progress) for split in chosen]
 
 
 def _present_splits(card: Card, raw: Path) -> list[str]:
@@ -135,13 +137,19 @@ class _Job:
     options: MediaOptions
 
 
-def _prepare_split(job: _Job, split: str, workers: int, progress: bool) -> Path:
+@dataclass(frozen=True)
+class _Pool:
+    executor: ProcessPoolExecutor
+    workers: int
+
+
+def _prepare_split(job: _Job, split: str, pool: _Pool | None, progress: bool) -> Path:
     name = f"{job.card.source}/{split}"
     losses = Losses()
     with progress_bar("images", show=progress) as bar:
         bar_task = bar.add_task(name, total=job.card.splits[split].images)
         shards = []
-        for shard in _convert(_plans(job, split, losses), workers):
+        for shard in _convert(_plans(job, split, losses), pool):
             shards.append(shard)
             bar.advance(bar_task, len(shard) + _lost_images(shard))
     return _finish(job, split, shards, losses)
@@ -208,24 +216,34 @@ def _holds(run: npt.NDArray[np.uint64], number: np.uint64) -> bool:
     return place < len(run) and bool(run[place] == number)
 
 
-def _convert(plans: Iterator[ShardPlan], workers: int) -> Iterator[ShardReader]:
+@contextlib.contextmanager
+def _workers(number: int) -> Iterator[_Pool | None]:
+    """Processes that convert shards; None for one, which is this process."""
+    if number == 1:
+        yield None
+        return
+    # Not forks of this process: it may hold threads of torch, which they would copy in an unknown state.
+    context = get_context("forkserver")
+    with ProcessPoolExecutor(number, mp_context=context, initializer=_end_with_parent) as executor:
+        try:
+            yield _Pool(executor, number)
+        except BaseException:
+            executor.shutdown(wait=True, cancel_futures=True)
+            raise
+
+
+def _convert(plans: Iterator[ShardPlan], pool: _Pool | None) -> Iterator[ShardReader]:
     """Convert every plan, in any order of work, and give the finished shards in the plans' order."""
-    if workers == 1:
+    if pool is None:
         yield from map(convert_shard, plans)
         return
-    # Fresh processes ("spawn"): the caller may hold threads of torch, which a fork would copy in an unknown state.
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_end_with_parent) as pool:
-        waiting: list[Future[ShardReader]] = []
-        try:
-            for plan in plans:
-                waiting.append(pool.submit(convert_shard, plan))
-                while waiting and (waiting[0].done() or len(waiting) > 2 * workers):
-                    yield waiting.pop(0).result()
-            while waiting:
-                yield waiting.pop(0).result()
-        except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
+    waiting: list[Future[ShardReader]] = []
+    for plan in plans:
+        waiting.append(pool.executor.submit(convert_shard, plan))
+        while waiting and (waiting[0].done() or len(waiting) > 2 * pool.workers):
+            yield waiting.pop(0).result()
+    while waiting:
+        yield waiting.pop(0).result()
 
 
 def _end_with_parent() -> None:

@@ -5,8 +5,6 @@ import json
 import logging
 import os
 import struct
-import subprocess
-import sys
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,6 +20,7 @@ from instructblip.data.readers.common import load_list
 from instructblip.data.sample import Record
 from instructblip.data.shards import open_split
 from instructblip.errors import UserError
+from tests.runs import World, start
 
 SECRET = "a line of a file that is none of the dataset's"
 
@@ -225,15 +224,16 @@ def _no_images(raw: Path) -> None:
     [(_cut_questions, "not whole JSON"), (_no_questions, "does not exist"), (_no_images, "image file is missing")],
 )
 def test_the_command_ends_in_one_line_without_a_traceback(
-    tmp_path: Path, harm: Callable[[Path], None], words: str
+    world: World, tmp_path: Path, harm: Callable[[Path], None], words: str
 ) -> None:
     raw = tmp_path / "raw"
     (raw / "test/images").mkdir(parents=True)
     Image.new("RGB", (8, 8)).save(raw / "test/images/0.png")
     (raw / "test/questions.json").write_text(json.dumps([["what color is the shape?", "red", 0]]))
     harm(raw)
-    command = [sys.executable, "prepare.py", "dataset=easy_vqa", "split=test", f"raw={raw}", f"out={tmp_path / 'out'}"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], check=False)
-    assert done.returncode not in (0, 1)
-    assert "Traceback" not in done.stdout + done.stderr
-    assert words in done.stderr + done.stdout
+    command = start(
+        world, "prepare.py", "dataset=easy_vqa", "split=test", f"raw={raw}", f"out={tmp_path / 'out'}", cwd=tmp_path
+    )
+    assert command.wait() not in (0, 1)
+    assert "Traceback" not in command.output
+    assert words in command.output

@@ -8,9 +8,9 @@ import logging
 import os
 import select
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
+from multiprocessing import get_context
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -139,29 +139,24 @@ def _prepare_waiting(raw: Path, out: Path, workers: int) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _waiting(raw: Path, out: Path, workers: int) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+def _waiting(raw: Path, out: Path, workers: int) -> Iterator[tuple[BaseProcess, int]]:
     """A process that prepares and waits in the middle of the second shard, and our end of its pipe; killed at the end."""
     os.mkfifo(raw / "pipe")
-    code = (
-        "import sys, test_prepare as t, pathlib as p; t._prepare_waiting(*map(p.Path, sys.argv[1:3]), int(sys.argv[3]))"
-    )
-    here = Path(__file__).parent
-    environment = {**os.environ, "PYTHONPATH": f"{here}{os.pathsep}{here.parents[1]}"}
-    command = [sys.executable, "-c", code, str(raw), str(out), str(workers)]
-    with subprocess.Popen(command, env=environment) as process:
+    process = get_context("forkserver").Process(target=_prepare_waiting, args=(raw, out, workers))
+    process.start()
+    try:
         writing = None
         while writing is None:
             with contextlib.suppress(OSError):  # nobody has opened the other end yet
                 writing = os.open(raw / "pipe", os.O_WRONLY | os.O_NONBLOCK)
-            with pytest.raises(subprocess.TimeoutExpired):
-                process.wait(0.02)
-        try:
-            yield process, writing
-        finally:
-            process.kill()
-            process.wait()
-            os.close(writing)
-            (raw / "pipe").unlink()
+            process.join(0.02)
+            assert process.exitcode is None
+        yield process, writing
+        os.close(writing)
+    finally:
+        process.kill()
+        process.join()
+        (raw / "pipe").unlink()
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -169,8 +164,8 @@ def test_a_run_that_is_really_killed_goes_on_to_the_same_bytes(raw: Path, tmp_pa
     first = tmp_path / "killed/easy_vqa/test/shard-000000.index.safetensors"
     with _waiting(raw, tmp_path / "killed", workers) as (process, _):
         while not first.is_file():
-            with pytest.raises(subprocess.TimeoutExpired):
-                process.wait(0.02)
+            process.join(0.02)
+            assert process.exitcode is None
     assert not (tmp_path / "killed/easy_vqa/test/manifest.json").exists()
     inode = first.stat().st_ino
     _prepare_waiting(raw, tmp_path / "killed", 1)
@@ -182,7 +177,7 @@ def test_a_run_that_is_really_killed_goes_on_to_the_same_bytes(raw: Path, tmp_pa
 def test_workers_end_with_a_killed_parent(raw: Path, tmp_path: Path) -> None:
     with _waiting(raw, tmp_path / "out", 2) as (process, writing):
         process.kill()
-        process.wait()
+        process.join()
         poll = select.poll()
         poll.register(writing, 0)
         assert poll.poll(20_000), "a worker still holds its end of the pipe: it outlived its parent"
@@ -345,16 +340,16 @@ def test_check_finds_what_is_not_as_listed(raw: Path, tmp_path: Path) -> None:
 
 
 def test_processes_that_prepare_the_same_dataset_do_not_disturb_each_other(raw: Path, tmp_path: Path) -> None:
-    program = (
-        "import sys; from pathlib import Path; from instructblip.data.cards import load_card; "
-        "from instructblip.data.prepare import prepare_dataset; "
-        "prepare_dataset(load_card('easy_vqa'), Path(sys.argv[1]), Path(sys.argv[2]), splits=['test'], "
-        "images_per_shard=1, progress=False)"
-    )
-    command = [sys.executable, "-c", program, str(raw), str(tmp_path / "out")]
-    processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(3)]
-    errors = [process.communicate()[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0, 0], errors
+    options = {"splits": ["test"], "images_per_shard": 1, "progress": False}
+    arguments = (load_card("easy_vqa"), raw, tmp_path / "out")
+    processes = [
+        get_context("forkserver").Process(target=prepare_dataset, args=arguments, kwargs=options) for _ in range(3)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0, 0]
     assert len(list((tmp_path / "out/easy_vqa/test").glob("*.tar"))) == 7
     assert check_prepared(tmp_path / "out/easy_vqa/test") == []
 
