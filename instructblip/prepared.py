@@ -14,7 +14,10 @@ from instructblip.data.prepare import check_prepared, prepare_dataset
 from instructblip.data.remote import is_url, mirror_datasets
 from instructblip.data.shards import MANIFEST_NAME, read_manifest
 from instructblip.data.show import write_samples
+from instructblip.data.synthetic import MADE_UP, synthetic_card, write_synthetic
 from instructblip.errors import UserError
+from instructblip.files import exclusive
+from instructblip.progress import progress_bar
 from instructblip.weights.assets import cache_folder, part_folder
 
 RAW_FOLDER = Path("data/raw")  # where official files are fetched to when raw= names no other folder
@@ -45,12 +48,47 @@ def ensure_prepared(
         prepare_dataset(card, raw, shards)
 
 
+def ensure_synthetic(cards: Sequence[Card], shards: Path, console: Console) -> None:
+    """Prepare made-up files of every dataset of these cards that is not prepared yet, and say what they are.
+
+    Args:
+        cards: datasets or views.
+        shards: folder of prepared datasets, in which `raw/` takes the made-up files.
+        console: where a line is printed.
+
+    Raises:
+        UserError: a dataset has no made-up files, or is there from its official ones.
+    """
+    console.print(f"{shards}: pictures and records are made up; no score on them means anything", highlight=False)
+    with exclusive(shards / ".synthetic.lock", "making up data"):  # one rank does, for all on its node
+        missing = []
+        for card in {card.source: card for card in cards}.values():
+            folders = [shards / card.source / split for split in card.splits]
+            found = [read_manifest(folder) for folder in folders if (folder / MANIFEST_NAME).is_file()]
+            if any(manifest["licence"] != MADE_UP for manifest in found):
+                raise UserError(
+                    f"{shards} holds {card.source} from its official files; give made-up ones another data.shards=FOLDER"
+                )
+            if len(found) < len(folders):
+                missing.append(card)
+        with progress_bar("datasets", show=bool(missing), console=console) as bar:
+            task = bar.add_task("preparing made-up data", total=len(missing))
+            for card in missing:
+                raw = shards / "raw" / card.source
+                write_synthetic(card, raw)
+                prepare_dataset(synthetic_card(card), raw, shards, progress=False)
+                bar.advance(task)
+
+
 def shards_folder(cards: Sequence[Card], data: DataConfig, console: Console) -> Path:
     """The folder that the prepared datasets of these cards can be opened from, wherever data.shards is.
 
     Raises:
         UserError: as `ensure_prepared`; a place elsewhere that cannot be read, or does not have one of them.
     """
+    if data.synthetic:
+        ensure_synthetic(cards, Path(data.shards), console)
+        return Path(data.shards)
     if not is_url(data.shards):
         ensure_prepared(cards, Path(data.shards), data.sources, console)
         return Path(data.shards)

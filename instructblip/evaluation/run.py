@@ -6,6 +6,7 @@ from rich.console import Console
 
 from instructblip.config import EvaluateConfig, check_at_least, to_dict
 from instructblip.data.cards import load_card
+from instructblip.data.synthetic import NOTE
 from instructblip.evaluation.distributed import this_worker
 from instructblip.evaluation.protocol import make_task
 from instructblip.evaluation.results import log_scores
@@ -69,7 +70,7 @@ def evaluate(config: EvaluateConfig, console: Console) -> None:
         loaded.model,
         results,
         folder,
-        title=f"{config.suite.name} with {loaded.name}",
+        title=f"{config.suite.name} with {loaded.name}{NOTE if config.data.synthetic else ''}",
         checkpoint=loaded.source,
         step=loaded.step,
         examples=config.examples,

@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from instructblip.data.synthetic import NOTE
 from instructblip.evaluation.distributed import ALONE, Worker
 from instructblip.evaluation.results import log_scores
 from instructblip.evaluation.runner import answer_share, run_task
@@ -93,7 +94,7 @@ def _evaluate(run: TrainingRun, checkpoint: Path) -> None:
             run.model,
             results,
             folder,
-            title=f"{run.config.name}: what was learned",
+            title=f"{run.config.name}: what was learned{NOTE if run.config.data.synthetic else ''}",
             checkpoint=str(checkpoint),
             step=total_steps(run.phases),
             examples=60,

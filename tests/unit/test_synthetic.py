@@ -1,0 +1,120 @@
+"""Made-up files of all datasets: what the cards expect of the official ones' layout, nothing lost, nothing in common."""
+
+import dataclasses
+import io
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from instructblip.data.audit import audit_prepared
+from instructblip.data.cards import Card, all_cards, load_card
+from instructblip.data.prepare import check_prepared, prepare_dataset
+from instructblip.data.sample import Record
+from instructblip.data.shards import open_split, read_manifest
+from instructblip.data.synthetic import MADE_UP, WRITERS, write_synthetic
+from instructblip.data.synthetic.scenes import COLORS, SIDES, draw_scene, make_scenes
+from instructblip.errors import UserError
+from instructblip.prepared import ensure_synthetic
+
+CARDS = [card for card in all_cards() if card.source != "easy_vqa"]
+
+
+def _ensure(shards: Path, *names: str) -> str:
+    console = Console(file=io.StringIO(), width=200)
+    ensure_synthetic([load_card(name) for name in names], shards, console)
+    printed: str = console.file.getvalue()
+    return printed
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("synthetic") / "shards"
+    _ensure(folder, *(card.name for card in CARDS))
+    return folder
+
+
+def test_there_are_files_of_every_dataset() -> None:
+    assert set(WRITERS) == {card.source for card in CARDS}
+    assert len([card for card in CARDS if card.name != "aokvqa_multiple_choice"]) == 26
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_no_record_is_lost_in_any_split(shards: Path, name: str) -> None:
+    for split in load_card(name).splits:
+        manifest = read_manifest(shards / name / split)
+        assert (manifest["lost"], manifest["differences"], manifest["licence"]) == ([], [], MADE_UP)
+        assert manifest["images"] == (12 if (name, split) == ("vqav2", "test") else 6)
+        assert manifest["records"] >= manifest["images"]
+
+
+def _records(folder: Path, kinds: tuple[str, ...]) -> list[Record]:
+    rows = [shard.read(row)[1] for shard in open_split(folder).shards for row in range(len(shard))]
+    return [record for records in rows for record in records if not kinds or record.kind in kinds]
+
+
+@pytest.mark.parametrize("card", CARDS, ids=lambda card: card.name)
+def test_records_have_what_is_trained_on_and_scored(shards: Path, card: Card) -> None:
+    splits = [("train", card.kinds)] if card.role == "held-in" else []
+    splits += [(card.evaluation.split, card.evaluation.kinds or card.kinds)] if card.evaluation else []
+    assert splits
+    for split, kinds in splits:
+        records = _records(shards / card.source / split, kinds)
+        assert records
+        assert all(record.captions or record.answers or record.label is not None for record in records)
+
+
+def test_the_shards_are_whole_and_held_out_pictures_are_no_training_data(shards: Path) -> None:
+    assert check_prepared(shards) == []
+    audit = audit_prepared([shards])
+    assert audit.evaluated and audit.trained
+    assert audit.leaks() == []
+
+
+def test_they_are_written_once_and_the_same_each_time(shards: Path, tmp_path: Path) -> None:
+    before = (shards / "vsr/zeroshot_test/manifest.json").stat().st_mtime_ns
+    assert "made up" in _ensure(shards, "vsr")
+    assert (shards / "vsr/zeroshot_test/manifest.json").stat().st_mtime_ns == before
+    for name in ("vqav2", "msvd_qa", "ocr_vqa"):
+        write_synthetic(load_card(name), tmp_path / name)
+        files = {path.relative_to(tmp_path): path.read_bytes() for path in sorted((tmp_path / name).rglob("*.*"))}
+        assert files == {path: (shards / "raw" / path).read_bytes() for path in files}
+        assert len(files) > 6
+
+
+def test_a_missing_split_is_prepared_again(tmp_path: Path) -> None:
+    _ensure(tmp_path, "okvqa_question_generation")  # a view has its parent's files
+    manifest = tmp_path / "okvqa/val/manifest.json"
+    found = json.loads(manifest.read_text())
+    manifest.unlink()
+    _ensure(tmp_path, "okvqa")
+    assert json.loads(manifest.read_text()) == found
+
+
+def test_official_and_made_up_files_are_not_mixed(tmp_path: Path) -> None:
+    card = load_card("okvqa")
+    write_synthetic(card, tmp_path / "downloaded")
+    bare = {
+        name: dataclasses.replace(counts, images=None, records=None, records_by_kind={})
+        for name, counts in card.splits.items()
+    }
+    prepare_dataset(
+        dataclasses.replace(card, splits=bare), tmp_path / "downloaded", tmp_path / "shards", progress=False
+    )
+    with pytest.raises(UserError, match="holds okvqa from its official files; give made-up ones another"):
+        _ensure(tmp_path / "shards", "okvqa")
+    with pytest.raises(UserError, match="easy_vqa has no made-up files; leave out data=synthetic"):
+        _ensure(tmp_path / "shards", "easy_vqa_color")
+
+
+def test_a_picture_shows_what_is_said_of_it() -> None:
+    for scene in make_scenes(1, 20):
+        picture, color = draw_scene(scene), COLORS[scene.color]
+        width, height = picture.size
+        columns = [x for x in range(width) for y in range(height) if picture.getpixel((x, y)) == color]
+        assert SIDES[int(sum(columns) / len(columns) > width / 2)] == scene.side
+        answers = dict(scene.asked("color", "count", "side"))
+        assert list(answers.values()) == [scene.color, str(scene.count), "yes" if scene.side == "left" else "no"]
+        assert scene.side in scene.statement(true=True) and scene.other_side in scene.statement(true=False)
+        assert len(set(scene.captions(10))) == 10
