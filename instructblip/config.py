@@ -251,7 +251,7 @@ class TrainConfig(ModelConfig):
     profile_step: int | None = None  # trace the five steps after this one into trace.json.gz
     plan: bool = False  # print what the run needs and how long it takes, and end
     plan_gpu: str = "a100_40"
-    plan_gpus: int | None = None  # None: 16, or 1 where parallel=single
+    plan_gpus: int | None = None  # None: 16 or what the batches divide among; 1 where parallel=single
     plan_mfu: float = 0.4  # share of the GPU's peak that is reached
     mixture: MixtureConfig = field(default_factory=MixtureConfig)
     suite: SuiteConfig = field(default_factory=SuiteConfig)

@@ -87,10 +87,7 @@ def parallelize(
     Raises:
         UserError: `single` with several processes, or a shard size that does not divide them.
     """
-    if kind not in KINDS:
-        raise UserError(f"parallel.kind={kind} is none of {', '.join(KINDS)}")
-    if kind == "single" and processes.world_size > 1:
-        raise UserError(f"parallel=single, but {processes.world_size} processes were started; use parallel=ddp or fsdp")
+    check_layout(kind, shard_size, processes.world_size)
     language, qformer, vision = blocks_of(model.llm.model), list(model.qformer.layers), blocks_of(model.vision.backbone)
     if activation_checkpointing:
         for block in (*language, *qformer):
@@ -104,6 +101,22 @@ def parallelize(
         mesh = _shard_mesh(processes, shard_size, model.projection.weight.device.type)
         _shard_frozen(model, language, vision, mesh)
     return _replicate(model)
+
+
+def check_layout(kind: str, shard_size: int | None, world_size: int) -> None:
+    """Refuse a layout that so many processes cannot have.
+
+    Raises:
+        UserError: an unknown kind, `single` with several processes, or a shard size that does not divide them.
+    """
+    if kind not in KINDS:
+        raise UserError(f"parallel.kind={kind} is none of {', '.join(KINDS)}")
+    if kind == "single" and world_size > 1:
+        raise UserError(f"parallel=single, but there are {world_size} processes; use parallel=ddp or fsdp")
+    if kind == "fsdp" and shard_size is not None and world_size > 1 and world_size % shard_size:
+        raise UserError(
+            f"parallel.shard_size={shard_size} does not divide {world_size} processes; give a node's number of GPUs"
+        )
 
 
 def blocks_of(module: nn.Module) -> list[nn.Module]:
@@ -133,10 +146,6 @@ def _recompute(block: nn.Module) -> None:
 
 def _shard_mesh(processes: Processes, shard_size: int | None, device: str) -> DeviceMesh:
     size = shard_size or processes.world_size
-    if processes.world_size % size:
-        raise UserError(
-            f"parallel.shard_size={size} does not divide {processes.world_size} processes; give a node's number of GPUs"
-        )
     return init_device_mesh(device, (processes.world_size // size, size), mesh_dim_names=("copies", "shards"))["shards"]
 
 

@@ -42,9 +42,9 @@ from instructblip.training.parallel import Execution, parallelize
 from instructblip.training.processes import Processes, start_processes
 from instructblip.training.profile import traced_steps
 from instructblip.training.scoring import finish, validate
-from instructblip.training.setup import PRECISIONS, TrainingRun, check_batches, check_numbers, set_up
+from instructblip.training.setup import PRECISIONS, TrainingRun, check_batches, check_numbers, make_plan, set_up
 from instructblip.training.signals import Stopped, StopRequest
-from instructblip.training.tables import shares_planned, shares_realised
+from instructblip.training.tables import planned, shares_planned, shares_realised, verdict
 
 _SAVE_FAILED = 255  # instead of a signal's number: rank 0 could not write a checkpoint
 # Settings that a resumed run may change: they decide how a run is carried out, not what it computes.
@@ -76,15 +76,28 @@ _FREE_IN_PHASES = ("batching", "micro_batch_size", "micro_batch_tokens")
 def train(config: TrainConfig, console: Console) -> int:
     """Run train.py with a validated configuration; return the exit status (0, or 128 + signal when told to stop).
 
+    With `plan` only what the run would need is printed, by the first of torchrun's processes; 1 when it does not fit.
+
     Raises:
         UserError: anything the user can mend: configuration, missing parts or data, another run in the folder, disk full.
     """
     check_numbers(config)
+    if config.plan:
+        return _print_plan(config, console)
     device = choose_device(config.device)
     with StopRequest() as stop, start_processes(device, config.parallel.timeout) as processes:
         check_batches(config, processes.world_size)
         with _silent(processes):
             return _train(config, processes, stop, console if processes.is_first else Console(quiet=True))
+
+
+def _print_plan(config: TrainConfig, console: Console) -> int:
+    plan = make_plan(config)
+    if os.environ.get("RANK", "0") == "0":
+        console.print(planned(plan, config.name))
+        for line in verdict(plan):
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+    return 0 if plan.fits else 1
 
 
 @contextlib.contextmanager

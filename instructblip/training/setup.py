@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from instructblip.architecture import vision_encoder
+from instructblip.architecture import parts_without_weights, vision_encoder
 from instructblip.build import build_model, choose_device, frozen_fingerprints
 from instructblip.config import LLMConfig, PhaseConfig, TrainConfig, check_at_least, to_dict
 from instructblip.data.batching import BATCHINGS, Batching, Length
@@ -29,11 +29,13 @@ from instructblip.model.vision import ChannelNorm
 from instructblip.prepared import shards_folder
 from instructblip.training.average import WeightAverage
 from instructblip.training.data import check_data, make_images, make_mixture, mixture_cards, open_sets
-from instructblip.training.flops import ModelShape, device_peak, model_shape
+from instructblip.training.flops import GPUS, ModelShape, device_peak, model_shape
 from instructblip.training.loggers import Logger, make_logger
 from instructblip.training.loop import Phase
 from instructblip.training.meters import MetricsLog
 from instructblip.training.optim import make_adamw
+from instructblip.training.parallel import check_layout
+from instructblip.training.plan import Layout, Plan, plan_run, planned_phases
 from instructblip.training.processes import Processes
 from instructblip.training.writer import CheckpointWriter
 from instructblip.weights.assets import cache_folder
@@ -135,6 +137,42 @@ def check_batches(config: TrainConfig, world_size: int) -> None:
                 f"recipe.phases.{number}.batch_size={phase.batch_size} does not divide among {world_size} processes; "
                 "start another number of them"
             )
+
+
+def make_plan(config: TrainConfig) -> Plan:
+    """What the run needs on the GPUs that are planned with; nothing is opened or loaded.
+
+    Raises:
+        UserError: an unknown GPU, settings that no run can have, or a part whose YAML states no sizes.
+    """
+    if config.plan_gpu not in GPUS:
+        raise UserError(f"plan_gpu={config.plan_gpu} is none of {', '.join(GPUS)}")
+    if not 0 < config.plan_mfu <= 1:
+        raise UserError(f"plan_mfu={config.plan_mfu} must be above 0 and at most 1, such as 0.4")
+    check_layout(config.parallel.kind, config.parallel.shard_size, gpus := _planned_gpus(config))
+    check_at_least(1, {"plan_gpus": gpus})
+    check_batches(config, gpus)
+    layout = Layout(
+        gpu=GPUS[config.plan_gpu],
+        gpus=gpus,
+        mfu=config.plan_mfu,
+        kind=config.parallel.kind,
+        shard_size=config.parallel.shard_size,
+        activation_checkpointing=config.parallel.activation_checkpointing,
+        autocast=PRECISIONS[config.recipe.precision] is not None,
+        average=config.recipe.average_decay is not None,
+        quantization=config.llm.quantization,
+        cached=config.data.cache_features,
+        longest=(config.llm.max_prompt_tokens, config.llm.max_target_tokens),
+    )
+    return plan_run(parts_without_weights(config), planned_phases(config.recipe.phases), layout)
+
+
+def _planned_gpus(config: TrainConfig) -> int:
+    if config.plan_gpus is not None:
+        return config.plan_gpus
+    sizes = [phase.batch_size for phase in config.recipe.phases]
+    return 1 if config.parallel.kind == "single" else math.gcd(16, *sizes)
 
 
 def set_up(config: TrainConfig, folder: Path, processes: Processes, console: Console) -> TrainingRun:

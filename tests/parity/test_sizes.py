@@ -1,42 +1,32 @@
 """The four published models have the published numbers of parameters: built on the meta device, without memory."""
 
-from pathlib import Path
-from typing import Any
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, LlamaConfig, PretrainedConfig, T5Config
 
-from instructblip.config import VisionConfig, read_config
-from instructblip.model.instructblip import InstructBLIP
-from instructblip.model.llm import LLM_KINDS
+from instructblip.architecture import language_model_of_sizes, parts_without_weights, qformer_of_sizes
+from instructblip.cli import compose_config
+from instructblip.config import CONFIGS, LLMConfig, QFormerConfig, TrainConfig, read_config
 from instructblip.model.qformer import QFormer
-from instructblip.model.vision import VisionEncoder
-from tests.tiny import EOS, tiny_bert_tokenizer, tiny_llm_tokenizer
-
-CONFIGS = Path(__file__).parents[2] / "configs"
 
 # The last layer's text feed-forward can influence nothing: the published counts have it, training leaves it alone.
 LAST_TEXT_FFN = 768 * 3072 + 3072 + 3072 * 768 + 768 + 2 * 768
 
-VICUNA_7B: dict[str, Any] = {"vocab_size": 32001}
-VICUNA_13B = VICUNA_7B | {
-    "hidden_size": 5120,
-    "intermediate_size": 13824,
-    "num_hidden_layers": 40,
-    "num_attention_heads": 40,
-    "num_key_value_heads": 40,
-}
-FLAN_T5: dict[str, Any] = {"num_layers": 24, "feed_forward_proj": "gated-gelu", "dense_act_fn": "gelu"}
-FLAN_T5_XL = FLAN_T5 | {"d_model": 2048, "d_kv": 64, "d_ff": 5120, "num_heads": 32, "decoder_start_token_id": 0}
-FLAN_T5_XXL = FLAN_T5 | {"d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_heads": 64, "decoder_start_token_id": 0}
-
-PUBLISHED = {
-    "vicuna_7b": (LlamaConfig(**VICUNA_7B), 188_837_376, 6_738_423_808),
-    "vicuna_13b": (LlamaConfig(**VICUNA_13B), 189_624_832, 13_015_874_560),
-    "flan_t5_xl": (T5Config(**FLAN_T5_XL), 187_262_464, 2_849_757_184),
-    "flan_t5_xxl": (T5Config(**FLAN_T5_XXL), 188_837_376, 11_135_332_352),
+TRAINED = {"vicuna_7b": 188_837_376, "vicuna_13b": 189_624_832, "flan_t5_xl": 187_262_464, "flan_t5_xxl": 188_837_376}
+FROZEN = {
+    "vicuna_7b": 6_738_423_808,
+    "vicuna_13b": 13_015_874_560,
+    "flan_t5_xl": 2_849_757_184,
+    "flan_t5_xxl": 11_135_332_352,
+    "flan_t5_base": 247_577_856,
+    "smollm2_135m": 134_515_008,
+    "llama_3_1_8b": 8_030_261_248,
+    "mistral_7b": 7_248_023_552,
+    "qwen3_8b": 8_190_735_360,
+    "gemma_3_4b": 3_880_263_168,
+    "opt_2_7b": 2_651_596_800,
 }
 
 
@@ -44,48 +34,30 @@ def parameters(module: nn.Module, *, trained: bool = False) -> int:
     return sum(p.numel() for p in module.parameters() if p.requires_grad or not trained)
 
 
-def vision_encoder() -> VisionEncoder:
-    config = read_config(CONFIGS / "vision/eva_vit_g.yaml", VisionConfig)
-    return VisionEncoder(
-        backbone=config.backbone,
-        image_size=config.image_size,
-        mean=config.mean,
-        std=config.std,
-        options=config.options,
-        final_norm=config.final_norm,
-    )
-
-
 def qformer(instruction_aware: bool = True) -> QFormer:
-    sizes = {"vocab_size": 30523, "width": 768, "layers": 12, "heads": 12, "hidden_width": 3072, "vision_width": 1408}
-    return QFormer(**sizes, instruction_aware=instruction_aware)
+    config = read_config(CONFIGS / "qformer/bert_base.yaml", QFormerConfig)
+    config = replace(config, instruction_aware=instruction_aware)
+    return qformer_of_sizes(config, vision_width=1408)
 
 
-def language_model(config: PretrainedConfig) -> Any:
-    kind = "encoder_decoder" if config.is_encoder_decoder else "decoder"
-    auto = {"decoder": AutoModelForCausalLM, "encoder_decoder": AutoModelForSeq2SeqLM}[kind]
-    return LLM_KINDS[kind](auto.from_config(config), tiny_llm_tokenizer(), eos_token=EOS, pad_token=EOS)
-
-
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", TRAINED)
 def test_published_models(name: str) -> None:
-    config, trained, frozen = PUBLISHED[name]
-    with torch.device("meta"):
-        vision = vision_encoder()
-        model = InstructBLIP(
-            vision=vision,
-            vision_norm=nn.LayerNorm(vision.width),
-            qformer=qformer(),
-            qformer_tokenizer=tiny_bert_tokenizer(),
-            llm=language_model(config),
-        )
-    assert vision.tokens == 257
-    assert parameters(model.vision) == 985_894_528
-    assert sum(tensor.numel() for tensor in model.trainable_state().values()) == trained
-    assert parameters(model, trained=True) == trained - LAST_TEXT_FFN
-    # transformers ties T5's output head to its token table until a file says otherwise, as FlanT5's does.
-    head = config.vocab_size * config.d_model if config.is_encoder_decoder else 0
-    assert parameters(model.llm.model) + head == frozen
+    parts = parts_without_weights(compose_config("train", TrainConfig, [f"experiment=paper_{name}"]))
+    assert parts.vision.tokens == 257
+    assert parameters(parts.vision) == 985_894_528
+    trainable = nn.ModuleList([parts.norm, parts.qformer, parts.projection])
+    assert parameters(trainable) == TRAINED[name]
+    assert parameters(trainable, trained=True) == TRAINED[name] - LAST_TEXT_FFN
+
+
+def test_every_language_model_has_its_published_size() -> None:
+    found = {}
+    for file in sorted((CONFIGS / "llm").glob("*.yaml")):
+        with torch.device("meta"):
+            model = language_model_of_sizes(read_config(file, LLMConfig))
+        assert model.dtype == (torch.float32 if file.stem == "smollm2_135m" else torch.bfloat16)
+        found[file.stem] = parameters(model)
+    assert found == FROZEN
 
 
 def test_parts_of_the_qformer() -> None:

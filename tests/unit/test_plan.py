@@ -1,0 +1,273 @@
+"""The plan of a run: what it says of memory against what autograd keeps, of every experiment, and that it opens nothing."""
+
+import io
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from instructblip import architecture
+from instructblip.architecture import language_model_of_sizes, qformer_of_sizes
+from instructblip.config import CONFIGS, TrainConfig, VisionConfig
+from instructblip.errors import UserError
+from instructblip.training import flops
+from instructblip.training.plan import Plan, what_fits
+from instructblip.training.run import train
+from instructblip.training.setup import make_plan
+from instructblip.training.tables import verdict
+from tests.runs import compose
+
+PAPER = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml"))
+SMALL = (
+    "vision=eva_vit_g",
+    "vision.options.depth=2",
+    "++vision.options.embed_dim=128",
+    "++vision.options.num_heads=4",
+    "vision.image_size=112",
+    "qformer=bert_base",
+    "qformer.dropout=0",
+    *(f"qformer.sizes.{key}={value}" for key, value in {"hidden_size": 192, "intermediate_size": 768}.items()),
+    "qformer.sizes.num_hidden_layers=4",
+    "llm.added_tokens=[]",
+    "llm.sizes.vocab_size=500",
+    "recipe=paper",
+    "recipe.phases.0.batch_size=4",
+    "parallel=single",
+    "plan=true",
+)
+LLAMA = ("hidden_size=256", "intermediate_size=688", "num_hidden_layers=4", "num_attention_heads=4")
+SIZES = {
+    "vicuna_7b": LLAMA,
+    "qwen3_8b": (*LLAMA, "num_key_value_heads=1", "head_dim=64"),
+    "opt_2_7b": ("hidden_size=256", "word_embed_proj_dim=256", "ffn_dim=1024", "num_hidden_layers=4"),
+    "flan_t5_xl": ("d_model=256", "d_ff=640", "num_layers=4", "num_heads=4"),
+}
+
+
+_ENCODERS: dict[str, Any] = {}  # by their configurations: the large one takes a second to lay out
+_COUNTED: dict[int, float] = {}
+
+
+@pytest.fixture
+def encoders_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lay out each vision encoder once for all tests."""
+    build, count = architecture.vision_encoder, flops._image_flops
+
+    def encoder(config: VisionConfig) -> Any:
+        if repr(config) not in _ENCODERS:
+            _ENCODERS[repr(config)] = build(config)
+        return _ENCODERS[repr(config)]
+
+    def counted(vision: Any) -> float:
+        if id(vision) not in _COUNTED:
+            _COUNTED[id(vision)] = count(vision)
+        return _COUNTED[id(vision)]
+
+    monkeypatch.setattr(architecture, "vision_encoder", encoder)
+    monkeypatch.setattr(flops, "_image_flops", counted)
+
+
+def plan(*overrides: str) -> Plan:
+    return make_plan(compose("train", TrainConfig, ["plan=true", *overrides]))
+
+
+def printed(*overrides: str) -> tuple[int, str]:
+    console = Console(file=io.StringIO(), width=120)
+    status = train(compose("train", TrainConfig, ["plan=true", *overrides]), console)
+    assert isinstance(console.file, io.StringIO)
+    return status, console.file.getvalue()
+
+
+def small(name: str, *overrides: str) -> TrainConfig:
+    return compose("train", TrainConfig, [f"llm={name}", *SMALL, *(f"llm.sizes.{s}" for s in SIZES[name]), *overrides])
+
+
+def saved_bytes(work: Callable[[], object], *own: nn.Module) -> int:
+    """Bytes of the tensors that autograd keeps, without those of the modules themselves."""
+    tables = {t.untyped_storage().data_ptr() for m in own for t in (*m.parameters(), *m.buffers())}
+    kept: dict[int, Tensor] = {}  # which keeps their addresses theirs
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        result = work()
+    del result
+    return sum(tensor.untyped_storage().nbytes() for address, tensor in kept.items() if address not in tables)
+
+
+@pytest.mark.usefixtures("encoders_once")
+@pytest.mark.parametrize("name", SIZES)
+def test_activations_of_the_llm_are_those_that_autograd_keeps(name: str) -> None:
+    config = small(name)
+    planned = make_plan(config)
+    llm = language_model_of_sizes(config.llm).requires_grad_(False).eval()
+    length = 32 + 35 + (1 if name.startswith("flan") else 15)
+    embedded = torch.randn(4, length, 256, dtype=torch.bfloat16, requires_grad=True)
+
+    def forward() -> Any:
+        if not llm.config.is_encoder_decoder:
+            return llm.base_model(inputs_embeds=embedded, use_cache=False).last_hidden_state
+        encoded = llm.get_encoder()(inputs_embeds=embedded).last_hidden_state
+        answers = torch.ones(4, 16, dtype=torch.long)
+        return llm.get_decoder()(input_ids=answers, encoder_hidden_states=encoded, use_cache=False).last_hidden_state
+
+    expected = saved_bytes(forward, llm)
+    found = {row.part: row.usual for row in planned.memory()}["activations, language model"]
+    assert found == pytest.approx(expected, rel=0.2)
+
+
+@pytest.mark.usefixtures("encoders_once")
+def test_activations_of_the_qformer_are_those_that_autograd_keeps() -> None:
+    config = small("vicuna_7b")
+    qformer, norm = qformer_of_sizes(config.qformer, vision_width=128), nn.LayerNorm(128)
+    tokens, image = torch.ones(4, 37, dtype=torch.long), torch.randn(4, 65, 128)
+
+    def forward() -> Any:
+        with torch.autocast("cpu", torch.bfloat16):
+            return qformer(norm(image), tokens, torch.ones_like(tokens))
+
+    rows = {row.part: row.usual for row in make_plan(config).memory()}
+    # The copies of the matrices in bfloat16 are kept as well.
+    expected = saved_bytes(forward, qformer, norm)
+    assert rows["activations, Q-Former"] + rows["bfloat16 copies"] == pytest.approx(expected, rel=0.2)
+
+
+@pytest.mark.usefixtures("encoders_once")
+def test_static_memory_of_the_7b_model() -> None:
+    rows = {row.part: row.usual for row in plan("experiment=paper_vicuna_7b", "plan_gpus=8").memory()}
+    trained = 188_837_376 - 4_723_968
+    assert rows["language model"] == 2 * 6_738_423_808
+    assert rows["vision encoder"] == 2 * 985_894_528
+    assert rows["Q-Former and projection"] == 4 * 188_837_376
+    assert (rows["their gradients"], rows["AdamW's moments"]) == (4 * trained, 8 * trained)
+
+
+@pytest.mark.usefixtures("encoders_once")
+def test_sharding_recomputing_and_rounding_save_memory() -> None:
+    base = plan("experiment=paper_vicuna_13b", "plan_gpus=8", "parallel=ddp")
+
+    def rows(**changes: Any) -> dict[str, float]:
+        changed = replace(base, layout=replace(base.layout, **changes))
+        return {row.part: row.largest for row in changed.memory()}
+
+    whole = rows()
+    sharded, paired = rows(kind="fsdp"), rows(kind="fsdp", shard_size=2)
+    assert whole["language model"] == 2 * 13_015_874_560
+    assert 1 / 8 < sharded["language model"] / whole["language model"] < 1 / 5  # token tables and two blocks are whole
+    assert 1 / 2 < paired["language model"] / whole["language model"] < 0.6
+    recomputed = rows(activation_checkpointing=True)
+    assert recomputed["activations, language model"] < whole["activations, language model"] / 5
+    assert 0.5 < rows(quantization="int8")["language model"] / whole["language model"] < 0.52
+    assert 0.28 < rows(quantization="nf4")["language model"] / whole["language model"] < 0.31
+
+
+@pytest.mark.usefixtures("encoders_once")
+def test_time_follows_from_work_and_peak() -> None:
+    once = plan("experiment=paper_vicuna_7b", "plan_gpu=h200", "plan_gpus=8", "plan_mfu=0.25")
+    twice = replace(once, layout=replace(once.layout, gpus=16, mfu=0.5))
+    work = sum(part.forward + part.backward for part in once.sample_flops())
+    assert 2.5e12 < work < 3e12
+    rate = once.samples_per_second(once.phases[0])
+    assert rate == pytest.approx(8 * 0.25 * 989.4e12 / work)
+    assert once.hours() == pytest.approx(60_000 * 128 / rate / 3600)
+    assert once.hours() == pytest.approx(4 * twice.hours())
+    recomputing = replace(once, layout=replace(once.layout, activation_checkpointing=True))
+    assert recomputing.hours() == pytest.approx(1.4 * once.hours(), rel=0.03)
+
+
+def test_phases_of_unlike_work_are_added_up() -> None:
+    demo = plan("experiment=demo", "parallel=single")
+    alignment, instruction = demo.phases
+    assert demo.samples_per_second(alignment) > 5 * demo.samples_per_second(instruction)
+    assert demo.heaviest is instruction
+    seconds = sum(p.steps * p.batch_size / demo.samples_per_second(p) for p in demo.phases)
+    assert demo.hours() == pytest.approx(seconds / 3600)
+
+
+@pytest.mark.parametrize("experiment", PAPER)
+def test_every_experiment_is_planned_and_nothing_is_opened(
+    experiment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = compose("train", TrainConfig, [f"experiment={experiment}", "plan=true", f"output={tmp_path}/out"])
+
+    def refuse(*arguments: object, **_: object) -> Any:
+        raise AssertionError(f"a plan opened {arguments}")
+
+    for name in ("builtins.open", "io.open", "os.open", "socket.socket.connect", "torch.load"):
+        monkeypatch.setattr(name, refuse)
+    monkeypatch.setattr("instructblip.build.part_folder", refuse)
+    monkeypatch.setattr("instructblip.training.setup.load_card", refuse)
+    console = Console(file=io.StringIO(), width=100)
+    status = train(config, console)
+    assert isinstance(console.file, io.StringIO)
+    text = console.file.getvalue()
+    assert re.search(rf"{experiment} on \d+ x A100 40 GB", text)
+    assert "hours" in text
+    assert ("It fits" in text, "It does not fit" in text) == (status == 0, status == 1)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("encoders_once")
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("experiment=paper_vicuna_13b", "parallel=ddp", "plan_gpus=8"),
+        ("experiment=paper_vicuna_7b", "plan_gpus=2", "recipe.phases.0.micro_batch_size=64"),
+        ("experiment=paper_vicuna_7b", "plan_gpus=2", "plan_gpu=rtx_4090"),
+        ("experiment=paper_vicuna_13b", "plan_gpus=1", "plan_gpu=rtx_4090"),
+    ],
+)
+def test_what_does_not_fit_is_told_what_would(overrides: tuple[str, ...]) -> None:
+    status, text = printed(*overrides)
+    assert status == 1
+    advised = text.partition("; with ")[2].partition(" it does")[0].split()
+    assert advised
+    assert printed(*overrides, *advised)[0] == 0
+
+
+@pytest.mark.usefixtures("encoders_once")
+def test_nothing_helps_a_gpu_that_is_too_small() -> None:
+    huge = plan("llm=vicuna_13b", "llm.sizes.num_hidden_layers=200", "plan_gpus=1", "plan_gpu=rtx_4090")
+    assert what_fits(huge) is None
+    assert "take GPUs with more memory" in verdict(huge)[-1]
+
+
+@pytest.mark.usefixtures("encoders_once")
+def test_only_the_first_of_torchruns_processes_prints(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert printed("experiment=paper_vicuna_7b") == (0, "")
+
+
+@pytest.mark.usefixtures("encoders_once")
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("plan_gpu=h300", "plan_gpu=h300 is none of a100_40"),
+        ("plan_gpus=0", "plan_gpus=0 is too small"),
+        ("plan_gpus=3", "does not divide among 3 processes"),
+        ("plan_mfu=1.5", "plan_mfu=1.5 must be"),
+        ("parallel=single plan_gpus=2", "parallel=single, but there are 2"),
+        ("parallel=fsdp parallel.shard_size=3", "parallel.shard_size=3 does not divide 8"),
+        ("llm.sizes.model_type=lama", "llm.sizes of smollm2_135m"),
+    ],
+)
+def test_a_mistake_is_one_line(override: str, says: str) -> None:
+    with pytest.raises(UserError) as error:
+        printed(*override.split())
+    assert says in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_language_model_without_sizes_is_named() -> None:
+    config = compose("train", TrainConfig, ["plan=true"])
+    config.llm.sizes = {}
+    with pytest.raises(UserError, match="llm=smollm2_135m states no sizes"):
+        make_plan(config)
