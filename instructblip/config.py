@@ -361,6 +361,8 @@ def check_at_least(minimum: int, values: Mapping[str, int | None]) -> None:
 def unknown_key(key: str, valid: list[str]) -> str:
     """The message for a key that does not exist, naming the nearest one that does, else its neighbours."""
     wanted = re.sub(r"(\.\d+|\[\d*\])(?=\.)", ".0", key)
+    if wanted in valid:  # of a list's entry, which has only the keys that its file names
+        return f"{key} is left at its default there; set it with +{key}=VALUE"
 
     def likeness(name: str) -> tuple[float, float]:
         last, whole = wanted.rpartition(".")[2], difflib.SequenceMatcher(None, wanted, name).ratio()

@@ -38,7 +38,8 @@ SECONDS = 120  # a process that takes longer hangs
 _RECIPE = (
     "recipe.phases=["
     "{name: alignment, steps: 9, batch_size: 4, learning_rate: 3e-3, warmup_steps: 2, through_llm: false}, "
-    "{name: instruction, steps: 15, batch_size: 4, micro_batch_size: 2, learning_rate: 1e-3, through_llm: true}]",
+    "{name: instruction, steps: 15, batch_size: 4, batching: fixed, micro_batch_size: 2, "
+    "learning_rate: 1e-3, through_llm: true}]",
     "recipe.checkpoint_every=4",
     "recipe.validate_every=5",
     "recipe.validation_samples=3",
@@ -136,7 +137,7 @@ def one_thread() -> Iterator[None]:
 
 
 class Command:
-    """A running entry point: `python <script> <arguments>` in the folder `cwd`, its output in a file."""
+    """A running entry point, a script or a module, with `arguments` in the folder `cwd`, its output in a file."""
 
     def __init__(
         self,
@@ -229,7 +230,10 @@ def _run_script(
     torch.set_num_threads(1)
     before()
     sys.argv = [script, *arguments]
-    runpy.run_path(str(REPOSITORY / script), run_name="__main__")
+    if script.endswith(".py"):
+        runpy.run_path(str(REPOSITORY / script), run_name="__main__")
+    else:
+        runpy.run_module(script, run_name="__main__", alter_sys=True)
 
 
 # --- what runs leave -------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -37,21 +38,37 @@ def test_the_set_up_commands_stand_as_agreed() -> None:
 
 
 def test_there_is_no_command_that_nobody_tries() -> None:
-    tried = (*(f"python {script}" for script in SCRIPTS), "python -m instructblip.weights ", "python benchmarks/")
+    tried = (*(f"python {script}" for script in SCRIPTS), "python -m instructblip.", "python benchmarks/")
     assert [line for line in COMMANDS if not line.startswith(tried)] == []
     named = {script for script in SCRIPTS if any(script in line for line in LINES)}
     assert named == set(SCRIPTS)
 
 
-@pytest.mark.parametrize("line", [line for line in COMMANDS if line.startswith("python -m ")])
+@pytest.mark.parametrize("line", [line for line in COMMANDS if "instructblip.weights" in line])
 def test_a_conversion_runs(line: str, finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _, _, module, *arguments = shlex.split(line)
-    assert module == "instructblip.weights"
+    _, _, _, *arguments = shlex.split(line)
     tiny_huggingface(tmp_path / "Salesforce/instructblip-vicuna-7b")  # a folder here goes before the hub's of that name
     shutil.copytree(finished_run, tmp_path / "outputs/train/demo")
     monkeypatch.chdir(tmp_path)
     assert convert(arguments) == 0
     assert (tmp_path / arguments[1]).exists()
+
+
+@pytest.mark.parametrize("line", [line for line in COMMANDS if "instructblip.evaluation" in line])
+def test_scores_are_read(line: str, world: World, finished_run: Path, tmp_path: Path) -> None:
+    _, _, module, *arguments = shlex.split(line)
+    for folder in (word for word in arguments if word.startswith("outputs/")):
+        shutil.copytree(finished_run / "evaluation", tmp_path / folder)
+    assert "easy_vqa_shape" in run(world, module, *arguments, cwd=tmp_path)
+    named = [word for word in arguments if word.endswith((".csv", ".html"))]
+    assert [name for name in named if not (tmp_path / name).exists()] == []
+
+
+@pytest.mark.parametrize("line", [line for line in COMMANDS if "instructblip.data" in line])
+def test_a_mixture_is_looked_at(line: str, world: World, tmp_path: Path) -> None:
+    _, _, module, *arguments = shlex.split(line)
+    printed = run(world, module, *arguments, f"data.shards={world.shards}", "timed=64", cwd=tmp_path)
+    assert "easy_vqa_present" in printed
 
 
 @pytest.mark.parametrize("line", [line for line in COMMANDS if "benchmarks/" in line])
@@ -66,25 +83,35 @@ def test_a_benchmark_runs(line: str, world: World, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def _tiny_training(world: World, given: Mapping[str, str], folder: Path) -> tuple[str, ...]:
+    """What makes a command of train.py short: tiny parts and few steps. A run that is continued keeps its recipe."""
+    if "plan" in given:
+        return ()
+    short = (ONE_PHASE, "recipe.final_samples=1", "recipe.validation_samples=1")
+    if "experiment" in given:
+        return (*(item for item in world.train if item.split(".")[0] in ("vision", "qformer", "llm")), *short)
+    if "llm" in given:
+        write_llm(given["llm"], folder / "outputs/llm")
+        return (*world.train, *short, f"llm.sources.path={folder / 'outputs/llm'}")
+    keeps = "resume" in given or any(key.startswith("recipe.phases") for key in given)
+    return world.train if keeps else (*world.train, *short)
+
+
 @pytest.mark.parametrize("line", [line for line in COMMANDS if line.split()[1] in SCRIPTS])
 def test_a_command_runs(line: str, world: World, finished_run: Path, tmp_path: Path) -> None:
     _, script, *arguments = shlex.split(line)
-    given = dict(argument.split("=", 1) for argument in arguments)
+    given = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
     if {"check", "show", "audit"} & given.keys():
         shutil.copytree(world.shards, tmp_path / "data/shards")
     if "checkpoint" in given or "resume" in given:
-        shutil.copytree(finished_run, tmp_path / "outputs/train/demo")
-    # A run that is continued keeps its recipe; another is made as short as can be.
-    short = () if "resume" in given else (ONE_PHASE, "recipe.final_samples=2", "recipe.validation_samples=2")
-    if "llm" in given:
-        write_llm(given["llm"], tmp_path / "outputs/llm")
-        short = (*short, f"llm.sources.path={tmp_path / 'outputs/llm'}")
+        shutil.copytree(finished_run, tmp_path / given.get("checkpoint", "outputs/train/demo"))
     tiny = {
-        "train.py": (*world.train, *short),
-        "evaluate.py": (*world.evaluate, "samples=3"),
+        "train.py": _tiny_training(world, given, tmp_path),
+        "evaluate.py": ("samples=6",) if "data" in given else (*world.evaluate, "samples=3"),
         "prepare.py": (f"sources.easy_vqa.path={world.raw}",),
     }[script]
-    printed = run(world, script, *arguments, *tiny, cwd=tmp_path)
+    ordered = sorted([*tiny, *arguments], key=lambda word: "=" in word)  # flags come first
+    printed = run(world, script, *ordered, cwd=tmp_path)
     assert printed.strip()
     assert "Traceback" not in printed
     assert {path.name for path in tmp_path.iterdir()} <= {"outputs", "data", f"{script}.log"}
