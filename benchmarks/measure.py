@@ -64,17 +64,27 @@ def compare(
     if arguments.variant is not None:
         print(json.dumps(_measure(variants[arguments.variant], arguments.folder, arguments.parts, arguments.runs)))
         return
-    figures: dict[str, list[dict[str, float]]] = {name: [] for name in variants}
-    console = Console(stderr=True)
     with tempfile.TemporaryDirectory() as folder:
         setup(Path(folder), arguments.parts)
-        command = [sys.executable, *sys.argv, "--folder", folder, "--variant"]
-        for number in range(arguments.rounds):
-            for name in variants:
-                console.print(f"round {number + 1} of {arguments.rounds}: {name}", highlight=False)
-                output = subprocess.run([*command, name], check=True, stdout=subprocess.PIPE, text=True).stdout
-                figures[name].append(json.loads(output.splitlines()[-1]))
+        figures = in_turns(list(variants), arguments.rounds, "--folder", folder)
     _print(figures, baseline, unit, per_run, what, description, arguments.threads)
+
+
+def in_turns(variants: Sequence[str], rounds: int, *arguments: str) -> dict[str, list[dict[str, float]]]:
+    """Run this script once a variant and round with `--variant NAME`; return what each printed last, a JSON object.
+
+    Raises:
+        subprocess.CalledProcessError: a variant failed.
+    """
+    figures: dict[str, list[dict[str, float]]] = {name: [] for name in variants}
+    console = Console(stderr=True)
+    for number in range(rounds):
+        for name in variants:
+            console.print(f"round {number + 1} of {rounds}: {name}", highlight=False)
+            command = [sys.executable, *sys.argv, *arguments, "--variant", name]
+            output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+            figures[name].append(json.loads(output.splitlines()[-1]))
+    return figures
 
 
 def _measure(prepare: Prepare, folder: Path, parts: list[str], runs: int) -> dict[str, float]:

@@ -53,20 +53,32 @@ def save_huggingface(model: InstructBLIP, folder: Path, *, overwrite: bool = Fal
     tokenizer = _processor_tokenizer(model.llm)
     image_token = tokenizer.get_vocab()[_IMAGE_TOKEN]
     rows = max(model.llm.embeddings.weight.shape[0], image_token + 1)
-    config = _huggingface_config(model, rows, image_token)
-    state = _huggingface_state(model, rows)
     with atomic_folder(folder, overwrite_if=SIDECAR if overwrite else None) as partial, quiet_transformers():
-        with torch.device("meta"):
-            target = InstructBlipForConditionalGeneration(config)
-        # Tied tables are one tensor under several names; T5's head is tied by its class and not by FlanT5's weights.
-        target.load_state_dict(state, assign=True)
-        target.generation_config = GenerationConfig.from_model_config(config.text_config)
+        target = huggingface_model(model, rows, image_token)
+        target.generation_config = GenerationConfig.from_model_config(target.config.text_config)
         target.save_pretrained(partial)
         _processor(model, tokenizer).save_pretrained(partial)
         model.llm.tokenizer.save_pretrained(partial / LLM_TOKENIZER)
         write_json(partial / SIDECAR, _sidecar(model))
         _warn_about_text(model.llm, partial)
-    _warn_about_eps(model, config)
+    _warn_about_eps(model, target.config)
+
+
+def huggingface_model(model: InstructBLIP, rows: int, image_token: int) -> InstructBlipForConditionalGeneration:
+    """transformers' class with this model's tensors, shared where they keep their shape; for `save_pretrained`.
+
+    What its constructor computes and no file holds (a language model's rotary frequencies) is on the meta device.
+
+    Args:
+        model: see `save_huggingface`.
+        rows: of the token table and the output head, at least as many as there are.
+        image_token: row that marks the places of visual tokens.
+    """
+    with torch.device("meta"):
+        target = InstructBlipForConditionalGeneration(_huggingface_config(model, rows, image_token))
+    # Tied tables are one tensor under several names; T5's head is tied by its class and not by FlanT5's weights.
+    target.load_state_dict(_huggingface_state(model, rows), assign=True)
+    return target
 
 
 def _check_holdable(model: InstructBLIP) -> None:
