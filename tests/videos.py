@@ -1,12 +1,13 @@
 """Tiny videos whose frames have known colours."""
 
 from collections.abc import Sequence
-from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
-import av
 import numpy as np
 from PIL import Image
+
+from instructblip.data.synthetic import scenes
 
 COLORS = {
     "red": (200, 30, 30),
@@ -20,44 +21,15 @@ COLORS = {
 }
 
 
-def write_video(
-    path: Path,
-    colors: Sequence[str],
-    *,
-    codec: str = "mpeg4",
-    container: str | None = None,
-    times: Sequence[int] | None = None,
-    rotation: int | None = None,
-    top: str | None = None,
-    options: dict[str, str] | None = None,
-) -> Path:
-    """Write a video of 64 x 48 pixels with one frame a colour, ten a second.
+def write_video(path: Path, colors: Sequence[str], *, top: str | None = None, **options: Any) -> Path:
+    """Write a video of 64 x 48 pixels with one frame a colour; `top` is that of the upper quarter of every frame.
 
-    Args:
-        container: FFmpeg's name of the format; None: by the path's extension.
-        times: when each frame is shown, milliseconds, instead.
-        rotation: display rotation to state, degrees counter-clockwise.
-        top: colour of the upper quarter of every frame.
-        options: of the container.
+    Further options are those of `scenes.write_video`.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with av.open(str(path), "w", format=container, options=options or {}) as file:
-        stream = file.add_stream(codec, rate=10)
-        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
-        if times is not None:
-            stream.codec_context.time_base = Fraction(1, 1000)
-        if rotation is not None:
-            stream.set_display_rotation(rotation)
-        for number, color in enumerate(colors):
-            pixels = np.full((48, 64, 3), COLORS[color], np.uint8)
-            if top is not None:
-                pixels[:12] = COLORS[top]
-            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
-            frame.pts = number if times is None else times[number]
-            frame.time_base = Fraction(1, 10) if times is None else Fraction(1, 1000)
-            file.mux(stream.encode(frame))
-        file.mux(stream.encode(None))
-    return path
+    frames = [np.full((48, 64, 3), COLORS[color], np.uint8) for color in colors]
+    for pixels in frames if top is not None else ():
+        pixels[:12] = COLORS[top]
+    return scenes.write_video(path, frames, **options)
 
 
 def colors_of(frames: Sequence[Image.Image]) -> list[str]:
