@@ -55,13 +55,14 @@ def save_huggingface(model: InstructBLIP, folder: Path, *, overwrite: bool = Fal
     rows = max(model.llm.embeddings.weight.shape[0], image_token + 1)
     with atomic_folder(folder, overwrite_if=SIDECAR if overwrite else None) as partial, quiet_transformers():
         target = huggingface_model(model, rows, image_token)
-        target.generation_config = GenerationConfig.from_model_config(target.config.text_config)
+        config: Any = target.config
+        target.generation_config = GenerationConfig.from_model_config(config.text_config)
         target.save_pretrained(partial)
         _processor(model, tokenizer).save_pretrained(partial)
         model.llm.tokenizer.save_pretrained(partial / LLM_TOKENIZER)
         write_json(partial / SIDECAR, _sidecar(model))
         _warn_about_text(model.llm, partial)
-    _warn_about_eps(model, target.config)
+    _warn_about_eps(model, config)
 
 
 def huggingface_model(model: InstructBLIP, rows: int, image_token: int) -> InstructBlipForConditionalGeneration:
