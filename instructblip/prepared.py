@@ -59,7 +59,8 @@ def ensure_synthetic(cards: Sequence[Card], shards: Path, console: Console) -> N
     Raises:
         UserError: a dataset has no made-up files, or is there from its official ones.
     """
-    console.print(f"{shards}: pictures and records are made up; no score on them means anything", highlight=False)
+    what = f"{shards}: pictures and records are made up; no score on them means anything"
+    console.print(what, highlight=False, soft_wrap=True)
     with exclusive(shards / ".synthetic.lock", "making up data"):  # one rank does, for all on its node
         missing = []
         for card in {card.source: card for card in cards}.values():
