@@ -13,7 +13,7 @@ from instructblip.data.cards import Card, all_cards, load_card
 from instructblip.data.prepare import check_prepared, prepare_dataset
 from instructblip.data.sample import Record
 from instructblip.data.shards import open_split, read_manifest
-from instructblip.data.synthetic import MADE_UP, WRITERS, write_synthetic
+from instructblip.data.synthetic import MADE_UP, SCENES, WRITERS, write_synthetic
 from instructblip.data.synthetic.scenes import COLORS, SIDES, draw_scene, make_scenes
 from instructblip.errors import UserError
 from instructblip.prepared import ensure_synthetic
@@ -45,7 +45,7 @@ def test_no_record_is_lost_in_any_split(shards: Path, name: str) -> None:
     for split in load_card(name).splits:
         manifest = read_manifest(shards / name / split)
         assert (manifest["lost"], manifest["differences"], manifest["licence"]) == ([], [], MADE_UP)
-        assert manifest["images"] == (12 if (name, split) == ("vqav2", "test") else 6)
+        assert manifest["images"] == SCENES * (2 if (name, split) == ("vqav2", "test") else 1)
         assert manifest["records"] >= manifest["images"]
 
 

@@ -68,7 +68,7 @@ WRITERS: dict[str, Writer] = {
 }
 MADE_UP = "made up by instructblip.data.synthetic; no official file, and no score on it means anything"
 NOTE = " (made-up data: scores mean nothing)"  # for titles of results
-SCENES = 6  # pictures or clips a split
+SCENES = 4  # pictures or clips a split
 _NUMBERS_OF_A_SPLIT = 100
 _NUMBERS_OF_A_DATASET = 1000
 
