@@ -25,6 +25,7 @@ from instructblip.model.instructblip import InstructBLIP, Loss
 from instructblip.training.processes import Processes
 
 KINDS = ("single", "ddp", "fsdp")
+_RECOMPILE_LIMIT = 64
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,9 @@ def parallelize(
         for block in (*language, *qformer):
             _recompute(block)
     if compile_blocks:
+        # Blocks of all kinds, first and last ones, each for fixed and for changing lengths, with and without gradient, may
+        # come through one function; past the limit, 8 by default, torch leaves what comes next uncompiled.
+        torch._dynamo.config.recompile_limit = max(_RECOMPILE_LIMIT, torch._dynamo.config.recompile_limit)
         for block in (*language, *qformer, *vision):
             block.compile()
     if processes.world_size == 1:
