@@ -75,7 +75,8 @@ def test_a_mixture_is_looked_at(line: str, world: World, tmp_path: Path) -> None
 def test_a_benchmark_runs(line: str, world: World, tmp_path: Path) -> None:
     """One round with the fewest runs; its figures say nothing here."""
     _, script, *arguments = shlex.split(line)
-    options = ["--rounds", "1", "--runs", "1", "--threads", "1", "--parts", *world.train]
+    small = ["--tiny"] if script.endswith("train_step.py") else ["--parts", *world.train]
+    options = ["--rounds", "1", "--runs", "1", "--threads", "1", *small]
     command = [sys.executable, str(REPOSITORY / script), *arguments, *options]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=SECONDS)
     assert done.returncode == 0, done.stderr
