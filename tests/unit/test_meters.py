@@ -113,6 +113,16 @@ def test_a_full_disk_is_one_clear_line_and_leaves_no_half_line(tmp_path: Path) -
     assert disk.getvalue() == b'{"step": 1}\n'
 
 
+def test_work_is_a_rate_too() -> None:
+    clock = Clock()
+    timer = StepTimer(window=2, clock=clock)
+    assert timer.flops_per_second == 0.0
+    for seconds, flops in ((4.0, 9e9), (1.0, 2e9), (3.0, 6e9)):
+        clock.now += seconds
+        timer.step(samples=1, flops=flops)
+    assert timer.flops_per_second == 2e9
+
+
 def test_rates_cover_the_last_steps_and_leave_pauses_out() -> None:
     clock = Clock()
     timer = StepTimer(window=2, clock=clock)
