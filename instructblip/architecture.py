@@ -159,7 +159,5 @@ def torch_dtype(key: str, name: str) -> torch.dtype:
 
 def _sizes(part: str, name: str, sizes: Mapping[str, Any]) -> Mapping[str, Any]:
     if not sizes:
-        raise UserError(
-            f"{part}={name} states no sizes, so nothing can be planned; add {part}.sizes to its YAML"
-        )
+        raise UserError(f"{part}={name} states no sizes, so nothing can be planned; add {part}.sizes to its YAML")
     return sizes
