@@ -7,7 +7,8 @@
 Models are full-size, with random weights that are drawn on the device: nothing is downloaded. On a GPU the ViT and the
 Q-Former are the released ones, in bfloat16 where they are frozen, under bfloat16 autocast where they are trained; on a CPU a
 ViT of 12 layers of width 384 and MiniLM's Q-Former, in float32. Samples have the lengths of instruction tuning: 32 visual
-tokens, prompts of 10 to 60 and answers of 2 to 30, the same for all, cut into passes of at most `--micro-batch`.
+tokens, prompts of 10 to 60 and answers of 2 to 30, the same for all, cut into passes of at most `--micro-batch`. With
+`--long 16` one answer in 16 has 100 to 250 tokens, as LLaVA's descriptions and reasoning have in the held-in mixture.
 
 transformers' class is used as one would train it: ViT and language model frozen, batches padded to their longest, its own
 loss over all logits, the same AdamW and clipping, the same weights. All must begin at one loss. Dropout is off, so that they
@@ -57,7 +58,7 @@ from instructblip.training.parallel import Execution, parallelize
 from instructblip.training.processes import Processes
 from instructblip.weights.huggingface_export import huggingface_model
 
-PROMPT_WORDS, ANSWER_WORDS = (10, 60), (2, 30)
+PROMPT_WORDS, ANSWER_WORDS, LONG_WORDS = (10, 60), (2, 30), (100, 250)
 WORDS = 200  # of the made-up language, one token each
 BASELINE = "transformers"
 RATE, CLIP = 1e-5, 1.0
@@ -139,14 +140,14 @@ def made_up_tokenizer(special: Sequence[str], around: str | None = None) -> PreT
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=special[0], truncation_side="left")
 
 
-def samples(count: int, image_size: int) -> list[tuple[Sample, Tensor]]:
-    """Drawn samples as the loader gives them, always the same texts."""
+def samples(count: int, long: int, image_size: int) -> list[tuple[Sample, Tensor]]:
+    """Drawn samples as the loader gives them, always the same texts; every `long`-th has a long answer, if that is not 0."""
     draw, generator = random.Random(0), torch.Generator().manual_seed(0)
     found = []
     for number in range(count):
         prompt, answer = (
             " ".join(f"w{draw.randrange(WORDS)}" for _ in range(draw.randint(*limits)))
-            for limits in (PROMPT_WORDS, ANSWER_WORDS)
+            for limits in (PROMPT_WORDS, LONG_WORDS if long and number % long == long - 1 else ANSWER_WORDS)
         )
         sample = Sample(
             id=str(number),
@@ -166,13 +167,13 @@ def samples(count: int, image_size: int) -> list[tuple[Sample, Tensor]]:
 def batches_of(model: InstructBLIP, arguments: argparse.Namespace, kind: str) -> list[Batch]:
     """The step's samples as the loader would cut them."""
     batching = Batching(kind, micro_batch_size=arguments.micro_batch, length=model.sample_length())
-    return batching.split(samples(arguments.batch, model.vision.image_size))
+    return batching.split(samples(arguments.batch, arguments.long, model.vision.image_size))
 
 
-def work_of(config: TrainConfig, count: int) -> Work:
+def work_of(config: TrainConfig, count: int, long: int) -> Work:
     """What a step asks for, however it is computed."""
     texts = LLM_KINDS[config.llm.kind].texts_kind(**conventions(config.llm))
-    pairs = [(sample.instruction, sample.target or "") for sample, _ in samples(count, image_size=1)]
+    pairs = [(sample.instruction, sample.target or "") for sample, _ in samples(count, long, image_size=1)]
     return Work(
         samples=count,
         frames=count,
@@ -331,7 +332,7 @@ def _finish(device: torch.device) -> None:
 def step_figures(arguments: argparse.Namespace) -> dict[str, float]:
     """What a step asks for, and what the device can do: FLOPs, LLM tokens, the largest FLOP/s of a matrix product."""
     config = configuration(arguments)
-    parts, work = parts_without_weights(config), work_of(config, arguments.batch)
+    parts, work = parts_without_weights(config), work_of(config, arguments.batch, arguments.long)
     flops = model_shape(parts.vision, parts.qformer, parts.projection, parts.llm).total(work)
     dtype = torch.bfloat16 if arguments.device == "cuda" else torch.float32
     peak = measured_peak(torch.device(arguments.device), dtype)
@@ -393,6 +394,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--batch", type=int, help="samples a step (128 on a GPU, 8 on a CPU)")
     parser.add_argument("--micro-batch", type=int, help="samples a pass, at most (32 on a GPU, 4 on a CPU)")
+    parser.add_argument("--long", type=int, default=0, help="one answer in this many is long; 0: none")
     parser.add_argument("--tiny", action="store_true", help="parts of two small layers, for a try")
     parser.add_argument("--compile", action="store_true", help="the compiled row on a CPU too")
     parser.add_argument("--rounds", type=int, default=1, help="processes for each variant")

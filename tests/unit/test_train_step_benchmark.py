@@ -18,7 +18,7 @@ import train_step as benchmark
 
 def arguments(llm: str, **changes: Any) -> argparse.Namespace:
     values = {"llm": llm, "device": "cpu", "batch": 6, "micro_batch": 3, "tiny": True, "compile": False}
-    return argparse.Namespace(**values, runs=1, warm=1, threads=1, **changes)
+    return argparse.Namespace(**values, runs=1, warm=1, threads=1, long=0, **changes)
 
 
 def model_of(options: argparse.Namespace) -> InstructBLIP:
@@ -51,7 +51,7 @@ def test_its_work_is_that_of_the_step(llm: str) -> None:
     optimizer = make_adamw(model.named_parameters(), weight_decay=0.0, betas=(0.9, 0.999))
     batches = benchmark.batches_of(model, options, "fixed")
     result = train_step(model, optimizer, batches, through_llm=True, rate=0.0, clip_norm=None)
-    assert result.work == benchmark.work_of(benchmark.configuration(options), options.batch)
+    assert result.work == benchmark.work_of(benchmark.configuration(options), options.batch, options.long)
     lengths = [len(sample.instruction.split()) for sample, _ in benchmark.samples(200, image_size=1)]
     assert (min(lengths), max(lengths)) == (10, 60)
 
