@@ -3,8 +3,6 @@
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,7 +11,7 @@ from PIL import Image
 
 from instructblip.weights.__main__ import main as convert
 from tests.families import write_llm
-from tests.runs import REPOSITORY, SECONDS, World, run
+from tests.runs import REPOSITORY, World, run
 from tests.tiny import tiny_huggingface
 
 SETUP = ("pip install -r requirements.txt && python train.py", "pip install -r requirements.txt && python -m pytest")
@@ -69,19 +67,6 @@ def test_a_mixture_is_looked_at(line: str, world: World, tmp_path: Path) -> None
     _, _, module, *arguments = shlex.split(line)
     printed = run(world, module, *arguments, f"data.shards={world.shards}", "timed=64", cwd=tmp_path)
     assert "easy_vqa_present" in printed
-
-
-@pytest.mark.parametrize("line", [line for line in COMMANDS if "benchmarks/" in line])
-def test_a_benchmark_runs(line: str, world: World, tmp_path: Path) -> None:
-    """One round with the fewest runs; its figures say nothing here."""
-    _, script, *arguments = shlex.split(line)
-    small = ["--tiny"] if script.endswith("train_step.py") else ["--parts", *world.train]
-    options = ["--rounds", "1", "--runs", "1", "--threads", "1", *small]
-    command = [sys.executable, str(REPOSITORY / script), *arguments, *options]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=SECONDS)
-    assert done.returncode == 0, done.stderr
-    assert "times faster" in done.stdout
-    assert list(tmp_path.iterdir()) == []
 
 
 def _tiny_training(world: World, given: Mapping[str, str], folder: Path) -> tuple[str, ...]:

@@ -52,8 +52,10 @@ def test_its_work_is_that_of_the_step(llm: str) -> None:
     batches = benchmark.batches_of(model, options, "fixed")
     result = train_step(model, optimizer, batches, through_llm=True, rate=0.0, clip_norm=None)
     assert result.work == benchmark.work_of(benchmark.configuration(options), options.batch, options.long)
-    lengths = [len(sample.instruction.split()) for sample, _ in benchmark.samples(200, image_size=1)]
+    lengths = [len(sample.instruction.split()) for sample, _ in benchmark.samples(200, 0, image_size=1)]
     assert (min(lengths), max(lengths)) == (10, 60)
+    answers = [len((sample.target or "").split()) for sample, _ in benchmark.samples(64, 16, image_size=1)]
+    assert [number for number, length in enumerate(answers) if length >= 100] == [15, 31, 47, 63]
 
 
 def test_the_published_model_is_built_from_its_sizes_on_a_gpu() -> None:

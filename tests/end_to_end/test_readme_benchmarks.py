@@ -1,0 +1,24 @@
+"""The benchmarks that README.md names run; a file of its own, since they take as long as all other commands together."""
+
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.end_to_end.test_readme import COMMANDS
+from tests.runs import REPOSITORY, SECONDS, World
+
+
+@pytest.mark.parametrize("line", [line for line in COMMANDS if "benchmarks/" in line])
+def test_a_benchmark_runs(line: str, world: World, tmp_path: Path) -> None:
+    """One round with the fewest runs; its figures say nothing here."""
+    _, script, *arguments = shlex.split(line)
+    small = ["--tiny"] if script.endswith("train_step.py") else ["--parts", *world.train]
+    options = ["--rounds", "1", "--runs", "1", "--threads", "1", *small]
+    command = [sys.executable, str(REPOSITORY / script), *arguments, *options]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=SECONDS)
+    assert done.returncode == 0, done.stderr
+    assert "times faster" in done.stdout
+    assert list(tmp_path.iterdir()) == []
