@@ -57,6 +57,7 @@ def compare(
     parser.add_argument("--runs", type=int, default=3, help="timed runs in a process, after one that is not timed")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of torch")
     parser.add_argument("--parts", nargs="*", default=[], help="overrides of train.py that choose other parts")
+    parser.add_argument("--fast", action="store_true", help="each variant once, all in this process, for a try")
     parser.add_argument("--variant", choices=list(variants), help="run one variant and print its figures as JSON")
     parser.add_argument("--folder", type=Path, help="what the variants share, for --variant")
     arguments = parser.parse_args()
@@ -66,7 +67,11 @@ def compare(
         return
     with tempfile.TemporaryDirectory() as folder:
         setup(Path(folder), arguments.parts)
-        figures = in_turns(list(variants), arguments.rounds, "--folder", folder)
+        if arguments.fast:
+            measured = {name: _measure(work, Path(folder), arguments.parts, 1) for name, work in variants.items()}
+            figures = {name: [values] for name, values in measured.items()}
+        else:
+            figures = in_turns(list(variants), arguments.rounds, "--folder", folder)
     _print(figures, baseline, unit, per_run, what, description, arguments.threads)
 
 

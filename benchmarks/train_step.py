@@ -413,13 +413,19 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Every variant in a process of its own, in turns; or one of them."""
+    """Every variant in a process of its own, in turns; or one of them. Tiny ones all in this process."""
     arguments = parse()
     rows, left_out = variants(arguments)
     if arguments.variant == "device":
         print(json.dumps(step_figures(arguments)))
     elif arguments.variant is not None:
         print(json.dumps(measure(rows[arguments.variant], arguments)))
+    elif arguments.tiny:
+        show(
+            {"device": [step_figures(arguments)]} | {name: [measure(rows[name], arguments)] for name in rows},
+            left_out,
+            arguments,
+        )
     else:
         figures = in_turns(["device"], 1) | in_turns(list(rows), arguments.rounds)
         show(figures, left_out, arguments)

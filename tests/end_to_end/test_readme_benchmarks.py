@@ -13,10 +13,10 @@ from tests.runs import REPOSITORY, SECONDS, World
 
 @pytest.mark.parametrize("line", [line for line in COMMANDS if "benchmarks/" in line])
 def test_a_benchmark_runs(line: str, world: World, tmp_path: Path) -> None:
-    """One round with the fewest runs; its figures say nothing here."""
+    """Each variant once; its figures say nothing here."""
     _, script, *arguments = shlex.split(line)
-    small = ["--tiny"] if script.endswith("train_step.py") else ["--parts", *world.train]
-    options = ["--rounds", "1", "--runs", "1", "--threads", "1", *small]
+    small = ["--tiny"] if script.endswith("train_step.py") else ["--fast", "--parts", *world.train]
+    options = ["--threads", "1", *small]
     command = [sys.executable, str(REPOSITORY / script), *arguments, *options]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=SECONDS)
     assert done.returncode == 0, done.stderr
