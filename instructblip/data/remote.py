@@ -172,8 +172,9 @@ class RemoteTars:
             self._take_room(partial, size)
             try:
                 self._download(name, partial, path.stem, size)
-                os.replace(partial, path)
-                return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                descriptor = os.open(partial, os.O_RDONLY | os.O_CLOEXEC)
+                os.replace(partial, path)  # from now on others may drop it
+                return descriptor
             finally:
                 partial.unlink(missing_ok=True)
 
