@@ -173,6 +173,7 @@ def prepare(loader: Callable[[Path, int], Iterator[int]], cores: int, folder: Pa
 def report_parts() -> None:
     """What a sample of this loader costs a core, and how many cores a node of GPUs needs."""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:1])
+    torch.set_num_threads(1)  # as in a worker process; more would wait for each other on the one core
     with TemporaryDirectory() as folder:
         write(Path(folder), [])
         parts = loading_parts(our_dataset(Path(folder)), "blip2_image_train", SIZE, PER_RUN, workers=1)
