@@ -11,22 +11,19 @@ asked the same prompts and must say the same. `--fast` takes few questions, for 
 
 import argparse
 import dataclasses
-import datetime
 import os
-import platform
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
-from measure import machine
+from measure import provenance
 from rank import CANDIDATES
 from rich.console import Console
 from rich.table import Table
@@ -204,11 +201,7 @@ def main() -> None:
     console.print(
         f"Batches of {BATCH}; both give the same answers where both were asked ({asked} questions).", highlight=False
     )
-    console.print(
-        f"{datetime.date.today()}, {machine()}, {arguments.threads} threads, Python {platform.python_version()}, "
-        f"torch {torch.__version__}, transformers {version('transformers')}; command: python {' '.join(sys.argv)}",
-        highlight=False,
-    )
+    console.print(provenance(f"{arguments.threads} threads"), highlight=False)
 
 
 if __name__ == "__main__":

@@ -168,12 +168,14 @@ def _print(
     for name, values in figures.items():
         if "result" in values[0]:
             console.print(f"result of {name}: {values[0]['result']:.6f}", highlight=False)
-    console.print(
-        f"{datetime.date.today()}, {machine()}, {threads} threads, Python {platform.python_version()}, "
-        f"torch {torch.__version__}, transformers {version('transformers')}; "
-        f"command: python {' '.join(sys.argv)}",
-        highlight=False,
-    )
+    console.print(provenance(f"{threads} threads"), highlight=False)
+
+
+def provenance(*details: str, packages: Sequence[str] = ("torch", "transformers"), place: str | None = None) -> str:
+    """The line under every table: date, machine (or another place), details, versions, and the command."""
+    versions = [f"{package} {version(package)}" for package in packages]
+    facts = (str(datetime.date.today()), place or machine(), *details, f"Python {platform.python_version()}", *versions)
+    return f"{', '.join(facts)}; command: python {' '.join(sys.argv)}"
 
 
 def machine() -> str:

@@ -10,11 +10,9 @@ Each run of preparation is a process of its own, so that its peak memory is its 
 
 import argparse
 import dataclasses
-import datetime
 import io
 import json
 import os
-import platform
 import sys
 import tempfile
 import time
@@ -22,14 +20,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import PIL
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.measure import machine
+from benchmarks.measure import provenance
 from instructblip.data.cards import Card, SplitCounts, load_card
 from instructblip.data.prepare import prepare_dataset
 from instructblip.data.readers import READERS, Losses, MediaRecords, RawSplit
@@ -184,11 +181,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         console.print(speed_table(Path(folder) / "speed", arguments.images, arguments.rounds))
         console.print(memory_table(Path(folder), arguments.megabytes))
-    console.print(
-        f"{datetime.date.today()}, {machine()}, Python {platform.python_version()}, Pillow {PIL.__version__}; "
-        f"command: python {' '.join(sys.argv)}",
-        highlight=False,
-    )
+    console.print(provenance(packages=["Pillow"]), highlight=False)
 
 
 if __name__ == "__main__":

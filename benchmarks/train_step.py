@@ -18,24 +18,21 @@ multiplies matrices of the type, measured here.
 
 import argparse
 import contextlib
-import datetime
 import importlib.util
 import json
 import os
-import platform
 import random
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
-from measure import in_turns, machine
+from measure import in_turns, provenance
 from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -374,14 +371,13 @@ def show(figures: dict[str, list[dict[str, float]]], left_out: Sequence[str], ar
         )
     console = Console(width=140)
     console.print(table)
-    place = torch.cuda.get_device_name() if arguments.device == "cuda" else machine()
+    place = torch.cuda.get_device_name() if arguments.device == "cuda" else None
     lines = [
         f"Ratios are to: {BASELINE}. {counts['flops'] / arguments.batch / 1e9:,.1f} GFLOP and "
         f"{counts['positions'] / arguments.batch:.1f} LLM tokens a sample without padding; passes of at most "
         f"{arguments.micro_batch}; MFU of a measured {counts['peak'] / 1e12:,.2f} TFLOP/s.",
         *(f"Left out: {line}" for line in left_out),
-        f"{datetime.date.today()}, {place}, {arguments.threads} threads, Python {platform.python_version()}, "
-        f"torch {torch.__version__}, transformers {version('transformers')}; command: python {' '.join(sys.argv)}",
+        provenance(f"{arguments.threads} threads", place=place),
     ]
     for line in lines:
         console.print(line, highlight=False, markup=False)

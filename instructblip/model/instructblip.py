@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from instructblip.data.transforms import squash
 from instructblip.model.llm import LLM
 from instructblip.model.qformer import QFormer
-from instructblip.model.ranking import TOKEN_BUDGET, rank_candidates
+from instructblip.model.ranking import TOKEN_BUDGET, for_each_object, rank_candidates
 from instructblip.model.vision import VisionEncoder
 
 # Tensors are frozen image tokens (B, F, P, V), or uint8 frames (B, F, 3, H, W); pictures are PIL images or lists of frames.
@@ -179,11 +179,7 @@ class InstructBLIP(nn.Module):
         tokens = {
             text: self.llm.target_ids(text, include_eos) for text in {text for texts in candidates for text in texts}
         }
-        lists = {
-            number: [tokens[text] for text in texts]
-            for number, texts in {id(item): item for item in candidates}.items()
-        }
-        ids = [lists[id(texts)] for texts in candidates]
+        ids = for_each_object(lambda texts: [tokens[text] for text in texts], candidates)
         return rank_candidates(self.llm, prefixes, ids, normalize=normalize, token_budget=token_budget)
 
     @torch.inference_mode()

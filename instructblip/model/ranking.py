@@ -8,14 +8,17 @@ one full forward per candidate.
 Shape legend: B samples, N tree nodes, L language-model width.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from instructblip.model.llm import LLM, OpenPrompts
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 _LOGIT_ROWS = 256  # vocabulary rows in memory at a time
 TOKEN_BUDGET = 8192  # tokens of one forward pass
@@ -147,10 +150,7 @@ def _rank_group(
     room = max(token_budget // len(candidates), 1)
     # In the order of their tokens, candidates that begin alike come into the same tree. Rows that were given one and the
     # same list, such as a vocabulary, share order and trees.
-    order_of = {
-        id(sequences): _token_order(sequences) for sequences in {id(item): item for item in candidates}.values()
-    }
-    orders = [order_of[id(sequences)] for sequences in candidates]
+    orders = for_each_object(_token_order, candidates)
     scores = [torch.empty(len(sequences)) for sequences in candidates]
     places = [0] * len(candidates)
     while any(place < len(order) for place, order in zip(places, orders, strict=True)):
@@ -166,6 +166,12 @@ def _rank_group(
         for row, values in enumerate(_score_trees(llm, prompts, trees, normalize)):
             scores[row][taken[row]] = values
     return scores
+
+
+def for_each_object(work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+    """The work's result for each item, done once, and shared, where several items are one and the same object."""
+    results = {number: work(item) for number, item in {id(item): item for item in items}.items()}
+    return [results[id(item)] for item in items]
 
 
 def _fill_tree(
@@ -188,8 +194,7 @@ def _score_trees(llm: LLM, prompts: OpenPrompts, trees: list[CandidateTree], nor
         device = node_BNL.device
         tokens_BN = torch.tensor([tree.tokens + [llm.pad_id] * (nodes - len(tree.tokens)) for tree in trees])
         depths_BN = torch.tensor([tree.depths + [0] * (nodes - len(tree.tokens)) for tree in trees])
-        visible = {number: _visible(tree, nodes) for number, tree in {id(tree): tree for tree in trees}.items()}
-        visible_BNN = torch.stack([visible[id(tree)] for tree in trees])
+        visible_BNN = torch.stack(for_each_object(lambda tree: _visible(tree, nodes), trees))
         hidden_BNL = llm.continue_prompts(prompts, tokens_BN.to(device), depths_BN.to(device), visible_BNN.to(device))
         node_BNL = torch.cat([node_BNL, hidden_BNL], dim=1)
     return [_score(llm, tree, node_NL, normalize) for tree, node_NL in zip(trees, node_BNL, strict=True)]

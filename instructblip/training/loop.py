@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from instructblip.data.batching import Batch, Batching, in_order_of_draws, split_further
 from instructblip.errors import UserError
@@ -220,8 +220,8 @@ def _report(batches: Sequence[Batch], losses: Sequence[Loss], stop_signal: int) 
         "sums": sums,
         "counts": counts,
         "ids": in_order_of_draws(batches),
-        "frames": sum(batch.images.shape[0] * batch.images.shape[1] for batch in batches),
-        "encoded": sum(batch.images.shape[0] * batch.images.shape[1] for batch in batches if _are_pixels(batch.images)),
+        "frames": sum(_frames(batch) for batch in batches),
+        "encoded": sum(_frames(batch) for batch in batches if batch.images.dtype == torch.uint8),  # others are tokens
         "text": sum(loss.text for loss in losses),
         "positions": sum(loss.positions for loss in losses),
         "padding": sum(loss.padding for loss in losses),
@@ -229,8 +229,8 @@ def _report(batches: Sequence[Batch], losses: Sequence[Loss], stop_signal: int) 
     }
 
 
-def _are_pixels(images: Tensor) -> bool:
-    return images.dtype == torch.uint8
+def _frames(batch: Batch) -> int:
+    return batch.images.shape[0] * batch.images.shape[1]
 
 
 def _result(reports: Sequence[dict[str, Any]]) -> StepResult:
