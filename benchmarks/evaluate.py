@@ -43,9 +43,9 @@ from instructblip.weights.huggingface_export import qformer_config
 from instructblip.weights.names import foreign_names
 
 # What is measured: questions asked of this code and of transformers' class; the latter takes a part of them.
-QUESTIONS = {"generation, 5 beams": (64, 12), "ranking 13 answers": (128, 6), "ranking 100 answers": (64, 2)}
+QUESTIONS = {"generation, 5 beams": (128, 12), "ranking 13 answers": (128, 6), "ranking 100 answers": (64, 2)}
 FAST = dict.fromkeys(QUESTIONS, (4, 1))
-BATCH = 32
+BATCH = EvaluateConfig.batch_size
 
 
 class _Vision(nn.Module):

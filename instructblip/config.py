@@ -278,7 +278,7 @@ class EvaluateConfig:
     samples: int | None = None  # per dataset; None is all of them
     withhold_images: bool = False
     blind_baseline: bool = False
-    batch_size: int = 32
+    batch_size: int = 64
     tolerance: int = 0  # damaged samples, per dataset, that are counted and left out
     examples: int = 60
     suite: SuiteConfig = field(default_factory=SuiteConfig)

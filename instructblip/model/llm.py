@@ -298,22 +298,37 @@ class DecoderLLM(LLM):
 
     @torch.inference_mode()
     def generate(self, prefixes: Sequence[Tensor], *, repetition_penalty: float = 1.0, **options: Any) -> list[str]:
-        """Rows are padded on the left, so that all of them continue at the same place."""
+        """Rows are padded on the left, so that all of them continue at the same place; beams share a prompt's keys."""
         longest = max(len(prefix) for prefix in prefixes)
         padding = self.embed([self.pad_id])
-        rows = [torch.cat([padding.expand(longest - len(prefix), -1), prefix]) for prefix in prefixes]
+        rows_BTL = torch.stack([torch.cat([padding.expand(longest - len(prefix), -1), prefix]) for prefix in prefixes])
         mask_BT = torch.tensor([[0] * (longest - len(prefix)) + [1] * len(prefix) for prefix in prefixes])
+        mask_BT = mask_BT.to(padding.device)
+        if (beams := options.get("num_beams", 1)) > 1:
+            options["past_key_values"] = self._repeated_prompts(rows_BTL, mask_BT, beams)
         # The embeddings enter without token ids, so transformers counts new tokens only, with one exception: left to
         # itself it exempts as many of them from the penalty as a row has padding (5.23), and an answer would depend on
         # its neighbours in the batch.
         ids_BT = self.model.generate(  # type: ignore[operator]
-            inputs_embeds=torch.stack(rows),
-            attention_mask=mask_BT.to(padding.device),
+            inputs_embeds=rows_BTL,
+            attention_mask=mask_BT,
             repetition_penalty=1.0,
             logits_processor=_penalty(repetition_penalty, skipped=0),
             **options,
         )
         return self._decode(ids_BT)
+
+    def _repeated_prompts(self, rows_BTL: Tensor, mask_BT: Tensor, times: int) -> DynamicCache:
+        """Keys and values of all but the last place of each row, computed once and repeated for its beams.
+
+        transformers' own beam search runs every prompt once a beam.
+        """
+        cache = DynamicCache(config=self.model.config.get_text_config(decoder=True))
+        if rows_BTL.shape[1] > 1:
+            positions_BT = (mask_BT.cumsum(dim=1) - 1).clamp_min(0)
+            self.hidden_states(rows_BTL[:, :-1], cache=cache, positions_BT=positions_BT[:, :-1], mask=mask_BT[:, :-1])
+            cache.batch_repeat_interleave(times)
+        return cache
 
 
 class EncoderDecoderLLM(LLM):

@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from instructblip.config import EvaluateConfig
 from instructblip.data.synthetic import NOTE
 from instructblip.evaluation.distributed import ALONE, Worker
 from instructblip.evaluation.results import log_scores
@@ -17,7 +18,7 @@ from instructblip.training.meters import draw_curves
 from instructblip.training.setup import TrainingRun
 from instructblip.training.signals import Stopped, StopRequest
 
-_BATCH = 32
+_BATCH = EvaluateConfig.batch_size  # as evaluate.py
 
 
 def validate(run: TrainingRun, step: int, stop: StopRequest) -> dict[str, float] | None:

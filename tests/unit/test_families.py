@@ -89,6 +89,23 @@ def test_rank_is_the_plain_way_in_any_batch(name: str, folders: dict[str, Path])
     assert together == [model.generate(images[row : row + 1], [PROMPTS[row]], max_new_tokens=6)[0] for row in range(3)]
 
 
+@pytest.mark.parametrize("name", sorted({FAMILIES[name]: name for name in NAMES}.values()))
+@pytest.mark.parametrize("length_penalty", [1.0, -1.0])
+@torch.inference_mode()
+def test_beams_that_share_their_prompt_are_transformers_own(
+    name: str, length_penalty: float, folders: dict[str, Path]
+) -> None:
+    llm = load(name, folders, dtype="float32")
+    generator = torch.Generator().manual_seed(0)
+    prefixes = [torch.randn(length, llm.width, generator=generator) for length in (9, 1, 4)]
+    options = {"num_beams": 4, "max_new_tokens": 6, "length_penalty": length_penalty}
+    plain = [llm.model.generate(inputs_embeds=prefix[None], **options)[0] for prefix in prefixes]
+    expected = [llm.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in plain]
+    assert llm.generate(prefixes, **options) == expected
+    assert [llm.generate([prefix], **options)[0] for prefix in prefixes] == expected
+    assert len(set(expected)) > 1
+
+
 # --- what each YAML says about text ----------------------------------------------------------------------------------
 
 # YAML -> tokens in front of the image, of the prompt "red", of the answer "red".
