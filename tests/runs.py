@@ -25,6 +25,7 @@ from rich.console import Console
 from instructblip.config import CONFIGS, EvaluateConfig, Schema, TrainConfig, validate
 from instructblip.data.cards import load_card
 from instructblip.data.prepare import prepare_dataset
+from instructblip.evaluation import runner
 from instructblip.evaluation.run import evaluate
 from instructblip.training.run import train
 from tests.tiny import tiny_parts, write_easy_vqa
@@ -177,6 +178,21 @@ class Command:
 
 def nothing() -> None:
     """The default of `start`'s `before`."""
+
+
+def signal_in_evaluation(number: int, signal_number: int) -> None:
+    """A `before`: send this process a signal when it is to answer its n-th batch of questions."""
+    calls = 0
+    ask = runner._ask
+
+    def interrupted(*arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == number:
+            os.kill(os.getpid(), signal_number)
+        return ask(*arguments)
+
+    runner._ask = interrupted
 
 
 def start(world: World, script: str, *arguments: str, cwd: Path, before: Callable[[], None] = nothing) -> Command:

@@ -5,7 +5,7 @@ they share is the journals in the output folder, which must be on a file system 
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -20,6 +20,10 @@ SILENCE_SECONDS = 1800.0
 Item = TypeVar("Item")
 
 
+def _on() -> None:
+    """Nothing makes this process give up."""
+
+
 @dataclass(frozen=True)
 class Worker:
     """One of the processes of an evaluation.
@@ -28,11 +32,13 @@ class Worker:
         rank: its number, from 0.
         count: how many there are.
         local_rank: its number on its node, which is that of its GPU.
+        look: called between batches and while this process waits for the others; may raise to give up.
     """
 
     rank: int = 0
     count: int = 1
     local_rank: int = 0
+    look: Callable[[], None] = _on
 
     @property
     def is_first(self) -> bool:

@@ -229,6 +229,7 @@ def _answer(
                 images = _blank(model, chunk) if blind else _images(model, chunk, pixels, journal, limit)
                 _check_failures(task, journal, tolerance)
                 for batch in cut_chunk(chunk, batch_size):
+                    journal.worker.look()
                     asked = [question for question in batch if question.sample.image_key in images]
                     if any(key not in journal for question in asked for key in question.keys):
                         pairs = [(question, images[question.sample.image_key]) for question in asked]

@@ -41,7 +41,7 @@ from instructblip.training.meters import StepTimer, TrainingProgress, peak_memor
 from instructblip.training.parallel import Execution, parallelize
 from instructblip.training.processes import Processes, start_processes
 from instructblip.training.profile import traced_steps
-from instructblip.training.scoring import finish, validate
+from instructblip.training.scoring import clear_notice_board, finish, validate
 from instructblip.training.setup import PRECISIONS, TrainingRun, check_batches, check_numbers, make_plan, set_up
 from instructblip.training.signals import Stopped, StopRequest
 from instructblip.training.tables import planned, shares_planned, shares_realised, verdict
@@ -122,6 +122,7 @@ def _train(config: TrainConfig, processes: Processes, stop: StopRequest, console
         console.print("stopped before the first step; run the same command again to begin", soft_wrap=True)
         return stop.exit_code
     start = _restore(run, checkpoint) if checkpoint else 0
+    clear_notice_board(run)
     _check_equal(run)
     execution = _execution(run, stop)
     if processes.is_first:
@@ -134,8 +135,7 @@ def _train(config: TrainConfig, processes: Processes, stop: StopRequest, console
         return _stopped(run, stop, done)
     console.print(shares_realised(run.mixture, run.phases, run.lost.counts))
     try:
-        with stop.at_once():
-            finish(run)
+        finish(run, stop)
     except Stopped:
         return _stopped(run, stop, done)
     return 0

@@ -25,10 +25,10 @@ def validate(run: TrainingRun, step: int, stop: StopRequest) -> dict[str, float]
     """Scores by dataset after a step, the same on all ranks; None when one of them was told to stop before it was done."""
     scores: dict[str, float] = {}
     # Sharded blocks are gathered by all ranks in step: none may leave before the others.
-    leave = contextlib.nullcontext() if _is_sharded(run) else stop.at_once()
+    leave = contextlib.nullcontext() if _is_sharded(run) else stop.at_once(_notice_board(run))
     try:
         with _averaged(run), leave:
-            scores = _validation_scores(run, step)
+            scores = _validation_scores(run, step, stop)
         ended = False
     except Stopped:
         ended = True
@@ -41,9 +41,19 @@ def validate(run: TrainingRun, step: int, stop: StopRequest) -> dict[str, float]
     return found
 
 
-def _validation_scores(run: TrainingRun, step: int) -> dict[str, float]:
+def clear_notice_board(run: TrainingRun) -> None:
+    """Before the ranks begin: what an earlier process of the run left."""
+    if run.processes.is_first:
+        _notice_board(run).unlink(missing_ok=True)
+
+
+def _notice_board(run: TrainingRun) -> Path:
+    return run.folder / "stopping"
+
+
+def _validation_scores(run: TrainingRun, step: int, stop: StopRequest) -> dict[str, float]:
     """On the first rank, which puts the answers of all together; nothing is left on disk."""
-    worker, scores, home = _worker(run), {}, run.folder / "validation" / f"step_{step:08d}"
+    worker, scores, home = _worker(run, stop), {}, run.folder / "validation" / f"step_{step:08d}"
     together = worker.count > 1
     identity = model_identity(run.model, run.frozen) if together else ""
     for task in run.validation:
@@ -60,20 +70,29 @@ def _validation_scores(run: TrainingRun, step: int) -> dict[str, float]:
     return scores
 
 
-def finish(run: TrainingRun) -> None:
-    """Draw the curves, evaluate what was learned, and name what the run wrote."""
+def finish(run: TrainingRun, stop: StopRequest) -> None:
+    """Draw the curves, evaluate what was learned, and name what the run wrote.
+
+    Raises:
+        Stopped: this process, or another that has a part in it, was told to stop.
+    """
+    with stop.at_once(_notice_board(run)):
+        _finish(run, stop)
+
+
+def _finish(run: TrainingRun, stop: StopRequest) -> None:
     run.metrics.close()
     if run.processes.is_first:
         draw_curves(run.folder / "metrics.jsonl", run.folder / "curves.png", run.config.name)
     newest = checkpoint_folders(run.folder / "checkpoints")[0]
     if run.final:
-        _evaluate(run, newest)
+        _evaluate(run, newest, stop)
     run.logger.finish()
     for path in (*(run.folder / name for name in ("config.yaml", "metrics.jsonl", "curves.png")), newest):
         run.console.print(f"wrote {path}", highlight=False, soft_wrap=True)
 
 
-def _evaluate(run: TrainingRun, checkpoint: Path) -> None:
+def _evaluate(run: TrainingRun, checkpoint: Path, stop: StopRequest) -> None:
     folder = run.folder / "evaluation"
     with tempfile.TemporaryDirectory() as elsewhere, _averaged(run):
         if _is_sharded(run) and run.processes.is_first:
@@ -86,7 +105,7 @@ def _evaluate(run: TrainingRun, checkpoint: Path) -> None:
             folder=Path(elsewhere) if _is_sharded(run) and not run.processes.is_first else folder,
             batch_size=_BATCH,
             blind=True,
-            worker=_worker(run),
+            worker=_worker(run, stop),
             frozen=run.frozen,
         )
         if not run.processes.is_first:
@@ -104,10 +123,12 @@ def _evaluate(run: TrainingRun, checkpoint: Path) -> None:
     log_scores(run.logger, results, total_steps(run.phases))
 
 
-def _worker(run: TrainingRun) -> Worker:
+def _worker(run: TrainingRun, stop: StopRequest) -> Worker:
     """Who answers which share. Sharded blocks are gathered by all ranks in step, so all of them answer everything."""
     processes = run.processes
-    return ALONE if _is_sharded(run) else Worker(processes.rank, processes.world_size, processes.local_rank)
+    if _is_sharded(run):
+        return ALONE
+    return Worker(processes.rank, processes.world_size, processes.local_rank, stop.look)
 
 
 def _is_sharded(run: TrainingRun) -> bool:

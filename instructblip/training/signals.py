@@ -3,8 +3,11 @@
 import contextlib
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 from types import FrameType
 from typing import Self
+
+from instructblip.files import write_atomically
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
@@ -29,6 +32,7 @@ class StopRequest:
         self.received: int | None = None
         self.agreed: int | None = None
         self._at_once = False
+        self._notice_board: Path | None = None
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> Self:
@@ -41,15 +45,31 @@ class StopRequest:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     @contextlib.contextmanager
-    def at_once(self) -> Iterator[None]:
-        """Raise `Stopped` inside, as soon as a signal comes; before, if one has come already."""
-        self._at_once = True
+    def at_once(self, notice_board: Path | None = None) -> Iterator[None]:
+        """Raise `Stopped` inside, as soon as a signal comes; before, if one has come already.
+
+        Args:
+            notice_board: a file that is not there yet. Processes that do not speak to each other meanwhile tell each
+                other of a signal by it: who gets one writes it, the others see it when they call `look`.
+        """
+        self._at_once, self._notice_board = True, notice_board
         try:
             if self.received is not None:
                 raise Stopped
             yield
+        except Stopped:
+            if notice_board is not None and self.received is not None:
+                write_atomically(notice_board, str(self.received))
+            raise
         finally:
+            self._at_once, self._notice_board = False, None
+
+    def look(self) -> None:
+        """Raise `Stopped` where the notice board says that another process was told to stop."""
+        if self._notice_board is not None and self._notice_board.exists():
             self._at_once = False
+            self.agreed = int(self._notice_board.read_text())
+            raise Stopped
 
     @property
     def exit_code(self) -> int:

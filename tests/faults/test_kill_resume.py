@@ -14,11 +14,20 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from instructblip.evaluation import runner
 from instructblip.training import checkpoint as checkpoint_module
 from instructblip.training import setup as training_setup
 from instructblip.training.checkpoint import checkpoint_folders, load_checkpoint, newest_whole
-from tests.runs import FINAL_SAMPLES, STEPS, World, nothing, read_lines, run, scores, start
+from tests.runs import (
+    FINAL_SAMPLES,
+    STEPS,
+    World,
+    nothing,
+    read_lines,
+    run,
+    scores,
+    signal_in_evaluation,
+    start,
+)
 
 # All of a metrics line that is no measure of time.
 EXACT = ("step", "phase", "loss", "loss_by_dataset", "lr", "grad_norm", "tokens", "sample_ids", "validation")
@@ -60,21 +69,6 @@ def die_saving(step: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     checkpoint_module.save_file = dying  # type: ignore[assignment]
-
-
-def signal_in_evaluation(number: int, signal_number: int) -> None:
-    """Send this process a signal when it is to answer its n-th batch of questions."""
-    calls = 0
-    ask = runner._ask
-
-    def interrupted(*arguments: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == number:
-            os.kill(os.getpid(), signal_number)
-        return ask(*arguments)
-
-    runner._ask = interrupted
 
 
 def test_ten_kills_leave_no_trace(world: World, finished_run: Path, tmp_path: Path) -> None:

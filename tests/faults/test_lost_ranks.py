@@ -3,12 +3,16 @@
 import os
 import signal
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from instructblip.evaluation import runner
+from instructblip.training import scoring
 from instructblip.training.checkpoint import checkpoint_folders
-from tests.runs import World, read_lines, run, start_ranks
+from tests.runs import STEPS as ALL_STEPS
+from tests.runs import World, read_lines, run, scores, signal_in_evaluation, start_ranks
 
 STEPS = 24
 RECIPE = (
@@ -42,6 +46,30 @@ def test_all_stop_at_one_step_and_one_goes_on_alone(world: World, tmp_path: Path
     found, expected = (read_lines(folder / "demo/metrics.jsonl") for folder in (tmp_path, tmp_path / "alone"))
     assert [line["sample_ids"] for line in found] == [line["sample_ids"] for line in expected]
     assert [line["loss"] for line in found] == pytest.approx([line["loss"] for line in expected], abs=1e-5)
+
+
+def signal_to_the_second(number: int) -> None:
+    """Rank 1 gets SIGTERM when it is to answer its n-th question; both have some in every dataset."""
+    scoring._BATCH, runner._BATCHES_PER_CHUNK = 1, 1
+    if os.environ["RANK"] == "1":
+        signal_in_evaluation(number, signal.SIGTERM)
+
+
+@pytest.mark.parametrize(("number", "step"), [(2, 10), (14, ALL_STEPS)], ids=["validating", "evaluating"])
+def test_all_stop_when_one_is_told_in_an_evaluation(world: World, tmp_path: Path, number: int, step: int) -> None:
+    arguments = [*world.train, "parallel.timeout=30", f"output={tmp_path}"]
+    before = partial(signal_to_the_second, number)
+    began = time.monotonic()
+    commands = start_ranks(world, "train.py", *arguments, cwd=tmp_path, before=before)
+    codes = [command.wait() for command in commands]
+    assert codes == [128 + signal.SIGTERM] * 2, commands[0].output + commands[1].output
+    assert time.monotonic() - began < 60
+    assert f"stopped at step {step}" in commands[0].output.splitlines()[-1]
+    assert checkpoint_folders(tmp_path / "demo/checkpoints")[0].name == f"step_{step:08d}"
+    run(world, "train.py", *arguments, "resume=auto", cwd=tmp_path)
+    assert [line["step"] for line in read_lines(tmp_path / "demo/metrics.jsonl")] == list(range(1, ALL_STEPS + 1))
+    assert len(scores(tmp_path / "demo/evaluation")) > 0
+    assert not (tmp_path / "demo/stopping").exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["dead", "silent"])
