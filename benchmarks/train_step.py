@@ -1,6 +1,6 @@
 """The training step, forward to AdamW: this code in its batchings against transformers' own InstructBLIP class.
 
-    python benchmarks/train_step.py                                        a small model, two minutes on a CPU
+    python benchmarks/train_step.py                                        a small model, three minutes on a CPU
     python benchmarks/train_step.py --llm vicuna_7b --device cuda          the published one, on an H200 or H100
     python benchmarks/train_step.py --tiny                                 a few seconds, for a try
 
@@ -388,8 +388,8 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Training step")
     parser.add_argument("--llm", default="smollm2_135m", help="of configs/llm")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--batch", type=int, help="samples a step (128 on a GPU, 8 on a CPU)")
-    parser.add_argument("--micro-batch", type=int, help="samples a pass, at most (32 on a GPU, 4 on a CPU)")
+    parser.add_argument("--batch", type=int, help="samples a step (128 on a GPU, 32 on a CPU)")
+    parser.add_argument("--micro-batch", type=int, help="samples a pass, at most (32)")
     parser.add_argument("--long", type=int, default=0, help="one answer in this many is long; 0: none")
     parser.add_argument("--tiny", action="store_true", help="parts of two small layers, for a try")
     parser.add_argument("--compile", action="store_true", help="the compiled row on a CPU too")
@@ -400,7 +400,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--variant", help="run one variant and print its figures as JSON")
     arguments = parser.parse_args()
     on_gpu = arguments.device == "cuda"
-    for name, (gpu, cpu) in {"batch": (128, 8), "micro_batch": (32, 4), "runs": (10, 1), "warm": (3, 1)}.items():
+    for name, (gpu, cpu) in {"batch": (128, 32), "micro_batch": (32, 32), "runs": (10, 1), "warm": (3, 1)}.items():
         if getattr(arguments, name) is None:
             setattr(arguments, name, gpu if on_gpu else cpu)
     arguments.compile = arguments.compile or on_gpu
