@@ -43,8 +43,8 @@ def validate(run: TrainingRun, step: int, stop: StopRequest) -> dict[str, float]
 
 def clear_notice_board(run: TrainingRun) -> None:
     """Before the ranks begin: what an earlier process of the run left."""
-    if run.processes.is_first:
-        _notice_board(run).unlink(missing_ok=True)
+    if run.processes.is_first and _notice_board(run).exists():
+        _notice_board(run).unlink()
 
 
 def _notice_board(run: TrainingRun) -> Path:
