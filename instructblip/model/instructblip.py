@@ -140,7 +140,7 @@ class InstructBLIP(nn.Module):
         visual_BQL, text = self._visual_prompt(self.image_tokens(images), instructions)
         if not through_llm:
             return self._alignment_loss(visual_BQL, targets)._replace(text=text)
-        prefixes = self._prefixes(visual_BQL, instructions, truncate=True)
+        prefixes = self.llm.prefixes(visual_BQL, instructions, truncate=True)
         answers = [self.llm.target_ids(text) for text in targets]
         states = self.llm.answer_states(prefixes, answers, packed=packed)
         labels_S = torch.tensor([token for ids in answers for token in ids], device=states.hidden_SL.device)
@@ -174,7 +174,7 @@ class InstructBLIP(nn.Module):
 
         `ranking.RANKING_PRESETS` has the values of `normalize` and `include_eos` of the paper and of the released code.
         """
-        prefixes = self._prefixes(self.visual_prompt(self.image_tokens(images), prompts), prompts)
+        prefixes = self.llm.prefixes(self.visual_prompt(self.image_tokens(images), prompts), prompts)
         # Texts are tokenised once; lists that are one and the same (a vocabulary) stay so, for ranking to share its work.
         tokens = {
             text: self.llm.target_ids(text, include_eos) for text in {text for texts in candidates for text in texts}
@@ -207,7 +207,7 @@ class InstructBLIP(nn.Module):
             {"do_sample": True, "temperature": temperature, "top_p": top_p} if do_sample else {"do_sample": False}
         )
         return self.llm.generate(
-            self._prefixes(self.visual_prompt(self.image_tokens(images), prompts), prompts),
+            self.llm.prefixes(self.visual_prompt(self.image_tokens(images), prompts), prompts),
             num_beams=num_beams,
             max_new_tokens=max_new_tokens,
             min_new_tokens=min_new_tokens,
@@ -225,12 +225,6 @@ class InstructBLIP(nn.Module):
         from instructblip.weights.huggingface_export import save_huggingface  # which knows this class
 
         save_huggingface(self, Path(folder))
-
-    def _prefixes(self, visual_BQL: Tensor, prompts: Sequence[str], *, truncate: bool = False) -> list[Tensor]:
-        return [
-            self.llm.prefix(visual_QL, prompt, truncate=truncate)
-            for visual_QL, prompt in zip(visual_BQL, prompts, strict=True)
-        ]
 
     def _alignment_loss(self, visual_BQL: Tensor, targets: Sequence[str]) -> Loss:
         # The mean of unit vectors is long only where they agree, so every visual token learns to name the answer.

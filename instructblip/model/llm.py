@@ -175,16 +175,18 @@ class LLM(FrozenModule):
         `options` are transformers' generation options. Length limits and the repetition penalty count new tokens only.
         """
 
-    def embed(self, ids: Sequence[int]) -> Tensor:
-        """Embeddings (T, L) of one sequence of token ids."""
-        return self.embeddings(torch.tensor(ids, dtype=torch.long, device=self.embeddings.weight.device))
+    def embed(self, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Embeddings (T_i, L) of sequences of token ids, which go to the device together."""
+        ids = [token for sequence in sequences for token in sequence]
+        embedded = self.embeddings(torch.tensor(ids, dtype=torch.long, device=self.embeddings.weight.device))
+        return list(embedded.split([len(sequence) for sequence in sequences]))
 
-    def prefix(self, visual_QL: Tensor, prompt: str, *, truncate: bool = False) -> Tensor:
-        """The embedded prompt (T, L) of one sample: image prefix, visual tokens, prompt."""
-        visual_QL = visual_QL.to(self.embeddings.weight.dtype)
-        return torch.cat(
-            [self.embed(self.image_prefix_ids), visual_QL, self.embed(self.prompt_ids(prompt, truncate=truncate))]
-        )
+    def prefixes(self, visual_BQL: Tensor, prompts: Sequence[str], *, truncate: bool = False) -> list[Tensor]:
+        """The embedded prompts (T_i, L): image prefix, visual tokens, prompt."""
+        texts = [self.prompt_ids(prompt, truncate=truncate) for prompt in prompts]
+        first, *rest = self.embed([self.image_prefix_ids, *texts])
+        visual_BQL = visual_BQL.to(first.dtype)
+        return [torch.cat([first, visual_QL, text]) for visual_QL, text in zip(visual_BQL, rest, strict=True)]
 
     def embedding_cosines(self, directions_BL: Tensor) -> Tensor:
         """Cosine (B, V) of vectors of length up to 1 with every token embedding, times their length."""
@@ -235,7 +237,8 @@ class DecoderLLM(LLM):
 
         Packed or not, rows are padded on the right, where a causal model's real tokens never look.
         """
-        samples = [torch.cat([prefix, self.embed(ids[:-1])]) for prefix, ids in zip(prefixes, answers, strict=True)]
+        heard = self.embed([ids[:-1] for ids in answers])
+        samples = [torch.cat([prefix, answer]) for prefix, answer in zip(prefixes, heard, strict=True)]
         lengths = [len(sample) for sample in samples]
         rows = pack_rows(lengths, width=self.width) if packed else [[sample] for sample in range(len(samples))]
         embeddings_RTL = pad_sequence([torch.cat([samples[k] for k in row]) for row in rows], batch_first=True)
@@ -300,7 +303,7 @@ class DecoderLLM(LLM):
     def generate(self, prefixes: Sequence[Tensor], *, repetition_penalty: float = 1.0, **options: Any) -> list[str]:
         """Rows are padded on the left, so that all of them continue at the same place; beams share a prompt's keys."""
         longest = max(len(prefix) for prefix in prefixes)
-        padding = self.embed([self.pad_id])
+        (padding,) = self.embed([[self.pad_id]])
         rows_BTL = torch.stack([torch.cat([padding.expand(longest - len(prefix), -1), prefix]) for prefix in prefixes])
         mask_BT = torch.tensor([[0] * (longest - len(prefix)) + [1] * len(prefix) for prefix in prefixes])
         mask_BT = mask_BT.to(padding.device)

@@ -59,9 +59,8 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, s
             values = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
             if not values:
                 raise UserError(f"{path} has no optimiser state for {names[parameter]}; it is of another model")
-            optimizer.state[parameter] = {
-                key: value if key == "step" else value.to(parameter.device) for key, value in values.items()
-            }
+            # The number of steps, too, is where fused AdamW reads it: beside its parameter.
+            optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in values.items()}
 
 
 def save_checkpoint(

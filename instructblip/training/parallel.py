@@ -9,12 +9,13 @@ import contextlib
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -78,7 +79,8 @@ def parallelize(
     """Lay a built model, its weights in place, over the processes; return its DDP wrapper where there are several.
 
     Args:
-        model: on its device. The same object goes on being used for everything but the loss.
+        model: on its device, but for a language model that is to be sharded. The same object goes on being used for
+            everything but the loss.
         kind: one of `KINDS`; with one process all are the same.
         shard_size: processes that hold the frozen parts once together: all of them when None. A node's number of GPUs keeps
             the gathering inside nodes (hybrid sharding).
@@ -149,12 +151,27 @@ def _recompute(block: nn.Module) -> None:
 
 
 def _shard_mesh(processes: Processes, shard_size: int | None, device: str) -> DeviceMesh:
+    """The processes that hold the frozen parts once together, this one among them.
+
+    Between these groups nothing is exchanged: what is frozen is never reduced.
+    """
     size = shard_size or processes.world_size
-    return init_device_mesh(device, (processes.world_size // size, size), mesh_dim_names=("copies", "shards"))["shards"]
+    if size == processes.world_size:
+        assert dist.group.WORLD is not None
+        return DeviceMesh.from_group(dist.group.WORLD, device)
+    bound = timedelta(seconds=processes.timeout)  # a mesh's own groups would have the library's
+    groups = [
+        dist.new_group(list(range(first, first + size)), timeout=bound)
+        for first in range(0, processes.world_size, size)
+    ]
+    return DeviceMesh.from_group(groups[processes.rank // size], device)
 
 
 def _shard_frozen(model: InstructBLIP, language: list[nn.Module], vision: list[nn.Module], mesh: DeviceMesh) -> None:
-    """Shard the frozen blocks. Tables, norms and heads stay whole: they are small, and read outside forward passes."""
+    """Shard the frozen blocks. Tables, norms and heads stay whole: they are small, and read outside forward passes.
+
+    Blocks of the language model may come from the CPU: each is moved when it is sharded, so that no device ever holds all.
+    """
     for block in (*language, *vision):
         fully_shard(block, mesh=mesh, ignored_params=_tables(block))
     # A root above the blocks lets each be gathered while the one before it runs.
@@ -162,6 +179,7 @@ def _shard_frozen(model: InstructBLIP, language: list[nn.Module], vision: list[n
         fully_shard(root, mesh=mesh, ignored_params=_unsharded(root))
     fully_shard(model.vision.backbone, mesh=mesh, ignored_params=_unsharded(model.vision.backbone))
     register_fsdp_forward_method(model.vision.backbone, "forward_features")
+    model.llm.to(model.projection.weight.device)  # tables, norms and heads
 
 
 def _language_roots(model: InstructBLIP) -> list[nn.Module]:

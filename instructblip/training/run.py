@@ -132,7 +132,10 @@ def _train(config: TrainConfig, processes: Processes, stop: StopRequest, console
     unvalidated = checkpoint.state.get("unvalidated") if checkpoint else None
     done = _train_steps(run, start, stop, execution, unvalidated)
     if done < total_steps(run.phases) or stop.agreed:
-        return _stopped(run, stop, done)
+        code = _stopped(run, stop, done)
+        # A launcher may end all processes with the first that ends: none leaves while the first rank still writes.
+        processes.gather(None)
+        return code
     console.print(shares_realised(run.mixture, run.phases, run.lost.counts))
     try:
         finish(run, stop)

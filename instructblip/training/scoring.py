@@ -3,18 +3,24 @@
 import contextlib
 import shutil
 import tempfile
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from instructblip.config import EvaluateConfig
 from instructblip.data.synthetic import NOTE
-from instructblip.evaluation.distributed import ALONE, Worker
+from instructblip.evaluation.distributed import Worker
 from instructblip.evaluation.results import log_scores
 from instructblip.evaluation.runner import answer_share, run_task
 from instructblip.evaluation.suite import evaluate_tasks, finish_evaluation, model_identity
+from instructblip.loading import frozen_parts
 from instructblip.training.checkpoint import checkpoint_folders
 from instructblip.training.loop import total_steps
 from instructblip.training.meters import draw_curves
+from instructblip.training.processes import Processes
 from instructblip.training.setup import TrainingRun
 from instructblip.training.signals import Stopped, StopRequest
 
@@ -27,7 +33,7 @@ def validate(run: TrainingRun, step: int, stop: StopRequest) -> dict[str, float]
     # Sharded blocks are gathered by all ranks in step: none may leave before the others.
     leave = contextlib.nullcontext() if _is_sharded(run) else stop.at_once(_notice_board(run))
     try:
-        with _averaged(run), leave:
+        with _to_evaluate(run), leave:
             scores = _validation_scores(run, step, stop)
         ended = False
     except Stopped:
@@ -76,7 +82,7 @@ def finish(run: TrainingRun, stop: StopRequest) -> None:
     Raises:
         Stopped: this process, or another that has a part in it, was told to stop.
     """
-    with stop.at_once(_notice_board(run)):
+    with contextlib.nullcontext() if _is_sharded(run) else stop.at_once(_notice_board(run)):
         _finish(run, stop)
 
 
@@ -94,7 +100,7 @@ def _finish(run: TrainingRun, stop: StopRequest) -> None:
 
 def _evaluate(run: TrainingRun, checkpoint: Path, stop: StopRequest) -> None:
     folder = run.folder / "evaluation"
-    with tempfile.TemporaryDirectory() as elsewhere, _averaged(run):
+    with tempfile.TemporaryDirectory() as elsewhere, _to_evaluate(run):
         if _is_sharded(run) and run.processes.is_first:
             shutil.rmtree(folder, ignore_errors=True)  # what it keeps would leave this rank less to do than the others
         results = evaluate_tasks(
@@ -117,6 +123,8 @@ def _evaluate(run: TrainingRun, checkpoint: Path, stop: StopRequest) -> None:
             title=f"{run.config.name}: what was learned{NOTE if run.config.data.synthetic else ''}",
             checkpoint=str(checkpoint),
             step=total_steps(run.phases),
+            parts=frozen_parts(run.config.vision, run.config.llm),
+            frozen=run.frozen,
             examples=60,
             console=run.console,
         )
@@ -127,13 +135,27 @@ def _worker(run: TrainingRun, stop: StopRequest) -> Worker:
     """Who answers which share. Sharded blocks are gathered by all ranks in step, so all of them answer everything."""
     processes = run.processes
     if _is_sharded(run):
-        return ALONE
+        return Worker(look=partial(_leave_together, processes, stop))
     return Worker(processes.rank, processes.world_size, processes.local_rank, stop.look)
+
+
+def _leave_together(processes: Processes, stop: StopRequest) -> None:
+    """Raise `Stopped` on all ranks once one of them was told to stop; all call this at the same place."""
+    if received := max(processes.gather(stop.received or 0)):
+        stop.agreed = received
+        raise Stopped
 
 
 def _is_sharded(run: TrainingRun) -> bool:
     return run.config.parallel.kind == "fsdp" and run.processes.world_size > 1
 
 
-def _averaged(run: TrainingRun) -> contextlib.AbstractContextManager[None]:
-    return run.average.in_place() if run.average else contextlib.nullcontext()
+@contextlib.contextmanager
+def _to_evaluate(run: TrainingRun) -> Iterator[None]:
+    """The averaged weights in place, and no block compiled: with a cache each layer would be compiled by itself."""
+    with contextlib.ExitStack() as stack:
+        if run.config.parallel.compile:
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        if run.average:
+            stack.enter_context(run.average.in_place())
+        yield

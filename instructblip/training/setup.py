@@ -94,6 +94,7 @@ def check_numbers(config: TrainConfig) -> None:
         _check_batching(f"recipe.phases.{number}", phase, config.llm)
     check_at_least(1, counts)
     check_at_least(0, {"data.workers": config.data.workers, "profile_step": config.profile_step})
+    _check_rates(config)
     if not recipe.phases:
         raise UserError("recipe.phases is empty; give at least one phase")
     if len(recipe.betas) != 2 or not all(0 <= beta < 1 for beta in recipe.betas):
@@ -112,6 +113,27 @@ def check_numbers(config: TrainConfig) -> None:
     for key, (value, known) in choices.items():
         if value not in known:
             raise UserError(f"{key}={value} is none of {', '.join(known)}")
+
+
+def _check_rates(config: TrainConfig) -> None:
+    positive = {"recipe.clip_norm": config.recipe.clip_norm, "parallel.timeout": config.parallel.timeout}
+    not_negative: dict[str, float] = {"recipe.weight_decay": config.recipe.weight_decay}
+    for number, phase in enumerate(config.recipe.phases):
+        key = f"recipe.phases.{number}"
+        positive |= {f"{key}.learning_rate": phase.learning_rate, f"{key}.new_parts_scale": phase.new_parts_scale}
+        for name in ("warmup_steps", "warmup_learning_rate", "final_learning_rate"):
+            not_negative[f"{key}.{name}"] = getattr(phase, name)
+    for key, value in positive.items():
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"{key}={value} must be above 0")
+    for key, value in not_negative.items():
+        if not 0 <= value < math.inf:
+            raise UserError(f"{key}={value} must not be below 0")
+    if config.parallel.kind == "fsdp" and config.llm.quantization is not None:
+        raise UserError(
+            f"parallel=fsdp shards parameters, and the weights of an {config.llm.quantization} LLM are none; "
+            "use parallel=ddp, or leave llm.quantization out"
+        )
 
 
 def _check_batching(key: str, phase: PhaseConfig, llm: LLMConfig) -> None:
@@ -185,7 +207,9 @@ def set_up(config: TrainConfig, folder: Path, processes: Processes, console: Con
     held_in = [load_card(name) for name in config.suite.held_in]
     held_out = [load_card(name) for name in config.suite.held_out]
     shards = shards_folder([*cards, *held_in, *held_out], config.data, console)
-    model = build_model(config.vision, config.qformer, config.llm, seed=config.seed).to(choose_device(config.device))
+    model = build_model(config.vision, config.qformer, config.llm, seed=config.seed)
+    shards_llm = config.parallel.kind == "fsdp" and processes.world_size > 1
+    place(model, choose_device(config.device), without_llm=shards_llm)
     sets = open_sets(cards, shards)
     mixture = make_mixture(config.mixture, sets, config.recipe.phases, seed=config.seed)
     validation = [make_validation_task(card, shards, samples=config.recipe.validation_samples) for card in held_in]
@@ -206,7 +230,8 @@ def set_up(config: TrainConfig, folder: Path, processes: Processes, console: Con
             weight_decay=config.recipe.weight_decay,
             betas=config.recipe.betas,
         ),
-        names={parameter: name for name, parameter in model.named_parameters()},
+        # Of what trains only: a hold on the frozen weights would keep them whole beside their shards.
+        names={parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad},
         average=None if config.recipe.average_decay is None else WeightAverage(model, config.recipe.average_decay),
         phases=_phases(config, model.sample_length()),
         mixture=mixture,
@@ -233,6 +258,13 @@ def set_up(config: TrainConfig, folder: Path, processes: Processes, console: Con
         ),
         writer=CheckpointWriter(folder / "checkpoints", config.recipe.keep_checkpoints),
     )
+
+
+def place(model: InstructBLIP, device: torch.device, *, without_llm: bool) -> None:
+    """Move a built model to its device; where its language model is to be sharded that goes there block by block, later."""
+    for part in model.children():
+        if part is not model.llm or not without_llm:
+            part.to(device)
 
 
 def _feature_cache(

@@ -71,7 +71,7 @@ def trace_native(model: InstructBLIP) -> Trace:
     queries = model.qformer(images, text, mask)
     projected = model.projection(queries)
     answers = [model.llm.target_ids(ANSWER)] * _BATCH
-    states = model.llm.answer_states([model.llm.prefix(visual_QL, INSTRUCTION) for visual_QL in projected], answers)
+    states = model.llm.answer_states(model.llm.prefixes(projected, [INSTRUCTION] * len(projected)), answers)
     return Trace(images, queries, projected, model.llm.logits(states.hidden_SL))
 
 

@@ -220,7 +220,7 @@ def test_a_multimodal_checkpoint_becomes_its_text_model(folders: dict[str, Path]
     assert ids.shape[1] > SLIDING_WINDOW
     with torch.no_grad():
         expected = whole(ids).logits
-        found = llm.logits(llm.model.base_model(inputs_embeds=llm.embed(ids[0].tolist())[None]).last_hidden_state)
+        found = llm.logits(llm.model.base_model(inputs_embeds=llm.embed([ids[0].tolist()])[0][None]).last_hidden_state)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 

@@ -297,7 +297,7 @@ def test_greedy_generation_equals_a_plain_loop_and_holds_no_prompt(model: Instru
     visual = model.visual_prompt(model.image_tokens(image), [prompt])
     ids: list[int] = []
     for _ in range(12):
-        text = embed(model.llm.prompt_ids(prompt) + ([] if encodes else ids))
+        (text,) = embed([model.llm.prompt_ids(prompt) + ([] if encodes else ids)])
         said_ids = {"decoder_input_ids": torch.tensor([[model.llm.start_id, *ids]])} if encodes else {}
         logits = model.llm.model(inputs_embeds=torch.cat([visual, text[None]], dim=1), **said_ids).logits
         said = logits[0, -1, ids]  # the penalty is over what has been said (arXiv:1909.05858, section 4.1)
