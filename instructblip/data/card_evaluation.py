@@ -62,6 +62,9 @@ class Evaluation:
         min_new_tokens, length_penalty, repetition_penalty: further decoding in `generate` mode (tokens; exponent of the
             length that a beam's log-likelihood is divided by; factor against tokens that were written before, 1 for none).
         transform: how an image becomes a square, one of `transforms.FITS`.
+        frames: pictures of a sample, 1 but for videos. This and `ocr` the prepared shards settle; a score on shards that
+            were prepared otherwise is marked.
+        ocr: whose tokens a prompt with `{ocr_tokens}` shows: `own`, those that come with the dataset; None: not known.
         kinds: the record kinds that are scored; empty: the card's own.
         validation_split: the split that training watches; None: the scored one.
         presets: name of a preset -> the keys that differ there.
@@ -83,6 +86,8 @@ class Evaluation:
     length_penalty: float = 1.0
     repetition_penalty: float = 1.0
     transform: Literal["squash", "center_crop"] = "squash"
+    frames: int = 1
+    ocr: Literal["own"] | None = None
     kinds: tuple[str, ...] = ()
     validation_split: str | None = None
     presets: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -140,3 +145,7 @@ def _check(evaluation: Evaluation, splits: Collection[str], path: Path) -> None:
     for name in _FIELD.findall(evaluation.prompt):
         if name not in PROMPT_FIELDS:
             raise UserError(f"{path}: evaluation.prompt names an unknown field {name!r}{nearest(name, PROMPT_FIELDS)}")
+    if evaluation.frames < 1:
+        raise UserError(f"{path}: evaluation.frames is {evaluation.frames}; it must be 1 or more")
+    if evaluation.ocr is not None and "{ocr_tokens}" not in evaluation.prompt:
+        raise UserError(f"{path}: evaluation.ocr is said where the prompt shows no {{ocr_tokens}}; remove it")

@@ -3,12 +3,12 @@
 The numbers themselves stand in the dataset cards (`paper`).
 """
 
-import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from instructblip.data.cards import Card
+from instructblip.evaluation.card_protocol import of_the_shards, stated
 
 # Names of cards and the headings of their columns, in the order of Table 1 (Dai et al., "InstructBLIP", 2023).
 HELD_OUT = {
@@ -83,14 +83,26 @@ def comparison_marks(card: Card, protocol: Mapping[str, Any]) -> dict[Mark, str]
     split = PAPER_SPLITS.get(card.name, rules.split)
     if protocol["split"] != split:
         found[OTHER_SPLIT] = f"{protocol['split']}, the paper: {split}"
-    stated = {name: value for name, value in dataclasses.asdict(rules).items() if name != "split"}
-    changed = [
-        f"{name} {protocol[name]!r} in place of {value!r}"
-        for name, value in stated.items()
-        if isinstance(value, str | int | float) and protocol.get(name, value) != value
-    ]
+    changed = _changes(stated(rules, rules.mode) | of_the_shards(rules), protocol)
     if protocol.get("images", "shown") != "shown":
         changed.append("images withheld")
     if changed:
         found[OTHER_PROTOCOL] = "; ".join(changed)
     return found
+
+
+def _changes(stated: Mapping[str, Any], protocol: Mapping[str, Any]) -> list[str]:
+    """One text for each choice that a protocol makes otherwise; lists, as JSON has them, are like tuples."""
+    found = [name for name, value in stated.items() if name in protocol and _plain(protocol[name]) != _plain(value)]
+    if "mode" in found:  # says it all: what is ranked follows from it
+        found = [name for name in found if name not in ("candidates_from", "candidates", "classes")]
+    return [
+        f"other {name}"
+        if isinstance(stated[name], tuple)
+        else f"{name} {protocol[name]!r} in place of {stated[name]!r}"
+        for name in found
+    ]
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

@@ -12,13 +12,12 @@ from instructblip.data.card_evaluation import PRESETS, Evaluation, with_preset
 from instructblip.data.cards import Card
 from instructblip.data.sample import Record
 from instructblip.data.shards import MANIFEST_NAME, PreparedSplit, ShardReader, open_split
-from instructblip.data.templates import MAX_OCR_TOKENS, render_prompt
+from instructblip.data.templates import render_prompt
 from instructblip.errors import UserError
+from instructblip.evaluation.card_protocol import describe_ocr, shows_ocr, stated
 from instructblip.evaluation.metrics.records import REFERENCES
 from instructblip.evaluation.submissions import SUBMISSIONS
 from instructblip.model.ranking import RANKING_PRESETS
-
-_OWN_OCR = "the dataset's own"
 
 
 @dataclass(frozen=True)
@@ -187,37 +186,22 @@ def make_task(
     opened = open_split(shards / card.source / split)
     chosen = _choose(card, opened, rules.kinds or card.kinds, rules.prompt, samples)
     public = _answers_public(card, split, rules.metric, chosen)
-    source = _candidates_from(card, rules) if mode == "rank" else "none"
-    vocabulary = train_answers(card, shards) if source == "train_answers" else ()
-    verbalizers = tuple((text, label) for label, synonyms in rules.verbalizers.items() for text in synonyms)
-    ranked = source == "card"
+    choices = stated(rules, mode)
+    if choices["candidates_from"] == "card" and not choices["candidates"]:
+        raise UserError(f"{card.name} has no candidates to rank; evaluate it with mode=generate")
+    vocabulary = train_answers(card, shards) if choices["candidates_from"] == "train_answers" else ()
     protocol = Protocol(
         dataset=card.name,
         split=split,
         preset=preset,
-        prompt=rules.prompt,
-        mode=mode,
-        candidates_from=source,
-        candidates=rules.candidates + tuple(text for text, _ in verbalizers) if ranked else (),
-        classes=rules.candidates + tuple(label for _, label in verbalizers) if ranked else (),
-        aggregate=rules.aggregate,
         vocabulary_size=len(vocabulary),
         vocabulary_sha256=hashlib.sha256("\n".join(vocabulary).encode()).hexdigest() if vocabulary else "",
-        verbalizers=verbalizers,
-        normalize=rules.normalize,
-        include_eos=rules.include_eos,
-        max_new_tokens=rules.max_new_tokens,
-        min_new_tokens=rules.min_new_tokens,
-        num_beams=rules.num_beams,
-        length_penalty=rules.length_penalty,
-        repetition_penalty=rules.repetition_penalty,
-        transform=rules.transform,
         frames=max(sample.frames for sample in chosen),
-        ocr=_ocr(rules.prompt, opened),
-        metric=rules.metric,
+        ocr=describe_ocr(opened.manifest.get("options", {}).get("ocr")) if shows_ocr(rules.prompt) else "",
         samples=samples,
         samples_sha256=_samples_sha256(opened, chosen),
         images="withheld" if withhold_images else "shown",
+        **choices,
     )
     return Task(card, protocol, tuple(chosen), vocabulary, public)
 
@@ -306,14 +290,6 @@ def _rules(card: Card, preset: str, llm_kind: str) -> Evaluation:
     return rules
 
 
-def _candidates_from(card: Card, rules: Evaluation) -> str:
-    if rules.candidates_from is not None:
-        return rules.candidates_from
-    if not rules.candidates and not rules.verbalizers:
-        raise UserError(f"{card.name} has no candidates to rank; evaluate it with mode=generate")
-    return "card"
-
-
 def _answers_public(card: Card, split: str, metric: str, samples: Sequence[EvaluationSample]) -> bool:
     """Whether every sample has what the metric compares with; a leaderboard may do the scoring where none has."""
     known = [bool(REFERENCES[metric](sample.record)) for sample in samples]
@@ -325,13 +301,6 @@ def _answers_public(card: Card, split: str, metric: str, samples: Sequence[Evalu
     if card.name not in SUBMISSIONS:
         raise UserError(f"{card.name}: the answers of split {split!r} are not public; evaluate another split")
     return False
-
-
-def _ocr(prompt: str, opened: PreparedSplit) -> str:
-    if "{ocr_tokens}" not in prompt:
-        return ""
-    source = opened.manifest.get("options", {}).get("ocr") or _OWN_OCR
-    return f"{source}, the first {MAX_OCR_TOKENS}"
 
 
 def _records(card: Card, opened: PreparedSplit) -> Iterable[Record]:
