@@ -33,7 +33,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
             yield partial
             os.replace(partial, path)
     finally:
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        with contextlib.suppress(OSError):  # where it could not be written, the error above says why
             partial.unlink()
 
 
@@ -66,16 +66,17 @@ def atomic_folder(folder: Path, *, overwrite_if: str | None = None) -> Iterator[
 
 
 @contextlib.contextmanager
-def exclusive(path: Path, doing: str, *, show: bool = True) -> Iterator[None]:
-    """Let one process at a time do something; the others wait and say what for.
+def exclusive(path: Path, doing: str, *, show: bool = True, busy: str | None = None) -> Iterator[None]:
+    """Let one process at a time do something; the others wait and say what for. Who ends, however, lets go.
 
     Args:
         path: the lock file; it stays, empty.
         doing: `fetching vicuna_7b`, for the line that is shown while waiting.
         show: whether to show it.
+        busy: what is wrong when another process has it, where that is not to be waited for.
 
     Raises:
-        UserError: the lock file cannot be written.
+        UserError: the lock file cannot be written; `busy`.
     """
     with errors_for_users(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -83,6 +84,8 @@ def exclusive(path: Path, doing: str, *, show: bool = True) -> Iterator[None]:
         try:
             lock.acquire(timeout=0)
         except Timeout:
+            if busy is not None:
+                raise UserError(busy) from None
             with Console().status(f"waiting for another process that is {doing}") if show else contextlib.nullcontext():
                 lock.acquire()
     try:
@@ -93,6 +96,11 @@ def exclusive(path: Path, doing: str, *, show: bool = True) -> Iterator[None]:
 
 @contextlib.contextmanager
 def errors_for_users(path: Path) -> Iterator[None]:
+    """Say in one line why `path`, or something below it, could not be written.
+
+    Raises:
+        UserError: no space, no right to, something else in the way, or no such place can be.
+    """
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -102,7 +110,23 @@ def errors_for_users(path: Path) -> Iterator[None]:
             raise UserError(f"no permission to write {path}; choose another folder or mend its rights") from None
         if isinstance(error, NotADirectoryError | FileExistsError):
             raise UserError(f"{path} cannot be written: {error.filename} is not a folder; choose another") from None
+        if isinstance(error, IsADirectoryError):
+            taken = error.filename2 or error.filename
+            raise UserError(f"{path} cannot be written: {taken} is a folder; choose another name") from None
+        if isinstance(error, OSError) and _is_no_place(error, path):
+            raise UserError(f"{path} cannot be written ({error.strerror}); choose another place") from None
         raise
+
+
+def _is_no_place(error: OSError, path: Path) -> bool:
+    """Whether nothing can be written there: a name too long, links in a circle, or a folder that cannot be made.
+
+    That a file is missing may be said of any other that was to be read, too.
+    """
+    if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+        return True
+    place = Path(os.fsdecode(error.filename or ""))
+    return isinstance(error, FileNotFoundError) and (place in path.parents or str(place).startswith(str(path)))
 
 
 def is_disk_full(error: Exception) -> bool:

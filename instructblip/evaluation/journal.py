@@ -6,7 +6,6 @@ same question alone, whichever process or run gave it, and a run that was killed
 processes.
 """
 
-import contextlib
 import hashlib
 import json
 import os
@@ -20,10 +19,11 @@ from instructblip.evaluation.distributed import ALONE, SILENCE_SECONDS, Worker
 from instructblip.evaluation.outcomes import Failure, Prediction
 from instructblip.evaluation.protocol import EvaluationSample, Task
 from instructblip.evaluation.stored import PREDICTIONS
-from instructblip.files import is_disk_full, write_atomically
+from instructblip.files import errors_for_users, write_atomically
 
 FAILURES = "failures.jsonl"
 _JOURNALS = "journal-*.jsonl"
+_ELSEWHERE = "move it away, or give another name="
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.01, 2.0  # seconds between looks at the others' journals
 
 
@@ -68,21 +68,23 @@ class Journal:
         return key in self.predictions or key in self.failures
 
     def read(self) -> None:
-        """Take in what any process has written."""
+        """Take in what any process has written.
+
+        Raises:
+            UserError: a file that cannot be read, or that is no evaluation's.
+        """
         if self.folder is None:
             return
         for path in sorted(self.folder.glob(_JOURNALS)):
-            with contextlib.suppress(FileNotFoundError):  # put together and removed: predictions.jsonl has it
-                self._read_file(path)
+            self._read_file(path)
         for name in (PREDICTIONS, FAILURES):
-            with contextlib.suppress(FileNotFoundError):
-                self._read_file(self.folder / name)
+            self._read_file(self.folder / name)
 
     def append(self, predictions: Iterable[Prediction], failures: Iterable[Failure] = ()) -> None:
         """Note answers, on disk before in memory.
 
         Raises:
-            UserError: the disk is full.
+            UserError: the disk is full, or the folder may not be written.
         """
         predictions, failures = list(predictions), list(failures)
         lines = [*map(_prediction_line, predictions), *map(_failure_line, failures)]
@@ -116,6 +118,9 @@ class Journal:
 
         Args:
             samples: what was answered, in stored order, with its score on the scale of `TaskResult.value`.
+
+        Raises:
+            UserError: as `append`.
         """
         if self.folder is None:
             return
@@ -123,18 +128,23 @@ class Journal:
         write_atomically(self.folder / PREDICTIONS, "\n".join(lines) + "\n")
         if self.failures:
             write_atomically(self.folder / FAILURES, "\n".join(map(_failure_line, self.failures.values())) + "\n")
-        else:
-            (self.folder / FAILURES).unlink(missing_ok=True)
-        for path in self.folder.glob(_JOURNALS):
-            path.unlink(missing_ok=True)
+        old = [] if self.failures else [self.folder / FAILURES]
+        with errors_for_users(self.folder):
+            for path in (*old, *self.folder.glob(_JOURNALS)):
+                path.unlink(missing_ok=True)
 
     def _read_file(self, path: Path) -> None:
         start = 0 if path.name == PREDICTIONS else self._read_to.get(path, 0)
-        with open(path, "rb") as file:
-            if os.fstat(file.fileno()).st_size < start:  # another file by now
-                start = 0
-            file.seek(start)
-            content = file.read()
+        try:
+            with open(path, "rb") as file:
+                if os.fstat(file.fileno()).st_size < start:  # another file by now
+                    start = 0
+                file.seek(start)
+                content = file.read()
+        except FileNotFoundError:  # a journal that was put together and removed: predictions.jsonl has it
+            return
+        except OSError as error:
+            raise UserError(f"{path} cannot be read ({error.strerror}); {_ELSEWHERE}") from None
         whole = content.rfind(b"\n") + 1  # what follows may be half a line
         self._read_to[path] = start + whole
         for line in content[:whole].decode("utf-8", "replace").split("\n"):
@@ -142,6 +152,8 @@ class Journal:
                 entry = json.loads(line)
             except json.JSONDecodeError:
                 continue  # the last line of a killed process may be cut: its sample is simply answered again
+            if not _is_answer(entry):
+                raise UserError(f"{path} has lines that are no answers of an evaluation; {_ELSEWHERE}")
             self._take(entry)
 
     def _take(self, entry: dict[str, Any]) -> None:
@@ -154,6 +166,13 @@ class Journal:
         self.failures.pop(key, None)
         scores, ranked = tuple(entry.get("scores", ())), tuple(entry.get("ranked", ()))
         self.predictions[key] = Prediction(key, entry["id"], entry["prediction"], scores, ranked)
+
+
+def _is_answer(entry: Any) -> bool:
+    """Whether a line of JSON is one that a journal writes."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("key"), str):
+        return False
+    return "id" in entry and ("prediction" in entry or "error" in entry)
 
 
 def _answer(prediction: Prediction) -> dict[str, Any]:
@@ -181,13 +200,7 @@ def _json(line: dict[str, Any]) -> str:
 
 
 def _append(path: Path, lines: Sequence[str]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
+    with errors_for_users(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "a", encoding="utf-8") as file:
             file.write("\n" + "\n".join(lines) + "\n")  # the leading line break ends a cut line
-    except OSError as error:
-        if not is_disk_full(error):
-            raise
-        raise UserError(
-            f"disk full while writing {path}; free some space and run the same command again: it goes on where it stopped"
-        ) from None

@@ -186,3 +186,26 @@ def test_a_silent_process_is_given_up_with_one_line(
 def test_several_processes_need_a_folder(model: InstructBLIP, task: Task) -> None:
     with pytest.raises(ValueError, match="need a folder"):
         answer(model, task, worker=Worker(0, 2))
+
+
+@pytest.mark.parametrize(
+    "line", ['{"question_id": 1, "answer": "yes"}', '["yes"]', '"yes"', '{"key": [], "id": "1", "prediction": "yes"}']
+)
+@pytest.mark.parametrize("name", ["predictions.jsonl", "journal-7.jsonl"])
+def test_a_file_of_another_origin_is_named_and_kept(
+    model: InstructBLIP, task: Task, tmp_path: Path, line: str, name: str
+) -> None:
+    (tmp_path / name).write_text(line + "\n")
+    with pytest.raises(
+        UserError, match=rf"{name} has lines that are no answers of an evaluation; move it away, or give"
+    ):
+        answer(model, task, folder=tmp_path)
+    assert (tmp_path / name).read_text() == line + "\n"
+
+
+def test_places_that_cannot_be_read_or_written_are_one_line(model: InstructBLIP, task: Task, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"predictions\.jsonl cannot be read \(Not a directory\)"):
+        answer(model, task, folder=tmp_path / "file")
+    with pytest.raises(UserError, match=r"journal-0\.jsonl cannot be written \(No such file or directory\)"):
+        answer(model, task, folder=Path("/proc/nowhere"))
