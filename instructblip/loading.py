@@ -39,6 +39,13 @@ _HUB_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
 Section = TypeVar("Section", VisionConfig, QFormerConfig, LLMConfig)
 
 
+class FrozenPart(NamedTuple):
+    """What a frozen part is called, and where its files came from: a path, a hub id, a wheel."""
+
+    name: str
+    source: str
+
+
 class LoadedModel(NamedTuple):
     """A trained model in evaluation mode.
 
@@ -48,6 +55,7 @@ class LoadedModel(NamedTuple):
         source: that checkpoint folder, folder or file; of a run the checkpoint that was taken.
         step: optimiser steps that its checkpoint has seen; 0 where the source does not say.
         config: the sections it was built from; None for a transformers folder, which is its own configuration.
+        parts: `llm` and `vision`.
     """
 
     model: InstructBLIP
@@ -55,6 +63,7 @@ class LoadedModel(NamedTuple):
     source: str
     step: int
     config: ModelConfig | None
+    parts: dict[str, FrozenPart]
 
 
 class Replacements(NamedTuple):
@@ -145,6 +154,11 @@ def hub_folder(repository: str) -> Path:
     return folder
 
 
+def frozen_parts(vision: VisionConfig, llm: LLMConfig) -> dict[str, FrozenPart]:
+    """The frozen parts as they are configured."""
+    return {"vision": _frozen_part(vision), "llm": _frozen_part(llm)}
+
+
 def part_config(group: str, name: str, schema: type[Section]) -> Section:
     """A part's configuration by its name in configs/.
 
@@ -169,7 +183,10 @@ def llm_config(llm: str | LLMConfig, path: str | None) -> LLMConfig:
 def _load_run(source: Path, replaced: Replacements) -> LoadedModel:
     config = read_model_config(find_checkpoint(source).parents[1] / "config.yaml")
     run = load_run(source, device="cpu", config=_replace_parts(config, replaced))
-    return LoadedModel(run.model, run.checkpoint.absolute().parents[1].name, str(run.checkpoint), run.step, run.config)
+    parts = frozen_parts(run.config.vision, run.config.llm)
+    return LoadedModel(
+        run.model, run.checkpoint.absolute().parents[1].name, str(run.checkpoint), run.step, run.config, parts
+    )
 
 
 def _load_huggingface(folder: Path, name: str, replaced: Replacements) -> LoadedModel:
@@ -177,13 +194,18 @@ def _load_huggingface(folder: Path, name: str, replaced: Replacements) -> Loaded
         raise UserError(
             f"{folder} has its own ViT, Q-Former and LLM; only llm= (with llm_path=) can take another's place"
         )
+    language = read_huggingface_config(folder).text_config
+    parts = {
+        "vision": FrozenPart(f"ViT of {name}", str(folder)),
+        "llm": FrozenPart(f"{language.model_type} of {name}", str(folder)),
+    }
     if replaced.llm is None:
-        return LoadedModel(load_huggingface(folder), name, str(folder), 0, None)
+        return LoadedModel(load_huggingface(folder), name, str(folder), 0, None, parts)
     config = llm_config(replaced.llm, replaced.llm_path)
     model = load_huggingface(folder, llm=load_llm(config))
-    fits = read_huggingface_config(folder).text_config.hidden_size == model.llm.width
+    fits = language.hidden_size == model.llm.width
     warn_aligned(f"the LLM of {name}", config.name, projection_fits=fits)
-    return LoadedModel(model, name, str(folder), 0, None)
+    return LoadedModel(model, name, str(folder), 0, None, parts | {"llm": _frozen_part(config)})
 
 
 def _load_lavis(path: Path, replaced: Replacements) -> LoadedModel:
@@ -205,7 +227,7 @@ def _load_lavis(path: Path, replaced: Replacements) -> LoadedModel:
     trained_with = LAVIS_LLMS.get((checkpoint.llm_kind, checkpoint.llm_width), "another LLM")
     if trained_with != config.llm.name:
         warn_aligned(trained_with, config.llm.name, projection_fits=fits)
-    return LoadedModel(model, path.stem, str(path), 0, config)
+    return LoadedModel(model, path.stem, str(path), 0, config, frozen_parts(config.vision, config.llm))
 
 
 def _replace_parts(config: ModelConfig, replaced: Replacements) -> ModelConfig:
@@ -216,6 +238,16 @@ def _replace_parts(config: ModelConfig, replaced: Replacements) -> ModelConfig:
         qformer=_with_path(config.qformer, replaced.qformer_path),
         llm=llm_config(config.llm if own or replaced.llm is None else replaced.llm, replaced.llm_path),
     )
+
+
+def _frozen_part(config: VisionConfig | LLMConfig) -> FrozenPart:
+    sources = config.sources
+    if sources.path is not None:
+        return FrozenPart(config.name, sources.path)
+    if sources.wheel is not None:
+        return FrozenPart(config.name, f"{sources.wheel.project} {sources.wheel.version}")
+    revision = "" if sources.hub_revision is None else f"@{sources.hub_revision}"
+    return FrozenPart(config.name, f"{sources.hub}{revision}")
 
 
 def _with_path(section: Section, path: str | None) -> Section:

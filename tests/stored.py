@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from instructblip.data.cards import load_card
+from instructblip.evaluation.metrics.captions import TOKENIZERS
 from instructblip.evaluation.stored import FORMAT
-from instructblip.files import write_json
+from instructblip.files import sha256_file, write_json
 
+JAVA, PYTHON = (name for name, _ in TOKENIZERS.values())
 PROTOCOL_KEYS = ("split", "prompt", "mode", "metric", "num_beams", "max_new_tokens", "length_penalty")
 
 
@@ -25,14 +27,25 @@ def entry(dataset: str, value: float | None, **protocol: Any) -> dict[str, Any]:
         "high": interval[1],
         "count": 0 if value is None else 200,
         "metric": rules.metric,
+        "metric_details": {"tokenizer": JAVA} if rules.metric == "cider" else {},
         "protocol": chosen,
+        "predictions_sha256": "",
     }
 
 
 def write_run(folder: Path, datasets: Mapping[str, Mapping[str, Any]]) -> Path:
-    """Write results.json and return the folder."""
-    checkpoint = {"path": "outputs/train/x", "step": 7}
-    write_json(folder / "results.json", {"format": FORMAT, "checkpoint": checkpoint, "datasets": dict(datasets)})
+    """Write results.json, of the predictions that are there, and return the folder."""
+    entries = {name: dict(found) for name, found in datasets.items()}
+    for name, found in entries.items():
+        predictions = folder / name / "predictions.jsonl"
+        if predictions.is_file():
+            found["predictions_sha256"] = sha256_file(predictions)
+    head = {
+        "format": FORMAT,
+        "checkpoint": {"path": "outputs/train/x", "step": 7},
+        "model": {"llm": {"name": "vicuna"}},
+    }
+    write_json(folder / "results.json", {**head, "datasets": entries})
     return folder
 
 

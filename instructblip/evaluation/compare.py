@@ -38,7 +38,8 @@ def compare_runs(first: StoredRun, second: StoredRun) -> list[Comparison]:
     """Compare every dataset that both runs have a score of, in the order of the paper's table.
 
     Raises:
-        UserError: no such dataset, protocols or samples that differ (names the difference), or damaged predictions.
+        UserError: no such dataset, protocols, samples or caption tokenizers that differ (names the difference), or
+            predictions that are damaged or another evaluation's.
     """
     common = [name for name in in_table_order(first.scores) if name in second.scores]
     scored = [name for name in common if first.scores[name].value is not None and second.scores[name].value is not None]
@@ -81,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     for letter, run in (("A", first), ("B", second)):
-        console.print(f"{letter}  {run.folder}, checkpoint {run.checkpoint}", markup=False)
+        console.print(f"{letter}  {run.about}", markup=False)
     console.print(comparison_table(found))
     tests = dict.fromkeys(item.paired.test for item in found)
     console.print(f"95%: bootstrap of the difference by image. p: two-sided, {', or '.join(tests)}.")
@@ -92,9 +93,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _check_same(dataset: str, first: StoredRun, second: StoredRun) -> None:
-    """Refuse scores of different protocols or samples."""
+    """Refuse scores of different protocols or samples, or of captions that were cut into words differently."""
     one, other = first.scores[dataset].protocol, second.scores[dataset].protocol
+    tokenizers = [run.scores[dataset].tokenizer for run in (first, second)]
     if one["sha256"] == other["sha256"]:
+        if tokenizers[0] != tokenizers[1]:
+            raise UserError(
+                f"{dataset}: captions were tokenised by {tokenizers[0]} in {first.folder} and by {tokenizers[1]} in "
+                f"{second.folder}; evaluate both again on one machine: their answers are kept and scored anew"
+            )
         return
     names = [name for name in one.keys() | other.keys() if one.get(name) != other.get(name)]
     # The split and how many samples say more than the hash that follows from them.

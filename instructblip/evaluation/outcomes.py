@@ -52,6 +52,7 @@ class TaskResult:
         low, high: the 95% interval of `value`, images resampled; None with it.
         seconds: what the run took.
         failures: samples that could not be read.
+        predictions_sha256: of the predictions.jsonl that holds them; None where nothing was kept.
     """
 
     task: Task
@@ -62,6 +63,7 @@ class TaskResult:
     high: float | None
     seconds: float
     failures: tuple[Failure, ...] = ()
+    predictions_sha256: str | None = None
 
     @property
     def value(self) -> float | None:
@@ -100,6 +102,7 @@ class TaskResult:
             "metric": protocol.metric,
             "metric_details": {} if self.score is None else dict(self.score.details),
             "protocol": as_json(protocol),
+            "predictions_sha256": self.predictions_sha256,
             "failed": [{"id": failure.id, "reason": failure.reason} for failure in self.failures],
         }
         return entry if self.score is not None else entry | {"note": "answers not public"}

@@ -115,10 +115,11 @@ class ReportSection:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything the page says. `created` is an ISO date; `checkpoint` names what was evaluated."""
+    """Everything the page says. `created` is an ISO date; `checkpoint` and `model` name what was evaluated."""
 
     title: str
     checkpoint: str
+    model: str
     created: str
     summary: list[ReportRow]
     sections: list[ReportSection]

@@ -20,7 +20,7 @@ from instructblip.evaluation.report import Report, write_report
 from instructblip.evaluation.report_data import part_scores, report_row, report_section
 from instructblip.evaluation.stored import FORMAT, PREDICTIONS, RESULTS
 from instructblip.evaluation.submissions import SUBMISSIONS, write_submission
-from instructblip.files import write_json
+from instructblip.files import errors_for_users, write_json
 from instructblip.training.loggers import Logger
 
 _VERSIONS = ("torch", "torchvision", "timm", "transformers")
@@ -59,12 +59,15 @@ def baselines(task: Task, shards: Path, blind: TaskResult | None) -> dict[str, f
     return found
 
 
-def results_json(results: Sequence[DatasetResult], *, checkpoint: str, fingerprint: str, step: int) -> dict[str, Any]:
+def results_json(
+    results: Sequence[DatasetResult], *, checkpoint: str, fingerprint: str, step: int, model: Mapping[str, Any]
+) -> dict[str, Any]:
     """Everything a score needs to be trusted: the model, the machine, the versions, and each frozen protocol."""
     return {
         "format": FORMAT,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "checkpoint": {"path": checkpoint, "trainable_sha256": fingerprint, "step": step},
+        "model": dict(model),
         "machine": {"platform": platform.platform(), "torch_threads": torch.get_num_threads()},
         "versions": {"python": platform.python_version(), **{name: version(name) for name in _VERSIONS}},
         "datasets": {item.result.task.card.name: _entry(item) for item in results},
@@ -82,22 +85,33 @@ def write_results(
     Raises:
         UserError: a damaged image, a record that a leaderboard's file has no place for, or a disk that is full.
     """
+    page = folder / "report.html"
+    with errors_for_users(page):
+        page.unlink(missing_ok=True)  # should this end here, an earlier one must not stand beside other scores
     write_json(folder / RESULTS, summary)
     report = Report(
         title=title,
         checkpoint=f"{summary['checkpoint']['path']} (step {summary['checkpoint']['step']})",
+        model=_model_line(summary["model"]),
         created=summary["created"],
         summary=[report_row(item.result, item.baselines) for item in results],
         sections=[report_section(item.result, examples) for item in results],
     )
-    write_report(folder / "report.html", report)
-    written = [folder / RESULTS, folder / "report.html"]
+    write_report(page, report)
+    written = [folder / RESULTS, page]
     for item in results:
         home = folder / item.result.task.card.name
         written.append(home / PREDICTIONS)
         if has_submission(item.result):
             written.append(_write_submission(home, item.result))
     return written
+
+
+def _model_line(model: Mapping[str, Any]) -> str:
+    """The frozen parts of `results_json`'s model."""
+    llm, vision = model["llm"], model["vision"]
+    held = ", ".join(filter(None, (llm["dtype"], llm["quantization"])))
+    return f"LLM {llm['name']} ({held}), image encoder {vision['name']} ({vision['dtype']}, {vision['image_size']} px)"
 
 
 def has_submission(result: TaskResult) -> bool:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from instructblip.build import frozen_fingerprints
 from instructblip.config import EvaluateConfig, check_at_least, to_dict
 from instructblip.data.cards import load_card
 from instructblip.data.synthetic import NOTE
@@ -53,6 +54,7 @@ def evaluate(config: EvaluateConfig, console: Console) -> None:
     ]
     # A cache of features has no place for images that cannot be read.
     cache = cache_folder() / "features" if config.data.cache_features and not config.tolerance else None
+    frozen = frozen_fingerprints(loaded.model)
     results = evaluate_tasks(
         loaded.model,
         tasks,
@@ -61,6 +63,7 @@ def evaluate(config: EvaluateConfig, console: Console) -> None:
         folder=folder,
         batch_size=config.batch_size,
         blind=config.blind_baseline and not config.withhold_images,
+        frozen=frozen,
         tolerance=config.tolerance,
         worker=worker,
     )
@@ -73,6 +76,8 @@ def evaluate(config: EvaluateConfig, console: Console) -> None:
         title=f"{config.suite.name} with {loaded.name}{NOTE if config.data.synthetic else ''}",
         checkpoint=loaded.source,
         step=loaded.step,
+        parts=loaded.parts,
+        frozen=frozen,
         examples=config.examples,
         console=console,
     )

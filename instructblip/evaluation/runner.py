@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -28,6 +28,8 @@ from instructblip.evaluation.journal import Journal, journal_keys
 from instructblip.evaluation.metrics.accuracy import normalize_answer
 from instructblip.evaluation.outcomes import Failure, Prediction, TaskResult, class_scores, score_task
 from instructblip.evaluation.protocol import EvaluationSample, Task
+from instructblip.evaluation.stored import PREDICTIONS
+from instructblip.files import sha256_file
 from instructblip.model.instructblip import InstructBLIP
 from instructblip.progress import progress_bar
 
@@ -140,7 +142,7 @@ def run_task(
     failures = [journal.failures[key] for key in keys if key in journal.failures]
     result = score_task(task, samples, predictions, seconds=time.perf_counter() - started, failures=failures)
     journal.finish(zip(samples, predictions, result.per_sample, strict=True))
-    return result
+    return result if folder is None else replace(result, predictions_sha256=sha256_file(folder / PREDICTIONS))
 
 
 def answer_share(

@@ -1,5 +1,6 @@
 """Evaluations as they were stored: results.json and predictions.jsonl, read and checked."""
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -11,7 +12,7 @@ from instructblip.errors import UserError
 
 RESULTS = "results.json"
 PREDICTIONS = "predictions.jsonl"
-FORMAT = 2  # of results.json; 1 had accuracies only
+FORMAT = 3  # of results.json; 1 had accuracies only, 2 neither the model nor what ties it to its predictions.jsonl
 
 _HINT = "give the folder of an evaluation that ended, or evaluate again"
 
@@ -25,6 +26,8 @@ class StoredScore:
         count: samples scored.
         metric: its name in the card.
         protocol: every choice behind it, with its hash.
+        predictions_sha256: of the predictions.jsonl that was scored.
+        tokenizer: of captions, by the name that their metric gives; None for other metrics.
     """
 
     value: float | None
@@ -33,15 +36,23 @@ class StoredScore:
     count: int
     metric: str
     protocol: Mapping[str, Any]
+    predictions_sha256: str
+    tokenizer: str | None
 
 
 @dataclass(frozen=True)
 class StoredRun:
-    """An evaluation's folder and the scores in it, by dataset."""
+    """An evaluation's folder, what was evaluated, and the scores in it, by dataset."""
 
     folder: Path
     checkpoint: str
+    llm: str
     scores: dict[str, StoredScore]
+
+    @property
+    def about(self) -> str:
+        """Where the scores come from, in a line."""
+        return f"{self.folder}, checkpoint {self.checkpoint}, LLM {self.llm}"
 
 
 @dataclass(frozen=True)
@@ -73,19 +84,23 @@ def read_run(place: str | Path) -> StoredRun:
     checkpoint = values.get("checkpoint")
     if not isinstance(checkpoint, dict):
         raise UserError(f"{file} names no checkpoint; {_HINT}")
+    llm = _at(values, "model", "llm", "name")
+    if not isinstance(llm, str):
+        raise UserError(f"{file} names no model: model.llm.name is {llm!r}; {_HINT}")
     scores = {name: _score(entry, name, file) for name, entry in values["datasets"].items()}
-    return StoredRun(file.parent, str(checkpoint.get("path")), scores)
+    return StoredRun(file.parent, str(checkpoint.get("path")), llm, scores)
 
 
 def read_predictions(run: StoredRun, dataset: str) -> dict[str, StoredPrediction]:
     """The predictions behind a score, by sample id.
 
     Raises:
-        UserError: no such file, a line that is not a finished evaluation's, or not as many scores as results.json counts.
+        UserError: no such file, a line that is not a finished evaluation's, or not the file that results.json was made of.
     """
     file = run.folder / dataset / PREDICTIONS
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        content = file.read_bytes()
+        lines = content.decode("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file} cannot be read ({error}); {_HINT}") from None
     found = {}
@@ -97,10 +112,19 @@ def read_predictions(run: StoredRun, dataset: str) -> dict[str, StoredPrediction
         except (ValueError, KeyError, TypeError):
             raise UserError(f"{file} line {number} is not a prediction of a finished evaluation; {_HINT}") from None
         found[prediction.id] = prediction
-    scored = sum(prediction.score is not None for prediction in found.values())
-    if scored != run.scores[dataset].count:
-        raise UserError(f"{file} has {scored} scores, results.json counts {run.scores[dataset].count}; {_HINT}")
+    if hashlib.sha256(content).hexdigest() != run.scores[dataset].predictions_sha256:
+        raise UserError(
+            f"{file} is not what the score in {run.folder / RESULTS} was computed from: another evaluation into this folder "
+            "has replaced it and did not end, or it was edited; evaluate again"
+        )
     return found
+
+
+def _at(values: Any, *keys: str) -> Any:
+    """What lies at the end of a path through nested objects; None where there is none."""
+    for key in keys:
+        values = values.get(key) if isinstance(values, dict) else None
+    return values
 
 
 def _read_json(file: Path) -> Any:
@@ -132,7 +156,12 @@ def _score(entry: Any, name: str, file: Path) -> StoredScore:
         raise UserError(f"{file}: datasets.{name}.metric is {metric!r}, not a name; {_HINT}")
     if not isinstance(protocol, dict) or not {"split", "sha256", "samples_sha256"} <= protocol.keys():
         raise UserError(f"{file}: datasets.{name}.protocol is not whole; {_HINT}")
+    digest, tokenizer = entry.get("predictions_sha256"), _at(entry, "metric_details", "tokenizer")
+    if not isinstance(digest, str):
+        raise UserError(f"{file}: datasets.{name}.predictions_sha256 is {digest!r}, not a hash; {_HINT}")
+    if not isinstance(tokenizer, str | None):
+        raise UserError(f"{file}: datasets.{name}.metric_details.tokenizer is {tokenizer!r}, not a name; {_HINT}")
     value, low, high = number("value"), number("low"), number("high")
     if (value is None) != (low is None or high is None):
         raise UserError(f"{file}: datasets.{name} has a value without its interval; {_HINT}")
-    return StoredScore(value, low, high, count, metric, protocol)
+    return StoredScore(value, low, high, count, metric, protocol, digest, tokenizer)

@@ -18,6 +18,8 @@ from instructblip.files import write_atomically
 
 Row = dict[str, Any]
 
+SUBMISSION = "submission.json"
+
 
 def submission_rows(dataset: str, outputs: Sequence[ModelOutput], records: Sequence[Record]) -> list[Row]:
     """The objects of a dataset's leaderboard file, in the order of the records.
@@ -45,7 +47,7 @@ def submission_rows(dataset: str, outputs: Sequence[ModelOutput], records: Seque
 
 def write_submission(folder: Path, dataset: str, outputs: Sequence[ModelOutput], records: Sequence[Record]) -> Path:
     """Write `submission.json` into the folder and return its path; errors as `submission_rows`."""
-    path = folder / "submission.json"
+    path = folder / SUBMISSION
     write_atomically(path, json.dumps(submission_rows(dataset, outputs, records), ensure_ascii=False) + "\n")
     return path
 

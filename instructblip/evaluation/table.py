@@ -8,6 +8,7 @@ import argparse
 import csv
 import io
 import sys
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,16 +53,29 @@ class Row:
 
 @dataclass(frozen=True)
 class ScoreTable:
-    """Datasets in the order of the columns, and the rows."""
+    """Datasets in the order of the columns, the rows, and the tokenizer of captions by (row, dataset)."""
 
     datasets: list[str]
     rows: list[Row]
+    tokenizers: dict[tuple[str, str], str]
 
     @property
     def marks(self) -> list[Mark]:
         """Those that occur."""
         used = {mark for row in self.rows for cell in row.cells.values() for mark, _ in cell.marks}
         return [mark for mark in MARKS if mark in used]
+
+    @property
+    def notes(self) -> list[str]:
+        """The caption tokenizers, which scores depend on, and where there are several, which score has which."""
+        names = sorted(set(self.tokenizers.values()))
+        if len(names) < 2:
+            return [f"Captions tokenised by {name}." for name in names]
+        found = []
+        for name in names:
+            cells = [key for key, tokenizer in self.tokenizers.items() if tokenizer == name]
+            found.append(f"{name} ({', '.join(f'{heading(dataset)} of {row}' for row, dataset in cells)})")
+        return [f"Captions tokenised by {' and by '.join(found)}: these scores are not comparable with each other."]
 
 
 def score_table(runs: Sequence[StoredRun]) -> ScoreTable:
@@ -71,18 +85,24 @@ def score_table(runs: Sequence[StoredRun]) -> ScoreTable:
     rows = [
         Row(
             name,
-            f"{run.folder}, checkpoint {run.checkpoint}",
+            run.about,
             {dataset: _cell(score, cards.get(dataset)) for dataset, score in run.scores.items()},
         )
         for name, run in zip(_names(runs), runs, strict=True)
     ]
+    tokenizers = {
+        (row.name, dataset): score.tokenizer
+        for row, run in zip(rows, runs, strict=True)
+        for dataset, score in run.scores.items()
+        if score.tokenizer is not None
+    }
     for key, model in MODELS.items():
         numbers = {
             name: Cell(cards[name].paper[key]) for name in datasets if name in cards and key in cards[name].paper
         }
         if numbers:
             rows.append(Row(model, "the paper, zero-shot", numbers, is_paper=True))
-    return ScoreTable(datasets, rows)
+    return ScoreTable(datasets, rows, tokenizers)
 
 
 def as_text(table: ScoreTable, width: int = 120) -> str:
@@ -107,7 +127,8 @@ def as_text(table: ScoreTable, width: int = 120) -> str:
             if cells.strip():  # a row without any score here is left out
                 lines.append(f"{name:<{label}}{cells}".rstrip())
         parts.append("\n".join(lines))
-    legend = [f"{mark.symbol} {mark.meaning}" for mark in table.marks]
+    legend = [line for note in table.notes for line in textwrap.wrap(note, width)]
+    legend += [f"{mark.symbol} {mark.meaning}" for mark in table.marks]
     return "\n\n".join([*parts, "\n".join([*legend, "Below a score: 95% bootstrap interval, images resampled."])])
 
 

@@ -26,7 +26,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
         )
         for name in ("a", "b")
     ]
-    report = Report("T", "outputs/train/x", "2026-01-31", [row("a"), row("b")], sections)
+    report = Report("T", "outputs/train/x", "LLM y", "2026-01-31", [row("a"), row("b")], sections)
     write_report(folder / "report.html", report)
     return folder / "report.html"
 

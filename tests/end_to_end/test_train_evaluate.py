@@ -1,5 +1,6 @@
 """The two main commands on tiny parts: what they leave, and that they agree with each other."""
 
+import json
 import os
 import subprocess
 import sys
@@ -139,6 +140,8 @@ def test_evaluate_agrees_with_the_runs_own_last_evaluation(
         "blind_baseline=true",
     )
     own = finished_run / "evaluation"
+    models = [json.loads((folder / "results.json").read_text())["model"] for folder in (found, own)]
+    assert models[0] == models[1]
     assert scores(found) == scores(own)
     assert predictions(found) == predictions(own)
     assert predictions(found, "images_withheld") == predictions(own, "images_withheld")

@@ -9,7 +9,12 @@ from typing import Any
 
 import pytest
 
-from instructblip.evaluation import journal
+from instructblip.errors import UserError
+from instructblip.evaluation import journal, suite
+from instructblip.evaluation.compare import compare_runs
+from instructblip.evaluation.outcomes import TaskResult
+from instructblip.evaluation.protocol import Task
+from instructblip.evaluation.stored import read_run
 from instructblip.model.instructblip import InstructBLIP
 from instructblip.training.checkpoint import checkpoint_folders
 from tests.runs import DATASETS, FINAL_SAMPLES, World, evaluate_here, predictions, read_lines, run, scores, start
@@ -81,6 +86,46 @@ def test_another_checkpoint_answers_for_itself(
     assert (found / "easy_vqa_shape/predictions.jsonl").read_bytes() != (
         whole / "easy_vqa_shape/predictions.jsonl"
     ).read_bytes()
+
+
+def test_scores_of_one_checkpoint_are_not_compared_by_answers_of_another(
+    world: World, finished_run: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    older, run_task = checkpoint_folders(finished_run / "checkpoints")[1], suite.run_task
+    folder = Path(shutil.copytree(whole, tmp_path / "demo"))
+    assert len(compare_runs(read_run(whole), read_run(folder))) == len(DATASETS)
+    for name in DATASETS:
+        (folder / name / "submission.json").write_text("of the newer checkpoint")
+
+    def dying_at_the_second(model: InstructBLIP, task: Task, *arguments: Any, **options: Any) -> TaskResult:
+        if task.card.name == "easy_vqa_color":
+            raise KeyboardInterrupt
+        return run_task(model, task, *arguments, **options)
+
+    monkeypatch.setattr(suite, "run_task", dying_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_here(world, older, tmp_path, *OVERRIDES)
+    assert (folder / "results.json").read_bytes() == (whole / "results.json").read_bytes()
+    with pytest.raises(
+        UserError, match=r"/predictions\.jsonl is not what the score in .*results\.json was computed from"
+    ):
+        compare_runs(read_run(whole), read_run(folder))
+    # What was made of the answers that were replaced is gone, and nothing else.
+    left = {name for name in DATASETS if (folder / name / "submission.json").exists()}
+    assert left == {"easy_vqa_color", "easy_vqa_statements"}
+    monkeypatch.setattr(suite, "run_task", run_task)
+    evaluate_here(world, older, tmp_path, *OVERRIDES)
+    assert len(compare_runs(read_run(whole), read_run(folder))) == len(DATASETS)
+
+
+def test_what_an_earlier_evaluation_left_does_not_stay(world: World, finished_run: Path, tmp_path: Path) -> None:
+    folder = evaluate_here(world, finished_run, tmp_path, "samples=2", "blind_baseline=true")
+    for name in DATASETS:
+        assert (folder / name / "images_withheld/predictions.jsonl").is_file()
+        (folder / name / "submission.json").write_text("an earlier one")
+    evaluate_here(world, finished_run, tmp_path, "samples=2")
+    left = {path.name for name in DATASETS for path in (folder / name).iterdir()}
+    assert left.isdisjoint({"submission.json", "images_withheld"})
 
 
 def test_another_protocol_answers_for_itself(

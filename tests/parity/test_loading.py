@@ -45,6 +45,9 @@ def test_every_format_is_the_same_model(formats: Formats) -> None:
     assert (expected.name, *(found.name for found in loaded.values())) == names
     assert {found.step for found in loaded.values()} == {0}
     assert expected.config is None
+    assert [part.name for part in expected.parts.values()] == ["ViT of huggingface", "llama of huggingface"]
+    assert loaded["native"].parts["llm"] == ("huggingface_llm", str(formats.native / "llm"))
+    assert [part.name for part in loaded["lavis"].parts.values()] == ["eva_vit_g", "own"]
     assert loaded["lavis"].config is not None
     assert loaded["lavis"].config.llm.name == "own"
 
@@ -67,7 +70,7 @@ def test_the_language_model_it_was_aligned_to_is_no_reason_to_warn(
 @pytest.mark.parametrize("source", ["huggingface", "native", "lavis"])
 @pytest.mark.parametrize("llm", ["other", "wide"])
 def test_another_language_model(source: str, llm: str, formats: Formats, caplog: pytest.LogCaptureFixture) -> None:
-    own, model = load(formats.huggingface).model, load(getattr(formats, source), llm=llm).model
+    own, (model, *_, parts) = load(formats.huggingface).model, load(getattr(formats, source), llm=llm)
     trained_with = {"huggingface": "the LLM of huggingface", "native": "huggingface_llm", "lavis": "another LLM"}[
         source
     ]
@@ -75,6 +78,7 @@ def test_another_language_model(source: str, llm: str, formats: Formats, caplog:
     assert [record.message for record in caplog.records] == [
         f"Q-Former and projection were aligned to {trained_with}; llm={llm} needs them trained{remark}"
     ]
+    assert parts["llm"].name == llm
     assert model.llm.width == model.projection.out_features == {"other": 32, "wide": 48}[llm]
     assert torch.equal(model.projection.weight, own.projection.weight) is (llm == "other")
     for name, tensor in own.trainable_state().items():

@@ -11,7 +11,7 @@ from instructblip.evaluation.compare import compare_runs, main
 from instructblip.evaluation.metrics import auroc
 from instructblip.evaluation.statistics import MCNEMAR, PERMUTATION, compare_paired
 from instructblip.evaluation.stored import read_run
-from tests.stored import entry, scored_run, write_run
+from tests.stored import JAVA, PYTHON, entry, scored_run, write_run
 
 
 def compared(first: Path, second: Path) -> list:
@@ -24,6 +24,7 @@ def test_scores_are_paired_by_sample_and_images_drawn_together(tmp_path: Path) -
     second = scored_run(tmp_path / "b", "okvqa", theirs, images=images)
     lines = (second / "okvqa/predictions.jsonl").read_text().splitlines(keepends=True)
     (second / "okvqa/predictions.jsonl").write_text("".join(reversed(lines)))  # the order of lines says nothing
+    write_run(second, json.loads((second / "results.json").read_text())["datasets"])
     (found,) = compared(first, second)
     assert (found.dataset, found.count, found.images) == ("okvqa", 5, 3)
     assert (found.first, found.second) == (58.0, 62.0)
@@ -93,6 +94,7 @@ def test_other_samples_and_nothing_in_common_are_refused(tmp_path: Path) -> None
     renamed = scored_run(tmp_path / "d", "okvqa", [0.0, 100.0])
     lines = (renamed / "okvqa/predictions.jsonl").read_text()
     (renamed / "okvqa/predictions.jsonl").write_text(lines.replace("okvqa/1", "okvqa/7"))
+    write_run(renamed, json.loads((renamed / "results.json").read_text())["datasets"])
     with pytest.raises(UserError, match="has okvqa/1; evaluate both again"):
         compared(first, renamed)
 
@@ -102,7 +104,7 @@ def test_other_samples_and_nothing_in_common_are_refused(tmp_path: Path) -> None
     [
         ("{}\n", "line 1 is not a prediction"),
         ('{"id": "a", "image": "b", "answers": [], "score": 1}\n{"id"', "line 2 is not a prediction"),
-        ('{"id": "a", "image": "b", "answers": [], "score": 1}\n', "has 1 scores, results.json counts 2"),
+        ('{"id": "a", "image": "b", "answers": [], "score": 1}\n', "is not what the score in .* was computed from"),
         ("\udcff", "cannot be read"),
         (None, "cannot be read"),
     ],
@@ -120,6 +122,33 @@ def test_damaged_predictions_are_refused_in_one_line(tmp_path: Path, lines: str 
     assert str(path) in str(error.value)
 
 
+def test_predictions_of_another_evaluation_are_refused(tmp_path: Path) -> None:
+    first = scored_run(tmp_path / "a", "okvqa", [0.0, 100.0])
+    second, later = scored_run(tmp_path / "b", "okvqa", [0.0, 60.0]), scored_run(tmp_path / "c", "okvqa", [60.0, 0.0])
+    path = second / "okvqa/predictions.jsonl"
+    # As if another checkpoint's evaluation into the same folder had died before its results.json: as many scores as before.
+    path.write_bytes((later / "okvqa/predictions.jsonl").read_bytes())
+    with pytest.raises(
+        UserError, match=r"is not what the score in .*results\.json was computed from.*evaluate again"
+    ) as error:
+        compared(first, second)
+    assert "\n" not in str(error.value)
+    assert str(path) in str(error.value)
+
+
+def test_captions_cut_into_words_differently_are_refused(tmp_path: Path) -> None:
+    first, second = (scored_run(tmp_path / name, "nocaps", [80.0, 100.0]) for name in "ab")
+    assert len(compared(first, second)) == 1
+    data = json.loads((second / "results.json").read_text())["datasets"]
+    data["nocaps"]["metric_details"]["tokenizer"] = PYTHON
+    write_run(second, data)
+    with pytest.raises(UserError) as error:
+        compared(first, second)
+    told = f"nocaps: captions were tokenised by {JAVA} in {first} and by {PYTHON} in {second}; evaluate both again"
+    assert str(error.value).startswith(told)
+    assert "\n" not in str(error.value)
+
+
 def test_the_command_prints_a_line_a_dataset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     generator = np.random.default_rng(5)
     ours, theirs = ((generator.random(400) < share) * 100.0 for share in (0.4, 0.6))
@@ -130,6 +159,7 @@ def test_the_command_prints_a_line_a_dataset(tmp_path: Path, capsys: pytest.Capt
     assert row[:4] == ["vsr", f"{ours.mean():.1f}", f"{theirs.mean():.1f}", f"{theirs.mean() - ours.mean():+.1f}"]
     assert row[-2:] == ["<0.001", "400"]
     assert "p: two-sided, exact McNemar." in out
+    assert out.startswith(f"A  {first}, checkpoint outputs/train/x, LLM vicuna\n")
     assert main([str(first), str(tmp_path / "nowhere")]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")

@@ -56,7 +56,7 @@ def row(dataset: str = "a", **fields: object) -> ReportRow:
 
 
 def write(path: Path, sections: list[ReportSection], rows: list[ReportRow] | None = None, title: str = "T") -> str:
-    write_report(path, Report(title, "outputs/train/x", "2026-01-31", rows or [row("a"), row("b")], sections))
+    write_report(path, Report(title, "outputs/train/x", "LLM y", "2026-01-31", rows or [row("a"), row("b")], sections))
     return path.read_text(encoding="utf-8")
 
 

@@ -15,6 +15,7 @@ from instructblip.data.cards import Card, load_card
 from instructblip.data.sample import Record
 from instructblip.data.shards import MANIFEST_FORMAT, ShardWriter, shard_path
 from instructblip.errors import UserError
+from instructblip.evaluation import results
 from instructblip.evaluation.metrics import accuracy
 from instructblip.evaluation.outcomes import Failure, Prediction, TaskResult
 from instructblip.evaluation.protocol import Task, make_task
@@ -37,6 +38,25 @@ PNG = (
     b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR\x00\x00\x00\x01\x00\x00\x00\x01\x08\x02\x00\x00\x00\x90wS\xde"
     b"\x00\x00\x00\x0cIDATx\x9cc\xf8\xcf\xc0\x00\x00\x03\x01\x01\x00\xc9\xfe\x92\xef\x00\x00\x00\x00IEND\xaeB`\x82"
 )
+
+MODEL = {
+    "sha256": "cd",
+    "llm": {
+        "name": "vicuna_7b",
+        "source": "lmsys/vicuna-7b-v1.1",
+        "kind": "decoder",
+        "dtype": "bfloat16",
+        "quantization": "int8",
+        "sha256": "ef",
+    },
+    "vision": {
+        "name": "eva_vit_g",
+        "source": "vision.pth",
+        "dtype": "float32",
+        "image_size": 224,
+        "sha256": "01",
+    },
+}
 
 
 def write_split(folder: Path, rows: list[tuple[str, str]]) -> None:
@@ -110,8 +130,9 @@ def test_chance_is_among_classes_not_texts(card: Card, shards: Path) -> None:
 def test_results_json_says_what_a_score_needs_to_be_trusted(card: Card, shards: Path) -> None:
     task = make_task(card, shards)
     item = DatasetResult(result_of(task, ["blue", "red", "red", "blue"]), {CHANCE: 7.7})
-    summary = results_json([item], checkpoint="outputs/x", fingerprint="abc", step=12)
+    summary = results_json([item], checkpoint="outputs/x", fingerprint="abc", step=12, model=MODEL)
     assert summary["checkpoint"] == {"path": "outputs/x", "trainable_sha256": "abc", "step": 12}
+    assert summary["model"] == MODEL
     assert summary["versions"].keys() >= {"python", "torch", "transformers", "timm"}
     assert summary["machine"]["torch_threads"] >= 1
     found = summary["datasets"]["easy_vqa_color"]
@@ -126,14 +147,35 @@ def test_results_json_says_what_a_score_needs_to_be_trusted(card: Card, shards: 
 def test_written_files_are_those_named(card: Card, shards: Path, tmp_path: Path) -> None:
     task = make_task(card, shards)
     item = DatasetResult(result_of(task, ["blue", "red", "red", "blue"]), {CHANCE: 7.7})
-    summary = results_json([item], checkpoint="outputs/x", fingerprint="abc", step=12)
+    summary = results_json([item], checkpoint="outputs/x", fingerprint="abc", step=12, model=MODEL)
     written = write_results(tmp_path / "out", "a title", [item], summary, examples=3)
     names = ["results.json", "report.html", "easy_vqa_color/predictions.jsonl"]
     assert written == [tmp_path / "out" / name for name in names]
     assert json.loads(written[0].read_text())["datasets"].keys() == {"easy_vqa_color"}
     page = written[1].read_text()
-    for text in ("a title", "outputs/x", "sky?", "new?", "75.0", "7.7"):
+    model = "LLM vicuna_7b (bfloat16, int8), image encoder eva_vit_g (float32, 224 px)"
+    for text in ("a title", "outputs/x", "sky?", "new?", "75.0", "7.7", model):
         assert text in page
+
+
+def test_an_earlier_report_does_not_stand_beside_other_scores(
+    card: Card, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    item = DatasetResult(result_of(make_task(card, shards), ["blue", "red", "red", "blue"]), {})
+    summaries = [
+        results_json([item], checkpoint=name, fingerprint="abc", step=12, model=MODEL) for name in ("first", "second")
+    ]
+    write_results(tmp_path / "out", "a title", [item], summaries[0], examples=0)
+    assert "first" in (tmp_path / "out/report.html").read_text()
+
+    def interrupted(path: Path, report: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(results, "write_report", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_results(tmp_path / "out", "a title", [item], summaries[1], examples=0)
+    assert json.loads((tmp_path / "out/results.json").read_text())["checkpoint"]["path"] == "second"
+    assert not (tmp_path / "out/report.html").exists()
 
 
 def test_the_table_shows_every_score_beside_its_baselines(card: Card, shards: Path) -> None:
@@ -156,7 +198,7 @@ def test_a_leaderboards_file_is_written_for_a_whole_split_only(tmp_path: Path) -
     records = [Record(f"VizWiz_test_{n:08d}", "question", "what?") for n in range(3)]
     result = any_result(tmp_path / "shards", "vizwiz", records, ["a", "b", "c"], split="test")
     item = DatasetResult(result, {})
-    summary = results_json([item], checkpoint="outputs/x", fingerprint="abc", step=12)
+    summary = results_json([item], checkpoint="outputs/x", fingerprint="abc", step=12, model=MODEL)
     written = write_results(tmp_path / "out", "a title", [item], summary, examples=3)
     assert written[-1] == tmp_path / "out/vizwiz/submission.json"
     rows = json.loads(written[-1].read_text())
@@ -178,7 +220,7 @@ def test_a_leaderboards_file_is_written_for_a_whole_split_only(tmp_path: Path) -
 def test_sub_scores_have_intervals_of_their_own(tmp_path: Path) -> None:
     rounds = [Record(f"{n}-1", "dialog", "?", ("b",), choices=("a", "b"), label=1) for n in range(4)]
     result = any_result(tmp_path, "visdial", rounds, [[-1.0, -2.0]] + [[-2.0, -1.0]] * 3)
-    summary = results_json([DatasetResult(result, {})], checkpoint="x", fingerprint="abc", step=1)
+    summary = results_json([DatasetResult(result, {})], checkpoint="x", fingerprint="abc", step=1, model=MODEL)
     found = summary["datasets"]["visdial"]
     assert found["value"] == 87.5
     assert found["parts"]["r@1"]["value"] == 75.0
@@ -189,7 +231,7 @@ def test_sub_scores_have_intervals_of_their_own(tmp_path: Path) -> None:
 def test_ids_that_no_leaderboard_takes_are_told_in_one_line(tmp_path: Path) -> None:
     records = [Record("mine-1", "question", "?", ("a",)), Record("mine-2", "question", "?", ("b",))]
     item = DatasetResult(any_result(tmp_path / "shards", "vqav2", records, ["a", "b"]), {})
-    summary = results_json([item], checkpoint="x", fingerprint="abc", step=1)
+    summary = results_json([item], checkpoint="x", fingerprint="abc", step=1, model=MODEL)
     with pytest.raises(UserError, match=r"vqav2 has no form that its leaderboard takes .*'mine-1'.*whole numbers"):
         write_results(tmp_path / "out", "t", [item], summary, examples=1)
     assert (tmp_path / "out/results.json").exists()  # the scores are not lost with it

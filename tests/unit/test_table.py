@@ -22,7 +22,7 @@ from instructblip.evaluation.paper import (
 )
 from instructblip.evaluation.stored import read_run
 from instructblip.evaluation.table import as_csv, as_html, as_text, main, score_table
-from tests.stored import entry, write_run
+from tests.stored import JAVA, PYTHON, entry, write_run
 
 
 @pytest.fixture
@@ -111,6 +111,27 @@ def test_the_csv_reads_back(runs: list[Path]) -> None:
     assert (rows[4]["row"], rows[4]["gqa"], rows[4]["gqa_low"]) == ("InstructBLIP Vicuna-7B", "49.2", "")
 
 
+def test_the_source_names_the_language_model(runs: list[Path]) -> None:
+    rows = list(csv.DictReader(io.StringIO(as_csv(score_table([read_run(folder) for folder in runs])))))
+    assert rows[0]["source"] == f"{runs[0]}, checkpoint outputs/train/x, LLM vicuna"
+
+
+def test_the_legend_names_the_tokenizer_of_captions(runs: list[Path], tmp_path: Path) -> None:
+    one = score_table([read_run(folder) for folder in runs])
+    assert one.notes == [f"Captions tokenised by {JAVA}."]
+    other = entry("nocaps", 120.0) | {"metric_details": {"tokenizer": PYTHON}}
+    several = score_table([read_run(runs[0]), read_run(write_run(tmp_path / "three/eval", {"nocaps": other}))])
+    told = (
+        f"Captions tokenised by {PYTHON} (NoCaps of three/eval) and by {JAVA} (COCO of one/eval, NoCaps of one/eval): "
+        "these scores are not comparable with each other."
+    )
+    assert several.notes == [told]
+    for text in (as_text(several, 80), as_html(several)):
+        assert told in " ".join(text.split())
+    without = score_table([read_run(write_run(tmp_path / "four", {"gqa": entry("gqa", 48.0)}))])
+    assert without.notes == []
+
+
 def test_the_page_is_whole_escaped_and_loads_nothing(tmp_path: Path) -> None:
     hostile = "<script>alert(1)</script>\"'&"
     folder = write_run(
@@ -149,16 +170,19 @@ def test_a_training_runs_own_evaluation_is_found(tmp_path: Path) -> None:
         ('{"datasets": {', "is not whole JSON"),
         (b"\xff\xfe{", "is not whole JSON"),
         ("[]", "holds no evaluation"),
-        ('{"format": 2, "datasets": {}}', "holds no evaluation"),
-        ('{"format": 1, "datasets": {"gqa": {}}}', "has format 1, this version reads 2"),
+        ('{"format": 3, "datasets": {}}', "holds no evaluation"),
+        ('{"format": 2, "datasets": {"gqa": {}}}', "has format 2, this version reads 3"),
         ('{"results": {"gqa": 48}}', "holds no evaluation"),
         ({"checkpoint": None}, "names no checkpoint"),
+        ({"model": {"llm": "x"}}, r"names no model: model\.llm\.name is None"),
         ({"gqa": 3}, r"datasets\.gqa is not a score"),
         ({"value": "48"}, r"datasets\.gqa\.value is '48', not a number"),
         ({"value": float("nan")}, r"datasets\.gqa\.value is nan"),
         ({"low": None}, "value without its interval"),
         ({"count": "many"}, r"datasets\.gqa\.count is 'many'"),
         ({"metric": None}, r"datasets\.gqa\.metric is None"),
+        ({"predictions_sha256": None}, r"datasets\.gqa\.predictions_sha256 is None"),
+        ({"metric_details": {"tokenizer": 3}}, r"metric_details\.tokenizer is 3"),
         ({"protocol": {"split": "val"}}, r"datasets\.gqa\.protocol is not whole"),
     ],
 )
@@ -168,8 +192,9 @@ def test_a_damaged_or_foreign_file_is_one_line(tmp_path: Path, content: Any, tol
         write_run(tmp_path, {"gqa": entry("gqa", 48.0)})
         values = json.loads(file.read_text())
         (key,) = content
-        place = values if key == "checkpoint" else values["datasets"]
-        place = values["datasets"]["gqa"] if key not in ("checkpoint", "gqa") else place
+        head = ("checkpoint", "model")
+        place = values if key in head else values["datasets"]
+        place = values["datasets"]["gqa"] if key not in (*head, "gqa") else place
         place.update(content)
         file.write_text(json.dumps(values))
     elif content is not None:

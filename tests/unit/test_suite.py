@@ -1,0 +1,47 @@
+"""What results.json says of the model that was evaluated."""
+
+import pytest
+import torch
+
+from instructblip.build import frozen_fingerprints
+from instructblip.evaluation.suite import describe_model, model_identity
+from instructblip.loading import FrozenPart
+from instructblip.model.quantized import quantize_linears
+from tests.tiny import tiny_model
+
+PARTS = {"vision": FrozenPart("a ViT", "vision.pth"), "llm": FrozenPart("an LLM", "its/folder")}
+
+
+@pytest.mark.parametrize("quantization", [None, "int8"])
+def test_the_frozen_parts_are_named_as_they_are_held(quantization: str | None) -> None:
+    model = tiny_model()
+    if quantization:
+        quantize_linears(model.llm.model, quantization)
+    frozen = frozen_fingerprints(model)
+    found = describe_model(model, PARTS, frozen)
+    assert found["llm"] == {
+        "name": "an LLM",
+        "source": "its/folder",
+        "kind": "decoder",
+        "dtype": "float32",
+        "quantization": quantization,
+        "sha256": frozen["llm"],
+    }
+    assert found["vision"] == {
+        "name": "a ViT",
+        "source": "vision.pth",
+        "dtype": "float32",
+        "image_size": model.vision.image_size,
+        "sha256": frozen["vision"],
+    }
+    assert found["sha256"] == model_identity(model, frozen)
+
+
+def test_another_weight_is_another_model() -> None:
+    models = [tiny_model() for _ in range(3)]
+    with torch.no_grad():
+        next(models[1].llm.model.parameters()).add_(1)
+        models[2].projection.bias.add_(1)
+    first, frozen, trained = (describe_model(model, PARTS, frozen_fingerprints(model)) for model in models)
+    assert len({first["sha256"], frozen["sha256"], trained["sha256"]}) == 3
+    assert first["llm"]["sha256"] == trained["llm"]["sha256"] != frozen["llm"]["sha256"]
