@@ -15,7 +15,7 @@ from instructblip.data.shards import MANIFEST_NAME, PreparedSplit, ShardReader, 
 from instructblip.data.templates import render_prompt
 from instructblip.errors import UserError
 from instructblip.evaluation.card_protocol import describe_ocr, shows_ocr, stated
-from instructblip.evaluation.metrics.records import REFERENCES
+from instructblip.evaluation.metrics.records import NEED_SCORES, REFERENCES
 from instructblip.evaluation.submissions import SUBMISSIONS
 from instructblip.model.ranking import RANKING_PRESETS
 
@@ -177,15 +177,21 @@ def make_task(
 
     Raises:
         UserError: the card says nothing of evaluation, the split (or the train split that candidates come from) is not
-            prepared or has no public answers, or the mode does not suit the card.
+            prepared or has no public answers, or the mode or the number of samples does not suit the card's metric.
     """
+    check_choices(preset, mode)
     rules = _rules(card, preset, llm_kind)
     split, mode = split or rules.split, mode or rules.mode
-    if mode not in ("rank", "generate"):
-        raise UserError(f"mode is rank or generate, not {mode!r}")
+    if mode == "generate" and rules.metric in NEED_SCORES:
+        raise UserError(
+            f"{card.name}: {rules.metric} needs the scores of candidates, which mode=generate does not give; "
+            "rank, or take it out of the suite"
+        )
     opened = open_split(shards / card.source / split)
     chosen = _choose(card, opened, rules.kinds or card.kinds, rules.prompt, samples)
     public = _answers_public(card, split, rules.metric, chosen)
+    if public and rules.metric == "auroc":
+        _check_labels(card, chosen)
     choices = stated(rules, mode)
     if choices["candidates_from"] == "card" and not choices["candidates"]:
         raise UserError(f"{card.name} has no candidates to rank; evaluate it with mode=generate")
@@ -204,6 +210,18 @@ def make_task(
         **choices,
     )
     return Task(card, protocol, tuple(chosen), vocabulary, public)
+
+
+def check_choices(preset: str, mode: str | None) -> None:
+    """Refuse a preset or a mode that there is not, for no dataset in particular; None is the card's own mode.
+
+    Raises:
+        UserError: says which there are.
+    """
+    if preset not in PRESETS:
+        raise UserError(f"preset is {' or '.join(PRESETS)}, not {preset!r}")
+    if mode not in (None, "rank", "generate"):
+        raise UserError(f"mode is rank or generate, not {mode!r}")
 
 
 def make_validation_task(card: Card, shards: Path, *, samples: int | None) -> Task:
@@ -278,10 +296,8 @@ def _rules(card: Card, preset: str, llm_kind: str) -> Evaluation:
     """How a card is evaluated under a preset.
 
     Raises:
-        UserError: it is not evaluated, or there is no such preset.
+        UserError: it is not evaluated.
     """
-    if preset not in PRESETS:
-        raise UserError(f"preset is {' or '.join(PRESETS)}, not {preset!r}")
     if card.evaluation is None:
         raise UserError(f"{card.name} is a dataset to train on: its card has no evaluation; take it out of the suite")
     rules = with_preset(card.evaluation, preset, llm_kind)
@@ -301,6 +317,16 @@ def _answers_public(card: Card, split: str, metric: str, samples: Sequence[Evalu
     if card.name not in SUBMISSIONS:
         raise UserError(f"{card.name}: the answers of split {split!r} are not public; evaluate another split")
     return False
+
+
+def _check_labels(card: Card, samples: Sequence[EvaluationSample]) -> None:
+    found = {sample.record.label for sample in samples}
+    if not {0, 1} <= found:
+        shown = ", ".join(map(str, sorted(label for label in found if label is not None)))
+        raise UserError(
+            f"{card.name}: AUROC needs samples of both labels, and all chosen ones ({len(samples)}) have label {shown}; "
+            "give more with samples="
+        )
 
 
 def _records(card: Card, opened: PreparedSplit) -> Iterable[Record]:

@@ -9,6 +9,7 @@ from instructblip.data.cards import Card, load_card
 from instructblip.data.prepare import prepare_dataset
 from instructblip.errors import UserError
 from instructblip.evaluation.protocol import as_json, majority_answers, make_task, withheld
+from tests.synthetic_tasks import synthetic_task
 from tests.tiny import write_easy_vqa
 
 
@@ -127,6 +128,7 @@ def test_the_majority_is_counted_on_training_images_question_by_question(yes_no:
     ("options", "message"),
     [
         ({"mode": "guess"}, "mode is rank or generate, not 'guess'"),
+        ({"preset": "papr"}, "preset is paper or lavis, not 'papr'"),
         ({"split": "dev"}, "not a prepared split"),
     ],
 )
@@ -142,3 +144,22 @@ def test_a_dataset_without_candidates_is_not_ranked(yes_no: Card, shards: Path) 
     assert make_task(open_ended, shards).protocol.mode == "generate"
     with pytest.raises(UserError, match="mode=generate"):
         make_task(open_ended, shards, mode="rank")
+
+
+@pytest.mark.parametrize(("name", "metric"), [("hateful_memes", "auroc"), ("visdial", "visdial")])
+def test_what_needs_the_scores_of_candidates_is_not_generated(name: str, metric: str, tmp_path: Path) -> None:
+    assert synthetic_task(load_card(name), tmp_path, 8, mode="rank").protocol.metric == metric
+    with pytest.raises(UserError, match=f"^{name}: {metric} needs the scores of candidates, which mode=generate"):
+        make_task(load_card(name), tmp_path, mode="generate")
+
+
+def test_auroc_needs_both_labels_among_the_chosen_samples(tmp_path: Path) -> None:
+    card = load_card("hateful_memes")
+    labels = {sample.record.label for sample in synthetic_task(card, tmp_path, 12).samples}
+    assert labels == {0, 1}
+    with pytest.raises(
+        UserError,
+        match=r"^hateful_memes: AUROC needs samples of both labels, and all chosen ones \(1\) have label [01];",
+    ):
+        make_task(card, tmp_path, samples=1)
+    assert len(make_task(card, tmp_path, samples=11).samples) == 11

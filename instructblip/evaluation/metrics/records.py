@@ -169,6 +169,8 @@ METRICS: dict[str, RecordMetric] = {
     "visdial": _visdial,
 }
 
+NEED_SCORES = ("auroc", "visdial")  # of candidates: a text that the model wrote is not enough
+
 
 def _reference_answers(record: Record) -> Reference:
     return record.answers
