@@ -2,10 +2,11 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from instructblip.errors import UserError
+from instructblip.evaluation.counts import RecordCounts
 from instructblip.evaluation.metrics import METRICS, ModelOutput, Score
 from instructblip.evaluation.protocol import EvaluationSample, Protocol, Task, as_json
 from instructblip.evaluation.statistics import score_interval
@@ -71,6 +72,13 @@ class TaskResult:
         return None if self.score is None else self.score.table_value
 
     @property
+    def records(self) -> RecordCounts:
+        """How many records the score is of, and where the split's others went."""
+        scored = 0 if self.score is None else self.score.count
+        done = {"failed": len(self.failures), "answered": len(self.samples), "scored": scored}
+        return replace(self.task.records, **done)
+
+    @property
     def per_sample(self) -> tuple[float | None, ...]:
         """The score of each of `samples`, on the scale of `value`; None for those that the metric leaves out."""
         if self.score is None:
@@ -98,6 +106,7 @@ class TaskResult:
             "value": self.value,
             "low": self.low,
             "high": self.high,
+            "records": self.records.to_json(),
             "count": len(self.samples) if self.score is None else self.score.count,
             "metric": protocol.metric,
             "metric_details": {} if self.score is None else dict(self.score.details),

@@ -9,6 +9,7 @@ from typing import Any
 
 from instructblip.data.cards import Card
 from instructblip.evaluation.card_protocol import of_the_shards, stated
+from instructblip.evaluation.counts import RecordCounts
 
 # Names of cards and the headings of their columns, in the order of Table 1 (Dai et al., "InstructBLIP", 2023).
 HELD_OUT = {
@@ -72,11 +73,19 @@ def heading(dataset: str) -> str:
     return {**HELD_OUT, **HELD_IN}.get(dataset, dataset)
 
 
-def comparison_marks(card: Card, protocol: Mapping[str, Any]) -> dict[Mark, str]:
-    """Where a score's protocol, as results.json has it, is not the one that the paper's number stands for; with details."""
+def comparison_marks(card: Card, protocol: Mapping[str, Any], records: RecordCounts | None = None) -> dict[Mark, str]:
+    """Where a score is not of what the paper's number stands for; with details.
+
+    Args:
+        card: the dataset.
+        protocol: the score's, as results.json has it.
+        records: how many it is of; None: not known.
+    """
     found = {}
-    if (samples := protocol.get("samples")) is not None:
-        found[SUBSET] = f"{samples} samples"
+    samples = protocol.get("samples")
+    parts = ["" if samples is None else f"{samples} samples", "" if records is None else records.shortfall()]
+    if any(parts):
+        found[SUBSET] = "; ".join(filter(None, parts))
     rules = card.evaluation
     if rules is None:
         return found

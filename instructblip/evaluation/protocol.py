@@ -15,6 +15,7 @@ from instructblip.data.shards import MANIFEST_NAME, PreparedSplit, ShardReader, 
 from instructblip.data.templates import render_prompt
 from instructblip.errors import UserError
 from instructblip.evaluation.card_protocol import describe_ocr, shows_ocr, stated
+from instructblip.evaluation.counts import RecordCounts, prepared_counts
 from instructblip.evaluation.metrics.records import NEED_SCORES, REFERENCES
 from instructblip.evaluation.submissions import SUBMISSIONS
 from instructblip.model.ranking import RANKING_PRESETS
@@ -135,6 +136,7 @@ class Task:
 
     Attributes:
         card, protocol, samples: what is run.
+        records: how many there should be and are in the prepared split.
         vocabulary: the texts to rank where they come from the train split.
         answers_public: whether the samples can be scored here; a leaderboard's server does it otherwise.
     """
@@ -142,6 +144,7 @@ class Task:
     card: Card
     protocol: Protocol
     samples: tuple[EvaluationSample, ...]
+    records: RecordCounts
     vocabulary: tuple[str, ...] = ()
     answers_public: bool = True
 
@@ -209,7 +212,7 @@ def make_task(
         images="withheld" if withhold_images else "shown",
         **choices,
     )
-    return Task(card, protocol, tuple(chosen), vocabulary, public)
+    return Task(card, protocol, tuple(chosen), prepared_counts(card, opened, rules.kinds), vocabulary, public)
 
 
 def check_choices(preset: str, mode: str | None) -> None:

@@ -32,7 +32,7 @@ def report_row(result: TaskResult, baselines: Mapping[str, float]) -> ReportRow:
         high=result.high,
         baselines=dict(baselines),
         paper=card.paper,
-        marks={} if result.score is None else comparison_marks(card, as_json(protocol)),
+        marks={} if result.score is None else comparison_marks(card, as_json(protocol), result.records),
     )
 
 
@@ -50,7 +50,7 @@ def report_section(result: TaskResult, examples: int) -> ReportSection:
     pictures: dict[tuple[str, int], Picture] = {}
     return ReportSection(
         dataset=result.task.card.name,
-        protocol=result.task.protocol.describe(),
+        protocol={**result.task.protocol.describe(), "records": result.records.describe()},
         parts=parts(result),
         breakdowns=breakdowns(result),
         notes=_notes(result),

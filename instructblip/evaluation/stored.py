@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from instructblip.errors import UserError
+from instructblip.evaluation.counts import RecordCounts
 
 RESULTS = "results.json"
 PREDICTIONS = "predictions.jsonl"
@@ -26,6 +27,7 @@ class StoredScore:
         count: samples scored.
         metric: its name in the card.
         protocol: every choice behind it, with its hash.
+        records: how many the card expects, were prepared, lost, answered and scored.
         predictions_sha256: of the predictions.jsonl that was scored.
         tokenizer: of captions, by the name that their metric gives; None for other metrics.
     """
@@ -36,6 +38,7 @@ class StoredScore:
     count: int
     metric: str
     protocol: Mapping[str, Any]
+    records: RecordCounts
     predictions_sha256: str
     tokenizer: str | None
 
@@ -156,6 +159,10 @@ def _score(entry: Any, name: str, file: Path) -> StoredScore:
         raise UserError(f"{file}: datasets.{name}.metric is {metric!r}, not a name; {_HINT}")
     if not isinstance(protocol, dict) or not {"split", "sha256", "samples_sha256"} <= protocol.keys():
         raise UserError(f"{file}: datasets.{name}.protocol is not whole; {_HINT}")
+    try:
+        records = RecordCounts.from_json(entry.get("records"))
+    except ValueError as error:
+        raise UserError(f"{file}: datasets.{name}.records is {error}; {_HINT}") from None
     digest, tokenizer = entry.get("predictions_sha256"), _at(entry, "metric_details", "tokenizer")
     if not isinstance(digest, str):
         raise UserError(f"{file}: datasets.{name}.predictions_sha256 is {digest!r}, not a hash; {_HINT}")
@@ -164,4 +171,4 @@ def _score(entry: Any, name: str, file: Path) -> StoredScore:
     value, low, high = number("value"), number("low"), number("high")
     if (value is None) != (low is None or high is None):
         raise UserError(f"{file}: datasets.{name} has a value without its interval; {_HINT}")
-    return StoredScore(value, low, high, count, metric, protocol, digest, tokenizer)
+    return StoredScore(value, low, high, count, metric, protocol, records, digest, tokenizer)

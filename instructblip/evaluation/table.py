@@ -177,8 +177,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _cell(score: StoredScore, card: Card | None) -> Cell:
-    marks = () if card is None or score.value is None else tuple(comparison_marks(card, score.protocol).items())
-    return Cell(score.value, score.low, score.high, marks)
+    if card is None or score.value is None:
+        return Cell(score.value, score.low, score.high)
+    marks = comparison_marks(card, score.protocol, score.records)
+    return Cell(score.value, score.low, score.high, tuple(marks.items()))
 
 
 def _names(runs: Sequence[StoredRun]) -> list[str]:

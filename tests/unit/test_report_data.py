@@ -11,7 +11,7 @@ from instructblip.data.cards import load_card
 from instructblip.data.sample import Record
 from instructblip.data.shards import MANIFEST_FORMAT, ShardWriter, shard_path
 from instructblip.evaluation.outcomes import Failure, Prediction, TaskResult, score_task
-from instructblip.evaluation.paper import OTHER_SPLIT
+from instructblip.evaluation.paper import OTHER_SPLIT, SUBSET
 from instructblip.evaluation.protocol import make_task
 from instructblip.evaluation.report_data import (
     answers_of,
@@ -155,7 +155,10 @@ def test_a_split_without_public_answers_has_predictions_only(tmp_path: Path) -> 
     assert (row.value, row.low, row.count, row.paper["vicuna_7b"]) == (None, None, 3, 34.5)
     assert row.marks == {}  # there is nothing to compare
     scored = result_of(tmp_path, "vizwiz", [question(n) for n in range(2)], ["yes", "no"])
-    assert report_row(scored, {}).marks == {OTHER_SPLIT: "val, the paper: test-dev"}
+    assert report_row(scored, {}).marks == {
+        SUBSET: "2 of 4,319 records (2 prepared)",
+        OTHER_SPLIT: "val, the paper: test-dev",
+    }
 
 
 def test_left_out_and_failed_samples_are_told(tmp_path: Path) -> None:
