@@ -7,14 +7,23 @@ from typing import Any
 
 import pytest
 
-from instructblip.data.cards import Card, all_cards, load_card
+from instructblip.data.cards import Card, SplitCounts, all_cards, load_card
+from instructblip.data.prepare import prepare_dataset
 from instructblip.data.sample import Record
 from instructblip.data.shards import MANIFEST_FORMAT, ShardWriter, shard_path
 from instructblip.errors import UserError
-from instructblip.evaluation.paper import OTHER_PROTOCOL, OTHER_SPLIT, Mark, comparison_marks
+from instructblip.evaluation.counts import RecordCounts
+from instructblip.evaluation.outcomes import Failure, Prediction, TaskResult, score_task
+from instructblip.evaluation.paper import OTHER_PROTOCOL, OTHER_SPLIT, SUBSET, Mark, comparison_marks
 from instructblip.evaluation.protocol import Task, as_json, make_task
+from instructblip.evaluation.report_data import report_row, report_section
+from instructblip.evaluation.results import DatasetResult, results_json
+from instructblip.evaluation.stored import read_run
+from instructblip.evaluation.table import as_text, score_table
 from instructblip.files import sha256_file, write_json
+from tests.stored import entry, write_run
 from tests.synthetic_tasks import PICTURE, synthetic_task
+from tests.tiny import write_easy_vqa
 
 RAPIDOCR = {"library": "rapidocr", "version": "9.9", "runtime": "onnxruntime 8.8", "threshold": 0.5}
 
@@ -120,3 +129,117 @@ def test_a_card_cannot_name_what_is_not_there(tmp_path: Path, name: str, text: s
     with pytest.raises(UserError) as error:
         load_card(tmp_path / f"{name}.yaml")
     assert told in str(error.value)
+
+
+# --- records that are missing ----------------------------------------------------------------------------------------
+
+
+def flickr30k(expected: int | None) -> Card:
+    """Flickr30K of whose test split so many records are expected."""
+    card = load_card("flickr30k")
+    return replace(card, splits=card.splits | {"test": SplitCounts(expected, expected)})
+
+
+def captions(count: int) -> list[Record]:
+    texts = ["a red bus in a street", "two dogs on grass", "a man eats soup", "an old clock", "boats at sea"]
+    return [Record(str(number), "captions", captions=(texts[number],) * 5) for number in range(count)]
+
+
+def answered(task: Task, failed: int = 0) -> TaskResult:
+    """A result whose last `failed` samples could not be read."""
+    done = task.samples[: len(task.samples) - failed]
+    predictions = [Prediction(sample.id, sample.id, (sample.record.captions or ("yes",))[0]) for sample in done]
+    failures = [Failure(sample.id, sample.id, "damaged") for sample in task.samples[len(done) :]]
+    return score_task(task, done, predictions, seconds=1.0, failures=failures)
+
+
+@pytest.mark.parametrize(
+    ("expected", "prepared", "lost", "samples", "failed", "told"),
+    [
+        (5, 5, 0, None, 0, None),
+        (3, 5, 0, None, 0, None),  # more than the card knows of
+        (1000, 1, 999, None, 0, "1 of 1,000 records (1 prepared, 999 lost in preparing)"),
+        (6, 5, 0, None, 0, "5 of 6 records (5 prepared)"),  # raw files that never had the sixth
+        (5, 5, 0, None, 2, "3 of 5 records (2 failed)"),
+        (None, 5, 0, None, 0, None),
+        (None, 5, 2, None, 0, "5 of 7 records (5 prepared, 2 lost in preparing)"),
+        (5, 5, 0, 2, 0, "2 samples; 2 of 5 records"),
+        (6, 5, 1, 4, 1, "4 samples; 3 of 6 records (5 prepared, 1 failed, 1 lost in preparing)"),
+    ],
+)
+def test_fewer_records_than_the_card_expects_are_marked_and_counted(
+    tmp_path: Path, expected: int | None, prepared: int, lost: int, samples: int | None, failed: int, told: str | None
+) -> None:
+    card = flickr30k(expected)
+    reasons = [{"reason": "image file is missing", "count": lost, "records": lost, "examples": ["1.jpg"]}]
+    write_split(card, tmp_path, captions(prepared), lost=reasons if lost else [])
+    result = answered(make_task(card, tmp_path, samples=samples), failed)
+    done = (samples or prepared) - failed
+    numbers = {"expected": expected, "prepared": prepared, "lost": lost, "failed": failed, "answered": done}
+    assert result.to_json()["records"] == numbers | {"scored": done}
+    assert report_row(result, {}).marks == ({} if told is None else {SUBSET: told})
+    known = "not known how many are" if expected is None else f"{expected:,}"
+    steps = f"{prepared} prepared, {lost} lost in preparing, {failed} failed, {done} answered, {done} scored"
+    assert report_section(result, 0).protocol["records"] == f"{known} expected, {steps}"
+
+
+def test_what_a_metric_leaves_out_by_its_rules_is_not_missing(tmp_path: Path) -> None:
+    card = load_card("aokvqa")
+    card = replace(card, splits=card.splits | {"val": SplitCounts(3, 3)})
+    tags = [{"difficult_direct_answer": text} for text in ("true", "false", "false")]
+    records = [Record(str(number), "question", "?", ("yes",), tags=tags[number]) for number in range(3)]
+    write_split(card, tmp_path, records)
+    result = answered(make_task(card, tmp_path))
+    assert (result.records.answered, result.records.scored) == (3, 2)
+    assert report_row(result, {}).marks == {}
+
+
+def test_raw_files_that_lack_images_leave_a_mark_in_the_table(tmp_path: Path) -> None:
+    card = load_card("easy_vqa_color")
+    write_easy_vqa(tmp_path / "raw", images=24)
+    lost = sorted((tmp_path / "raw").rglob("test/images/*.png"))[0]
+    lost.unlink()
+    prepare_dataset(load_card("easy_vqa"), tmp_path / "raw", tmp_path / "shards", progress=False)
+    task = make_task(card, tmp_path / "shards")
+    predictions = [Prediction(sample.id, sample.id, "red") for sample in task.samples]
+    result = score_task(task, task.samples, predictions, seconds=1.0)
+    records = result.records
+    assert (records.expected, records.prepared, records.answered) == (1280, len(task.samples), len(task.samples))
+    assert records.lost > 0
+    entries = results_json([DatasetResult(result, {})], checkpoint="x", fingerprint="a", step=1, model={})["datasets"]
+    (found,) = entries.values()
+    run = read_run(write_run(tmp_path / "run", {card.name: found | {"predictions_sha256": "ab"}}))
+    assert run.scores[card.name].records == records
+    table = score_table([run])
+    ((mark, text),) = table.rows[0].cells[card.name].marks
+    assert (mark, text) == (SUBSET, records.shortfall())
+    assert f"{found['value']:.1f}*" in as_text(table)
+    assert f"\n{SUBSET.symbol} {SUBSET.meaning}\n" in as_text(table)
+
+
+def test_a_split_that_the_card_does_not_know_has_no_expected_number(tmp_path: Path) -> None:
+    card = flickr30k(5)
+    write_split(card, tmp_path, captions(2))
+    other = replace(card, splits={"train": SplitCounts(9, 9)})
+    assert make_task(other, tmp_path).records == RecordCounts(None, 2, 0)
+
+
+@pytest.mark.parametrize(
+    ("records", "told"),
+    [
+        (None, "not whole; it needs expected, prepared, lost, failed, answered, scored"),
+        ({"expected": 5}, "not whole; it needs expected"),
+        ({"prepared": "5"}, "not whole: prepared is '5'"),
+        ({"answered": None}, "not whole: answered is None"),
+        ({"lost": True}, "not whole: lost is True"),
+        ({"failed": -1}, "not whole: failed is -1"),
+    ],
+)
+def test_damaged_counts_are_one_line(tmp_path: Path, records: dict[str, Any] | None, told: str) -> None:
+    found = entry("gqa", 48.0)
+    whole = {} if records is None or "expected" in records else found["records"]
+    write_run(tmp_path, {"gqa": found | {"records": records if records is None else whole | records}})
+    with pytest.raises(UserError) as error:
+        read_run(tmp_path)
+    assert f"results.json: datasets.gqa.records is {told}" in str(error.value)
+    assert "\n" not in str(error.value)
