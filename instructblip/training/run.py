@@ -132,10 +132,7 @@ def _train(config: TrainConfig, processes: Processes, stop: StopRequest, console
     unvalidated = checkpoint.state.get("unvalidated") if checkpoint else None
     done = _train_steps(run, start, stop, execution, unvalidated)
     if done < total_steps(run.phases) or stop.agreed:
-        code = _stopped(run, stop, done)
-        # A launcher may end all processes with the first that ends: none leaves while the first rank still writes.
-        processes.gather(None)
-        return code
+        return _stopped(run, stop, done)
     console.print(shares_realised(run.mixture, run.phases, run.lost.counts))
     try:
         finish(run, stop)
@@ -303,6 +300,8 @@ def _train_steps(
             execution=execution,
         )
     run.writer.wait()
+    # None goes on while the first rank still writes: a launcher may end all processes with the first that ends.
+    run.processes.gather(None)
     return done
 
 

@@ -1,11 +1,18 @@
 """Two ranks compute what one process computes: same sample ids, losses and weights within rounding, DDP and FSDP2."""
 
+import gc
+import weakref
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
-from tests.runs import World, read_lines, run, run_ranks, scores
+from instructblip.training import parallel as parallel_module
+from instructblip.training import run as run_module
+from tests.runs import World, read_lines, run, run_ranks, scores, start_ranks
 
 STEPS = 20
 RECIPE = (
@@ -62,3 +69,33 @@ def test_two_ranks_are_like_one(world: World, alone: Path, tmp_path: Path, paral
     assert_like(tmp_path / "demo", alone)
     assert printed[1] == ""  # the first rank speaks and writes for all
     assert "metrics.jsonl" in printed[0]
+
+
+def watch_the_sharding() -> None:
+    """What the run holds after sharding: no whole block of the LLM; groups that wait as long as the run says."""
+    original = run_module.parallelize
+
+    def watched(model: Any, *arguments: Any, **options: Any) -> Any:
+        blocks = parallel_module.blocks_of(model.llm.model)
+        whole = [weakref.ref(parameter) for block in blocks for parameter in block.parameters()]
+        wrapped = original(model, *arguments, **options)
+        gc.collect()
+        assert whole
+        assert [ref for ref in whole if ref() is not None] == []
+        mesh = next(iter(blocks[0].parameters())).device_mesh
+        assert mesh.size() == options["shard_size"]
+        backend: Any = mesh.get_group()._get_backend(torch.device("cpu"))
+        assert backend.options._timeout == timedelta(seconds=77)
+        return wrapped
+
+    run_module.parallelize = watched  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_sharding_leaves_no_whole_block(world: World, tmp_path: Path, size: int) -> None:
+    few = "recipe.phases=[{name: instruction, steps: 1, batch_size: 2, learning_rate: 1e-4}]"
+    options = ("parallel=fsdp", f"parallel.shard_size={size}", "parallel.timeout=77", "suite.held_in=[]", few)
+    arguments = overrides(world, tmp_path, *options)
+    commands = start_ranks(world, "train.py", *arguments, cwd=tmp_path, before=watch_the_sharding)
+    ends = [command.wait() for command in commands]
+    assert ends == [0, 0], commands[0].output + commands[1].output

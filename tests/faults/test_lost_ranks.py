@@ -55,9 +55,14 @@ def signal_to_the_second(number: int) -> None:
         signal_in_evaluation(number, signal.SIGTERM)
 
 
-@pytest.mark.parametrize(("number", "step"), [(2, 10), (14, ALL_STEPS)], ids=["validating", "evaluating"])
-def test_all_stop_when_one_is_told_in_an_evaluation(world: World, tmp_path: Path, number: int, step: int) -> None:
-    arguments = [*world.train, "parallel.timeout=30", f"output={tmp_path}"]
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize(("number", "step"), [(2, 10), (29, ALL_STEPS)], ids=["validating", "evaluating"])
+def test_all_stop_when_one_is_told_in_an_evaluation(
+    world: World, tmp_path: Path, kind: str, number: int, step: int
+) -> None:
+    if kind == "ddp":
+        number = (number + 1) // 2  # rank 1 answers half of the questions
+    arguments = [*world.train, f"parallel={kind}", "parallel.timeout=30", f"output={tmp_path}"]
     before = partial(signal_to_the_second, number)
     began = time.monotonic()
     commands = start_ranks(world, "train.py", *arguments, cwd=tmp_path, before=before)

@@ -100,6 +100,10 @@ def test_a_mistake_on_the_command_line(
         ("recipe.betas=[0.9]", ["recipe.betas=[0.9]", "two numbers", "such as [0.9, 0.999]"]),
         ("recipe.validate_every=0", ["recipe.validate_every=0", "1 or more"]),
         ("data.workers=-1", ["data.workers=-1", "0 or more"]),
+        ("recipe.clip_norm=-1", ["recipe.clip_norm=-1", "above 0"]),
+        ("recipe.phases.1.learning_rate=-1e-4", ["recipe.phases.1.learning_rate=-0.0001", "above 0"]),
+        ("recipe.phases.0.warmup_steps=-3", ["recipe.phases.0.warmup_steps=-3", "not be below 0"]),
+        ("parallel.timeout=0", ["parallel.timeout=0", "above 0"]),
         ("resume=yes_please", ["resume=yes_please is not known", "resume=auto"]),
     ],
 )
@@ -110,6 +114,12 @@ def test_a_value_that_fits_its_type_but_not_its_place(
         train_here(world, tmp_path / "out", argument)
     assert says(str(error.value), *words)
     assert not (tmp_path / "out/demo/config.yaml").exists()
+
+
+def test_sharding_of_rounded_weights_is_refused(world: World, tmp_path: Path) -> None:
+    with pytest.raises(UserError) as error:
+        train_here(world, tmp_path / "out", "parallel=fsdp", "llm.quantization=int8")
+    assert says(str(error.value), "parallel=fsdp shards parameters", "int8", "parallel=ddp")
 
 
 # --- runs and checkpoints --------------------------------------------------------------------------------------------

@@ -244,6 +244,20 @@ def test_optimiser_state_roundtrip_is_exact(tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
 
 
+def test_the_whole_state_goes_where_its_parameter_is(tmp_path: Path) -> None:
+    """Fused AdamW reads the number of steps, too, on the device of the parameter."""
+    model = _model()
+    optimizer = _adamw(model)
+    list(_train(model, optimizer, range(1)))
+    tensors = optimizer_tensors(optimizer, _names_of(model))
+    path = save_checkpoint(tmp_path, step=1, model=dict(model.state_dict()), optimizer=tensors, state={}, keep=1)
+    elsewhere = _model().to("meta")
+    restored = _adamw(elsewhere)
+    restore_optimizer(restored, _names_of(elsewhere), path)
+    devices = {value.device.type for values in restored.state.values() for value in values.values()}
+    assert devices == {"meta"}
+
+
 def test_state_of_another_model_is_refused(tmp_path: Path) -> None:
     path = _save(tmp_path, 1)
     model = _model()

@@ -4,6 +4,7 @@ Several ranks are tested in tests/distributed.
 """
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from instructblip.data.batching import Batch
 from instructblip.model.instructblip import InstructBLIP
+from instructblip.training import scoring
 from instructblip.training.loop import train_step
 from instructblip.training.optim import make_adamw
 from instructblip.training.parallel import parallelize
@@ -94,6 +96,19 @@ def test_compiled_blocks_compute_the_same(kind: str, recompute: bool) -> None:
     assert again == pytest.approx(losses, abs=1e-6)
     assert max(float((weights[name] - others[name]).abs().max()) for name in weights) < 1e-5
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 5
+
+
+@pytest.mark.usefixtures("traced")
+@pytest.mark.parametrize("compiled", [True, False])
+def test_evaluations_compile_nothing(compiled: bool) -> None:
+    """With a cache each layer would be compiled by itself, until nothing more is."""
+    model = model_of("decoder")
+    parallelize(model, Processes(), kind="single", compile_blocks=True)
+    run: Any = SimpleNamespace(average=None, config=SimpleNamespace(parallel=SimpleNamespace(compile=compiled)))
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    with scoring._to_evaluate(run):
+        model.generate(tiny_images(2), ["what is it?", "color?"], max_new_tokens=3, num_beams=2)
+    assert (torch._dynamo.utils.counters["stats"]["unique_graphs"] == before) is compiled
 
 
 def kept_values(model: InstructBLIP) -> int:
