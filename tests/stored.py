@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from instructblip.data.cards import load_card
+from instructblip.evaluation.counts import RecordCounts
 from instructblip.evaluation.metrics.captions import TOKENIZERS
 from instructblip.evaluation.stored import FORMAT
 from instructblip.files import sha256_file, write_json
@@ -29,7 +30,7 @@ def entry(dataset: str, value: float | None, **protocol: Any) -> dict[str, Any]:
         "metric": rules.metric,
         "metric_details": {"tokenizer": JAVA} if rules.metric == "cider" else {},
         "protocol": chosen,
-        "records": {"expected": 200, "prepared": 200, "lost": 0, "failed": 0, "answered": 200, "scored": 200},
+        "records": RecordCounts(expected=200, prepared=200, lost=0, answered=200, scored=200).to_json(),
         "predictions_sha256": "",
     }
 

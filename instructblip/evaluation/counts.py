@@ -19,6 +19,7 @@ class RecordCounts:
         failed: could not be read when they were asked.
         answered: what the model was asked and answered; fewer than prepared where only a part was chosen.
         scored: of these, what the metric counts; its own rules may leave some out, and answers may not be public.
+        vocabulary: of the train split, where the candidates are its answers; all of what was prepared is answered.
     """
 
     expected: int | None
@@ -27,6 +28,7 @@ class RecordCounts:
     failed: int = 0
     answered: int = 0
     scored: int = 0
+    vocabulary: "RecordCounts | None" = None
 
     @property
     def whole(self) -> int:
@@ -46,9 +48,12 @@ class RecordCounts:
         """All of them in a line, as a report shows them."""
         expected = "not known how many are expected" if self.expected is None else f"{self.expected:,} expected"
         steps = [f"{self.prepared:,} prepared", f"{self.lost:,} lost in preparing", f"{self.failed:,} failed"]
-        return ", ".join([expected, *steps, f"{self.answered:,} answered", f"{self.scored:,} scored"])
+        text = ", ".join([expected, *steps, f"{self.answered:,} answered", f"{self.scored:,} scored"])
+        if self.vocabulary is None:
+            return text
+        return f"{text}; candidates from {self.vocabulary.answered:,} of {self.vocabulary.whole:,} records of train"
 
-    def to_json(self) -> dict[str, int | None]:
+    def to_json(self) -> dict[str, Any]:
         """As it stands in results.json."""
         return asdict(self)
 
@@ -63,10 +68,12 @@ class RecordCounts:
         if not isinstance(values, Mapping) or not set(names) <= values.keys():
             raise ValueError(f"not whole; it needs {', '.join(names)}")
         for name in names:
-            unknown = name == "expected" and values[name] is None
-            if not unknown and (type(values[name]) is not int or values[name] < 0):
+            if (name == "expected" and values[name] is None) or name == "vocabulary":
+                continue
+            if type(values[name]) is not int or values[name] < 0:
                 raise ValueError(f"not whole: {name} is {values[name]!r}")
-        return cls(**{name: values[name] for name in names})
+        vocabulary = None if values["vocabulary"] is None else cls.from_json(values["vocabulary"])
+        return cls(**{name: values[name] for name in names} | {"vocabulary": vocabulary})
 
 
 def prepared_counts(card: Card, opened: PreparedSplit, kinds: Sequence[str]) -> RecordCounts:

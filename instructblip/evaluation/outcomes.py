@@ -75,8 +75,7 @@ class TaskResult:
     def records(self) -> RecordCounts:
         """How many records the score is of, and where the split's others went."""
         scored = 0 if self.score is None else self.score.count
-        done = {"failed": len(self.failures), "answered": len(self.samples), "scored": scored}
-        return replace(self.task.records, **done)
+        return replace(self.task.records, failed=len(self.failures), answered=len(self.samples), scored=scored)
 
     @property
     def per_sample(self) -> tuple[float | None, ...]:

@@ -93,6 +93,8 @@ def comparison_marks(card: Card, protocol: Mapping[str, Any], records: RecordCou
     if protocol["split"] != split:
         found[OTHER_SPLIT] = f"{protocol['split']}, the paper: {split}"
     changed = _changes(stated(rules, rules.mode) | of_the_shards(rules), protocol)
+    if records is not None and records.vocabulary is not None and (short := records.vocabulary.shortfall()):
+        changed.append(f"candidates from {short} of train")
     if protocol.get("images", "shown") != "shown":
         changed.append("images withheld")
     if changed:

@@ -212,7 +212,11 @@ def make_task(
         images="withheld" if withhold_images else "shown",
         **choices,
     )
-    return Task(card, protocol, tuple(chosen), prepared_counts(card, opened, rules.kinds), vocabulary, public)
+    records = prepared_counts(card, opened, rules.kinds)
+    if vocabulary:
+        train = prepared_counts(card, open_split(shards / card.source / "train"), ())
+        records = replace(records, vocabulary=replace(train, answered=train.prepared))
+    return Task(card, protocol, tuple(chosen), records, vocabulary, public)
 
 
 def check_choices(preset: str, mode: str | None) -> None:

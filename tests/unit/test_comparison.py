@@ -176,7 +176,7 @@ def test_fewer_records_than_the_card_expects_are_marked_and_counted(
     result = answered(make_task(card, tmp_path, samples=samples), failed)
     done = (samples or prepared) - failed
     numbers = {"expected": expected, "prepared": prepared, "lost": lost, "failed": failed, "answered": done}
-    assert result.to_json()["records"] == numbers | {"scored": done}
+    assert result.to_json()["records"] == numbers | {"scored": done, "vocabulary": None}
     assert report_row(result, {}).marks == ({} if told is None else {SUBSET: told})
     known = "not known how many are" if expected is None else f"{expected:,}"
     steps = f"{prepared} prepared, {lost} lost in preparing, {failed} failed, {done} answered, {done} scored"
@@ -217,6 +217,24 @@ def test_raw_files_that_lack_images_leave_a_mark_in_the_table(tmp_path: Path) ->
     assert f"\n{SUBSET.symbol} {SUBSET.meaning}\n" in as_text(table)
 
 
+@pytest.mark.parametrize(
+    ("expected", "told"), [(8, None), (10, "candidates from 8 of 10 records (8 prepared) of train")]
+)
+def test_candidates_from_a_part_of_the_train_split_are_another_protocol(
+    tmp_path: Path, expected: int, told: str | None
+) -> None:
+    card = load_card("msvd_qa")
+    counts = {"train": SplitCounts(expected, expected), "test": SplitCounts(8, 8)}
+    task = synthetic_task(replace(card, splits=card.splits | counts), tmp_path, 8)
+    task = replace(task, protocol=replace(task.protocol, frames=4))
+    predictions = [Prediction(sample.id, sample.id, "cat") for sample in task.samples]
+    result = score_task(task, task.samples, predictions, seconds=1.0)
+    assert report_row(result, {}).marks == ({} if told is None else {OTHER_PROTOCOL: told})
+    shown = report_section(result, 0).protocol["records"]
+    assert shown.endswith(f"8 scored; candidates from 8 of {expected} records of train")
+    assert RecordCounts.from_json(json.loads(json.dumps(result.to_json()))["records"]) == result.records
+
+
 def test_a_split_that_the_card_does_not_know_has_no_expected_number(tmp_path: Path) -> None:
     card = flickr30k(5)
     write_split(card, tmp_path, captions(2))
@@ -227,12 +245,13 @@ def test_a_split_that_the_card_does_not_know_has_no_expected_number(tmp_path: Pa
 @pytest.mark.parametrize(
     ("records", "told"),
     [
-        (None, "not whole; it needs expected, prepared, lost, failed, answered, scored"),
+        (None, "not whole; it needs expected, prepared, lost, failed, answered, scored, vocabulary"),
         ({"expected": 5}, "not whole; it needs expected"),
         ({"prepared": "5"}, "not whole: prepared is '5'"),
         ({"answered": None}, "not whole: answered is None"),
         ({"lost": True}, "not whole: lost is True"),
         ({"failed": -1}, "not whole: failed is -1"),
+        ({"vocabulary": 3}, "not whole; it needs expected"),
     ],
 )
 def test_damaged_counts_are_one_line(tmp_path: Path, records: dict[str, Any] | None, told: str) -> None:
