@@ -143,17 +143,18 @@ def evaluate_tasks(
         # What `read_image` gives, from a cache perhaps, is squashed.
         reader = read_image if transform == "squash" else read_pixels(model.vision.image_size, transform)
         runs = [(task, home), (withheld(task), home / _WITHHELD)][: 1 + blind]
-        if not worker.is_first:
-            for asked, place in runs:
+        found = []
+        for asked, place in runs:
+            if not worker.is_first:
                 answer_share(model, asked, reader, folder=place, worker=worker, **options)
+                continue
+            found.append(run_task(model, asked, reader, folder=place, worker=worker, **options))
+            (place / SUBMISSION).unlink(missing_ok=True)
+        if not worker.is_first:
             continue
-        shown, *without = [
-            run_task(model, asked, reader, folder=place, worker=worker, **options) for asked, place in runs
-        ]
-        (home / SUBMISSION).unlink(missing_ok=True)
         if not blind and (home / _WITHHELD).exists():
             shutil.rmtree(home / _WITHHELD)
-        results.append(DatasetResult(shown, baselines(task, shards, without[0] if without else None)))
+        results.append(DatasetResult(found[0], baselines(task, shards, found[1] if blind else None)))
     return results
 
 

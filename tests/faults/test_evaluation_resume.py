@@ -79,6 +79,9 @@ def test_another_checkpoint_answers_for_itself(
     expected = evaluate_here(world, older, tmp_path / "fresh", *OVERRIDES)
     assert len(answered) == ANSWERS
     shutil.copytree(whole, tmp_path / "used/demo")
+    with pytest.raises(UserError, match=rf"used/demo holds the results of .*step_\d+ \(asked for is {older}\); give"):
+        evaluate_here(world, older, tmp_path / "used", *OVERRIDES)
+    (tmp_path / "used/demo/results.json").unlink()  # what was answered stays
     found = evaluate_here(world, older, tmp_path / "used", *OVERRIDES)
     assert len(answered) == 2 * ANSWERS
     assert_same_evaluation(found, expected)
@@ -88,23 +91,23 @@ def test_another_checkpoint_answers_for_itself(
     ).read_bytes()
 
 
-def test_scores_of_one_checkpoint_are_not_compared_by_answers_of_another(
+def test_scores_are_not_compared_by_answers_that_a_later_evaluation_left_when_it_died(
     world: World, finished_run: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    older, run_task = checkpoint_folders(finished_run / "checkpoints")[1], suite.run_task
+    run_task, more = suite.run_task, ("samples=12", "batch_size=4")
     folder = Path(shutil.copytree(whole, tmp_path / "demo"))
     assert len(compare_runs(read_run(whole), read_run(folder))) == len(DATASETS)
     for name in DATASETS:
-        (folder / name / "submission.json").write_text("of the newer checkpoint")
+        (folder / name / "submission.json").write_text("of fewer answers")
 
-    def dying_at_the_second(model: InstructBLIP, task: Task, *arguments: Any, **options: Any) -> TaskResult:
-        if task.card.name == "easy_vqa_color":
+    def dying_in_the_third(model: InstructBLIP, task: Task, *arguments: Any, **options: Any) -> TaskResult:
+        if task.card.name == "easy_vqa_color" and task.protocol.images == "withheld":
             raise KeyboardInterrupt
         return run_task(model, task, *arguments, **options)
 
-    monkeypatch.setattr(suite, "run_task", dying_at_the_second)
+    monkeypatch.setattr(suite, "run_task", dying_in_the_third)
     with pytest.raises(KeyboardInterrupt):
-        evaluate_here(world, older, tmp_path, *OVERRIDES)
+        evaluate_here(world, finished_run, tmp_path, *more, "blind_baseline=true")
     assert (folder / "results.json").read_bytes() == (whole / "results.json").read_bytes()
     with pytest.raises(
         UserError, match=r"/predictions\.jsonl is not what the score in .*results\.json was computed from"
@@ -112,10 +115,10 @@ def test_scores_of_one_checkpoint_are_not_compared_by_answers_of_another(
         compare_runs(read_run(whole), read_run(folder))
     # What was made of the answers that were replaced is gone, and nothing else.
     left = {name for name in DATASETS if (folder / name / "submission.json").exists()}
-    assert left == {"easy_vqa_color", "easy_vqa_statements"}
+    assert left == {"easy_vqa_statements"}
     monkeypatch.setattr(suite, "run_task", run_task)
-    evaluate_here(world, older, tmp_path, *OVERRIDES)
-    assert len(compare_runs(read_run(whole), read_run(folder))) == len(DATASETS)
+    evaluate_here(world, finished_run, tmp_path, *more)  # ended, it is whole again
+    assert len(compare_runs(read_run(folder), read_run(folder))) == len(DATASETS)
 
 
 def test_what_an_earlier_evaluation_left_does_not_stay(world: World, finished_run: Path, tmp_path: Path) -> None:
@@ -132,6 +135,9 @@ def test_another_protocol_answers_for_itself(
     world: World, finished_run: Path, whole: Path, answered: list[str], tmp_path: Path
 ) -> None:
     shutil.copytree(whole, tmp_path / "demo")
+    with pytest.raises(UserError, match=r"\(easy_vqa_yes_no with images shown, asked for is withheld\)"):
+        evaluate_here(world, finished_run, tmp_path, *OVERRIDES, "withhold_images=true")
+    (tmp_path / "demo/results.json").unlink()
     found = evaluate_here(world, finished_run, tmp_path, *OVERRIDES, "withhold_images=true")
     asked = [{line["prompt"] for line in read_lines(found / name / "predictions.jsonl")} for name in DATASETS]
     assert len(answered) == sum(len(prompts) for prompts in asked)  # one picture for all: each prompt once
