@@ -113,6 +113,11 @@ class Plan:
         """Whether the largest pass fits into `USABLE` of the GPU's memory."""
         return self.needed().largest <= USABLE * self.layout.gpu.memory * GIB
 
+    def loading(self) -> float:
+        """Bytes of main memory that each process needs to build the model before it goes to its GPU."""
+        parts = (self.parts.vision.backbone, self.parts.llm, self.parts.qformer, self.parts.projection)
+        return sum(sum(_parameter_bytes(part, None).values()) for part in parts)
+
     def sample_flops(self) -> list[PartFlops]:
         """FLOPs of a usual sample, by part, in the phase that costs most."""
         through_llm = any(phase.through_llm for phase in self.phases)
@@ -268,7 +273,10 @@ def what_fits(plan: Plan) -> tuple[str, Plan] | None:
     if layout.kind == "ddp" and layout.gpus > 1:
         changes.append(("parallel=fsdp", {"kind": "fsdp", **recompute}))  # as that file in configs/parallel
     if layout.quantization is None:
-        changes += [(f"llm.quantization={kind}", {"quantization": kind}) for kind in _QUANTIZED]
+        # Rounded weights are not sharded.
+        whole = "parallel=ddp parallel.activation_checkpointing=true " if layout.kind == "fsdp" else ""
+        other = {"kind": "ddp", "shard_size": None, **recompute} if whole else {}
+        changes += [(f"{whole}llm.quantization={kind}", {"quantization": kind, **other}) for kind in _QUANTIZED]
     for name, change in changes:
         changed = dataclasses.replace(plan, layout=dataclasses.replace(layout, **change))
         for tokens, limited in _with_fewer_tokens(changed):

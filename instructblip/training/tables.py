@@ -75,6 +75,9 @@ def verdict(plan: Plan) -> list[str]:
         f"{rate:,.0f} samples/s at {100 * layout.mfu:.0f}% of {layout.gpu.flops / 1e12:,.0f} bf16 TFLOP/s a GPU: "
         f"{steps:,} steps of {samples:,} samples in {plan.hours():,.1f} hours.",
     ]
+    lines.append(
+        f"Before that, each process builds the model in main memory: {plan.loading() / GIB:.1f} GiB for every GPU of a node."
+    )
     if not layout.autocast:
         lines.append("recipe.precision=fp32 will not reach that by far: the peak is that of bf16.")
     room = USABLE * layout.gpu.memory

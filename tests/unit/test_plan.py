@@ -271,3 +271,10 @@ def test_a_language_model_without_sizes_is_named() -> None:
     config.llm.sizes = {}
     with pytest.raises(UserError, match="llm=smollm2_135m states no sizes"):
         make_plan(config)
+
+
+@pytest.mark.usefixtures("encoders_once")
+def test_main_memory_for_building_the_model_is_named() -> None:
+    planned = plan("experiment=paper_vicuna_13b", "plan_gpus=8")
+    assert planned.loading() / 2**30 == pytest.approx(26.8, abs=0.1)  # 13.0 B and 1.0 B in bfloat16, 0.2 B in float32
+    assert "26.8 GiB for every GPU of a node" in " ".join(verdict(planned))
