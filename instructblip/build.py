@@ -210,8 +210,7 @@ def _start_from_blip2(
 
 def load_llm(config: LLMConfig) -> LLM:
     """The frozen language model with its tokenizer and text conventions."""
-    if config.kind not in LLM_KINDS:
-        raise UserError(f"llm.kind={config.kind} is none of {', '.join(LLM_KINDS)}")
+    check_llm_kind(config.kind)
     folder = part_folder(sources(config.name, config.sources), setting="llm.sources.path")
     tokenizer = _llm_tokenizer(config, folder)
     model = _language_model(config, folder)
@@ -235,6 +234,12 @@ def load_llm(config: LLMConfig) -> LLM:
         )
     except ValueError as error:
         raise UserError(f"llm={config.name}: {error}") from None
+
+
+def check_llm_kind(kind: str) -> None:
+    """Refuse a kind of language model that there is not."""
+    if kind not in LLM_KINDS:
+        raise UserError(f"llm.kind={kind} is none of {', '.join(LLM_KINDS)}")
 
 
 def _llm_tokenizer(config: LLMConfig, folder: Path) -> Any:

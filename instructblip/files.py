@@ -109,10 +109,12 @@ def errors_for_users(path: Path) -> Iterator[None]:
         if getattr(error, "errno", None) in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise UserError(f"no permission to write {path}; choose another folder or mend its rights") from None
         if isinstance(error, NotADirectoryError | FileExistsError):
-            raise UserError(f"{path} cannot be written: {error.filename} is not a folder; choose another") from None
+            place = Path(os.fsdecode(error.filename))
+            taken = next((parent for parent in (place, *place.parents) if parent.is_file()), place)
+            raise UserError(f"{path} cannot be written: {taken} is not a folder; choose another") from None
         if isinstance(error, IsADirectoryError):
-            taken = error.filename2 or error.filename
-            raise UserError(f"{path} cannot be written: {taken} is a folder; choose another name") from None
+            place = error.filename2 or error.filename
+            raise UserError(f"{path} cannot be written: {place} is a folder; choose another name") from None
         if isinstance(error, OSError) and _is_no_place(error, path):
             raise UserError(f"{path} cannot be written ({error.strerror}); choose another place") from None
         raise

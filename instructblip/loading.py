@@ -3,9 +3,17 @@
 import dataclasses
 import re
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
-from instructblip.build import build_model, choose_device, find_checkpoint, load_llm, load_run, warn_aligned
+from instructblip.build import (
+    build_model,
+    check_llm_kind,
+    choose_device,
+    find_checkpoint,
+    load_llm,
+    load_run,
+    warn_aligned,
+)
 from instructblip.config import (
     CONFIGS,
     LLMConfig,
@@ -46,6 +54,22 @@ class FrozenPart(NamedTuple):
     source: str
 
 
+class Source(NamedTuple):
+    """A trained model that was found; nothing of its weights has been read yet.
+
+    Attributes:
+        format: `run`, `huggingface` or `lavis`.
+        path: the checkpoint folder of a run, the transformers folder, the file.
+        name: of the run, folder, hub repository or file.
+        llm_kind: `decoder` or `encoder_decoder`.
+    """
+
+    format: Literal["run", "huggingface", "lavis"]
+    path: Path
+    name: str
+    llm_kind: str
+
+
 class LoadedModel(NamedTuple):
     """A trained model in evaluation mode.
 
@@ -82,8 +106,39 @@ class Replacements(NamedTuple):
     qformer_path: str | None = None
 
 
+def find_source(source: str | Path, llm: str | LLMConfig | None = None) -> Source:
+    """Find a trained model and the kind of its language model; of what `load_model` does, the part that takes no time.
+
+    Args:
+        source, llm: as there. A hub id is fetched.
+
+    Raises:
+        UserError: nothing there that can be loaded, no whole checkpoint, or a `.pth` file without `llm`.
+    """
+    path = Path(source).expanduser()
+    if path.is_file():
+        if llm is None:
+            known = ", ".join(sorted(file.stem for file in (CONFIGS / "llm").glob("*.yaml")))
+            raise UserError(
+                f"{path} has no language model in it; say which one it was trained with: llm= one of {known}"
+            )
+        found = Source("lavis", path, path.stem, llm_config(llm, None).kind)
+    elif folder := huggingface_source(source):
+        own_kind = "decoder" if read_huggingface_config(folder).use_decoder_only_language_model else "encoder_decoder"
+        kind = own_kind if llm is None else llm_config(llm, None).kind
+        found = Source("huggingface", folder, path.absolute().name, kind)
+    elif path.is_dir():
+        checkpoint = find_checkpoint(path)
+        config = _replace_parts(read_model_config(checkpoint.parents[1] / "config.yaml"), Replacements(llm))
+        found = Source("run", checkpoint, checkpoint.absolute().parents[1].name, config.llm.kind)
+    else:
+        raise UserError(f"{source} is no run, transformers folder, hub id or .pth file; give one that is there")
+    check_llm_kind(found.llm_kind)
+    return found
+
+
 def load_model(
-    source: str | Path,
+    source: str | Path | Source,
     *,
     llm: str | LLMConfig | None = None,
     llm_path: str | None = None,
@@ -95,7 +150,7 @@ def load_model(
 
     Args:
         source: folder of a run (its newest whole checkpoint is taken) or one of its checkpoints; a transformers folder or
-            the hub id of one; a `.pth` file of LAVIS, which needs `llm`.
+            the hub id of one; a `.pth` file of LAVIS, which needs `llm`. Or what `find_source` found.
         llm: a name in configs/llm, or such a configuration. Projection and Q-Former were aligned to one language model; with
             another they work badly, or where its width differs not at all, until they are trained: a warning says so.
         llm_path: folder with that language model's files, in place of the configured sources.
@@ -108,15 +163,9 @@ def load_model(
     """
     replaced = Replacements(llm, llm_path, vision_path, qformer_path)
     place = choose_device(device)
-    path = Path(source).expanduser()
-    if path.is_file():
-        loaded = _load_lavis(path, replaced)
-    elif folder := huggingface_source(source):
-        loaded = _load_huggingface(folder, path.absolute().name, replaced)
-    elif path.is_dir():
-        loaded = _load_run(path, replaced)
-    else:
-        raise UserError(f"{source} is no run, transformers folder, hub id or .pth file; give one that is there")
+    load = {"run": _load_run, "huggingface": _load_huggingface, "lavis": _load_lavis}
+    found = source if isinstance(source, Source) else find_source(source, llm)
+    loaded = load[found.format](found, replaced)
     return loaded._replace(model=loaded.model.to(place).eval())
 
 
@@ -180,16 +229,15 @@ def llm_config(llm: str | LLMConfig, path: str | None) -> LLMConfig:
     return _with_path(part_config("llm", llm, LLMConfig) if isinstance(llm, str) else llm, path)
 
 
-def _load_run(source: Path, replaced: Replacements) -> LoadedModel:
-    config = read_model_config(find_checkpoint(source).parents[1] / "config.yaml")
-    run = load_run(source, device="cpu", config=_replace_parts(config, replaced))
+def _load_run(found: Source, replaced: Replacements) -> LoadedModel:
+    config = read_model_config(found.path.parents[1] / "config.yaml")
+    run = load_run(found.path, device="cpu", config=_replace_parts(config, replaced))
     parts = frozen_parts(run.config.vision, run.config.llm)
-    return LoadedModel(
-        run.model, run.checkpoint.absolute().parents[1].name, str(run.checkpoint), run.step, run.config, parts
-    )
+    return LoadedModel(run.model, found.name, str(found.path), run.step, run.config, parts)
 
 
-def _load_huggingface(folder: Path, name: str, replaced: Replacements) -> LoadedModel:
+def _load_huggingface(found: Source, replaced: Replacements) -> LoadedModel:
+    folder, name = found.path, found.name
     if replaced.vision_path or replaced.qformer_path or (replaced.llm_path and not replaced.llm):
         raise UserError(
             f"{folder} has its own ViT, Q-Former and LLM; only llm= (with llm_path=) can take another's place"
@@ -208,11 +256,9 @@ def _load_huggingface(folder: Path, name: str, replaced: Replacements) -> Loaded
     return LoadedModel(model, name, str(folder), 0, None, parts | {"llm": _frozen_part(config)})
 
 
-def _load_lavis(path: Path, replaced: Replacements) -> LoadedModel:
-    if replaced.llm is None:
-        known = ", ".join(sorted(file.stem for file in (CONFIGS / "llm").glob("*.yaml")))
-        raise UserError(f"{path} has no language model in it; say which one it was trained with: llm= one of {known}")
-    checkpoint = read_lavis(path)
+def _load_lavis(found: Source, replaced: Replacements) -> LoadedModel:
+    assert replaced.llm is not None  # `find_source` refuses a file without one
+    path, checkpoint = found.path, read_lavis(found.path)
     config = ModelConfig(
         vision=part_config("vision", LAVIS_VISION, VisionConfig),
         qformer=part_config("qformer", LAVIS_QFORMER, QFormerConfig),
@@ -227,7 +273,7 @@ def _load_lavis(path: Path, replaced: Replacements) -> LoadedModel:
     trained_with = LAVIS_LLMS.get((checkpoint.llm_kind, checkpoint.llm_width), "another LLM")
     if trained_with != config.llm.name:
         warn_aligned(trained_with, config.llm.name, projection_fits=fits)
-    return LoadedModel(model, path.stem, str(path), 0, config, frozen_parts(config.vision, config.llm))
+    return LoadedModel(model, found.name, str(path), 0, config, frozen_parts(config.vision, config.llm))
 
 
 def _replace_parts(config: ModelConfig, replaced: Replacements) -> ModelConfig:

@@ -1,43 +1,44 @@
 """evaluate.py's work: restore a model, run a suite of cards, write the results."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 
-from instructblip.build import frozen_fingerprints
+from instructblip.build import choose_device, frozen_fingerprints
 from instructblip.config import EvaluateConfig, check_at_least, to_dict
 from instructblip.data.cards import load_card
 from instructblip.data.synthetic import NOTE
-from instructblip.evaluation.distributed import this_worker
-from instructblip.evaluation.protocol import make_task
+from instructblip.errors import UserError
+from instructblip.evaluation.distributed import Worker, this_worker
+from instructblip.evaluation.folder import claimed, refuse_others_results
+from instructblip.evaluation.protocol import Task, check_choices, make_task
 from instructblip.evaluation.results import log_scores
-from instructblip.evaluation.suite import evaluate_tasks, finish_evaluation, image_reader, llm_kind
-from instructblip.loading import load_model
+from instructblip.evaluation.suite import evaluate_tasks, finish_evaluation, image_reader
+from instructblip.loading import LoadedModel, find_source, load_model
 from instructblip.prepared import shards_folder
 from instructblip.training.loggers import make_logger
 from instructblip.weights.assets import cache_folder
 
 
 def evaluate(config: EvaluateConfig, console: Console) -> None:
-    """Run evaluate.py with a validated configuration.
+    """Run evaluate.py with a validated configuration. All that may be wrong with it is looked at before a model is loaded.
 
     Raises:
-        UserError: no such checkpoint, card, split or device; unreadable shards; disk full.
+        UserError: no such checkpoint, card, split or device; unreadable shards; another evaluation's folder; disk full.
     """
     check_at_least(1, {"samples": config.samples, "batch_size": config.batch_size})
     check_at_least(0, {"examples": config.examples, "tolerance": config.tolerance})
+    check_choices(config.preset, config.mode)
+    names = (*config.suite.held_in, *config.suite.held_out)
+    if not names:
+        raise UserError("there is nothing to evaluate; name a dataset in suite.held_in or suite.held_out")
     worker = this_worker()
     if not worker.is_first:
         console = Console(quiet=True)
-    cards = [load_card(name) for name in (*config.suite.held_in, *config.suite.held_out)]
-    loaded = load_model(
-        config.checkpoint,
-        llm=config.llm,
-        vision_path=config.vision_path,
-        qformer_path=config.qformer_path,
-        device=worker.device(config.device),
-    )
-    folder = Path(config.output) / config.name
+    cards = [load_card(name) for name in names]
+    source = find_source(config.checkpoint, config.llm)
+    device = str(choose_device(worker.device(config.device)))
     shards = shards_folder(cards, config.data, console)
     tasks = [
         make_task(
@@ -48,10 +49,29 @@ def evaluate(config: EvaluateConfig, console: Console) -> None:
             mode=config.mode,
             withhold_images=config.withhold_images,
             preset=config.preset,
-            llm_kind=llm_kind(loaded.model),
+            llm_kind=source.llm_kind,
         )
         for card in cards
     ]
+    folder = Path(config.output) / config.name
+    with claimed(folder, worker):
+        refuse_others_results(folder, str(source.path), tasks)
+        loaded = load_model(
+            source, llm=config.llm, vision_path=config.vision_path, qformer_path=config.qformer_path, device=device
+        )
+        _evaluate(config, loaded, tasks, shards, folder, worker, console)
+
+
+def _evaluate(
+    config: EvaluateConfig,
+    loaded: LoadedModel,
+    tasks: Sequence[Task],
+    shards: Path,
+    folder: Path,
+    worker: Worker,
+    console: Console,
+) -> None:
+    """Run the tasks, and write and log the results."""
     # A cache of features has no place for images that cannot be read.
     cache = cache_folder() / "features" if config.data.cache_features and not config.tolerance else None
     frozen = frozen_fingerprints(loaded.model)
