@@ -76,7 +76,8 @@ def test_the_two_commands_as_a_user_types_them(world: World, finished_run: Path,
     assert evaluated.returncode == 0, evaluated.stderr
 
     train, evaluation = "outputs/train/demo", "outputs/evaluate/demo"
-    expected = {f"{train}/{name}" for name in RUN_FILES} | {f"{evaluation}/{name}" for name in EVALUATION_FILES}
+    expected = {f"{train}/{name}" for name in RUN_FILES}
+    expected |= {f"{evaluation}/{name}" for name in (*EVALUATION_FILES, ".lock")}
     assert below(tmp_path) == expected  # and so nothing else where the commands were run
     assert listing(world) == before
     for output, folder, names in (

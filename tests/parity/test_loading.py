@@ -1,5 +1,7 @@
 """One call loads every format; a language model that the weights were not aligned to is warned about."""
 
+import dataclasses
+import json
 import re
 import shutil
 from pathlib import Path
@@ -10,8 +12,9 @@ import pytest
 import torch
 
 import instructblip
+from instructblip.config import LLMConfig, read_config
 from instructblip.errors import UserError
-from instructblip.loading import LoadedModel, load_model
+from instructblip.loading import LoadedModel, Source, find_source, load_model
 from instructblip.training.checkpoint import checkpoint_folders
 from instructblip.weights.parity import differences, trace_native
 from tests.parity.conftest import Formats
@@ -50,6 +53,27 @@ def test_every_format_is_the_same_model(formats: Formats) -> None:
     assert [part.name for part in loaded["lavis"].parts.values()] == ["eva_vit_g", "own"]
     assert loaded["lavis"].config is not None
     assert loaded["lavis"].config.llm.name == "own"
+
+
+def test_a_source_is_found_without_its_weights(formats: Formats, tmp_path: Path) -> None:
+    (checkpoint,) = checkpoint_folders(formats.native / "checkpoints")
+    assert find_source(formats.native) == ("run", checkpoint, "native", "decoder")
+    assert find_source(checkpoint, llm="huggingface_llm") == ("run", checkpoint, "native", "decoder")
+    assert find_source(formats.lavis, llm="own") == ("lavis", formats.lavis, "model", "decoder")
+    folder = Path(
+        shutil.copytree(formats.huggingface, tmp_path / "mine", ignore=shutil.ignore_patterns("*.safetensors"))
+    )
+    assert find_source(folder) == Source("huggingface", folder, "mine", "decoder")
+    said = folder / "config.json"
+    said.write_text(json.dumps(json.loads(said.read_text()) | {"text_config": {"model_type": "t5"}}))
+    assert find_source(folder).llm_kind == "encoder_decoder"
+    assert find_source(folder, llm="own").llm_kind == "decoder"
+    file = formats.configs / "llm/own.yaml"
+    t5 = dataclasses.replace(read_config(file, LLMConfig), kind="encoder_decoder")
+    for source in (formats.native, formats.huggingface, formats.lavis):
+        assert find_source(source, llm=t5).llm_kind == "encoder_decoder"
+        with pytest.raises(UserError, match=r"llm\.kind=t5 is none of decoder, encoder_decoder"):
+            find_source(source, llm=dataclasses.replace(t5, kind="t5", name="mine"))
 
 
 def test_load_returns_the_model_alone(formats: Formats) -> None:
