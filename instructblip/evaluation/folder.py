@@ -30,17 +30,18 @@ def claimed(folder: Path, worker: Worker) -> Iterator[None]:
         yield
 
 
-def refuse_others_results(folder: Path, checkpoint: str, tasks: Sequence[Task]) -> None:
+def refuse_others_results(folder: Path, checkpoint: str, tasks: Sequence[Task], llm: str | None = None) -> None:
     """Refuse to write where the results of another evaluation are. The same one may be done again, or with more samples.
 
     Args:
         folder: the evaluation's.
         checkpoint: path of what is evaluated, as results.json has it.
         tasks: what is evaluated.
+        llm: name of the language model, once it is known.
 
     Raises:
-        UserError: there are results of another checkpoint, preset, mode or split, of datasets that are left out now, or of
-            more samples; or a results.json that cannot be read.
+        UserError: there are results of another checkpoint or LLM, preset, mode or split, of datasets that are left out
+            now, or of more samples; or a results.json that cannot be read.
     """
     file = folder / RESULTS
     if not file.exists():
@@ -50,14 +51,16 @@ def refuse_others_results(folder: Path, checkpoint: str, tasks: Sequence[Task]) 
         held = read_run(file)
     except UserError:
         raise UserError(f"{file} is damaged, or of another version of this code; {way_out}") from None
-    if difference := _difference(held, checkpoint, tasks):
+    if difference := _difference(held, checkpoint, tasks, llm):
         raise UserError(f"{folder} holds the results of {held.checkpoint} ({difference}); {way_out}")
 
 
-def _difference(held: StoredRun, checkpoint: str, tasks: Sequence[Task]) -> str | None:
+def _difference(held: StoredRun, checkpoint: str, tasks: Sequence[Task], llm: str | None) -> str | None:
     """What would be lost, or None."""
     if Path(held.checkpoint).resolve() != Path(checkpoint).resolve():
         return f"asked for is {checkpoint}"
+    if llm not in (None, held.llm):
+        return f"with LLM {held.llm}, asked for is {llm}"
     if left_out := sorted(held.scores.keys() - {task.card.name for task in tasks}):
         return f"with {', '.join(left_out)}, now left out"
     for task in tasks:

@@ -59,6 +59,7 @@ def evaluate(config: EvaluateConfig, console: Console) -> None:
         loaded = load_model(
             source, llm=config.llm, vision_path=config.vision_path, qformer_path=config.qformer_path, device=device
         )
+        refuse_others_results(folder, loaded.source, tasks, llm=loaded.parts["llm"].name)
         _evaluate(config, loaded, tasks, shards, folder, worker, console)
 
 

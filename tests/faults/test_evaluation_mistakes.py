@@ -11,6 +11,7 @@ from instructblip.evaluation import run as evaluation
 from instructblip.evaluation import table
 from instructblip.evaluation.distributed import ALONE
 from instructblip.evaluation.folder import claimed
+from instructblip.loading import FrozenPart, LoadedModel
 from tests.runs import World, evaluate_here, read_lines
 from tests.stored import entry, write_run
 
@@ -93,6 +94,15 @@ def test_results_of_another_checkpoint_are_not_replaced(
         samples = () if "samples=2" in changed else ("samples=3",)
         with pytest.raises(UserError, match=message):
             evaluate_here(world, checkpoint, tmp_path, *changed, *samples)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+    def load_another(*arguments: Any, **options: Any) -> LoadedModel:
+        found = load_model(*arguments, **options)
+        return found._replace(parts=found.parts | {"llm": FrozenPart("flan_t5_xl", "")})
+
+    monkeypatch.setattr(evaluation, "load_model", load_another)
+    with pytest.raises(UserError, match=r"\(with LLM smollm2_135m, asked for is flan_t5_xl\)"):
+        evaluate_here(world, untrained_run, tmp_path, *few, "samples=3")
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
     monkeypatch.setattr(evaluation, "load_model", load_model)
     for samples, count in (("samples=3", 3), ("samples=5", 5), ("samples=null", 12)):

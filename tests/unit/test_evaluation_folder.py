@@ -70,6 +70,9 @@ def test_other_checkpoints_and_datasets_are_refused(tasks: list[Task], tmp_path:
         refuse_others_results(folder, "outputs/train/y", tasks)
     with pytest.raises(UserError, match=r"\(with vsr, now left out\); give another name=, or delete"):
         refuse_others_results(folder, CHECKPOINT, tasks[:1])
+    refuse_others_results(folder, CHECKPOINT, tasks, llm="vicuna")
+    with pytest.raises(UserError, match=r"\(with LLM vicuna, asked for is flan_t5_xl\)"):
+        refuse_others_results(folder, CHECKPOINT, tasks, llm="flan_t5_xl")
     with pytest.raises(UserError, match="images shown, asked for is withheld"):
         refuse_others_results(folder, CHECKPOINT, [withheld(task) for task in tasks])
 
