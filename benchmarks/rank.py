@@ -45,11 +45,8 @@ def inputs(parts: list[str]) -> tuple[LLM, list[Tensor], list[list[int]]]:
     llm = load_llm(compose_config("train", TrainConfig, parts).llm)
     room = 60 - VISUAL_TOKENS - len(llm.image_prefix_ids)
     scale = llm.embeddings.weight.std()
-    question = llm.prompt_ids(QUESTION)[:room]
-    prefixes = [
-        torch.cat([llm.embed(llm.image_prefix_ids), torch.randn(VISUAL_TOKENS, llm.width) * scale, llm.embed(question)])
-        for _ in range(SAMPLES)
-    ]
+    first, asked = llm.embed([llm.image_prefix_ids, llm.prompt_ids(QUESTION)[:room]])
+    prefixes = [torch.cat([first, torch.randn(VISUAL_TOKENS, llm.width) * scale, asked]) for _ in range(SAMPLES)]
     return llm, prefixes, [llm.target_ids(text, include_eos=False) for text in CANDIDATES]
 
 
@@ -77,7 +74,7 @@ def _segments(llm: LLM, prefix: Tensor, candidates: list[list[int]], rows: int) 
     """Scores of `rows` candidates at a time, each after a prompt of its own, through transformers' own model."""
     for start in range(0, len(candidates), rows):
         segment = candidates[start : start + rows]
-        embedded = [torch.cat([prefix, llm.embed(ids)]) for ids in segment]
+        embedded = [torch.cat([prefix, answer]) for answer in llm.embed(segment)]
         labels = pad_sequence(
             [torch.tensor([-100] * len(prefix) + ids) for ids in segment], batch_first=True, padding_value=-100
         )
