@@ -109,6 +109,11 @@ def parallelize(
     return _replicate(model)
 
 
+def is_sharded(kind: str, world_size: int) -> bool:
+    """Whether the frozen blocks are shared out; one process has nobody to share with."""
+    return kind == "fsdp" and world_size > 1
+
+
 def check_layout(kind: str, shard_size: int | None, world_size: int) -> None:
     """Refuse a layout that so many processes cannot have.
 
@@ -119,7 +124,7 @@ def check_layout(kind: str, shard_size: int | None, world_size: int) -> None:
         raise UserError(f"parallel.kind={kind} is none of {', '.join(KINDS)}")
     if kind == "single" and world_size > 1:
         raise UserError(f"parallel=single, but there are {world_size} processes; use parallel=ddp or fsdp")
-    if kind == "fsdp" and shard_size is not None and world_size > 1 and world_size % shard_size:
+    if is_sharded(kind, world_size) and shard_size is not None and world_size % shard_size:
         raise UserError(
             f"parallel.shard_size={shard_size} does not divide {world_size} processes; give a node's number of GPUs"
         )

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from instructblip.architecture import Parts
 from instructblip.model.qformer import QFormerLayer
 from instructblip.training.flops import Gpu, ModelShape, PartFlops, Work, model_shape
-from instructblip.training.parallel import blocks_of
+from instructblip.training.parallel import blocks_of, is_sharded
 
 GIB = 2**30
 USABLE = 0.9  # of a GPU's memory
@@ -186,7 +186,7 @@ class Plan:
         sizes = _parameter_bytes(model, quantization)
         whole = sum(sizes.values())
         layout = self.layout
-        if layout.kind != "fsdp" or layout.gpus == 1:
+        if not is_sharded(layout.kind, layout.gpus):
             return whole
         blocks = [
             sum(sizes[parameter] for parameter in block.parameters() if parameter not in _tables(block))

@@ -38,7 +38,7 @@ from instructblip.training.loop import (
     what_is_not_finite,
 )
 from instructblip.training.meters import StepTimer, TrainingProgress, peak_memory, training_progress
-from instructblip.training.parallel import Execution, parallelize
+from instructblip.training.parallel import Execution, is_sharded, parallelize
 from instructblip.training.processes import Processes, start_processes
 from instructblip.training.profile import traced_steps
 from instructblip.training.scoring import clear_notice_board, finish, validate
@@ -242,7 +242,7 @@ def _execution(run: TrainingRun, stop: StopRequest) -> Execution:
         processes=run.processes,
         wrapped=wrapped,
         autocast=PRECISIONS[recipe.precision],
-        equal_passes=wrapped is not None and parallel.kind == "fsdp",
+        equal_passes=is_sharded(parallel.kind, run.processes.world_size),
         skip_non_finite=recipe.non_finite == "skip",
         stop_signal=stop_signal,
     )

@@ -20,6 +20,7 @@ from instructblip.loading import frozen_parts
 from instructblip.training.checkpoint import checkpoint_folders
 from instructblip.training.loop import total_steps
 from instructblip.training.meters import draw_curves
+from instructblip.training.parallel import is_sharded
 from instructblip.training.processes import Processes
 from instructblip.training.setup import TrainingRun
 from instructblip.training.signals import Stopped, StopRequest
@@ -30,10 +31,8 @@ _BATCH = EvaluateConfig.batch_size  # as evaluate.py
 def validate(run: TrainingRun, step: int, stop: StopRequest) -> dict[str, float] | None:
     """Scores by dataset after a step, the same on all ranks; None when one of them was told to stop before it was done."""
     scores: dict[str, float] = {}
-    # Sharded blocks are gathered by all ranks in step: none may leave before the others.
-    leave = contextlib.nullcontext() if _is_sharded(run) else stop.at_once(_notice_board(run))
     try:
-        with _to_evaluate(run), leave:
+        with _to_evaluate(run), _stoppable(run, stop):
             scores = _validation_scores(run, step, stop)
         ended = False
     except Stopped:
@@ -51,6 +50,14 @@ def clear_notice_board(run: TrainingRun) -> None:
     """Before the ranks begin: what an earlier process of the run left."""
     if run.processes.is_first and _notice_board(run).exists():
         _notice_board(run).unlink()
+
+
+def _stoppable(run: TrainingRun, stop: StopRequest) -> contextlib.AbstractContextManager[None]:
+    """Where a signal ends an evaluation at once, on all ranks.
+
+    Not where blocks are sharded: all ranks gather them in step, none may leave before the others; see `_leave_together`.
+    """
+    return contextlib.nullcontext() if _is_sharded(run) else stop.at_once(_notice_board(run))
 
 
 def _notice_board(run: TrainingRun) -> Path:
@@ -82,7 +89,7 @@ def finish(run: TrainingRun, stop: StopRequest) -> None:
     Raises:
         Stopped: this process, or another that has a part in it, was told to stop.
     """
-    with contextlib.nullcontext() if _is_sharded(run) else stop.at_once(_notice_board(run)):
+    with _stoppable(run, stop):
         _finish(run, stop)
 
 
@@ -147,7 +154,7 @@ def _leave_together(processes: Processes, stop: StopRequest) -> None:
 
 
 def _is_sharded(run: TrainingRun) -> bool:
-    return run.config.parallel.kind == "fsdp" and run.processes.world_size > 1
+    return is_sharded(run.config.parallel.kind, run.processes.world_size)
 
 
 @contextlib.contextmanager

@@ -34,7 +34,7 @@ from instructblip.training.loggers import Logger, make_logger
 from instructblip.training.loop import Phase
 from instructblip.training.meters import MetricsLog
 from instructblip.training.optim import make_adamw
-from instructblip.training.parallel import check_layout
+from instructblip.training.parallel import check_layout, is_sharded
 from instructblip.training.plan import Layout, Plan, plan_run, planned_phases
 from instructblip.training.processes import Processes
 from instructblip.training.writer import CheckpointWriter
@@ -95,6 +95,7 @@ def check_numbers(config: TrainConfig) -> None:
     check_at_least(1, counts)
     check_at_least(0, {"data.workers": config.data.workers, "profile_step": config.profile_step})
     _check_rates(config)
+    _check_sharding(config)
     if not recipe.phases:
         raise UserError("recipe.phases is empty; give at least one phase")
     if len(recipe.betas) != 2 or not all(0 <= beta < 1 for beta in recipe.betas):
@@ -129,6 +130,9 @@ def _check_rates(config: TrainConfig) -> None:
     for key, value in not_negative.items():
         if not 0 <= value < math.inf:
             raise UserError(f"{key}={value} must not be below 0")
+
+
+def _check_sharding(config: TrainConfig) -> None:
     if config.parallel.kind == "fsdp" and config.llm.quantization is not None:
         raise UserError(
             f"parallel=fsdp shards parameters, and the weights of an {config.llm.quantization} LLM are none; "
@@ -208,8 +212,8 @@ def set_up(config: TrainConfig, folder: Path, processes: Processes, console: Con
     held_out = [load_card(name) for name in config.suite.held_out]
     shards = shards_folder([*cards, *held_in, *held_out], config.data, console)
     model = build_model(config.vision, config.qformer, config.llm, seed=config.seed)
-    shards_llm = config.parallel.kind == "fsdp" and processes.world_size > 1
-    place(model, choose_device(config.device), without_llm=shards_llm)
+    without_llm = is_sharded(config.parallel.kind, processes.world_size)
+    _place(model, choose_device(config.device), without_llm=without_llm)
     sets = open_sets(cards, shards)
     mixture = make_mixture(config.mixture, sets, config.recipe.phases, seed=config.seed)
     validation = [make_validation_task(card, shards, samples=config.recipe.validation_samples) for card in held_in]
@@ -260,7 +264,7 @@ def set_up(config: TrainConfig, folder: Path, processes: Processes, console: Con
     )
 
 
-def place(model: InstructBLIP, device: torch.device, *, without_llm: bool) -> None:
+def _place(model: InstructBLIP, device: torch.device, *, without_llm: bool) -> None:
     """Move a built model to its device; where its language model is to be sharded that goes there block by block, later."""
     for part in model.children():
         if part is not model.llm or not without_llm:
