@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from instructblip.data.transforms import squash
+from instructblip.model.frozen import FrozenModule
 from instructblip.model.llm import LLM
 from instructblip.model.qformer import QFormer
 from instructblip.model.ranking import TOKEN_BUDGET, for_each_object, rank_candidates
@@ -80,7 +81,14 @@ class InstructBLIP(nn.Module):
 
     def trainable_state(self) -> dict[str, Tensor]:
         """Everything that is not frozen: parameters and buffers outside the vision encoder and the LLM."""
-        return {name: tensor for name, tensor in self.state_dict().items() if not name.startswith(("vision.", "llm."))}
+        # The model's own state_dict would go through the frozen parts as well, whose blocks may be shared out among
+        # processes: its hooks reshard them, and a process that does so alone gathers other blocks than the rest afterwards.
+        return {
+            name: tensor
+            for part, module in self.named_children()
+            if not isinstance(module, FrozenModule)
+            for name, tensor in module.state_dict(prefix=f"{part}.").items()
+        }
 
     def image_tokens(self, images: Images) -> Tensor:
         """Frozen image tokens (B, F, P, V) of pictures or uint8 frames; tokens (from a feature cache) pass through."""

@@ -357,6 +357,9 @@ def _measures(timer: StepTimer, run: TrainingRun) -> dict[str, float]:
 
 
 def _save(run: TrainingRun, step: int, *, unvalidated: dict[str, Any] | None) -> None:
+    trainable = (
+        run.model.trainable_state()
+    )  # by all ranks: what one does alone with a model laid over all can part them
     if not run.processes.is_first:
         return
     problem = run.writer.problem()
@@ -365,7 +368,6 @@ def _save(run: TrainingRun, step: int, *, unvalidated: dict[str, Any] | None) ->
     if problem:
         run.console.print(f"{problem}; training goes on without it", markup=False, soft_wrap=True)
     best = _best_step(run)
-    trainable = run.model.trainable_state()
     run.writer.save(
         step,
         model=trainable,

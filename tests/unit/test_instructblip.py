@@ -3,7 +3,7 @@
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from instructblip.model.instructblip import InstructBLIP
 from tests.tiny import BOS, EOS, tiny_encoder_decoder_llm, tiny_images, tiny_llm, tiny_model
@@ -279,6 +279,19 @@ def test_trainable_state_is_all_that_is_not_frozen(norm: str) -> None:
     other.load_state_dict(state, strict=False)
     expected = model(tiny_images(3), PROMPTS, TARGETS)
     assert torch.equal(other(tiny_images(3), PROMPTS, TARGETS).per_sample, expected.per_sample)
+
+
+def test_trainable_state_leaves_the_frozen_parts_alone() -> None:
+    """Their hooks may exchange data among processes, of which one alone may ask for the state."""
+    model = tiny_model()
+
+    def refuse(module: nn.Module, *_: object) -> None:
+        raise AssertionError(f"the state of {type(module).__name__} was asked for")
+
+    for part in (model.vision, model.llm):
+        for module in part.modules():
+            module.register_state_dict_pre_hook(refuse)
+    assert "projection.weight" in model.trainable_state()
 
 
 def test_a_seed_gives_the_same_model() -> None:
