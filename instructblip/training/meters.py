@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import io
 import json
 import math
 import os
@@ -17,12 +18,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from instructblip.errors import UserError
-from instructblip.files import atomic_path, write_atomically
+from instructblip.files import atomic_path
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Entry = dict[str, Any]
+_BLOCK = 1 << 16  # bytes; of a metrics file that are read at once
+# Of an entry, what its curves show; the rest, most of it sample ids, would fill the memory.
+_DRAWN = ("step", "loss", "loss_by_dataset", "validation", "lr", "samples_per_second")
 
 
 class MetricsLog:
@@ -58,21 +62,35 @@ class MetricsLog:
                 raise UserError(f"disk full while writing {self.path}; free some space and resume the run") from None
             raise
 
-    def read(self) -> list[Entry]:
-        """All whole entries, in the order of the file; none where there is no file.
+    def read(self) -> Iterator[Entry]:
+        """All whole entries, one by one, in the order of the file; none where there is no file.
 
         Raises:
             UserError: a line before the last is not JSON; names file and line.
         """
-        return [entry for _, entry in self._lines()]
+        if not self.path.exists():
+            return
+        with open(self.path, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                if not line.endswith(b"\n"):
+                    return
+                entry = _entry(line)
+                if entry is None:
+                    raise UserError(f"{self.path} line {number} is not a metrics entry; remove that line to go on")
+                yield entry
 
     def truncate_after(self, step: int) -> None:
-        """Forget every entry of a later step than `step`, so that a resumed run writes each step once."""
+        """Forget every entry of a later step than `step`, so that a resumed run writes each step once.
+
+        Steps never fall from line to line, so only what is forgotten is read, from the end.
+        """
         self.close()
-        if self.path.exists():
-            kept = b"".join(line for line, entry in self._lines() if entry["step"] <= step)
-            if kept != self.path.read_bytes():
-                write_atomically(self.path, kept)
+
+        def stays(line: bytes) -> bool:
+            entry = _entry(line)
+            return entry is not None and entry["step"] <= step
+
+        self._cut_after_last(stays)
 
     def close(self) -> None:
         """Close the file; `append` opens it again."""
@@ -82,27 +100,85 @@ class MetricsLog:
 
     def _open(self) -> BinaryIO:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        if self.path.exists():
-            content = self.path.read_bytes()
-            if content and not content.endswith(b"\n"):
-                os.truncate(self.path, content.rfind(b"\n") + 1)
+        self._cut_after_last(lambda line: True)
         self._file = open(self.path, "ab", buffering=0)
         return self._file
 
-    def _lines(self) -> Iterator[tuple[bytes, Entry]]:
+    def _cut_after_last(self, stays: Callable[[bytes], bool]) -> None:
+        """Cut the file after its last whole line of which `stays` holds."""
         if not self.path.exists():
             return
-        for number, line in enumerate(self.path.read_bytes().splitlines(keepends=True), start=1):
-            if not line.endswith(b"\n"):
-                return
-            try:
-                entry = json.loads(line)
-                entry["step"] + 0
-            except (ValueError, KeyError, TypeError):
-                raise UserError(
-                    f"{self.path} line {number} is not a metrics entry; remove that line to go on"
-                ) from None
-            yield line, entry
+        with open(self.path, "r+b") as file:
+            size = end = file.seek(0, os.SEEK_END)
+            for line in _lines_from_the_end(file):
+                if line.endswith(b"\n") and stays(line):
+                    break
+                end -= len(line)
+            if end < size:
+                file.truncate(end)
+                os.fsync(file.fileno())
+
+
+def _lines_from_the_end(file: BinaryIO) -> Iterator[bytes]:
+    """The lines of a file with their ends, last first, of which only so much is read as is asked for."""
+    start, rest = file.seek(0, os.SEEK_END), b""
+    while start > 0:
+        size = min(_BLOCK, start)
+        start -= size
+        file.seek(start)
+        rest, *lines = io.BytesIO(file.read(size) + rest).readlines()
+        yield from reversed(lines)
+    if rest:
+        yield rest
+
+
+def _entry(line: bytes) -> Entry | None:
+    """What a line of a metrics file says; None where it is no entry."""
+    try:
+        entry: Entry = json.loads(line)
+        entry["step"] + 0
+    except (ValueError, KeyError, TypeError):
+        return None
+    return entry
+
+
+class BestStep:
+    """The step with the best validation so far, the first of equals; None before the first validation.
+
+    It is kept from entry to entry: to look for it among all of them would make every step dearer than the one before.
+
+    Args:
+        of: whose scores are compared: a dataset's by name, or `mean`, over all that a validation has; None: nothing is.
+    """
+
+    def __init__(self, of: str | None) -> None:
+        self._of = of
+        self._value = -math.inf
+        self.step: int | None = None
+
+    def see(self, entry: Mapping[str, Any]) -> None:
+        """Take a finished step's entry into account."""
+        scores: Mapping[str, float | None] = entry.get("validation") or {}
+        if not scores or self._of is None:
+            return
+        values = list(scores.values()) if self._of == "mean" else [scores.get(self._of)]
+        known = [value for value in values if value is not None and math.isfinite(value)]
+        if len(known) == len(values) and (mean := sum(known) / len(known)) > self._value:
+            self.step, self._value = entry["step"], mean
+
+    def state(self) -> dict[str, Any] | None:
+        """What a checkpoint keeps, as plain JSON; None where nothing is compared."""
+        if self._of is None:
+            return None
+        return {"of": self._of, "step": self.step, "value": None if self.step is None else self._value}
+
+    def restore(self, state: Mapping[str, Any] | None) -> bool:
+        """Go on from a checkpoint's `state`; False where it has none, or one of other scores."""
+        if state is None or state["of"] != self._of:
+            return self._of is None
+        if state["step"] is not None:
+            self.step, self._value = state["step"], state["value"]
+        return True
 
 
 def _finite(value: Any) -> Any:
@@ -279,7 +355,7 @@ def draw_curves(metrics_path: Path, out_path: Path, title: str) -> None:
     """
     from matplotlib.figure import Figure  # slow to import and needed once a run
 
-    entries = MetricsLog(metrics_path).read()
+    entries = [{key: entry[key] for key in _DRAWN if key in entry} for entry in MetricsLog(metrics_path).read()]
     figure = Figure(figsize=(13, 7), dpi=110, layout="constrained")
     figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold")
     grid = figure.add_gridspec(2, 6, height_ratios=(3, 2))

@@ -125,11 +125,11 @@ def _train(config: TrainConfig, processes: Processes, stop: StopRequest, console
     clear_notice_board(run)
     _check_equal(run)
     execution = _execution(run, stop)
+    unvalidated = checkpoint.state.get("unvalidated") if checkpoint else None
     if processes.is_first:
         write_atomically(folder / "config.yaml", to_yaml(config))
-        run.metrics.truncate_after(start)
+        run.metrics.truncate_after(start if unvalidated is None else start - 1)  # whose line is to be written anew
     console.print(shares_planned(run.mixture, run.phases))
-    unvalidated = checkpoint.state.get("unvalidated") if checkpoint else None
     done = _train_steps(run, start, stop, execution, unvalidated)
     if done < total_steps(run.phases) or stop.agreed:
         return _stopped(run, stop, done)
@@ -205,8 +205,19 @@ def _restore(run: TrainingRun, checkpoint: LoadedCheckpoint) -> int:
     restore_optimizer(run.optimizer, run.names, checkpoint.path)
     if run.average:
         run.average.restore(checkpoint.average or checkpoint.model)
+    if not run.best.restore(checkpoint.state.get("best")):
+        _find_best(run, checkpoint.step)
     run.console.print(f"continuing {checkpoint.path} after step {checkpoint.step}", highlight=False, soft_wrap=True)
     return checkpoint.step
+
+
+def _find_best(run: TrainingRun, last: int) -> None:
+    """Look for the best step up to the last that counts, where no checkpoint kept which it is."""
+    if run.processes.is_first:
+        for entry in run.metrics.read():
+            if entry["step"] <= last:
+                run.best.see(entry)
+    run.best.restore(run.processes.gather(run.best.state())[0])
 
 
 def _check_equal(run: TrainingRun) -> None:
@@ -280,7 +291,7 @@ def _train_steps(
             )
             stopping = not _record(run, progress, entry, stop, due=due) or stop.agreed is not None
             progress.update(done, result.loss, timer.samples_per_second)
-            if done % recipe.checkpoint_every == 0 or done == steps or stopping or _is_best(run, done):
+            if done % recipe.checkpoint_every == 0 or done == steps or stopping or run.best.step == done:
                 _save(run, done, unvalidated=entry if due and "validation" not in entry else None)
             timer.start()
             return stopping
@@ -316,6 +327,7 @@ def _record(
         shown = ", ".join(f"{name} {value:.1f}" for name, value in scores.items())
         progress.say(f"step {entry['step']}: validation {shown}")
         entry["validation"] = scores
+    run.best.see(entry)
     if run.processes.is_first:
         run.metrics.append(entry)
         run.logger.log({key: value for key, value in entry.items() if key != "sample_ids"}, entry["step"])
@@ -367,29 +379,12 @@ def _save(run: TrainingRun, step: int, *, unvalidated: dict[str, Any] | None) ->
         raise problem
     if problem:
         run.console.print(f"{problem}; training goes on without it", markup=False, soft_wrap=True)
-    best = _best_step(run)
     run.writer.save(
         step,
         model=trainable,
         optimizer=optimizer_tensors(run.optimizer, run.names),
         average=run.average.state(trainable) if run.average else None,
-        state={"frozen": run.frozen, "seed": run.config.seed, "lost": run.lost.state()}
+        state={"frozen": run.frozen, "seed": run.config.seed, "lost": run.lost.state(), "best": run.best.state()}
         | ({"unvalidated": unvalidated} if unvalidated else {}),
-        spare=[] if best is None else [best],
+        spare=[] if run.best.step is None else [run.best.step],
     )
-
-
-def _is_best(run: TrainingRun, step: int) -> bool:
-    return run.processes.is_first and _best_step(run) == step
-
-
-def _best_step(run: TrainingRun) -> int | None:
-    """The step with the best validation so far, the first of equals; None where the best is not kept."""
-    wanted = run.config.recipe.keep_best
-    if wanted is None:
-        return None
-    scored = [(entry["step"], entry["validation"]) for entry in run.metrics.read() if entry.get("validation")]
-    values = [
-        (sum(scores.values()) / len(scores) if wanted == "mean" else scores[wanted], -step) for step, scores in scored
-    ]
-    return -max(values)[1] if values else None

@@ -32,7 +32,7 @@ from instructblip.training.data import check_data, make_images, make_mixture, mi
 from instructblip.training.flops import GPUS, ModelShape, device_peak, model_shape
 from instructblip.training.loggers import Logger, make_logger
 from instructblip.training.loop import Phase
-from instructblip.training.meters import MetricsLog
+from instructblip.training.meters import BestStep, MetricsLog
 from instructblip.training.optim import make_adamw
 from instructblip.training.parallel import check_layout, is_sharded
 from instructblip.training.plan import Layout, Plan, plan_run, planned_phases
@@ -68,6 +68,7 @@ class TrainingRun:
     shape: ModelShape
     peak_flops: float  # of all processes' devices together
     metrics: MetricsLog
+    best: BestStep
     logger: Logger
     writer: CheckpointWriter
 
@@ -252,6 +253,7 @@ def set_up(config: TrainConfig, folder: Path, processes: Processes, console: Con
         shape=_shape(config, model),
         peak_flops=processes.world_size * _peak_flops(config, model, processes),
         metrics=MetricsLog(folder / "metrics.jsonl"),
+        best=BestStep(config.recipe.keep_best),
         logger=make_logger(
             config.logger.kind if processes.is_first else "none",
             mode=config.logger.mode,

@@ -25,6 +25,7 @@ RECIPE = (
     "recipe.validate_every=10",
     "recipe.checkpoint_every=5",
     "recipe.keep_checkpoints=4",
+    "+recipe.keep_best=mean",
     "suite.held_in=[easy_vqa_shape]",
     "suite.held_out=[]",
     "recipe.final_samples=2",
