@@ -66,8 +66,7 @@ def vision_encoder(config: VisionConfig) -> VisionEncoder:
         )
     except ValueError as error:
         raise UserError(f"vision={config.name}: {error}") from None
-    encoder.backbone.to(dtype)
-    return encoder
+    return encoder.to(dtype)
 
 
 def make_qformer(

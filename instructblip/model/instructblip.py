@@ -103,6 +103,10 @@ class InstructBLIP(nn.Module):
             return images
         return self.vision(images.flatten(0, 1)).unflatten(0, images.shape[:2])
 
+    def normalised(self, tokens_NPV: Tensor) -> Tensor:
+        """Image tokens (N, P, V) behind `ln_vision`, in the type of what trains: float32, unless the model was cast."""
+        return self.vision_norm(tokens_NPV.to(self.projection.weight.dtype))
+
     def visual_prompt(self, tokens_BFPV: Tensor, instructions: Sequence[str]) -> Tensor:
         """Soft prompt (B, F * Q, L): each frame goes alone through the Q-Former with the same instruction."""
         return self._visual_prompt(tokens_BFPV, instructions)[0]
@@ -110,7 +114,7 @@ class InstructBLIP(nn.Module):
     def _visual_prompt(self, tokens_BFPV: Tensor, instructions: Sequence[str]) -> tuple[Tensor, int]:
         """The soft prompt, and the tokens of text that the Q-Former read for it."""
         batch, frames = tokens_BFPV.shape[:2]
-        image_NPV = self.vision_norm(tokens_BFPV.flatten(0, 1).float())
+        image_NPV = self.normalised(tokens_BFPV.flatten(0, 1))
         text_NT, mask_NT, tokens = None, None, 0
         if self.qformer.instruction_aware:
             text_BT, mask_BT = self._tokenize_instructions(instructions)

@@ -8,7 +8,7 @@ in the batch, V vocabulary, N nodes of a candidate tree, K keys a node may atten
 """
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -95,6 +95,13 @@ class LLM(FrozenModule):
         scale = self.embeddings(row_1).detach().float().norm() / norms_V[row_1]
         self.register_buffer("embedding_norms", norms_V.mul(scale), persistent=False)
         self.register_buffer("embedding_scale", scale, persistent=False)
+
+    def exact_buffers(self) -> Iterator[tuple[nn.Module, str]]:
+        """All that are in float32: norms of embeddings, rotary frequencies, scales of rounded weights. None is a matrix."""
+        for module in self.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                if buffer.dtype == torch.float32:
+                    yield module, name
 
     @property
     def width(self) -> int:

@@ -3,15 +3,19 @@
 Shape legend: B batch, H and W pixels, P image tokens, V vision width.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import timm
 import torch
 import torch.nn.functional as F
+from timm.layers import pos_embed_sincos
 from torch import Tensor, nn
 
-from instructblip.model.frozen import FrozenModule
+from instructblip.model.frozen import ExactBuffers, FrozenModule
+
+# Their buffers are angles, or frequencies that become angles: in half precision those of far patches would run together.
+_ROTARY = tuple(value for name, value in vars(pos_embed_sincos).items() if name.startswith("RotaryEmbedding"))
 
 
 class _AllTappedError(Exception):
@@ -89,6 +93,13 @@ class VisionEncoder(FrozenModule):
         """Type of the weights, in which images are encoded; mean and deviation stay in float32."""
         return next(self.backbone.parameters()).dtype
 
+    def exact_buffers(self) -> Iterator[tuple[nn.Module, str]]:
+        """Pixel statistics and rotary angles."""
+        yield from ((self, "mean"), (self, "std"))
+        for module in self.backbone.modules():
+            if isinstance(module, _ROTARY):
+                yield from ((module, name) for name, _ in module.named_buffers(recurse=False))
+
     def _channels_first(self, features: Tensor) -> Tensor:
         # Swin and its kin keep channels last and say so.
         last = features.ndim == 4 and getattr(self.backbone, "output_fmt", "NCHW") == "NHWC"
@@ -143,7 +154,7 @@ def _tokens_on_grid(maps: list[Tensor], grid: int) -> Tensor:
     return torch.cat(resized, dim=1).flatten(2).transpose(1, 2)
 
 
-class ChannelNorm(nn.Module):
+class ChannelNorm(ExactBuffers):
     """Standardise each channel with fixed statistics, measured once on training images and kept in the checkpoint.
 
     Concatenated CNN stages differ in scale by orders of magnitude from channel to channel; a LayerNorm, made for a ViT's
@@ -165,4 +176,8 @@ class ChannelNorm(nn.Module):
         self.std.copy_(tokens_BPV.float().std(dim=(0, 1)).clamp_min(1e-4))
 
     def forward(self, tokens_BPV: Tensor) -> Tensor:
-        return (tokens_BPV - self.mean) / self.std
+        return ((tokens_BPV - self.mean) / self.std).to(tokens_BPV.dtype)
+
+    def exact_buffers(self) -> Iterator[tuple[nn.Module, str]]:
+        """Both statistics."""
+        yield from ((self, "mean"), (self, "std"))

@@ -8,7 +8,8 @@ read back as it was, tensor for tensor. One without them is read with the releas
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from functools import reduce
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -312,6 +313,7 @@ def _load_vision(settings: Settings, weights: Mapping[str, Tensor], folder: Path
             module.k_bias.zero_()  # a buffer that no file has
     vision.mean.copy_(torch.tensor(settings.vision["mean"]).view_as(vision.mean))
     vision.std.copy_(torch.tensor(settings.vision["std"]).view_as(vision.std))
+    vision.to(_widest(found.values()))  # buffers with the weights
     eps = read_config(folder).vision_config.layer_norm_eps
     if vision.backbone.blocks[0].norm1.eps != eps:
         raise UserError(
@@ -333,8 +335,6 @@ def _load_llm(config: Any, settings: Settings, weights: Mapping[str, Tensor], fo
     if not state:
         raise UserError(f"{folder} has no {HUGGINGFACE_LLM_PREFIX}* tensors; fetch the whole model")
     auto = AutoModelForCausalLM if config.use_decoder_only_language_model else AutoModelForSeq2SeqLM
-    dtypes = {tensor.dtype for tensor in state.values() if tensor.is_floating_point()}
-    dtype = torch.float32 if len(dtypes) > 1 else dtypes.pop()
     with quiet_transformers():
         with torch.device("meta"):
             kind = type(auto.from_config(config.text_config))
@@ -342,7 +342,7 @@ def _load_llm(config: Any, settings: Settings, weights: Mapping[str, Tensor], fo
             None,
             config=config.text_config,
             state_dict=state,
-            dtype=dtype,
+            dtype=_llm_dtype(kind, state),
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are named below
         )
@@ -353,6 +353,26 @@ def _load_llm(config: Any, settings: Settings, weights: Mapping[str, Tensor], fo
         return LLM_KINDS[settings.llm_kind](model, load_llm_tokenizer(folder), **settings.llm)
     except ValueError as error:
         raise UserError(f"{folder}: {error}") from None
+
+
+def _llm_dtype(kind: Any, state: Mapping[str, Tensor]) -> torch.dtype:
+    """The type to hold a language model in: that of its tensors, besides those that transformers keeps in float32."""
+    others = _widest(tensor for name, tensor in state.items() if not kept_in_float32(kind, name))
+    # In any other type transformers would round what it keeps in float16's company.
+    return others if others == torch.float16 else _widest(state.values())
+
+
+def kept_in_float32(kind: Any, name: str) -> bool:
+    """Whether transformers holds a tensor of this class in float32 where the model is in float16: T5's `wo`, for one."""
+    # Like transformers, which takes any part of a name: beside a T5 the Q-Former's word_embeddings stay as well.
+    return any(part in name for part in kind._keep_in_fp32_modules or ())
+
+
+def _widest(tensors: Iterable[Tensor]) -> torch.dtype:
+    """The narrowest type that holds every value of all floating-point tensors."""
+    return reduce(
+        torch.promote_types, {tensor.dtype for tensor in tensors if tensor.is_floating_point()} or {torch.float32}
+    )
 
 
 def _check_loaded(info: Mapping[str, Any], folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from instructblip.model.qformer import QFormer, QFormerLayer
 from instructblip.model.quantized import QuantizedLinear
 from instructblip.model.vision import VisionEncoder
 from instructblip.weights.convert import quiet_transformers
-from instructblip.weights.huggingface import LLM_TOKENIZER, SIDECAR, SIDECAR_FORMAT, backbone_state
+from instructblip.weights.huggingface import LLM_TOKENIZER, SIDECAR, SIDECAR_FORMAT, backbone_state, kept_in_float32
 from instructblip.weights.names import HUGGINGFACE_LLM_PREFIX, foreign_names, pack_qkv_bias
 from instructblip.weights.vocabulary import with_rows
 
@@ -39,7 +40,10 @@ def save_huggingface(model: InstructBLIP, folder: Path, *, overwrite: bool = Fal
 
     transformers marks the places of the visual tokens by an `<image>` token. Where the language model's table has no row to
     spare, one is added to it and to the output head, the mean of the others: its logit is then their mean, which is never
-    the largest. Tensors keep their types; transformers opens a folder of several types in float32.
+    the largest.
+
+    Tensors keep their types; transformers opens a folder of several types in float32. What trains is held in float32: it is
+    written in the type of the other parts where that loses nothing, as for a model that was read from a folder of that type.
 
     Args:
         model: EVA-CLIP (any size), LayerNorm, instruction-aware Q-Former, an unquantised language model.
@@ -77,9 +81,26 @@ def huggingface_model(model: InstructBLIP, rows: int, image_token: int) -> Instr
     """
     with torch.device("meta"):
         target = InstructBlipForConditionalGeneration(_huggingface_config(model, rows, image_token))
+    state = _huggingface_state(model, rows)
+    dtype = torch.promote_types(model.vision.dtype, model.llm.model.dtype)
+    narrowed = _narrowed(state, dtype, kept={name for name in state if kept_in_float32(target, name)})
     # Tied tables are one tensor under several names; T5's head is tied by its class and not by FlanT5's weights.
-    target.load_state_dict(_huggingface_state(model, rows), assign=True)
+    target.load_state_dict(state if narrowed is None else narrowed, assign=True)
     return target
+
+
+def _narrowed(state: Mapping[str, Tensor], dtype: torch.dtype, *, kept: Collection[str]) -> dict[str, Tensor] | None:
+    """A state dict without wider types than `dtype`, or None where that would change a value.
+
+    Args:
+        state: to be narrowed; what has another type of that width, or a narrower one, keeps it.
+        dtype: the widest type of the result.
+        kept: names that may stay as they are.
+    """
+    wide = {name: tensor for name, tensor in state.items() if tensor.dtype.itemsize > dtype.itemsize}
+    narrowed = {name: tensor.to(dtype) for name, tensor in wide.items() if tensor.is_floating_point()}
+    exact = {name: tensor for name, tensor in narrowed.items() if torch.equal(tensor.to(wide[name].dtype), wide[name])}
+    return None if narrowed.keys() - exact.keys() - set(kept) else {**state, **exact}
 
 
 def _check_holdable(model: InstructBLIP) -> None:
@@ -106,13 +127,7 @@ def _huggingface_config(model: InstructBLIP, rows: int, image_token: int) -> Any
     text.eos_token_id, text.pad_token_id = llm.eos_id, llm.pad_id
     if llm.texts.bos_ids:
         text.bos_token_id = llm.texts.bos_ids[0]
-    tensors = [
-        *model.vision.backbone.state_dict().values(),
-        *model.trainable_state().values(),
-        *llm.state_dict().values(),
-    ]
-    dtypes = {tensor.dtype for tensor in tensors}
-    config = InstructBlipConfig(
+    return InstructBlipConfig(
         vision_config=_vision_config(model.vision),
         qformer_config=qformer_config(qformer, model.qformer_tokenizer.pad_token_id),
         text_config=text.to_dict() | {"decoder_start_token_id": text.decoder_start_token_id}
@@ -121,8 +136,6 @@ def _huggingface_config(model: InstructBLIP, rows: int, image_token: int) -> Any
         num_query_tokens=qformer.query_tokens.shape[1],
         image_token_index=image_token,
     )
-    config.dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
-    return config
 
 
 def _vision_config(vision: VisionEncoder) -> dict[str, Any]:
