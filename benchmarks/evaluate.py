@@ -31,16 +31,16 @@ from torch import Tensor, nn
 from transformers import InstructBlipConfig, InstructBlipForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from instructblip.cli import compose_config
-from instructblip.config import EvaluateConfig
+from instructblip.config.entry import compose_config
+from instructblip.config.schema import EvaluateConfig
 from instructblip.data.cards import Card, load_card
+from instructblip.data.prepare.command import ensure_prepared
 from instructblip.evaluation.protocol import Task, make_task
 from instructblip.evaluation.runner import read_pixels, run_task
-from instructblip.loading import load_model
-from instructblip.model.instructblip import InstructBLIP
-from instructblip.prepared import ensure_prepared
-from instructblip.weights.huggingface_export import qformer_config
+from instructblip.models.instructblip import InstructBLIP
+from instructblip.weights.load import load_model
 from instructblip.weights.names import foreign_names
+from instructblip.weights.transformers_write import qformer_config
 
 # What is measured: questions asked of this code and of transformers' class; the latter takes a part of them.
 QUESTIONS = {"generation, 5 beams": (128, 12), "ranking 13 answers": (128, 6), "ranking 100 answers": (64, 2)}

@@ -18,11 +18,11 @@ from measure import Work, compare
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from instructblip.build import load_llm
-from instructblip.cli import compose_config
-from instructblip.config import TrainConfig
-from instructblip.model.llm import LLM
-from instructblip.model.ranking import rank_candidates
+from instructblip.config.entry import compose_config
+from instructblip.config.schema import TrainConfig
+from instructblip.models.llm import LLM
+from instructblip.models.ranking import rank_candidates
+from instructblip.weights.parts import load_llm
 
 SAMPLES = 1
 VISUAL_TOKENS = 32

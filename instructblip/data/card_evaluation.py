@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from instructblip.data.schema import build, nearest
+from instructblip.config.validate import build, nearest
 from instructblip.data.templates import FIELDS
 from instructblip.errors import UserError
 

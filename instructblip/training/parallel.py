@@ -22,9 +22,9 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
+from instructblip.distributed import Processes
 from instructblip.errors import UserError
-from instructblip.model.instructblip import InstructBLIP, Loss
-from instructblip.training.processes import Processes
+from instructblip.models.instructblip import InstructBLIP, Loss
 
 KINDS = ("single", "ddp", "fsdp")
 _RECOMPILE_LIMIT = 64
@@ -238,3 +238,6 @@ def _sum_gradients(_: object, bucket: dist.GradBucket) -> torch.futures.Future[T
     assert work is not None
     future: torch.futures.Future[Tensor] = work.get_future().then(lambda done: done.value()[0])
     return future
+
+
+PRECISIONS: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16}

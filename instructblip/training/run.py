@@ -9,15 +9,26 @@ from typing import Any
 
 from rich.console import Console
 
-from instructblip.build import check_frozen, choose_device, restore_trainable
-from instructblip.config import TrainConfig, differences, read_config, to_dict, to_yaml, unknown_key, valid_keys
+from instructblip.config.schema import TrainConfig
+from instructblip.config.validate import differences, read_config, to_dict, to_yaml, unknown_key, valid_keys
 from instructblip.data.batching import Batch
 from instructblip.data.loader import LoadedStep, load_batches
 from instructblip.data.lost import LostSample
+from instructblip.distributed import Processes, choose_device, start_processes
 from instructblip.errors import UserError
 from instructblip.files import write_atomically
-from instructblip.model.frozen import fingerprint_tensors
-from instructblip.training.checkpoint import (
+from instructblip.models.fingerprint import fingerprint_tensors
+from instructblip.progress import TrainingProgress, training_progress
+from instructblip.training.checks import check_batches, check_numbers
+from instructblip.training.loop import StepResult, log_entry, run_steps, traced_steps, what_is_not_finite
+from instructblip.training.parallel import PRECISIONS, Execution, is_sharded, parallelize
+from instructblip.training.plan.tables import planned, shares_planned, shares_realised, verdict
+from instructblip.training.schedule import Place, locate, rank_positions, step_batching, total_steps
+from instructblip.training.setup import TrainingRun, make_plan, set_up
+from instructblip.training.signals import Stopped, StopRequest
+from instructblip.training.timer import StepTimer, peak_memory
+from instructblip.training.validation import clear_notice_board, finish, validate
+from instructblip.weights.checkpoint import (
     LoadedCheckpoint,
     checkpoint_folders,
     load_checkpoint,
@@ -26,25 +37,7 @@ from instructblip.training.checkpoint import (
     remove_unfinished,
     restore_optimizer,
 )
-from instructblip.training.loop import (
-    Place,
-    StepResult,
-    locate,
-    log_entry,
-    rank_positions,
-    run_steps,
-    step_batching,
-    total_steps,
-    what_is_not_finite,
-)
-from instructblip.training.meters import StepTimer, TrainingProgress, peak_memory, training_progress
-from instructblip.training.parallel import Execution, is_sharded, parallelize
-from instructblip.training.processes import Processes, start_processes
-from instructblip.training.profile import traced_steps
-from instructblip.training.scoring import clear_notice_board, finish, validate
-from instructblip.training.setup import PRECISIONS, TrainingRun, check_batches, check_numbers, make_plan, set_up
-from instructblip.training.signals import Stopped, StopRequest
-from instructblip.training.tables import planned, shares_planned, shares_realised, verdict
+from instructblip.weights.load import check_frozen, restore_trainable
 
 _SAVE_FAILED = 255  # instead of a signal's number: rank 0 could not write a checkpoint
 # Settings that a resumed run may change: they decide how a run is carried out, not what it computes.

@@ -20,10 +20,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from instructblip._transformers import quiet_transformers
 from instructblip.files import read_json
-from instructblip.model.instructblip import InstructBLIP
-from instructblip.weights.convert import quiet_transformers
-from instructblip.weights.huggingface import SIDECAR, read_config
+from instructblip.models.instructblip import InstructBLIP
+from instructblip.weights.names import SIDECAR
+from instructblip.weights.transformers_read import read_config
 
 INSTRUCTION = "Question: what color is the shape in the image? Short answer:"
 ANSWER = "it is a blue rectangle"

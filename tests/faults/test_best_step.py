@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from instructblip.training import run as run_module
-from instructblip.training.checkpoint import checkpoint_folders
+from instructblip.weights.checkpoint import checkpoint_folders
 from tests.runs import World, start
 
 STEPS = 12

@@ -17,13 +17,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import InstructBlipForConditionalGeneration
 
-from instructblip.architecture import vision_encoder
-from instructblip.config import VisionConfig
-from instructblip.model.instructblip import InstructBLIP
-from instructblip.model.quantized import quantize_linears
+from instructblip.config.schema import VisionConfig
+from instructblip.models.instructblip import InstructBLIP
+from instructblip.models.quantized import quantize_linears
 from instructblip.weights import __main__ as command
-from instructblip.weights.huggingface import load_huggingface
+from instructblip.weights.modules import vision_encoder
 from instructblip.weights.parity import Trace, differences, rounding_bounds, trace_huggingface, trace_native
+from instructblip.weights.transformers_read import load_huggingface
 from tests.runs import DATASETS, World, evaluate_here, predictions
 from tests.tiny import HUGGINGFACE_LLMS, tiny_huggingface, tiny_images, tiny_model
 

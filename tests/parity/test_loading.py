@@ -12,10 +12,11 @@ import pytest
 import torch
 
 import instructblip
-from instructblip.config import LLMConfig, read_config
+from instructblip.config.schema import LLMConfig
+from instructblip.config.validate import read_config
 from instructblip.errors import UserError
-from instructblip.loading import LoadedModel, Source, find_source, load_model
-from instructblip.training.checkpoint import checkpoint_folders
+from instructblip.weights.checkpoint import checkpoint_folders
+from instructblip.weights.load import LoadedModel, Source, find_source, load_model
 from instructblip.weights.parity import differences, trace_native
 from tests.parity.conftest import Formats
 
@@ -78,7 +79,7 @@ def test_a_source_is_found_without_its_weights(formats: Formats, tmp_path: Path)
 
 def test_load_returns_the_model_alone(formats: Formats) -> None:
     model = instructblip.load(str(formats.lavis), llm="own", device="cpu")
-    assert isinstance(model, instructblip.model.instructblip.InstructBLIP)
+    assert isinstance(model, instructblip.models.instructblip.InstructBLIP)
     assert next(model.parameters()).device.type == "cpu"
 
 
@@ -155,7 +156,7 @@ def test_a_hub_id(form: str, formats: Formats, tmp_path: Path, monkeypatch: pyte
     shutil.copytree(formats.huggingface, repository)
     whole = load(repository).model
     if form == "bin":
-        theirs = instructblip.weights.huggingface.read_weights(repository)
+        theirs = instructblip.weights.transformers_read.read_weights(repository)
         torch.save(instructblip.weights.names.pack_qkv_bias(theirs), repository / "pytorch_model.bin")
         (repository / "model.safetensors").unlink()
     else:

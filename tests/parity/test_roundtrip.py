@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from transformers import InstructBlipForConditionalGeneration, InstructBlipProcessor
 
 from instructblip.errors import UserError
-from instructblip.model.instructblip import InstructBLIP
-from instructblip.model.llm import LLM, DecoderLLM
-from instructblip.model.quantized import quantize_linears
-from instructblip.weights.huggingface import load_huggingface, read_settings, read_weights
-from instructblip.weights.huggingface_export import save_huggingface
+from instructblip.models.instructblip import InstructBLIP
+from instructblip.models.llm import LLM, DecoderLLM
+from instructblip.models.quantized import quantize_linears
 from instructblip.weights.lavis import load_lavis, read_lavis, save_lavis
 from instructblip.weights.parity import differences, trace_huggingface, trace_native, traces_huggingface, traces_native
+from instructblip.weights.transformers_read import load_huggingface, read_settings, read_weights
+from instructblip.weights.transformers_write import save_huggingface
 from tests.tiny import (
     BOS,
     EOS,

@@ -12,9 +12,9 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoTokenizer, InstructBlipForConditionalGeneration
 
-from instructblip.model.instructblip import InstructBLIP
-from instructblip.weights.huggingface import load_huggingface
+from instructblip.models.instructblip import InstructBLIP
 from instructblip.weights.parity import differences, trace_huggingface, trace_native
+from instructblip.weights.transformers_read import load_huggingface
 from tests.tiny import HUGGINGFACE_LLMS, tiny_huggingface
 
 PROMPTS = ["what color is the shape?", "Question: is there a circle in the image? Short answer:"]

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from instructblip.data.cards import load_card
+from instructblip.distributed import ALONE, Worker
 from instructblip.errors import UserError
-from instructblip.evaluation.distributed import ALONE, Worker
-from instructblip.evaluation.folder import claimed, refuse_others_results
+from instructblip.evaluation.journal import claimed, refuse_others_results
 from instructblip.evaluation.protocol import Task, as_json, withheld
 from tests.stored import entry, write_run
 from tests.synthetic_tasks import synthetic_task

@@ -13,13 +13,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from instructblip.build import load_llm
-from instructblip.config import CONFIGS
+from instructblip.config.schema import CONFIGS
 from instructblip.errors import UserError
-from instructblip.model.frozen import fingerprint
-from instructblip.model.instructblip import InstructBLIP
-from instructblip.model.llm import LLM
-from instructblip.model.quantized import QuantizedLinear
+from instructblip.models.fingerprint import fingerprint
+from instructblip.models.instructblip import InstructBLIP
+from instructblip.models.llm import LLM
+from instructblip.models.quantized import QuantizedLinear
+from instructblip.weights.parts import load_llm
 from tests.families import FAMILIES, SLIDING_WINDOW, llm_config, write_llm
 from tests.tiny import tiny_images, tiny_model
 

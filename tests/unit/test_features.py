@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from instructblip.data import features
-from instructblip.data.features import FeatureCache, shard_pixels
+from instructblip.data import feature_cache as features
+from instructblip.data.feature_cache import FeatureCache, shard_pixels
 from instructblip.data.shards import ShardReader
-from instructblip.data.transforms import decode_image, squash
 from instructblip.errors import UserError
+from instructblip.images import decode_image, squash
 from tests.unit.test_shards import _write, _write_videos
 
 SIZE = 8

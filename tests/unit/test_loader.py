@@ -14,14 +14,15 @@ from PIL import Image
 from torch import Tensor
 
 from instructblip.data.batching import Batch, Batching, collate
-from instructblip.data.loader import LoadedStep, MixtureDataset, TrainingSet, decoded, load_batches
+from instructblip.data.loader import LoadedStep, load_batches
 from instructblip.data.mixture import Mixture, MixtureEntry
-from instructblip.data.sample import Record
+from instructblip.data.mixture_dataset import MixtureDataset, TrainingSet, decoded
+from instructblip.data.records import Record
 from instructblip.data.shards import PreparedSplit, ShardReader, ShardWriter, open_split, shard_path
 from instructblip.data.templates import TemplateSet
-from instructblip.data.transforms import decode_image, squash
 from instructblip.errors import UserError
-from instructblip.training.loop import Phase, rank_positions, step_batching, total_steps
+from instructblip.images import decode_image, squash
+from instructblip.training.schedule import Phase, rank_positions, step_batching, total_steps
 
 TEMPLATES = TemplateSet("two", "", ("{question}", "Q: {question} A:"))
 IMAGES = 7

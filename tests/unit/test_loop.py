@@ -9,19 +9,10 @@ import torch
 
 from instructblip.data.batching import Batch, Batching
 from instructblip.errors import UserError
-from instructblip.model.instructblip import InstructBLIP
-from instructblip.training.loop import (
-    Phase,
-    Place,
-    StepResult,
-    locate,
-    log_entry,
-    rank_positions,
-    run_steps,
-    total_steps,
-    train_step,
-)
+from instructblip.models.instructblip import InstructBLIP
+from instructblip.training.loop import StepResult, log_entry, run_steps, train_step
 from instructblip.training.optim import learning_rate, make_adamw
+from instructblip.training.schedule import Phase, Place, locate, rank_positions, total_steps
 from tests.tiny import tiny_images, tiny_model
 
 FIRST = Phase(

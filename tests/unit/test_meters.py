@@ -12,8 +12,11 @@ from PIL import Image
 from rich.console import Console
 
 from instructblip.errors import UserError
-from instructblip.training import meters
-from instructblip.training.meters import BestStep, MetricsLog, StepTimer, draw_curves, smoothed, training_progress
+from instructblip.progress import training_progress
+from instructblip.training import timer as meters
+from instructblip.training.curves import draw_curves, smoothed
+from instructblip.training.metrics_log import BestStep, MetricsLog
+from instructblip.training.timer import StepTimer
 
 
 class Clock:

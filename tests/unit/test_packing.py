@@ -9,15 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from instructblip.build import load_llm
 from instructblip.data.batching import Batching
-from instructblip.data.sample import Record, Sample
-from instructblip.model import llm as llm_module
-from instructblip.model.instructblip import InstructBLIP
-from instructblip.model.llm import LLM
-from instructblip.model.packing import RowLayout, isolated, lay_out, pack_rows
+from instructblip.data.records import Record, Sample
+from instructblip.models import llm as llm_module
+from instructblip.models.instructblip import InstructBLIP
+from instructblip.models.llm import LLM
+from instructblip.models.packing import RowLayout, isolated, lay_out, pack_rows
 from instructblip.training.loop import StepResult, train_step
 from instructblip.training.optim import make_adamw
+from instructblip.weights.parts import load_llm
 from tests.families import SLIDING_WINDOW, llm_config, write_llm
 from tests.tiny import tiny_encoder_decoder_llm, tiny_images, tiny_model
 

@@ -12,15 +12,15 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from instructblip import architecture
-from instructblip.architecture import language_model_of_sizes, qformer_of_sizes
-from instructblip.config import CONFIGS, TrainConfig, VisionConfig
+from instructblip.config.schema import CONFIGS, TrainConfig, VisionConfig
 from instructblip.errors import UserError
-from instructblip.training import flops
-from instructblip.training.plan import Plan, what_fits
+from instructblip.training.plan import flops
+from instructblip.training.plan.memory import Plan, what_fits
+from instructblip.training.plan.tables import verdict
 from instructblip.training.run import train
 from instructblip.training.setup import make_plan
-from instructblip.training.tables import verdict
+from instructblip.weights import modules as architecture
+from instructblip.weights.modules import language_model_of_sizes, qformer_of_sizes
 from tests.runs import compose
 
 PAPER = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml"))
@@ -203,8 +203,8 @@ def test_every_experiment_is_planned_and_nothing_is_opened(
 
     for name in ("builtins.open", "io.open", "os.open", "socket.socket.connect", "torch.load"):
         monkeypatch.setattr(name, refuse)
-    monkeypatch.setattr("instructblip.build.part_folder", refuse)
-    monkeypatch.setattr("instructblip.training.setup.load_card", refuse)
+    monkeypatch.setattr("instructblip.fetch.parts.part_folder", refuse)
+    monkeypatch.setattr("instructblip.data.cards.load_card", refuse)
     console = Console(file=io.StringIO(), width=100)
     status = train(config, console)
     assert isinstance(console.file, io.StringIO)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from instructblip.data.cards import Card, load_card
-from instructblip.data.prepare import prepare_dataset
+from instructblip.data.prepare.convert import prepare_dataset
 from instructblip.errors import UserError
 from instructblip.evaluation.protocol import as_json, majority_answers, make_task, withheld
 from tests.synthetic_tasks import synthetic_task

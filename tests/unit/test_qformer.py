@@ -6,7 +6,7 @@ from torch import Tensor
 from transformers import InstructBlipQFormerConfig
 from transformers.models.instructblip.modeling_instructblip import InstructBlipQFormerModel
 
-from instructblip.model.qformer import QFormer, QFormerLayer
+from instructblip.models.qformer import QFormer, QFormerLayer
 from tests.tiny import tiny_qformer
 
 VISION_WIDTH = 24

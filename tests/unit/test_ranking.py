@@ -16,9 +16,9 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from instructblip.model.instructblip import InstructBLIP
-from instructblip.model.llm import DecoderLLM
-from instructblip.model.ranking import RANKING_PRESETS, CandidateTree
+from instructblip.models.instructblip import InstructBLIP
+from instructblip.models.llm import DecoderLLM
+from instructblip.models.ranking import RANKING_PRESETS, CandidateTree
 from tests.tiny import EOS, tiny_encoder_decoder_llm, tiny_images, tiny_llm, tiny_llm_tokenizer, tiny_model
 
 PROMPTS = [
@@ -134,7 +134,7 @@ def test_scores_do_not_depend_on_how_many_vocabulary_rows_are_in_memory(
     model: InstructBLIP, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = model.rank(tiny_images(2), PROMPTS[:2], [CANDIDATES] * 2)
-    monkeypatch.setattr("instructblip.model.ranking._LOGIT_ROWS", 3)
+    monkeypatch.setattr("instructblip.models.ranking._LOGIT_ROWS", 3)
     check(model.rank(tiny_images(2), PROMPTS[:2], [CANDIDATES] * 2), expected)
 
 

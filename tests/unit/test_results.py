@@ -12,14 +12,14 @@ from rich.console import Console
 from rich.table import Table
 
 from instructblip.data.cards import Card, load_card
-from instructblip.data.sample import Record
+from instructblip.data.records import Record
 from instructblip.data.shards import MANIFEST_FORMAT, ShardWriter, shard_path
 from instructblip.errors import UserError
-from instructblip.evaluation import results
+from instructblip.evaluation import suite as results
 from instructblip.evaluation.metrics import accuracy
 from instructblip.evaluation.outcomes import Failure, Prediction, TaskResult
 from instructblip.evaluation.protocol import Task, make_task
-from instructblip.evaluation.results import (
+from instructblip.evaluation.suite import (
     BLIND,
     CHANCE,
     MAJORITY,

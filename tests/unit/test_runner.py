@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from instructblip.data.cards import load_card
-from instructblip.data.prepare import prepare_dataset
+from instructblip.data.prepare.convert import prepare_dataset
 from instructblip.data.shards import ShardReader
 from instructblip.evaluation.outcomes import TaskResult
 from instructblip.evaluation.protocol import Task, make_task, withheld
+from instructblip.evaluation.results_file import PREDICTIONS
 from instructblip.evaluation.runner import blank_image, read_pixels, run_task
-from instructblip.evaluation.stored import PREDICTIONS
-from instructblip.model.instructblip import InstructBLIP
+from instructblip.models.instructblip import InstructBLIP
 from tests.tiny import IMAGE_SIZE, tiny_model, write_easy_vqa
 
 

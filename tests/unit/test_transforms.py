@@ -12,23 +12,23 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as torchvision_functional
 
+from instructblip import images
 from instructblip.data import transforms
-from instructblip.data.augment import OPERATIONS, Operation, apply_operations, draw_operations
 from instructblip.data.transforms import (
     AUGMENTATIONS,
+    OPERATIONS,
     TRANSFORMS,
     Augmentation,
+    Operation,
     View,
+    apply_operations,
     augment_frames,
-    center_crop,
-    decode_image,
+    draw_operations,
     draw_view,
-    fit_frames,
-    image_size,
     show_view,
-    squash,
 )
 from instructblip.errors import DamagedSample, UserError
+from instructblip.images import center_crop, decode_image, fit_frames, image_size, squash
 
 
 def _encode(image: Image.Image, format: str = "PNG", **options: object) -> bytes:
@@ -126,7 +126,7 @@ def test_damaged_bytes_never_give_another_error(format: str) -> None:
 
 
 def test_limit_of_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transforms, "MAX_PIXELS", 1200)
+    monkeypatch.setattr(images, "MAX_PIXELS", 1200)
     assert decode_image(_encode(_noise((40, 30))), "x").size == (40, 30)
     with pytest.raises(UserError, match=r"image bomb has 41 x 30 pixels, the limit is 1,200"):
         decode_image(_encode(_noise((41, 30))), "bomb")

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-from instructblip.data.sample import Record
+from instructblip.data.records import Record
 from instructblip.evaluation.metrics.accuracy import (
     NO_CHOICE,
     accuracy,
