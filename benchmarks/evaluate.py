@@ -92,7 +92,12 @@ class OneByOne:
         """What the class takes for one question: the image, the Q-Former's text, and the tokens of all."""
         sample, own = task.samples[number], self.own
         visual = [self.model.config.image_token_index] * self.model.config.num_query_tokens
-        ids = [*own.llm.image_prefix_ids, *visual, *own.llm.prompt_ids(sample.prompt), *answer]
+        ids = [
+            *own.llm.prompt_format.image_prefix_ids,
+            *visual,
+            *own.llm.prompt_format.prompt_ids(sample.prompt),
+            *answer,
+        ]
         text = own.qformer_tokenizer([sample.prompt], return_tensors="pt")
         return {
             "pixel_values": read_pixels(own.vision.image_size)(sample.shard, sample.row),
@@ -105,7 +110,7 @@ class OneByOne:
     @torch.inference_mode()
     def answer(self, task: Task, number: int) -> str:
         """The text it writes, or the candidate with the largest log-likelihood."""
-        protocol, tokenizer = task.protocol, self.own.llm.tokenizer
+        protocol, tokenizer = task.protocol, self.own.llm.prompt_format.tokenizer
         if protocol.mode == "generate":
             inputs = self.inputs(task, number)
             ids = self.model.generate(
@@ -120,7 +125,7 @@ class OneByOne:
 
     def log_likelihood(self, task: Task, number: int, candidate: str) -> float:
         """Of one candidate, in nats, by a forward pass of its own."""
-        answer = self.own.llm.target_ids(candidate, task.protocol.include_eos)
+        answer = self.own.llm.prompt_format.target_ids(candidate, task.protocol.include_eos)
         inputs = self.inputs(task, number, answer)
         labels = torch.full_like(inputs["input_ids"], -100)
         labels[0, -len(answer) :] = torch.tensor(answer)

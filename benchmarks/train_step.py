@@ -49,8 +49,8 @@ from instructblip.models.instructblip import InstructBLIP
 from instructblip.models.llm import LLM_KINDS
 from instructblip.training.loop import train_step
 from instructblip.training.optim import make_adamw
-from instructblip.training.parallel import Execution, parallelize
-from instructblip.training.plan.flops import Work, measured_peak, model_shape
+from instructblip.training.parallel import StepContext, parallelize
+from instructblip.training.plan.flops import StepWorkload, measured_peak, model_shape
 from instructblip.training.timer import peak_memory
 from instructblip.weights.modules import (
     language_model_of_sizes,
@@ -172,11 +172,11 @@ def batches_of(model: InstructBLIP, arguments: argparse.Namespace, kind: str) ->
     return batching.split(samples(arguments.batch, arguments.long, model.vision.image_size))
 
 
-def work_of(config: TrainConfig, count: int, long: int) -> Work:
+def work_of(config: TrainConfig, count: int, long: int) -> StepWorkload:
     """What a step asks for, however it is computed."""
-    texts = LLM_KINDS[config.llm.kind].texts_kind(**conventions(config.llm))
+    texts = LLM_KINDS[config.llm.kind].prompt_format_kind(**conventions(config.llm))
     pairs = [(sample.instruction, sample.target or "") for sample, _ in samples(count, long, image_size=1)]
-    return Work(
+    return StepWorkload(
         samples=count,
         frames=count,
         encoded=count,
@@ -198,7 +198,7 @@ def this_code(kind: str, *, compiled: bool = False, fp8: bool = False) -> Callab
         if fp8:
             _to_fp8(model)
         parallelize(model, Processes(), kind="single", compile_blocks=compiled)
-        execution = Execution(autocast=torch.bfloat16 if arguments.device == "cuda" else None)
+        context = StepContext(autocast=torch.bfloat16 if arguments.device == "cuda" else None)
 
         def step() -> float:
             result = train_step(
@@ -209,7 +209,7 @@ def this_code(kind: str, *, compiled: bool = False, fp8: bool = False) -> Callab
                 packed=kind == "packed",
                 rate=RATE,
                 clip_norm=CLIP,
-                execution=execution,
+                context=context,
             )
             return result.loss
 
@@ -270,7 +270,7 @@ def transformers_batch(model: InstructBLIP, image_token: int, batch: Batch) -> d
     text = model.qformer_tokenizer(batch.instructions, padding=True, return_tensors="pt")
     visual = [image_token] * model.qformer.query_tokens.shape[1]
     rows = [
-        (visual + model.llm.prompt_ids(prompt, truncate=True), model.llm.target_ids(answer))
+        (visual + model.llm.prompt_format.prompt_ids(prompt, truncate=True), model.llm.prompt_format.target_ids(answer))
         for prompt, answer in zip(batch.instructions, batch.targets, strict=True)
     ]
     together = not model.llm.model.config.is_encoder_decoder

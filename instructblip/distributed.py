@@ -158,13 +158,13 @@ class Worker:
         rank: its number, from 0.
         count: how many there are.
         local_rank: its number on its node, which is that of its GPU.
-        look: called between batches and while this process waits for the others; may raise to give up.
+        poll_stop: called between batches and while this process waits for the others; may raise to give up.
     """
 
     rank: int = 0
     count: int = 1
     local_rank: int = 0
-    look: Callable[[], None] = _on
+    poll_stop: Callable[[], None] = _on
 
     @property
     def is_first(self) -> bool:

@@ -80,7 +80,7 @@ def _damaged(where: str, error: Exception) -> DamagedSample:
 # --- the same for every draw ------------------------------------------------------------------------------------------
 
 
-def squash(image: Image.Image, size: int) -> Tensor:
+def resize_square(image: Image.Image, size: int) -> Tensor:
     """Resize to a square without keeping the aspect (`blip_image_eval` of the released code): uint8 (3, size, size)."""
     return to_pixels(image.resize((size, size), Image.Resampling.BICUBIC))
 
@@ -100,7 +100,7 @@ def to_pixels(image: Image.Image) -> Tensor:
 
 # --- by name ----------------------------------------------------------------------------------------------------------
 
-FITS: dict[str, Fit] = {"squash": squash, "center_crop": center_crop}
+FITS: dict[str, Fit] = {"resize_square": resize_square, "center_crop": center_crop}
 
 
 def fit_frames(frames: Sequence[bytes], where: str, transform: str, size: int) -> Tensor:

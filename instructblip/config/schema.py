@@ -160,7 +160,7 @@ class DataConfig:
     sources: dict[str, SourcesConfig] = field(default_factory=dict)  # raw data that may be fetched, by dataset
     workers: int = 0
     cache_features: bool = False
-    transform: str = "squash"  # of training images: squash, center_crop, or a random one
+    transform: str = "resize_square"  # of training images: resize_square, center_crop, or a random one
     tolerance: ToleranceConfig = field(default_factory=ToleranceConfig)
 
 

@@ -85,7 +85,7 @@ class Evaluation:
     min_new_tokens: int = 1
     length_penalty: float = 1.0
     repetition_penalty: float = 1.0
-    transform: Literal["squash", "center_crop"] = "squash"
+    transform: Literal["resize_square", "center_crop"] = "resize_square"
     frames: int = 1
     ocr: Literal["own"] | None = None
     kinds: tuple[str, ...] = ()

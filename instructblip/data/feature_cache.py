@@ -29,7 +29,7 @@ Encode = Callable[[Tensor], Tensor]  # uint8 (B, 3, H, W) -> tokens (B, P, V)
 _BATCH = 50
 
 
-def shard_pixels(shard: ShardReader, row: int, image_size: int, transform: str = "squash") -> Tensor:
+def shard_pixels(shard: ShardReader, row: int, image_size: int, transform: str = "resize_square") -> Tensor:
     """The frames of one row under a transform of `transforms.FITS`: uint8 (F, 3, image_size, image_size)."""
     frames, _ = shard.read_encoded(row)
     return fit_frames(frames, f"{shard.keys[row]} of {shard.path}", transform, image_size)
@@ -45,7 +45,7 @@ class FeatureCache:
     """
 
     def __init__(self, folder: Path, *, encoder_fingerprint: str, image_size: int) -> None:
-        identity = f"{encoder_fingerprint} squash {image_size}"
+        identity = f"{encoder_fingerprint} resize_square {image_size}"
         self.folder = folder / hashlib.sha256(identity.encode()).hexdigest()[:16]
         self.image_size = image_size
         self._open: dict[str, Any] = {}

@@ -4,7 +4,7 @@ The sample at position i is a pure function of (mixture, seed, i): nothing else,
 restarts, decides it. So a resumed run needs its step number only.
 
 * Positions are drawn in groups that come from one dataset. A group is one position when datasets are mixed sample by
-  sample; `per_batch` and `per_step` mixing make it a micro-batch or a global batch (`Stretch`).
+  sample; `per_batch` and `per_step` mixing make it a micro-batch or a global batch (`MixtureSegment`).
 * Datasets are interleaved in blocks of groups. Before block b dataset d has had `floor(b * size * P_d + u_d)` groups minus
   the same for its predecessor, where P_d are cumulative probabilities: realised shares stay within two groups of p_d at
   every block border instead of wandering like independent draws. Inside a block the order is a seeded shuffle.
@@ -44,7 +44,7 @@ class Draw(NamedTuple):
     record: int
 
 
-class Stretch(NamedTuple):
+class MixtureSegment(NamedTuple):
     """So many positions of a run in which each `group` consecutive ones, from its first on, come from one dataset."""
 
     positions: int
@@ -72,7 +72,7 @@ class Mixture:
         weighting: `sqrt`, `proportional`, `uniform` or `temperature`, times each entry's multiplier.
         temperature: T of p_d ~ n_d ** (1 / T), for `temperature` alone: 1 is proportional, 2 the square root.
         seed: decides every order.
-        stretches: how many positions are drawn in groups of which size, in order; the last one goes on for ever. None
+        segments: how many positions are drawn in groups of which size, in order; the last one goes on for ever. None
             given: sample by sample.
 
     Raises:
@@ -88,9 +88,9 @@ class Mixture:
         weighting: str = "sqrt",
         temperature: float | None = None,
         seed: int = 0,
-        stretches: Sequence[Stretch] = (),
+        segments: Sequence[MixtureSegment] = (),
     ) -> None:
-        _check(entries, weighting, temperature, stretches)
+        _check(entries, weighting, temperature, segments)
         self.entries = tuple(entries)
         self.seed = seed
         records = np.array([entry.records for entry in entries], dtype=np.float64)
@@ -104,7 +104,7 @@ class Mixture:
         self._groups = np.empty((0, 2), dtype=np.int64)  # dataset and ordinal among its groups, of the cached block
         self._chunk_start = 0
         self._chunk = np.empty((0, 3), dtype=np.int64)  # dataset, epoch, record of the positions from there on
-        self._lay_stretches(stretches or [Stretch(1, 1)])
+        self._lay_segments(segments or [MixtureSegment(1, 1)])
 
     def draw(self, position: int) -> Draw:
         """The draw at a global position (0, 1, 2, ...)."""
@@ -136,7 +136,7 @@ class Mixture:
         borders = np.concatenate([[0], inner, [block * self._block]]).astype(np.int64)
         return np.diff(borders)
 
-    # --- groups and stretches -------------------------------------------------------------------------------------------
+    # --- groups and segments -------------------------------------------------------------------------------------------
 
     def _block_size(self) -> int:
         # Cumulative counts must grow by at least one a block for the difference of two floors never to fall.
@@ -151,10 +151,10 @@ class Mixture:
                 )
         return size
 
-    def _lay_stretches(self, stretches: Sequence[Stretch]) -> None:
+    def _lay_segments(self, segments: Sequence[MixtureSegment]) -> None:
         """Where each stretch begins, counted in positions, in groups, and in groups and samples of each dataset."""
-        self._sizes = np.array([stretch.group for stretch in stretches], dtype=np.int64)
-        lengths = np.array([stretch.positions for stretch in stretches], dtype=np.int64)
+        self._sizes = np.array([stretch.group for stretch in segments], dtype=np.int64)
+        lengths = np.array([stretch.positions for stretch in segments], dtype=np.int64)
         self._position_starts = np.cumsum(lengths) - lengths
         groups = lengths // self._sizes
         self._group_starts = np.cumsum(groups) - groups
@@ -229,7 +229,7 @@ class Mixture:
 
 
 def _check(
-    entries: Sequence[MixtureEntry], weighting: str, temperature: float | None, stretches: Sequence[Stretch]
+    entries: Sequence[MixtureEntry], weighting: str, temperature: float | None, segments: Sequence[MixtureSegment]
 ) -> None:
     if weighting not in WEIGHTINGS:
         raise ValueError(f"weighting {weighting!r} is not known; choose one of {', '.join(WEIGHTINGS)}")
@@ -248,7 +248,7 @@ def _check(
             raise ValueError(f"dataset {entry.name}: its shards hold {sum(entry.shards)} records, not {entry.records}")
     if not entries:
         raise ValueError("a mixture needs at least one dataset")
-    for stretch in stretches:
+    for stretch in segments:
         if stretch.group < 1 or stretch.positions % stretch.group:
             raise ValueError(f"{stretch.positions} positions are not whole groups of {stretch.group}")
 

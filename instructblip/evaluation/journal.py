@@ -103,7 +103,7 @@ class Journal:
         pause, since, before = _FIRST_PAUSE, time.monotonic(), self.missing
         while self.missing:
             time.sleep(pause)
-            self.worker.look()
+            self.worker.poll_stop()
             self.read()
             pause = min(2 * pause, _LONGEST_PAUSE)
             if self.missing != before:

@@ -194,7 +194,7 @@ def make_task(
     public = _answers_public(card, split, rules.metric, chosen)
     if public and rules.metric == "auroc":
         _check_labels(card, chosen)
-    choices = stated(rules, mode)
+    choices = protocol_fields(rules, mode)
     if choices["candidates_from"] == "card" and not choices["candidates"]:
         raise UserError(f"{card.name} has no candidates to rank; evaluate it with mode=generate")
     vocabulary = train_answers(card, shards) if choices["candidates_from"] == "train_answers" else ()
@@ -240,7 +240,7 @@ def make_validation_task(card: Card, shards: Path, *, samples: int | None) -> Ta
     return make_task(card, shards, split=rules.validation_split or rules.split, samples=samples)
 
 
-def withheld(task: Task) -> Task:
+def blind_task(task: Task) -> Task:
     """The same task as a blind baseline."""
     return replace(task, protocol=replace(task.protocol, images="withheld"))
 
@@ -391,7 +391,7 @@ _FROM_CARD = (
 )
 
 
-def stated(rules: Evaluation, mode: str) -> dict[str, Any]:
+def protocol_fields(rules: Evaluation, mode: str) -> dict[str, Any]:
     """The choices of a `Protocol`, by name, that follow from a card's evaluation in this mode."""
     source = (rules.candidates_from or "card") if mode == "rank" else "none"
     verbalizers = tuple((text, label) for label, synonyms in rules.verbalizers.items() for text in synonyms)
@@ -405,7 +405,7 @@ def stated(rules: Evaluation, mode: str) -> dict[str, Any]:
     }
 
 
-def of_the_shards(rules: Evaluation) -> dict[str, Any]:
+def expected_shard_fields(rules: Evaluation) -> dict[str, Any]:
     """What a card expects of choices that the prepared shards make; without those that it leaves open."""
     expected: dict[str, Any] = {"frames": rules.frames}
     if rules.ocr is not None or not shows_ocr(rules.prompt):

@@ -164,7 +164,7 @@ def blank_image(image_size: int) -> Tensor:
     return torch.full((3, image_size, image_size), _GREY, dtype=torch.uint8)
 
 
-def read_pixels(image_size: int, transform: str = "squash") -> ReadImage:
+def read_pixels(image_size: int, transform: str = "resize_square") -> ReadImage:
     """A reader that decodes images, for use without a feature cache."""
     return partial(shard_pixels, image_size=image_size, transform=transform)
 
@@ -228,7 +228,7 @@ def _answer(
                 images = _blank(model, chunk) if blind else _images(model, chunk, pixels, journal, limit)
                 _check_failures(task, journal, tolerance)
                 for batch in cut_chunk(chunk, batch_size):
-                    journal.worker.look()
+                    journal.worker.poll_stop()
                     asked = [question for question in batch if question.sample.image_key in images]
                     if any(key not in journal for question in asked for key in question.keys):
                         pairs = [(question, images[question.sample.image_key]) for question in asked]

@@ -21,7 +21,7 @@ from instructblip.distributed import ALONE, Worker
 from instructblip.errors import UserError
 from instructblip.evaluation.metrics import METRICS, ModelOutput
 from instructblip.evaluation.outcomes import TaskResult
-from instructblip.evaluation.protocol import Task, chance_level, majority_answers, withheld
+from instructblip.evaluation.protocol import Task, blind_task, chance_level, majority_answers
 from instructblip.evaluation.report.content import part_scores, report_row, report_section
 from instructblip.evaluation.report.page import Report, write_report
 from instructblip.evaluation.results_file import FORMAT, PREDICTIONS, RESULTS
@@ -55,7 +55,11 @@ def model_identity(model: InstructBLIP, frozen: Mapping[str, str]) -> str:
     """
     llm, vision = model.llm, model.vision
     conventions = [
-        [llm.image_prefix_ids, llm.prompt_ids("A word?"), llm.target_ids("A word.")],
+        [
+            llm.prompt_format.image_prefix_ids,
+            llm.prompt_format.prompt_ids("A word?"),
+            llm.prompt_format.target_ids("A word."),
+        ],
         [model.max_instruction_tokens, model.qformer.instruction_aware],
         [vision.image_size, vision.mean.tolist(), vision.std.tolist(), str(vision.layers), str(vision.grid)],
     ]
@@ -162,8 +166,8 @@ def evaluate_tasks(
     for task in tasks:
         home, transform = folder / task.card.name, task.protocol.transform
         # What `read_image` gives, from a cache perhaps, is squashed.
-        reader = read_image if transform == "squash" else read_pixels(model.vision.image_size, transform)
-        runs = [(task, home), (withheld(task), home / _WITHHELD)][: 1 + blind]
+        reader = read_image if transform == "resize_square" else read_pixels(model.vision.image_size, transform)
+        runs = [(task, home), (blind_task(task), home / _WITHHELD)][: 1 + blind]
         found = []
         for asked, place in runs:
             if not worker.is_first:
@@ -210,7 +214,7 @@ def finish_evaluation(
     described = describe_model(model, parts, frozen)
     summary = results_json(results, checkpoint=checkpoint, fingerprint=weights, step=step, model=described)
     written = write_results(folder, title, results, summary, examples)
-    console.print(score_table(title, results))
+    console.print(console_table(title, results))
     for path in written:
         console.print(f"wrote {path}", highlight=False, soft_wrap=True)
 
@@ -283,7 +287,7 @@ def has_submission(result: TaskResult) -> bool:
     return result.task.card.name in SUBMISSIONS and whole
 
 
-def score_table(title: str, results: Sequence[DatasetResult]) -> Table:
+def console_table(title: str, results: Sequence[DatasetResult]) -> Table:
     """Scores with their 95% intervals beside the baselines, for the terminal."""
     held_out = [item.result.task.card.name for item in results if item.result.task.card.role == "held-out"]
     caption = f"held out, never trained on: {', '.join(held_out)}" if held_out else None

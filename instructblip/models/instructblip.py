@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from instructblip.images import squash
+from instructblip.images import resize_square
 from instructblip.models.frozen import FrozenModule
 from instructblip.models.llm import LLM
 from instructblip.models.qformer import QFormer
@@ -96,7 +96,7 @@ class InstructBLIP(nn.Module):
             frames = [[image] if isinstance(image, Image.Image) else list(image) for image in images]
             size = self.vision.image_size
             images = torch.stack(
-                [torch.stack([squash(frame.convert("RGB"), size) for frame in clip]) for clip in frames]
+                [torch.stack([resize_square(frame.convert("RGB"), size) for frame in clip]) for clip in frames]
             )
         images = images.to(self.projection.weight.device)
         if images.dtype != torch.uint8:
@@ -153,7 +153,7 @@ class InstructBLIP(nn.Module):
         if not through_llm:
             return self._alignment_loss(visual_BQL, targets)._replace(text=text)
         prefixes = self.llm.prefixes(visual_BQL, instructions, truncate=True)
-        answers = [self.llm.target_ids(text) for text in targets]
+        answers = [self.llm.prompt_format.target_ids(text) for text in targets]
         states = self.llm.answer_states(prefixes, answers, packed=packed)
         labels_S = torch.tensor([token for ids in answers for token in ids], device=states.hidden_SL.device)
         loss = _summed_loss(self.llm.logits(states.hidden_SL), labels_S, [len(ids) for ids in answers])
@@ -161,7 +161,7 @@ class InstructBLIP(nn.Module):
 
     def sample_length(self) -> Callable[[str, str, int], int]:
         """A picklable function: how many positions of the LLM a sample fills, from its (prompt, target, frames)."""
-        return partial(self.llm.texts.length, queries=self.qformer.query_tokens.shape[1])
+        return partial(self.llm.prompt_format.length, queries=self.qformer.query_tokens.shape[1])
 
     @torch.inference_mode()
     def rank(
@@ -189,7 +189,8 @@ class InstructBLIP(nn.Module):
         prefixes = self.llm.prefixes(self.visual_prompt(self.image_tokens(images), prompts), prompts)
         # Texts are tokenised once; lists that are one and the same (a vocabulary) stay so, for ranking to share its work.
         tokens = {
-            text: self.llm.target_ids(text, include_eos) for text in {text for texts in candidates for text in texts}
+            text: self.llm.prompt_format.target_ids(text, include_eos)
+            for text in {text for texts in candidates for text in texts}
         }
         ids = for_each_object(lambda texts: [tokens[text] for text in texts], candidates)
         return rank_candidates(self.llm, prefixes, ids, normalize=normalize, token_budget=token_budget)
@@ -242,7 +243,9 @@ class InstructBLIP(nn.Module):
         # The mean of unit vectors is long only where they agree, so every visual token learns to name the answer.
         directions_BL = F.normalize(visual_BQL, dim=-1).mean(dim=1)
         logits_BV = _ALIGNMENT_SCALE * self.llm.embedding_cosines(directions_BL)
-        first_B = torch.tensor([self.llm.target_ids(text)[0] for text in targets], device=logits_BV.device)
+        first_B = torch.tensor(
+            [self.llm.prompt_format.target_ids(text)[0] for text in targets], device=logits_BV.device
+        )
         loss = _summed_loss(logits_BV, first_B, [1] * len(targets))
         # Directions alone would let the tokens' lengths drift far from anything the LLM knows.
         stretch_BQ = visual_BQL.norm(dim=-1).div(self.llm.embedding_norms.mean()).log()

@@ -1,7 +1,7 @@
 """Frozen language models in two kinds, decoder-only and encoder-decoder: embeddings in, hidden states and logits out.
 
-Everything particular to one LLM arrives as arguments, its text conventions in `text.py`; nothing here looks at a model's
-name.
+Everything particular to one LLM arrives as arguments, its text conventions in `prompt_format.py`; nothing here looks at a
+model's name.
 
 Shape legend: B batch, R rows of one sample or of several, T tokens, Q visual tokens, L language-model width, S answer tokens
 in the batch, V vocabulary, N nodes of a candidate tree, K keys a node may attend to.
@@ -27,13 +27,13 @@ from transformers import (
 )
 
 from instructblip.models.frozen import FrozenModule
-from instructblip.models.packing import RowLayout, isolated, lay_out, pack_rows
-from instructblip.models.prompt_format import DecoderTexts, EncoderDecoderTexts, Texts
+from instructblip.models.packing import RowLayout, block_causal_mask, pack_rows, packed_layout
+from instructblip.models.prompt_format import DecoderPromptFormat, EncoderDecoderPromptFormat, PromptFormat
 
 
 @dataclass
-class OpenPrompts:
-    """Prompts that were run once and can be continued many times; what `LLM.open_prompts` returns.
+class Prefill:
+    """Prompts that were run once and can be continued many times; what `LLM.prefill` returns.
 
     Attributes:
         last_BL: hidden state that predicts the first answer token.
@@ -67,24 +67,24 @@ class LLM(FrozenModule):
 
     Args:
         model: a `...ForCausalLM` or `...ForConditionalGeneration` of text.
-        tokenizer, conventions: its text conventions, as `text.Texts` takes them.
+        tokenizer, conventions: its text conventions, as `PromptFormat` takes them.
 
     Raises:
         ValueError: a token that the tokenizer does not know, or a model that this kind cannot run.
     """
 
-    texts_kind: type[Texts]
+    prompt_format_kind: type[PromptFormat]
     embedding_norms: Tensor  # (V,), of the token embeddings as the model receives them
     embedding_scale: Tensor  # (1,), what the embedding layer multiplies its table by
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, **conventions: Any) -> None:
         super().__init__()
         self.model = model
-        self.texts = self.texts_kind(tokenizer, **conventions)
+        self.prompt_format = self.prompt_format_kind(tokenizer, **conventions)
         # What a checkpoint's authors like to sample with must not leak into an evaluation.
         model.generation_config = GenerationConfig(
-            eos_token_id=self.eos_id,
-            pad_token_id=self.pad_id,
+            eos_token_id=self.prompt_format.eos_id,
+            pad_token_id=self.prompt_format.pad_id,
             decoder_start_token_id=getattr(model.config, "decoder_start_token_id", None),
         )
         self.freeze()
@@ -115,34 +115,6 @@ class LLM(FrozenModule):
         assert isinstance(table, nn.Embedding)
         return table
 
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The model's own."""
-        return self.texts.tokenizer
-
-    @property
-    def eos_id(self) -> int:
-        """The token that ends an answer."""
-        return self.texts.eos_id
-
-    @property
-    def pad_id(self) -> int:
-        """The token that fills batches."""
-        return self.texts.pad_id
-
-    @property
-    def image_prefix_ids(self) -> list[int]:
-        """Token ids in front of the visual tokens."""
-        return self.texts.image_prefix_ids
-
-    def prompt_ids(self, prompt: str, *, truncate: bool = False) -> list[int]:
-        """Token ids of a prompt; `truncate` cuts its beginning, as training does."""
-        return self.texts.prompt_ids(prompt, truncate=truncate)
-
-    def target_ids(self, target: str, include_eos: bool = True) -> list[int]:
-        """Token ids of an answer and its EOS."""
-        return self.texts.target_ids(target, include_eos)
-
     @abstractmethod
     def answer_states(
         self, prefixes: Sequence[Tensor], answers: Sequence[Sequence[int]], *, packed: bool = False
@@ -159,17 +131,15 @@ class LLM(FrozenModule):
         """
 
     @abstractmethod
-    def open_prompts(self, prefixes: Sequence[Tensor]) -> OpenPrompts:
+    def prefill(self, prefixes: Sequence[Tensor]) -> Prefill:
         """Run B embedded prompts, each (T_i, L), up to where their answers begin."""
 
     @abstractmethod
-    def continue_prompts(
-        self, prompts: OpenPrompts, tokens_BN: Tensor, depths_BN: Tensor, visible_BNN: Tensor
-    ) -> Tensor:
+    def decode_tree(self, prompts: Prefill, tokens_BN: Tensor, depths_BN: Tensor, visible_BNN: Tensor) -> Tensor:
         """Hidden states (B, N, L) of tree nodes after their prompts, which stay as they were.
 
         Args:
-            prompts: what `open_prompts` returned.
+            prompts: what `prefill` returned.
             tokens_BN: the nodes' tokens.
             depths_BN: their places in the answer, 0 for its first token.
             visible_BNN: True where node i attends to node j: itself and its ancestors.
@@ -190,8 +160,8 @@ class LLM(FrozenModule):
 
     def prefixes(self, visual_BQL: Tensor, prompts: Sequence[str], *, truncate: bool = False) -> list[Tensor]:
         """The embedded prompts (T_i, L): image prefix, visual tokens, prompt."""
-        texts = [self.prompt_ids(prompt, truncate=truncate) for prompt in prompts]
-        first, *rest = self.embed([self.image_prefix_ids, *texts])
+        texts = [self.prompt_format.prompt_ids(prompt, truncate=truncate) for prompt in prompts]
+        first, *rest = self.embed([self.prompt_format.image_prefix_ids, *texts])
         visual_BQL = visual_BQL.to(first.dtype)
         return [torch.cat([first, visual_QL, text]) for visual_QL, text in zip(visual_BQL, rest, strict=True)]
 
@@ -211,13 +181,13 @@ class LLM(FrozenModule):
         return logits_NV if cap is None else cap * (logits_NV / cap).tanh()
 
     def _decode(self, ids_BT: Tensor) -> list[str]:
-        return [text.strip() for text in self.tokenizer.batch_decode(ids_BT, skip_special_tokens=True)]
+        return [text.strip() for text in self.prompt_format.tokenizer.batch_decode(ids_BT, skip_special_tokens=True)]
 
 
 class DecoderLLM(LLM):
     """Decoder-only: the answer continues the prompt."""
 
-    texts_kind = DecoderTexts
+    prompt_format_kind = DecoderPromptFormat
 
     def hidden_states(
         self,
@@ -250,7 +220,9 @@ class DecoderLLM(LLM):
         rows = pack_rows(lengths, width=self.width) if packed else [[sample] for sample in range(len(samples))]
         embeddings_RTL = pad_sequence([torch.cat([samples[k] for k in row]) for row in rows], batch_first=True)
         if len(rows) < len(samples):
-            hidden_RTL = self._isolated_states(embeddings_RTL, lay_out(rows, lengths, device=embeddings_RTL.device))
+            hidden_RTL = self._isolated_states(
+                embeddings_RTL, packed_layout(rows, lengths, device=embeddings_RTL.device)
+            )
         else:
             hidden_RTL = self.hidden_states(embeddings_RTL)
         states: dict[int, Tensor] = {}
@@ -266,19 +238,17 @@ class DecoderLLM(LLM):
     def _isolated_states(self, embeddings_RTL: Tensor, layout: RowLayout) -> Tensor:
         """Final hidden states of rows that hold several samples each."""
         distance_RTT = layout.position_RT[:, :, None] - layout.position_RT[:, None]
-        mask = self._mask(isolated(layout), distance_BNK=distance_RTT)
+        mask = self._mask(block_causal_mask(layout), distance_BNK=distance_RTT)
         return self.hidden_states(embeddings_RTL, positions_BT=layout.position_RT, mask=mask)
 
-    def open_prompts(self, prefixes: Sequence[Tensor]) -> OpenPrompts:
+    def prefill(self, prefixes: Sequence[Tensor]) -> Prefill:
         """Keep the prompts' keys and values; no window forgets any, masks do."""
         lengths, cache = [len(prefix) for prefix in prefixes], DynamicCache()
         hidden_BTL = self.hidden_states(pad_sequence(list(prefixes), batch_first=True), cache=cache)
         last_BL = torch.stack([row[length - 1] for row, length in zip(hidden_BTL, lengths, strict=True)])
-        return OpenPrompts(last_BL, lengths, cache, {})
+        return Prefill(last_BL, lengths, cache, {})
 
-    def continue_prompts(
-        self, prompts: OpenPrompts, tokens_BN: Tensor, depths_BN: Tensor, visible_BNN: Tensor
-    ) -> Tensor:
+    def decode_tree(self, prompts: Prefill, tokens_BN: Tensor, depths_BN: Tensor, visible_BNN: Tensor) -> Tensor:
         """A node's position is its prompt's length plus its depth."""
         device = tokens_BN.device
         lengths_B1, longest = torch.tensor(prompts.lengths, device=device)[:, None], prompts.cache.get_seq_length()
@@ -310,7 +280,7 @@ class DecoderLLM(LLM):
     def generate(self, prefixes: Sequence[Tensor], *, repetition_penalty: float = 1.0, **options: Any) -> list[str]:
         """Rows are padded on the left, so that all of them continue at the same place; beams share a prompt's keys."""
         longest = max(len(prefix) for prefix in prefixes)
-        (padding,) = self.embed([[self.pad_id]])
+        (padding,) = self.embed([[self.prompt_format.pad_id]])
         rows_BTL = torch.stack([torch.cat([padding.expand(longest - len(prefix), -1), prefix]) for prefix in prefixes])
         mask_BT = torch.tensor([[0] * (longest - len(prefix)) + [1] * len(prefix) for prefix in prefixes])
         mask_BT = mask_BT.to(padding.device)
@@ -344,7 +314,7 @@ class DecoderLLM(LLM):
 class EncoderDecoderLLM(LLM):
     """Encoder-decoder with T5's relative positions: the prompt is encoded, the answer decoded beside it."""
 
-    texts_kind = EncoderDecoderTexts
+    prompt_format_kind = EncoderDecoderPromptFormat
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, **conventions: Any) -> None:
         super().__init__(model, tokenizer, **conventions)
@@ -362,23 +332,21 @@ class EncoderDecoderLLM(LLM):
             raise ValueError("rows of an encoder-decoder model hold one sample each; take bucketed batches instead")
         encoded = self._encode(prefixes)
         longest = max(len(ids) for ids in answers)
-        inputs = [[self.start_id, *ids[:-1]] + [self.pad_id] * (longest - len(ids)) for ids in answers]
+        inputs = [[self.start_id, *ids[:-1]] + [self.prompt_format.pad_id] * (longest - len(ids)) for ids in answers]
         hidden_BTL = self._decode_states(torch.tensor(inputs, device=self.embeddings.weight.device), encoded)
         hidden_SL = torch.cat([row[: len(ids)] for row, ids in zip(hidden_BTL, answers, strict=True)])
         positions = len(answers) * (max(len(prefix) for prefix in prefixes) + longest)
         filled = sum(len(prefix) + len(ids) for prefix, ids in zip(prefixes, answers, strict=True))
         return AnswerStates(hidden_SL, positions, positions - filled)
 
-    def open_prompts(self, prefixes: Sequence[Tensor]) -> OpenPrompts:
+    def prefill(self, prefixes: Sequence[Tensor]) -> Prefill:
         """Encode the prompts and decode the start token, which leaves the keys and values of the encoder's states."""
         encoded, cache = self._encode(prefixes), EncoderDecoderCache(DynamicCache(), DynamicCache())
         start_B1 = torch.full((len(prefixes), 1), self.start_id, device=self.embeddings.weight.device)
         hidden_B1L = self._decode_states(start_B1, encoded, cache=cache)
-        return OpenPrompts(hidden_B1L[:, 0], [1] * len(prefixes), cache, encoded)
+        return Prefill(hidden_B1L[:, 0], [1] * len(prefixes), cache, encoded)
 
-    def continue_prompts(
-        self, prompts: OpenPrompts, tokens_BN: Tensor, depths_BN: Tensor, visible_BNN: Tensor
-    ) -> Tensor:
+    def decode_tree(self, prompts: Prefill, tokens_BN: Tensor, depths_BN: Tensor, visible_BNN: Tensor) -> Tensor:
         """A node's place after the start token is its depth; what the model adds for its index is taken back."""
         dtype, nodes = self.embeddings.weight.dtype, tokens_BN.shape[1]
         visible_BNK = torch.cat([visible_BNN.new_ones(len(tokens_BN), nodes, 1), visible_BNN], dim=2)

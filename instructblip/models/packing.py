@@ -61,7 +61,7 @@ def _share_out(longest_first: Sequence[int], lengths: Sequence[int], count: int)
     return rows, max(filled)
 
 
-def lay_out(rows: Sequence[Sequence[int]], lengths: Sequence[int], *, device: torch.device) -> RowLayout:
+def packed_layout(rows: Sequence[Sequence[int]], lengths: Sequence[int], *, device: torch.device) -> RowLayout:
     """Where the samples of each row lie."""
     longest = max(sum(lengths[sample] for sample in row) for row in rows)
     owners, positions = [], []
@@ -73,7 +73,7 @@ def lay_out(rows: Sequence[Sequence[int]], lengths: Sequence[int], *, device: to
     return RowLayout(torch.tensor(owners, device=device), torch.tensor(positions, device=device))
 
 
-def isolated(layout: RowLayout) -> Tensor:
+def block_causal_mask(layout: RowLayout) -> Tensor:
     """True where a place may attend to another, (R, T, T): to its own sample, up to itself."""
     same_RTT = layout.owner_RT[:, :, None] == layout.owner_RT[:, None]
     return same_RTT & (layout.position_RT[:, :, None] >= layout.position_RT[:, None])

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from transformers import PreTrainedTokenizerBase
 
 
-class Texts(ABC):
+class PromptFormat(ABC):
     """The text conventions of a language model; the tokenizer is used without special tokens, which are added here.
 
     Args:
@@ -75,7 +75,7 @@ class Texts(ABC):
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-class DecoderTexts(Texts):
+class DecoderPromptFormat(PromptFormat):
     """Decoder-only: the answer continues the prompt."""
 
     def prompt_ids(self, prompt: str, *, truncate: bool = False) -> list[int]:
@@ -95,7 +95,7 @@ class DecoderTexts(Texts):
         return before + len(self.target_ids(target)) - 1
 
 
-class EncoderDecoderTexts(Texts):
+class EncoderDecoderPromptFormat(PromptFormat):
     """Encoder-decoder: the prompt is encoded, the answer decoded beside it."""
 
     def prompt_ids(self, prompt: str, *, truncate: bool = False) -> list[int]:

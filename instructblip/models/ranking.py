@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from instructblip.models.llm import LLM, OpenPrompts
+from instructblip.models.llm import LLM, Prefill
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -113,7 +113,7 @@ def rank_candidates(
     _check(candidates)
     scores: list[Tensor] = [torch.empty(0)] * len(prefixes)
     for group in _groups([len(prefix) for prefix in prefixes], token_budget):
-        prompts = llm.open_prompts([prefixes[row] for row in group])
+        prompts = llm.prefill([prefixes[row] for row in group])
         lists = [candidates[row] for row in group]
         for row, row_scores in zip(group, _rank_group(llm, prompts, lists, normalize, token_budget), strict=True):
             scores[row] = row_scores
@@ -144,7 +144,7 @@ def _groups(lengths: list[int], token_budget: int) -> Iterator[list[int]]:
 
 
 def _rank_group(
-    llm: LLM, prompts: OpenPrompts, candidates: list[Sequence[Sequence[int]]], normalize: str, token_budget: int
+    llm: LLM, prompts: Prefill, candidates: list[Sequence[Sequence[int]]], normalize: str, token_budget: int
 ) -> list[Tensor]:
     """Scores of each row's candidates, in passes whose trees hold together as many tokens as the budget allows."""
     room = max(token_budget // len(candidates), 1)
@@ -188,14 +188,16 @@ def _token_order(sequences: Sequence[Sequence[int]]) -> list[int]:
     return sorted(range(len(sequences)), key=lambda number: tuple(sequences[number]))
 
 
-def _score_trees(llm: LLM, prompts: OpenPrompts, trees: list[CandidateTree], normalize: str) -> list[Tensor]:
+def _score_trees(llm: LLM, prompts: Prefill, trees: list[CandidateTree], normalize: str) -> list[Tensor]:
     nodes, node_BNL = max(len(tree.tokens) for tree in trees), prompts.last_BL[:, None]
     if nodes:
         device = node_BNL.device
-        tokens_BN = torch.tensor([tree.tokens + [llm.pad_id] * (nodes - len(tree.tokens)) for tree in trees])
+        tokens_BN = torch.tensor(
+            [tree.tokens + [llm.prompt_format.pad_id] * (nodes - len(tree.tokens)) for tree in trees]
+        )
         depths_BN = torch.tensor([tree.depths + [0] * (nodes - len(tree.tokens)) for tree in trees])
         visible_BNN = torch.stack(for_each_object(lambda tree: _visible(tree, nodes), trees))
-        hidden_BNL = llm.continue_prompts(prompts, tokens_BN.to(device), depths_BN.to(device), visible_BNN.to(device))
+        hidden_BNL = llm.decode_tree(prompts, tokens_BN.to(device), depths_BN.to(device), visible_BNN.to(device))
         node_BNL = torch.cat([node_BNL, hidden_BNL], dim=1)
     return [_score(llm, tree, node_NL, normalize) for tree, node_NL in zip(trees, node_BNL, strict=True)]
 

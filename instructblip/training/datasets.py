@@ -7,7 +7,7 @@ from typing import Protocol
 from instructblip.config.schema import DataConfig, MixtureConfig
 from instructblip.data.cards import TRAIN_SPLIT, Card, load_card
 from instructblip.data.feature_cache import FeatureCache
-from instructblip.data.mixture import Mixture, MixtureEntry, Stretch
+from instructblip.data.mixture import Mixture, MixtureEntry, MixtureSegment
 from instructblip.data.mixture_dataset import MakeImage, TrainingSet, cached, decoded
 from instructblip.data.shards import PreparedSplit, open_split
 from instructblip.data.templates import load_templates
@@ -41,11 +41,11 @@ def check_data(config: DataConfig) -> None:
     """
     if config.transform not in TRANSFORMS:
         raise UserError(f"data.transform={config.transform} is none of {', '.join(TRANSFORMS)}")
-    if config.cache_features and config.transform != "squash":
+    if config.cache_features and config.transform != "resize_square":
         drawn = "draws another view each time" if config.transform in AUGMENTATIONS else "is not what it keeps"
         raise UserError(
             f"data.cache_features=true keeps the tokens of squashed images, but data.transform={config.transform} {drawn}; "
-            "set data.transform=squash, or data.cache_features=false"
+            "set data.transform=resize_square, or data.cache_features=false"
         )
     if not 0 <= config.tolerance.fraction <= 1 or config.tolerance.samples < 0:
         raise UserError("data.tolerance: fraction must be from 0 to 1, samples 0 or more")
@@ -100,7 +100,7 @@ def make_mixture(
     entries = [MixtureEntry(item.name, len(item), multipliers[item.name], item.shard_records) for item in sets]
     if config.per not in MIXED_PER:
         raise UserError(f"mixture.per={config.per} is none of {', '.join(MIXED_PER)}")
-    stretches = []
+    segments = []
     for number, phase in enumerate(phases):
         group = {"sample": 1, "step": phase.batch_size}.get(config.per, phase.micro_batch_size or phase.batch_size)
         if phase.batch_size % group:
@@ -108,11 +108,9 @@ def make_mixture(
                 f"mixture.per=batch needs whole micro-batches, but recipe.phases.{number} has a batch_size of "
                 f"{phase.batch_size} and a micro_batch_size of {group}; change one of them"
             )
-        stretches.append(Stretch(phase.steps * phase.batch_size, group))
+        segments.append(MixtureSegment(phase.steps * phase.batch_size, group))
     try:
-        return Mixture(
-            entries, weighting=config.weights, temperature=config.temperature, seed=seed, stretches=stretches
-        )
+        return Mixture(entries, weighting=config.weights, temperature=config.temperature, seed=seed, segments=segments)
     except ValueError as error:
         raise UserError(f"mixture {config.name}: {error}") from None
 

@@ -18,9 +18,9 @@ from instructblip.data.batching import Batch, in_order_of_draws, split_further
 from instructblip.errors import UserError
 from instructblip.models.instructblip import InstructBLIP, Loss
 from instructblip.training.optim import set_learning_rate
-from instructblip.training.parallel import Execution
-from instructblip.training.plan.flops import Work
-from instructblip.training.schedule import Phase, Place, locate
+from instructblip.training.parallel import StepContext
+from instructblip.training.plan.flops import StepWorkload
+from instructblip.training.schedule import Phase, StepPosition, locate
 
 
 class StepResult(NamedTuple):
@@ -44,12 +44,12 @@ class StepResult(NamedTuple):
     tokens: int
     ids: list[str]
     padding_fraction: float = 0.0
-    work: Work = Work()
+    work: StepWorkload = StepWorkload()
     skipped: bool = False
     stop_signal: int = 0
 
 
-_ALONE = Execution()
+_ALONE = StepContext()
 
 
 def train_step(
@@ -62,7 +62,7 @@ def train_step(
     rate: float,
     new_parts_scale: float = 1.0,
     clip_norm: float | None,
-    execution: Execution = _ALONE,
+    context: StepContext = _ALONE,
 ) -> StepResult:
     """One optimiser step over a global batch, of which `batches` are this rank's micro-batches.
 
@@ -74,19 +74,19 @@ def train_step(
             samples are named. Another rank is lost.
     """
     optimizer.zero_grad()
-    processes = execution.processes
-    if execution.equal_passes:
+    processes = context.processes
+    if context.equal_passes:
         batches = split_further(batches, max(processes.gather(len(batches))))
     with processes.watched():
-        losses = _backward(model, batches, execution, through_llm=through_llm, packed=packed)
-    result = _result(processes.gather(_report(batches, losses, execution.stop_signal())))
+        losses = _backward(model, batches, context, through_llm=through_llm, packed=packed)
+    result = _result(processes.gather(_report(batches, losses, context.stop_signal())))
     parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
     for parameter in parameters:
         parameter.grad.div_(result.tokens)  # type: ignore[union-attr]
     norm = float(nn.utils.clip_grad_norm_(parameters, math.inf if clip_norm is None else clip_norm))
     result = result._replace(grad_norm=norm)
     if not math.isfinite(result.loss) or not math.isfinite(norm):
-        if execution.skip_non_finite:
+        if context.skip_non_finite:
             return result._replace(skipped=True)
         raise UserError(
             f"{what_is_not_finite(result)}; lower recipe.phases[].learning_rate, look at these samples, "
@@ -104,12 +104,12 @@ def what_is_not_finite(result: StepResult) -> str:
 
 
 def _backward(
-    model: InstructBLIP, batches: Sequence[Batch], execution: Execution, *, through_llm: bool, packed: bool
+    model: InstructBLIP, batches: Sequence[Batch], context: StepContext, *, through_llm: bool, packed: bool
 ) -> list[Loss]:
     losses = []
     for number, batch in enumerate(batches, start=1):
-        with execution.accumulate(last=number == len(batches)):
-            loss = execution.forward(
+        with context.accumulate(last=number == len(batches)):
+            loss = context.forward(
                 model, batch.images, batch.instructions, batch.targets, through_llm=through_llm, packed=packed
             )
             loss.total.backward()
@@ -162,7 +162,7 @@ def _result(reports: Sequence[dict[str, Any]]) -> StepResult:
         tokens=tokens,
         ids=ids,
         padding_fraction=whole["padding"] / max(whole["positions"], 1),
-        work=Work(
+        work=StepWorkload(
             samples=len(ids),
             frames=whole["frames"],
             encoded=whole["encoded"],
@@ -183,8 +183,8 @@ def run_steps(
     start_step: int,
     seed: int,
     clip_norm: float | None,
-    after_step: Callable[[int, Place, float, StepResult], bool],
-    execution: Execution = _ALONE,
+    after_step: Callable[[int, StepPosition, float, StepResult], bool],
+    context: StepContext = _ALONE,
 ) -> int:
     """Train over `batches`, (global step, micro-batches) pairs; return the number of steps taken in the whole run.
 
@@ -197,7 +197,7 @@ def run_steps(
     done = start_step
     for step, micro_batches in batches:
         place = locate(phases, step)
-        torch.manual_seed(_step_seed(seed, step, execution.processes.rank))
+        torch.manual_seed(_step_seed(seed, step, context.processes.rank))
         rate = place.phase.rate(place.step)
         result = train_step(
             model,
@@ -208,7 +208,7 @@ def run_steps(
             rate=rate,
             new_parts_scale=place.phase.new_parts_scale,
             clip_norm=clip_norm,
-            execution=execution,
+            context=context,
         )
         done = step + 1
         if after_step(step, place, rate, result):
@@ -220,7 +220,9 @@ def _step_seed(seed: int, step: int, rank: int) -> int:
     return (seed * 1_000_003 + step + rank * 2**40) % 2**63
 
 
-def log_entry(step: int, place: Place, rate: float, result: StepResult, speed: dict[str, float]) -> dict[str, Any]:
+def log_entry(
+    step: int, place: StepPosition, rate: float, result: StepResult, speed: dict[str, float]
+) -> dict[str, Any]:
     """The line of metrics.jsonl for one step; `step` counts finished steps."""
     return {
         "step": step + 1,

@@ -31,7 +31,7 @@ _RECOMPILE_LIMIT = 64
 
 
 @dataclass(frozen=True)
-class Execution:
+class StepContext:
     """How a step is carried out.
 
     Attributes:

@@ -21,13 +21,13 @@ from instructblip.models.fingerprint import fingerprint_tensors
 from instructblip.progress import TrainingProgress, training_progress
 from instructblip.training.checks import check_batches, check_numbers
 from instructblip.training.loop import StepResult, log_entry, run_steps, traced_steps, what_is_not_finite
-from instructblip.training.parallel import PRECISIONS, Execution, is_sharded, parallelize
-from instructblip.training.plan.tables import planned, shares_planned, shares_realised, verdict
-from instructblip.training.schedule import Place, locate, rank_positions, step_batching, total_steps
+from instructblip.training.parallel import PRECISIONS, StepContext, is_sharded, parallelize
+from instructblip.training.plan.tables import plan_summary, plan_table, shares_planned, shares_realised
+from instructblip.training.schedule import StepPosition, locate, rank_positions, step_batching, total_steps
 from instructblip.training.setup import TrainingRun, make_plan, set_up
 from instructblip.training.signals import Stopped, StopRequest
 from instructblip.training.timer import StepTimer, peak_memory
-from instructblip.training.validation import clear_notice_board, finish, validate
+from instructblip.training.validation import clear_stop_file, finish, run_validation
 from instructblip.weights.checkpoint import (
     LoadedCheckpoint,
     checkpoint_folders,
@@ -87,8 +87,8 @@ def train(config: TrainConfig, console: Console) -> int:
 def _print_plan(config: TrainConfig, console: Console) -> int:
     plan = make_plan(config)
     if os.environ.get("RANK", "0") == "0":
-        console.print(planned(plan, config.name))
-        for line in verdict(plan):
+        console.print(plan_table(plan, config.name))
+        for line in plan_summary(plan):
             console.print(line, markup=False, highlight=False, soft_wrap=True)
     return 0 if plan.fits else 1
 
@@ -115,16 +115,16 @@ def _train(config: TrainConfig, processes: Processes, stop: StopRequest, console
         console.print("stopped before the first step; run the same command again to begin", soft_wrap=True)
         return stop.exit_code
     start = _restore(run, checkpoint) if checkpoint else 0
-    clear_notice_board(run)
+    clear_stop_file(run)
     _check_equal(run)
-    execution = _execution(run, stop)
+    context = _step_context(run, stop)
     unvalidated = checkpoint.state.get("unvalidated") if checkpoint else None
     if processes.is_first:
         write_atomically(folder / "config.yaml", to_yaml(config))
         run.metrics.truncate_after(start if unvalidated is None else start - 1)  # whose line is to be written anew
     console.print(shares_planned(run.mixture, run.phases))
-    done = _train_steps(run, start, stop, execution, unvalidated)
-    if done < total_steps(run.phases) or stop.agreed:
+    done = _train_steps(run, start, stop, context, unvalidated)
+    if done < total_steps(run.phases) or stop.stop_signal:
         return _stopped(run, stop, done)
     console.print(shares_realised(run.mixture, run.phases, run.lost.counts))
     try:
@@ -227,7 +227,7 @@ def _check_equal(run: TrainingRun) -> None:
 # --- steps -----------------------------------------------------------------------------------------------------------
 
 
-def _execution(run: TrainingRun, stop: StopRequest) -> Execution:
+def _step_context(run: TrainingRun, stop: StopRequest) -> StepContext:
     parallel, recipe = run.config.parallel, run.config.recipe
     wrapped = parallelize(
         run.model,
@@ -242,7 +242,7 @@ def _execution(run: TrainingRun, stop: StopRequest) -> Execution:
         ends = run.writer.failed and recipe.full_disk == "stop"
         return _SAVE_FAILED if ends else stop.received or 0
 
-    return Execution(
+    return StepContext(
         processes=run.processes,
         wrapped=wrapped,
         autocast=PRECISIONS[recipe.precision],
@@ -253,7 +253,7 @@ def _execution(run: TrainingRun, stop: StopRequest) -> Execution:
 
 
 def _train_steps(
-    run: TrainingRun, start: int, stop: StopRequest, execution: Execution, unvalidated: dict[str, Any] | None
+    run: TrainingRun, start: int, stop: StopRequest, context: StepContext, unvalidated: dict[str, Any] | None
 ) -> int:
     recipe, steps = run.config.recipe, total_steps(run.phases)
     batches = load_batches(
@@ -268,7 +268,7 @@ def _train_steps(
         traced_steps(run.config.profile_step if run.processes.is_first else None, run.folder, progress.say) as trace,
     ):
 
-        def after_step(step: int, place: Place, rate: float, result: StepResult) -> bool:
+        def after_step(step: int, place: StepPosition, rate: float, result: StepResult) -> bool:
             done = step + 1
             if run.average and not result.skipped:
                 run.average.update()
@@ -276,13 +276,13 @@ def _train_steps(
                 progress.say(f"step {done} is skipped: {what_is_not_finite(result)}")
             timer.step(result.samples, result.tokens, run.shape.total(result.work, through_llm=place.phase.through_llm))
             entry = log_entry(step, place, rate, result, _measures(timer, run))
-            stop.agreed = result.stop_signal or None
+            stop.stop_signal = result.stop_signal or None
             trace(done)
             # Alignment does not teach the LLM's layers to listen: its answers would say nothing yet.
             due = (
                 bool(run.validation and place.phase.through_llm) and done % recipe.validate_every == 0 and done < steps
             )
-            stopping = not _record(run, progress, entry, stop, due=due) or stop.agreed is not None
+            stopping = not _record(run, progress, entry, stop, due=due) or stop.stop_signal is not None
             progress.update(done, result.loss, timer.samples_per_second)
             if done % recipe.checkpoint_every == 0 or done == steps or stopping or run.best.step == done:
                 _save(run, done, unvalidated=entry if due and "validation" not in entry else None)
@@ -301,7 +301,7 @@ def _train_steps(
             seed=run.config.seed,
             clip_norm=recipe.clip_norm,
             after_step=after_step,
-            execution=execution,
+            context=context,
         )
     run.writer.wait()
     # None goes on while the first rank still writes: a launcher may end all processes with the first that ends.
@@ -314,7 +314,7 @@ def _record(
 ) -> bool:
     """Log a step, after its validation if that is due; False when a signal ended the validation: nothing is logged."""
     if due:
-        scores = validate(run, entry["step"], stop)
+        scores = run_validation(run, entry["step"], stop)
         if scores is None:
             return False
         shown = ", ".join(f"{name} {value:.1f}" for name, value in scores.items())

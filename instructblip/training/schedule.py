@@ -49,7 +49,7 @@ class Phase:
         )
 
 
-class Place(NamedTuple):
+class StepPosition(NamedTuple):
     """Where a global step lies: its phase, the step within it, and the first position of its batch."""
 
     phase: Phase
@@ -57,7 +57,7 @@ class Place(NamedTuple):
     position: int
 
 
-def locate(phases: Sequence[Phase], step: int) -> Place:
+def locate(phases: Sequence[Phase], step: int) -> StepPosition:
     """Find a global step's phase.
 
     Raises:
@@ -66,7 +66,7 @@ def locate(phases: Sequence[Phase], step: int) -> Place:
     position, inside = 0, step
     for phase in phases:
         if inside < phase.steps:
-            return Place(phase, inside, position + inside * phase.batch_size)
+            return StepPosition(phase, inside, position + inside * phase.batch_size)
         inside -= phase.steps
         position += phase.steps * phase.batch_size
     raise ValueError(f"step {step} lies beyond the last phase")

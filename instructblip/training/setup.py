@@ -34,7 +34,7 @@ from instructblip.training.metrics_log import BestStep, MetricsLog
 from instructblip.training.optim import WeightAverage, make_adamw
 from instructblip.training.parallel import PRECISIONS, check_layout, is_sharded
 from instructblip.training.plan.flops import GPUS, ModelShape, device_peak, model_shape
-from instructblip.training.plan.memory import Layout, Plan, plan_run, planned_phases
+from instructblip.training.plan.memory import Plan, PlanLayout, plan_run, planned_phases
 from instructblip.training.schedule import Phase
 from instructblip.training.writer import CheckpointWriter
 from instructblip.weights.load import frozen_fingerprints
@@ -86,7 +86,7 @@ def make_plan(config: TrainConfig) -> Plan:
     check_layout(config.parallel.kind, config.parallel.shard_size, gpus := _planned_gpus(config))
     check_at_least(1, {"plan_gpus": gpus})
     check_batches(config, gpus)
-    layout = Layout(
+    layout = PlanLayout(
         gpu=GPUS[config.plan_gpu],
         gpus=gpus,
         mfu=config.plan_mfu,

@@ -26,7 +26,7 @@ from instructblip.weights.load import frozen_parts
 _BATCH = EvaluateConfig.batch_size  # as evaluate.py
 
 
-def validate(run: TrainingRun, step: int, stop: StopRequest) -> dict[str, float] | None:
+def run_validation(run: TrainingRun, step: int, stop: StopRequest) -> dict[str, float] | None:
     """Scores by dataset after a step, the same on all ranks; None when one of them was told to stop before it was done."""
     scores: dict[str, float] = {}
     try:
@@ -37,17 +37,17 @@ def validate(run: TrainingRun, step: int, stop: StopRequest) -> dict[str, float]
         ended = True
     # A signal may have reached some ranks only, and some of them after their last answer.
     reports = run.processes.gather({"ended": ended, "signal": stop.received or 0, "scores": scores})
-    stop.agreed = stop.agreed or max(report["signal"] for report in reports) or None
+    stop.stop_signal = stop.stop_signal or max(report["signal"] for report in reports) or None
     if any(report["ended"] for report in reports):
         return None
     found: dict[str, float] = reports[0]["scores"]
     return found
 
 
-def clear_notice_board(run: TrainingRun) -> None:
+def clear_stop_file(run: TrainingRun) -> None:
     """Before the ranks begin: what an earlier process of the run left."""
-    if run.processes.is_first and _notice_board(run).exists():
-        _notice_board(run).unlink()
+    if run.processes.is_first and _stop_file(run).exists():
+        _stop_file(run).unlink()
 
 
 def _stoppable(run: TrainingRun, stop: StopRequest) -> contextlib.AbstractContextManager[None]:
@@ -55,10 +55,10 @@ def _stoppable(run: TrainingRun, stop: StopRequest) -> contextlib.AbstractContex
 
     Not where blocks are sharded: all ranks gather them in step, none may leave before the others; see `_leave_together`.
     """
-    return contextlib.nullcontext() if _is_sharded(run) else stop.at_once(_notice_board(run))
+    return contextlib.nullcontext() if _is_sharded(run) else stop.at_once(_stop_file(run))
 
 
-def _notice_board(run: TrainingRun) -> Path:
+def _stop_file(run: TrainingRun) -> Path:
     return run.folder / "stopping"
 
 
@@ -140,14 +140,14 @@ def _worker(run: TrainingRun, stop: StopRequest) -> Worker:
     """Who answers which share. Sharded blocks are gathered by all ranks in step, so all of them answer everything."""
     processes = run.processes
     if _is_sharded(run):
-        return Worker(look=partial(_leave_together, processes, stop))
-    return Worker(processes.rank, processes.world_size, processes.local_rank, stop.look)
+        return Worker(poll_stop=partial(_leave_together, processes, stop))
+    return Worker(processes.rank, processes.world_size, processes.local_rank, stop.poll_stop)
 
 
 def _leave_together(processes: Processes, stop: StopRequest) -> None:
     """Raise `Stopped` on all ranks once one of them was told to stop; all call this at the same place."""
     if received := max(processes.gather(stop.received or 0)):
-        stop.agreed = received
+        stop.stop_signal = received
         raise Stopped
 
 

@@ -33,9 +33,9 @@ from instructblip.weights.native import CONFIG, parts_config, save_native, save_
 from instructblip.weights.parity import (
     Trace,
     Traces,
-    differences,
     model_dtype,
     rounding_bounds,
+    stage_differences,
     traces_huggingface,
     traces_native,
 )
@@ -72,7 +72,7 @@ class Certificate(NamedTuple):
     @classmethod
     def of(cls, dtype: torch.dtype, source: Trace, target: Trace, bounds: Mapping[str, float]) -> "Certificate":
         """Compare two traces, stage by stage."""
-        found = differences(source, target)
+        found = stage_differences(source, target)
         return cls(dtype, [Row(stage, found[stage], bounds[stage]) for stage in found])
 
 

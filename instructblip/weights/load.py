@@ -19,8 +19,7 @@ from instructblip.weights.checkpoint import checkpoint_folders, load_checkpoint,
 from instructblip.weights.lavis import load_lavis, qformer_settings, read_lavis
 from instructblip.weights.names import check_tensors
 from instructblip.weights.parts import build_model, check_llm_kind, load_llm, warn_aligned
-from instructblip.weights.transformers_read import is_huggingface_folder, load_huggingface
-from instructblip.weights.transformers_read import read_config as read_huggingface_config
+from instructblip.weights.transformers_read import is_huggingface_folder, load_huggingface, read_transformers_config
 
 LAVIS_VISION, LAVIS_QFORMER = "eva_vit_g", "blip2"  # names in configs/vision and configs/qformer
 
@@ -115,7 +114,7 @@ def find_source(source: str | Path, llm: str | LLMConfig | None = None) -> Sourc
             )
         found = Source("lavis", path, path.stem, llm_config(llm, None).kind)
     elif folder := huggingface_source(source):
-        own_kind = "decoder" if read_huggingface_config(folder).use_decoder_only_language_model else "encoder_decoder"
+        own_kind = "decoder" if read_transformers_config(folder).use_decoder_only_language_model else "encoder_decoder"
         kind = own_kind if llm is None else llm_config(llm, None).kind
         found = Source("huggingface", folder, path.absolute().name, kind)
     elif path.is_dir():
@@ -233,7 +232,7 @@ def _load_huggingface(found: Source, replaced: Replacements) -> LoadedModel:
         raise UserError(
             f"{folder} has its own ViT, Q-Former and LLM; only llm= (with llm_path=) can take another's place"
         )
-    language = read_huggingface_config(folder).text_config
+    language = read_transformers_config(folder).text_config
     parts = {
         "vision": FrozenPart(f"ViT of {name}", str(folder)),
         "llm": FrozenPart(f"{language.model_type} of {name}", str(folder)),

@@ -70,7 +70,7 @@ def save_parts(model: InstructBLIP, settings: Settings, folder: Path, *, with_ll
         model.qformer_tokenizer.save_pretrained(folder / "qformer")
         if with_llm:
             model.llm.model.save_pretrained(folder / "llm")
-            model.llm.tokenizer.save_pretrained(folder / "llm")
+            model.llm.prompt_format.tokenizer.save_pretrained(folder / "llm")
     write_json(folder / "qformer/config.json", bert)
 
 

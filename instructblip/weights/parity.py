@@ -24,7 +24,7 @@ from instructblip._transformers import quiet_transformers
 from instructblip.files import read_json
 from instructblip.models.instructblip import InstructBLIP
 from instructblip.weights.names import SIDECAR
-from instructblip.weights.transformers_read import read_config
+from instructblip.weights.transformers_read import read_transformers_config
 
 INSTRUCTION = "Question: what color is the shape in the image? Short answer:"
 ANSWER = "it is a blue rectangle"
@@ -56,7 +56,7 @@ class Traces(NamedTuple):
     float32: Trace
 
 
-def differences(source: Trace, target: Trace) -> dict[str, float]:
+def stage_differences(source: Trace, target: Trace) -> dict[str, float]:
     """Largest absolute difference at each stage; infinite where the shapes differ, NaN where one side has a NaN.
 
     Of two vocabularies only the words that both have are compared: a transformers folder may have got `<image>`.
@@ -100,7 +100,7 @@ def trace_native(model: InstructBLIP) -> Trace:
         text, mask = encoded["input_ids"], encoded["attention_mask"]
     queries = model.qformer(images, text, mask)
     projected = model.projection(queries)
-    answers = [model.llm.target_ids(ANSWER)] * _BATCH
+    answers = [model.llm.prompt_format.target_ids(ANSWER)] * _BATCH
     states = model.llm.answer_states(model.llm.prefixes(projected, [INSTRUCTION] * len(projected)), answers)
     return _trace(images, queries, projected, model.llm.logits(states.hidden_SL))
 
@@ -125,7 +125,7 @@ def trace_huggingface(folder: Path) -> Trace:
 
 
 def _open_huggingface(folder: Path) -> Any:
-    read_config(folder)
+    read_transformers_config(folder)
     with quiet_transformers():
         return InstructBlipForConditionalGeneration.from_pretrained(folder).eval()
 
@@ -174,7 +174,7 @@ def _token_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[list[i
     `instructblip.json` tells what has to be written around the visual tokens and before the answer.
     """
     said = read_json(folder / SIDECAR)["llm"] if (folder / SIDECAR).is_file() else {}
-    queries: list[int | None] = [None] * read_config(folder).num_query_tokens
+    queries: list[int | None] = [None] * read_transformers_config(folder).num_query_tokens
     before = tokenizer(said.get("image_prefix", ""), add_special_tokens=False)["input_ids"]
     prompt = tokenizer(said.get("prompt_prefix", "") + INSTRUCTION + said.get("prompt_suffix", ""))["input_ids"]
     answer = tokenizer(said.get("answer_prefix", "") + ANSWER, add_special_tokens=False)["input_ids"]

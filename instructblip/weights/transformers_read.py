@@ -93,7 +93,7 @@ def load_huggingface(folder: Path, *, llm: LLM | None = None) -> InstructBLIP:
         UserError: not such a folder, a tensor that is missing, unknown or of another shape, or a part that is not
             InstructBLIP's.
     """
-    config, settings = read_config(folder), read_settings(folder)
+    config, settings = read_transformers_config(folder), read_settings(folder)
     weights = read_weights(folder)
     vision = _load_vision(settings, weights, folder)
     own_llm = llm or _load_llm(config, settings, weights, folder)
@@ -117,7 +117,7 @@ def load_huggingface(folder: Path, *, llm: LLM | None = None) -> InstructBLIP:
     return model.eval()
 
 
-def read_config(folder: Path) -> Any:
+def read_transformers_config(folder: Path) -> Any:
     """A folder's config.json.
 
     Raises:
@@ -139,7 +139,7 @@ def read_settings(folder: Path) -> Settings:
     Raises:
         UserError: a part that is not InstructBLIP's, or files that are missing.
     """
-    config = read_config(folder)
+    config = read_transformers_config(folder)
     said = read_json(folder / SIDECAR) if (folder / SIDECAR).is_file() else None
     if said is not None and said["format"] != SIDECAR_FORMAT:
         raise UserError(f"{folder / SIDECAR} is of format {said['format']}, this code reads {SIDECAR_FORMAT}")
@@ -308,7 +308,7 @@ def _load_vision(settings: Settings, weights: Mapping[str, Tensor], folder: Path
     vision.mean.copy_(torch.tensor(settings.vision["mean"]).view_as(vision.mean))
     vision.std.copy_(torch.tensor(settings.vision["std"]).view_as(vision.std))
     vision.to(_widest(found.values()))  # buffers with the weights
-    eps = read_config(folder).vision_config.layer_norm_eps
+    eps = read_transformers_config(folder).vision_config.layer_norm_eps
     if vision.backbone.blocks[0].norm1.eps != eps:
         raise UserError(
             f"{folder}: vision norms with an eps of {eps}; EVA-CLIP's is {vision.backbone.blocks[0].norm1.eps}"

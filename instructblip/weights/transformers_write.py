@@ -71,7 +71,7 @@ def save_huggingface(model: InstructBLIP, folder: Path, *, overwrite: bool = Fal
         target.generation_config = GenerationConfig.from_model_config(config.text_config)
         target.save_pretrained(partial)
         _processor(model, tokenizer).save_pretrained(partial)
-        model.llm.tokenizer.save_pretrained(partial / LLM_TOKENIZER)
+        model.llm.prompt_format.tokenizer.save_pretrained(partial / LLM_TOKENIZER)
         write_json(partial / SIDECAR, _sidecar(model))
         _warn_about_text(model.llm, partial)
     _warn_about_eps(model, config)
@@ -132,9 +132,9 @@ def _huggingface_config(model: InstructBLIP, rows: int, image_token: int) -> Any
     llm, qformer = model.llm, model.qformer
     text = copy.deepcopy(llm.model.config)
     text.vocab_size = rows
-    text.eos_token_id, text.pad_token_id = llm.eos_id, llm.pad_id
-    if llm.texts.bos_ids:
-        text.bos_token_id = llm.texts.bos_ids[0]
+    text.eos_token_id, text.pad_token_id = llm.prompt_format.eos_id, llm.prompt_format.pad_id
+    if llm.prompt_format.bos_ids:
+        text.bos_token_id = llm.prompt_format.bos_ids[0]
     return InstructBlipConfig(
         vision_config=_vision_config(model.vision),
         qformer_config=qformer_config(qformer, model.qformer_tokenizer.pad_token_id),
@@ -198,23 +198,30 @@ def _huggingface_state(model: InstructBLIP, rows: int) -> dict[str, Tensor]:
 
 def _processor_tokenizer(llm: LLM) -> PreTrainedTokenizerBase:
     """A copy of the tokenizer that puts the special tokens around a text by itself, with `<image>` added."""
-    tokenizer = copy.deepcopy(llm.tokenizer)
+    tokenizer = copy.deepcopy(llm.prompt_format.tokenizer)
     vocabulary = {token_id: token for token, token_id in tokenizer.get_vocab().items()}
-    tokenizer.pad_token, tokenizer.eos_token = vocabulary[llm.pad_id], vocabulary[llm.eos_id]
-    if llm.texts.bos_ids:
-        tokenizer.bos_token = vocabulary[llm.texts.bos_ids[0]]
+    tokenizer.pad_token, tokenizer.eos_token = (
+        vocabulary[llm.prompt_format.pad_id],
+        vocabulary[llm.prompt_format.eos_id],
+    )
+    if llm.prompt_format.bos_ids:
+        tokenizer.bos_token = vocabulary[llm.prompt_format.bos_ids[0]]
     decoder_only = not isinstance(llm, EncoderDecoderLLM)
     tokenizer.padding_side = "left" if decoder_only else "right"
     if tokenizer("a photo")["input_ids"] != _plain_prompt_ids(llm):
-        tokenizer.add_bos_token, tokenizer.add_eos_token = bool(llm.texts.bos_ids), not decoder_only
+        tokenizer.add_bos_token, tokenizer.add_eos_token = bool(llm.prompt_format.bos_ids), not decoder_only
     tokenizer.add_special_tokens({"additional_special_tokens": [_IMAGE_TOKEN]})
     return tokenizer
 
 
 def _plain_prompt_ids(llm: LLM) -> list[int]:
     """Token ids of a prompt without `prompt_prefix` and `prompt_suffix`."""
-    plain = llm.tokenizer("a photo", add_special_tokens=False)["input_ids"]
-    return [*llm.texts.bos_ids, *plain, *([llm.eos_id] if isinstance(llm, EncoderDecoderLLM) else [])]
+    plain = llm.prompt_format.tokenizer("a photo", add_special_tokens=False)["input_ids"]
+    return [
+        *llm.prompt_format.bos_ids,
+        *plain,
+        *([llm.prompt_format.eos_id] if isinstance(llm, EncoderDecoderLLM) else []),
+    ]
 
 
 def _processor(model: InstructBLIP, tokenizer: PreTrainedTokenizerBase) -> InstructBlipProcessor:
@@ -232,7 +239,7 @@ def _processor(model: InstructBLIP, tokenizer: PreTrainedTokenizerBase) -> Instr
 def _sidecar(model: InstructBLIP) -> dict[str, Any]:
     vision, llm, norm = model.vision, model.llm, model.vision_norm
     assert isinstance(norm, nn.LayerNorm)
-    vocabulary = {token_id: token for token, token_id in llm.tokenizer.get_vocab().items()}
+    vocabulary = {token_id: token for token, token_id in llm.prompt_format.tokenizer.get_vocab().items()}
     return {
         "format": SIDECAR_FORMAT,
         "vision": {
@@ -243,27 +250,27 @@ def _sidecar(model: InstructBLIP) -> dict[str, Any]:
         "max_instruction_tokens": model.max_instruction_tokens,
         "llm_rows": llm.embeddings.weight.shape[0],
         "llm": {
-            "eos_token": vocabulary[llm.eos_id],
-            "pad_token": vocabulary[llm.pad_id],
-            "bos_token": vocabulary[llm.texts.bos_ids[0]] if llm.texts.bos_ids else None,
-            "image_prefix": llm.texts.image_prefix,
-            "prompt_prefix": llm.texts.prompt_prefix,
-            "prompt_suffix": llm.texts.prompt_suffix,
-            "answer_prefix": llm.texts.answer_prefix,
-            "max_prompt_tokens": llm.texts.max_prompt_tokens,
-            "max_target_tokens": llm.texts.max_target_tokens,
+            "eos_token": vocabulary[llm.prompt_format.eos_id],
+            "pad_token": vocabulary[llm.prompt_format.pad_id],
+            "bos_token": vocabulary[llm.prompt_format.bos_ids[0]] if llm.prompt_format.bos_ids else None,
+            "image_prefix": llm.prompt_format.image_prefix,
+            "prompt_prefix": llm.prompt_format.prompt_prefix,
+            "prompt_suffix": llm.prompt_format.prompt_suffix,
+            "answer_prefix": llm.prompt_format.answer_prefix,
+            "max_prompt_tokens": llm.prompt_format.max_prompt_tokens,
+            "max_target_tokens": llm.prompt_format.max_target_tokens,
         },
     }
 
 
 def _warn_about_text(llm: LLM, folder: Path) -> None:
-    if llm.texts.image_prefix or llm.texts.prompt_prefix or llm.texts.prompt_suffix:
+    if llm.prompt_format.image_prefix or llm.prompt_format.prompt_prefix or llm.prompt_format.prompt_suffix:
         logger.warning(
             "transformers' processor puts no text around the visual tokens and the prompt: there, write %r before and %r "
             "after the image tokens and %r after the prompt yourself",
-            llm.texts.image_prefix,
-            llm.texts.prompt_prefix,
-            llm.texts.prompt_suffix,
+            llm.prompt_format.image_prefix,
+            llm.prompt_format.prompt_prefix,
+            llm.prompt_format.prompt_suffix,
         )
     found = InstructBlipProcessor.from_pretrained(folder).tokenizer("a photo")["input_ids"]
     if found != _plain_prompt_ids(llm):

@@ -17,7 +17,7 @@ from instructblip.config.validate import read_config
 from instructblip.errors import UserError
 from instructblip.weights.checkpoint import checkpoint_folders
 from instructblip.weights.load import LoadedModel, Source, find_source, load_model
-from instructblip.weights.parity import differences, trace_native
+from instructblip.weights.parity import stage_differences, trace_native
 from tests.parity.conftest import Formats
 
 pytestmark = pytest.mark.usefixtures("named_parts")
@@ -41,7 +41,7 @@ def test_every_format_is_the_same_model(formats: Formats) -> None:
         assert not [key for key, tensor in expected.model.state_dict().items() if not torch.equal(state[key], tensor)]
         assert not found.model.training
         bound = 1e-4 if name == "lavis" else 0  # which has another eps in ln_vision
-        assert max(differences(trace_native(found.model), trace).values()) <= bound
+        assert max(stage_differences(trace_native(found.model), trace).values()) <= bound
     assert loaded["lavis"].model.vision_norm.eps == 1e-5
     assert loaded["native"].model.vision_norm.eps == 1e-6
     assert loaded["lavis"].model.qformer.query_tokens.shape[1] == 4  # the file's, not the configuration's

@@ -20,7 +20,7 @@ from instructblip.evaluation.report.table import (
     OTHER_PROTOCOL,
     OTHER_SPLIT,
     SUBSET,
-    Mark,
+    ComparabilityNote,
     as_text,
     comparison_marks,
     score_table,
@@ -55,7 +55,7 @@ def stored(task: Task) -> dict[str, Any]:
     return found
 
 
-def protocol_marks(card: Card, task: Task) -> dict[Mark, str]:
+def protocol_marks(card: Card, task: Task) -> dict[ComparabilityNote, str]:
     return {mark: text for mark, text in comparison_marks(card, stored(task)).items() if mark != OTHER_SPLIT}
 
 

@@ -62,7 +62,7 @@ def test_the_sequence_is_that_of_training(shards: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "line"),
     [
-        (["data.transform=crop"], "data.transform=crop is none of squash, center_crop, blip_image_train"),
+        (["data.transform=crop"], "data.transform=crop is none of resize_square, center_crop, blip_image_train"),
         (["data.cache_features=true"], "leaves nothing to decode"),
         (["mixture.per=epoch"], "mixture.per=epoch is none of sample, batch, step"),
         (

@@ -19,7 +19,7 @@ from instructblip.data.templates import load_templates, render_prompt, render_tr
 from instructblip.errors import UserError
 from instructblip.files import write_atomically
 from instructblip.html import page_environment
-from instructblip.images import decode_image, squash
+from instructblip.images import decode_image, resize_square
 
 _TEMPLATE = "show.html.jinja"
 _JPEG_QUALITY = 90  # for looking at
@@ -148,7 +148,7 @@ def _pictures(frames: Sequence[bytes], where: str, image_size: int) -> tuple[tup
     uris = []
     for image in images:
         buffer = io.BytesIO()
-        pixels = squash(image, image_size).permute(1, 2, 0).numpy()
+        pixels = resize_square(image, image_size).permute(1, 2, 0).numpy()
         Image.fromarray(pixels).save(buffer, "JPEG", quality=_JPEG_QUALITY)
         uris.append(f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}")
     size = f"{images[0].width} x {images[0].height}" + (f", {len(images)} frames" if len(images) > 1 else "")

@@ -56,7 +56,7 @@ Reference = tuple[str, ...] | tuple[int, ...]
 
 
 def _accuracy(outputs: Outputs, records: Records) -> Score:
-    """Texts as they stand where the model chose, after `normalize_answer` where it wrote."""
+    """PromptFormat as they stand where the model chose, after `normalize_answer` where it wrote."""
     return accuracy(_texts(outputs), _answers(records), normalize=not any(output.scores for output in outputs))
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from PIL import Image
 
-from instructblip.evaluation.report.table import MARKS, MODELS, Mark
+from instructblip.evaluation.report.table import MARKS, MODELS, ComparabilityNote
 from instructblip.files import write_atomically
 from instructblip.html import page_environment
 from instructblip.images import decode_image
@@ -66,7 +66,7 @@ class ReportRow:
     high: float | None
     baselines: dict[str, float] = field(default_factory=dict)
     paper: dict[str, float] = field(default_factory=dict)
-    marks: dict[Mark, str] = field(default_factory=dict)
+    marks: dict[ComparabilityNote, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from rich.console import Console
 from instructblip.data.cards import Card, all_cards
 from instructblip.data.coverage import RecordCounts
 from instructblip.errors import UserError
-from instructblip.evaluation.protocol import of_the_shards, stated
+from instructblip.evaluation.protocol import expected_shard_fields, protocol_fields
 from instructblip.evaluation.results_file import StoredRun, StoredScore, read_run
 from instructblip.files import write_atomically
 from instructblip.html import page_environment
@@ -29,7 +29,7 @@ _HIDDEN = "not public"
 
 
 @dataclass(frozen=True)
-class Mark:
+class ComparabilityNote:
     """Why a score is not like the paper's: `symbol` beside the number, `meaning` below the table."""
 
     symbol: str
@@ -43,7 +43,7 @@ class Cell:
     value: float | None
     low: float | None = None
     high: float | None = None
-    marks: tuple[tuple[Mark, str], ...] = ()
+    marks: tuple[tuple[ComparabilityNote, str], ...] = ()
 
     @property
     def symbols(self) -> str:
@@ -70,7 +70,7 @@ class ScoreTable:
     tokenizers: dict[tuple[str, str], str]
 
     @property
-    def marks(self) -> list[Mark]:
+    def marks(self) -> list[ComparabilityNote]:
         """Those that occur."""
         used = {mark for row in self.rows for cell in row.cells.values() for mark, _ in cell.marks}
         return [mark for mark in MARKS if mark in used]
@@ -260,9 +260,9 @@ MODELS = {
 PAPER_SPLITS = {"vizwiz": "test-dev"}
 
 
-SUBSET = Mark("*", "part of the split's samples")
-OTHER_SPLIT = Mark("†", "another split than the paper's")
-OTHER_PROTOCOL = Mark("‡", "another protocol than the card's")
+SUBSET = ComparabilityNote("*", "part of the split's samples")
+OTHER_SPLIT = ComparabilityNote("†", "another split than the paper's")
+OTHER_PROTOCOL = ComparabilityNote("‡", "another protocol than the card's")
 MARKS = (SUBSET, OTHER_SPLIT, OTHER_PROTOCOL)
 
 
@@ -278,7 +278,9 @@ def heading(dataset: str) -> str:
     return {**HELD_OUT, **HELD_IN}.get(dataset, dataset)
 
 
-def comparison_marks(card: Card, protocol: Mapping[str, Any], records: RecordCounts | None = None) -> dict[Mark, str]:
+def comparison_marks(
+    card: Card, protocol: Mapping[str, Any], records: RecordCounts | None = None
+) -> dict[ComparabilityNote, str]:
     """Where a score is not of what the paper's number stands for; with details.
 
     Args:
@@ -297,7 +299,7 @@ def comparison_marks(card: Card, protocol: Mapping[str, Any], records: RecordCou
     split = PAPER_SPLITS.get(card.name, rules.split)
     if protocol["split"] != split:
         found[OTHER_SPLIT] = f"{protocol['split']}, the paper: {split}"
-    changed = _changes(stated(rules, rules.mode) | of_the_shards(rules), protocol)
+    changed = _changes(protocol_fields(rules, rules.mode) | expected_shard_fields(rules), protocol)
     if records is not None and records.vocabulary is not None and (short := records.vocabulary.shortfall()):
         changed.append(f"candidates from {short} of train")
     if protocol.get("images", "shown") != "shown":
@@ -307,15 +309,17 @@ def comparison_marks(card: Card, protocol: Mapping[str, Any], records: RecordCou
     return found
 
 
-def _changes(stated: Mapping[str, Any], protocol: Mapping[str, Any]) -> list[str]:
+def _changes(protocol_fields: Mapping[str, Any], protocol: Mapping[str, Any]) -> list[str]:
     """One text for each choice that a protocol makes otherwise; lists, as JSON has them, are like tuples."""
-    found = [name for name, value in stated.items() if name in protocol and _plain(protocol[name]) != _plain(value)]
+    found = [
+        name for name, value in protocol_fields.items() if name in protocol and _plain(protocol[name]) != _plain(value)
+    ]
     if "mode" in found:  # says it all: what is ranked follows from it
         found = [name for name in found if name not in ("candidates_from", "candidates", "classes")]
     return [
         f"other {name}"
-        if isinstance(stated[name], tuple)
-        else f"{name} {protocol[name]!r} in place of {stated[name]!r}"
+        if isinstance(protocol_fields[name], tuple)
+        else f"{name} {protocol[name]!r} in place of {protocol_fields[name]!r}"
         for name in found
     ]
 

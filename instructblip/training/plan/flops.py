@@ -25,7 +25,7 @@ from instructblip.models.vision import VisionEncoder
 
 
 @dataclass(frozen=True)
-class Work:
+class StepWorkload:
     """What goes through the parts of a model, summed over samples: of one, of a step.
 
     Attributes:
@@ -90,7 +90,7 @@ class ModelShape:
     encoder: Stack | None
     head: int
 
-    def by_part(self, work: Work, *, through_llm: bool = True) -> list[PartFlops]:
+    def by_part(self, work: StepWorkload, *, through_llm: bool = True) -> list[PartFlops]:
         """FLOPs of a forward and backward pass, by part. Lengths within the attention's square are means over samples."""
         qformer = self._qformer_flops(work) + 2 * self.queries * work.frames * self.projection
         llm = self._llm_flops(work) if through_llm else (0.0, 0.0)
@@ -102,11 +102,11 @@ class ModelShape:
             PartFlops("logits of the answers", logits, logits),
         ]
 
-    def total(self, work: Work, *, through_llm: bool = True) -> float:
+    def total(self, work: StepWorkload, *, through_llm: bool = True) -> float:
         """FLOPs of a forward and backward pass."""
         return sum(part.forward + part.backward for part in self.by_part(work, through_llm=through_llm))
 
-    def _qformer_flops(self, work: Work) -> float:
+    def _qformer_flops(self, work: StepWorkload) -> float:
         """Forward pass: queries and text share self-attention; cross-attention is the queries'; each has its own FFN."""
         if not work.frames:
             return 0.0
@@ -127,7 +127,7 @@ class ModelShape:
                 total += 4 * queries * self.image_tokens * cross.query.out_features
         return total
 
-    def _llm_flops(self, work: Work) -> tuple[float, float]:
+    def _llm_flops(self, work: StepWorkload) -> tuple[float, float]:
         decoded = work.positions if self.encoder is None else work.answers
         matrices = 2 * decoded * self.decoder.matrices
         attention = 4 * decoded * (decoded / max(work.samples, 1)) * self.decoder.attention

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from instructblip.models.qformer import QFormerLayer
 from instructblip.training.parallel import blocks_of, is_sharded
-from instructblip.training.plan.flops import Gpu, ModelShape, PartFlops, Work, model_shape
+from instructblip.training.plan.flops import Gpu, ModelShape, PartFlops, StepWorkload, model_shape
 from instructblip.weights.modules import Parts
 
 GIB = 2**30
@@ -44,7 +44,7 @@ class PlannedPhase:
 
 
 @dataclass(frozen=True)
-class Layout:
+class PlanLayout:
     """How a run is laid over GPUs.
 
     Attributes:
@@ -86,7 +86,7 @@ class Plan:
     parts: Parts
     shape: ModelShape
     phases: tuple[PlannedPhase, ...]
-    layout: Layout
+    layout: PlanLayout
 
     @property
     def heaviest(self) -> PlannedPhase:
@@ -137,13 +137,13 @@ class Plan:
 
     # --- what a pass holds -------------------------------------------------------------------------------------------
 
-    def _usual(self, samples: int) -> Work:
+    def _usual(self, samples: int) -> StepWorkload:
         return self._work(samples, PROMPT_TOKENS, ANSWER_TOKENS)
 
-    def _work(self, samples: int, prompt: int, answer: int) -> Work:
+    def _work(self, samples: int, prompt: int, answer: int) -> StepWorkload:
         # A decoder's last token is only predicted; an encoder's prompt ends with EOS.
         positions = self.shape.queries + prompt + answer + (-1 if self.shape.encoder is None else 1)
-        return Work(
+        return StepWorkload(
             samples=samples,
             frames=samples,
             encoded=0 if self.layout.cached else samples,
@@ -152,7 +152,7 @@ class Plan:
             answers=samples * answer,
         )
 
-    def _pass(self, phase: PlannedPhase, *, largest: bool) -> Work:
+    def _pass(self, phase: PlannedPhase, *, largest: bool) -> StepWorkload:
         """A forward pass of one GPU: its share of the batch, cut to the phase's limits."""
         samples = -(-phase.batch_size // self.layout.gpus)
         if phase.micro_batch_size is not None:
@@ -195,10 +195,10 @@ class Plan:
         shards = min(layout.shard_size or layout.gpus, layout.gpus)
         return whole - sum(blocks) * (1 - 1 / shards) + 2 * max(blocks, default=0.0)
 
-    def _activations(self, work: Work, phase: PlannedPhase) -> float:
+    def _activations(self, work: StepWorkload, phase: PlannedPhase) -> float:
         return sum(self._kept(part, work, phase) for part in _ACTIVATIONS)
 
-    def _kept(self, part: str, work: Work, phase: PlannedPhase) -> float:
+    def _kept(self, part: str, work: StepWorkload, phase: PlannedPhase) -> float:
         if part == _QFORMER:
             return self._qformer_kept(work)
         if not phase.through_llm:
@@ -209,7 +209,7 @@ class Plan:
             return work.answers * self.parts.llm.get_output_embeddings().out_features * (2 * value + 12)
         return self._llm_kept(work)
 
-    def _llm_kept(self, work: Work) -> float:
+    def _llm_kept(self, work: StepWorkload) -> float:
         llm = self.parts.llm
         if self.shape.encoder is None:
             return self._stack_kept(llm.base_model, work.positions)
@@ -234,7 +234,7 @@ class Plan:
             return tokens * (len(blocks) * value * width + kept)
         return tokens * len(blocks) * kept
 
-    def _qformer_kept(self, work: Work) -> float:
+    def _qformer_kept(self, work: StepWorkload) -> float:
         """Of each linear layer its input, of attention its inputs and output, the input of norms, masks of dropout."""
         qformer, value = self.parts.qformer, 2 if self.layout.autocast else 4
         width, image_width = qformer.width, self.parts.vision.width
@@ -255,7 +255,7 @@ class Plan:
         return total + sum(each)
 
 
-def plan_run(parts: Parts, phases: Sequence[PlannedPhase], layout: Layout) -> Plan:
+def plan_run(parts: Parts, phases: Sequence[PlannedPhase], layout: PlanLayout) -> Plan:
     """The plan of a run of these parts, which may be on the meta device."""
     shape = model_shape(parts.vision, parts.qformer, parts.projection, parts.llm)
     return Plan(parts, shape, tuple(phases), layout)

@@ -41,7 +41,7 @@ def shares_realised(mixture: Mixture, phases: Sequence[Steps], lost: Mapping[str
     return table
 
 
-def planned(plan: Plan, name: str) -> Table:
+def plan_table(plan: Plan, name: str) -> Table:
     """By part: GiB on each GPU, in a usual and in the largest pass, and GFLOP of a usual sample, forward and backward."""
     layout = plan.layout
     table = Table(title=f"{name} on {layout.gpus} x {layout.gpu.title}, {layout.kind}", title_justify="left")
@@ -63,7 +63,7 @@ def planned(plan: Plan, name: str) -> Table:
     return table
 
 
-def verdict(plan: Plan) -> list[str]:
+def plan_summary(plan: Plan) -> list[str]:
     """What the table counts on, how long the run takes, and whether it fits, in a line each."""
     layout, needed = plan.layout, plan.needed()
     samples, steps = sum(p.steps * p.batch_size for p in plan.phases), sum(p.steps for p in plan.phases)
