@@ -20,8 +20,8 @@ from instructblip.models.instructblip import InstructBLIP
 from instructblip.models.llm import LLM
 from instructblip.models.quantized import QuantizedLinear
 from instructblip.weights.parts import load_llm
-from tests.families import FAMILIES, SLIDING_WINDOW, llm_config, write_llm
-from tests.tiny import tiny_images, tiny_model
+from tests.kit.families import FAMILIES, SLIDING_WINDOW, llm_config, write_llm
+from tests.kit.tiny import tiny_images, tiny_model
 
 NAMES = sorted(FAMILIES)
 PROMPTS = ["what color is the shape? Short answer:", "is there a circle?", "red"]

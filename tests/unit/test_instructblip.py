@@ -6,7 +6,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from instructblip.models.instructblip import InstructBLIP
-from tests.tiny import BOS, EOS, tiny_encoder_decoder_llm, tiny_images, tiny_llm, tiny_model
+from tests.kit.tiny import BOS, EOS, tiny_encoder_decoder_llm, tiny_images, tiny_llm, tiny_model
 
 PROMPTS = ["what color is the shape?", "Q: is there a red circle in the image? A:", "shape"]
 TARGETS = ["red", "yes, there is a red circle", ""]
