@@ -9,13 +9,15 @@ import json
 import math
 import os
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from instructblip.errors import UserError
 
@@ -57,6 +59,17 @@ class Processes:
             dist.all_gather(rows, torch.cat([own, own.new_zeros(len(rows[0]) - len(own))]))
         return [json.loads(bytes(row[: int(size)].tolist())) for row, size in zip(rows, sizes, strict=True)]
 
+    def gather_rows(self, own: Tensor) -> Tensor:
+        """The rows of all ranks, in the order of the ranks; gradients flow back to every rank's own rows.
+
+        Args:
+            own: (B, ...), the same shape on all ranks.
+        """
+        if self.world_size == 1:
+            return own
+        gathered: Tensor = _GatherRows.apply(own, self.rank, self.world_size)
+        return gathered
+
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
         """Turn what gloo and NCCL say of a lost rank into one line.
@@ -73,6 +86,43 @@ class Processes:
                 f"rank {self.rank} lost the others: one of them died, or did not answer for {self.timeout:g} s "
                 f"({str(error).splitlines()[0]}); look at what it said last, and go on with resume=auto"
             ) from None
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, own: Tensor, rank: int, world_size: int) -> Tensor:
+        ctx.rows = slice(rank * len(own), (rank + 1) * len(own))
+        parts = [torch.empty_like(own) for _ in range(world_size)]
+        dist.all_gather(parts, own.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        whole = gradients[0].contiguous().clone()
+        dist.all_reduce(whole)  # each rank's loss has read the rows of every other
+        return whole[ctx.rows], None, None
+
+
+def whole_tensors(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
+    """Named tensors with the sharded ones put together, one after the other, on the CPU. Every rank calls this.
+
+    Args:
+        keep: whether this rank wants the result; without, it only gives its shards and gets an empty dict.
+    """
+    whole = {}
+    for name, tensor in tensors.items():
+        value = tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor
+        if keep:
+            whole[name] = value
+    return whole
+
+
+def placed_like(whole: Tensor, other: Tensor) -> Tensor:
+    """A whole tensor, the same on every rank, on the device of another one and sharded as that is."""
+    if not isinstance(other, DTensor):
+        return whole.to(other.device)
+    place = whole.to(other.device_mesh.device_type)
+    return distribute_tensor(place, other.device_mesh, other.placements, src_data_rank=None)
 
 
 def _is_lost_rank(error: RuntimeError) -> bool:

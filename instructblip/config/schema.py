@@ -185,7 +185,8 @@ class PhaseConfig:
     new_parts_scale: float = (
         1.0  # learning rate of what BERT does not bring (query tokens, cross-attention), a multiple
     )
-    through_llm: bool = True
+    # What is trained for, by name, with its weight in the loss; 0 leaves one out.
+    objectives: dict[str, float] = field(default_factory=lambda: {"language_modeling": 1.0})
     plateau_steps: int | None = None  # None: a cosine of every step; 3000: the released code's staircase
 
 
@@ -208,6 +209,16 @@ class RecipeConfig:
     validate_every: int = MISSING
     validation_samples: int = MISSING
     final_samples: int | None = MISSING  # per dataset, in the evaluation that ends the run; None is all
+
+
+@dataclass
+class TrainedPartsConfig:
+    """What of the model trains."""
+
+    vision: str = "frozen"  # or full
+    qformer: str = "full"  # with its normalisation of image tokens and the projection into the LLM
+    llm: str = "frozen"  # or full
+    learning_rates: dict[str, float] = field(default_factory=dict)  # of a part: peak, in place of its phase's
 
 
 @dataclass
@@ -248,6 +259,7 @@ class TrainConfig(ModelConfig):
     suite: SuiteConfig = field(default_factory=SuiteConfig)
     data: DataConfig = field(default_factory=DataConfig)
     recipe: RecipeConfig = field(default_factory=RecipeConfig)
+    train: TrainedPartsConfig = field(default_factory=TrainedPartsConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
 

@@ -118,7 +118,7 @@ def feature_cache(model: InstructBLIP, folder: Path) -> FeatureCache:
 
 def cached_images(model: InstructBLIP, cache: FeatureCache, shards: Sequence[ShardReader], title: str) -> ReadImage:
     """Encode the images of these shards once and return a reader of their tokens."""
-    device = model.projection.weight.device
+    device = model.device
 
     def encode(images_B3HW: Tensor) -> Tensor:
         tokens: Tensor = model.vision(images_B3HW.to(device))

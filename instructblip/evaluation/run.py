@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -16,6 +17,7 @@ from instructblip.evaluation.journal import claimed, refuse_others_results
 from instructblip.evaluation.protocol import Task, check_choices, make_task
 from instructblip.evaluation.suite import evaluate_tasks, finish_evaluation, image_reader, log_scores
 from instructblip.fetch.parts import cache_folder
+from instructblip.models.fingerprint import fingerprint_tensors
 from instructblip.tracking import make_logger
 from instructblip.weights.load import LoadedModel, find_source, frozen_fingerprints, load_model
 
@@ -74,7 +76,10 @@ def _evaluate(
     """Run the tasks, and write and log the results."""
     # A cache of features has no place for images that cannot be read.
     cache = cache_folder() / "features" if config.data.cache_features and not config.tolerance else None
-    frozen = frozen_fingerprints(loaded.model)
+    weights: dict[str, Any] = {
+        "frozen": frozen_fingerprints(loaded.model),
+        "trained": fingerprint_tensors(loaded.model.trainable_state()),
+    }
     results = evaluate_tasks(
         loaded.model,
         tasks,
@@ -83,7 +88,7 @@ def _evaluate(
         folder=folder,
         batch_size=config.batch_size,
         blind=config.blind_baseline and not config.withhold_images,
-        frozen=frozen,
+        **weights,
         tolerance=config.tolerance,
         worker=worker,
     )
@@ -97,7 +102,7 @@ def _evaluate(
         checkpoint=loaded.source,
         step=loaded.step,
         parts=loaded.parts,
-        frozen=frozen,
+        **weights,
         examples=config.examples,
         console=console,
     )

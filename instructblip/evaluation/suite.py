@@ -28,7 +28,6 @@ from instructblip.evaluation.results_file import FORMAT, PREDICTIONS, RESULTS
 from instructblip.evaluation.runner import answer_share, read_pixels, run_task
 from instructblip.evaluation.submissions import SUBMISSION, SUBMISSIONS, write_submission
 from instructblip.files import errors_for_users, exclusive, write_json
-from instructblip.models.fingerprint import fingerprint_tensors
 from instructblip.models.instructblip import InstructBLIP
 from instructblip.models.llm import LLM_KINDS
 from instructblip.models.quantized import QuantizedLinear
@@ -48,10 +47,13 @@ def image_reader(model: InstructBLIP, tasks: Sequence[Task], cache_folder: Path 
         return cached_images(model, cache, list(shards.values()), "encoding images")
 
 
-def model_identity(model: InstructBLIP, frozen: Mapping[str, str]) -> str:
+def model_identity(model: InstructBLIP, frozen: Mapping[str, str], trained: str) -> str:
     """SHA-256 of all that a model's answers depend on: every weight, frozen or not, and how texts and images enter.
 
-    `frozen` are the frozen parts' fingerprints: computing them takes a while, and all of the weights.
+    Args:
+        model: whose answers.
+        frozen: fingerprints of the frozen parts: computing them takes a while, and all of the weights.
+        trained: fingerprint of what trains.
     """
     llm, vision = model.llm, model.vision
     conventions = [
@@ -63,17 +65,20 @@ def model_identity(model: InstructBLIP, frozen: Mapping[str, str]) -> str:
         [model.max_instruction_tokens, model.qformer.instruction_aware],
         [vision.image_size, vision.mean.tolist(), vision.std.tolist(), str(vision.layers), str(vision.grid)],
     ]
-    parts = [fingerprint_tensors(model.trainable_state()), *frozen.values()]
+    parts = [trained, *frozen.values()]
     return hashlib.sha256(json.dumps([parts, conventions]).encode()).hexdigest()
 
 
-def describe_model(model: InstructBLIP, parts: Mapping[str, FrozenPart], frozen: Mapping[str, str]) -> dict[str, Any]:
-    """What results.json says of a model: its frozen parts by name, how they are held, and fingerprints.
+def describe_model(
+    model: InstructBLIP, parts: Mapping[str, FrozenPart], frozen: Mapping[str, str], trained: str
+) -> dict[str, Any]:
+    """What results.json says of a model: its large parts by name, how they are held, and fingerprints.
 
     Args:
         model: what was evaluated.
         parts: its `llm` and `vision`.
-        frozen: the fingerprints of both.
+        frozen: fingerprints of the parts that are frozen.
+        trained: fingerprint of what trains.
     """
     rounded = {module.kind for module in model.llm.modules() if isinstance(module, QuantizedLinear)}
     held: dict[str, dict[str, Any]] = {
@@ -84,8 +89,8 @@ def describe_model(model: InstructBLIP, parts: Mapping[str, FrozenPart], frozen:
         },
         "vision": {"dtype": _dtype_name(model.vision.dtype), "image_size": model.vision.image_size},
     }
-    described = {name: {**parts[name]._asdict(), **held[name], "sha256": frozen[name]} for name in held}
-    return {"sha256": model_identity(model, frozen), **described}
+    described = {name: {**parts[name]._asdict(), **held[name], "sha256": frozen.get(name, "trained")} for name in held}
+    return {"sha256": model_identity(model, frozen, trained), **described}
 
 
 def llm_kind(model: InstructBLIP) -> str:
@@ -137,6 +142,7 @@ def evaluate_tasks(
     batch_size: int,
     blind: bool,
     frozen: Mapping[str, str],
+    trained: str,
     tolerance: int = 0,
     worker: Worker = ALONE,
 ) -> list[DatasetResult]:
@@ -147,7 +153,7 @@ def evaluate_tasks(
     Args:
         shards: folder of prepared datasets, for the majority baseline.
         blind: also answer every question with the images withheld.
-        frozen: fingerprints of the frozen parts.
+        frozen, trained: fingerprints of the frozen parts, and of what trains.
         tolerance: samples that may fail, for each task.
         worker: which of several processes this is.
 
@@ -159,7 +165,7 @@ def evaluate_tasks(
     """
     options: dict[str, Any] = {
         "batch_size": batch_size,
-        "model_fingerprint": model_identity(model, frozen),
+        "model_fingerprint": model_identity(model, frozen, trained),
         "tolerance": tolerance,
     }
     results = []
@@ -193,6 +199,7 @@ def finish_evaluation(
     step: int,
     parts: Mapping[str, FrozenPart],
     frozen: Mapping[str, str],
+    trained: str,
     examples: int,
     console: Console,
 ) -> None:
@@ -203,16 +210,16 @@ def finish_evaluation(
         folder: as there.
         title: of the table and the report.
         checkpoint, step: where the trained weights come from.
-        parts, frozen: names and fingerprints of the frozen parts.
+        parts, frozen: names of the large parts, and fingerprints of those that are frozen.
+        trained: fingerprint of what trains.
         examples: samples shown for each dataset.
         console: for the table.
 
     Raises:
         UserError: as `write_results`.
     """
-    weights = fingerprint_tensors(model.trainable_state())
-    described = describe_model(model, parts, frozen)
-    summary = results_json(results, checkpoint=checkpoint, fingerprint=weights, step=step, model=described)
+    described = describe_model(model, parts, frozen, trained)
+    summary = results_json(results, checkpoint=checkpoint, fingerprint=trained, step=step, model=described)
     written = write_results(folder, title, results, summary, examples)
     console.print(console_table(title, results))
     for path in written:

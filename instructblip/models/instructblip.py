@@ -4,10 +4,9 @@ Shape legend: B batch, F frames, P image tokens, V vision width, Q queries, D Q-
 L language-model width, S supervised tokens in the batch.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,48 +15,31 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from instructblip.images import resize_square
-from instructblip.models.frozen import FrozenModule
+from instructblip.models.base import Images, Inputs, Model, Outputs, PartStructure, PassWorkload, Samples, blocks_of
 from instructblip.models.llm import LLM
 from instructblip.models.qformer import QFormer
 from instructblip.models.ranking import TOKEN_BUDGET, for_each_object, rank_candidates
 from instructblip.models.vision import VisionEncoder
 
-# Tensors are frozen image tokens (B, F, P, V), or uint8 frames (B, F, 3, H, W); pictures are PIL images or lists of frames.
-Images = Tensor | Sequence[Image.Image | Sequence[Image.Image]]
 
+class InstructBLIP(Model):
+    """A vision encoder, a Q-Former with its projection, and a language model.
 
-# Inverse temperature of the alignment loss: high enough that a cosine of 1 stands out among a vocabulary of 50,000
-# (log 50,000 = 10.8), low enough for an even loss; the LLM's own output head is several times as sharp.
-_ALIGNMENT_SCALE = 25.0
-
-
-class Loss(NamedTuple):
-    """Cross-entropy summed over supervised tokens (nats), its terms, and how many tokens of each sample they are.
-
-    Sums, not means: only the training loop knows the number of supervised tokens in the global batch. `positions` are the
-    places of the pass through the LLM, `padding` those of them that hold nothing, `text` the tokens of the instructions in
-    the Q-Former, once a frame.
-    """
-
-    total: Tensor
-    per_sample: Tensor  # (B,), detached
-    tokens_per_sample: Tensor  # (B,), int64
-    positions: int = 0
-    padding: int = 0
-    text: int = 0
-
-
-class InstructBLIP(nn.Module):
-    """A frozen vision encoder, a trainable Q-Former with its projection, and a frozen language model.
+    Outputs by name: `visual_prompt` (B, F * Q, L), the soft prompt; `visual_cosines` (B, V), cosines of its mean direction
+    with the LLM's input embeddings; `embedding_length` (), their mean length; `answer_logits` (S, V), for each token of each
+    answer, sample after sample.
 
     Args:
-        vision: frozen image encoder.
+        vision: image encoder.
         vision_norm: trainable or calibrated normalisation between the encoder and the Q-Former (`ln_vision`).
-        qformer: the Q-Former; trained.
+        qformer: the Q-Former.
         qformer_tokenizer: its tokenizer (BERT's).
-        llm: the frozen language model; the projection's width follows it.
+        llm: the language model; the projection's width follows it.
         max_instruction_tokens: longer instructions lose their beginning on the way into the Q-Former (128 as released).
+        trained: the parts that train; the others are frozen.
     """
+
+    PARTS = {"vision": ("vision",), "qformer": ("vision_norm", "qformer", "projection"), "llm": ("llm",)}  # noqa: RUF012
 
     def __init__(
         self,
@@ -68,6 +50,7 @@ class InstructBLIP(nn.Module):
         qformer_tokenizer: PreTrainedTokenizerBase,
         llm: LLM,
         max_instruction_tokens: int = 128,
+        trained: Collection[str] = ("qformer",),
     ) -> None:
         super().__init__()
         self.vision = vision
@@ -78,17 +61,32 @@ class InstructBLIP(nn.Module):
         self.max_instruction_tokens = max_instruction_tokens
         self.projection = nn.Linear(qformer.width, llm.width)
         self._match_embedding_scale()
+        self._fixed = [parameter for parameter in qformer.parameters() if not parameter.requires_grad]
+        self.choose_trained(trained)
 
-    def trainable_state(self) -> dict[str, Tensor]:
-        """Everything that is not frozen: parameters and buffers outside the vision encoder and the LLM."""
-        # The model's own state_dict would go through the frozen parts as well, whose blocks may be shared out among
-        # processes: its hooks reshard them, and a process that does so alone gathers other blocks than the rest afterwards.
+    @property
+    def device(self) -> torch.device:
+        """That of the projection, which stands between all parts."""
+        return self.projection.weight.device
+
+    def structure(self) -> dict[str, PartStructure]:
+        """The vision encoder and the LLM may be sharded; the Q-Former is small."""
+        backbone = self.vision.backbone
         return {
-            name: tensor
-            for part, module in self.named_children()
-            if not isinstance(module, FrozenModule)
-            for name, tensor in module.state_dict(prefix=f"{part}.").items()
+            "vision": PartStructure(
+                blocks_of(backbone),
+                [backbone],
+                entry="forward_features",
+                ends_early=bool(self.vision.layers),
+                recompute=False,  # frozen, its passes have no gradient
+            ),
+            "qformer": PartStructure(list(self.qformer.layers)),
+            "llm": PartStructure(blocks_of(self.llm.model), self.llm.roots()),
         }
+
+    def fixed_parameters(self) -> Iterator[nn.Parameter]:
+        """Those of the Q-Former that it was built with as fixed: text layers that nothing reads, embeddings by choice."""
+        return iter(self._fixed)
 
     def image_tokens(self, images: Images) -> Tensor:
         """Frozen image tokens (B, F, P, V) of pictures or uint8 frames; tokens (from a feature cache) pass through."""
@@ -98,7 +96,7 @@ class InstructBLIP(nn.Module):
             images = torch.stack(
                 [torch.stack([resize_square(frame.convert("RGB"), size) for frame in clip]) for clip in frames]
             )
-        images = images.to(self.projection.weight.device)
+        images = images.to(self.device)
         if images.dtype != torch.uint8:
             return images
         return self.vision(images.flatten(0, 1)).unflatten(0, images.shape[:2])
@@ -125,39 +123,31 @@ class InstructBLIP(nn.Module):
         query_NQD = self.qformer(image_NPV, text_NT, mask_NT)
         return self.projection(query_NQD).view(batch, -1, self.llm.width), tokens
 
-    def forward(
-        self,
-        images: Images,
-        instructions: Sequence[str],
-        targets: Sequence[str],
-        *,
-        through_llm: bool = True,
-        packed: bool = False,
-    ) -> Loss:
-        """Language-model loss of the targets given images and instructions.
+    def prepare(self, samples: Samples) -> Inputs:
+        """Answers end with EOS; too long ones are cut on the right."""
+        sizes = len(samples.images), len(samples.instructions), len(samples.targets)
+        if len(set(sizes)) > 1:
+            raise ValueError(
+                f"{sizes[0]} images, {sizes[1]} instructions and {sizes[2]} targets; each sample needs one"
+            )
+        answers = [self.llm.prompt_format.target_ids(text) for text in samples.targets]
+        return Inputs(samples.images, samples.instructions, answers)
 
-        Args:
-            images: B pictures, clips or their image tokens.
-            instructions: B prompts.
-            targets: B answers; EOS is added and supervised.
-            through_llm: False is the alignment loss, for a Q-Former and projection that have never met this LLM: among all
-                its input embeddings the visual tokens must point nearest to that of the answer's first token (a
-                cross-entropy over cosines), and be as long as embeddings are (the squared log of the ratio).
-                It costs a small part of a pass through the LLM and teaches the projection the language of its inputs.
-            packed: several samples in a row of the LLM, each blind to the others: less padding, the same loss.
-
-        Raises:
-            ValueError: packed, and the LLM is no decoder-only one.
-        """
-        visual_BQL, text = self._visual_prompt(self.image_tokens(images), instructions)
-        if not through_llm:
-            return self._alignment_loss(visual_BQL, targets)._replace(text=text)
-        prefixes = self.llm.prefixes(visual_BQL, instructions, truncate=True)
-        answers = [self.llm.prompt_format.target_ids(text) for text in targets]
-        states = self.llm.answer_states(prefixes, answers, packed=packed)
-        labels_S = torch.tensor([token for ids in answers for token in ids], device=states.hidden_SL.device)
-        loss = _summed_loss(self.llm.logits(states.hidden_SL), labels_S, [len(ids) for ids in answers])
-        return loss._replace(positions=states.positions, padding=states.padding, text=text)
+    def forward(self, inputs: Inputs, wanted: Collection[str], *, packed: bool = False) -> Outputs:
+        """See the class for the outputs. Of the LLM, only `answer_logits` needs its layers."""
+        visual_BQL, text = self._visual_prompt(self.image_tokens(inputs.images), inputs.prompts)
+        tensors, workload = {"visual_prompt": visual_BQL}, PassWorkload(text=text)
+        if "visual_cosines" in wanted:
+            # The mean of unit vectors is long only where they agree, so every visual token learns to name the answer.
+            tensors["visual_cosines"] = self.llm.embedding_cosines(F.normalize(visual_BQL, dim=-1).mean(dim=1))
+        if "embedding_length" in wanted:
+            tensors["embedding_length"] = self.llm.embedding_norms.mean()
+        if "answer_logits" in wanted:
+            prefixes = self.llm.prefixes(visual_BQL, inputs.prompts, truncate=True)
+            states = self.llm.answer_states(prefixes, inputs.answers, packed=packed)
+            tensors["answer_logits"] = self.llm.logits(states.hidden_SL)
+            workload = PassWorkload(states.positions, states.padding, text)
+        return Outputs({name: tensors[name] for name in wanted}, workload)
 
     def sample_length(self) -> Callable[[str, str, int], int]:
         """A picklable function: how many positions of the LLM a sample fills, from its (prompt, target, frames)."""
@@ -239,18 +229,6 @@ class InstructBLIP(nn.Module):
 
         save_huggingface(self, Path(folder))
 
-    def _alignment_loss(self, visual_BQL: Tensor, targets: Sequence[str]) -> Loss:
-        # The mean of unit vectors is long only where they agree, so every visual token learns to name the answer.
-        directions_BL = F.normalize(visual_BQL, dim=-1).mean(dim=1)
-        logits_BV = _ALIGNMENT_SCALE * self.llm.embedding_cosines(directions_BL)
-        first_B = torch.tensor(
-            [self.llm.prompt_format.target_ids(text)[0] for text in targets], device=logits_BV.device
-        )
-        loss = _summed_loss(logits_BV, first_B, [1] * len(targets))
-        # Directions alone would let the tokens' lengths drift far from anything the LLM knows.
-        stretch_BQ = visual_BQL.norm(dim=-1).div(self.llm.embedding_norms.mean()).log()
-        return loss._replace(total=loss.total + stretch_BQ.square().mean(dim=1).sum())
-
     @torch.no_grad()
     def _match_embedding_scale(self) -> None:
         """Start the projection so that visual tokens are as large as the LLM's own embeddings.
@@ -272,11 +250,3 @@ class InstructBLIP(nn.Module):
             return_tensors="pt",
         )
         return encoded["input_ids"], encoded["attention_mask"]
-
-
-def _summed_loss(logits_SV: Tensor, labels_S: Tensor, counts: Sequence[int]) -> Loss:
-    losses_S = F.cross_entropy(logits_SV, labels_S, reduction="none")
-    counts_B = torch.tensor(counts, device=losses_S.device)
-    sample_S = torch.repeat_interleave(torch.arange(len(counts), device=losses_S.device), counts_B)
-    per_sample_B = torch.zeros(len(counts), device=losses_S.device).index_add(0, sample_S, losses_S.detach())
-    return Loss(losses_S.sum(), per_sample_B, counts_B)

@@ -1,4 +1,4 @@
-"""Frozen language models in two kinds, decoder-only and encoder-decoder: embeddings in, hidden states and logits out.
+"""Language models in two kinds, decoder-only and encoder-decoder: embeddings in, hidden states and logits out.
 
 Everything particular to one LLM arrives as arguments, its text conventions in `prompt_format.py`; nothing here looks at a
 model's name.
@@ -26,7 +26,7 @@ from transformers import (
     RepetitionPenaltyLogitsProcessor,
 )
 
-from instructblip.models.frozen import FrozenModule
+from instructblip.models.exact_buffers import ExactBuffers
 from instructblip.models.packing import RowLayout, block_causal_mask, pack_rows, packed_layout
 from instructblip.models.prompt_format import DecoderPromptFormat, EncoderDecoderPromptFormat, PromptFormat
 
@@ -62,8 +62,8 @@ class AnswerStates(NamedTuple):
     padding: int
 
 
-class LLM(FrozenModule):
-    """A frozen transformers model with its tokenizer and text conventions.
+class LLM(ExactBuffers):
+    """A transformers model with its tokenizer and text conventions.
 
     Args:
         model: a `...ForCausalLM` or `...ForConditionalGeneration` of text.
@@ -74,7 +74,7 @@ class LLM(FrozenModule):
     """
 
     prompt_format_kind: type[PromptFormat]
-    embedding_norms: Tensor  # (V,), of the token embeddings as the model receives them
+    frozen_norms: Tensor  # (V,), see `embedding_norms`
     embedding_scale: Tensor  # (1,), what the embedding layer multiplies its table by
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, **conventions: Any) -> None:
@@ -87,13 +87,12 @@ class LLM(FrozenModule):
             pad_token_id=self.prompt_format.pad_id,
             decoder_start_token_id=getattr(model.config, "decoder_start_token_id", None),
         )
-        self.freeze()
-        table = self.embeddings.weight.detach()
-        norms_V = table.float().norm(dim=-1).clamp_min(1e-6)
+        self.eval()
+        norms_V = _row_norms(self.embeddings.weight)
         # Some models multiply what they look up, inside the embedding layer; for most the factor is 1.
         row_1 = norms_V.argmax()[None]
         scale = self.embeddings(row_1).detach().float().norm() / norms_V[row_1]
-        self.register_buffer("embedding_norms", norms_V.mul(scale), persistent=False)
+        self.register_buffer("frozen_norms", norms_V.mul(scale), persistent=False)
         self.register_buffer("embedding_scale", scale, persistent=False)
 
     def exact_buffers(self) -> Iterator[tuple[nn.Module, str]]:
@@ -102,6 +101,10 @@ class LLM(FrozenModule):
             for name, buffer in module.named_buffers(recurse=False):
                 if buffer.dtype == torch.float32:
                     yield module, name
+
+    @abstractmethod
+    def roots(self) -> list[nn.Module]:
+        """What one forward pass calls, above the repeated blocks."""
 
     @property
     def width(self) -> int:
@@ -114,6 +117,12 @@ class LLM(FrozenModule):
         table = self.model.get_input_embeddings()
         assert isinstance(table, nn.Embedding)
         return table
+
+    @property
+    def embedding_norms(self) -> Tensor:
+        """Lengths (V,) of the token embeddings as the model receives them; measured once where the table is frozen."""
+        table = self.embeddings.weight
+        return _row_norms(table) * self.embedding_scale if table.requires_grad else self.frozen_norms
 
     @abstractmethod
     def answer_states(
@@ -188,6 +197,10 @@ class DecoderLLM(LLM):
     """Decoder-only: the answer continues the prompt."""
 
     prompt_format_kind = DecoderPromptFormat
+
+    def roots(self) -> list[nn.Module]:
+        """The decoder."""
+        return [self.model.base_model]
 
     def hidden_states(
         self,
@@ -316,6 +329,10 @@ class EncoderDecoderLLM(LLM):
 
     prompt_format_kind = EncoderDecoderPromptFormat
 
+    def roots(self) -> list[nn.Module]:
+        """Encoder and decoder, one after the other."""
+        return [self.model.get_encoder(), self.model.get_decoder()]
+
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, **conventions: Any) -> None:
         super().__init__(model, tokenizer, **conventions)
         biases = [m for m in model.get_decoder().modules() if getattr(m, "has_relative_attention_bias", False)]
@@ -410,6 +427,10 @@ class _NewTokensPenalty(LogitsProcessor):
 
 def _penalty(repetition_penalty: float, *, skipped: int) -> LogitsProcessorList:
     return LogitsProcessorList([] if repetition_penalty == 1 else [_NewTokensPenalty(repetition_penalty, skipped)])
+
+
+def _row_norms(table_VL: Tensor) -> Tensor:
+    return table_VL.detach().float().norm(dim=-1).clamp_min(1e-6)
 
 
 def _additive(visible: Tensor, dtype: torch.dtype) -> Tensor:

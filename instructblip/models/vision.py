@@ -1,8 +1,9 @@
-"""Frozen vision backbones from timm, ViT or CNN, as one thing: images in, tokens out.
+"""Vision backbones from timm, ViT or CNN, as one thing: images in, tokens out.
 
 Shape legend: B batch, H and W pixels, P image tokens, V vision width.
 """
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from timm.layers import pos_embed_sincos
 from torch import Tensor, nn
 
-from instructblip.models.frozen import ExactBuffers, FrozenModule
+from instructblip.models.exact_buffers import ExactBuffers
 
 # Their buffers are angles, or frequencies that become angles: in half precision those of far patches would run together.
 _ROTARY = tuple(value for name, value in vars(pos_embed_sincos).items() if name.startswith("RotaryEmbedding"))
@@ -22,8 +23,8 @@ class _AllTappedError(Exception):
     """Every wanted layer has run: what the backbone would still compute is not needed."""
 
 
-class VisionEncoder(FrozenModule):
-    """A frozen timm backbone that turns uint8 images into tokens.
+class VisionEncoder(ExactBuffers):
+    """A timm backbone that turns uint8 images into tokens.
 
     Args:
         backbone: name of a timm model; built without its classification head.
@@ -70,13 +71,15 @@ class VisionEncoder(FrozenModule):
         self._maps: list[Tensor] = []
         for name in layers:
             self._tap(backbone, name)
-        self.freeze()  # before the probe, which would move batch-norm statistics
-        probe = self.forward(torch.zeros(1, 3, image_size, image_size, dtype=torch.uint8))
+        self.eval()  # before the probe, which would move batch-norm statistics
+        with torch.no_grad():
+            probe = self.forward(torch.zeros(1, 3, image_size, image_size, dtype=torch.uint8))
         self.tokens, self.width = probe.shape[1:]
 
     def forward(self, images_B3HW: Tensor) -> Tensor:
-        """Encode uint8 images (B, 3, H, W) to tokens (B, P, V), without gradient."""
-        with torch.no_grad():
+        """Encode uint8 images (B, 3, H, W) to tokens (B, P, V); frozen, without gradient."""
+        frozen = not next(self.backbone.parameters()).requires_grad
+        with torch.no_grad() if frozen else contextlib.nullcontext():
             pixels = ((images_B3HW.to(self.mean.dtype) - self.mean) / self.std).to(self.dtype)
             self._maps = []  # whatever an interrupted pass left there
             try:

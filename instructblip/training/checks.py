@@ -2,12 +2,16 @@
 
 import math
 
-from instructblip.config.schema import LLMConfig, PhaseConfig, TrainConfig
+from instructblip.config.schema import LLMConfig, PhaseConfig, TrainConfig, TrainedPartsConfig
 from instructblip.config.validate import check_at_least
 from instructblip.data.batching import BATCHINGS
 from instructblip.errors import UserError
+from instructblip.objectives import OBJECTIVES, make_objectives
 from instructblip.training.datasets import check_data
 from instructblip.training.parallel import PRECISIONS
+
+PARTS = ("vision", "qformer", "llm")  # as InstructBLIP names them
+_MODES = ("frozen", "full")
 
 
 def check_numbers(config: TrainConfig) -> None:
@@ -29,10 +33,12 @@ def check_numbers(config: TrainConfig) -> None:
     for number, phase in enumerate(recipe.phases):
         for name in ("steps", "batch_size", "micro_batch_size", "micro_batch_tokens", "plateau_steps"):
             counts[f"recipe.phases.{number}.{name}"] = getattr(phase, name)
+        _check_objectives(f"recipe.phases.{number}", phase)
         _check_batching(f"recipe.phases.{number}", phase, config.llm)
     check_at_least(1, counts)
     check_at_least(0, {"data.workers": config.data.workers, "profile_step": config.profile_step})
     _check_rates(config)
+    _check_trained(config)
     _check_sharding(config)
     if not recipe.phases:
         raise UserError("recipe.phases is empty; give at least one phase")
@@ -52,6 +58,46 @@ def check_numbers(config: TrainConfig) -> None:
     for key, (value, known) in choices.items():
         if value not in known:
             raise UserError(f"{key}={value} is none of {', '.join(known)}")
+
+
+def trained_parts(parts: TrainedPartsConfig) -> tuple[str, ...]:
+    """The names of the parts that train."""
+    return tuple(part for part in PARTS if getattr(parts, part) == "full")
+
+
+def _check_trained(config: TrainConfig) -> None:
+    for part in PARTS:
+        if (mode := getattr(config.train, part)) not in _MODES:
+            raise UserError(f"train.{part}={mode} is none of {', '.join(_MODES)}")
+    if not trained_parts(config.train):
+        raise UserError("train has no part that is full, so nothing would be learned; set train.qformer=full")
+    for part, rate in config.train.learning_rates.items():
+        if part not in PARTS:
+            raise UserError(f"train.learning_rates.{part} is of no part; the parts are {', '.join(PARTS)}")
+        if not 0 < rate < math.inf:
+            raise UserError(f"train.learning_rates.{part}={rate} must be above 0")
+    if config.train.vision == "full" and config.data.cache_features:
+        raise UserError(
+            "data.cache_features=true keeps what a frozen vision encoder gives, and train.vision=full trains it; "
+            "set data.cache_features=false"
+        )
+    if config.train.llm == "full" and config.llm.quantization is not None:
+        raise UserError(
+            f"train.llm=full trains weights, and those of an {config.llm.quantization} LLM are rounded; "
+            "leave llm.quantization out"
+        )
+
+
+def _check_objectives(key: str, phase: PhaseConfig) -> None:
+    for name, weight in phase.objectives.items():
+        if name not in OBJECTIVES:
+            raise UserError(f"{key}.objectives.{name} is none of {', '.join(OBJECTIVES)}")
+        if not 0 <= weight < math.inf:
+            raise UserError(f"{key}.objectives.{name}={weight} must not be below 0")
+    if not any(phase.objectives.values()):
+        raise UserError(
+            f"{key}.objectives is empty, so the phase has no loss; give one, such as {{language_modeling: 1}}"
+        )
 
 
 def _check_rates(config: TrainConfig) -> None:
@@ -85,7 +131,9 @@ def _check_batching(key: str, phase: PhaseConfig, llm: LLMConfig) -> None:
         raise UserError(f"{key}.micro_batch_tokens limits no fixed batches; set {key}.batching=bucketed or packed")
     if phase.batching == "packed" and llm.kind != "decoder":
         raise UserError(f"{key}.batching=packed needs a decoder-only LLM, llm={llm.name} is none; set it to bucketed")
-    if phase.batching == "packed" and not phase.through_llm:
+    if phase.batching == "packed" and not any(
+        "answer_logits" in objective.outputs for objective in make_objectives(phase.objectives)
+    ):
         raise UserError(f"{key}.batching=packed packs rows of the LLM, which the phase leaves out; set it to fixed")
 
 

@@ -1,23 +1,25 @@
 """The training loop: batches in, optimiser steps out. Data, step, log and checkpoint are separate functions.
 
-A run is a sequence of phases; each has its own length, batch size, schedule and path of the loss. Steps and positions count
+A run is a sequence of phases; each has its own length, batch size, schedule and objectives. Steps and positions count
 on through all of them, so one step number says where a run is.
 """
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from instructblip.data.batching import Batch, in_order_of_draws, split_further
 from instructblip.errors import UserError
-from instructblip.models.instructblip import InstructBLIP, Loss
-from instructblip.training.optim import set_learning_rate
+from instructblip.models.base import Model, PassWorkload
+from instructblip.objectives import Objective
+from instructblip.training.backward import TermSums, backward
+from instructblip.training.optim import clip_gradients, set_learning_rate
 from instructblip.training.parallel import StepContext
 from instructblip.training.plan.flops import StepWorkload
 from instructblip.training.schedule import Phase, StepPosition, locate
@@ -27,9 +29,10 @@ class StepResult(NamedTuple):
     """What one optimiser step saw, over all ranks.
 
     Attributes:
-        loss: mean over supervised tokens, nats; `loss_by_dataset` the same for each.
+        loss: weighted sum of the objectives' means over their units, nats; `loss_by_dataset` the same for each.
+        loss_by_objective: each objective's mean, without its weight.
         grad_norm: before clipping.
-        samples, tokens: trained on; tokens are supervised ones.
+        samples, tokens: trained on; tokens are the units of the first objective, supervised tokens in most phases.
         ids: of the samples, in the order of their positions.
         padding_fraction: share of the places in the passes through the LLM that held nothing, 0 to 1.
         work: what went through each part, padding left out.
@@ -39,6 +42,7 @@ class StepResult(NamedTuple):
 
     loss: float
     loss_by_dataset: dict[str, float]
+    loss_by_objective: dict[str, float]
     grad_norm: float
     samples: int
     tokens: int
@@ -53,37 +57,45 @@ _ALONE = StepContext()
 
 
 def train_step(
-    model: InstructBLIP,
+    model: Model,
     optimizer: torch.optim.Optimizer,
     batches: Sequence[Batch],
     *,
-    through_llm: bool,
+    objectives: Sequence[Objective],
     packed: bool = False,
     rate: float,
     new_parts_scale: float = 1.0,
+    part_scales: Mapping[str, float] = MappingProxyType({}),
     clip_norm: float | None,
     context: StepContext = _ALONE,
 ) -> StepResult:
     """One optimiser step over a global batch, of which `batches` are this rank's micro-batches.
 
-    The loss is a sum over supervised tokens divided by their number in the global batch: micro-batches and ranks only add
-    up, so any split of the batch gives the same gradient.
+    Each objective's sum is divided by the number of its units in the global batch before the backward pass: micro-batches
+    and ranks only add up, so any split of the batch gives the same gradient, whatever objectives are mixed.
+
+    Args:
+        objectives: what is trained for.
+        packed: several samples share a row of the LLM.
+        rate: learning rate of this step; `new_parts_scale` and `part_scales` are multiples of it.
 
     Raises:
         UserError: the loss or the gradient is not finite, and is not to be skipped; the weights are as they were, the
             samples are named. Another rank is lost.
     """
     optimizer.zero_grad()
-    processes = context.processes
-    if context.equal_passes:
-        batches = split_further(batches, max(processes.gather(len(batches))))
-    with processes.watched():
-        losses = _backward(model, batches, context, through_llm=through_llm, packed=packed)
-    result = _result(processes.gather(_report(batches, losses, context.stop_signal())))
-    parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
-    for parameter in parameters:
-        parameter.grad.div_(result.tokens)  # type: ignore[union-attr]
-    norm = float(nn.utils.clip_grad_norm_(parameters, math.inf if clip_norm is None else clip_norm))
+    ranks = context.processes
+    inputs = [model.prepare(batch) for batch in batches]
+    counts = ranks.gather({"passes": len(batches), "units": [sum(map(o.count, inputs)) for o in objectives]})
+    units = [sum(column) for column in zip(*(count["units"] for count in counts), strict=True)]
+    if context.equal_passes and (passes := max(count["passes"] for count in counts)) > len(batches):
+        batches = split_further(batches, passes)
+        inputs = [model.prepare(batch) for batch in batches]
+    with ranks.watched():
+        losses, workloads = backward(model, inputs, objectives, units, packed=packed, context=context)
+    result = _result(objectives, ranks.gather(_report(batches, losses, workloads, context.stop_signal())))
+    with ranks.watched():
+        norm = clip_gradients(model.parameters(), math.inf if clip_norm is None else clip_norm)
     result = result._replace(grad_norm=norm)
     if not math.isfinite(result.loss) or not math.isfinite(norm):
         if context.skip_non_finite:
@@ -92,7 +104,7 @@ def train_step(
             f"{what_is_not_finite(result)}; lower recipe.phases[].learning_rate, look at these samples, "
             "or set recipe.non_finite=skip"
         )
-    set_learning_rate(optimizer, rate, new_parts_scale)
+    set_learning_rate(optimizer, rate, new_parts_scale, part_scales)
     optimizer.step()
     return result
 
@@ -103,40 +115,31 @@ def what_is_not_finite(result: StepResult) -> str:
     return f"loss {result.loss} and gradient norm {result.grad_norm} are not both finite in the batch {ids}"
 
 
-def _backward(
-    model: InstructBLIP, batches: Sequence[Batch], context: StepContext, *, through_llm: bool, packed: bool
-) -> list[Loss]:
-    losses = []
-    for number, batch in enumerate(batches, start=1):
-        with context.accumulate(last=number == len(batches)):
-            loss = context.forward(
-                model, batch.images, batch.instructions, batch.targets, through_llm=through_llm, packed=packed
-            )
-            loss.total.backward()
-        losses.append(loss)
-    return losses
-
-
-def _report(batches: Sequence[Batch], losses: Sequence[Loss], stop_signal: int) -> dict[str, Any]:
+def _report(
+    batches: Sequence[Batch],
+    losses: Sequence[Sequence[TermSums]],
+    workloads: Sequence[PassWorkload],
+    stop_signal: int,
+) -> dict[str, Any]:
     """What a rank tells the others of its micro-batches: sums, which add up."""
-    sums: dict[str, float] = {}
-    counts: dict[str, int] = {}
-    for batch, loss in zip(batches, losses, strict=True):
-        rows = zip(batch.datasets, loss.per_sample.tolist(), loss.tokens_per_sample.tolist(), strict=True)
-        for dataset, value, tokens in rows:
+    terms = []
+    for of_objective in losses:
+        sums: dict[str, float] = {}
+        counts: dict[str, int] = {}
+        datasets = [name for batch in batches for name in batch.datasets]
+        rows = [row for part in of_objective for row in zip(part.per_sample, part.counts, strict=True)]
+        for dataset, (value, units) in zip(datasets, rows, strict=True):
             sums[dataset] = sums.get(dataset, 0.0) + value
-            counts[dataset] = counts.get(dataset, 0) + tokens
+            counts[dataset] = counts.get(dataset, 0) + units
+        terms.append({"total": sum(part.total for part in of_objective), "sums": sums, "counts": counts})
     return {
-        "loss": sum(float(loss.total.detach()) for loss in losses),
-        "tokens": sum(counts.values()),
-        "sums": sums,
-        "counts": counts,
+        "terms": terms,
         "ids": in_order_of_draws(batches),
         "frames": sum(_frames(batch) for batch in batches),
         "encoded": sum(_frames(batch) for batch in batches if batch.images.dtype == torch.uint8),  # others are tokens
-        "text": sum(loss.text for loss in losses),
-        "positions": sum(loss.positions for loss in losses),
-        "padding": sum(loss.padding for loss in losses),
+        "text": sum(work.text for work in workloads),
+        "positions": sum(work.positions for work in workloads),
+        "padding": sum(work.padding for work in workloads),
         "stop_signal": stop_signal,
     }
 
@@ -145,21 +148,28 @@ def _frames(batch: Batch) -> int:
     return batch.images.shape[0] * batch.images.shape[1]
 
 
-def _result(reports: Sequence[dict[str, Any]]) -> StepResult:
-    tokens = sum(report["tokens"] for report in reports)
-    names = sorted({name for report in reports for name in report["sums"]})
-    sums = {name: sum(report["sums"].get(name, 0.0) for report in reports) for name in names}
-    counts = {name: sum(report["counts"].get(name, 0) for report in reports) for name in names}
+def _result(objectives: Sequence[Objective], reports: Sequence[dict[str, Any]]) -> StepResult:
+    means: dict[str, float] = {}
+    by_dataset: dict[str, float] = {}
+    units: list[int] = []
+    for number, objective in enumerate(objectives):
+        terms = [report["terms"][number] for report in reports]
+        counts = _added(term["counts"] for term in terms)
+        units.append(int(sum(counts.values())))
+        means[objective.name] = sum(term["total"] for term in terms) / units[-1]
+        for name, value in _added(term["sums"] for term in terms).items():
+            by_dataset[name] = by_dataset.get(name, 0.0) + objective.weight * value / counts[name]
     ids = [sample_id for report in reports for sample_id in report["ids"]]
     whole = {
         key: sum(report[key] for report in reports) for key in ("frames", "encoded", "text", "positions", "padding")
     }
     return StepResult(
-        loss=sum(report["loss"] for report in reports) / tokens,
-        loss_by_dataset={name: sums[name] / counts[name] for name in names},
+        loss=sum(objective.weight * means[objective.name] for objective in objectives),
+        loss_by_dataset=dict(sorted(by_dataset.items())),
+        loss_by_objective=means,
         grad_norm=math.nan,
         samples=len(ids),
-        tokens=tokens,
+        tokens=units[0],
         ids=ids,
         padding_fraction=whole["padding"] / max(whole["positions"], 1),
         work=StepWorkload(
@@ -168,14 +178,22 @@ def _result(reports: Sequence[dict[str, Any]]) -> StepResult:
             encoded=whole["encoded"],
             text=whole["text"],
             positions=whole["positions"] - whole["padding"],
-            answers=tokens,
+            answers=units[0],
         ),
         stop_signal=max(report["stop_signal"] for report in reports),
     )
 
 
+def _added(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    total: dict[str, float] = {}
+    for part in parts:
+        for name, value in part.items():
+            total[name] = total.get(name, 0) + value
+    return total
+
+
 def run_steps(
-    model: InstructBLIP,
+    model: Model,
     optimizer: torch.optim.Optimizer,
     phases: Sequence[Phase],
     batches: Iterable[tuple[int, list[Batch]]],
@@ -203,10 +221,11 @@ def run_steps(
             model,
             optimizer,
             micro_batches,
-            through_llm=place.phase.through_llm,
+            objectives=place.phase.objectives,
             packed=place.phase.batching.kind == "packed",
             rate=rate,
             new_parts_scale=place.phase.new_parts_scale,
+            part_scales=place.phase.part_scales,
             clip_norm=clip_norm,
             context=context,
         )
@@ -229,6 +248,7 @@ def log_entry(
         "phase": place.phase.name,
         "loss": result.loss,
         "loss_by_dataset": result.loss_by_dataset,
+        **({"loss_by_objective": result.loss_by_objective} if len(result.loss_by_objective) > 1 else {}),
         "lr": rate,
         "grad_norm": result.grad_norm,
         "tokens": result.tokens,

@@ -3,34 +3,39 @@
 import contextlib
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from instructblip.models.instructblip import InstructBLIP
+from instructblip.distributed import placed_like
+from instructblip.models.base import Model
+
+AnyTensor = TypeVar("AnyTensor", bound=Tensor)
 
 # What BERT does not bring to a Q-Former. The projection is new too, but its weights are as small as the LLM's embeddings,
 # and a large rate would turn it over within a few steps.
 NEW_PARTS = ("query_tokens", "cross_attention.")
 
 
-def make_adamw(
-    parameters: Iterable[tuple[str, nn.Parameter]], *, weight_decay: float, betas: Sequence[float]
-) -> torch.optim.AdamW:
-    """AdamW over named trainable parameters; norms, biases and query tokens do not decay.
+def make_adamw(model: Model, *, weight_decay: float, betas: Sequence[float]) -> torch.optim.AdamW:
+    """AdamW over what trains; norms, biases and query tokens do not decay.
 
     The released code decays the query tokens because they are three-dimensional; decaying a learned constant input towards
     zero has no motive, and the other constants (biases, norms) are spared for the same reason.
     """
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-    for name, parameter in parameters:
+    groups: dict[tuple[bool, bool, str, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             decays = parameter.ndim >= 2 and not name.endswith("query_tokens")
-            new = any(part in name for part in NEW_PARTS)
-            groups.setdefault((decays, new), []).append(parameter)
+            new = any(part in name for part in NEW_PARTS) and model.part_of(name) == "qformer"
+            # One step of the fused kernel takes tensors of one kind.
+            groups.setdefault((decays, new, model.part_of(name), isinstance(parameter, DTensor)), []).append(parameter)
     options = [
-        {"params": group, "weight_decay": weight_decay if decays else 0.0, "new": new}
-        for (decays, new), group in groups.items()
+        {"params": group, "weight_decay": weight_decay if decays else 0.0, "new": new, "part": part}
+        for (decays, new, part, _), group in groups.items()
     ]
     # The learning rate is set before every step; fused, one pass over memory instead of seven.
     return torch.optim.AdamW(options, lr=0.0, betas=(betas[0], betas[1]), fused=True)
@@ -62,10 +67,33 @@ def learning_rate(
     return final + (peak - final) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float, new_parts_scale: float = 1.0) -> None:
-    """Give every parameter group the rate; `NEW_PARTS` get that multiple of it."""
+def set_learning_rate(
+    optimizer: torch.optim.Optimizer, rate: float, new_parts_scale: float, part_scales: Mapping[str, float]
+) -> None:
+    """Give every parameter group the rate: `NEW_PARTS` that multiple of it, parts with a rate of their own theirs."""
     for group in optimizer.param_groups:
-        group["lr"] = rate * (new_parts_scale if group["new"] else 1.0)
+        scale = part_scales.get(group["part"], 1.0) * (new_parts_scale if group["new"] else 1.0)
+        group["lr"] = rate * scale
+
+
+@torch.no_grad()
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> float:
+    """Scale all gradients together so that their norm is at most `max_norm`; return the norm before. All ranks call this."""
+    trained = [parameter for parameter in parameters if parameter.grad is not None]
+    kinds = _by_kind(trained)
+    norms = [nn.utils.get_total_norm([p.grad for p in kind if p.grad is not None]) for kind in kinds]
+    whole = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+    total = whole[0] if len(whole) == 1 else torch.stack(whole).norm()
+    for kind in kinds:
+        nn.utils.clip_grads_with_norm_(kind, max_norm, total)
+    return float(total)
+
+
+def _by_kind(tensors: Iterable[AnyTensor]) -> list[list[AnyTensor]]:
+    """Whole tensors and sharded ones apart: operations over lists take one kind."""
+    tensors = list(tensors)
+    kinds = [[t for t in tensors if isinstance(t, DTensor) == sharded] for sharded in (False, True)]
+    return [kind for kind in kinds if kind]
 
 
 class WeightAverage:
@@ -76,15 +104,16 @@ class WeightAverage:
         decay: 0.999 averages over about the last thousand steps.
     """
 
-    def __init__(self, model: InstructBLIP, decay: float) -> None:
-        self.decay = decay
+    def __init__(self, model: Model, decay: float) -> None:
         self._own = {name: value for name, value in model.named_parameters() if value.requires_grad}
         self._average = {name: value.detach().clone() for name, value in self._own.items()}
+        self._follow = get_ema_multi_avg_fn(decay)
 
     @torch.no_grad()
     def update(self) -> None:
         """Follow the weights after a step."""
-        torch._foreach_lerp_(list(self._average.values()), list(self._own.values()), 1 - self.decay)
+        for averages, weights in zip(_by_kind(self._average.values()), _by_kind(self._own.values()), strict=True):
+            self._follow(averages, weights, torch.empty(0))  # a constant decay reads no number of steps
 
     def state(self, trainable: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """`trainable`, a model's trainable state, with the averages in place of the weights."""
@@ -94,7 +123,7 @@ class WeightAverage:
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Go on from saved averages."""
         for name, value in self._average.items():
-            value.copy_(state[name])
+            value.copy_(placed_like(state[name], value))
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:

@@ -1,13 +1,13 @@
 """How a model is laid over processes, from outside and in a fixed order: activation checkpointing, compile, FSDP2, DDP.
 
-What trains is small (0.2 B parameters) and is held by every process in float32; its gradients are summed over all. What
-is frozen is large: every process holds it (`ddp`), or a share of each block, gathered when the block runs (`fsdp`). Nothing
-here changes a result beyond rounding.
+The Q-Former is small (0.2 B parameters): every process holds it, and its gradients are summed over all. Vision encoder and
+LLM are large: every process holds them (`ddp`), or a share of each block, gathered when the block runs (`fsdp`), whether
+they are frozen or trained. Nothing here changes a result beyond rounding.
 """
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from instructblip.distributed import Processes
 from instructblip.errors import UserError
-from instructblip.models.instructblip import InstructBLIP, Loss
+from instructblip.models.base import Inputs, Model, Outputs, PartStructure
 
 KINDS = ("single", "ddp", "fsdp")
 _RECOMPILE_LIMIT = 64
@@ -50,12 +50,20 @@ class StepContext:
     skip_non_finite: bool = False
     stop_signal: Callable[[], int] = lambda: 0
 
-    def forward(self, model: InstructBLIP, *inputs: Any, **options: Any) -> Loss:
-        """The model's loss, through DDP where it is wrapped."""
-        device = model.projection.weight.device.type
-        with torch.autocast(device, self.autocast) if self.autocast else contextlib.nullcontext():
-            loss: Loss = (self.wrapped or model)(*inputs, **options)
-        return loss
+    def forward(
+        self,
+        model: Model,
+        inputs: Inputs,
+        wanted: Collection[str],
+        *,
+        packed: bool = False,
+        through_wrapper: bool = True,
+    ) -> Outputs:
+        """The model's named outputs, through DDP where it is wrapped; a pass without gradient need not go through it."""
+        with torch.autocast(model.device.type, self.autocast) if self.autocast else contextlib.nullcontext():
+            called = (self.wrapped if through_wrapper else None) or model
+            outputs: Outputs = called(inputs, wanted, packed=packed)
+        return outputs
 
     def accumulate(self, last: bool) -> contextlib.AbstractContextManager[None]:
         """Around a micro-batch's forward and backward pass: gradients are exchanged in the last one only."""
@@ -69,7 +77,7 @@ class StepContext:
 
 
 def parallelize(
-    model: InstructBLIP,
+    model: Model,
     processes: Processes,
     *,
     kind: str,
@@ -79,39 +87,48 @@ def parallelize(
 ) -> DistributedDataParallel | None:
     """Lay a built model, its weights in place, over the processes; return its DDP wrapper where there are several.
 
+    Sharding replaces parameters: make the optimiser afterwards.
+
     Args:
-        model: on its device, but for a language model that is to be sharded. The same object goes on being used for
-            everything but the loss.
+        model: on its device, but for parts that are to be sharded. The same object goes on being used for everything
+            but training passes.
         kind: one of `KINDS`; with one process all are the same.
-        shard_size: processes that hold the frozen parts once together: all of them when None. A node's number of GPUs keeps
-            the gathering inside nodes (hybrid sharding).
-        activation_checkpointing: recompute blocks of the language model and of the Q-Former in the backward pass.
+        shard_size: processes that hold the sharded parts once together: all of them when None. A node's number of GPUs
+            keeps the gathering inside nodes (hybrid sharding).
+        activation_checkpointing: recompute, in the backward pass, blocks that gradients pass through.
         compile_blocks: compile each transformer block.
 
     Raises:
         UserError: `single` with several processes, or a shard size that does not divide them.
     """
     check_layout(kind, shard_size, processes.world_size)
-    language, qformer, vision = blocks_of(model.llm.model), list(model.qformer.layers), blocks_of(model.vision.backbone)
+    parts = model.structure()
     if activation_checkpointing:
-        for block in (*language, *qformer):
-            _recompute(block)
+        for part, structure in parts.items():
+            if structure.recompute or part in model.trained_parts:
+                for block in structure.blocks:
+                    _recompute(block)
     if compile_blocks:
         # Blocks of all kinds, first and last ones, each for fixed and for changing lengths, with and without gradient, may
         # come through one function; past the limit, 8 by default, torch leaves what comes next uncompiled.
         torch._dynamo.config.recompile_limit = max(_RECOMPILE_LIMIT, torch._dynamo.config.recompile_limit)
-        for block in (*language, *qformer, *vision):
-            block.compile()
+        for structure in parts.values():
+            for block in structure.blocks:
+                block.compile()
     if processes.world_size == 1:
         return None
     if kind == "fsdp":
-        mesh = _shard_mesh(processes, shard_size, model.projection.weight.device.type)
-        _shard_frozen(model, language, vision, mesh)
+        for part, structure in parts.items():
+            if structure.roots:
+                trains = part in model.trained_parts
+                _shard(structure, _shard_mesh(processes, shard_size, model.device.type, reduces=trains), trains=trains)
+                for module in model.part_modules(part):
+                    module.to(model.device)  # tables, norms and heads
     return _replicate(model)
 
 
 def is_sharded(kind: str, world_size: int) -> bool:
-    """Whether the frozen blocks are shared out; one process has nobody to share with."""
+    """Whether blocks are shared out; one process has nobody to share with."""
     return kind == "fsdp" and world_size > 1
 
 
@@ -131,19 +148,6 @@ def check_layout(kind: str, shard_size: int | None, world_size: int) -> None:
         )
 
 
-def blocks_of(module: nn.Module) -> list[nn.Module]:
-    """The repeated blocks of a transformer or CNN: members of its outermost lists of two and more modules of one class."""
-    found: list[nn.Module] = []
-    for child in module.children():
-        members = list(child.children())
-        is_list = isinstance(child, nn.ModuleList | nn.Sequential)
-        if is_list and len(members) > 1 and len({type(member) for member in members}) == 1:
-            found += members
-        else:
-            found += blocks_of(child)
-    return found
-
-
 def _recompute(block: nn.Module) -> None:
     """Keep only the block's inputs for the backward pass; its parameters and their names stay as they are."""
     inner = block.forward
@@ -156,39 +160,47 @@ def _recompute(block: nn.Module) -> None:
     block.forward = forward
 
 
-def _shard_mesh(processes: Processes, shard_size: int | None, device: str) -> DeviceMesh:
-    """The processes that hold the frozen parts once together, this one among them.
+def _shard_mesh(processes: Processes, shard_size: int | None, device: str, *, reduces: bool) -> DeviceMesh:
+    """The processes that hold a part once together, this one among them; with `reduces` also those that hold it again.
 
-    Between these groups nothing is exchanged: what is frozen is never reduced.
+    What is frozen is never reduced, so nothing is exchanged between groups that each hold it whole.
     """
     size = shard_size or processes.world_size
     if size == processes.world_size:
         assert dist.group.WORLD is not None
         return DeviceMesh.from_group(dist.group.WORLD, device)
     bound = timedelta(seconds=processes.timeout)  # a mesh's own groups would have the library's
-    groups = [
-        dist.new_group(list(range(first, first + size)), timeout=bound)
-        for first in range(0, processes.world_size, size)
+    ranks = torch.arange(processes.world_size).view(-1, size)
+    own = [
+        dist.new_group(members, timeout=bound)  # every rank makes every group, in the same order
+        for groups in (ranks, ranks.T)
+        for members in groups.tolist()
     ]
-    return DeviceMesh.from_group(groups[processes.rank // size], device)
+    shard, replicate = own[processes.rank // size], own[len(ranks) + processes.rank % size]
+    if not reduces:
+        return DeviceMesh.from_group(shard, device)
+    return DeviceMesh.from_group([replicate, shard], device, ranks, mesh_dim_names=("replicate", "shard"))
 
 
-def _shard_frozen(model: InstructBLIP, language: list[nn.Module], vision: list[nn.Module], mesh: DeviceMesh) -> None:
-    """Shard the frozen blocks. Tables, norms and heads stay whole: they are small, and read outside forward passes.
+def _shard(part: PartStructure, mesh: DeviceMesh, *, trains: bool) -> None:
+    """Shard a part's blocks. Tables, norms and heads stay whole: they are small, and read outside forward passes.
 
-    Blocks of the language model may come from the CPU: each is moved when it is sharded, so that no device ever holds all.
+    Blocks may come from the CPU: each is moved when it is sharded, so that no device ever holds all.
     """
-    for block in (*language, *vision):
-        fully_shard(block, mesh=mesh, ignored_params=_tables(block))
+    sharded: list[FSDPModule] = [fully_shard(block, mesh=mesh, ignored_params=_tables(block)) for block in part.blocks]
     # A root above the blocks lets each be gathered while the one before it runs.
-    for root in {id(root): root for root in _language_roots(model)}.values():
-        sharded = fully_shard(root, mesh=mesh, ignored_params=_unsharded(root))
-        root.register_forward_hook(partial(_end_without_gradient, sharded))
-    backbone = fully_shard(model.vision.backbone, mesh=mesh, ignored_params=_unsharded(model.vision.backbone))
-    register_fsdp_forward_method(backbone, "forward_features")
-    # Its passes never have a gradient. One that ends as soon as it has the layers it wants leaves a block gathered.
-    model.vision.register_forward_hook(lambda *_: backbone.reset_iter_state())
-    model.llm.to(model.projection.weight.device)  # tables, norms and heads
+    for root in {id(root): root for root in part.roots}.values():
+        top = fully_shard(root, mesh=mesh, ignored_params=_unsharded(root))
+        sharded.append(top)
+        if part.entry != "forward":
+            register_fsdp_forward_method(root, part.entry)
+        root.register_forward_hook(partial(_end_without_gradient, top))
+        if part.ends_early:  # an exception ends such a pass: no hook of the root runs, and a block stays gathered
+            _after_each_call(root, part.entry, top)
+    if trains:
+        for module in sharded:
+            # A mean over ranks would have to be undone: the loss is divided by the units of the global batch.
+            module.set_gradient_divide_factor(1.0)
 
 
 def _end_without_gradient(root: FSDPModule, *_: object) -> None:
@@ -197,12 +209,16 @@ def _end_without_gradient(root: FSDPModule, *_: object) -> None:
         root.reset_iter_state()
 
 
-def _language_roots(model: InstructBLIP) -> list[nn.Module]:
-    """What is called in one forward pass: the decoder, or encoder and decoder one after the other."""
-    language = model.llm.model
-    if language.config.is_encoder_decoder:
-        return [language.get_encoder(), language.get_decoder()]
-    return [language.base_model]
+def _after_each_call(root: nn.Module, entry: str, sharded: FSDPModule) -> None:
+    inner = getattr(root, entry)
+
+    def call(*inputs: Any, **options: Any) -> Any:
+        try:
+            return inner(*inputs, **options)
+        finally:
+            _end_without_gradient(sharded)
+
+    setattr(root, entry, call)
 
 
 def _unsharded(root: nn.Module) -> set[nn.Parameter]:
@@ -214,19 +230,22 @@ def _tables(block: nn.Module) -> set[nn.Parameter]:
     return {parameter for table in tables for parameter in table.parameters()}
 
 
-def _replicate(model: InstructBLIP) -> DistributedDataParallel:
-    """Sum gradients of what trains over all processes while the backward pass still runs."""
-    device = model.projection.weight.device
-    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+def _replicate(model: Model) -> DistributedDataParallel:
+    """Sum gradients of what trains and is held whole over all processes while the backward pass still runs."""
+    device = model.device
+    # What is frozen has no gradient; what is sharded is reduced by FSDP.
+    others = [name for name, value in model.named_parameters() if not value.requires_grad or isinstance(value, DTensor)]
     # One gradient of shape (1, Q, D) has other strides than its place in the bucket, which costs nothing.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)
+    warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, others)
     wrapped = DistributedDataParallel(
         model,
         device_ids=[device.index] if device.type == "cuda" else None,
         forward_sync_buffers=False,  # there are none that change
         init_sync=False,  # every process started from the same files and seed; see `check_equal`
         gradient_as_bucket_view=True,
+        find_unused_parameters=True,  # an objective need not reach every part that trains
     )
     # A mean over ranks would have to be undone: the loss is divided by the number of tokens in the global batch.
     wrapped.register_comm_hook(None, _sum_gradients)

@@ -14,17 +14,16 @@ from instructblip.config.validate import differences, read_config, to_dict, to_y
 from instructblip.data.batching import Batch
 from instructblip.data.loader import LoadedStep, load_batches
 from instructblip.data.lost import LostSample
-from instructblip.distributed import Processes, choose_device, start_processes
+from instructblip.distributed import Processes, choose_device, start_processes, whole_tensors
 from instructblip.errors import UserError
 from instructblip.files import write_atomically
 from instructblip.models.fingerprint import fingerprint_tensors
 from instructblip.progress import TrainingProgress, training_progress
 from instructblip.training.checks import check_batches, check_numbers
 from instructblip.training.loop import StepResult, log_entry, run_steps, traced_steps, what_is_not_finite
-from instructblip.training.parallel import PRECISIONS, StepContext, is_sharded, parallelize
 from instructblip.training.plan.tables import plan_summary, plan_table, shares_planned, shares_realised
 from instructblip.training.schedule import StepPosition, locate, rank_positions, step_batching, total_steps
-from instructblip.training.setup import TrainingRun, make_plan, set_up
+from instructblip.training.setup import TrainingRun, make_optimisation, make_plan, set_up
 from instructblip.training.signals import Stopped, StopRequest
 from instructblip.training.timer import StepTimer, peak_memory
 from instructblip.training.validation import clear_stop_file, finish, run_validation
@@ -117,13 +116,15 @@ def _train(config: TrainConfig, processes: Processes, stop: StopRequest, console
     start = _restore(run, checkpoint) if checkpoint else 0
     clear_stop_file(run)
     _check_equal(run)
-    context = _step_context(run, stop)
+    run.optimisation = make_optimisation(run, partial(_stop_signal, run, stop))
+    if checkpoint:
+        _restore_optimisation(run, checkpoint)
     unvalidated = checkpoint.state.get("unvalidated") if checkpoint else None
     if processes.is_first:
         write_atomically(folder / "config.yaml", to_yaml(config))
         run.metrics.truncate_after(start if unvalidated is None else start - 1)  # whose line is to be written anew
     console.print(shares_planned(run.mixture, run.phases))
-    done = _train_steps(run, start, stop, context, unvalidated)
+    done = _train_steps(run, start, stop, unvalidated)
     if done < total_steps(run.phases) or stop.stop_signal:
         return _stopped(run, stop, done)
     console.print(shares_realised(run.mixture, run.phases, run.lost.counts))
@@ -195,13 +196,17 @@ def _restore(run: TrainingRun, checkpoint: LoadedCheckpoint) -> int:
     check_frozen(run.model, checkpoint.state["frozen"], checkpoint.path)
     run.lost.restore(checkpoint.state["lost"])
     restore_trainable(run.model, checkpoint.model, checkpoint.path)
-    restore_optimizer(run.optimizer, run.names, checkpoint.path)
-    if run.average:
-        run.average.restore(checkpoint.average or checkpoint.model)
     if not run.best.restore(checkpoint.state.get("best")):
         _find_best(run, checkpoint.step)
     run.console.print(f"continuing {checkpoint.path} after step {checkpoint.step}", highlight=False, soft_wrap=True)
     return checkpoint.step
+
+
+def _restore_optimisation(run: TrainingRun, checkpoint: LoadedCheckpoint) -> None:
+    optimisation = run.optimisation
+    restore_optimizer(optimisation.optimizer, optimisation.names, checkpoint.path)
+    if optimisation.average:
+        optimisation.average.restore(checkpoint.average or checkpoint.model)
 
 
 def _find_best(run: TrainingRun, last: int) -> None:
@@ -227,35 +232,13 @@ def _check_equal(run: TrainingRun) -> None:
 # --- steps -----------------------------------------------------------------------------------------------------------
 
 
-def _step_context(run: TrainingRun, stop: StopRequest) -> StepContext:
-    parallel, recipe = run.config.parallel, run.config.recipe
-    wrapped = parallelize(
-        run.model,
-        run.processes,
-        kind=parallel.kind,
-        shard_size=parallel.shard_size,
-        activation_checkpointing=parallel.activation_checkpointing,
-        compile_blocks=parallel.compile,
-    )
-
-    def stop_signal() -> int:
-        ends = run.writer.failed and recipe.full_disk == "stop"
-        return _SAVE_FAILED if ends else stop.received or 0
-
-    return StepContext(
-        processes=run.processes,
-        wrapped=wrapped,
-        autocast=PRECISIONS[recipe.precision],
-        equal_passes=is_sharded(parallel.kind, run.processes.world_size),
-        skip_non_finite=recipe.non_finite == "skip",
-        stop_signal=stop_signal,
-    )
+def _stop_signal(run: TrainingRun, stop: StopRequest) -> int:
+    ends = run.writer.failed and run.config.recipe.full_disk == "stop"
+    return _SAVE_FAILED if ends else stop.received or 0
 
 
-def _train_steps(
-    run: TrainingRun, start: int, stop: StopRequest, context: StepContext, unvalidated: dict[str, Any] | None
-) -> int:
-    recipe, steps = run.config.recipe, total_steps(run.phases)
+def _train_steps(run: TrainingRun, start: int, stop: StopRequest, unvalidated: dict[str, Any] | None) -> int:
+    recipe, steps, optimisation = run.config.recipe, total_steps(run.phases), run.optimisation
     batches = load_batches(
         run.dataset,
         rank_positions(run.phases, start, rank=run.processes.rank, world_size=run.processes.world_size),
@@ -270,17 +253,19 @@ def _train_steps(
 
         def after_step(step: int, place: StepPosition, rate: float, result: StepResult) -> bool:
             done = step + 1
-            if run.average and not result.skipped:
-                run.average.update()
+            if optimisation.average and not result.skipped:
+                optimisation.average.update()
             if result.skipped:
                 progress.say(f"step {done} is skipped: {what_is_not_finite(result)}")
-            timer.step(result.samples, result.tokens, run.shape.total(result.work, through_llm=place.phase.through_llm))
+            timer.step(result.samples, result.tokens, run.shape.total(result.work, runs_llm=place.phase.trains_answers))
             entry = log_entry(step, place, rate, result, _measures(timer, run))
             stop.stop_signal = result.stop_signal or None
             trace(done)
             # Alignment does not teach the LLM's layers to listen: its answers would say nothing yet.
             due = (
-                bool(run.validation and place.phase.through_llm) and done % recipe.validate_every == 0 and done < steps
+                bool(run.validation and place.phase.trains_answers)
+                and done % recipe.validate_every == 0
+                and done < steps
             )
             stopping = not _record(run, progress, entry, stop, due=due) or stop.stop_signal is not None
             progress.update(done, result.loss, timer.samples_per_second)
@@ -294,14 +279,14 @@ def _train_steps(
         timer.start()
         done = run_steps(
             run.model,
-            run.optimizer,
+            optimisation.optimizer,
             run.phases,
             _counted(run, _timed(batches, timer)),
             start_step=start,
             seed=run.config.seed,
             clip_norm=recipe.clip_norm,
             after_step=after_step,
-            context=context,
+            context=optimisation.context,
         )
     run.writer.wait()
     # None goes on while the first rank still writes: a launcher may end all processes with the first that ends.
@@ -354,7 +339,7 @@ def _measures(timer: StepTimer, run: TrainingRun) -> dict[str, float]:
         "tokens_per_second": timer.tokens_per_second,
         "mfu": timer.flops_per_second / run.peak_flops,
         "data_wait_fraction": timer.data_wait_fraction,
-        "memory": peak_memory(run.model.projection.weight.device),
+        "memory": peak_memory(run.model.device),
     }
 
 
@@ -362,10 +347,14 @@ def _measures(timer: StepTimer, run: TrainingRun) -> dict[str, float]:
 
 
 def _save(run: TrainingRun, step: int, *, unvalidated: dict[str, Any] | None) -> None:
-    trainable = (
-        run.model.trainable_state()
-    )  # by all ranks: what one does alone with a model laid over all can part them
-    if not run.processes.is_first:
+    # By all ranks: shards are put together by all, and what one does alone with a model laid over all can part them.
+    first, optimisation = run.processes.is_first, run.optimisation
+    trainable = run.model.trainable_state()
+    model = whole_tensors(trainable, keep=first)
+    optimizer = whole_tensors(optimizer_tensors(optimisation.optimizer, optimisation.names), keep=first)
+    averaged = optimisation.average.state(trainable) if optimisation.average else None
+    average = None if averaged is None else whole_tensors(averaged, keep=first)
+    if not first:
         return
     problem = run.writer.problem()
     if problem and run.config.recipe.full_disk == "stop":
@@ -374,9 +363,9 @@ def _save(run: TrainingRun, step: int, *, unvalidated: dict[str, Any] | None) ->
         run.console.print(f"{problem}; training goes on without it", markup=False, soft_wrap=True)
     run.writer.save(
         step,
-        model=trainable,
-        optimizer=optimizer_tensors(run.optimizer, run.names),
-        average=run.average.state(trainable) if run.average else None,
+        model=model,
+        optimizer=optimizer,
+        average=average,
         state={"frozen": run.frozen, "seed": run.config.seed, "lost": run.lost.state(), "best": run.best.state()}
         | ({"unvalidated": unvalidated} if unvalidated else {}),
         spare=[] if run.best.step is None else [run.best.step],

@@ -1,10 +1,11 @@
 """The phases of a run: which steps, positions, rates and batches belong to each."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from instructblip.data.batching import Batching
+from instructblip.objectives import Objective
 from instructblip.training.optim import learning_rate
 
 
@@ -20,7 +21,8 @@ class Phase:
         learning_rate, warmup_steps, warmup_learning_rate, final_learning_rate: linear warm-up, then cosine, both within
             the phase.
         new_parts_scale: learning rate of what BERT does not bring (query tokens, cross-attention) as a multiple.
-        through_llm: False trains on the alignment loss, which skips the LLM's layers.
+        objectives: what is trained for, each with its weight.
+        part_rates: peak learning rate of parts that have their own in place of the phase's; scheduled alike.
         plateau_steps: None is a cosine of every step; a number is the released code's staircase of so long plateaus.
     """
 
@@ -33,8 +35,19 @@ class Phase:
     warmup_learning_rate: float
     final_learning_rate: float
     new_parts_scale: float
-    through_llm: bool
+    objectives: tuple[Objective, ...]
     plateau_steps: int | None = None
+    part_rates: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def trains_answers(self) -> bool:
+        """Whether the LLM's layers take part, so that its answers mean something afterwards."""
+        return any("answer_logits" in objective.outputs for objective in self.objectives)
+
+    @property
+    def part_scales(self) -> dict[str, float]:
+        """Learning rate of each part that has its own, as a multiple of the phase's."""
+        return {part: rate / self.learning_rate for part, rate in self.part_rates.items()}
 
     def rate(self, step: int) -> float:
         """Learning rate at a step of this phase."""

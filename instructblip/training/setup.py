@@ -1,8 +1,8 @@
 """What the steps of a run share, put together from its configuration: data, model, optimiser, tasks, files."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -27,12 +27,13 @@ from instructblip.fetch.parts import cache_folder
 from instructblip.files import exclusive
 from instructblip.models.instructblip import InstructBLIP
 from instructblip.models.vision import ChannelNorm
+from instructblip.objectives import make_objectives
 from instructblip.tracking import Logger, make_logger
-from instructblip.training.checks import check_batches
+from instructblip.training.checks import check_batches, trained_parts
 from instructblip.training.datasets import make_images, make_mixture, mixture_cards, open_sets
 from instructblip.training.metrics_log import BestStep, MetricsLog
 from instructblip.training.optim import WeightAverage, make_adamw
-from instructblip.training.parallel import PRECISIONS, check_layout, is_sharded
+from instructblip.training.parallel import PRECISIONS, StepContext, check_layout, is_sharded, parallelize
 from instructblip.training.plan.flops import GPUS, ModelShape, device_peak, model_shape
 from instructblip.training.plan.memory import Plan, PlanLayout, plan_run, planned_phases
 from instructblip.training.schedule import Phase
@@ -44,9 +45,26 @@ from instructblip.weights.parts import build_model
 _CALIBRATION_IMAGES = 256
 
 
+@dataclass(frozen=True)
+class Optimisation:
+    """What follows the weights of a run.
+
+    Attributes:
+        context: how steps are carried out.
+        optimizer: of what trains.
+        names: of its parameters. Of what trains only: a hold on frozen weights would keep them whole beside their shards.
+        average: moving average of what trains, or None.
+    """
+
+    context: StepContext
+    optimizer: torch.optim.Optimizer
+    names: dict[Tensor, str]
+    average: WeightAverage | None
+
+
 @dataclass
 class TrainingRun:
-    """Everything the steps of one run share."""
+    """Everything the steps of one run share; `optimisation` from when the weights lie where they stay."""
 
     config: TrainConfig
     folder: Path
@@ -54,9 +72,6 @@ class TrainingRun:
     console: Console
     processes: Processes
     model: InstructBLIP
-    optimizer: torch.optim.Optimizer
-    names: dict[Tensor, str]
-    average: WeightAverage | None
     phases: list[Phase]
     mixture: Mixture
     dataset: MixtureDataset
@@ -71,6 +86,7 @@ class TrainingRun:
     best: BestStep
     logger: Logger
     writer: CheckpointWriter
+    optimisation: Optimisation = field(init=False)
 
 
 def make_plan(config: TrainConfig) -> Plan:
@@ -98,6 +114,7 @@ def make_plan(config: TrainConfig) -> Plan:
         quantization=config.llm.quantization,
         cached=config.data.cache_features,
         longest=(config.llm.max_prompt_tokens, config.llm.max_target_tokens),
+        trained=frozenset(trained_parts(config.train)),
     )
     return plan_run(parts_without_weights(config), planned_phases(config.recipe.phases), layout)
 
@@ -119,9 +136,10 @@ def set_up(config: TrainConfig, folder: Path, processes: Processes, console: Con
     held_in = [load_card(name) for name in config.suite.held_in]
     held_out = [load_card(name) for name in config.suite.held_out]
     shards = shards_folder([*cards, *held_in, *held_out], config.data, console)
-    model = build_model(config.vision, config.qformer, config.llm, seed=config.seed)
-    without_llm = is_sharded(config.parallel.kind, processes.world_size)
-    _place(model, choose_device(config.device), without_llm=without_llm)
+    model = build_model(
+        config.vision, config.qformer, config.llm, seed=config.seed, trained=trained_parts(config.train)
+    )
+    _place(model, choose_device(config.device), without_llm=is_sharded(config.parallel.kind, processes.world_size))
     sets = open_sets(cards, shards)
     mixture = make_mixture(config.mixture, sets, config.recipe.phases, seed=config.seed)
     validation = [make_validation_task(card, shards, samples=config.recipe.validation_samples) for card in held_in]
@@ -137,14 +155,6 @@ def set_up(config: TrainConfig, folder: Path, processes: Processes, console: Con
         console=console,
         processes=processes,
         model=model,
-        optimizer=make_adamw(
-            model.named_parameters(),
-            weight_decay=config.recipe.weight_decay,
-            betas=config.recipe.betas,
-        ),
-        # Of what trains only: a hold on the frozen weights would keep them whole beside their shards.
-        names={parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad},
-        average=None if config.recipe.average_decay is None else WeightAverage(model, config.recipe.average_decay),
         phases=_phases(config, model.sample_length()),
         mixture=mixture,
         dataset=dataset,
@@ -170,6 +180,37 @@ def set_up(config: TrainConfig, folder: Path, processes: Processes, console: Con
             config=to_dict(config),
         ),
         writer=CheckpointWriter(folder / "checkpoints", config.recipe.keep_checkpoints),
+    )
+
+
+def make_optimisation(run: TrainingRun, stop_signal: Callable[[], int]) -> Optimisation:
+    """Lay the model, its weights in place, over the processes, and make what follows its weights.
+
+    Args:
+        stop_signal: number of the signal that asked this process to stop, else 0.
+    """
+    model, recipe, parallel = run.model, run.config.recipe, run.config.parallel
+    wrapped = parallelize(
+        model,
+        run.processes,
+        kind=parallel.kind,
+        shard_size=parallel.shard_size,
+        activation_checkpointing=parallel.activation_checkpointing,
+        compile_blocks=parallel.compile,
+    )
+    context = StepContext(
+        processes=run.processes,
+        wrapped=wrapped,
+        autocast=PRECISIONS[recipe.precision],
+        equal_passes=is_sharded(parallel.kind, run.processes.world_size),
+        skip_non_finite=recipe.non_finite == "skip",
+        stop_signal=stop_signal,
+    )
+    return Optimisation(
+        context=context,
+        optimizer=make_adamw(model, weight_decay=recipe.weight_decay, betas=recipe.betas),
+        names={parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad},
+        average=None if recipe.average_decay is None else WeightAverage(model, recipe.average_decay),
     )
 
 
@@ -203,13 +244,13 @@ def _calibrate(model: InstructBLIP, norm: ChannelNorm, dataset: MixtureDataset) 
 def _shape(config: TrainConfig, model: InstructBLIP) -> ModelShape:
     with torch.device("meta"):
         vision = vision_encoder(config.vision)
-    return model_shape(vision, model.qformer, model.projection, model.llm.model)
+    return model_shape(vision, model.qformer, model.projection, model.llm.model, model.trained_parts)
 
 
 def _peak_flops(config: TrainConfig, model: InstructBLIP, processes: Processes) -> float:
     """The first rank's figure, which alone is read."""
     dtype = PRECISIONS[config.recipe.precision] or torch.float32
-    return device_peak(model.projection.weight.device, dtype) if processes.is_first else math.inf
+    return device_peak(model.device, dtype) if processes.is_first else math.inf
 
 
 def _phases(config: TrainConfig, sample_length: Length) -> list[Phase]:
@@ -229,8 +270,9 @@ def _phases(config: TrainConfig, sample_length: Length) -> list[Phase]:
             warmup_learning_rate=phase.warmup_learning_rate,
             final_learning_rate=phase.final_learning_rate,
             new_parts_scale=phase.new_parts_scale,
-            through_llm=phase.through_llm,
+            objectives=make_objectives(phase.objectives),
             plateau_steps=phase.plateau_steps,
+            part_rates=config.train.learning_rates,
         )
         for phase in config.recipe.phases
     ]

@@ -12,9 +12,10 @@ import torch
 
 from instructblip.config.schema import EvaluateConfig
 from instructblip.data.synthetic import NOTE
-from instructblip.distributed import Processes, Worker
+from instructblip.distributed import Processes, Worker, whole_tensors
 from instructblip.evaluation.runner import answer_share, run_task
 from instructblip.evaluation.suite import evaluate_tasks, finish_evaluation, log_scores, model_identity
+from instructblip.models.fingerprint import fingerprint_tensors
 from instructblip.training.curves import draw_curves
 from instructblip.training.parallel import is_sharded
 from instructblip.training.schedule import total_steps
@@ -66,7 +67,7 @@ def _validation_scores(run: TrainingRun, step: int, stop: StopRequest) -> dict[s
     """On the first rank, which puts the answers of all together; nothing is left on disk."""
     worker, scores, home = _worker(run, stop), {}, run.folder / "validation" / f"step_{step:08d}"
     together = worker.count > 1
-    identity = model_identity(run.model, run.frozen) if together else ""
+    identity = model_identity(run.model, run.frozen, _fingerprint(run)) if together else ""
     for task in run.validation:
         asked: dict[str, Any] = {"batch_size": _BATCH, "model_fingerprint": identity, "worker": worker}
         if not worker.is_first:
@@ -108,6 +109,7 @@ def _evaluate(run: TrainingRun, checkpoint: Path, stop: StopRequest) -> None:
     with tempfile.TemporaryDirectory() as elsewhere, _to_evaluate(run):
         if _is_sharded(run) and run.processes.is_first:
             shutil.rmtree(folder, ignore_errors=True)  # what it keeps would leave this rank less to do than the others
+        weights: dict[str, Any] = {"frozen": run.frozen, "trained": _fingerprint(run)}
         results = evaluate_tasks(
             run.model,
             run.final,
@@ -117,7 +119,7 @@ def _evaluate(run: TrainingRun, checkpoint: Path, stop: StopRequest) -> None:
             batch_size=_BATCH,
             blind=True,
             worker=_worker(run, stop),
-            frozen=run.frozen,
+            **weights,
         )
         if not run.processes.is_first:
             return
@@ -129,11 +131,17 @@ def _evaluate(run: TrainingRun, checkpoint: Path, stop: StopRequest) -> None:
             checkpoint=str(checkpoint),
             step=total_steps(run.phases),
             parts=frozen_parts(run.config.vision, run.config.llm),
-            frozen=run.frozen,
+            **weights,
             examples=60,
             console=run.console,
         )
     log_scores(run.logger, results, total_steps(run.phases))
+
+
+def _fingerprint(run: TrainingRun) -> str:
+    """Of what trains; all ranks call this. Where parts are sharded only the first has the whole, and it alone needs it."""
+    keep = run.processes.is_first or not _is_sharded(run)
+    return fingerprint_tensors(whole_tensors(run.model.trainable_state(), keep=keep))
 
 
 def _worker(run: TrainingRun, stop: StopRequest) -> Worker:
@@ -161,6 +169,6 @@ def _to_evaluate(run: TrainingRun) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         if run.config.parallel.compile:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-        if run.average:
-            stack.enter_context(run.average.in_place())
+        if average := run.optimisation.average:
+            stack.enter_context(average.in_place())
         yield

@@ -188,7 +188,7 @@ def _save_native(loaded: LoadedModel, folder: Path | None, options: argparse.Nam
 
 def _with_lavis(path: Path, model: InstructBLIP) -> InstructBLIP:
     """The written file between the source's frozen parts, which such a file does not hold."""
-    for tensor in model.trainable_state().values():
+    for tensor in model.part_state("qformer").values():
         tensor.fill_(float("nan"))  # whatever the file lacks will show
     if isinstance(model.vision_norm, nn.LayerNorm):
         model.vision_norm.eps = LN_VISION_EPS

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from instructblip.distributed import placed_like
 from instructblip.errors import UserError
 from instructblip.files import is_disk_full, read_json, sha256_file
 
@@ -60,7 +61,10 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, s
             if not values:
                 raise UserError(f"{path} has no optimiser state for {names[parameter]}; it is of another model")
             # The number of steps, too, is where fused AdamW reads it: beside its parameter.
-            optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in values.items()}
+            optimizer.state[parameter] = {
+                key: placed_like(value, parameter) if value.ndim else value.to(parameter.device)
+                for key, value in values.items()
+            }
 
 
 def save_checkpoint(

@@ -128,7 +128,7 @@ def load_lavis(checkpoint: LavisCheckpoint, model: InstructBLIP) -> bool:
     Raises:
         UserError: a tensor is missing, unknown or of another shape.
     """
-    expected, found = model.trainable_state(), checkpoint.trained
+    expected, found = model.part_state("qformer"), checkpoint.trained
     fits = model.llm.width == checkpoint.llm_width
     if not fits:
         expected = {name: tensor for name, tensor in expected.items() if not name.startswith("projection.")}
@@ -150,9 +150,12 @@ def save_lavis(model: InstructBLIP, path: Path) -> None:
     model has.
 
     Raises:
-        UserError: a tensor that has no place there (of another vision norm than a LayerNorm, say), or a full disk.
+        UserError: other parts were trained, a tensor has no place there (of another vision norm than a LayerNorm, say),
+            or the disk is full.
     """
-    state = model.trainable_state()
+    if others := sorted(model.trained_parts - {"qformer"}):
+        raise UserError(f"{others[0]} was trained too, and a LAVIS file has no place for it; write --to huggingface")
+    state = model.part_state("qformer")
     projection = "t5_proj." if isinstance(model.llm, EncoderDecoderLLM) else _PROJECTION
     names = {native: name.replace(_PROJECTION, projection) for native, name in foreign_names(state, "lavis").items()}
     with atomic_path(path) as partial:
@@ -174,7 +177,7 @@ def read_blip2(stage1: Path, stage2: Path | None, expected: Mapping[str, Tensor]
     Args:
         stage1: `blip2_pretrained.pth`.
         stage2: such as `blip2_pretrained_flant5xl.pth`; None starts from the first stage.
-        expected: the tensors to be filled, such as `model.trainable_state()`. A Q-Former that takes no instructions leaves
+        expected: the tensors to be filled, such as `model.part_state("qformer")`. A Q-Former that takes no instructions leaves
             the first stage's text branch out.
 
     Returns:

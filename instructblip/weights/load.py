@@ -13,7 +13,7 @@ from instructblip.config.validate import read_config, read_model_config, unknown
 from instructblip.distributed import choose_device
 from instructblip.errors import UserError
 from instructblip.fetch.parts import Sources, part_folder
-from instructblip.models.fingerprint import fingerprint
+from instructblip.models.fingerprint import fingerprint, fingerprint_tensors
 from instructblip.models.instructblip import InstructBLIP
 from instructblip.weights.checkpoint import checkpoint_folders, load_checkpoint, newest_whole
 from instructblip.weights.lavis import load_lavis, qformer_settings, read_lavis
@@ -322,8 +322,12 @@ def load_run(source: Path, *, device: str = "auto", config: ModelConfig | None =
     config = config or own
     # Every trainable tensor comes from the checkpoint: whatever the run started from need not be there any more.
     qformer = dataclasses.replace(config.qformer, init="scratch", query_init="normal")
-    model = build_model(config.vision, qformer, config.llm, seed=config.seed)
     state, frozen = dict(loaded.model), dict(loaded.state["frozen"])
+    trained = InstructBLIP.PARTS.keys() - frozen.keys()  # what a checkpoint does not hold it names by a fingerprint
+    if config.llm.name != own.llm.name:
+        trained -= {"llm"}
+        state = {name: tensor for name, tensor in state.items() if not name.startswith("llm.")}
+    model = build_model(config.vision, qformer, config.llm, seed=config.seed, trained=trained)
     if config.llm.name != own.llm.name:
         projection = {f"projection.{name}": tensor for name, tensor in model.projection.state_dict().items()}
         fits = state["projection.weight"].shape == projection["projection.weight"].shape
@@ -356,7 +360,11 @@ def find_checkpoint(source: Path) -> Path:
 
 def frozen_fingerprints(model: InstructBLIP) -> dict[str, str]:
     """What a checkpoint remembers of the weights that it does not hold."""
-    return {"vision": fingerprint(model.vision), "llm": fingerprint(model.llm)}
+    found = {}
+    for part in sorted(model.PARTS.keys() - model.trained_parts, reverse=True):
+        modules = model.part_modules(part)
+        found[part] = fingerprint(modules[0]) if len(modules) == 1 else fingerprint_tensors(model.part_state(part))
+    return found
 
 
 def check_frozen(model: InstructBLIP, expected: Mapping[str, str], checkpoint: Path) -> None:

@@ -23,7 +23,7 @@ from instructblip.fetch.parts import part_folder, sources
 from instructblip.models.instructblip import InstructBLIP
 from instructblip.models.llm import LLM, LLM_KINDS
 from instructblip.models.qformer import QFormer
-from instructblip.models.quantized import QUANTIZATIONS, quantize_linears
+from instructblip.models.quantized import QUANTIZATIONS, QuantizedLinear, quantize_linears
 from instructblip.models.vision import ChannelNorm, VisionEncoder
 from instructblip.models.vocabulary import resize_vocabulary
 from instructblip.weights.bert import (
@@ -47,33 +47,57 @@ INITS = ("bert", "blip2", "scratch")
 QUERY_INITS = ("normal", "cls")
 
 
-def build_model(vision: VisionConfig, qformer: QFormerConfig, llm: LLMConfig, *, seed: int) -> InstructBLIP:
-    """Fetch the three parts and assemble them; what is new starts from `seed`.
+def build_model(
+    vision: VisionConfig,
+    qformer: QFormerConfig,
+    llm: LLMConfig,
+    *,
+    seed: int,
+    trained: Collection[str] = ("qformer",),
+) -> InstructBLIP:
+    """Fetch the three parts and assemble them; what is new starts from `seed`, and `trained` parts are to train.
 
     Raises:
         UserError: a part cannot be fetched, or its settings do not fit its files.
     """
     if vision.norm not in VISION_NORMS:
         raise UserError(f"vision.norm={vision.norm} is none of {', '.join(VISION_NORMS)}")
-    frozen_vision = load_vision(vision)
-    frozen_llm = load_llm(llm)
+    encoder = load_vision(vision)
+    language = load_llm(llm)
     torch.manual_seed(seed)
-    trainable, tokenizer = load_qformer(qformer, vision_width=frozen_vision.width)
-    norm = VISION_NORMS[vision.norm](frozen_vision.width, vision.norm_eps)
+    trainable, tokenizer = load_qformer(qformer, vision_width=encoder.width)
+    norm = VISION_NORMS[vision.norm](encoder.width, vision.norm_eps)
     projection: dict[str, Tensor] = {}
     if qformer.init == "blip2":
-        projection = _start_from_blip2(qformer, trainable, norm, llm_width=frozen_llm.width, llm_name=llm.name)
+        projection = _start_from_blip2(qformer, trainable, norm, llm_width=language.width, llm_name=llm.name)
     model = InstructBLIP(
-        vision=frozen_vision,
+        vision=encoder,
         vision_norm=norm,
         qformer=trainable,
         qformer_tokenizer=tokenizer,
-        llm=frozen_llm,
+        llm=language,
         max_instruction_tokens=qformer.max_instruction_tokens,
     )
+    train_parts(model, trained)
     if projection:
         model.projection.load_state_dict(projection)
     return model
+
+
+def train_parts(model: InstructBLIP, trained: Collection[str]) -> None:
+    """Choose what trains. It is held in float32: half precision would round small updates away.
+
+    Raises:
+        UserError: a language model whose weights are rounded is to train.
+    """
+    if "llm" in trained and any(isinstance(module, QuantizedLinear) for module in model.llm.modules()):
+        raise UserError(
+            "train.llm=full needs the LLM's own weights; leave llm.quantization out, or set train.llm=frozen"
+        )
+    model.choose_trained(trained)
+    for part in trained:
+        for module in model.part_modules(part):
+            module.float()
 
 
 # --- vision ----------------------------------------------------------------------------------------------------------

@@ -105,7 +105,7 @@ def load_huggingface(folder: Path, *, llm: LLM | None = None) -> InstructBLIP:
         llm=own_llm,
         max_instruction_tokens=settings.max_instruction_tokens,
     )
-    trained = model.trainable_state()
+    trained = model.part_state("qformer")
     others = {name: tensor for name, tensor in weights.items() if not name.startswith(HUGGINGFACE_LLM_PREFIX)}
     if own_llm.width != config.text_config.hidden_size:
         trained = {name: tensor for name, tensor in trained.items() if not name.startswith("projection.")}

@@ -182,7 +182,7 @@ def qformer_config(qformer: QFormer, pad_token: int | None) -> dict[str, Any]:
 
 def _huggingface_state(model: InstructBLIP, rows: int) -> dict[str, Tensor]:
     """Every tensor under transformers' name, the token tables filled up to `rows`."""
-    own = {**backbone_state(model.vision), **model.trainable_state()}
+    own = {**backbone_state(model.vision), **model.part_state("qformer")}
     names = foreign_names(own, "huggingface")
     state = pack_qkv_bias({names[name]: tensor for name, tensor in own.items()})
     old = model.llm.embeddings.weight.shape[0]

@@ -12,7 +12,7 @@ vision encoder once. Padding and recomputation are not counted: they are no work
 
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -79,6 +79,7 @@ class ModelShape:
         projection: parameters of its matrix.
         decoder: of the LLM; `encoder` too where it is an encoder-decoder.
         head: parameters of the LLM's output head.
+        trained: parts that train: their backward pass computes gradients of weights too.
     """
 
     image_flops: float
@@ -89,22 +90,24 @@ class ModelShape:
     decoder: Stack
     encoder: Stack | None
     head: int
+    trained: frozenset[str] = frozenset({"qformer"})
 
-    def by_part(self, work: StepWorkload, *, through_llm: bool = True) -> list[PartFlops]:
+    def by_part(self, work: StepWorkload, *, runs_llm: bool = True) -> list[PartFlops]:
         """FLOPs of a forward and backward pass, by part. Lengths within the attention's square are means over samples."""
         qformer = self._qformer_flops(work) + 2 * self.queries * work.frames * self.projection
-        llm = self._llm_flops(work) if through_llm else (0.0, 0.0)
-        logits = 2.0 * (work.answers if through_llm else work.samples) * self.head
+        llm, llm_backward = self._llm_flops(work) if runs_llm else (0.0, 0.0)
+        logits = 2.0 * (work.answers if runs_llm else work.samples) * self.head
+        image, llm_trains = self.image_flops * work.encoded, "llm" in self.trained
         return [
-            PartFlops("vision encoder", self.image_flops * work.encoded, 0.0),
-            PartFlops("Q-Former and projection", qformer, 2 * qformer),
-            PartFlops("language model", *llm),
-            PartFlops("logits of the answers", logits, logits),
+            PartFlops("vision encoder", image, 2 * image if "vision" in self.trained else 0.0),
+            PartFlops("Q-Former and projection", qformer, 2 * qformer if "qformer" in self.trained else qformer),
+            PartFlops("language model", llm, llm_backward + (llm if llm_trains else 0.0)),
+            PartFlops("logits of the answers", logits, 2 * logits if llm_trains else logits),
         ]
 
-    def total(self, work: StepWorkload, *, through_llm: bool = True) -> float:
+    def total(self, work: StepWorkload, *, runs_llm: bool = True) -> float:
         """FLOPs of a forward and backward pass."""
-        return sum(part.forward + part.backward for part in self.by_part(work, through_llm=through_llm))
+        return sum(part.forward + part.backward for part in self.by_part(work, runs_llm=runs_llm))
 
     def _qformer_flops(self, work: StepWorkload) -> float:
         """Forward pass: queries and text share self-attention; cross-attention is the queries'; each has its own FFN."""
@@ -139,12 +142,19 @@ class ModelShape:
         return matrices + attention, matrices + 2 * attention
 
 
-def model_shape(vision: VisionEncoder, qformer: QFormer, projection: nn.Linear, llm: Any) -> ModelShape:
+def model_shape(
+    vision: VisionEncoder,
+    qformer: QFormer,
+    projection: nn.Linear,
+    llm: Any,
+    trained: Collection[str] = ("qformer",),
+) -> ModelShape:
     """The shape of these parts, whose weights are not looked at.
 
     Args:
         vision: on the meta device, where torch counts every kind of attention; runs once.
         qformer, projection, llm: on any device; `llm` is the transformers model, quantised or not.
+        trained: parts that train.
     """
     head = llm.get_output_embeddings()
     decoder, encoder = _stack(llm.base_model), None
@@ -159,12 +169,13 @@ def model_shape(vision: VisionEncoder, qformer: QFormer, projection: nn.Linear, 
         decoder=decoder,
         encoder=encoder,
         head=_size(head),
+        trained=frozenset(trained),
     )
 
 
 def _image_flops(vision: VisionEncoder) -> float:
     device = next(vision.parameters()).device
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
         vision(torch.zeros(1, 3, vision.image_size, vision.image_size, dtype=torch.uint8, device=device))
     return float(counter.get_total_flops())
 

@@ -19,8 +19,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from instructblip.models.base import blocks_of
 from instructblip.models.qformer import QFormerLayer
-from instructblip.training.parallel import blocks_of, is_sharded
+from instructblip.objectives import make_objectives
+from instructblip.training.parallel import is_sharded
 from instructblip.training.plan.flops import Gpu, ModelShape, PartFlops, StepWorkload, model_shape
 from instructblip.weights.modules import Parts
 
@@ -39,7 +41,7 @@ class PlannedPhase:
     batch_size: int
     micro_batch_size: int | None
     micro_batch_tokens: int | None
-    through_llm: bool
+    runs_llm: bool
     bounded: bool  # the batching knows a limit of tokens
 
 
@@ -56,6 +58,7 @@ class PlanLayout:
         quantization: of the LLM.
         cached: image tokens come from a cache.
         longest: tokens of the longest prompt and of the longest answer.
+        trained: parts that train.
     """
 
     gpu: Gpu
@@ -69,6 +72,7 @@ class PlanLayout:
     quantization: str | None
     cached: bool
     longest: tuple[int, int]
+    trained: frozenset[str] = frozenset({"qformer"})
 
 
 class Memory(NamedTuple):
@@ -100,7 +104,11 @@ class Plan:
         usual, largest = (self._pass(phase, largest=largest) for largest in (False, True))
         return [
             *static,
-            *(Memory(part, self._kept(part, usual, phase), self._kept(part, largest, phase)) for part in _ACTIVATIONS),
+            *(
+                Memory(part, self._kept(part, usual, phase), self._kept(part, largest, phase))
+                for part in _ACTIVATIONS
+                if part != _VISION or "vision" in self.layout.trained
+            ),
         ]
 
     def needed(self) -> Memory:
@@ -120,12 +128,12 @@ class Plan:
 
     def sample_flops(self) -> list[PartFlops]:
         """FLOPs of a usual sample, by part, in the phase that costs most."""
-        through_llm = any(phase.through_llm for phase in self.phases)
-        return self.shape.by_part(self._usual(1), through_llm=through_llm)
+        runs_llm = any(phase.runs_llm for phase in self.phases)
+        return self.shape.by_part(self._usual(1), runs_llm=runs_llm)
 
     def samples_per_second(self, phase: PlannedPhase) -> float:
         """Over all GPUs, for usual samples; what is recomputed takes time and is no useful work."""
-        parts = {part.part: part for part in self.shape.by_part(self._usual(1), through_llm=phase.through_llm)}
+        parts = {part.part: part for part in self.shape.by_part(self._usual(1), runs_llm=phase.runs_llm)}
         flops = sum(part.forward + part.backward for part in parts.values())
         if self.layout.activation_checkpointing:
             flops += parts["language model"].forward + parts["Q-Former and projection"].forward
@@ -166,24 +174,38 @@ class Plan:
 
     def _static(self) -> Iterator[tuple[str, float]]:
         parts = self.parts
-        yield "vision encoder", self._frozen(parts.vision.backbone, None)
-        yield "language model", self._frozen(parts.llm, self.layout.quantization)
-        trainable = nn.ModuleList([parts.norm, parts.qformer, parts.projection])
-        trained = sum(p.numel() for p in trainable.parameters() if p.requires_grad)
-        yield "Q-Former and projection", 4.0 * sum(p.numel() for p in trainable.parameters())
-        yield "their gradients", 4.0 * trained
+        qformer = nn.ModuleList([parts.norm, parts.qformer, parts.projection])
+        trained, layers = 0.0, list[nn.Module]()
+        for title, part, module in (
+            ("vision encoder", "vision", parts.vision.backbone),
+            ("language model", "llm", parts.llm),
+        ):
+            trains = part in self.layout.trained
+            held = self._held(module, self.layout.quantization if part == "llm" else None, trained=trains)
+            yield title, held
+            if trains:  # in float32, and so are its gradients
+                trained += self._held(module, None, trained=True, gathered=0) / 4
+                layers.append(module)
+        yield "Q-Former and projection", 4.0 * sum(p.numel() for p in qformer.parameters())
+        if "qformer" in self.layout.trained:
+            trained += sum(p.numel() for p in qformer.parameters() if p.requires_grad)
+            layers.append(qformer)
+        yield "gradients", 4.0 * trained
         yield "AdamW's moments", 8.0 * trained
         if self.layout.average:
             yield "moving average", 4.0 * trained
         if self.layout.autocast:
-            yield (
-                "bfloat16 copies",
-                2.0 * sum(layer.weight.numel() for layer in trainable.modules() if isinstance(layer, nn.Linear)),
-            )
+            linear = [layer for module in layers for layer in module.modules() if isinstance(layer, nn.Linear)]
+            yield "bfloat16 copies", 2.0 * sum(layer.weight.numel() for layer in linear)
 
-    def _frozen(self, model: Any, quantization: str | None) -> float:
-        """Under FSDP blocks are shared out, and two of them are whole at a time: one runs, the next arrives."""
+    def _held(self, model: Any, quantization: str | None, *, trained: bool, gathered: int = 2) -> float:
+        """Bytes of a large part on each GPU.
+
+        Under FSDP blocks are shared out, and `gathered` of them are whole at a time: one runs, the next arrives.
+        """
         sizes = _parameter_bytes(model, quantization)
+        if trained:
+            sizes = {parameter: 4.0 * parameter.numel() for parameter in sizes}
         whole = sum(sizes.values())
         layout = self.layout
         if not is_sharded(layout.kind, layout.gpus):
@@ -193,7 +215,7 @@ class Plan:
             for block in blocks_of(model)
         ]
         shards = min(layout.shard_size or layout.gpus, layout.gpus)
-        return whole - sum(blocks) * (1 - 1 / shards) + 2 * max(blocks, default=0.0)
+        return whole - sum(blocks) * (1 - 1 / shards) + gathered * max(blocks, default=0.0)
 
     def _activations(self, work: StepWorkload, phase: PlannedPhase) -> float:
         return sum(self._kept(part, work, phase) for part in _ACTIVATIONS)
@@ -201,7 +223,9 @@ class Plan:
     def _kept(self, part: str, work: StepWorkload, phase: PlannedPhase) -> float:
         if part == _QFORMER:
             return self._qformer_kept(work)
-        if not phase.through_llm:
+        if part == _VISION:
+            return self._vision_kept(work) if "vision" in self.layout.trained else 0.0
+        if not phase.runs_llm:
             return 0.0
         if part == _LOGITS:
             # In the head's type and in float32, its log-softmax, and the gradients of both.
@@ -234,6 +258,19 @@ class Plan:
             return tokens * (len(blocks) * value * width + kept)
         return tokens * len(blocks) * kept
 
+    def _vision_kept(self, work: StepWorkload) -> float:
+        """Of each linear layer its input, of attention and activation their outputs, of norms their float32 inputs."""
+        backbone, value = self.parts.vision.backbone, 2 if self.layout.autocast else 4
+        tokens, each = self.shape.image_tokens * work.encoded, []
+        for block in blocks_of(backbone):
+            inputs = [layer.in_features for layer in block.modules() if isinstance(layer, nn.Linear)]
+            norms = [module for module in block.modules() if isinstance(module, nn.LayerNorm)]
+            width = norms[0].normalized_shape[0] if norms else max(inputs, default=0)
+            each.append(tokens * (value * (sum(inputs) + 2 * max(inputs, default=0)) + 4 * len(norms) * width))
+        if self.layout.activation_checkpointing and each:
+            return max(each) + len(each) * tokens * 4 * self.parts.vision.width
+        return float(sum(each))
+
     def _qformer_kept(self, work: StepWorkload) -> float:
         """Of each linear layer its input, of attention its inputs and output, the input of norms, masks of dropout."""
         qformer, value = self.parts.qformer, 2 if self.layout.autocast else 4
@@ -257,12 +294,13 @@ class Plan:
 
 def plan_run(parts: Parts, phases: Sequence[PlannedPhase], layout: PlanLayout) -> Plan:
     """The plan of a run of these parts, which may be on the meta device."""
-    shape = model_shape(parts.vision, parts.qformer, parts.projection, parts.llm)
+    shape = model_shape(parts.vision, parts.qformer, parts.projection, parts.llm, layout.trained)
     return Plan(parts, shape, tuple(phases), layout)
 
 
 _QFORMER, _LLM, _LOGITS = "activations, Q-Former", "activations, language model", "logits of the answers"
-_ACTIVATIONS = (_QFORMER, _LLM, _LOGITS)
+_VISION = "activations, vision encoder"  # none where it is frozen
+_ACTIVATIONS = (_VISION, _QFORMER, _LLM, _LOGITS)
 
 
 def what_fits(plan: Plan) -> tuple[str, Plan] | None:
@@ -324,7 +362,7 @@ def planned_phases(phases: Sequence[Any]) -> tuple[PlannedPhase, ...]:
             batch_size=phase.batch_size,
             micro_batch_size=phase.micro_batch_size,
             micro_batch_tokens=phase.micro_batch_tokens,
-            through_llm=phase.through_llm,
+            runs_llm=any("answer_logits" in objective.outputs for objective in make_objectives(phase.objectives)),
             bounded=phase.batching != "fixed",
         )
         for phase in phases

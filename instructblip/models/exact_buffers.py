@@ -1,7 +1,4 @@
-"""What "frozen" means here: no gradient, evaluation mode that survives `.train()`, weights that can be fingerprinted.
-
-And what a change of dtype leaves alone: buffers that are no factor of a matrix product, such as pixel statistics.
-"""
+"""What a change of dtype leaves alone: buffers that are no factor of a matrix product, such as pixel statistics."""
 
 from collections.abc import Callable, Iterator
 from typing import Any, Self
@@ -28,16 +25,3 @@ class ExactBuffers(nn.Module):
             if found.dtype.itemsize < exact.dtype.itemsize:
                 setattr(module, name, exact.to(found.device))
         return self
-
-
-class FrozenModule(ExactBuffers):
-    """A module whose weights never train and whose dropout and batch-norm always behave as in evaluation."""
-
-    def freeze(self) -> Self:
-        """Take every parameter out of training; call once, when the weights are in place."""
-        self.requires_grad_(False)
-        return self.train(False)
-
-    def train(self, mode: bool = True) -> Self:
-        """Stay in evaluation mode whatever the mode of the model around it."""
-        return super().train(False)

@@ -1,0 +1,214 @@
+"""What training and evaluation may touch of a model.
+
+A model is made of named parts, each frozen or trained. It turns samples into `Inputs` (texts as tokens) and those into
+named outputs: features, hidden states, logits. Objectives (`instructblip/objectives`) make losses of the outputs.
+
+Shape legend: B batch, F frames, P image tokens, V vision width.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, NamedTuple, Protocol, Self
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+# Tensors are image tokens (B, F, P, V), or uint8 frames (B, F, 3, H, W); pictures are PIL images or lists of frames.
+Images = Tensor | Sequence[Image.Image | Sequence[Image.Image]]
+
+
+class Samples(Protocol):
+    """A micro-batch as the loader gives it: B samples."""
+
+    @property
+    def images(self) -> Tensor:
+        """uint8 frames (B, F, 3, H, W), or image tokens (B, F, P, V) from a feature cache."""
+
+    @property
+    def instructions(self) -> Sequence[str]:
+        """B prompts."""
+
+    @property
+    def targets(self) -> Sequence[str]:
+        """B answers."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A micro-batch as a model takes it, with its units countable before anything is computed.
+
+    Attributes:
+        images: as in `Samples`.
+        prompts: B prompts.
+        answers: B token sequences with their end, none of them empty.
+    """
+
+    images: Images
+    prompts: Sequence[str]
+    answers: Sequence[Sequence[int]]
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+
+class PassWorkload(NamedTuple):
+    """What one forward pass went through, for the count of floating-point operations.
+
+    Attributes:
+        positions: places of the pass through the LLM, an encoder-decoder's in both parts.
+        padding: those of them that hold nothing.
+        text: tokens of text in the Q-Former, once a frame.
+    """
+
+    positions: int = 0
+    padding: int = 0
+    text: int = 0
+
+
+class Outputs(NamedTuple):
+    """Named outputs of a forward pass. Each model documents the names and shapes that it gives."""
+
+    tensors: dict[str, Tensor]
+    workload: PassWorkload = PassWorkload()
+
+
+@dataclass(frozen=True)
+class PartStructure:
+    """What a layout over processes needs to know of a part.
+
+    Attributes:
+        blocks: its repeated blocks, in the order in which they run.
+        roots: the modules above the blocks that one forward pass calls. Empty: the part is small and is never sharded.
+        entry: method of the roots through which a pass enters.
+        ends_early: a pass may end before the last block has run.
+        recompute: activation checkpointing applies to the blocks although the part is frozen, since gradients pass through.
+    """
+
+    blocks: list[nn.Module] = field(default_factory=list)
+    roots: list[nn.Module] = field(default_factory=list)
+    entry: str = "forward"
+    ends_early: bool = False
+    recompute: bool = True
+
+
+class Model(nn.Module, ABC):
+    """Base of all models.
+
+    Attributes:
+        PARTS: the modules (direct children) of each part.
+        trained_parts: names of the parts that train; all others are frozen: no gradient, evaluation mode.
+    """
+
+    PARTS: ClassVar[Mapping[str, tuple[str, ...]]]
+    trained_parts: frozenset[str] = frozenset()
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Where the model's inputs go."""
+
+    @abstractmethod
+    def structure(self) -> dict[str, PartStructure]:
+        """How each part is built, for checkpointing, compiling and sharding."""
+
+    @abstractmethod
+    def prepare(self, samples: Samples) -> Inputs:
+        """Turn a micro-batch's texts into tokens; needs no weights.
+
+        Raises:
+            ValueError: lists of unequal lengths.
+        """
+
+    @abstractmethod
+    def forward(self, inputs: Inputs, wanted: Collection[str], *, packed: bool = False) -> Outputs:
+        """Compute the wanted named outputs, and nothing that only others need.
+
+        Args:
+            inputs: what `prepare` returned.
+            wanted: names of outputs.
+            packed: several samples share a row of a decoder-only LLM, each blind to the others.
+
+        Raises:
+            ValueError: packed, and the LLM is no decoder-only one.
+        """
+
+    def part_modules(self, part: str) -> list[nn.Module]:
+        """The modules of a part."""
+        return [getattr(self, name) for name in self.PARTS[part]]
+
+    def part_of(self, parameter: str) -> str:
+        """The part that a parameter of that name belongs to."""
+        module = parameter.partition(".")[0]
+        return next(part for part, modules in self.PARTS.items() if module in modules)
+
+    def choose_trained(self, parts: Collection[str]) -> Self:
+        """Train these parts and freeze all others. What a part itself holds fixed (`fixed_parameters`) stays so.
+
+        Raises:
+            ValueError: there is no part of that name.
+        """
+        if unknown := set(parts) - self.PARTS.keys():
+            raise ValueError(
+                f"{type(self).__name__} has no part {sorted(unknown)[0]!r}; it has {', '.join(self.PARTS)}"
+            )
+        self.trained_parts = frozenset(parts)
+        for part in self.PARTS:
+            for module in self.part_modules(part):
+                module.requires_grad_(part in self.trained_parts)
+        for parameter in self.fixed_parameters():
+            parameter.requires_grad_(False)
+        return self.train(self.training)
+
+    def fixed_parameters(self) -> Iterator[nn.Parameter]:
+        """Parameters that stay as they are even where their part trains."""
+        return iter(())
+
+    def train(self, mode: bool = True) -> Self:
+        """Frozen parts stay in evaluation mode, and so do batch statistics: those of a rank would be its own."""
+        super().train(mode)
+        for part in self.PARTS.keys() - self.trained_parts:
+            for module in self.part_modules(part):
+                module.train(False)
+        for module in self.modules():
+            if isinstance(module, _BatchNorm):
+                module.train(False)
+        return self
+
+    def part_state(self, part: str) -> dict[str, Tensor]:
+        """Parameters and buffers of a part, under the model's names."""
+        # The model's own state_dict would go through the other parts as well, whose blocks may be shared out among
+        # processes: its hooks reshard them, and a process that does so alone gathers other blocks than the rest afterwards.
+        return {
+            name: tensor
+            for module in self.PARTS[part]
+            for name, tensor in getattr(self, module).state_dict(prefix=f"{module}.").items()
+        }
+
+    def trainable_state(self) -> dict[str, Tensor]:
+        """The state of all parts that train: what a checkpoint holds."""
+        return {
+            name: tensor
+            for part in self.PARTS
+            if part in self.trained_parts
+            for name, tensor in self.part_state(part).items()
+        }
+
+    @abstractmethod
+    def sample_length(self) -> Callable[[str, str, int], int]:
+        """A picklable function: how many positions of the largest pass a sample fills, from (prompt, target, frames)."""
+
+
+def blocks_of(module: nn.Module) -> list[nn.Module]:
+    """The repeated blocks of a transformer or CNN: members of its outermost lists of two and more modules of one class."""
+    found: list[nn.Module] = []
+    for child in module.children():
+        members = list(child.children())
+        is_list = isinstance(child, nn.ModuleList | nn.Sequential)
+        if is_list and len(members) > 1 and len({type(member) for member in members}) == 1:
+            found += members
+        else:
+            found += blocks_of(child)
+    return found

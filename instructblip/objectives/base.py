@@ -1,0 +1,101 @@
+"""Objectives: named outputs of a model in, loss terms out.
+
+A term is a sum over its own units (supervised tokens, samples, pairs), never a mean: only the training loop knows how many
+units the global batch has. It learns that before the backward pass and divides each term by it, so objectives with
+different units mix, and any split into micro-batches or ranks gives the same gradient.
+
+Shape legend: B batch, N global batch, S units in the batch, V classes.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from instructblip.models.base import Inputs
+
+
+class Term(NamedTuple):
+    """One objective's loss on a micro-batch.
+
+    Attributes:
+        total: sum over the units, nats, with its gradient: ().
+        per_sample: the units' losses summed for each sample, detached: (B,).
+        counts: units of each sample: (B,), int64.
+    """
+
+    total: Tensor
+    per_sample: Tensor
+    counts: Tensor
+
+
+class Objective(ABC):
+    """What a phase of training is for.
+
+    Args:
+        weight: factor of this objective in the loss; the loss is `sum over objectives of weight * sum / units`.
+    """
+
+    name: ClassVar[str]
+    unit: ClassVar[str]
+    outputs: ClassVar[frozenset[str]]
+    """The model's outputs that it needs."""
+
+    def __init__(self, weight: float = 1.0) -> None:
+        self.weight = weight
+
+    @abstractmethod
+    def count(self, inputs: Inputs) -> int:
+        """Units in a micro-batch. Needs no forward pass."""
+
+
+class SampleObjective(Objective):
+    """An objective whose term on a micro-batch depends on that micro-batch alone."""
+
+    @abstractmethod
+    def term(self, outputs: Mapping[str, Tensor], inputs: Inputs) -> Term:
+        """The loss on a micro-batch."""
+
+
+class BatchObjective(Objective):
+    """An objective that compares samples with all others of the global batch.
+
+    The loop computes `rows` of all micro-batches without gradient, gathers them over the ranks, asks for the term and
+    its gradient at the rows, and passes that on through a second forward pass of each micro-batch.
+    """
+
+    rows: ClassVar[tuple[str, ...]]
+    """Outputs with one row a sample, (B, ...)."""
+    shared: ClassVar[tuple[str, ...]] = ()
+    """Outputs that are the same for every micro-batch, such as a temperature."""
+
+    @abstractmethod
+    def batch_term(
+        self, own: Mapping[str, Tensor], everyone: Mapping[str, Tensor], shared: Mapping[str, Tensor], first: int
+    ) -> Term:
+        """The loss of this rank's samples among those of all ranks.
+
+        Args:
+            own: `rows` of this rank's B samples.
+            everyone: `rows` of all N samples, with gradient.
+            shared: the `shared` outputs.
+            first: row of this rank's first sample in `everyone`.
+        """
+
+
+def summed_cross_entropy(logits_SV: Tensor, labels_S: Tensor, counts: Sequence[int]) -> Term:
+    """Cross-entropy (nats) summed over units, which stand sample after sample.
+
+    Args:
+        logits_SV: one row a unit.
+        labels_S: the right class of each.
+        counts: units of each of the B samples; they sum to S.
+    """
+    losses_S = F.cross_entropy(logits_SV, labels_S, reduction="none")
+    counts_B = torch.tensor(counts, device=losses_S.device)
+    sample_S = torch.repeat_interleave(torch.arange(len(counts), device=losses_S.device), counts_B)
+    per_sample_B = torch.zeros(len(counts), device=losses_S.device).index_add(0, sample_S, losses_S.detach())
+    return Term(losses_S.sum(), per_sample_B, counts_B)
