@@ -219,7 +219,14 @@ def tiny_vision(
 
 
 def tiny_qformer(
-    *, vision_width: int, queries: int = 4, layers: int = 3, dropout: float = 0.0, instruction_aware: bool = True
+    *,
+    vision_width: int,
+    queries: int = 4,
+    layers: int = 3,
+    dropout: float = 0.0,
+    instruction_aware: bool = True,
+    text_outputs: bool = False,
+    language_model_head: bool = False,
 ) -> QFormer:
     """A Q-Former over the tiny BERT tokenizer's vocabulary, width 32, cross-attention in every other layer."""
     return QFormer(
@@ -233,6 +240,8 @@ def tiny_qformer(
         max_text_tokens=64,
         dropout=dropout,
         instruction_aware=instruction_aware,
+        text_outputs=text_outputs,
+        language_model_head=language_model_head,
     )
 
 

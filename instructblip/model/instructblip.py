@@ -110,7 +110,7 @@ class InstructBLIP(nn.Module):
             text_BT, mask_BT = text_BT.to(image_NPV.device), mask_BT.to(image_NPV.device)
             text_NT = text_BT.repeat_interleave(frames, dim=0)
             mask_NT = mask_BT.repeat_interleave(frames, dim=0)
-        query_NQD = self.qformer(image_NPV, text_NT, mask_NT)
+        query_NQD = self.qformer(image_NPV, text_NT, mask_NT).query_BQD
         return self.projection(query_NQD).view(batch, -1, self.llm.width), tokens
 
     def forward(

@@ -20,13 +20,13 @@ Format = Literal["lavis", "huggingface"]
 class Part(NamedTuple):
     """A part of the model: its prefix in each of the three, and rows of names behind it.
 
-    `{i}` is the number of a layer; `.*` stands for `.weight` and `.bias`.
+    `{i}` is the number of a layer; `.*` stands for `.weight` and `.bias`; None is a tensor that the format has no place for.
     """
 
     native: str
     lavis: str
     huggingface: str
-    rows: tuple[tuple[str, str, str], ...]
+    rows: tuple[tuple[str, str, str | None], ...]
 
 
 TABLE = (
@@ -93,6 +93,18 @@ TABLE = (
             ("text_ffn.norm.*", "output.LayerNorm.*", "output.LayerNorm.*"),
         ),
     ),
+    Part(
+        "qformer.lm_head.",
+        "Qformer.cls.predictions.",
+        "",
+        # BLIP-2's first stage. transformers has no language-model head on a Q-Former. LAVIS's files also hold tied copies:
+        # `decoder.weight` of the word embeddings, `decoder.bias` of this bias.
+        (
+            ("dense.*", "transform.dense.*", None),
+            ("norm.*", "transform.LayerNorm.*", None),
+            ("bias", "bias", None),
+        ),
+    ),
 )
 
 # The language model: transformers' own names behind these prefixes. LAVIS never stores it.
@@ -124,12 +136,15 @@ def _expand() -> dict[str, dict[Format, str]]:
     for part in TABLE:
         for native, lavis, huggingface in part.rows:
             for ending in ("weight", "bias") if native.endswith(".*") else ("",):
-                names = [
-                    prefix + (name.removesuffix("*") + ending if ending else name)
-                    for prefix, name in ((part.native, native), (part.lavis, lavis), (part.huggingface, huggingface))
-                ]
-                table[names[0]] = {"lavis": names[1], "huggingface": names[2]}
+                names: dict[Format, str] = {"lavis": part.lavis + _ended(lavis, ending)}
+                if huggingface is not None:
+                    names["huggingface"] = part.huggingface + _ended(huggingface, ending)
+                table[part.native + _ended(native, ending)] = names
     return table
+
+
+def _ended(name: str, ending: str) -> str:
+    return name.removesuffix("*") + ending if ending else name
 
 
 _BY_NATIVE = _expand()
@@ -146,7 +161,7 @@ def foreign_names(native: Iterable[str], to: Format) -> dict[str, str]:
     for name in native:
         layer = _NUMBER.search(name)
         row = _BY_NATIVE.get(_NUMBER.sub("{i}", name))
-        if row is None:
+        if row is None or to not in row:
             place = {"lavis": "a LAVIS", "huggingface": "a transformers"}[to]
             raise UserError(
                 f"{name} has no place in {place} InstructBLIP file; its parts are EVA-CLIP ViT and Q-Former"
