@@ -227,10 +227,11 @@ def tiny_qformer(
     instruction_aware: bool = True,
     text_outputs: bool = False,
     language_model_head: bool = False,
+    vocab_size: int | None = None,
 ) -> QFormer:
     """A Q-Former over the tiny BERT tokenizer's vocabulary, width 32, cross-attention in every other layer."""
     return QFormer(
-        vocab_size=len(tiny_bert_tokenizer()),
+        vocab_size=vocab_size or len(tiny_bert_tokenizer()),
         width=WIDTH,
         layers=layers,
         heads=4,

@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import BertTokenizerFast, PreTrainedTokenizerBase
 
+from instructblip.model.blip2 import BLIP2
 from instructblip.model.qformer import QFormer
 from instructblip.weights.names import foreign_names
+from tests.tiny import tiny_vision
 
 FOLDER = Path(__file__).parent / "lavis_vectors"
 TOLERANCE = {"atol": 3e-4, "rtol": 1e-5}  # the files' own
@@ -62,3 +65,24 @@ def stage1_qformer(*, dropout: float = 0.0) -> QFormer:
     weights = tensors("blip2_stage1/weights")
     qformer.load_state_dict({name.removeprefix("qformer."): weights[theirs] for name, theirs in names.items()})
     return qformer.eval()
+
+
+def bert_tokenizer() -> PreTrainedTokenizerBase:
+    """The vocabulary of the vectors, [DEC] behind it."""
+    return BertTokenizerFast(vocab=str(FOLDER / "blip2_stage1/vocab.txt"), bos_token="[DEC]")
+
+
+def stage1_model() -> BLIP2:
+    """The model of `blip2_stage1` with LAVIS's weights, in evaluation mode; its vision encoder is never run."""
+    sizes, weights = read("blip2_stage1/config")["sizes"], tensors("blip2_stage1/weights")
+    model = BLIP2(
+        vision=tiny_vision(),
+        vision_norm=nn.LayerNorm(sizes["vision_width"], eps=sizes["ln_vision_eps"]),
+        qformer=stage1_qformer(),
+        tokenizer=bert_tokenizer(),
+        feature_width=sizes["embed_dim"],
+        max_text_tokens=sizes["max_txt_len"],
+    )
+    names = foreign_names(model.trainable_state(), "lavis")
+    model.load_state_dict({name: weights[theirs] for name, theirs in names.items()}, strict=False)
+    return model.eval()

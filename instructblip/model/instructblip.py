@@ -84,13 +84,7 @@ class InstructBLIP(nn.Module):
 
     def image_tokens(self, images: Images) -> Tensor:
         """Frozen image tokens (B, F, P, V) of pictures or uint8 frames; tokens (from a feature cache) pass through."""
-        if not isinstance(images, Tensor):
-            frames = [[image] if isinstance(image, Image.Image) else list(image) for image in images]
-            size = self.vision.image_size
-            images = torch.stack(
-                [torch.stack([squash(frame.convert("RGB"), size) for frame in clip]) for clip in frames]
-            )
-        images = images.to(self.projection.weight.device)
+        images = pictures(images, self.vision.image_size).to(self.projection.weight.device)
         if images.dtype != torch.uint8:
             return images
         return self.vision(images.flatten(0, 1)).unflatten(0, images.shape[:2])
@@ -257,6 +251,14 @@ class InstructBLIP(nn.Module):
             return_tensors="pt",
         )
         return encoded["input_ids"], encoded["attention_mask"]
+
+
+def pictures(images: Images, size: int) -> Tensor:
+    """Pictures or lists of frames as uint8 frames (B, F, 3, size, size); tensors pass through."""
+    if isinstance(images, Tensor):
+        return images
+    clips = [[image] if isinstance(image, Image.Image) else list(image) for image in images]
+    return torch.stack([torch.stack([squash(frame.convert("RGB"), size) for frame in clip]) for clip in clips])
 
 
 def _summed_loss(logits_SV: Tensor, labels_S: Tensor, counts: Sequence[int]) -> Loss:
