@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from instructblip.data.cards import load_card
-from instructblip.data.prepare import prepare_dataset
+from instructblip.data.prepare.convert import prepare_dataset
 
 # dataset -> (module that writes its raw folder, split -> (images, frames, records, records lost))
 SOURCES: dict[str, tuple[str, dict[str, tuple[int, int, int, int]]]] = {

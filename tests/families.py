@@ -29,7 +29,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from instructblip.config import CONFIGS, LLMConfig, read_config
+from instructblip.config.schema import CONFIGS, LLMConfig
+from instructblip.config.validate import read_config
 
 WIDTH = 32
 SLIDING_WINDOW = 6  # of the tiny Gemma: shorter than any prompt with its visual tokens

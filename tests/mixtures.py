@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from instructblip.data.loader import MixtureDataset, TrainingSet, decoded
 from instructblip.data.mixture import Mixture, MixtureEntry
-from instructblip.data.sample import Record
+from instructblip.data.mixture_dataset import MixtureDataset, TrainingSet, decoded
+from instructblip.data.records import Record
 from instructblip.data.shards import ShardReader, ShardWriter, open_split, shard_path
 from instructblip.data.templates import TemplateSet
 

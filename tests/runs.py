@@ -22,9 +22,10 @@ import hydra
 import torch
 from rich.console import Console
 
-from instructblip.config import CONFIGS, EvaluateConfig, Schema, TrainConfig, validate
+from instructblip.config.schema import CONFIGS, EvaluateConfig, Schema, TrainConfig
+from instructblip.config.validate import validate
 from instructblip.data.cards import load_card
-from instructblip.data.prepare import prepare_dataset
+from instructblip.data.prepare.convert import prepare_dataset
 from instructblip.evaluation import runner
 from instructblip.evaluation.run import evaluate
 from instructblip.training.run import train

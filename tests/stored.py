@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from instructblip.data.cards import load_card
-from instructblip.evaluation.counts import RecordCounts
+from instructblip.data.coverage import RecordCounts
 from instructblip.evaluation.metrics.captions import TOKENIZERS
-from instructblip.evaluation.stored import FORMAT
+from instructblip.evaluation.results_file import FORMAT
 from instructblip.files import sha256_file, write_json
 
 JAVA, PYTHON = (name for name, _ in TOKENIZERS.values())

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from instructblip.data.card_evaluation import Evaluation
 from instructblip.data.cards import Card
-from instructblip.data.sample import Record
+from instructblip.data.records import Record
 from instructblip.data.shards import MANIFEST_FORMAT, ShardReader, ShardWriter, shard_path
 from instructblip.evaluation.protocol import Task, make_task
 from instructblip.files import sha256_file, write_json

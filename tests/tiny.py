@@ -36,10 +36,10 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from instructblip.model.instructblip import InstructBLIP
-from instructblip.model.llm import LLM, DecoderLLM, EncoderDecoderLLM
-from instructblip.model.qformer import QFormer
-from instructblip.model.vision import ChannelNorm, VisionEncoder
+from instructblip.models.instructblip import InstructBLIP
+from instructblip.models.llm import LLM, DecoderLLM, EncoderDecoderLLM
+from instructblip.models.qformer import QFormer
+from instructblip.models.vision import ChannelNorm, VisionEncoder
 
 EOS = "<|im_end|>"  # SmolLM2's, so that its config serves the tiny model too
 BOS = "<|im_start|>"

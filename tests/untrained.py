@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from instructblip.build import build_model
-from instructblip.config import ModelConfig, TrainConfig
+from instructblip.config.schema import ModelConfig, TrainConfig
 from instructblip.weights.native import save_native
+from instructblip.weights.parts import build_model
 from tests.runs import World, compose
 
 

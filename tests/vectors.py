@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import BertTokenizerFast, PreTrainedTokenizerBase
 
-from instructblip.model.blip2 import BLIP2
-from instructblip.model.qformer import QFormer
+from instructblip.models.blip2 import BLIP2
+from instructblip.models.qformer import QFormer
 from instructblip.weights.names import foreign_names
 from tests.tiny import tiny_vision
 

@@ -5,8 +5,9 @@
     python -m instructblip.weights outputs/train/mine mine.pth --to lavis
 
 SOURCE is a run or a checkpoint of ours, a transformers folder or hub id, or a .pth file of LAVIS. Prints the largest
-absolute difference between SOURCE and the re-opened TARGET at four stages, on a fixed random input. Ends with status 1, and
-without TARGET, when one is above the bound; with 2 and one line when something has to be mended first.
+absolute difference between SOURCE and the re-opened TARGET at four stages, on a fixed random input, in the types that they
+are loaded in; of a model in half precision also in float32. Ends with status 1, and without TARGET, when one is above the
+bound; with 2 and one line when something has to be mended first.
 """
 
 import argparse
@@ -14,22 +15,32 @@ import contextlib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
+import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from instructblip.build import load_run
-from instructblip.config import ModelConfig
+from instructblip.config.schema import ModelConfig
 from instructblip.errors import UserError
 from instructblip.files import atomic_folder, atomic_path
-from instructblip.loading import LoadedModel, huggingface_source, llm_config, load_model
-from instructblip.model.instructblip import InstructBLIP
-from instructblip.weights.huggingface import SIDECAR, read_settings
-from instructblip.weights.huggingface_export import save_huggingface
+from instructblip.models.instructblip import InstructBLIP
 from instructblip.weights.lavis import LN_VISION_EPS, load_lavis, read_lavis, save_lavis
+from instructblip.weights.load import LoadedModel, huggingface_source, llm_config, load_model, load_run
+from instructblip.weights.names import SIDECAR
 from instructblip.weights.native import CONFIG, parts_config, save_native, save_parts, write_config
-from instructblip.weights.parity import Trace, differences, trace_huggingface, trace_native
+from instructblip.weights.parity import (
+    Trace,
+    Traces,
+    model_dtype,
+    rounding_bounds,
+    stage_differences,
+    traces_huggingface,
+    traces_native,
+)
+from instructblip.weights.transformers_read import read_settings
+from instructblip.weights.transformers_write import save_huggingface
 
 FORMATS = ("huggingface", "lavis", "native")
 EXIT_DIFFERS, EXIT_USER_ERROR = 1, 2
@@ -39,15 +50,42 @@ class _DiffersError(Exception):
     """The result computes something else than the source."""
 
 
+class Row(NamedTuple):
+    """A stage of a certificate."""
+
+    stage: str
+    difference: float
+    bound: float
+
+    @property
+    def within(self) -> bool:
+        """NaN is no parity either."""
+        return self.difference <= self.bound
+
+
+class Certificate(NamedTuple):
+    """How far apart source and result compute in one type."""
+
+    dtype: torch.dtype
+    rows: list[Row]
+
+    @classmethod
+    def of(cls, dtype: torch.dtype, source: Trace, target: Trace, bounds: Mapping[str, float]) -> "Certificate":
+        """Compare two traces, stage by stage."""
+        found = stage_differences(source, target)
+        return cls(dtype, [Row(stage, found[stage], bounds[stage]) for stage in found])
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status."""
     options = _parse(arguments)
     console = Console()
     try:
         with _target(Path(options.target), options.to, overwrite=options.overwrite) as partial:
-            found = _convert(options, partial)
-            console.print(_certificate(found, options.bound))
-            if not all(difference <= options.bound for difference in found.values()):  # NaN is no parity either
+            certificates = _compare(*_convert(options, partial), options.bound)
+            for certificate in certificates:
+                console.print(_table(certificate))
+            if not all(row.within for certificate in certificates for row in certificate.rows):
                 raise _DiffersError
     except UserError as error:
         Console(stderr=True, soft_wrap=True, highlight=False).print(f"error: {error}", markup=False)
@@ -74,7 +112,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--llm-path", metavar="PATH", help="folder with that language model")
     parser.add_argument("--vision-path", metavar="PATH", help="the frozen ViT: a folder, or LAVIS's eva_vit_g.pth")
     parser.add_argument("--qformer-path", metavar="PATH", help="folder with BERT's config.json and tokenizer")
-    parser.add_argument("--bound", type=float, default=1e-4, help="largest difference allowed (default %(default)g)")
+    parser.add_argument("--bound", type=float, default=1e-4, help="largest difference in float32 (default %(default)g)")
     parser.add_argument("--overwrite", action="store_true", help="replace a TARGET of the same kind")
     return parser.parse_args(arguments)
 
@@ -93,34 +131,42 @@ def _target(target: Path, kind: str, *, overwrite: bool) -> Iterator[Path]:
             yield partial
 
 
-def _convert(options: argparse.Namespace, partial: Path) -> dict[str, float]:
-    """Write the result to `partial`, open it again, and return how far it is from the source, by stage."""
+def _convert(options: argparse.Namespace, partial: Path) -> tuple[torch.dtype, Traces, Traces]:
+    """Write the result to `partial` and open it again.
+
+    Returns:
+        The coarsest type of the source's parts, what the source computes, and what the result computes.
+    """
+
+    def load() -> LoadedModel:
+        return load_model(
+            options.source,
+            llm=options.llm,
+            llm_path=options.llm_path,
+            vision_path=options.vision_path,
+            qformer_path=options.qformer_path,
+            device="cpu",
+        )
+
     folder = huggingface_source(options.source)
-    source = None if folder is None or options.llm else trace_huggingface(folder)
-    loaded = load_model(
-        options.source,
-        llm=options.llm,
-        llm_path=options.llm_path,
-        vision_path=options.vision_path,
-        qformer_path=options.qformer_path,
-        device="cpu",
-    )
-    config = None
+    source = None if folder is None or options.llm else traces_huggingface(folder)
+    loaded = load()
+    dtype, config = model_dtype(loaded.model), None
     if options.to == "huggingface":
         save_huggingface(loaded.model, partial)
     elif options.to == "lavis":
         save_lavis(loaded.model, partial)
     else:
         config = _save_native(loaded, folder, options, partial)
-    source = source or trace_native(loaded.model)
-    if options.to == "lavis":
-        return differences(source, _trace_lavis(partial, loaded.model))
+    source = source or traces_native(loaded.model)
     del loaded  # two models would not fit where one does
+    if options.to == "huggingface":
+        return dtype, source, traces_huggingface(partial)
     if config is None:
-        return differences(source, trace_huggingface(partial))
-    found = differences(source, trace_native(load_run(partial, device="cpu").model))
+        return dtype, source, traces_native(_with_lavis(partial, load().model))
+    target = traces_native(load_run(partial, device="cpu").model)
     write_config(config, partial)
-    return found
+    return dtype, source, target
 
 
 def _save_native(loaded: LoadedModel, folder: Path | None, options: argparse.Namespace, partial: Path) -> ModelConfig:
@@ -140,22 +186,30 @@ def _save_native(loaded: LoadedModel, folder: Path | None, options: argparse.Nam
     return there
 
 
-def _trace_lavis(path: Path, model: InstructBLIP) -> Trace:
-    """Run the written file between the source's frozen parts, which such a file does not hold."""
+def _with_lavis(path: Path, model: InstructBLIP) -> InstructBLIP:
+    """The written file between the source's frozen parts, which such a file does not hold."""
     for tensor in model.trainable_state().values():
         tensor.fill_(float("nan"))  # whatever the file lacks will show
     if isinstance(model.vision_norm, nn.LayerNorm):
         model.vision_norm.eps = LN_VISION_EPS
     load_lavis(read_lavis(path), model)
-    return trace_native(model)
+    return model
 
 
-def _certificate(found: Mapping[str, float], bound: float) -> Table:
-    table = Table(title="parity of source and result", caption="float32, fixed random input")
+def _compare(dtype: torch.dtype, source: Traces, target: Traces, bound: float) -> list[Certificate]:
+    exact = Certificate.of(torch.float32, source.float32, target.float32, dict.fromkeys(Trace._fields, bound))
+    if dtype == torch.float32:
+        return [exact]
+    return [Certificate.of(dtype, source.loaded, target.loaded, rounding_bounds(source.loaded, dtype)), exact]
+
+
+def _table(certificate: Certificate) -> Table:
+    name = str(certificate.dtype).removeprefix("torch.")
+    table = Table(title="parity of source and result", caption=f"{name}, fixed random input")
     for heading in ("stage", "largest difference", "bound", ""):
         table.add_column(heading, justify="left" if heading in ("stage", "") else "right")
-    for stage, difference in found.items():
-        table.add_row(stage, f"{difference:.3g}", f"{bound:g}", "within" if difference <= bound else "ABOVE")
+    for row in certificate.rows:
+        table.add_row(row.stage, f"{row.difference:.3g}", f"{row.bound:.3g}", "within" if row.within else "ABOVE")
     return table
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from instructblip.errors import UserError
+from instructblip.models.vision import VisionEncoder
 
 # `huggingface` is the layout of InstructBLIP's classes, `huggingface_blip2` that of BLIP-2's.
 Format = Literal["lavis", "huggingface", "huggingface_blip2"]
@@ -246,3 +247,12 @@ def check_tensors(expected: Mapping[str, torch.Size], found: Mapping[str, Tensor
 
 def _first(names: list[str]) -> str:
     return names[0] if len(names) == 1 else f"{names[0]} (and {len(names) - 1} more)"
+
+
+SIDECAR = "instructblip.json"
+SIDECAR_FORMAT = 1
+LLM_TOKENIZER = "llm_tokenizer"
+
+
+def backbone_state(vision: VisionEncoder) -> dict[str, Tensor]:
+    return {f"vision.backbone.{name}": tensor for name, tensor in vision.backbone.state_dict().items()}

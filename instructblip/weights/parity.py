@@ -1,14 +1,15 @@
 """A model before and after conversion, on one fixed random input: how far apart do they compute?
 
-Both sides compute in float32, whatever types their weights are stored in, so a difference is one of weights or arithmetic.
-A transformers folder is run by transformers' own classes, this code's formats by this code.
+Each side computes in the types that it is loaded in, as it will for its user; what is held in half precision is compared
+once more in float32, where a difference is one of weights or arithmetic and not of rounding. A transformers folder is run by
+transformers' own classes, this code's formats by this code.
 
 Shape legend: B batch, P image tokens, V vision width, Q queries, D Q-Former width, L language-model width, S answer tokens
 in the batch, W words of the vocabulary.
 """
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,19 +20,21 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from instructblip._transformers import quiet_transformers
 from instructblip.files import read_json
-from instructblip.model.instructblip import InstructBLIP
-from instructblip.weights.convert import quiet_transformers
-from instructblip.weights.huggingface import SIDECAR, read_config
+from instructblip.models.instructblip import InstructBLIP
+from instructblip.weights.names import SIDECAR
+from instructblip.weights.transformers_read import read_transformers_config
 
 INSTRUCTION = "Question: what color is the shape in the image? Short answer:"
 ANSWER = "it is a blue rectangle"
 _BATCH = 2
 _SEED = 0
+_ROUNDINGS = 8
 
 
 class Trace(NamedTuple):
-    """What a model computed on the fixed input, float32 on the CPU.
+    """What a model computed on the fixed input, on the CPU, given as float32.
 
     Attributes:
         vision: image tokens behind `ln_vision` (B, P, V).
@@ -46,7 +49,14 @@ class Trace(NamedTuple):
     logits: Tensor
 
 
-def differences(source: Trace, target: Trace) -> dict[str, float]:
+class Traces(NamedTuple):
+    """What a model computed in the types it was loaded in, and what it computed in float32: one trace where they agree."""
+
+    loaded: Trace
+    float32: Trace
+
+
+def stage_differences(source: Trace, target: Trace) -> dict[str, float]:
     """Largest absolute difference at each stage; infinite where the shapes differ, NaN where one side has a NaN.
 
     Of two vocabularies only the words that both have are compared: a transformers folder may have got `<image>`.
@@ -59,32 +69,70 @@ def differences(source: Trace, target: Trace) -> dict[str, float]:
     }
 
 
+def rounding_bounds(source: Trace, dtype: torch.dtype) -> dict[str, float]:
+    """How far apart two correct programs may be at each stage in half precision.
+
+    Each rounds in places of its own. A few roundings are allowed, measured by the stage's largest value.
+    """
+    unit = _ROUNDINGS * torch.finfo(dtype).eps
+    return {stage: unit * float(values.abs().max()) for stage, values in zip(Trace._fields, source, strict=True)}
+
+
+def model_dtype(model: InstructBLIP) -> torch.dtype:
+    """The coarsest type that a part of the model is held in."""
+    return max((model.vision.dtype, model.llm.model.dtype), key=lambda dtype: torch.finfo(dtype).eps)
+
+
+def traces_native(model: InstructBLIP) -> Traces:
+    """Run this code's model twice; it is left in float32."""
+    loaded = trace_native(model)
+    return Traces(loaded, loaded if model_dtype(model) == torch.float32 else trace_native(model.float()))
+
+
 @torch.inference_mode()
 def trace_native(model: InstructBLIP) -> Trace:
-    """Run this code's model, which is left in float32."""
-    model = model.float().cpu().eval()
-    images = model.vision_norm(model.image_tokens(_pixels(model.vision.image_size)[:, None]).flatten(0, 1))
+    """Run this code's model in the types it has."""
+    model = model.cpu().eval()
+    images = model.normalised(model.vision(_pixels(model.vision.image_size)))
     text, mask = None, None
     if model.qformer.instruction_aware:
         encoded = model.qformer_tokenizer([INSTRUCTION] * _BATCH, return_tensors="pt")
         text, mask = encoded["input_ids"], encoded["attention_mask"]
     queries = model.qformer(images, text, mask).query_BQD
     projected = model.projection(queries)
-    answers = [model.llm.target_ids(ANSWER)] * _BATCH
+    answers = [model.llm.prompt_format.target_ids(ANSWER)] * _BATCH
     states = model.llm.answer_states(model.llm.prefixes(projected, [INSTRUCTION] * len(projected)), answers)
-    return Trace(images, queries, projected, model.llm.logits(states.hidden_SL))
+    return _trace(images, queries, projected, model.llm.logits(states.hidden_SL))
 
 
-@torch.inference_mode()
-def trace_huggingface(folder: Path) -> Trace:
+def traces_huggingface(folder: Path) -> Traces:
     """Run a folder's model through transformers' own classes, from its own tokenizers and image processor.
+
+    It is opened in the type that transformers chooses.
 
     Raises:
         UserError: it is no InstructBLIP folder.
     """
-    read_config(folder)
+    model = _open_huggingface(folder)
+    loaded = _trace_huggingface(model, folder)
+    exact = all(parameter.dtype == torch.float32 for parameter in model.parameters())
+    return Traces(loaded, loaded if exact else _trace_huggingface(model.float(), folder))
+
+
+def trace_huggingface(folder: Path) -> Trace:
+    """The first of `traces_huggingface`."""
+    return _trace_huggingface(_open_huggingface(folder), folder)
+
+
+def _open_huggingface(folder: Path) -> Any:
+    read_transformers_config(folder)
     with quiet_transformers():
-        model = InstructBlipForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+        return InstructBlipForConditionalGeneration.from_pretrained(folder).eval()
+
+
+@torch.inference_mode()
+def _trace_huggingface(model: Any, folder: Path) -> Trace:
+    with quiet_transformers():
         pictures = AutoImageProcessor.from_pretrained(folder)
     size = model.config.vision_config.image_size
     pixels = pictures(list(_pixels(size)), do_resize=False, return_tensors="pt")["pixel_values"]
@@ -107,7 +155,11 @@ def trace_huggingface(folder: Path) -> Trace:
     )
     queries = outputs.qformer_outputs[0][:, : model.config.num_query_tokens]
     logits = outputs.logits[:, -len(answer) :].flatten(0, 1)
-    return Trace(outputs.vision_outputs[0], queries, model.language_projection(queries), logits)
+    return _trace(outputs.vision_outputs[0], queries, model.language_projection(queries), logits)
+
+
+def _trace(*stages: Tensor) -> Trace:
+    return Trace(*(values.float() for values in stages))
 
 
 def _pixels(size: int) -> Tensor:
@@ -122,7 +174,7 @@ def _token_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[list[i
     `instructblip.json` tells what has to be written around the visual tokens and before the answer.
     """
     said = read_json(folder / SIDECAR)["llm"] if (folder / SIDECAR).is_file() else {}
-    queries: list[int | None] = [None] * read_config(folder).num_query_tokens
+    queries: list[int | None] = [None] * read_transformers_config(folder).num_query_tokens
     before = tokenizer(said.get("image_prefix", ""), add_special_tokens=False)["input_ids"]
     prompt = tokenizer(said.get("prompt_prefix", "") + INSTRUCTION + said.get("prompt_suffix", ""))["input_ids"]
     answer = tokenizer(said.get("answer_prefix", "") + ANSWER, add_special_tokens=False)["input_ids"]

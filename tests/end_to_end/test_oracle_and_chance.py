@@ -12,7 +12,7 @@ import pytest
 from instructblip.data.cards import all_cards, load_card
 from instructblip.evaluation.protocol import Task, chance_level
 from instructblip.evaluation.runner import read_pixels, run_task
-from instructblip.model.instructblip import InstructBLIP
+from instructblip.models.instructblip import InstructBLIP
 from tests.synthetic_tasks import Oracle, read_number, synthetic_task
 from tests.tiny import IMAGE_SIZE, tiny_model
 

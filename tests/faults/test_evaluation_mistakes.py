@@ -6,12 +6,12 @@ from typing import Any, NoReturn
 
 import pytest
 
+from instructblip.distributed import ALONE
 from instructblip.errors import UserError
 from instructblip.evaluation import run as evaluation
-from instructblip.evaluation import table
-from instructblip.evaluation.distributed import ALONE
-from instructblip.evaluation.folder import claimed
-from instructblip.loading import FrozenPart, LoadedModel
+from instructblip.evaluation.journal import claimed
+from instructblip.evaluation.report import table
+from instructblip.weights.load import FrozenPart, LoadedModel
 from tests.runs import World, evaluate_here, read_lines
 from tests.stored import entry, write_run
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from instructblip.evaluation import runner
-from instructblip.training import scoring
-from instructblip.training.checkpoint import checkpoint_folders
+from instructblip.training import validation as scoring
+from instructblip.weights.checkpoint import checkpoint_folders
 from tests.runs import STEPS as ALL_STEPS
 from tests.runs import World, read_lines, run, scores, signal_in_evaluation, start_ranks
 

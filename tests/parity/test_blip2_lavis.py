@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from instructblip.model.blip2 import BLIP2, similarities
+from instructblip.models.blip2 import BLIP2, similarities
 from tests.vectors import TOLERANCE, case, read, stage1_model
 
 

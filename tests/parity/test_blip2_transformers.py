@@ -14,8 +14,8 @@ from transformers import (
     PreTrainedModel,
 )
 
-from instructblip.model.blip2 import BLIP2, similarities
-from instructblip.model.vision import VisionEncoder
+from instructblip.models.blip2 import BLIP2, similarities
+from instructblip.models.vision import VisionEncoder
 from instructblip.weights.names import foreign_names, pack_qkv_bias
 from tests.tiny import redraw, tiny_qformer
 from tests.vectors import bert_tokenizer

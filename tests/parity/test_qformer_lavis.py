@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from instructblip.model.qformer import QFormer
-from instructblip.model.transformer import KeyValueCache
+from instructblip.models.qformer import QFormer
+from instructblip.models.transformer import KeyValueCache
 from tests.vectors import TOLERANCE, case, read, stage1_qformer, tensors
 
 WEIGHTS = tensors("blip2_stage1/weights")

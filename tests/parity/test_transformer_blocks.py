@@ -11,8 +11,8 @@ from transformers.models.blip.configuration_blip import BlipTextConfig
 from transformers.models.blip_2.modeling_blip_2 import Blip2QFormerModel, Blip2TextEmbeddings
 
 import instructblip  # noqa: F401  (transformers' BLIP imports only behind it where torchvision is broken)
-from instructblip.model.qformer import QFormer, QFormerOutput
-from instructblip.model.transformer import (
+from instructblip.models.qformer import QFormer, QFormerOutput
+from instructblip.models.transformer import (
     Attention,
     FeedForward,
     KeysValues,

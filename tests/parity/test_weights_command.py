@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from instructblip.loading import load_model
-from instructblip.model.instructblip import InstructBLIP
+from instructblip.models.instructblip import InstructBLIP
 from instructblip.weights import __main__ as command
 from instructblip.weights.__main__ import main
 from instructblip.weights.lavis import save_lavis
-from instructblip.weights.parity import trace_huggingface, trace_native
+from instructblip.weights.load import load_model
+from instructblip.weights.parity import traces_huggingface, traces_native
 from tests.parity.conftest import Formats
 from tests.tiny import tiny_huggingface
 
@@ -74,8 +74,8 @@ def test_each_side_is_run_by_its_own_code(
 
         return call
 
-    monkeypatch.setattr(command, "trace_huggingface", recorded("transformers", trace_huggingface))
-    monkeypatch.setattr(command, "trace_native", recorded("ours", trace_native))
+    monkeypatch.setattr(command, "traces_huggingface", recorded("transformers", traces_huggingface))
+    monkeypatch.setattr(command, "traces_native", recorded("ours", traces_native))
     run(capsys, formats.huggingface, tmp_path / "a", "--to", "native")
     run(capsys, formats.native, tmp_path / "b", "--to", "huggingface")
     run(capsys, formats.huggingface, tmp_path / "c", "--to", "huggingface")

@@ -6,7 +6,7 @@ from torch import Tensor
 from transformers import BertConfig, BertForMaskedLM, BertModel
 
 from instructblip.errors import UserError
-from instructblip.model.qformer import QFormer
+from instructblip.models.qformer import QFormer
 from instructblip.weights.bert import qformer_state_from_bert
 from tests.tiny import tiny_bert_tokenizer, tiny_qformer
 

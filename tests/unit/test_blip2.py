@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from instructblip.model.blip2 import BLIP2
+from instructblip.models.blip2 import BLIP2
 from tests.tiny import redraw, tiny_images, tiny_qformer, tiny_vision
 from tests.vectors import bert_tokenizer
 

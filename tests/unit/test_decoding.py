@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from instructblip.model.decoding import Step, decode
-from instructblip.model.transformer import KeysValues, KeyValueCache
+from instructblip.models.decoding import Step, decode
+from instructblip.models.transformer import KeysValues, KeyValueCache
 
 END, PAD, WORDS = 3, 0, 6
 

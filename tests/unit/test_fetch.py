@@ -11,14 +11,14 @@ import pytest
 import yaml
 from rich.console import Console
 
-from instructblip.config import PrepareConfig
-from instructblip.data import fetch as module
+from instructblip.config.schema import PrepareConfig
 from instructblip.data.cards import CARDS_FOLDER, Card, Download, all_cards, load_card
-from instructblip.data.fetch import WORK_FOLDER, fetch_raw
-from instructblip.data.prepare import check_prepared
+from instructblip.data.prepare import fetch as module
+from instructblip.data.prepare.command import prepare
+from instructblip.data.prepare.convert import check_prepared
+from instructblip.data.prepare.fetch import WORK_FOLDER, fetch_raw
 from instructblip.errors import UserError
 from instructblip.files import read_json
-from instructblip.prepared import prepare
 from tests.servers import FileServer, file_server
 from tests.unit.test_reader_vqa import write_vqav2
 

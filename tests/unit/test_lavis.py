@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from instructblip.errors import UserError
-from instructblip.model.instructblip import InstructBLIP
+from instructblip.models.instructblip import InstructBLIP
 from instructblip.weights.lavis import (
     load_lavis,
     qformer_settings,

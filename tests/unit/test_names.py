@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from instructblip.errors import UserError
-from instructblip.model.qformer import QFormer
+from instructblip.models.qformer import QFormer
 from instructblip.weights.names import (
     check_tensors,
     foreign_names,

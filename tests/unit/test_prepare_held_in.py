@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from instructblip.data.cards import load_card
-from instructblip.data.prepare import check_prepared, prepare_dataset
+from instructblip.data.prepare.convert import check_prepared, prepare_dataset
 from instructblip.data.shards import open_split
 from instructblip.data.templates import load_templates, render_prompt, render_training
 from tests.raw_files import read_raw, records_of

@@ -10,8 +10,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import InstructBlipQFormerConfig
 from transformers.models.instructblip.modeling_instructblip import InstructBlipQFormerModel
 
-from instructblip.model.qformer import QFormer, QFormerLayer, QFormerOutput
-from instructblip.model.transformer import KeyValueCache
+from instructblip.models.qformer import QFormer, QFormerLayer, QFormerOutput
+from instructblip.models.transformer import KeyValueCache
 from tests.tiny import tiny_qformer
 
 VISION_WIDTH = 24

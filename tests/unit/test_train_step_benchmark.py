@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from instructblip.model.instructblip import InstructBLIP
+from instructblip.models.instructblip import InstructBLIP
 from instructblip.training.loop import train_step
 from instructblip.training.optim import make_adamw
 from tests.runs import REPOSITORY

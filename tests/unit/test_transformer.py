@@ -2,7 +2,7 @@
 
 import torch
 
-from instructblip.model.transformer import causal_mask, padding_mask
+from instructblip.models.transformer import causal_mask, padding_mask
 
 VISIBLE = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 1, 0]]).bool()
 

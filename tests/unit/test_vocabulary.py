@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from instructblip.weights.vocabulary import resize_vocabulary, with_rows
+from instructblip.models.vocabulary import resize_vocabulary, with_rows
 from tests.tiny import tiny_llama, tiny_t5
 
 
