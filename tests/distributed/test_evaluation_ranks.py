@@ -14,7 +14,7 @@ import pytest
 from instructblip.distributed import ALONE, Worker, this_worker
 from instructblip.errors import UserError
 from instructblip.evaluation import journal
-from tests.runs import World, evaluate_here, predictions, run, start
+from tests.kit.runs import World, evaluate_here, predictions, run, start
 
 OVERRIDES = ("samples=10", "batch_size=1")
 

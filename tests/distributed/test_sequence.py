@@ -11,7 +11,7 @@ from instructblip.data.batching import Batching
 from instructblip.data.loader import LoadedStep, load_batches
 from instructblip.data.mixture_dataset import MixtureDataset
 from instructblip.training.schedule import Phase, rank_positions, step_batching, total_steps
-from tests.mixtures import jpeg, mixture_of, write_split
+from tests.kit.mixtures import jpeg, mixture_of, write_split
 
 
 def _phase(steps: int, batch_size: int, micro_batch_size: int) -> Phase:

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from instructblip.training import parallel as parallel_module
 from instructblip.training import run as run_module
-from tests.runs import World, read_lines, run, run_ranks, scores, start_ranks
+from tests.kit.runs import World, read_lines, run, run_ranks, scores, start_ranks
 
 STEPS = 20
 SAVED = (5, 10, 15, 20)

@@ -6,7 +6,7 @@ import pytest
 
 from instructblip.errors import UserError
 from instructblip.models.packing import pack_rows
-from tests.runs import World, read_lines, train_here
+from tests.kit.runs import World, read_lines, train_here
 
 STEPS = 3
 

@@ -16,7 +16,7 @@ from instructblip.data.prepare.command import prepare
 from instructblip.data.prepare.convert import check_prepared
 from instructblip.data.records import Record
 from instructblip.data.shards import open_split
-from tests.all_datasets import SOURCES, prepare_source
+from tests.kit.all_datasets import SOURCES, prepare_source
 
 VIEWS = ("vqav2_question_generation", "okvqa_question_generation", "aokvqa_question_generation")
 

@@ -15,7 +15,7 @@ from instructblip.errors import UserError
 from instructblip.evaluation.report.compare import compare_runs
 from instructblip.evaluation.report.table import score_table
 from instructblip.evaluation.results_file import read_run
-from tests.runs import REPOSITORY, World, evaluate_here, run, scores
+from tests.kit.runs import REPOSITORY, World, evaluate_here, run, scores
 
 HAS_LAUNCHER = importlib.util.find_spec("submitit") is not None
 SUITE = "suite.held_in=[easy_vqa_shape]", "suite.held_out=[]"

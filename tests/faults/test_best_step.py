@@ -9,7 +9,7 @@ import pytest
 
 from instructblip.training import run as run_module
 from instructblip.weights.checkpoint import checkpoint_folders
-from tests.runs import World, start
+from tests.kit.runs import World, start
 
 STEPS = 12
 SCORES = {2: 10.0, 4: 60.0, 6: 30.0, 8: 60.0, 10: 20.0}  # the best is step 4's, the first of equals

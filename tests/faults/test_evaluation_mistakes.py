@@ -12,8 +12,8 @@ from instructblip.evaluation import run as evaluation
 from instructblip.evaluation.journal import claimed
 from instructblip.evaluation.report import table
 from instructblip.weights.load import FrozenPart, LoadedModel
-from tests.runs import World, evaluate_here, read_lines
-from tests.stored import entry, write_run
+from tests.kit.runs import World, evaluate_here, read_lines
+from tests.kit.stored import entry, write_run
 
 
 @pytest.fixture

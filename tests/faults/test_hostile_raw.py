@@ -20,7 +20,7 @@ from instructblip.data.readers.common import load_list
 from instructblip.data.records import Record
 from instructblip.data.shards import open_split
 from instructblip.errors import UserError
-from tests.runs import World, start
+from tests.kit.runs import World, start
 
 SECRET = "a line of a file that is none of the dataset's"
 

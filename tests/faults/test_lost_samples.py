@@ -18,7 +18,7 @@ from instructblip.data.mixture_dataset import MixtureDataset, TrainingSet
 from instructblip.data.records import Record
 from instructblip.data.shards import ShardReader, index_path, safetensors_bytes
 from instructblip.errors import UserError
-from tests.mixtures import jpeg, mixture_of, write_split
+from tests.kit.mixtures import jpeg, mixture_of, write_split
 
 IMAGES = [jpeg(seed) for seed in range(8)]
 STEPS = [(step, list(range(4 * step, 4 * step + 4))) for step in range(8)]

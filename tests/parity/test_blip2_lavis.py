@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from instructblip.models.blip2 import BLIP2, similarities
-from tests.vectors import TOLERANCE, case, read, stage1_model
+from tests.kit.vectors import TOLERANCE, case, read, stage1_model
 
 
 @pytest.fixture(scope="module")

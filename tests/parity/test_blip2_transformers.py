@@ -17,8 +17,8 @@ from transformers import (
 from instructblip.models.blip2 import BLIP2, similarities
 from instructblip.models.vision import VisionEncoder
 from instructblip.weights.names import foreign_names, pack_qkv_bias
-from tests.tiny import redraw, tiny_qformer
-from tests.vectors import bert_tokenizer
+from tests.kit.tiny import redraw, tiny_qformer
+from tests.kit.vectors import bert_tokenizer
 
 SIDE, VISION_WIDTH, EPS = 28, 32, 1e-6  # one eps serves all norms of transformers' vision part
 TEXTS = ["a man riding a horse on the grass", "two dogs", "a cat."]

@@ -24,8 +24,8 @@ from instructblip.weights import __main__ as command
 from instructblip.weights.modules import vision_encoder
 from instructblip.weights.parity import Trace, differences, rounding_bounds, trace_huggingface, trace_native
 from instructblip.weights.transformers_read import load_huggingface
-from tests.runs import DATASETS, World, evaluate_here, predictions
-from tests.tiny import HUGGINGFACE_LLMS, tiny_huggingface, tiny_images, tiny_model
+from tests.kit.runs import DATASETS, World, evaluate_here, predictions
+from tests.kit.tiny import HUGGINGFACE_LLMS, tiny_huggingface, tiny_images, tiny_model
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 PROMPTS = [

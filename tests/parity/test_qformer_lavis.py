@@ -9,7 +9,7 @@ from torch import Tensor
 
 from instructblip.models.qformer import QFormer
 from instructblip.models.transformer import KeyValueCache
-from tests.vectors import TOLERANCE, case, read, stage1_qformer, tensors
+from tests.kit.vectors import TOLERANCE, case, read, stage1_qformer, tensors
 
 WEIGHTS = tensors("blip2_stage1/weights")
 IDS = read("blip2_stage1/config")["sizes"]

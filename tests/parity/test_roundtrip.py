@@ -26,7 +26,7 @@ from instructblip.weights.parity import (
 )
 from instructblip.weights.transformers_read import load_huggingface, read_settings, read_weights
 from instructblip.weights.transformers_write import save_huggingface
-from tests.tiny import (
+from tests.kit.tiny import (
     BOS,
     EOS,
     HUGGINGFACE_LLMS,

@@ -15,7 +15,7 @@ from transformers import AutoImageProcessor, AutoTokenizer, InstructBlipForCondi
 from instructblip.models.instructblip import InstructBLIP
 from instructblip.weights.parity import differences, trace_huggingface, trace_native
 from instructblip.weights.transformers_read import load_huggingface
-from tests.tiny import HUGGINGFACE_LLMS, tiny_huggingface
+from tests.kit.tiny import HUGGINGFACE_LLMS, tiny_huggingface
 
 PROMPTS = ["what color is the shape?", "Question: is there a circle in the image? Short answer:"]
 ANSWERS = ["a red one", "no there is a rectangle"]

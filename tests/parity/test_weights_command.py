@@ -17,8 +17,8 @@ from instructblip.weights.__main__ import main
 from instructblip.weights.lavis import save_lavis
 from instructblip.weights.load import load_model
 from instructblip.weights.parity import traces_huggingface, traces_native
+from tests.kit.tiny import tiny_huggingface
 from tests.parity.conftest import Formats
-from tests.tiny import tiny_huggingface
 
 pytestmark = pytest.mark.usefixtures("named_parts")
 

@@ -21,7 +21,7 @@ from instructblip.data.batching import (
 from instructblip.data.records import Record, Sample
 from instructblip.errors import UserError
 from instructblip.models.packing import pack_rows
-from tests.tiny import tiny_encoder_decoder_llm, tiny_llm, tiny_model
+from tests.kit.tiny import tiny_encoder_decoder_llm, tiny_llm, tiny_model
 
 
 def words(instruction: str, target: str, frames: int) -> int:

@@ -8,7 +8,7 @@ from transformers import BertConfig, BertForMaskedLM, BertModel
 from instructblip.errors import UserError
 from instructblip.models.qformer import QFormer
 from instructblip.weights.bert import qformer_state_from_bert
-from tests.tiny import tiny_bert_tokenizer, tiny_qformer
+from tests.kit.tiny import tiny_bert_tokenizer, tiny_qformer
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from instructblip.models.blip2 import BLIP2
-from tests.tiny import redraw, tiny_images, tiny_qformer, tiny_vision
-from tests.vectors import bert_tokenizer
+from tests.kit.tiny import redraw, tiny_images, tiny_qformer, tiny_vision
+from tests.kit.vectors import bert_tokenizer
 
 TEXTS = [
     "a man riding a horse on the grass",

@@ -24,9 +24,9 @@ from instructblip.weights.load import frozen_fingerprints, load_run
 from instructblip.weights.names import foreign_names
 from instructblip.weights.parts import build_model, load_qformer, load_vision
 from instructblip.weights.position import resize_position_embedding
-from tests.families import write_llm
-from tests.runs import compose
-from tests.tiny import tiny_bert_tokenizer, tiny_parts, tiny_qformer
+from tests.kit.families import write_llm
+from tests.kit.runs import compose
+from tests.kit.tiny import tiny_bert_tokenizer, tiny_parts, tiny_qformer
 
 
 def vision_config(name: str, **changes: Any) -> VisionConfig:

@@ -28,9 +28,9 @@ from instructblip.evaluation.report.table import (
 from instructblip.evaluation.results_file import read_run
 from instructblip.evaluation.suite import DatasetResult, results_json
 from instructblip.files import sha256_file, write_json
-from tests.stored import entry, write_run
-from tests.synthetic_tasks import PICTURE, synthetic_task
-from tests.tiny import write_easy_vqa
+from tests.kit.stored import entry, write_run
+from tests.kit.synthetic_tasks import PICTURE, synthetic_task
+from tests.kit.tiny import write_easy_vqa
 
 RAPIDOCR = {"library": "rapidocr", "version": "9.9", "runtime": "onnxruntime 8.8", "threshold": 0.5}
 

@@ -15,7 +15,7 @@ import pytest
 from instructblip.errors import UserError
 from instructblip.fetch import http as module
 from instructblip.fetch.http import DownloadError, download
-from tests.servers import FileServer, file_server
+from tests.kit.servers import FileServer, file_server
 
 CONTENT = bytes(range(256)) * 40  # 10,240 bytes
 

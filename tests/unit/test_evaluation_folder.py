@@ -11,8 +11,8 @@ from instructblip.distributed import ALONE, Worker
 from instructblip.errors import UserError
 from instructblip.evaluation.journal import claimed, refuse_others_results
 from instructblip.evaluation.protocol import Task, as_json, blind_task
-from tests.stored import entry, write_run
-from tests.synthetic_tasks import synthetic_task
+from tests.kit.stored import entry, write_run
+from tests.kit.synthetic_tasks import synthetic_task
 
 CHECKPOINT = "outputs/train/x"  # what `write_run` names
 

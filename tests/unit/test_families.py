@@ -20,8 +20,8 @@ from instructblip.models.instructblip import InstructBLIP
 from instructblip.models.llm import LLM
 from instructblip.models.quantized import QuantizedLinear
 from instructblip.weights.parts import load_llm
-from tests.families import FAMILIES, SLIDING_WINDOW, llm_config, write_llm
-from tests.tiny import tiny_images, tiny_model
+from tests.kit.families import FAMILIES, SLIDING_WINDOW, llm_config, write_llm
+from tests.kit.tiny import tiny_images, tiny_model
 
 NAMES = sorted(FAMILIES)
 PROMPTS = ["what color is the shape? Short answer:", "is there a circle?", "red"]
@@ -171,10 +171,10 @@ def test_flan_t5_computes_with_the_exact_gelu(folders: dict[str, Path]) -> None:
 
 def test_vicunas_padding_token_gets_the_mean_of_all_rows(folders: dict[str, Path]) -> None:
     first, second = load("vicuna_7b", folders, dtype="float32"), load("vicuna_7b", folders, dtype="float32")
-    tokens = {role: getattr(first.tokenizer, f"{role}_token") for role in ("bos", "eos", "unk", "pad")}
+    tokens = {role: getattr(first.prompt_format.tokenizer, f"{role}_token") for role in ("bos", "eos", "unk", "pad")}
     assert tokens == {"bos": "</s>", "eos": "</s>", "unk": "</s>", "pad": "[PAD]"}
     for table in (first.embeddings.weight, first.model.get_output_embeddings().weight):
-        assert first.pad_id == len(table) - 1
+        assert first.prompt_format.pad_id == len(table) - 1
         torch.testing.assert_close(table[-1], table[:-1].mean(dim=0))
     assert fingerprint(first) == fingerprint(second)
 

@@ -19,7 +19,7 @@ from instructblip.data.prepare.convert import check_prepared
 from instructblip.data.prepare.fetch import WORK_FOLDER, fetch_raw
 from instructblip.errors import UserError
 from instructblip.files import read_json
-from tests.servers import FileServer, file_server
+from tests.kit.servers import FileServer, file_server
 from tests.unit.test_reader_vqa import write_vqav2
 
 ARCHIVES = {  # name on the server -> what of a raw folder of VQA 2.0 it holds

@@ -13,7 +13,7 @@ from instructblip.models.instructblip import InstructBLIP
 from instructblip.training.loop import train_step
 from instructblip.training.optim import make_adamw
 from instructblip.training.plan.flops import GPUS, ModelShape, StepWorkload, device_peak, known_gpu, model_shape
-from tests.tiny import tiny_encoder_decoder_llm, tiny_images, tiny_llm, tiny_model, tiny_vision
+from tests.kit.tiny import tiny_encoder_decoder_llm, tiny_images, tiny_llm, tiny_model, tiny_vision
 
 PROMPTS = [
     "Question: what color is the shape? Short answer:",

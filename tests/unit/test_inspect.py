@@ -13,7 +13,7 @@ from instructblip.data.cards import load_card
 from instructblip.data.prepare.convert import prepare_dataset
 from instructblip.errors import UserError
 from instructblip.training.inspect import inspect
-from tests.tiny import write_easy_vqa
+from tests.kit.tiny import write_easy_vqa
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from instructblip.models.instructblip import InstructBLIP
-from tests.tiny import BOS, EOS, tiny_encoder_decoder_llm, tiny_images, tiny_llm, tiny_model
+from tests.kit.tiny import BOS, EOS, tiny_encoder_decoder_llm, tiny_images, tiny_llm, tiny_model
 
 PROMPTS = ["what color is the shape?", "Q: is there a red circle in the image? A:", "shape"]
 TARGETS = ["red", "yes, there is a red circle", ""]
@@ -185,7 +185,7 @@ def test_alignment_loss_is_a_likelihood_over_the_vocabulary(
     model: InstructBLIP, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     size = len(model.llm.prompt_format.tokenizer)
-    monkeypatch.setattr(model.llm, "target_ids", lambda target: [int(target), 0])
+    monkeypatch.setattr(model.llm.prompt_format, "target_ids", lambda target: [int(target), 0])
     tokens = model.image_tokens(tiny_images(1)).expand(size, -1, -1, -1)
     loss = model(tokens, ["shape"] * size, [str(token) for token in range(size)], through_llm=False)
     torch.testing.assert_close(loss.per_sample.neg().exp().sum(), torch.tensor(1.0), rtol=1e-5, atol=0)
@@ -193,13 +193,16 @@ def test_alignment_loss_is_a_likelihood_over_the_vocabulary(
 
 def test_prompts_lose_their_beginning_and_targets_their_end() -> None:
     whole, short = tiny_llm(), tiny_llm(max_prompt_tokens=3, max_target_tokens=3)
-    prompt, target = whole.prompt_ids(PROMPTS[1]), whole.target_ids(TARGETS[1])
-    assert short.prompt_ids(PROMPTS[1], truncate=True) == prompt[-3:]
-    assert short.prompt_ids(PROMPTS[1]) == prompt  # only training cuts, as released
-    assert short.target_ids(TARGETS[1]) == target[:3]
-    assert whole.eos_id == target[-1]
-    assert short.target_ids("") == [*whole.tokenizer(" ")["input_ids"], whole.eos_id]
-    assert whole.target_ids(TARGETS[1], include_eos=False) == target[:-1]
+    prompt, target = whole.prompt_format.prompt_ids(PROMPTS[1]), whole.prompt_format.target_ids(TARGETS[1])
+    assert short.prompt_format.prompt_ids(PROMPTS[1], truncate=True) == prompt[-3:]
+    assert short.prompt_format.prompt_ids(PROMPTS[1]) == prompt  # only training cuts, as released
+    assert short.prompt_format.target_ids(TARGETS[1]) == target[:3]
+    assert whole.prompt_format.eos_id == target[-1]
+    assert short.prompt_format.target_ids("") == [
+        *whole.prompt_format.tokenizer(" ")["input_ids"],
+        whole.prompt_format.eos_id,
+    ]
+    assert whole.prompt_format.target_ids(TARGETS[1], include_eos=False) == target[:-1]
 
 
 def test_begin_of_sequence_stays_on_a_cut_prompt() -> None:
@@ -216,14 +219,14 @@ def test_begin_of_sequence_stays_on_a_cut_prompt() -> None:
 def test_the_limit_of_a_target_counts_the_begin_of_sequence() -> None:
     # As released: the answer is cut together with its BOS, which is dropped afterwards.
     with_bos, without = (tiny_llm(bos_token=token, max_target_tokens=4) for token in (BOS, None))
-    assert with_bos.target_ids(TARGETS[1]) == without.target_ids(TARGETS[1])[:3]
+    assert with_bos.prompt_format.target_ids(TARGETS[1]) == without.prompt_format.target_ids(TARGETS[1])[:3]
 
 
 def test_an_encoder_decoder_ends_prompts_and_cut_texts_with_eos() -> None:
     llm = tiny_encoder_decoder_llm(max_prompt_tokens=4, max_target_tokens=3)
     words, target = (
         tiny_llm().prompt_format.prompt_ids(PROMPTS[1]),
-        tiny_llm().target_ids(TARGETS[1], include_eos=False),
+        tiny_llm().prompt_format.target_ids(TARGETS[1], include_eos=False),
     )
     assert llm.prompt_format.prompt_ids(PROMPTS[1]) == [*words, llm.prompt_format.eos_id]
     assert llm.prompt_format.prompt_ids(PROMPTS[1], truncate=True) == [*words[-3:], llm.prompt_format.eos_id]

@@ -20,7 +20,7 @@ from instructblip.weights.lavis import (
     save_lavis,
 )
 from instructblip.weights.names import foreign_names
-from tests.tiny import tiny_encoder_decoder_llm, tiny_llama, tiny_llm, tiny_released_model
+from tests.kit.tiny import tiny_encoder_decoder_llm, tiny_llama, tiny_llm, tiny_released_model
 
 
 @pytest.fixture(scope="module")

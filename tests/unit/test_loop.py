@@ -13,7 +13,7 @@ from instructblip.models.instructblip import InstructBLIP
 from instructblip.training.loop import StepResult, log_entry, run_steps, train_step
 from instructblip.training.optim import learning_rate, make_adamw
 from instructblip.training.schedule import Phase, StepPosition, locate, rank_positions, total_steps
-from tests.tiny import tiny_images, tiny_model
+from tests.kit.tiny import tiny_images, tiny_model
 
 FIRST = Phase(
     name="first",

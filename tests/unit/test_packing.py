@@ -18,8 +18,8 @@ from instructblip.models.packing import RowLayout, block_causal_mask, pack_rows,
 from instructblip.training.loop import StepResult, train_step
 from instructblip.training.optim import make_adamw
 from instructblip.weights.parts import load_llm
-from tests.families import SLIDING_WINDOW, llm_config, write_llm
-from tests.tiny import tiny_encoder_decoder_llm, tiny_images, tiny_model
+from tests.kit.families import SLIDING_WINDOW, llm_config, write_llm
+from tests.kit.tiny import tiny_encoder_decoder_llm, tiny_images, tiny_model
 
 # The tiny models are so narrow that attention in longer rows would cost more than it saves: rows are made as for a wide one.
 WIDE = 4096

@@ -18,7 +18,7 @@ from instructblip.training import validation as scoring
 from instructblip.training.loop import train_step
 from instructblip.training.optim import make_adamw
 from instructblip.training.parallel import parallelize
-from tests.tiny import tiny_encoder_decoder_llm, tiny_images, tiny_llm, tiny_model
+from tests.kit.tiny import tiny_encoder_decoder_llm, tiny_images, tiny_llm, tiny_model
 
 LLMS = {"decoder": tiny_llm, "encoder_decoder": tiny_encoder_decoder_llm}
 

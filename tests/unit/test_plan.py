@@ -21,7 +21,7 @@ from instructblip.training.run import train
 from instructblip.training.setup import make_plan
 from instructblip.weights import modules as architecture
 from instructblip.weights.modules import language_model_of_sizes, qformer_of_sizes
-from tests.runs import compose
+from tests.kit.runs import compose
 
 PAPER = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml"))
 SMALL = (

@@ -12,7 +12,7 @@ from instructblip.data.cards import Card, load_card
 from instructblip.data.prepare.command import ensure_prepared
 from instructblip.data.prepare.convert import prepare_dataset
 from instructblip.errors import UserError
-from tests.tiny import write_easy_vqa
+from tests.kit.tiny import write_easy_vqa
 
 
 @pytest.fixture

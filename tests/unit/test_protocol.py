@@ -9,8 +9,8 @@ from instructblip.data.cards import Card, load_card
 from instructblip.data.prepare.convert import prepare_dataset
 from instructblip.errors import UserError
 from instructblip.evaluation.protocol import as_json, blind_task, majority_answers, make_task
-from tests.synthetic_tasks import synthetic_task
-from tests.tiny import write_easy_vqa
+from tests.kit.synthetic_tasks import synthetic_task
+from tests.kit.tiny import write_easy_vqa
 
 
 @pytest.fixture(scope="module")

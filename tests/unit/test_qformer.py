@@ -12,7 +12,7 @@ from transformers.models.instructblip.modeling_instructblip import InstructBlipQ
 
 from instructblip.models.qformer import QFormer, QFormerLayer, QFormerOutput
 from instructblip.models.transformer import KeyValueCache
-from tests.tiny import tiny_qformer
+from tests.kit.tiny import tiny_qformer
 
 VISION_WIDTH = 24
 TEXT = torch.tensor([[2, 5, 6, 7, 3], [2, 8, 9, 3, 0]])

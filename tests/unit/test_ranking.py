@@ -19,7 +19,7 @@ from transformers import (
 from instructblip.models.instructblip import InstructBLIP
 from instructblip.models.llm import DecoderLLM
 from instructblip.models.ranking import RANKING_PRESETS, CandidateTree
-from tests.tiny import EOS, tiny_encoder_decoder_llm, tiny_images, tiny_llm, tiny_llm_tokenizer, tiny_model
+from tests.kit.tiny import EOS, tiny_encoder_decoder_llm, tiny_images, tiny_llm, tiny_llm_tokenizer, tiny_model
 
 PROMPTS = [
     "what color is the shape?",

@@ -31,8 +31,8 @@ from instructblip.errors import UserError
 from instructblip.fetch import shard_cache as remote
 from instructblip.fetch.shard_cache import RemoteTars, mirror_datasets
 from instructblip.training.inspect import inspect
-from tests.mixtures import jpeg, mixture_of, write_split
-from tests.tiny import write_easy_vqa
+from tests.kit.mixtures import jpeg, mixture_of, write_split
+from tests.kit.tiny import write_easy_vqa
 
 ROOMY = 10**9
 

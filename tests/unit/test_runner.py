@@ -17,7 +17,7 @@ from instructblip.evaluation.protocol import Task, blind_task, make_task
 from instructblip.evaluation.results_file import PREDICTIONS
 from instructblip.evaluation.runner import blank_image, read_pixels, run_task
 from instructblip.models.instructblip import InstructBLIP
-from tests.tiny import IMAGE_SIZE, tiny_model, write_easy_vqa
+from tests.kit.tiny import IMAGE_SIZE, tiny_model, write_easy_vqa
 
 
 @pytest.fixture(scope="module")

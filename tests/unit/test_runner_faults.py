@@ -19,7 +19,7 @@ from instructblip.evaluation.outcomes import TaskResult
 from instructblip.evaluation.protocol import Task, make_task
 from instructblip.evaluation.runner import BatchLimit, answer_share, read_pixels, run_task
 from instructblip.models.instructblip import InstructBLIP
-from tests.tiny import IMAGE_SIZE, tiny_model, write_easy_vqa
+from tests.kit.tiny import IMAGE_SIZE, tiny_model, write_easy_vqa
 
 KILLS = 20  # by raising where the journal is written; tests/distributed and tests/faults kill real processes
 

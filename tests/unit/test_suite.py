@@ -6,7 +6,7 @@ import torch
 from instructblip.evaluation.suite import describe_model, model_identity
 from instructblip.models.quantized import quantize_linears
 from instructblip.weights.load import FrozenPart, frozen_fingerprints
-from tests.tiny import tiny_model
+from tests.kit.tiny import tiny_model
 
 PARTS = {"vision": FrozenPart("a ViT", "vision.pth"), "llm": FrozenPart("an LLM", "its/folder")}
 

@@ -26,7 +26,7 @@ from instructblip.evaluation.report.table import (
     score_table,
 )
 from instructblip.evaluation.results_file import read_run
-from tests.stored import JAVA, PYTHON, entry, write_run
+from tests.kit.stored import JAVA, PYTHON, entry, write_run
 
 
 @pytest.fixture

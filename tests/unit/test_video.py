@@ -12,7 +12,7 @@ from PIL import Image
 from instructblip import images
 from instructblip.data.prepare import video
 from instructblip.data.prepare.video import VideoError, middle_frames, read_frames
-from tests.videos import COLORS, color_of, colors_of, write_video
+from tests.kit.videos import COLORS, color_of, colors_of, write_video
 
 NAMES = list(COLORS)
 

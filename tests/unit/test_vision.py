@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from instructblip.models.fingerprint import fingerprint, fingerprint_tensors
 from instructblip.models.vision import ChannelNorm, VisionEncoder
-from tests.tiny import tiny_images, tiny_vision
+from tests.kit.tiny import tiny_images, tiny_vision
 
 
 @pytest.fixture(scope="module")

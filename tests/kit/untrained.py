@@ -5,7 +5,7 @@ from pathlib import Path
 from instructblip.config.schema import ModelConfig, TrainConfig
 from instructblip.weights.native import save_native
 from instructblip.weights.parts import build_model
-from tests.runs import World, compose
+from tests.kit.runs import World, compose
 
 
 def write_untrained_run(world: World, folder: Path) -> Path:

@@ -12,9 +12,9 @@ from transformers import BertTokenizerFast, PreTrainedTokenizerBase
 from instructblip.models.blip2 import BLIP2
 from instructblip.models.qformer import QFormer
 from instructblip.weights.names import foreign_names
-from tests.tiny import tiny_vision
+from tests.kit.tiny import tiny_vision
 
-FOLDER = Path(__file__).parent / "lavis_vectors"
+FOLDER = Path(__file__).parents[1] / "lavis_vectors"
 TOLERANCE = {"atol": 3e-4, "rtol": 1e-5}  # the files' own
 
 

@@ -29,9 +29,9 @@ from instructblip.data.prepare.convert import prepare_dataset
 from instructblip.evaluation import runner
 from instructblip.evaluation.run import evaluate
 from instructblip.training.run import train
-from tests.tiny import tiny_parts, write_easy_vqa
+from tests.kit.tiny import tiny_parts, write_easy_vqa
 
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).parents[2]
 DATASETS = ("easy_vqa_yes_no", "easy_vqa_shape", "easy_vqa_color", "easy_vqa_statements")
 STEPS = 24
 FINAL_SAMPLES = 10
