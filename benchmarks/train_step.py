@@ -47,6 +47,7 @@ from instructblip.data.records import Record, Sample
 from instructblip.distributed import Processes
 from instructblip.models.instructblip import InstructBLIP
 from instructblip.models.llm import LLM_KINDS
+from instructblip.objectives import make_objectives
 from instructblip.training.loop import train_step
 from instructblip.training.optim import make_adamw
 from instructblip.training.parallel import StepContext, parallelize
@@ -205,7 +206,7 @@ def this_code(kind: str, *, compiled: bool = False, fp8: bool = False) -> Callab
                 model,
                 optimizer,
                 batches,
-                through_llm=True,
+                objectives=make_objectives({"language_modeling": 1.0}),
                 packed=kind == "packed",
                 rate=RATE,
                 clip_norm=CLIP,

@@ -10,16 +10,14 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from instructblip.images import resize_square
 from instructblip.models.base import Images, Inputs, Model, Outputs, PartStructure, PassWorkload, Samples, blocks_of
 from instructblip.models.llm import LLM
 from instructblip.models.qformer import QFormer
 from instructblip.models.ranking import TOKEN_BUDGET, for_each_object, rank_candidates
-from instructblip.models.vision import VisionEncoder
+from instructblip.models.vision import VisionEncoder, as_frames
 
 
 class InstructBLIP(Model):
@@ -90,13 +88,7 @@ class InstructBLIP(Model):
 
     def image_tokens(self, images: Images) -> Tensor:
         """Frozen image tokens (B, F, P, V) of pictures or uint8 frames; tokens (from a feature cache) pass through."""
-        if not isinstance(images, Tensor):
-            frames = [[image] if isinstance(image, Image.Image) else list(image) for image in images]
-            size = self.vision.image_size
-            images = torch.stack(
-                [torch.stack([resize_square(frame.convert("RGB"), size) for frame in clip]) for clip in frames]
-            )
-        images = images.to(self.device)
+        images = as_frames(images, self.vision.image_size).to(self.device)
         if images.dtype != torch.uint8:
             return images
         return self.vision(images.flatten(0, 1)).unflatten(0, images.shape[:2])
@@ -120,7 +112,7 @@ class InstructBLIP(Model):
             text_BT, mask_BT = text_BT.to(image_NPV.device), mask_BT.to(image_NPV.device)
             text_NT = text_BT.repeat_interleave(frames, dim=0)
             mask_NT = mask_BT.repeat_interleave(frames, dim=0)
-        query_NQD = self.qformer(image_NPV, text_NT, mask_NT)
+        query_NQD = self.qformer(image_NPV, text_NT, mask_NT).query_BQD
         return self.projection(query_NQD).view(batch, -1, self.llm.width), tokens
 
     def prepare(self, samples: Samples) -> Inputs:

@@ -1,6 +1,6 @@
 """Vision backbones from timm, ViT or CNN, as one thing: images in, tokens out.
 
-Shape legend: B batch, H and W pixels, P image tokens, V vision width.
+Shape legend: B batch, F frames, H and W pixels, P image tokens, V vision width.
 """
 
 import contextlib
@@ -10,9 +10,12 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from timm.layers import pos_embed_sincos
 from torch import Tensor, nn
 
+from instructblip.images import resize_square
+from instructblip.models.base import Images
 from instructblip.models.exact_buffers import ExactBuffers
 
 # Their buffers are angles, or frequencies that become angles: in half precision those of far patches would run together.
@@ -119,6 +122,14 @@ class VisionEncoder(ExactBuffers):
         self._maps.append(output)
         if len(self._maps) == len(self.layers):
             raise _AllTappedError
+
+
+def as_frames(images: Images, size: int) -> Tensor:
+    """Pictures or lists of frames as uint8 frames (B, F, 3, size, size); tensors pass through."""
+    if isinstance(images, Tensor):
+        return images
+    clips = [[image] if isinstance(image, Image.Image) else list(image) for image in images]
+    return torch.stack([torch.stack([resize_square(frame.convert("RGB"), size) for frame in clip]) for clip in clips])
 
 
 def _create_backbone(name: str, image_size: int, options: dict[str, Any]) -> Any:

@@ -2,7 +2,8 @@
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import TypeVar
 
 import torch
@@ -20,19 +21,31 @@ AnyTensor = TypeVar("AnyTensor", bound=Tensor)
 NEW_PARTS = ("query_tokens", "cross_attention.")
 
 
-def make_adamw(model: Model, *, weight_decay: float, betas: Sequence[float]) -> torch.optim.AdamW:
-    """AdamW over what trains; norms, biases and query tokens do not decay.
+def make_adamw(
+    parameters: Iterable[tuple[str, nn.Parameter]],
+    *,
+    weight_decay: float,
+    betas: Sequence[float],
+    part_of: Callable[[str], str] = lambda _: "qformer",
+) -> torch.optim.AdamW:
+    """AdamW over named parameters that train; norms, biases and query tokens do not decay.
+
+    Args:
+        parameters: of which those without gradient are left out.
+        weight_decay, betas: of AdamW.
+        part_of: the part of the model that a parameter of that name belongs to, see `set_learning_rate`.
 
     The released code decays the query tokens because they are three-dimensional; decaying a learned constant input towards
     zero has no motive, and the other constants (biases, norms) are spared for the same reason.
     """
     groups: dict[tuple[bool, bool, str, bool], list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in parameters:
         if parameter.requires_grad:
+            part, sharded = part_of(name), isinstance(parameter, DTensor)
             decays = parameter.ndim >= 2 and not name.endswith("query_tokens")
-            new = any(part in name for part in NEW_PARTS) and model.part_of(name) == "qformer"
-            # One step of the fused kernel takes tensors of one kind.
-            groups.setdefault((decays, new, model.part_of(name), isinstance(parameter, DTensor)), []).append(parameter)
+            new = part == "qformer" and any(word in name for word in NEW_PARTS)
+            # A step of the fused kernel takes whole tensors or sharded ones.
+            groups.setdefault((decays, new, part, sharded), []).append(parameter)
     options = [
         {"params": group, "weight_decay": weight_decay if decays else 0.0, "new": new, "part": part}
         for (decays, new, part, _), group in groups.items()
@@ -68,7 +81,10 @@ def learning_rate(
 
 
 def set_learning_rate(
-    optimizer: torch.optim.Optimizer, rate: float, new_parts_scale: float, part_scales: Mapping[str, float]
+    optimizer: torch.optim.Optimizer,
+    rate: float,
+    new_parts_scale: float = 1.0,
+    part_scales: Mapping[str, float] = MappingProxyType({}),
 ) -> None:
     """Give every parameter group the rate: `NEW_PARTS` that multiple of it, parts with a rate of their own theirs."""
     for group in optimizer.param_groups:

@@ -208,7 +208,9 @@ def make_optimisation(run: TrainingRun, stop_signal: Callable[[], int]) -> Optim
     )
     return Optimisation(
         context=context,
-        optimizer=make_adamw(model, weight_decay=recipe.weight_decay, betas=recipe.betas),
+        optimizer=make_adamw(
+            model.named_parameters(), weight_decay=recipe.weight_decay, betas=recipe.betas, part_of=model.part_of
+        ),
         names={parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad},
         average=None if recipe.average_decay is None else WeightAverage(model, recipe.average_decay),
     )

@@ -15,6 +15,7 @@ _ATTENTION = {
     "output": "attention.output.dense",
     "norm": "attention.output.LayerNorm",
 }
+_HEAD = {"dense": "dense", "norm": "LayerNorm"}
 _FEED_FORWARD = {"up": "intermediate.dense", "down": "output.dense", "norm": "output.LayerNorm"}
 
 
@@ -22,7 +23,8 @@ def qformer_state_from_bert(bert: Mapping[str, Tensor], qformer: QFormer) -> dic
     """Name BERT's tensors as the Q-Former does; both feed-forwards of a layer start from BERT's one.
 
     A Q-Former has no token types, while BERT adds the embedding of type 0 to every token: it is folded into the positions,
-    so the text branch starts as BERT itself. Tokens that the Q-Former has beyond BERT's get the mean of BERT's embeddings.
+    so the text branch starts as BERT itself. Tokens that the Q-Former has beyond BERT's get the mean of BERT's embeddings,
+    and no bias in the language-model head.
 
     Raises:
         UserError: a tensor is missing.
@@ -35,6 +37,8 @@ def qformer_state_from_bert(bert: Mapping[str, Tensor], qformer: QFormer) -> dic
         branches = ["query_ffn"] if layer.text_ffn is None else ["query_ffn", "text_ffn"]
         for branch in branches:
             names |= {f"layers.{index}.{branch}.{own}": f"{source}.{theirs}" for own, theirs in _FEED_FORWARD.items()}
+    if qformer.lm_head is not None:
+        names |= {f"lm_head.{own}": f"cls.predictions.transform.{theirs}" for own, theirs in _HEAD.items()}
     state = {
         f"{own}.{part}": _find(bert, f"{theirs}.{part}") for own, theirs in names.items() for part in ("weight", "bias")
     }
@@ -44,6 +48,9 @@ def qformer_state_from_bert(bert: Mapping[str, Tensor], qformer: QFormer) -> dic
         added = max(qformer.word_embeddings.num_embeddings - len(words), 0)
         state["word_embeddings.weight"] = torch.cat([words, words.mean(dim=0, keepdim=True).expand(added, -1)])
         state["position_embeddings.weight"] = _find(bert, "embeddings.position_embeddings.weight") + types[0]
+        if qformer.lm_head is not None:
+            bias = _find(bert, "cls.predictions.bias")
+            state["lm_head.bias"] = torch.cat([bias, bias.new_zeros(added)])
     return state
 
 

@@ -177,8 +177,8 @@ def read_blip2(stage1: Path, stage2: Path | None, expected: Mapping[str, Tensor]
     Args:
         stage1: `blip2_pretrained.pth`.
         stage2: such as `blip2_pretrained_flant5xl.pth`; None starts from the first stage.
-        expected: the tensors to be filled, such as `model.part_state("qformer")`. A Q-Former that takes no instructions leaves
-            the first stage's text branch out.
+        expected: the tensors to be filled, such as `model.part_state("qformer")`. A Q-Former that takes no instructions
+            leaves the first stage's text branch out.
 
     Returns:
         A tensor for each of `expected`; the projection is left out where the second stage has none of that shape.

@@ -1,6 +1,7 @@
 """The names of tensors: this code's, LAVIS's, transformers'. One table, read in both directions.
 
-A state dict of this code (`InstructBLIP.state_dict()`) is compared with the two formats in which InstructBLIP was released.
+A state dict of this code (`InstructBLIP.state_dict()`) is compared with the formats in which InstructBLIP and BLIP-2 were
+released.
 timm's EVA uses LAVIS's names without their prefix. The language model's own tensors differ by their prefix only.
 """
 
@@ -15,19 +16,20 @@ from torch import Tensor
 from instructblip.errors import UserError
 from instructblip.models.vision import VisionEncoder
 
-Format = Literal["lavis", "huggingface"]
+# `huggingface` is the layout of InstructBLIP's classes, `huggingface_blip2` that of BLIP-2's.
+Format = Literal["lavis", "huggingface", "huggingface_blip2"]
 
 
 class Part(NamedTuple):
     """A part of the model: its prefix in each of the three, and rows of names behind it.
 
-    `{i}` is the number of a layer; `.*` stands for `.weight` and `.bias`.
+    `{i}` is the number of a layer; `.*` stands for `.weight` and `.bias`; None is a tensor that the format has no place for.
     """
 
     native: str
     lavis: str
     huggingface: str
-    rows: tuple[tuple[str, str, str], ...]
+    rows: tuple[tuple[str, str, str | None], ...]
 
 
 TABLE = (
@@ -59,6 +61,11 @@ TABLE = (
             ("qformer.query_tokens", "query_tokens", "query_tokens"),
             # LAVIS's name follows the language model: llm_proj, or t5_proj for an encoder-decoder (see PROJECTIONS).
             ("projection.*", "llm_proj.*", "language_projection.*"),
+            # Heads of BLIP-2's first stage. transformers has no place for the temperature.
+            ("vision_projection.*", "vision_proj.*", "vision_projection.*"),
+            ("text_projection.*", "text_proj.*", "text_projection.*"),
+            ("matching_head.*", "itm_head.*", "itm_head.*"),
+            ("temperature", "temp", None),
         ),
     ),
     Part(
@@ -94,13 +101,34 @@ TABLE = (
             ("text_ffn.norm.*", "output.LayerNorm.*", "output.LayerNorm.*"),
         ),
     ),
+    Part(
+        "qformer.lm_head.",
+        "Qformer.cls.predictions.",
+        "",
+        # BLIP-2's first stage. transformers has no language-model head on a Q-Former. LAVIS's files also hold tied copies:
+        # `decoder.weight` of the word embeddings, `decoder.bias` of this bias.
+        (
+            ("dense.*", "transform.dense.*", None),
+            ("norm.*", "transform.LayerNorm.*", None),
+            ("bias", "bias", None),
+        ),
+    ),
 )
+
+# BLIP-2's classes keep the text embeddings outside the Q-Former, and its first norm inside.
+_BLIP2_PREFIXES = {"qformer.embeddings.layernorm.": "qformer.layernorm.", "qformer.embeddings.": "embeddings."}
 
 # The language model: transformers' own names behind these prefixes. LAVIS never stores it.
 LLM_PREFIX, HUGGINGFACE_LLM_PREFIX = "llm.model.", "language_model."
 
 # LAVIS's name of the projection, and the kind of language model that it belongs to.
 PROJECTIONS = {"llm_proj": "decoder", "t5_proj": "encoder_decoder", "opt_proj": "decoder"}
+
+_PLACES: dict[Format, str] = {
+    "lavis": "a LAVIS InstructBLIP",
+    "huggingface": "a transformers InstructBLIP",
+    "huggingface_blip2": "a transformers BLIP-2",
+}
 
 # Tensors that may stand in a file and mean nothing here.
 IGNORED: dict[Format, tuple[str, ...]] = {
@@ -117,6 +145,10 @@ IGNORED: dict[Format, tuple[str, ...]] = {
         "qformer.embeddings.position_ids",
         "*.rotary_emb.inv_freq",
     ),
+    "huggingface_blip2": (
+        "embeddings.position_ids",
+        "*.rotary_emb.inv_freq",
+    ),
 }
 
 
@@ -125,12 +157,23 @@ def _expand() -> dict[str, dict[Format, str]]:
     for part in TABLE:
         for native, lavis, huggingface in part.rows:
             for ending in ("weight", "bias") if native.endswith(".*") else ("",):
-                names = [
-                    prefix + (name.removesuffix("*") + ending if ending else name)
-                    for prefix, name in ((part.native, native), (part.lavis, lavis), (part.huggingface, huggingface))
-                ]
-                table[names[0]] = {"lavis": names[1], "huggingface": names[2]}
+                names: dict[Format, str] = {"lavis": part.lavis + _ended(lavis, ending)}
+                if huggingface is not None:
+                    name = part.huggingface + _ended(huggingface, ending)
+                    names |= {"huggingface": name, "huggingface_blip2": _blip2_name(name)}
+                table[part.native + _ended(native, ending)] = names
     return table
+
+
+def _ended(name: str, ending: str) -> str:
+    return name.removesuffix("*") + ending if ending else name
+
+
+def _blip2_name(huggingface: str) -> str:
+    for prefix, theirs in _BLIP2_PREFIXES.items():
+        if huggingface.startswith(prefix):
+            return theirs + huggingface.removeprefix(prefix)
+    return huggingface
 
 
 _BY_NATIVE = _expand()
@@ -147,11 +190,8 @@ def foreign_names(native: Iterable[str], to: Format) -> dict[str, str]:
     for name in native:
         layer = _NUMBER.search(name)
         row = _BY_NATIVE.get(_NUMBER.sub("{i}", name))
-        if row is None:
-            place = {"lavis": "a LAVIS", "huggingface": "a transformers"}[to]
-            raise UserError(
-                f"{name} has no place in {place} InstructBLIP file; its parts are EVA-CLIP ViT and Q-Former"
-            )
+        if row is None or to not in row:
+            raise UserError(f"{name} has no place in {_PLACES[to]} file; its parts are EVA-CLIP ViT and Q-Former")
         names[name] = row[to].replace("{i}", layer.group()) if layer else row[to]
     return names
 

@@ -98,7 +98,7 @@ def trace_native(model: InstructBLIP) -> Trace:
     if model.qformer.instruction_aware:
         encoded = model.qformer_tokenizer([INSTRUCTION] * _BATCH, return_tensors="pt")
         text, mask = encoded["input_ids"], encoded["attention_mask"]
-    queries = model.qformer(images, text, mask)
+    queries = model.qformer(images, text, mask).query_BQD
     projected = model.projection(queries)
     answers = [model.llm.prompt_format.target_ids(ANSWER)] * _BATCH
     states = model.llm.answer_states(model.llm.prefixes(projected, [INSTRUCTION] * len(projected)), answers)

@@ -11,6 +11,7 @@ from instructblip.data.batching import Batching
 from instructblip.data.loader import LoadedStep, load_batches
 from instructblip.data.mixture_dataset import MixtureDataset
 from instructblip.training.schedule import Phase, rank_positions, step_batching, total_steps
+from tests.kit.losses import LANGUAGE
 from tests.kit.mixtures import jpeg, mixture_of, write_split
 
 
@@ -25,7 +26,7 @@ def _phase(steps: int, batch_size: int, micro_batch_size: int) -> Phase:
         warmup_learning_rate=0.0,
         final_learning_rate=0.0,
         new_parts_scale=1.0,
-        through_llm=True,
+        objectives=LANGUAGE,
     )
 
 

@@ -20,7 +20,7 @@ SAVED = (5, 10, 15, 20)
 ENCODING = "data.cache_features=false"
 RECIPE = (
     "recipe.phases=["
-    "{name: alignment, steps: 5, batch_size: 8, micro_batch_size: null, learning_rate: 1e-4, through_llm: false}, "
+    "{name: alignment, steps: 5, batch_size: 8, micro_batch_size: null, learning_rate: 1e-4, objectives: {alignment: 1.0}}, "
     "{name: instruction, steps: 15, batch_size: 8, batching: fixed, micro_batch_size: null, learning_rate: 1e-4}]",
     "recipe.validate_every=10",
     "recipe.checkpoint_every=5",

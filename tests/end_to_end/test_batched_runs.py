@@ -13,7 +13,7 @@ STEPS = 3
 
 def phases(settings: str) -> tuple[str, ...]:
     """Overrides for a short run whose only phase is cut in this way."""
-    phase = f"{{name: only, steps: {STEPS}, batch_size: 12, learning_rate: 1e-3, through_llm: true, {settings}}}"
+    phase = f"{{name: only, steps: {STEPS}, batch_size: 12, learning_rate: 1e-3, {settings}}}"
     every = ("recipe.final_samples=1", "recipe.validate_every=50", "qformer.dropout=0", "data.workers=1")
     return (f"recipe.phases=[{phase}]", *every)
 
@@ -64,7 +64,7 @@ def test_mistakes(world: World, tmp_path: Path, settings: str, words: list[str])
     ("override", "words"),
     [
         ("llm.kind=encoder_decoder", ["batching=packed needs a decoder-only LLM", "bucketed"]),
-        ("recipe.phases.0.through_llm=false", ["batching=packed packs rows of the LLM", "fixed"]),
+        ("recipe.phases.0.objectives={alignment: 1.0}", ["batching=packed packs rows of the LLM", "fixed"]),
     ],
 )
 def test_where_nothing_can_be_packed(world: World, tmp_path: Path, override: str, words: list[str]) -> None:

@@ -39,9 +39,9 @@ SECONDS = 120  # a process that takes longer hangs
 
 _RECIPE = (
     "recipe.phases=["
-    "{name: alignment, steps: 9, batch_size: 4, learning_rate: 3e-3, warmup_steps: 2, through_llm: false}, "
+    "{name: alignment, steps: 9, batch_size: 4, learning_rate: 3e-3, warmup_steps: 2, objectives: {alignment: 1.0}}, "
     "{name: instruction, steps: 15, batch_size: 4, batching: fixed, micro_batch_size: 2, "
-    "learning_rate: 1e-3, through_llm: true}]",
+    "learning_rate: 1e-3}]",
     "recipe.checkpoint_every=4",
     "recipe.validate_every=5",
     "recipe.validation_samples=3",

@@ -219,11 +219,19 @@ def tiny_vision(
 
 
 def tiny_qformer(
-    *, vision_width: int, queries: int = 4, layers: int = 3, dropout: float = 0.0, instruction_aware: bool = True
+    *,
+    vision_width: int,
+    queries: int = 4,
+    layers: int = 3,
+    dropout: float = 0.0,
+    instruction_aware: bool = True,
+    text_outputs: bool = False,
+    language_model_head: bool = False,
+    vocab_size: int | None = None,
 ) -> QFormer:
     """A Q-Former over the tiny BERT tokenizer's vocabulary, width 32, cross-attention in every other layer."""
     return QFormer(
-        vocab_size=len(tiny_bert_tokenizer()),
+        vocab_size=vocab_size or len(tiny_bert_tokenizer()),
         width=WIDTH,
         layers=layers,
         heads=4,
@@ -233,6 +241,8 @@ def tiny_qformer(
         max_text_tokens=64,
         dropout=dropout,
         instruction_aware=instruction_aware,
+        text_outputs=text_outputs,
+        language_model_head=language_model_head,
     )
 
 

@@ -15,6 +15,7 @@ from transformers import AutoImageProcessor, AutoTokenizer, InstructBlipForCondi
 from instructblip.models.instructblip import InstructBLIP
 from instructblip.weights.parity import differences, trace_huggingface, trace_native
 from instructblip.weights.transformers_read import load_huggingface
+from tests.kit.losses import term_of
 from tests.kit.tiny import HUGGINGFACE_LLMS, tiny_huggingface
 
 PROMPTS = ["what color is the shape?", "Question: is there a circle in the image? Short answer:"]
@@ -78,7 +79,7 @@ def test_the_vocabularies_are_the_same(pair: Pair) -> None:
 @torch.inference_mode()
 def test_loss(pair: Pair) -> None:
     images = pictures()
-    loss = pair.ours(images, PROMPTS, ANSWERS)
+    loss = term_of(pair.ours, images, PROMPTS, ANSWERS)
     for number in range(len(PROMPTS)):
         answer = pair.ours.llm.prompt_format.target_ids(ANSWERS[number])
         decoder_only = pair.theirs.config.use_decoder_only_language_model
@@ -108,8 +109,8 @@ def test_greedy_token_ids(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
 @torch.inference_mode()
 def test_the_input_matters(pair: Pair) -> None:
     images = pictures()
-    loss = pair.ours(images, PROMPTS, ANSWERS).per_sample
-    assert (pair.ours(images[::-1], PROMPTS, ANSWERS).per_sample - loss).abs().min() > 1e-3
+    loss = term_of(pair.ours, images, PROMPTS, ANSWERS).per_sample
+    assert (term_of(pair.ours, images[::-1], PROMPTS, ANSWERS).per_sample - loss).abs().min() > 1e-3
     tokens = pair.ours.image_tokens(images)
     prompt, other = pair.ours.visual_prompt(tokens, PROMPTS), pair.ours.visual_prompt(tokens, PROMPTS[::-1])
     assert (prompt - other).abs().max() > 0.1

@@ -21,6 +21,7 @@ from instructblip.data.batching import (
 from instructblip.data.records import Record, Sample
 from instructblip.errors import UserError
 from instructblip.models.packing import pack_rows
+from tests.kit.losses import term_and_workload
 from tests.kit.tiny import tiny_encoder_decoder_llm, tiny_llm, tiny_model
 
 
@@ -188,9 +189,9 @@ def test_a_length_is_what_the_model_fills(kind: str, frames: int) -> None:
     length = pickle.loads(pickle.dumps(Batching("bucketed", length=model.sample_length()))).length
     images = torch.zeros(1, frames, 3, 32, 32, dtype=torch.uint8)
     for prompt, target in zip(PROMPTS, TARGETS, strict=True):
-        loss = model(images, [prompt], [target])
-        assert (loss.positions, loss.padding) == (length(prompt, target, frames), 0)
-    together = model(images.expand(3, -1, -1, -1, -1), PROMPTS, TARGETS)
+        _, work = term_and_workload(model, images, [prompt], [target])
+        assert (work.positions, work.padding) == (length(prompt, target, frames), 0)
+    _, together = term_and_workload(model, images.expand(3, -1, -1, -1, -1), PROMPTS, TARGETS)
     alone = [length(prompt, target, frames) for prompt, target in zip(PROMPTS, TARGETS, strict=True)]
     assert together.positions - together.padding == sum(alone)
     assert together.padding > 0.2 * together.positions

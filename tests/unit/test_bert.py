@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch import Tensor
-from transformers import BertConfig, BertModel
+from transformers import BertConfig, BertForMaskedLM, BertModel
 
 from instructblip.errors import UserError
 from instructblip.models.qformer import QFormer
@@ -35,15 +35,35 @@ def load(qformer: QFormer, weights: dict[str, Tensor]) -> list[str]:
 
 @torch.no_grad()
 def test_the_text_branch_starts_as_bert(bert: BertModel) -> None:
-    qformer = tiny_qformer(vision_width=8, queries=0).eval()
+    qformer = tiny_qformer(vision_width=8, text_outputs=True).eval()
     missing = load(qformer, bert.state_dict())
     assert all(name == "query_tokens" or ".cross_attention." in name for name in missing)
-    seen: list[Tensor] = []
-    qformer.layers[1].register_forward_hook(lambda _module, _inputs, output: seen.append(output))
     text = tiny_bert_tokenizer()("what color is the shape?", return_tensors="pt")
-    qformer(torch.randn(1, 5, 8), text["input_ids"], text["attention_mask"])
-    expected = bert(text["input_ids"], output_hidden_states=True).hidden_states[2]  # after the second layer
-    torch.testing.assert_close(seen[0], expected, atol=1e-5, rtol=0)
+    found = qformer(None, text["input_ids"], text["attention_mask"], text_states=True).text_BTD
+    torch.testing.assert_close(found, bert(text["input_ids"]).last_hidden_state, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_the_head_starts_as_berts() -> None:
+    config = BertConfig(
+        vocab_size=len(tiny_bert_tokenizer()) - 1,  # the Q-Former adds [DEC]
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=64,
+        initializer_range=0.2,
+    )
+    bert = BertForMaskedLM(config).eval()
+    bert.cls.predictions.bias.normal_()
+    qformer = tiny_qformer(vision_width=8, text_outputs=True, language_model_head=True).eval()
+    load(qformer, bert.state_dict())
+    text = tiny_bert_tokenizer()("what color is the shape?", return_tensors="pt")
+    states = qformer(None, text["input_ids"], text["attention_mask"], text_states=True).text_BTD
+    torch.testing.assert_close(qformer.logits(states)[..., :-1], bert(text["input_ids"]).logits, atol=1e-4, rtol=0)
+    assert qformer.lm_head.bias[-1] == 0
+    with pytest.raises(UserError, match=r"lack cls\.predictions\.transform\.dense\.weight"):
+        load(qformer, bert.bert.state_dict())
 
 
 def test_both_feed_forwards_of_a_layer_start_from_one(bert: BertModel) -> None:

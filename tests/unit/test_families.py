@@ -21,6 +21,7 @@ from instructblip.models.llm import LLM
 from instructblip.models.quantized import QuantizedLinear
 from instructblip.weights.parts import load_llm
 from tests.kit.families import FAMILIES, SLIDING_WINDOW, llm_config, write_llm
+from tests.kit.losses import term_of
 from tests.kit.tiny import tiny_images, tiny_model
 
 NAMES = sorted(FAMILIES)
@@ -46,7 +47,7 @@ def load(name: str, folders: dict[str, Path], **changes: Any) -> LLM:
 def one_step(model: InstructBLIP, images: Tensor) -> dict[str, Tensor]:
     """Gradients after one forward and backward pass, by name."""
     model.zero_grad()
-    model(images, PROMPTS, TARGETS).total.backward()
+    term_of(model, images, PROMPTS, TARGETS).total.backward()
     return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 

@@ -1,6 +1,6 @@
 """Counted FLOPs against torch's own counter over real forward and backward passes, and the devices' peaks."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import pytest
@@ -10,9 +10,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from instructblip.data.batching import Batch
 from instructblip.models.instructblip import InstructBLIP
+from instructblip.objectives import Objective
 from instructblip.training.loop import train_step
 from instructblip.training.optim import make_adamw
 from instructblip.training.plan.flops import GPUS, ModelShape, StepWorkload, device_peak, known_gpu, model_shape
+from tests.kit.losses import ALIGNMENT, LANGUAGE
 from tests.kit.tiny import tiny_encoder_decoder_llm, tiny_images, tiny_llm, tiny_model, tiny_vision
 
 PROMPTS = [
@@ -36,7 +38,9 @@ def shape_of(model: InstructBLIP) -> ModelShape:
     return model_shape(vision, model.qformer, model.projection, model.llm.model)
 
 
-def passed(model: InstructBLIP, images: torch.Tensor, *, through_llm: bool = True) -> tuple[StepWorkload, float]:
+def passed(
+    model: InstructBLIP, images: torch.Tensor, *, objectives: Sequence[Objective] = LANGUAGE
+) -> tuple[StepWorkload, float]:
     """A step's work, and the FLOPs that torch counts in it."""
     count = len(images)
     batch = Batch(
@@ -49,7 +53,7 @@ def passed(model: InstructBLIP, images: torch.Tensor, *, through_llm: bool = Tru
     )
     optimizer = make_adamw(model.named_parameters(), weight_decay=0.0, betas=(0.9, 0.999))
     with counted() as counter:
-        result = train_step(model.train(), optimizer, [batch], through_llm=through_llm, rate=1e-4, clip_norm=None)
+        result = train_step(model.train(), optimizer, [batch], objectives=objectives, rate=1e-4, clip_norm=None)
     return result.work, float(counter.get_total_flops())
 
 
@@ -83,10 +87,10 @@ def test_cached_image_tokens_leave_the_encoder_out() -> None:
 
 def test_the_alignment_loss_leaves_the_llm_out() -> None:
     model = tiny_model()
-    work, expected = passed(model, tiny_images(1), through_llm=False)
+    work, expected = passed(model, tiny_images(1), objectives=ALIGNMENT)
     assert work.positions == 0
     assert work.text > 0
-    assert shape_of(model).total(work, through_llm=False) == pytest.approx(expected, rel=0.02)
+    assert shape_of(model).total(work, runs_llm=False) == pytest.approx(expected, rel=0.02)
 
 
 @pytest.mark.parametrize("kind", ["decoder", "encoder_decoder"])

@@ -6,6 +6,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from instructblip.models.instructblip import InstructBLIP
+from tests.kit.losses import term_of
 from tests.kit.tiny import BOS, EOS, tiny_encoder_decoder_llm, tiny_images, tiny_llm, tiny_model
 
 PROMPTS = ["what color is the shape?", "Q: is there a red circle in the image? A:", "shape"]
@@ -26,7 +27,7 @@ def gradients(model: InstructBLIP) -> dict[str, Tensor]:
 
 
 def backward(model: InstructBLIP, rows: slice, **options: bool) -> None:
-    model(tiny_images(3)[rows], PROMPTS[rows], TARGETS[rows], **options).total.backward()
+    term_of(model, tiny_images(3)[rows], PROMPTS[rows], TARGETS[rows], **options).total.backward()
 
 
 def plain_loss(model: InstructBLIP, image: Tensor, prompt: str, target: str) -> Tensor:
@@ -47,7 +48,7 @@ def test_loss_of_an_encoder_decoder_equals_the_one_of_transformers() -> None:
     torch.manual_seed(0)
     model = tiny_model(llm=tiny_encoder_decoder_llm())
     images, targets = tiny_images(3), TARGETS
-    loss, embed = model(images, PROMPTS, targets), model.llm.model.get_input_embeddings()
+    loss, embed = term_of(model, images, PROMPTS, targets), model.llm.model.get_input_embeddings()
     expected = []
     for image, prompt, target in zip(images, PROMPTS, targets, strict=True):
         visual = model.visual_prompt(model.image_tokens(image[None]), [prompt])
@@ -58,7 +59,7 @@ def test_loss_of_an_encoder_decoder_equals_the_one_of_transformers() -> None:
         output = model.llm.model(inputs_embeds=torch.cat([visual, embed(text)], dim=1), labels=labels)
         expected.append(output.loss * labels.numel())
     torch.testing.assert_close(loss.per_sample, torch.stack(expected), rtol=1e-5, atol=1e-5)
-    assert loss.tokens_per_sample.tolist() == [
+    assert loss.counts.tolist() == [
         len(model.llm.prompt_format.tokenizer(" " + target)["input_ids"]) + 1 for target in targets
     ]
 
@@ -67,12 +68,12 @@ def test_loss_of_an_encoder_decoder_equals_the_one_of_transformers() -> None:
 @pytest.mark.parametrize("frames", [1, 3])
 def test_loss_equals_the_one_of_transformers(model: InstructBLIP, frames: int) -> None:
     images = tiny_images(3, frames=frames)
-    loss = model(images, PROMPTS, TARGETS)
+    loss = term_of(model, images, PROMPTS, TARGETS)
     expected = torch.stack([plain_loss(model, *row) for row in zip(images, PROMPTS, TARGETS, strict=True)])
     torch.testing.assert_close(loss.per_sample, expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(loss.total, expected.sum(), rtol=1e-5, atol=1e-5)
     tokens = [len(model.llm.prompt_format.tokenizer(" " + target)["input_ids"]) + 1 for target in TARGETS]
-    assert loss.tokens_per_sample.tolist() == tokens
+    assert loss.counts.tolist() == tokens
 
 
 @torch.no_grad()
@@ -81,7 +82,7 @@ def test_text_around_the_visual_tokens_is_what_its_config_says() -> None:
     model = tiny_model(llm=tiny_llm(image_prefix=f"{BOS}see ", prompt_prefix="\n"))
     assert model.llm.prompt_format.image_prefix_ids == model.llm.prompt_format.tokenizer(f"{BOS}see ")["input_ids"]
     assert model.llm.prompt_format.image_prefix_ids[0] == model.llm.prompt_format.tokenizer.bos_token_id
-    loss = model(tiny_images(3), PROMPTS, TARGETS).per_sample
+    loss = term_of(model, tiny_images(3), PROMPTS, TARGETS).per_sample
     rows = zip(tiny_images(3), PROMPTS, TARGETS, strict=True)
     expected = torch.stack([plain_loss(model, *row) for row in rows])
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
@@ -91,19 +92,19 @@ def test_text_around_the_visual_tokens_is_what_its_config_says() -> None:
 
 @torch.no_grad()
 def test_a_ragged_batch_equals_its_samples_alone(model: InstructBLIP) -> None:
-    together = model(tiny_images(3), PROMPTS, TARGETS).per_sample
-    alone = [model(tiny_images(3)[i : i + 1], [PROMPTS[i]], [TARGETS[i]]).total for i in range(3)]
+    together = term_of(model, tiny_images(3), PROMPTS, TARGETS).per_sample
+    alone = [term_of(model, tiny_images(3)[i : i + 1], [PROMPTS[i]], [TARGETS[i]]).total for i in range(3)]
     torch.testing.assert_close(together, torch.stack(alone), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("through_llm", [True, False])
-def test_gradients_of_a_batch_are_the_sum_of_its_splits(through_llm: bool) -> None:
+@pytest.mark.parametrize("objective", ["language_modeling", "alignment"])
+def test_gradients_of_a_batch_are_the_sum_of_its_splits(objective: str) -> None:
     model = tiny_model()
-    backward(model, slice(0, 3), through_llm=through_llm)
+    backward(model, slice(0, 3), objective=objective)
     whole = gradients(model)
     model.zero_grad()
     for rows in (slice(0, 1), slice(1, 3)):
-        backward(model, rows, through_llm=through_llm)
+        backward(model, rows, objective=objective)
     assert whole.keys() == gradients(model).keys()
     for name, gradient in gradients(model).items():
         torch.testing.assert_close(gradient, whole[name], rtol=1e-4, atol=1e-5 * float(whole[name].abs().max() + 1))
@@ -157,23 +158,23 @@ def test_pictures_of_any_size_and_mode_are_squashed(model: InstructBLIP) -> None
 @torch.no_grad()
 def test_alignment_loss_is_about_the_first_token_alone(model: InstructBLIP, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model.llm, "hidden_states", None)  # the LLM's layers are not run
-    loss = model(tiny_images(3), PROMPTS, TARGETS, through_llm=False)
-    assert loss.tokens_per_sample.tolist() == [1, 1, 1]
+    loss = term_of(model, tiny_images(3), PROMPTS, TARGETS, objective="alignment")
+    assert loss.counts.tolist() == [1, 1, 1]
     visual = model.visual_prompt(model.image_tokens(tiny_images(3)), PROMPTS)
     stretch = visual.norm(dim=-1).div(model.llm.embeddings.weight.norm(dim=-1).mean()).log().square()
     torch.testing.assert_close(loss.total, loss.per_sample.sum() + stretch.mean(dim=1).sum())
-    same_start = model(tiny_images(3), PROMPTS, ["red shape", "yes", " "], through_llm=False)
+    same_start = term_of(model, tiny_images(3), PROMPTS, ["red shape", "yes", " "], objective="alignment")
     assert torch.equal(loss.per_sample[:2], same_start.per_sample[:2])
-    other_start = model(tiny_images(3), PROMPTS, ["blue", "no", "x"], through_llm=False)
+    other_start = term_of(model, tiny_images(3), PROMPTS, ["blue", "no", "x"], objective="alignment")
     assert bool((loss.per_sample[:2] != other_start.per_sample[:2]).all())
 
 
-@pytest.mark.parametrize("through_llm", [True, False])
-def test_a_language_model_in_half_precision_trains_the_rest_in_full(through_llm: bool) -> None:
+@pytest.mark.parametrize("objective", ["language_modeling", "alignment"])
+def test_a_language_model_in_half_precision_trains_the_rest_in_full(objective: str) -> None:
     model = tiny_model()
-    expected = model(tiny_images(3), PROMPTS, TARGETS, through_llm=through_llm).total
+    expected = term_of(model, tiny_images(3), PROMPTS, TARGETS, objective=objective).total
     model.llm.to(torch.bfloat16)
-    loss = model(tiny_images(3), PROMPTS, TARGETS, through_llm=through_llm).total
+    loss = term_of(model, tiny_images(3), PROMPTS, TARGETS, objective=objective).total
     loss.backward()
     assert {gradient.dtype for gradient in gradients(model).values()} == {torch.float32}
     torch.testing.assert_close(loss, expected, rtol=0.03, atol=0)
@@ -187,7 +188,7 @@ def test_alignment_loss_is_a_likelihood_over_the_vocabulary(
     size = len(model.llm.prompt_format.tokenizer)
     monkeypatch.setattr(model.llm.prompt_format, "target_ids", lambda target: [int(target), 0])
     tokens = model.image_tokens(tiny_images(1)).expand(size, -1, -1, -1)
-    loss = model(tokens, ["shape"] * size, [str(token) for token in range(size)], through_llm=False)
+    loss = term_of(model, tokens, ["shape"] * size, [str(token) for token in range(size)], objective="alignment")
     torch.testing.assert_close(loss.per_sample.neg().exp().sum(), torch.tensor(1.0), rtol=1e-5, atol=0)
 
 
@@ -288,8 +289,8 @@ def test_trainable_state_is_all_that_is_not_frozen(norm: str) -> None:
     assert not frozen & {tensor.data_ptr() for tensor in state.values()}
     other.vision, other.llm = model.vision, model.llm
     other.load_state_dict(state, strict=False)
-    expected = model(tiny_images(3), PROMPTS, TARGETS)
-    assert torch.equal(other(tiny_images(3), PROMPTS, TARGETS).per_sample, expected.per_sample)
+    expected = term_of(model, tiny_images(3), PROMPTS, TARGETS)
+    assert torch.equal(term_of(other, tiny_images(3), PROMPTS, TARGETS).per_sample, expected.per_sample)
 
 
 def test_trainable_state_leaves_the_frozen_parts_alone() -> None:
@@ -313,7 +314,7 @@ def test_a_seed_gives_the_same_model() -> None:
 
 def test_errors(model: InstructBLIP) -> None:
     with pytest.raises(ValueError, match="zip"):
-        model(tiny_images(2), PROMPTS[:2], TARGETS[:1])
+        term_of(model, tiny_images(2), PROMPTS[:2], TARGETS[:1])
     llm = tiny_llm()
     with pytest.raises(ValueError, match="the tokenizer has no token '<eos>'"):
         type(llm)(llm.model, llm.prompt_format.tokenizer, eos_token="<eos>", pad_token=EOS)

@@ -23,6 +23,7 @@ from instructblip.data.templates import TemplateSet
 from instructblip.errors import UserError
 from instructblip.images import decode_image, resize_square
 from instructblip.training.schedule import Phase, rank_positions, step_batching, total_steps
+from tests.kit.losses import LANGUAGE
 
 TEMPLATES = TemplateSet("two", "", ("{question}", "Q: {question} A:"))
 IMAGES = 7
@@ -39,7 +40,7 @@ def _phase(steps: int, batch_size: int, micro_batch_size: int) -> Phase:
         warmup_learning_rate=0.0,
         final_learning_rate=0.0,
         new_parts_scale=1.0,
-        through_llm=True,
+        objectives=LANGUAGE,
     )
 
 

@@ -10,9 +10,11 @@ import torch
 from instructblip.data.batching import Batch, Batching
 from instructblip.errors import UserError
 from instructblip.models.instructblip import InstructBLIP
+from instructblip.objectives import Objective
 from instructblip.training.loop import StepResult, log_entry, run_steps, train_step
 from instructblip.training.optim import learning_rate, make_adamw
 from instructblip.training.schedule import Phase, StepPosition, locate, rank_positions, total_steps
+from tests.kit.losses import ALIGNMENT, LANGUAGE, term_of
 from tests.kit.tiny import tiny_images, tiny_model
 
 FIRST = Phase(
@@ -25,9 +27,9 @@ FIRST = Phase(
     warmup_learning_rate=1e-8,
     final_learning_rate=1e-5,
     new_parts_scale=1.0,
-    through_llm=False,
+    objectives=ALIGNMENT,
 )
-SECOND = replace(FIRST, name="second", steps=2, batch_size=6, warmup_steps=0, through_llm=True)
+SECOND = replace(FIRST, name="second", steps=2, batch_size=6, warmup_steps=0, objectives=LANGUAGE)
 PHASES = (FIRST, SECOND)
 
 INSTRUCTIONS = ["what color?", "is there a red shape in the image?", "shape?", "what shape is in the image?"]
@@ -48,13 +50,13 @@ def _batch(rows: Sequence[int]) -> Batch:
 
 
 def _step(
-    split: Sequence[Sequence[int]], *, clip_norm: float | None = None, through_llm: bool = True
+    split: Sequence[Sequence[int]], *, clip_norm: float | None = None, objectives: Sequence[Objective] = LANGUAGE
 ) -> tuple[StepResult, dict[str, torch.Tensor]]:
     """The result and the gradients of one step over a batch split in this way."""
     model = tiny_model(0).train()
     optimizer = _optimizer(model)
     batches = [_batch(rows) for rows in split]
-    result = train_step(model, optimizer, batches, through_llm=through_llm, rate=1e-3, clip_norm=clip_norm)
+    result = train_step(model, optimizer, batches, objectives=objectives, rate=1e-3, clip_norm=clip_norm)
     return result, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
@@ -115,11 +117,11 @@ def test_each_phase_has_its_own_schedule() -> None:
 # --- one step --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("through_llm", [True, False])
+@pytest.mark.parametrize("objectives", [LANGUAGE, ALIGNMENT])
 @pytest.mark.parametrize("split", [[[0, 1], [2, 3]], [[0], [1], [2], [3]], [[0, 1, 2], [3]]])
-def test_any_split_gives_the_same_gradient(split: list[list[int]], through_llm: bool) -> None:
-    whole, gradients = _step([[0, 1, 2, 3]], through_llm=through_llm)
-    parts, part_gradients = _step(split, through_llm=through_llm)
+def test_any_split_gives_the_same_gradient(split: list[list[int]], objectives: Sequence[Objective]) -> None:
+    whole, gradients = _step([[0, 1, 2, 3]], objectives=objectives)
+    parts, part_gradients = _step(split, objectives=objectives)
     assert parts.loss == pytest.approx(whole.loss, rel=1e-6)
     assert parts.grad_norm == pytest.approx(whole.grad_norm, rel=1e-5)
     assert (parts.tokens, parts.samples, parts.ids) == (whole.tokens, 4, whole.ids)
@@ -132,15 +134,13 @@ def test_any_split_gives_the_same_gradient(split: list[list[int]], through_llm: 
 
 def test_the_loss_is_the_mean_over_supervised_tokens() -> None:
     model = tiny_model(0).train()
-    expected = model(tiny_images(4, seed=1), INSTRUCTIONS, TARGETS)
+    expected = term_of(model, tiny_images(4, seed=1), INSTRUCTIONS, TARGETS)
     result, _ = _step([[0, 1, 2, 3]])
     assert (
-        result.tokens
-        == int(expected.tokens_per_sample.sum())
-        == sum(len(model.llm.prompt_format.target_ids(t)) for t in TARGETS)
+        result.tokens == int(expected.counts.sum()) == sum(len(model.llm.prompt_format.target_ids(t)) for t in TARGETS)
     )
     assert result.loss == pytest.approx(float(expected.total.detach()) / result.tokens, rel=1e-6)
-    per_token = float(expected.per_sample[2:].sum() / expected.tokens_per_sample[2:].sum())
+    per_token = float(expected.per_sample[2:].sum() / expected.counts[2:].sum())
     assert result.loss_by_dataset["shape"] == pytest.approx(per_token, rel=1e-5)
     assert list(result.loss_by_dataset) == ["color", "shape", "yes_no"]
 
@@ -159,7 +159,7 @@ def test_clipping_limits_the_norm_and_reports_the_one_before() -> None:
 def test_only_what_is_trainable_moves() -> None:
     model = tiny_model(0).train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    train_step(model, _optimizer(model), [_batch([0, 1])], through_llm=True, rate=1e-3, clip_norm=1.0)
+    train_step(model, _optimizer(model), [_batch([0, 1])], objectives=LANGUAGE, rate=1e-3, clip_norm=1.0)
     moved = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
     assert {"projection.weight", "qformer.query_tokens"} <= moved
     assert not [name for name in moved if name.startswith(("vision.", "llm."))]
@@ -168,7 +168,7 @@ def test_only_what_is_trainable_moves() -> None:
 def test_a_second_step_starts_from_no_gradient() -> None:
     model = tiny_model(0).train()
     optimizer = _optimizer(model)
-    options = {"through_llm": True, "rate": 0.0, "clip_norm": None}
+    options = {"objectives": LANGUAGE, "rate": 0.0, "clip_norm": None}
     first = train_step(model, optimizer, [_batch([0, 1])], **options)
     assert train_step(model, optimizer, [_batch([0, 1])], **options)[:5] == first[:5]
 
@@ -184,7 +184,7 @@ def test_what_is_not_finite_stops_before_the_optimiser_and_names_the_samples(wha
         model.projection.weight.register_hook(lambda gradient: gradient * math.inf)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(UserError) as error:
-        train_step(model, optimizer, [_batch([0, 1]), _batch([2])], through_llm=True, rate=1e-3, clip_norm=1.0)
+        train_step(model, optimizer, [_batch([0, 1]), _batch([2])], objectives=LANGUAGE, rate=1e-3, clip_norm=1.0)
     for word in ("not both finite", "color/0, yes_no/1, shape/2", "learning_rate", "nan"):
         assert word in str(error.value)
     assert not optimizer.state

@@ -64,6 +64,17 @@ def test_known_names() -> None:
     assert foreign_names(KNOWN, "huggingface") == {name: theirs for name, (_, theirs) in KNOWN.items()}
 
 
+def test_the_language_model_head_has_a_place_at_lavis_only() -> None:
+    names = {
+        "qformer.lm_head.dense.weight": "Qformer.cls.predictions.transform.dense.weight",
+        "qformer.lm_head.norm.bias": "Qformer.cls.predictions.transform.LayerNorm.bias",
+        "qformer.lm_head.bias": "Qformer.cls.predictions.bias",
+    }
+    assert foreign_names(names, "lavis") == names
+    with pytest.raises(UserError, match=r"^qformer.lm_head.dense.weight has no place in a transformers"):
+        foreign_names(names, "huggingface")
+
+
 @pytest.mark.parametrize("form", ["lavis", "huggingface"])
 def test_every_tensor_has_a_name_of_its_own(form: str) -> None:
     names = foreign_names(own_names(), form)  # type: ignore[arg-type]

@@ -19,6 +19,7 @@ from instructblip.training.loop import StepResult, train_step
 from instructblip.training.optim import make_adamw
 from instructblip.weights.parts import load_llm
 from tests.kit.families import SLIDING_WINDOW, llm_config, write_llm
+from tests.kit.losses import LANGUAGE, term_and_workload, term_of
 from tests.kit.tiny import tiny_encoder_decoder_llm, tiny_images, tiny_model
 
 # The tiny models are so narrow that attention in longer rows would cost more than it saves: rows are made as for a wide one.
@@ -57,9 +58,9 @@ def step(
     model.zero_grad()
     total, tokens, per_sample = 0.0, 0, []
     for rows in batches:
-        loss = model(images[list(rows)], [PROMPTS[k] for k in rows], [TARGETS[k] for k in rows], packed=packed)
+        loss = term_of(model, images[list(rows)], [PROMPTS[k] for k in rows], [TARGETS[k] for k in rows], packed=packed)
         loss.total.backward()
-        total, tokens = total + loss.total.item(), tokens + int(loss.tokens_per_sample.sum())
+        total, tokens = total + loss.total.item(), tokens + int(loss.counts.sum())
         per_sample.append(loss.per_sample)
     gradients = {name: p.grad / tokens for name, p in model.named_parameters() if p.grad is not None}
     return total / tokens, gradients, per_sample
@@ -93,7 +94,7 @@ def test_packed_rows_in_bfloat16(name: str, autocast: bool, tmp_path: Path) -> N
     llm = load(name, tmp_path, dtype="float32" if autocast else "bfloat16")
     model, images = tiny_model(llm=llm), tiny_images(len(PROMPTS))
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        packed, padded = (model(images, PROMPTS, TARGETS, packed=packed) for packed in (True, False))
+        packed, padded = (term_of(model, images, PROMPTS, TARGETS, packed=packed) for packed in (True, False))
     torch.testing.assert_close(packed.per_sample, padded.per_sample, rtol=0.03, atol=0.1)
     packed.total.backward()
     assert all(p.grad is None or bool(p.grad.isfinite().all()) for p in model.parameters())
@@ -144,10 +145,10 @@ def test_what_changes_in_one_sample_moves_no_other_by_a_bit(changed: int, monkey
     model, images = tiny_model(), tiny_images(len(PROMPTS))
     other = images.clone()
     other[changed] = 255 - images[changed]
-    before, after = (model(pixels, PROMPTS, TARGETS, packed=True).per_sample for pixels in (images, other))
+    before, after = (term_of(model, pixels, PROMPTS, TARGETS, packed=True).per_sample for pixels in (images, other))
     assert (before != after).tolist() == [sample == changed for sample in range(len(PROMPTS))]
     monkeypatch.setattr(llm_module, "block_causal_mask", causal_alone)
-    before, after = (model(pixels, PROMPTS, TARGETS, packed=True).per_sample for pixels in (images, other))
+    before, after = (term_of(model, pixels, PROMPTS, TARGETS, packed=True).per_sample for pixels in (images, other))
     rows = pack_rows([model.sample_length()(p, t, 1) for p, t in zip(PROMPTS, TARGETS, strict=True)], width=WIDE)
     last = any(row[-1] == changed for row in rows)  # in its row: what is causal only leaks to the right
     assert int((before != after).sum()) == 1 if last else int((before != after).sum()) > 1
@@ -183,7 +184,7 @@ def one_step(model: InstructBLIP, batching: Batching) -> tuple[StepResult, dict[
         model,
         optimizer,
         batching.split(items),
-        through_llm=True,
+        objectives=LANGUAGE,
         packed=batching.kind == "packed",
         rate=0.0,
         clip_norm=None,
@@ -216,20 +217,20 @@ def test_a_step_over_pictures_and_videos(kind: str, family: str, tmp_path: Path)
 def test_padding_is_counted() -> None:
     model, images = tiny_model(), tiny_images(len(PROMPTS))
     lengths = [model.sample_length()(p, t, 1) for p, t in zip(PROMPTS, TARGETS, strict=True)]
-    padded, packed = (model(images, PROMPTS, TARGETS, packed=packed) for packed in (False, True))
+    padded, packed = (term_and_workload(model, images, PROMPTS, TARGETS, packed=packed)[1] for packed in (False, True))
     assert padded.positions == len(lengths) * max(lengths)
     assert padded.padding == padded.positions - sum(lengths)
     rows = [sum(lengths[k] for k in row) for row in pack_rows(lengths, width=WIDE)]
     assert packed.positions == len(rows) * max(rows) < 0.8 * padded.positions
     assert packed.padding == packed.positions - sum(lengths)
-    aligned = model(images, PROMPTS, TARGETS, through_llm=False)
+    aligned = term_and_workload(model, images, PROMPTS, TARGETS, objective="alignment")[1]
     assert (aligned.positions, aligned.padding) == (0, 0)
 
 
 def test_an_encoder_decoder_model_refuses() -> None:
     model = tiny_model(llm=tiny_encoder_decoder_llm())
     with pytest.raises(ValueError, match="one sample each; take bucketed"):
-        model(tiny_images(2), PROMPTS[:2], TARGETS[:2], packed=True)
+        term_of(model, tiny_images(2), PROMPTS[:2], TARGETS[:2], packed=True)
 
 
 # --- rows ------------------------------------------------------------------------------------------------------------

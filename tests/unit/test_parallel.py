@@ -18,6 +18,7 @@ from instructblip.training import validation as scoring
 from instructblip.training.loop import train_step
 from instructblip.training.optim import make_adamw
 from instructblip.training.parallel import parallelize
+from tests.kit.losses import LANGUAGE
 from tests.kit.tiny import tiny_encoder_decoder_llm, tiny_images, tiny_llm, tiny_model
 
 LLMS = {"decoder": tiny_llm, "encoder_decoder": tiny_encoder_decoder_llm}
@@ -64,7 +65,7 @@ def steps(model: InstructBLIP, count: int = 2) -> tuple[list[float], dict[str, T
     losses = []
     for number in range(count):
         torch.manual_seed(number)
-        result = train_step(model.train(), optimizer, batches(), through_llm=True, rate=1e-3, clip_norm=1.0)
+        result = train_step(model.train(), optimizer, batches(), objectives=LANGUAGE, rate=1e-3, clip_norm=1.0)
         losses.append(result.loss)
     return losses, model.trainable_state()
 

@@ -132,7 +132,7 @@ def test_activations_of_the_qformer_are_those_that_autograd_keeps() -> None:
 
     def forward() -> Any:
         with torch.autocast("cpu", torch.bfloat16):
-            return qformer(norm(image), tokens, torch.ones_like(tokens))
+            return qformer(norm(image), tokens, torch.ones_like(tokens)).query_BQD
 
     rows = {row.part: row.usual for row in make_plan(config).memory()}
     # The copies of the matrices in bfloat16 are kept as well.

@@ -19,6 +19,7 @@ from transformers import (
 from instructblip.models.instructblip import InstructBLIP
 from instructblip.models.llm import DecoderLLM
 from instructblip.models.ranking import RANKING_PRESETS, CandidateTree
+from tests.kit.losses import term_of
 from tests.kit.tiny import EOS, tiny_encoder_decoder_llm, tiny_images, tiny_llm, tiny_llm_tokenizer, tiny_model
 
 PROMPTS = [
@@ -171,7 +172,7 @@ def test_windows_and_positions_of_other_decoders_are_their_own(family: type[PreT
         plain_scores(model, image, prompt, CANDIDATES, eos=True) for image, prompt in zip(images, prompts, strict=True)
     ]
     check(found, plain)
-    loss = model(images, prompts, ["red circle"] * 3)
+    loss = term_of(model, images, prompts, ["red circle"] * 3)
     check([-loss.per_sample], [torch.stack([scores[CANDIDATES.index("red circle")] for scores in plain])])
 
 

@@ -10,6 +10,7 @@ import torch
 from instructblip.models.instructblip import InstructBLIP
 from instructblip.training.loop import train_step
 from instructblip.training.optim import make_adamw
+from tests.kit.losses import LANGUAGE
 from tests.kit.runs import REPOSITORY
 
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
@@ -50,7 +51,7 @@ def test_its_work_is_that_of_the_step(llm: str) -> None:
     model = model_of(options)
     optimizer = make_adamw(model.named_parameters(), weight_decay=0.0, betas=(0.9, 0.999))
     batches = benchmark.batches_of(model, options, "fixed")
-    result = train_step(model, optimizer, batches, through_llm=True, rate=0.0, clip_norm=None)
+    result = train_step(model, optimizer, batches, objectives=LANGUAGE, rate=0.0, clip_norm=None)
     assert result.work == benchmark.work_of(benchmark.configuration(options), options.batch, options.long)
     lengths = [len(sample.instruction.split()) for sample, _ in benchmark.samples(200, 0, image_size=1)]
     assert (min(lengths), max(lengths)) == (10, 60)

@@ -1,0 +1,335 @@
+"""BLIP-2's first stage: a Q-Former that contrasts, matches and captions, without a language model (BLIP-2, section 3.1).
+
+It is also the model of BLIP-2's retrieval, matching and features. It gives outputs; losses are made of them elsewhere.
+
+Shape legend: B batch, C texts, F frames, P image tokens, U vision width, Q queries, T text tokens, D Q-Former width, E width
+of the projected features, N rows of any kind, W vocabulary.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Literal, NamedTuple, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase
+
+from instructblip.models.base import Images
+from instructblip.models.decoding import decode
+from instructblip.models.qformer import QFormer
+from instructblip.models.transformer import KeyValueCache
+from instructblip.models.vision import VisionEncoder, as_frames
+
+MatchHead = Literal["itm", "itc"]
+
+
+class ImageOutputs(NamedTuple):
+    """What `BLIP2.encode_images` returns.
+
+    Attributes:
+        tokens_BPU: normalised image tokens, for `encode_pairs`.
+        query_BQD: states of the queries alone.
+        projected_BQE: of each query, unit length.
+        cache: the queries' keys and values, for `encode_captions`.
+    """
+
+    tokens_BPU: Tensor
+    query_BQD: Tensor
+    projected_BQE: Tensor
+    cache: KeyValueCache
+
+
+class TextOutputs(NamedTuple):
+    """What `BLIP2.encode_texts` returns.
+
+    Attributes:
+        text_BTD: states of the text alone.
+        projected_BE: of the first token ([CLS]), which stands for the text; unit length.
+    """
+
+    text_BTD: Tensor
+    projected_BE: Tensor
+
+
+class PairOutputs(NamedTuple):
+    """What `BLIP2.encode_pairs` returns.
+
+    Attributes:
+        query_BQD: states of queries and text together.
+        logits_B2: no match, match.
+    """
+
+    query_BQD: Tensor
+    logits_B2: Tensor
+
+
+class CaptionOutputs(NamedTuple):
+    """What `BLIP2.encode_captions` returns, N tokens of all captions one after the other.
+
+    Attributes:
+        text_BTD: states of the captions.
+        logits_NW: of every token that follows another; padding has none.
+        targets_N: those tokens.
+        tokens_B: how many each caption has.
+    """
+
+    text_BTD: Tensor
+    logits_NW: Tensor
+    targets_N: Tensor
+    tokens_B: Tensor
+
+
+class Features(NamedTuple):
+    """What `features` returns; None where it was not asked for.
+
+    Attributes:
+        image: states of the queries alone (B, Q, D).
+        image_projected: (B, Q, E), unit length.
+        text: states of the text alone (B, T, D).
+        text_projected: (B, E), unit length.
+        text_mask: 1 at the text's tokens, 0 at padding (B, T).
+        multimodal: states of the queries in the light of the text (B, Q, D).
+    """
+
+    image: Tensor | None = None
+    image_projected: Tensor | None = None
+    text: Tensor | None = None
+    text_projected: Tensor | None = None
+    text_mask: Tensor | None = None
+    multimodal: Tensor | None = None
+
+
+class BLIP2(nn.Module):
+    """A frozen vision encoder and a trainable Q-Former with its heads.
+
+    Args:
+        vision: frozen image encoder.
+        vision_norm: normalisation between the encoder and the Q-Former (`ln_vision`).
+        qformer: with text outputs and language-model head.
+        tokenizer: the Q-Former's (BERT's).
+        feature_width: E.
+        max_text_tokens: longer texts lose their end, but for [SEP]. 32 in training; retrieval is evaluated with 35.
+        start_token: begins a caption in the place of [CLS].
+        temperature: starting value of what similarities are divided by.
+
+    Raises:
+        ValueError: a Q-Former without its language-model head, or a tokenizer without the start token.
+    """
+
+    def __init__(
+        self,
+        *,
+        vision: VisionEncoder,
+        vision_norm: nn.Module,
+        qformer: QFormer,
+        tokenizer: PreTrainedTokenizerBase,
+        feature_width: int = 256,
+        max_text_tokens: int = 32,
+        start_token: str = "[DEC]",
+        temperature: float = 0.07,
+    ) -> None:
+        super().__init__()
+        if qformer.lm_head is None:
+            raise ValueError("BLIP-2's first stage needs a Q-Former with a language-model head")
+        if start_token not in tokenizer.get_vocab():
+            raise ValueError(f"the tokenizer has no {start_token}, which begins a caption; add it")
+        self.vision = vision.requires_grad_(False)
+        self.vision_norm = vision_norm
+        self.qformer = qformer
+        self.tokenizer = tokenizer
+        self.max_text_tokens = max_text_tokens
+        self.start_id: int = tokenizer.get_vocab()[start_token]
+        self.vision_projection = nn.Linear(qformer.width, feature_width)
+        self.text_projection = nn.Linear(qformer.width, feature_width)
+        self.matching_head = nn.Linear(qformer.width, 2)
+        self.temperature = nn.Parameter(torch.tensor(temperature))
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go."""
+        return self.temperature.device
+
+    def trainable_state(self) -> dict[str, Tensor]:
+        """Everything that is not frozen: parameters and buffers outside the vision encoder."""
+        return {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("vision.")}
+
+    def normalised(self, tokens_BPU: Tensor) -> Tensor:
+        """Image tokens behind `ln_vision`, in the type of what trains: float32, unless the model was cast."""
+        return self.vision_norm(tokens_BPU.to(self.vision_projection.weight.dtype))
+
+    def image_tokens(self, images: Images) -> Tensor:
+        """Frozen image tokens (B, P, U) of pictures or uint8 images (B, 1, 3, H, W); tokens (B, 1, P, U) pass through.
+
+        Raises:
+            ValueError: clips of several frames.
+        """
+        frames = as_frames(images, self.vision.image_size).to(self.device)
+        if frames.shape[1] != 1:
+            raise ValueError(f"BLIP-2's first stage reads one picture a sample, not {frames.shape[1]} frames")
+        return self.vision(frames[:, 0]) if frames.dtype == torch.uint8 else frames[:, 0]
+
+    def tokenize(self, texts: Sequence[str], *, max_tokens: int | None = None) -> tuple[Tensor, Tensor]:
+        """Token ids (B, T) with [CLS] and [SEP], padded on the right, and their mask.
+
+        Args:
+            texts: B texts.
+            max_tokens: in place of `max_text_tokens`.
+        """
+        limit = self.max_text_tokens if max_tokens is None else max_tokens
+        # Not the tokenizer's own truncation: InstructBLIP's loses the beginning.
+        rows = self.tokenizer(list(texts), truncation=False)["input_ids"]
+        rows = [ids if len(ids) <= limit else [*ids[: limit - 1], ids[-1]] for ids in rows]
+        tensors = [torch.tensor(ids, device=self.device) for ids in rows]
+        ids_BT = pad_sequence(tensors, batch_first=True, padding_value=self.tokenizer.pad_token_id)
+        mask_BT = pad_sequence([torch.ones_like(ids) for ids in tensors], batch_first=True)
+        return ids_BT, mask_BT
+
+    def encode_images(self, tokens_BPU: Tensor) -> ImageOutputs:
+        """Queries alone, of image tokens as `image_tokens` gives them."""
+        tokens_BPU, cache = self.normalised(tokens_BPU), KeyValueCache()
+        query_BQD = self.qformer(tokens_BPU, cache=cache).query_BQD
+        projected_BQE = F.normalize(self.vision_projection(query_BQD), dim=-1)
+        return ImageOutputs(tokens_BPU, query_BQD, projected_BQE, cache)
+
+    def encode_texts(self, ids_BT: Tensor, mask_BT: Tensor) -> TextOutputs:
+        """Text alone."""
+        text_BTD = self.qformer(None, ids_BT, mask_BT, text_states=True).text_BTD
+        return TextOutputs(text_BTD, F.normalize(self.text_projection(text_BTD[:, 0]), dim=-1))
+
+    def encode_pairs(self, tokens_BPU: Tensor, ids_BT: Tensor, mask_BT: Tensor) -> PairOutputs:
+        """Queries and text together, of normalised image tokens (`ImageOutputs.tokens_BPU`).
+
+        The matching logits are those of each query, averaged.
+        """
+        query_BQD = self.qformer(tokens_BPU, ids_BT, mask_BT).query_BQD
+        return PairOutputs(query_BQD, self.matching_head(query_BQD).mean(dim=1))
+
+    def encode_captions(self, cache: KeyValueCache, ids_BT: Tensor, mask_BT: Tensor) -> CaptionOutputs:
+        """Each text as the caption of its image: a language model over the text, behind the image's queries.
+
+        Args:
+            cache: the images' keys and values, `ImageOutputs.cache`; stays as it is.
+            ids_BT, mask_BT: as `tokenize` gives them.
+        """
+        ids_BT = torch.cat([torch.full_like(ids_BT[:, :1], self.start_id), ids_BT[:, 1:]], dim=1)
+        text_BTD = self._caption_states(replace(cache), ids_BT, mask_BT)
+        predicted_BT = mask_BT[:, 1:].bool()
+        logits_NW = self.qformer.logits(text_BTD[:, :-1][predicted_BT])
+        return CaptionOutputs(text_BTD, logits_NW, ids_BT[:, 1:][predicted_BT], predicted_BT.sum(dim=1))
+
+    @torch.inference_mode()
+    def match(self, images: Images, texts: Sequence[str], *, head: MatchHead = "itm") -> Tensor:
+        """How well each image and its text match: (B,).
+
+        Args:
+            images: B pictures, or their image tokens.
+            texts: B texts.
+            head: `itm` is the probability that they match; `itc` the cosine of text and nearest query, no probability.
+
+        Raises:
+            ValueError: unequal numbers of images and texts, an unknown head.
+        """
+        _check(images, texts)
+        if head not in get_args(MatchHead):
+            raise ValueError(f"head={head!r} is none of {', '.join(get_args(MatchHead))}")
+        ids_BT, mask_BT = self.tokenize(texts)
+        tokens_BPU = self.image_tokens(images)
+        if head == "itm":
+            pairs = self.encode_pairs(self.normalised(tokens_BPU), ids_BT, mask_BT)
+            return pairs.logits_B2.float().softmax(dim=1)[:, 1]
+        projected_BQE = self.encode_images(tokens_BPU).projected_BQE
+        projected_BE = self.encode_texts(ids_BT, mask_BT).projected_BE
+        return torch.einsum("bqe,be->bq", projected_BQE, projected_BE).amax(dim=1)
+
+    @torch.inference_mode()
+    def features(self, images: Images | None = None, texts: Sequence[str] | None = None) -> Features:
+        """Features of images, of texts, or of both and of each image in the light of its text.
+
+        Args:
+            images: B pictures, or their image tokens.
+            texts: texts, as many where images are given too; as long as the Q-Former can read.
+
+        Raises:
+            ValueError: neither, or unequal numbers.
+        """
+        _check(images, texts)
+        image = None if images is None else self.encode_images(self.image_tokens(images))
+        features = Features()
+        if image is not None:
+            features = Features(image.query_BQD, image.projected_BQE)
+        if texts is not None:
+            ids_BT, mask_BT = self.tokenize(texts, max_tokens=self.qformer.max_text_tokens)
+            text = self.encode_texts(ids_BT, mask_BT)
+            features = features._replace(text=text.text_BTD, text_projected=text.projected_BE, text_mask=mask_BT)
+            if image is not None:
+                features = features._replace(multimodal=self.encode_pairs(image.tokens_BPU, ids_BT, mask_BT).query_BQD)
+        return features
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        images: Images,
+        prompts: None = None,
+        *,
+        num_beams: int = 3,
+        max_new_tokens: int = 29,
+        min_new_tokens: int = 9,
+        length_penalty: float = 1.0,
+        repetition_penalty: float = 1.0,
+        do_sample: bool = False,
+        temperature: float = 1.0,
+        top_p: float = 0.9,
+    ) -> list[str]:
+        """Caption each image; the defaults are the released ones, whose length limits count the start token.
+
+        Args:
+            images: B pictures, or their image tokens.
+            prompts: this model captions without one.
+            num_beams, max_new_tokens, min_new_tokens, length_penalty, repetition_penalty, do_sample, temperature, top_p: as
+                `decoding.decode` takes them; sampling draws one text, whatever `num_beams`.
+
+        Raises:
+            ValueError: prompts.
+        """
+        if prompts is not None:
+            raise ValueError("BLIP-2's first stage captions without a prompt: prompts=None")
+        cache = self.encode_images(self.image_tokens(images)).cache
+        batch = len(cache.layers[0].keys_BHKE)
+        ids_BT = decode(
+            self._next_logits,
+            torch.full((batch, 1), self.start_id, device=self.device),
+            cache,
+            eos_id=self.tokenizer.sep_token_id,
+            pad_id=self.tokenizer.pad_token_id,
+            num_beams=1 if do_sample else num_beams,
+            max_new_tokens=max_new_tokens,
+            min_new_tokens=min_new_tokens,
+            length_penalty=length_penalty,
+            repetition_penalty=repetition_penalty,
+            do_sample=do_sample,
+            temperature=temperature,
+            top_p=top_p,
+        )
+        return [text.strip() for text in self.tokenizer.batch_decode(ids_BT[:, 1:], skip_special_tokens=True)]
+
+    def _next_logits(self, new_RT: Tensor, cache: KeyValueCache) -> Tensor:
+        return self.qformer.logits(self._caption_states(cache, new_RT, torch.ones_like(new_RT))[:, -1])
+
+    def _caption_states(self, cache: KeyValueCache, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
+        return self.qformer(None, ids_BT, mask_BT, mask="unilm", text_states=True, cache=cache).text_BTD
+
+
+def similarities(image_BQE: Tensor, text_CE: Tensor) -> Tensor:
+    """Cosine (B, C) of every image and every text: that of the text and its nearest query; no temperature."""
+    return torch.einsum("bqe,ce->bcq", image_BQE, text_CE).amax(dim=2)
+
+
+def _check(images: Images | None, texts: Sequence[str] | None) -> None:
+    if images is None and texts is None:
+        raise ValueError("images and texts are both missing: give one of them, or both")
+    if isinstance(texts, str):
+        raise ValueError("texts is one string: give a list of them")
+    if images is not None and texts is not None and len(images) != len(texts):
+        raise ValueError(f"{len(images)} images and {len(texts)} texts do not make pairs")

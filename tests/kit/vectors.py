@@ -1,0 +1,88 @@
+"""LAVIS's numbers in `tests/lavis_vectors`: a case's inputs and what LAVIS computed from them."""
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import BertTokenizerFast, PreTrainedTokenizerBase
+
+from instructblip.models.blip2 import BLIP2
+from instructblip.models.qformer import QFormer
+from instructblip.weights.names import foreign_names
+from tests.kit.tiny import tiny_vision
+
+FOLDER = Path(__file__).parents[1] / "lavis_vectors"
+TOLERANCE = {"atol": 3e-4, "rtol": 1e-5}  # the files' own
+
+
+@cache
+def tensors(name: str) -> dict[str, Tensor]:
+    """Tensors of a file such as `blip2_stage1/weights`."""
+    return load_file(FOLDER / f"{name}.safetensors")
+
+
+@cache
+def read(name: str) -> Any:
+    """Content of a file such as `blip2_stage1/cases`."""
+    return json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def case(of: str, name: str) -> dict[str, Any]:
+    """A case with the tensors of `inputs` and `expected` in place of their keys."""
+    found = dict(read(f"{of}/cases")[name])
+    inputs = read(f"{of}/cases")[found["inputs_of"]]["inputs"] if "inputs_of" in found else found.get("inputs", {})
+    found["inputs"] = {key: _filled(value, f"{of}/inputs") for key, value in inputs.items()}
+    found["expected"] = {key: _filled(value, f"{of}/expected") for key, value in found["expected"].items()}
+    return found
+
+
+def _filled(value: Any, file: str) -> Any:
+    return tensors(file)[value["tensor"]] if isinstance(value, dict) and "tensor" in value else value
+
+
+def stage1_qformer(*, dropout: float = 0.0) -> QFormer:
+    """The Q-Former of `blip2_stage1` with LAVIS's weights, in evaluation mode."""
+    sizes = read("blip2_stage1/config")["sizes"]
+    qformer = QFormer(
+        vocab_size=sizes["vocab_size"],
+        width=sizes["hidden_size"],
+        layers=sizes["num_hidden_layers"],
+        heads=sizes["num_attention_heads"],
+        hidden_width=sizes["intermediate_size"],
+        vision_width=sizes["vision_width"],
+        queries=sizes["num_query_token"],
+        cross_attention_every=sizes["cross_attention_freq"],
+        max_text_tokens=sizes["max_position_embeddings"],
+        dropout=dropout,
+        norm_eps=sizes["layer_norm_eps"],
+        text_outputs=True,
+        language_model_head=True,
+    )
+    names = foreign_names((f"qformer.{name}" for name in qformer.state_dict()), "lavis")
+    weights = tensors("blip2_stage1/weights")
+    qformer.load_state_dict({name.removeprefix("qformer."): weights[theirs] for name, theirs in names.items()})
+    return qformer.eval()
+
+
+def bert_tokenizer() -> PreTrainedTokenizerBase:
+    """The vocabulary of the vectors, [DEC] behind it."""
+    return BertTokenizerFast(vocab=str(FOLDER / "blip2_stage1/vocab.txt"), bos_token="[DEC]")
+
+
+def stage1_model() -> BLIP2:
+    """The model of `blip2_stage1` with LAVIS's weights, in evaluation mode; its vision encoder is never run."""
+    sizes, weights = read("blip2_stage1/config")["sizes"], tensors("blip2_stage1/weights")
+    model = BLIP2(
+        vision=tiny_vision(),
+        vision_norm=nn.LayerNorm(sizes["vision_width"], eps=sizes["ln_vision_eps"]),
+        qformer=stage1_qformer(),
+        tokenizer=bert_tokenizer(),
+        feature_width=sizes["embed_dim"],
+        max_text_tokens=sizes["max_txt_len"],
+    )
+    names = foreign_names(model.trainable_state(), "lavis")
+    model.load_state_dict({name: weights[theirs] for name, theirs in names.items()}, strict=False)
+    return model.eval()
