@@ -185,8 +185,8 @@ class PhaseConfig:
     new_parts_scale: float = (
         1.0  # learning rate of what BERT does not bring (query tokens, cross-attention), a multiple
     )
-    # What is trained for, by name, with its weight in the loss; 0 leaves one out.
-    objectives: dict[str, float] = field(default_factory=lambda: {"language_modeling": 1.0})
+    # What is trained for, by name, with its weight in the loss; 0 leaves one out. Empty: language_modeling alone.
+    objectives: dict[str, float] = field(default_factory=dict)
     plateau_steps: int | None = None  # None: a cosine of every step; 3000: the released code's staircase
 
 

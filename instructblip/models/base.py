@@ -94,16 +94,83 @@ class PartStructure:
     recompute: bool = True
 
 
-class Model(nn.Module, ABC):
-    """Base of all models.
+class PartedModule(nn.Module):
+    """A module made of named parts, each frozen or trained.
 
     Attributes:
-        PARTS: the modules (direct children) of each part.
+        PARTS: the children (modules or parameters) of each part.
         trained_parts: names of the parts that train; all others are frozen: no gradient, evaluation mode.
     """
 
     PARTS: ClassVar[Mapping[str, tuple[str, ...]]]
     trained_parts: frozenset[str] = frozenset()
+
+    def part_modules(self, part: str) -> list[nn.Module]:
+        """The modules of a part."""
+        return [child for child in self._children(part) if isinstance(child, nn.Module)]
+
+    def part_of(self, parameter: str) -> str:
+        """The part that a parameter of that name belongs to."""
+        child = parameter.partition(".")[0]
+        return next(part for part, children in self.PARTS.items() if child in children)
+
+    def choose_trained(self, parts: Collection[str]) -> Self:
+        """Train these parts and freeze all others. What a part itself holds fixed (`fixed_parameters`) stays so.
+
+        Raises:
+            ValueError: there is no part of that name.
+        """
+        if unknown := set(parts) - self.PARTS.keys():
+            raise ValueError(
+                f"{type(self).__name__} has no part {sorted(unknown)[0]!r}; it has {', '.join(self.PARTS)}"
+            )
+        self.trained_parts = frozenset(parts)
+        for part in self.PARTS:
+            for child in self._children(part):
+                child.requires_grad_(part in self.trained_parts)
+        for parameter in self.fixed_parameters():
+            parameter.requires_grad_(False)
+        return self.train(self.training)
+
+    def fixed_parameters(self) -> Iterator[nn.Parameter]:
+        """Parameters that stay as they are even where their part trains."""
+        return iter(())
+
+    def train(self, mode: bool = True) -> Self:
+        """Frozen parts stay in evaluation mode, and so do batch statistics: those of a rank would be its own."""
+        super().train(mode)
+        for part in self.PARTS.keys() - self.trained_parts:
+            for module in self.part_modules(part):
+                module.train(False)
+        for module in self.modules():
+            if isinstance(module, _BatchNorm):
+                module.train(False)
+        return self
+
+    def part_state(self, part: str) -> dict[str, Tensor]:
+        """Parameters and buffers of a part, under the model's names."""
+        # The model's own state_dict would go through the other parts as well, whose blocks may be shared out among
+        # processes: its hooks reshard them, and a process that does so alone gathers other blocks than the rest afterwards.
+        state: dict[str, Tensor] = {}
+        for name, child in zip(self.PARTS[part], self._children(part), strict=True):
+            state |= child.state_dict(prefix=f"{name}.") if isinstance(child, nn.Module) else {name: child.detach()}
+        return state
+
+    def trainable_state(self) -> dict[str, Tensor]:
+        """The state of all parts that train: what a checkpoint holds."""
+        return {
+            name: tensor
+            for part in self.PARTS
+            if part in self.trained_parts
+            for name, tensor in self.part_state(part).items()
+        }
+
+    def _children(self, part: str) -> list[nn.Module | nn.Parameter]:
+        return [getattr(self, name) for name in self.PARTS[part]]
+
+
+class Model(PartedModule, ABC):
+    """What training drives: samples in, named outputs out."""
 
     @property
     @abstractmethod
@@ -134,67 +201,6 @@ class Model(nn.Module, ABC):
         Raises:
             ValueError: packed, and the LLM is no decoder-only one.
         """
-
-    def part_modules(self, part: str) -> list[nn.Module]:
-        """The modules of a part."""
-        return [getattr(self, name) for name in self.PARTS[part]]
-
-    def part_of(self, parameter: str) -> str:
-        """The part that a parameter of that name belongs to."""
-        module = parameter.partition(".")[0]
-        return next(part for part, modules in self.PARTS.items() if module in modules)
-
-    def choose_trained(self, parts: Collection[str]) -> Self:
-        """Train these parts and freeze all others. What a part itself holds fixed (`fixed_parameters`) stays so.
-
-        Raises:
-            ValueError: there is no part of that name.
-        """
-        if unknown := set(parts) - self.PARTS.keys():
-            raise ValueError(
-                f"{type(self).__name__} has no part {sorted(unknown)[0]!r}; it has {', '.join(self.PARTS)}"
-            )
-        self.trained_parts = frozenset(parts)
-        for part in self.PARTS:
-            for module in self.part_modules(part):
-                module.requires_grad_(part in self.trained_parts)
-        for parameter in self.fixed_parameters():
-            parameter.requires_grad_(False)
-        return self.train(self.training)
-
-    def fixed_parameters(self) -> Iterator[nn.Parameter]:
-        """Parameters that stay as they are even where their part trains."""
-        return iter(())
-
-    def train(self, mode: bool = True) -> Self:
-        """Frozen parts stay in evaluation mode, and so do batch statistics: those of a rank would be its own."""
-        super().train(mode)
-        for part in self.PARTS.keys() - self.trained_parts:
-            for module in self.part_modules(part):
-                module.train(False)
-        for module in self.modules():
-            if isinstance(module, _BatchNorm):
-                module.train(False)
-        return self
-
-    def part_state(self, part: str) -> dict[str, Tensor]:
-        """Parameters and buffers of a part, under the model's names."""
-        # The model's own state_dict would go through the other parts as well, whose blocks may be shared out among
-        # processes: its hooks reshard them, and a process that does so alone gathers other blocks than the rest afterwards.
-        return {
-            name: tensor
-            for module in self.PARTS[part]
-            for name, tensor in getattr(self, module).state_dict(prefix=f"{module}.").items()
-        }
-
-    def trainable_state(self) -> dict[str, Tensor]:
-        """The state of all parts that train: what a checkpoint holds."""
-        return {
-            name: tensor
-            for part in self.PARTS
-            if part in self.trained_parts
-            for name, tensor in self.part_state(part).items()
-        }
 
     @abstractmethod
     def sample_length(self) -> Callable[[str, str, int], int]:

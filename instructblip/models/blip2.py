@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from instructblip.models.base import Images
+from instructblip.models.base import Images, PartedModule
 from instructblip.models.decoding import decode
 from instructblip.models.qformer import QFormer
 from instructblip.models.transformer import KeyValueCache
@@ -101,7 +101,7 @@ class Features(NamedTuple):
     multimodal: Tensor | None = None
 
 
-class BLIP2(nn.Module):
+class BLIP2(PartedModule):
     """A frozen vision encoder and a trainable Q-Former with its heads.
 
     Args:
@@ -117,6 +117,18 @@ class BLIP2(nn.Module):
     Raises:
         ValueError: a Q-Former without its language-model head, or a tokenizer without the start token.
     """
+
+    PARTS = {  # noqa: RUF012
+        "vision": ("vision",),
+        "qformer": (
+            "vision_norm",
+            "qformer",
+            "vision_projection",
+            "text_projection",
+            "matching_head",
+            "temperature",
+        ),
+    }
 
     def __init__(
         self,
@@ -135,7 +147,7 @@ class BLIP2(nn.Module):
             raise ValueError("BLIP-2's first stage needs a Q-Former with a language-model head")
         if start_token not in tokenizer.get_vocab():
             raise ValueError(f"the tokenizer has no {start_token}, which begins a caption; add it")
-        self.vision = vision.requires_grad_(False)
+        self.vision = vision
         self.vision_norm = vision_norm
         self.qformer = qformer
         self.tokenizer = tokenizer
@@ -145,15 +157,12 @@ class BLIP2(nn.Module):
         self.text_projection = nn.Linear(qformer.width, feature_width)
         self.matching_head = nn.Linear(qformer.width, 2)
         self.temperature = nn.Parameter(torch.tensor(temperature))
+        self.choose_trained(("qformer",))
 
     @property
     def device(self) -> torch.device:
         """Where inputs go."""
         return self.temperature.device
-
-    def trainable_state(self) -> dict[str, Tensor]:
-        """Everything that is not frozen: parameters and buffers outside the vision encoder."""
-        return {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("vision.")}
 
     def normalised(self, tokens_BPU: Tensor) -> Tensor:
         """Image tokens behind `ln_vision`, in the type of what trains: float32, unless the model was cast."""

@@ -13,11 +13,12 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "language_modeling": LanguageModeling,
     "alignment": Alignment,
 }
+_DEFAULT = {LanguageModeling.name: 1.0}
 
 
 def make_objectives(weights: Mapping[str, float]) -> tuple[Objective, ...]:
-    """The objectives of a phase, by name and weight; a weight of 0 leaves one out."""
-    return tuple(OBJECTIVES[name](weight) for name, weight in weights.items() if weight)
+    """The objectives of a phase, by name and weight: language modelling where none is named; 0 leaves one out."""
+    return tuple(OBJECTIVES[name](weight) for name, weight in (weights or _DEFAULT).items() if weight)
 
 
 __all__ = ["OBJECTIVES", "Objective", "make_objectives"]

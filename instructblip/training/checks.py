@@ -94,9 +94,9 @@ def _check_objectives(key: str, phase: PhaseConfig) -> None:
             raise UserError(f"{key}.objectives.{name} is none of {', '.join(OBJECTIVES)}")
         if not 0 <= weight < math.inf:
             raise UserError(f"{key}.objectives.{name}={weight} must not be below 0")
-    if not any(phase.objectives.values()):
+    if not make_objectives(phase.objectives):
         raise UserError(
-            f"{key}.objectives is empty, so the phase has no loss; give one, such as {{language_modeling: 1}}"
+            f"{key}.objectives has no weight above 0, so the phase has no loss; set {key}.objectives.NAME=1"
         )
 
 

@@ -244,7 +244,7 @@ def test_dropout_draws_from_seed_and_step_alone() -> None:
 
 
 def test_log_entry_counts_finished_steps() -> None:
-    result = StepResult(1.5, {"a": 1.5}, 0.7, 2, 6, ["a/1", "a/2"])
+    result = StepResult(1.5, {"a": 1.5}, {"language_modeling": 1.5}, 0.7, 2, 6, ["a/1", "a/2"])
     entry = log_entry(3, locate(PHASES, 3), 2e-4, result, {"samples_per_second": 9.0})
     assert entry == {
         "step": 4,

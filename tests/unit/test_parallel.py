@@ -18,7 +18,7 @@ from instructblip.training import validation as scoring
 from instructblip.training.loop import train_step
 from instructblip.training.optim import make_adamw
 from instructblip.training.parallel import parallelize
-from tests.kit.losses import LANGUAGE
+from tests.kit.losses import LANGUAGE, term_of
 from tests.kit.tiny import tiny_encoder_decoder_llm, tiny_images, tiny_llm, tiny_model
 
 LLMS = {"decoder": tiny_llm, "encoder_decoder": tiny_encoder_decoder_llm}
@@ -105,7 +105,9 @@ def test_evaluations_compile_nothing(compiled: bool) -> None:
     """With a cache each layer would be compiled by itself, until nothing more is."""
     model = model_of("decoder")
     parallelize(model, Processes(), kind="single", compile_blocks=True)
-    run: Any = SimpleNamespace(average=None, config=SimpleNamespace(parallel=SimpleNamespace(compile=compiled)))
+    run: Any = SimpleNamespace(
+        optimisation=SimpleNamespace(average=None), config=SimpleNamespace(parallel=SimpleNamespace(compile=compiled))
+    )
     before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     with scoring._to_evaluate(run):
         model.generate(tiny_images(2), ["what is it?", "color?"], max_new_tokens=3, num_beams=2)
@@ -123,6 +125,6 @@ def kept_values(model: InstructBLIP) -> int:
 
     batch = batches()[0]
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = model.train()(batch.images, batch.instructions, batch.targets)
+        loss = term_of(model.train(), batch.images, batch.instructions, batch.targets)
     del loss
     return sum(tensor.untyped_storage().nbytes() for address, tensor in kept.items() if address not in own)

@@ -147,7 +147,7 @@ def test_static_memory_of_the_7b_model() -> None:
     assert rows["language model"] == 2 * 6_738_423_808
     assert rows["vision encoder"] == 2 * 985_894_528
     assert rows["Q-Former and projection"] == 4 * 188_837_376
-    assert (rows["their gradients"], rows["AdamW's moments"]) == (4 * trained, 8 * trained)
+    assert (rows["gradients"], rows["AdamW's moments"]) == (4 * trained, 8 * trained)
 
 
 @pytest.mark.usefixtures("encoders_once")

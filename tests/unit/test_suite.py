@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from instructblip.evaluation.suite import describe_model, model_identity
+from instructblip.models.fingerprint import fingerprint_tensors
 from instructblip.models.quantized import quantize_linears
 from instructblip.weights.load import FrozenPart, frozen_fingerprints
 from tests.kit.tiny import tiny_model
@@ -17,7 +18,7 @@ def test_the_frozen_parts_are_named_as_they_are_held(quantization: str | None) -
     if quantization:
         quantize_linears(model.llm.model, quantization)
     frozen = frozen_fingerprints(model)
-    found = describe_model(model, PARTS, frozen)
+    found = describe_model(model, PARTS, frozen, "trained")
     assert found["llm"] == {
         "name": "an LLM",
         "source": "its/folder",
@@ -33,7 +34,7 @@ def test_the_frozen_parts_are_named_as_they_are_held(quantization: str | None) -
         "image_size": model.vision.image_size,
         "sha256": frozen["vision"],
     }
-    assert found["sha256"] == model_identity(model, frozen)
+    assert found["sha256"] == model_identity(model, frozen, "trained")
 
 
 def test_another_weight_is_another_model() -> None:
@@ -41,6 +42,9 @@ def test_another_weight_is_another_model() -> None:
     with torch.no_grad():
         next(models[1].llm.model.parameters()).add_(1)
         models[2].projection.bias.add_(1)
-    first, frozen, trained = (describe_model(model, PARTS, frozen_fingerprints(model)) for model in models)
+    first, frozen, trained = (
+        describe_model(model, PARTS, frozen_fingerprints(model), fingerprint_tensors(model.trainable_state()))
+        for model in models
+    )
     assert len({first["sha256"], frozen["sha256"], trained["sha256"]}) == 3
     assert first["llm"]["sha256"] == trained["llm"]["sha256"] != frozen["llm"]["sha256"]

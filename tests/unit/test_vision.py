@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from instructblip.models.fingerprint import fingerprint, fingerprint_tensors
 from instructblip.models.vision import ChannelNorm, VisionEncoder
-from tests.kit.tiny import tiny_images, tiny_vision
+from tests.kit.tiny import tiny_images, tiny_model, tiny_vision
 
 
 @pytest.fixture(scope="module")
@@ -69,16 +69,27 @@ def test_a_batch_is_encoded_as_its_images_alone() -> None:
     torch.testing.assert_close(encoder(pictures(3)), alone, atol=1e-5, rtol=1e-5)
 
 
-def test_frozen_stays_in_evaluation_mode_and_gives_no_gradient() -> None:
-    encoder = tiny_vision()
+def test_frozen_it_stays_in_evaluation_mode_and_gives_no_gradient() -> None:
+    model = tiny_model()
+    encoder = model.vision
     assert not any(parameter.requires_grad for parameter in encoder.parameters())
     before, buffers = encoder(pictures()), copy.deepcopy(dict(encoder.named_buffers()))
-    torch.nn.ModuleList([encoder]).train()
+    model.train()
     assert not any(module.training for module in encoder.modules())
     after = encoder(pictures())
     assert torch.equal(before, after)
     assert not after.requires_grad
     # Batch-norm statistics would drift in training mode.
+    assert all(torch.equal(buffer, buffers[name]) for name, buffer in encoder.named_buffers())
+
+
+def test_trained_it_gives_a_gradient_and_keeps_its_batch_statistics() -> None:
+    model = tiny_model().choose_trained(("vision", "qformer")).train()
+    encoder = model.vision
+    buffers = copy.deepcopy(dict(encoder.named_buffers()))
+    encoder(pictures()).sum().backward()
+    assert encoder.training
+    assert any(parameter.grad is not None for parameter in encoder.parameters())  # none past the last wanted layer
     assert all(torch.equal(buffer, buffers[name]) for name, buffer in encoder.named_buffers())
 
 
@@ -89,7 +100,7 @@ def test_building_leaves_batch_norm_statistics_alone() -> None:
 
 
 def test_the_gradient_stops_at_the_encoder(vit: VisionEncoder) -> None:
-    tokens = vit(torch.zeros(1, 3, 160, 160, dtype=torch.uint8))
+    tokens = vit.requires_grad_(False)(torch.zeros(1, 3, 160, 160, dtype=torch.uint8))
     assert tokens.grad_fn is None
 
 
