@@ -3,10 +3,10 @@
     python benchmarks/growth.py                  100 and 60,000 steps, 1e3 and 2e5 questions, 1e5 and 3e7 records
     python benchmarks/growth.py --small          a tenth and less of all that, for a try
 
-No model is run: what is timed is all that is done around it. Steps go through train.py's own loop, with 128 samples of 13
-datasets each, a validation and a checkpoint every 50 steps, the best of them kept; batches, the model's pass and the scores
-of a validation are made up. Questions go through evaluate.py's own runner, with one made-up answer for all. They are of 5 a
-picture, like GQA's, on pictures of 8 x 8.
+No model is run: what is timed is all that is done around it, in seconds of the processor, all threads together. Steps go
+through train.py's own loop, with 128 samples of 13 datasets each, a validation and a checkpoint every 50 steps, the best of
+them kept; batches, the model's pass and the scores of a validation are made up. Questions go through evaluate.py's own
+runner, with one made-up answer for all. They are of 5 a picture, like GQA's, on pictures of 8 x 8.
 
 A split of so many records is one shard of 1,000 pictures with a record each, hard-linked under as many names as it takes, as
 3e7 would be terabytes. Tars are looked at and indexes are read as they would be, but from memory that the first has filled.
@@ -40,29 +40,32 @@ from torch import nn
 
 import instructblip  # noqa: F401  declares what torchvision lacks on CPU, before it is imported
 from instructblip.data.cards import load_card
-from instructblip.data.loader import LoadedStep, MixtureDataset, TrainingSet, decoded
+from instructblip.data.loader import LoadedStep
 from instructblip.data.lost import LostSamples
-from instructblip.data.mixture import Mixture, MixtureEntry, Stretch
-from instructblip.data.sample import Record
+from instructblip.data.mixture import Mixture, MixtureEntry, MixtureSegment
+from instructblip.data.mixture_dataset import MixtureDataset, TrainingSet, decoded
+from instructblip.data.records import Record
 from instructblip.data.shards import ShardReader, ShardWriter, index_path, open_split, shard_path
 from instructblip.data.templates import TemplateSet
+from instructblip.distributed import Processes
 from instructblip.evaluation import runner
 from instructblip.evaluation.outcomes import score_task
 from instructblip.evaluation.protocol import make_task
-from instructblip.evaluation.results import DatasetResult, results_json, write_results
-from instructblip.evaluation.stored import read_run
-from instructblip.evaluation.table import as_text, score_table
+from instructblip.evaluation.report.table import as_text, score_table
+from instructblip.evaluation.results_file import read_run
+from instructblip.evaluation.suite import DatasetResult, results_json, write_results
 from instructblip.files import write_json
+from instructblip.tracking import NoLogger
 from instructblip.training import run as training
-from instructblip.training.checkpoint import checkpoint_folders, load_checkpoint, newest_whole
-from instructblip.training.loggers import NoLogger
-from instructblip.training.loop import Phase, StepResult, locate, rank_positions
-from instructblip.training.meters import BestStep, MetricsLog, draw_curves
+from instructblip.training.curves import draw_curves
+from instructblip.training.loop import StepResult
+from instructblip.training.metrics_log import BestStep, MetricsLog
 from instructblip.training.optim import make_adamw
-from instructblip.training.parallel import Execution
-from instructblip.training.processes import Processes
+from instructblip.training.parallel import StepContext
+from instructblip.training.schedule import Phase, locate, rank_positions
 from instructblip.training.signals import StopRequest
 from instructblip.training.writer import CheckpointWriter
+from instructblip.weights.checkpoint import checkpoint_folders, load_checkpoint, newest_whole
 
 WHOLE = {"steps": (100, 60_000), "questions": (1_000, 200_000), "records": (100_000, 30_000_000)}
 SMALL = {"steps": (100, 3_000), "questions": (200, 4_000), "records": (10_000, 1_000_000)}
@@ -77,10 +80,10 @@ Figures = dict[str, float]
 
 @contextmanager
 def timed(figures: Figures, name: str, scale: float = 1.0) -> Iterator[None]:
-    """Note the seconds inside, times `scale`."""
-    start = time.perf_counter()
+    """Note the seconds of the processor inside, times `scale`."""
+    start = time.process_time()
     yield
-    figures[name] = (time.perf_counter() - start) * scale
+    figures[name] = (time.process_time() - start) * scale
 
 
 # --- steps --------------------------------------------------------------------------------------------------------------
@@ -129,7 +132,7 @@ def made_up_run(folder: Path, count: int) -> Any:
         names={parameter: name for name, parameter in model.named_parameters()},
         average=None,
         phases=[phase],
-        mixture=Mixture(entries, stretches=[Stretch(count * BATCH, 1)]),
+        mixture=Mixture(entries, segments=[MixtureSegment(count * BATCH, 1)]),
         dataset=None,
         lost=LostSamples(fraction=0.01, samples=10, say=print),
         validation=[True],
@@ -159,7 +162,7 @@ def take_steps(run: Any, count: int) -> tuple[Sequence[float], Sequence[float], 
         nonlocal memory
         batches = arguments[3]
         while True:
-            start = time.perf_counter()
+            start = time.process_time()
             loaded = next(batches, None)
             if loaded is None:
                 return count
@@ -169,14 +172,14 @@ def take_steps(run: Any, count: int) -> tuple[Sequence[float], Sequence[float], 
             after_step(step, place, place.phase.rate(place.step), result)
             run.writer.wait()  # the disk's part belongs to the step that began it
             saved = (step + 1) % EVERY == 0
-            (saving if saved else plain).append(time.perf_counter() - start)
+            (saving if saved else plain).append(time.process_time() - start)
             memory = memory or saved * resident_bytes()
 
     training.run_steps = without_model
     training.load_batches = lambda dataset, positions, **_: (LoadedStep(step, [], []) for step, _ in positions)
-    training.validate = lambda run, step, stop: {"a": 50 + step % 7, "b": 40 + step % 11}
+    training.run_validation = lambda run, step, stop: {"a": 50 + step % 7, "b": 40 + step % 11}
     with StopRequest() as stop:
-        training._train_steps(run, 0, stop, Execution(), None)
+        training._train_steps(run, 0, stop, StepContext(), None)
     added = resident_bytes() - memory
     run.metrics.close()
     return plain, saving, added
@@ -185,7 +188,7 @@ def take_steps(run: Any, count: int) -> tuple[Sequence[float], Sequence[float], 
 def resume(run: Any) -> float:
     """Seconds that a killed run takes to find its checkpoint and its place; its metrics are left as they were."""
     lines = run.metrics.path.read_bytes()
-    start = time.perf_counter()
+    start = time.process_time()
     newest, _ = newest_whole(run.folder / "checkpoints")
     assert newest is not None
     checkpoint = load_checkpoint(newest)
@@ -196,7 +199,7 @@ def resume(run: Any) -> float:
     for position in positions:
         run.mixture.draw(position)
     run.metrics.append({"step": checkpoint.step + 1})
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     run.metrics.close()
     run.metrics.path.write_bytes(lines)
     return seconds
@@ -281,8 +284,8 @@ def records(folder: Path, count: int) -> Figures:
     with timed(figures, "planning the mixture, s"):
         sets = [TrainingSet(name, split, (), templates) for name, split in zip(("large", "small"), splits, strict=True)]
         entries = [MixtureEntry(item.name, len(item), shards=item.shard_records) for item in sets]
-        mixture = Mixture(entries, stretches=[Stretch(count, 1)])
-    dataset = MixtureDataset(mixture, sets, decoded("squash", 8))
+        mixture = Mixture(entries, segments=[MixtureSegment(count, 1)])
+    dataset = MixtureDataset(mixture, sets, decoded("resize_square", 8))
     for name, first in (("first batch, ms", 0), ("a late batch, ms", count - BATCH)):
         with timed(figures, name, 1e3):
             for position in range(first, first + BATCH):
