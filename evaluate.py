@@ -1,7 +1,7 @@
 """Evaluate a checkpoint. `python evaluate.py checkpoint=outputs/train/demo suite=demo` scores the demo's run."""
 
-from instructblip.cli import main
-from instructblip.config import EvaluateConfig
+from instructblip.config.entry import main
+from instructblip.config.schema import EvaluateConfig
 from instructblip.evaluation.run import evaluate
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Train a model. `python train.py` is the demo; `python train.py --help` lists every choice."""
 
-from instructblip.cli import main
-from instructblip.config import TrainConfig
+from instructblip.config.entry import main
+from instructblip.config.schema import TrainConfig
 from instructblip.training.run import train
 
 if __name__ == "__main__":

@@ -31,16 +31,16 @@ from torch import Tensor, nn
 from transformers import InstructBlipConfig, InstructBlipForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from instructblip.cli import compose_config
-from instructblip.config import EvaluateConfig
+from instructblip.config.entry import compose_config
+from instructblip.config.schema import EvaluateConfig
 from instructblip.data.cards import Card, load_card
+from instructblip.data.prepare.command import ensure_prepared
 from instructblip.evaluation.protocol import Task, make_task
 from instructblip.evaluation.runner import read_pixels, run_task
-from instructblip.loading import load_model
-from instructblip.model.instructblip import InstructBLIP
-from instructblip.prepared import ensure_prepared
-from instructblip.weights.huggingface_export import qformer_config
+from instructblip.models.instructblip import InstructBLIP
+from instructblip.weights.load import load_model
 from instructblip.weights.names import foreign_names
+from instructblip.weights.transformers_write import qformer_config
 
 # What is measured: questions asked of this code and of transformers' class; the latter takes a part of them.
 QUESTIONS = {"generation, 5 beams": (128, 12), "ranking 13 answers": (128, 6), "ranking 100 answers": (64, 2)}
@@ -92,7 +92,12 @@ class OneByOne:
         """What the class takes for one question: the image, the Q-Former's text, and the tokens of all."""
         sample, own = task.samples[number], self.own
         visual = [self.model.config.image_token_index] * self.model.config.num_query_tokens
-        ids = [*own.llm.image_prefix_ids, *visual, *own.llm.prompt_ids(sample.prompt), *answer]
+        ids = [
+            *own.llm.prompt_format.image_prefix_ids,
+            *visual,
+            *own.llm.prompt_format.prompt_ids(sample.prompt),
+            *answer,
+        ]
         text = own.qformer_tokenizer([sample.prompt], return_tensors="pt")
         return {
             "pixel_values": read_pixels(own.vision.image_size)(sample.shard, sample.row),
@@ -105,7 +110,7 @@ class OneByOne:
     @torch.inference_mode()
     def answer(self, task: Task, number: int) -> str:
         """The text it writes, or the candidate with the largest log-likelihood."""
-        protocol, tokenizer = task.protocol, self.own.llm.tokenizer
+        protocol, tokenizer = task.protocol, self.own.llm.prompt_format.tokenizer
         if protocol.mode == "generate":
             inputs = self.inputs(task, number)
             ids = self.model.generate(
@@ -120,7 +125,7 @@ class OneByOne:
 
     def log_likelihood(self, task: Task, number: int, candidate: str) -> float:
         """Of one candidate, in nats, by a forward pass of its own."""
-        answer = self.own.llm.target_ids(candidate, task.protocol.include_eos)
+        answer = self.own.llm.prompt_format.target_ids(candidate, task.protocol.include_eos)
         inputs = self.inputs(task, number, answer)
         labels = torch.full_like(inputs["input_ids"], -100)
         labels[0, -len(answer) :] = torch.tensor(answer)

@@ -29,12 +29,13 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 import instructblip  # noqa: F401  declares what torchvision lacks on CPU, before it is imported
 from instructblip.data.batching import Batching
-from instructblip.data.loader import MixtureDataset, TrainingSet, decoded, load_batches
+from instructblip.data.loader import load_batches
 from instructblip.data.mixture import Mixture, MixtureEntry
-from instructblip.data.sample import Record
+from instructblip.data.mixture_dataset import MixtureDataset, TrainingSet, decoded
+from instructblip.data.records import Record
 from instructblip.data.shards import ShardReader, ShardWriter, open_split, shard_path
 from instructblip.data.templates import TemplateSet
-from instructblip.data.timing import loading_parts
+from instructblip.training.inspect import loading_parts
 
 IMAGES, SHARDS, WIDTH, HEIGHT, QUALITY = 128, 4, 640, 480, 90
 SIZE, BATCH, PER_RUN = 224, 32, 512

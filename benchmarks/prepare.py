@@ -28,10 +28,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.measure import provenance
 from instructblip.data.cards import Card, SplitCounts, load_card
-from instructblip.data.prepare import prepare_dataset
+from instructblip.data.prepare.convert import prepare_dataset
 from instructblip.data.readers import READERS, Losses, MediaRecords, RawSplit
 from instructblip.data.readers.web_capfilt import file_of_url
-from instructblip.data.sample import Record
+from instructblip.data.records import Record
 from instructblip.files import read_json
 
 PICTURE_EVERY = 100  # urls

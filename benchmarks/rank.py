@@ -18,11 +18,11 @@ from measure import Work, compare
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from instructblip.build import load_llm
-from instructblip.cli import compose_config
-from instructblip.config import TrainConfig
-from instructblip.model.llm import LLM
-from instructblip.model.ranking import rank_candidates
+from instructblip.config.entry import compose_config
+from instructblip.config.schema import TrainConfig
+from instructblip.models.llm import LLM
+from instructblip.models.ranking import rank_candidates
+from instructblip.weights.parts import load_llm
 
 SAMPLES = 1
 VISUAL_TOKENS = 32
@@ -43,11 +43,11 @@ def inputs(parts: list[str]) -> tuple[LLM, list[Tensor], list[list[int]]]:
     """The language model, embedded prompts (60 tokens each) and candidate tokens, without EOS as in the released code."""
     torch.manual_seed(0)
     llm = load_llm(compose_config("train", TrainConfig, parts).llm)
-    room = 60 - VISUAL_TOKENS - len(llm.image_prefix_ids)
+    room = 60 - VISUAL_TOKENS - len(llm.prompt_format.image_prefix_ids)
     scale = llm.embeddings.weight.std()
-    first, asked = llm.embed([llm.image_prefix_ids, llm.prompt_ids(QUESTION)[:room]])
+    first, asked = llm.embed([llm.prompt_format.image_prefix_ids, llm.prompt_format.prompt_ids(QUESTION)[:room]])
     prefixes = [torch.cat([first, torch.randn(VISUAL_TOKENS, llm.width) * scale, asked]) for _ in range(SAMPLES)]
-    return llm, prefixes, [llm.target_ids(text, include_eos=False) for text in CANDIDATES]
+    return llm, prefixes, [llm.prompt_format.target_ids(text, include_eos=False) for text in CANDIDATES]
 
 
 def shared(parts: list[str]) -> Work:

@@ -12,8 +12,8 @@ tokens, prompts of 10 to 60 and answers of 2 to 30, the same for all, cut into p
 
 transformers' class is used as one would train it: ViT and language model frozen, batches padded to their longest, its own
 loss over all logits, the same AdamW and clipping, the same weights. All must begin at one loss. Dropout is off, so that they
-do. MFU is the work of the model without padding (instructblip/training/flops.py) over the largest rate at which this device
-multiplies matrices of the type, measured here.
+do. MFU is the work of the model without padding (instructblip/training/plan/flops.py) over the largest rate at which this
+device multiplies matrices of the type, measured here.
 """
 
 import argparse
@@ -40,20 +40,25 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerFast
 
-from instructblip.architecture import language_model_of_sizes, parts_without_weights, qformer_of_sizes, vision_encoder
-from instructblip.cli import compose_config
-from instructblip.config import LLMConfig, TrainConfig
+from instructblip.config.entry import compose_config
+from instructblip.config.schema import LLMConfig, TrainConfig
 from instructblip.data.batching import Batch, Batching
-from instructblip.data.sample import Record, Sample
-from instructblip.model.instructblip import InstructBLIP
-from instructblip.model.llm import LLM_KINDS
-from instructblip.training.flops import Work, measured_peak, model_shape
+from instructblip.data.records import Record, Sample
+from instructblip.distributed import Processes
+from instructblip.models.instructblip import InstructBLIP
+from instructblip.models.llm import LLM_KINDS
 from instructblip.training.loop import train_step
-from instructblip.training.meters import peak_memory
 from instructblip.training.optim import make_adamw
-from instructblip.training.parallel import Execution, parallelize
-from instructblip.training.processes import Processes
-from instructblip.weights.huggingface_export import huggingface_model
+from instructblip.training.parallel import StepContext, parallelize
+from instructblip.training.plan.flops import StepWorkload, measured_peak, model_shape
+from instructblip.training.timer import peak_memory
+from instructblip.weights.modules import (
+    language_model_of_sizes,
+    parts_without_weights,
+    qformer_of_sizes,
+    vision_encoder,
+)
+from instructblip.weights.transformers_write import huggingface_model
 
 PROMPT_WORDS, ANSWER_WORDS, LONG_WORDS = (10, 60), (2, 30), (100, 250)
 WORDS = 200  # of the made-up language, one token each
@@ -167,11 +172,11 @@ def batches_of(model: InstructBLIP, arguments: argparse.Namespace, kind: str) ->
     return batching.split(samples(arguments.batch, arguments.long, model.vision.image_size))
 
 
-def work_of(config: TrainConfig, count: int, long: int) -> Work:
+def work_of(config: TrainConfig, count: int, long: int) -> StepWorkload:
     """What a step asks for, however it is computed."""
-    texts = LLM_KINDS[config.llm.kind].texts_kind(**conventions(config.llm))
+    texts = LLM_KINDS[config.llm.kind].prompt_format_kind(**conventions(config.llm))
     pairs = [(sample.instruction, sample.target or "") for sample, _ in samples(count, long, image_size=1)]
-    return Work(
+    return StepWorkload(
         samples=count,
         frames=count,
         encoded=count,
@@ -193,7 +198,7 @@ def this_code(kind: str, *, compiled: bool = False, fp8: bool = False) -> Callab
         if fp8:
             _to_fp8(model)
         parallelize(model, Processes(), kind="single", compile_blocks=compiled)
-        execution = Execution(autocast=torch.bfloat16 if arguments.device == "cuda" else None)
+        context = StepContext(autocast=torch.bfloat16 if arguments.device == "cuda" else None)
 
         def step() -> float:
             result = train_step(
@@ -204,7 +209,7 @@ def this_code(kind: str, *, compiled: bool = False, fp8: bool = False) -> Callab
                 packed=kind == "packed",
                 rate=RATE,
                 clip_norm=CLIP,
-                execution=execution,
+                context=context,
             )
             return result.loss
 
@@ -265,7 +270,7 @@ def transformers_batch(model: InstructBLIP, image_token: int, batch: Batch) -> d
     text = model.qformer_tokenizer(batch.instructions, padding=True, return_tensors="pt")
     visual = [image_token] * model.qformer.query_tokens.shape[1]
     rows = [
-        (visual + model.llm.prompt_ids(prompt, truncate=True), model.llm.target_ids(answer))
+        (visual + model.llm.prompt_format.prompt_ids(prompt, truncate=True), model.llm.prompt_format.target_ids(answer))
         for prompt, answer in zip(batch.instructions, batch.targets, strict=True)
     ]
     together = not model.llm.model.config.is_encoder_decoder

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from instructblip._torchvision import declare_missing_operators
 
 if TYPE_CHECKING:
-    from instructblip.model.instructblip import InstructBLIP
+    from instructblip.models.instructblip import InstructBLIP
 
 declare_missing_operators()  # before anything imports torchvision: transformers and timm both do
 
@@ -25,7 +25,7 @@ def load(
     qformer_path: str | None = None,
     device: str = "auto",
 ) -> "InstructBLIP":
-    """Load a trained model: what `instructblip.loading.load_model` does and documents, the model alone.
+    """Load a trained model: what `instructblip.weights.load.load_model` does and documents, the model alone.
 
     Args:
         source: a run (`outputs/train/<name>`) or one of its checkpoints, a transformers folder or hub id, a LAVIS `.pth`.
@@ -36,7 +36,7 @@ def load(
     Raises:
         UserError: nothing there that can be loaded, or files that do not fit.
     """
-    from instructblip.loading import load_model
+    from instructblip.weights.load import load_model
 
     parts = {"llm": llm, "llm_path": llm_path, "vision_path": vision_path, "qformer_path": qformer_path}
     return load_model(source, device=device, **parts).model

@@ -23,10 +23,10 @@ import instructblip  # noqa: F401  before timm and transformers, see instructbli
 
 torch.set_num_threads(1)
 # Processes start in a moment, forked from a server that has imported all of this once; Python 3.11's sees PYTHONPATH only.
-multiprocessing.set_forkserver_preload(["tests.runs", "wandb", "matplotlib.backends.backend_agg"])
+multiprocessing.set_forkserver_preload(["tests.kit.runs", "wandb", "matplotlib.backends.backend_agg"])
 
 if TYPE_CHECKING:
-    from tests.runs import World
+    from tests.kit.runs import World
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -40,7 +40,7 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> "World":
     """Tiny parts, data and a cache for whole runs; not to be changed by a test."""
-    from tests.runs import make_world  # Hydra and all: only for those who need it
+    from tests.kit.runs import make_world  # Hydra and all: only for those who need it
 
     return make_world(tmp_path_factory.mktemp("world"))
 
@@ -48,7 +48,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> "World":
 @pytest.fixture(scope="session")
 def untrained_run(world: "World", tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a run on the tiny world whose model is as it was drawn; not to be changed by a test."""
-    from tests.untrained import write_untrained_run
+    from tests.kit.untrained import write_untrained_run
 
     return write_untrained_run(world, tmp_path_factory.mktemp("untrained") / "run")
 
@@ -56,7 +56,7 @@ def untrained_run(world: "World", tmp_path_factory: pytest.TempPathFactory) -> P
 @pytest.fixture(scope="session")
 def all_datasets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`raw/<dataset>` and `shards/<dataset>/<split>` of all datasets, hand-made; not to be changed by a test."""
-    from tests.all_datasets import prepare_all
+    from tests.kit.all_datasets import prepare_all
 
     folder = tmp_path_factory.mktemp("datasets")
     prepare_all(folder)
@@ -66,7 +66,7 @@ def all_datasets(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def finished_run(world: "World", tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a run on the tiny world that went to its end; not to be changed by a test."""
-    from tests.runs import train_here
+    from tests.kit.runs import train_here
 
     return train_here(world, tmp_path_factory.mktemp("finished") / "outputs/train")
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from instructblip.data.sample import Sample
+from instructblip.data.records import Sample
 from instructblip.errors import UserError
 
 BATCHINGS = ("fixed", "bucketed", "packed")

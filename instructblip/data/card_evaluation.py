@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from instructblip.data.schema import build, nearest
+from instructblip.config.validate import build, nearest
 from instructblip.data.templates import FIELDS
 from instructblip.errors import UserError
 
@@ -85,7 +85,7 @@ class Evaluation:
     min_new_tokens: int = 1
     length_penalty: float = 1.0
     repetition_penalty: float = 1.0
-    transform: Literal["squash", "center_crop"] = "squash"
+    transform: Literal["resize_square", "center_crop"] = "resize_square"
     frames: int = 1
     ocr: Literal["own"] | None = None
     kinds: tuple[str, ...] = ()

@@ -15,8 +15,8 @@ from typing import Any, Literal
 
 import yaml
 
+from instructblip.config.validate import build, nearest
 from instructblip.data.card_evaluation import Evaluation, check_evaluation
-from instructblip.data.schema import build, nearest
 from instructblip.errors import UserError
 from instructblip.files import write_atomically
 
@@ -123,7 +123,7 @@ class Card:
         reader: name of the raw format's reader in `instructblip.data.readers.READERS`.
         reader_options: what else that reader is told.
         homepage, licence, how_to_get: where it comes from, on which terms, and how a person gets the raw files.
-        source_part: the part of `instructblip.weights.assets` that fetches the raw files by itself, if one does.
+        source_part: the part of `instructblip.fetch.parts` that fetches the raw files by itself, if one does.
         fetch: the official files, where they are public and their licence lets anybody download them.
         not_fetched: why they are not, else; exactly one of source_part, fetch and not_fetched is said.
         splits: split -> raw files and expected counts of the whole source.

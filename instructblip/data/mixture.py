@@ -4,7 +4,7 @@ The sample at position i is a pure function of (mixture, seed, i): nothing else,
 restarts, decides it. So a resumed run needs its step number only.
 
 * Positions are drawn in groups that come from one dataset. A group is one position when datasets are mixed sample by
-  sample; `per_batch` and `per_step` mixing make it a micro-batch or a global batch (`Stretch`).
+  sample; `per_batch` and `per_step` mixing make it a micro-batch or a global batch (`MixtureSegment`).
 * Datasets are interleaved in blocks of groups. Before block b dataset d has had `floor(b * size * P_d + u_d)` groups minus
   the same for its predecessor, where P_d are cumulative probabilities: realised shares stay within two groups of p_d at
   every block border instead of wandering like independent draws. Inside a block the order is a seeded shuffle.
@@ -14,13 +14,13 @@ restarts, decides it. So a resumed run needs its step number only.
 The paper's weights are p_d = sqrt(n_d) / sum sqrt(n) (section 2.4), n_d in records.
 """
 
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-
-from instructblip.data.order import Int64Array, RecordOrder, seeded_generator
+import numpy.typing as npt
 
 _BLOCK = 512  # groups
 _MAX_BLOCK = 1 << 20  # 24 MB; a share of two in a million still fits
@@ -44,7 +44,7 @@ class Draw(NamedTuple):
     record: int
 
 
-class Stretch(NamedTuple):
+class MixtureSegment(NamedTuple):
     """So many positions of a run in which each `group` consecutive ones, from its first on, come from one dataset."""
 
     positions: int
@@ -61,6 +61,9 @@ class MixtureEntry:
     shards: tuple[int, ...] = ()
 
 
+Int64Array = npt.NDArray[np.int64]
+
+
 class Mixture:
     """A deterministic, random-access sequence of draws.
 
@@ -69,7 +72,7 @@ class Mixture:
         weighting: `sqrt`, `proportional`, `uniform` or `temperature`, times each entry's multiplier.
         temperature: T of p_d ~ n_d ** (1 / T), for `temperature` alone: 1 is proportional, 2 the square root.
         seed: decides every order.
-        stretches: how many positions are drawn in groups of which size, in order; the last one goes on for ever. None
+        segments: how many positions are drawn in groups of which size, in order; the last one goes on for ever. None
             given: sample by sample.
 
     Raises:
@@ -85,9 +88,9 @@ class Mixture:
         weighting: str = "sqrt",
         temperature: float | None = None,
         seed: int = 0,
-        stretches: Sequence[Stretch] = (),
+        segments: Sequence[MixtureSegment] = (),
     ) -> None:
-        _check(entries, weighting, temperature, stretches)
+        _check(entries, weighting, temperature, segments)
         self.entries = tuple(entries)
         self.seed = seed
         records = np.array([entry.records for entry in entries], dtype=np.float64)
@@ -101,7 +104,7 @@ class Mixture:
         self._groups = np.empty((0, 2), dtype=np.int64)  # dataset and ordinal among its groups, of the cached block
         self._chunk_start = 0
         self._chunk = np.empty((0, 3), dtype=np.int64)  # dataset, epoch, record of the positions from there on
-        self._lay_stretches(stretches or [Stretch(1, 1)])
+        self._lay_segments(segments or [MixtureSegment(1, 1)])
 
     def draw(self, position: int) -> Draw:
         """The draw at a global position (0, 1, 2, ...)."""
@@ -133,7 +136,7 @@ class Mixture:
         borders = np.concatenate([[0], inner, [block * self._block]]).astype(np.int64)
         return np.diff(borders)
 
-    # --- groups and stretches -------------------------------------------------------------------------------------------
+    # --- groups and segments -------------------------------------------------------------------------------------------
 
     def _block_size(self) -> int:
         # Cumulative counts must grow by at least one a block for the difference of two floors never to fall.
@@ -148,10 +151,10 @@ class Mixture:
                 )
         return size
 
-    def _lay_stretches(self, stretches: Sequence[Stretch]) -> None:
+    def _lay_segments(self, segments: Sequence[MixtureSegment]) -> None:
         """Where each stretch begins, counted in positions, in groups, and in groups and samples of each dataset."""
-        self._sizes = np.array([stretch.group for stretch in stretches], dtype=np.int64)
-        lengths = np.array([stretch.positions for stretch in stretches], dtype=np.int64)
+        self._sizes = np.array([stretch.group for stretch in segments], dtype=np.int64)
+        lengths = np.array([stretch.positions for stretch in segments], dtype=np.int64)
         self._position_starts = np.cumsum(lengths) - lengths
         groups = lengths // self._sizes
         self._group_starts = np.cumsum(groups) - groups
@@ -226,7 +229,7 @@ class Mixture:
 
 
 def _check(
-    entries: Sequence[MixtureEntry], weighting: str, temperature: float | None, stretches: Sequence[Stretch]
+    entries: Sequence[MixtureEntry], weighting: str, temperature: float | None, segments: Sequence[MixtureSegment]
 ) -> None:
     if weighting not in WEIGHTINGS:
         raise ValueError(f"weighting {weighting!r} is not known; choose one of {', '.join(WEIGHTINGS)}")
@@ -245,7 +248,7 @@ def _check(
             raise ValueError(f"dataset {entry.name}: its shards hold {sum(entry.shards)} records, not {entry.records}")
     if not entries:
         raise ValueError("a mixture needs at least one dataset")
-    for stretch in stretches:
+    for stretch in segments:
         if stretch.group < 1 or stretch.positions % stretch.group:
             raise ValueError(f"{stretch.positions} positions are not whole groups of {stretch.group}")
 
@@ -268,3 +271,113 @@ def share_table(mixture: Mixture, samples: int) -> list[dict[str, float | int | 
         }
         for entry, share in zip(mixture.entries, mixture.shares, strict=True)
     ]
+
+
+WINDOW = 65_536  # records
+ASSUMED_SHARD = 1_000  # records of a shard where nobody says; what prepare.py writes in images
+_FEISTEL_ROUNDS = 4
+_MASK32 = np.uint64(0xFFFFFFFF)
+_EPOCHS_KEPT = 2  # a block of draws may reach over the end of an epoch
+
+
+class _Line(NamedTuple):
+    """The shards of an epoch in their order: where each begins in the line, its records' number, and its first record."""
+
+    start: Int64Array
+    first: Int64Array
+
+
+class RecordOrder:
+    """Ordinal of a draw (0, 1, 2, ... through all epochs) -> record in [0, `records`).
+
+    Args:
+        seed, dataset: decide the order; the dataset by its number in the mixture.
+        records: how many there are.
+        shards: how many of them each shard holds, in stored order; none given: as if every 1,000 were one.
+    """
+
+    def __init__(self, seed: int, dataset: int, records: int, shards: Sequence[int] = ()) -> None:
+        self.seed = seed
+        self.dataset = dataset
+        self.records = records
+        sizes = np.asarray(shards, dtype=np.int64)
+        if not len(sizes):
+            whole, rest = divmod(records, ASSUMED_SHARD)
+            sizes = np.array([ASSUMED_SHARD] * whole + [rest] * (rest > 0), dtype=np.int64)
+        if int(sizes.sum()) != records:
+            raise ValueError(f"the shards hold {int(sizes.sum()):,} records, not {records:,}")
+        self._sizes = sizes[sizes > 0]
+        self._first = np.cumsum(self._sizes) - self._sizes
+        self._lines: OrderedDict[int, _Line] = OrderedDict()
+
+    def __call__(self, ordinals: Int64Array) -> Int64Array:
+        """The records of these draws, int64 of the same length."""
+        epochs, places = np.divmod(ordinals, self.records)
+        found = np.empty_like(ordinals)
+        for epoch in np.unique(epochs).tolist():
+            inside = epochs == epoch
+            found[inside] = self._in_epoch(epoch, places[inside])
+        return found
+
+    def _in_epoch(self, epoch: int, places: Int64Array) -> Int64Array:
+        if self.records <= WINDOW:
+            return permute(places, self.records, self._keys("order", epoch))
+        line = np.empty_like(places)
+        windows = places // WINDOW
+        for window in np.unique(windows).tolist():
+            inside = windows == window
+            start = window * WINDOW
+            size = min(WINDOW, self.records - start)
+            line[inside] = start + permute(places[inside] - start, size, self._keys("window", epoch, window))
+        shards = self._line(epoch)
+        slots = np.searchsorted(shards.start, line, side="right") - 1
+        return shards.first[slots] + line - shards.start[slots]
+
+    def _line(self, epoch: int) -> _Line:
+        if epoch not in self._lines:
+            order = seeded_generator(self.seed, "shards", self.dataset, epoch).permutation(len(self._sizes))
+            sizes = self._sizes[order]
+            self._lines[epoch] = _Line(np.cumsum(sizes) - sizes, self._first[order])
+            while len(self._lines) > _EPOCHS_KEPT:
+                self._lines.popitem(last=False)
+        return self._lines[epoch]
+
+    def _keys(self, purpose: str, *number: int) -> npt.NDArray[np.uint64]:
+        stream = seeded_generator(self.seed, purpose, self.dataset, *number)
+        return stream.integers(0, 2**32, size=_FEISTEL_ROUNDS, dtype=np.uint64)
+
+
+def permute(values: Int64Array, size: int, keys: npt.NDArray[np.uint64]) -> Int64Array:
+    """Map distinct integers in [0, size) to distinct integers in [0, size): a keyed permutation without a table.
+
+    A balanced Feistel network on the smallest even number of bits that holds `size`; results outside are sent through
+    again (cycle walking) until they fall inside.
+    """
+    half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
+    low = np.uint64((1 << int(half)) - 1)
+    out = _feistel(values.astype(np.uint64), keys, half, low)
+    while (outside := out >= size).any():
+        out[outside] = _feistel(out[outside], keys, half, low)
+    return out.astype(np.int64)
+
+
+def _feistel(
+    values: npt.NDArray[np.uint64], keys: npt.NDArray[np.uint64], half: np.uint64, low: np.uint64
+) -> npt.NDArray[np.uint64]:
+    left, right = values >> half, values & low
+    for key in keys:
+        left, right = right, left ^ (_mix(right, key) & low)
+    return (left << half) | right
+
+
+def _mix(values: npt.NDArray[np.uint64], key: np.uint64) -> npt.NDArray[np.uint64]:
+    # A multiply-xorshift hash of 32 bits; the odd constants are those of the SplitMix and Murmur finalisers.
+    mixed = ((values ^ key) * np.uint64(0x85EBCA6B)) & _MASK32
+    mixed = ((mixed ^ (mixed >> np.uint64(13))) * np.uint64(0xC2B2AE35)) & _MASK32
+    return mixed ^ (mixed >> np.uint64(16))
+
+
+def seeded_generator(seed: int, *purpose: str | int) -> np.random.Generator:
+    """A counter-based random stream of its own for each purpose, made of texts and numbers."""
+    words = [seed, *(int.from_bytes(part.encode(), "big") if isinstance(part, str) else part for part in purpose)]
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence(words)))

@@ -27,9 +27,9 @@ import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
-from instructblip.data.remote import RemoteTars, remote_tars
-from instructblip.data.sample import Record
+from instructblip.data.records import Record
 from instructblip.errors import DamagedSample, UserError
+from instructblip.fetch.shard_cache import RemoteTars, remote_tars
 from instructblip.files import atomic_path, read_json, sha256_file, write_atomically
 
 Int64Array = npt.NDArray[np.int64]

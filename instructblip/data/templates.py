@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from instructblip.data.sample import Record
+from instructblip.data.records import Record
 from instructblip.errors import UserError
 
 TEMPLATE_FOLDER = Path(__file__).parents[2] / "datasets" / "templates"

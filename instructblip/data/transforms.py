@@ -7,28 +7,21 @@ scale (1, 1/2, 1/4 or 1/8) at which the crop still has at least the pixels that 
 antialiased bicubic kernel, which differs from Pillow's by one grey level at most and takes a sixth of the time.
 """
 
-import io
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, JpegImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
 from torch.nn import functional
 
-from instructblip.data.augment import Operation, apply_operations, draw_operations
-from instructblip.errors import DamagedSample
+from instructblip.images import FITS, decode_image, image_size, stack_frames, to_pixels
 
-MAX_PIXELS = 64_000_000  # decoding is refused above this: 192 MB as RGB
-_ORIENTATION = 0x0112  # EXIF; 5 to 8 lie on their side
 _CROP_RATIOS = (3 / 4, 4 / 3)  # width by height
 _CROP_TRIES = 10
-
-Fit = Callable[[Image.Image, int], Tensor]
 
 
 @dataclass(frozen=True)
@@ -46,85 +39,11 @@ class Augmentation:
     operations: tuple[int, int] | None = None
 
 
-# --- decoding --------------------------------------------------------------------------------------------------------
+class Operation(NamedTuple):
+    """A drawn operation: its name in `OPERATIONS` and its strength, sign included."""
 
-
-def decode_image(data: bytes, where: str, *, at_least: tuple[int, int] | None = None) -> Image.Image:
-    """Decode to RGB, upright.
-
-    Args:
-        data: an encoded PNG, JPEG, ...
-        where: named in the error (shard and key).
-        at_least: width and height, upright, that are enough: a JPEG may come out as small as that, but never smaller
-            unless it is.
-
-    Raises:
-        DamagedSample: not an image, cut short, or larger than `MAX_PIXELS`.
-    """
-    try:
-        image = _open(data, where)
-        if at_least is not None and isinstance(image, JpegImagePlugin.JpegImageFile):
-            image.draft("RGB", at_least[::-1] if _lies_on_its_side(image) else at_least)
-        ImageOps.exif_transpose(image, in_place=True)
-        image.load()
-        return image if image.mode == "RGB" else image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise _damaged(where, error) from None
-
-
-def image_size(data: bytes, where: str) -> tuple[int, int]:
-    """Width and height of the upright image, from its head alone.
-
-    Raises:
-        DamagedSample: as `decode_image`.
-    """
-    try:
-        image = _open(data, where)
-        return (image.height, image.width) if _lies_on_its_side(image) else image.size
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise _damaged(where, error) from None
-
-
-def _open(data: bytes, where: str) -> Image.Image:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        image = Image.open(io.BytesIO(data))
-    if image.width * image.height > MAX_PIXELS:
-        raise DamagedSample(
-            f"image {where} has {image.width} x {image.height} pixels, the limit is {MAX_PIXELS:,}; "
-            "prepare its dataset again, which leaves it out"
-        )
-    return image
-
-
-def _lies_on_its_side(image: Image.Image) -> bool:
-    return image.getexif().get(_ORIENTATION) in (5, 6, 7, 8)
-
-
-def _damaged(where: str, error: Exception) -> DamagedSample:
-    reason = "not an image" if isinstance(error, UnidentifiedImageError) else error
-    return DamagedSample(f"image {where} cannot be decoded ({reason}); prepare its dataset again")
-
-
-# --- the same for every draw ------------------------------------------------------------------------------------------
-
-
-def squash(image: Image.Image, size: int) -> Tensor:
-    """Resize to a square without keeping the aspect (`blip_image_eval` of the released code): uint8 (3, size, size)."""
-    return _pixels(image.resize((size, size), Image.Resampling.BICUBIC))
-
-
-def center_crop(image: Image.Image, size: int) -> Tensor:
-    """Resize the shorter side, keep the middle (`clip_image_eval` of the released code): uint8 (3, size, size)."""
-    scale = size / min(image.size)
-    width, height = (size if side == min(image.size) else int(side * scale) for side in image.size)
-    left, top = round((width - size) / 2), round((height - size) / 2)
-    resized = image.resize((width, height), Image.Resampling.BICUBIC)
-    return _pixels(resized.crop((left, top, left + size, top + size)))
-
-
-def _pixels(image: Image.Image) -> Tensor:
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+    name: str
+    strength: float
 
 
 # --- drawn ------------------------------------------------------------------------------------------------------------
@@ -203,13 +122,9 @@ def show_view(data: bytes, where: str, view: View, size: int) -> Tensor:
         pixels = pixels.flip(2)
     if view.operations:
         operated = apply_operations(Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy()), view.operations)
-        return _pixels(operated)
+        return to_pixels(operated)
     return pixels.contiguous()
 
-
-# --- by name ----------------------------------------------------------------------------------------------------------
-
-FITS: dict[str, Fit] = {"squash": squash, "center_crop": center_crop}
 
 # By the names of the released code. At level 5 the factor of brightness and of sharpness is 1: they change nothing there.
 AUGMENTATIONS: dict[str, Augmentation] = {
@@ -221,15 +136,6 @@ AUGMENTATIONS: dict[str, Augmentation] = {
 TRANSFORMS = (*FITS, *AUGMENTATIONS)
 
 
-def fit_frames(frames: Sequence[bytes], where: str, transform: str, size: int) -> Tensor:
-    """The frames of one sample under a transform that draws nothing: uint8 (F, 3, size, size).
-
-    Raises:
-        DamagedSample: as `decode_image`, or no frame.
-    """
-    return _stack([FITS[transform](decode_image(frame, where), size) for frame in frames], where)
-
-
 def augment_frames(
     frames: Sequence[bytes], where: str, transform: str, size: int, random: np.random.Generator, *, flip: bool = True
 ) -> Tensor:
@@ -239,12 +145,66 @@ def augment_frames(
         DamagedSample: as `decode_image`, or no frame.
     """
     if not frames:
-        return _stack([], where)
+        return stack_frames([], where)
     view = draw_view(AUGMENTATIONS[transform], image_size(frames[0], where), random, flip=flip)
-    return _stack([show_view(frame, where, view, size) for frame in frames], where)
+    return stack_frames([show_view(frame, where, view, size) for frame in frames], where)
 
 
-def _stack(frames: list[Tensor], where: str) -> Tensor:
-    if not frames:
-        raise DamagedSample(f"image {where} has no frame; prepare its dataset again")
-    return torch.stack(frames)
+_TOP_LEVEL = 10
+_SHEAR = 0.3  # at the top level; pixels sideways a pixel down
+_TRANSLATION = 10  # pixels
+_ROTATION = 30  # degrees
+_GREY = (128, 128, 128)
+_SKIPPED = 0.5
+
+
+def _affine(image: Image.Image, matrix: tuple[float, ...]) -> Image.Image:
+    """Map places of the result to places of the image by the first two rows of a matrix."""
+    return image.transform(
+        image.size, Image.Transform.AFFINE, matrix, resample=Image.Resampling.BILINEAR, fillcolor=_GREY
+    )
+
+
+OPERATIONS: dict[str, Callable[[Image.Image, float], Image.Image]] = {
+    "identity": lambda image, _: image,
+    "auto_contrast": lambda image, _: ImageOps.autocontrast(image),
+    "brightness": lambda image, factor: ImageEnhance.Brightness(image).enhance(factor),
+    "sharpness": lambda image, factor: ImageEnhance.Sharpness(image).enhance(factor),
+    "equalize": lambda image, _: ImageOps.equalize(image),
+    "shear_x": lambda image, shear: _affine(image, (1, -shear, 0, 0, 1, 0)),
+    "shear_y": lambda image, shear: _affine(image, (1, 0, 0, -shear, 1, 0)),
+    "translate_x": lambda image, pixels: _affine(image, (1, 0, pixels, 0, 1, 0)),
+    "translate_y": lambda image, pixels: _affine(image, (1, 0, 0, 0, 1, pixels)),
+    "rotate": lambda image, degrees: image.rotate(degrees, resample=Image.Resampling.BILINEAR, fillcolor=_GREY),
+}
+
+_NAMES = tuple(OPERATIONS)
+_SIGNED = {
+    "shear_x": _SHEAR,
+    "shear_y": _SHEAR,
+    "translate_x": _TRANSLATION,
+    "translate_y": _TRANSLATION,
+    "rotate": _ROTATION,
+}
+
+
+def draw_operations(random: np.random.Generator, count: int, level: int) -> tuple[Operation, ...]:
+    """Draw `count` operations at a level from 0 to 10; those that are left out do not appear.
+
+    Three numbers are drawn for each, used or not, so what one operation is does not shift the next one's numbers.
+    """
+    drawn = []
+    for _ in range(count):
+        name = _NAMES[int(random.integers(len(_NAMES)))]
+        skipped, sign = random.random() < _SKIPPED, 1.0 if random.random() < 0.5 else -1.0
+        factor = level / _TOP_LEVEL * 1.8 + 0.1  # of brightness and sharpness
+        if not skipped:
+            drawn.append(Operation(name, sign * _SIGNED[name] * level / _TOP_LEVEL if name in _SIGNED else factor))
+    return tuple(drawn)
+
+
+def apply_operations(image: Image.Image, operations: tuple[Operation, ...]) -> Image.Image:
+    """Apply drawn operations one after the other to an RGB image."""
+    for name, strength in operations:
+        image = OPERATIONS[name](image, strength)
+    return image

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from instructblip.data.coverage import RecordCounts
 from instructblip.errors import UserError
-from instructblip.evaluation.counts import RecordCounts
 from instructblip.evaluation.metrics import METRICS, ModelOutput, Score
 from instructblip.evaluation.protocol import EvaluationSample, Protocol, Task, as_json
 from instructblip.evaluation.statistics import score_interval

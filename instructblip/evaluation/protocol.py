@@ -3,22 +3,21 @@
 import hashlib
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from instructblip.data.card_evaluation import PRESETS, Evaluation, with_preset
 from instructblip.data.cards import Card
-from instructblip.data.sample import Record
+from instructblip.data.coverage import RecordCounts, prepared_counts
+from instructblip.data.records import Record
 from instructblip.data.shards import MANIFEST_NAME, PreparedSplit, ShardReader, open_split
-from instructblip.data.templates import render_prompt
+from instructblip.data.templates import MAX_OCR_TOKENS, render_prompt
 from instructblip.errors import UserError
-from instructblip.evaluation.card_protocol import describe_ocr, shows_ocr, stated
-from instructblip.evaluation.counts import RecordCounts, prepared_counts
 from instructblip.evaluation.metrics.records import NEED_SCORES, REFERENCES
 from instructblip.evaluation.submissions import SUBMISSIONS
-from instructblip.model.ranking import RANKING_PRESETS
+from instructblip.models.ranking import RANKING_PRESETS
 
 
 @dataclass(frozen=True)
@@ -195,7 +194,7 @@ def make_task(
     public = _answers_public(card, split, rules.metric, chosen)
     if public and rules.metric == "auroc":
         _check_labels(card, chosen)
-    choices = stated(rules, mode)
+    choices = protocol_fields(rules, mode)
     if choices["candidates_from"] == "card" and not choices["candidates"]:
         raise UserError(f"{card.name} has no candidates to rank; evaluate it with mode=generate")
     vocabulary = train_answers(card, shards) if choices["candidates_from"] == "train_answers" else ()
@@ -241,7 +240,7 @@ def make_validation_task(card: Card, shards: Path, *, samples: int | None) -> Ta
     return make_task(card, shards, split=rules.validation_split or rules.split, samples=samples)
 
 
-def withheld(task: Task) -> Task:
+def blind_task(task: Task) -> Task:
     """The same task as a blind baseline."""
     return replace(task, protocol=replace(task.protocol, images="withheld"))
 
@@ -374,3 +373,53 @@ def _samples_sha256(opened: PreparedSplit, samples: Sequence[EvaluationSample]) 
     for sample in samples:
         digest.update(sample.id.encode() + b"\n")
     return digest.hexdigest()
+
+
+_OWN_OCR = "the dataset's own"
+_FROM_CARD = (
+    "prompt",
+    "aggregate",
+    "normalize",
+    "include_eos",
+    "max_new_tokens",
+    "min_new_tokens",
+    "num_beams",
+    "length_penalty",
+    "repetition_penalty",
+    "transform",
+    "metric",
+)
+
+
+def protocol_fields(rules: Evaluation, mode: str) -> dict[str, Any]:
+    """The choices of a `Protocol`, by name, that follow from a card's evaluation in this mode."""
+    source = (rules.candidates_from or "card") if mode == "rank" else "none"
+    verbalizers = tuple((text, label) for label, synonyms in rules.verbalizers.items() for text in synonyms)
+    ranked = source == "card"
+    return {name: getattr(rules, name) for name in _FROM_CARD} | {
+        "mode": mode,
+        "candidates_from": source,
+        "candidates": rules.candidates + tuple(text for text, _ in verbalizers) if ranked else (),
+        "classes": rules.candidates + tuple(label for _, label in verbalizers) if ranked else (),
+        "verbalizers": verbalizers,
+    }
+
+
+def expected_shard_fields(rules: Evaluation) -> dict[str, Any]:
+    """What a card expects of choices that the prepared shards make; without those that it leaves open."""
+    expected: dict[str, Any] = {"frames": rules.frames}
+    if rules.ocr is not None or not shows_ocr(rules.prompt):
+        expected["ocr"] = describe_ocr(None) if shows_ocr(rules.prompt) else ""
+    return expected
+
+
+def shows_ocr(prompt: str) -> bool:
+    """Whether OCR tokens stand in a prompt."""
+    return "{ocr_tokens}" in prompt
+
+
+def describe_ocr(made_by: Mapping[str, Any] | None) -> str:
+    """Whose OCR tokens a prompt shows and how many at most; `made_by` is `options.ocr` of a manifest, None for own ones."""
+    made = "{library} {version} on {runtime}, lines of score {threshold} and above"
+    source = _OWN_OCR if made_by is None else made.format_map(made_by)
+    return f"{source}, the first {MAX_OCR_TOKENS}"

@@ -5,20 +5,19 @@ from pathlib import Path
 
 from rich.console import Console
 
-from instructblip.build import choose_device, frozen_fingerprints
-from instructblip.config import EvaluateConfig, check_at_least, to_dict
+from instructblip.config.schema import EvaluateConfig
+from instructblip.config.validate import check_at_least, to_dict
 from instructblip.data.cards import load_card
+from instructblip.data.prepare.command import shards_folder
 from instructblip.data.synthetic import NOTE
+from instructblip.distributed import Worker, choose_device, this_worker
 from instructblip.errors import UserError
-from instructblip.evaluation.distributed import Worker, this_worker
-from instructblip.evaluation.folder import claimed, refuse_others_results
+from instructblip.evaluation.journal import claimed, refuse_others_results
 from instructblip.evaluation.protocol import Task, check_choices, make_task
-from instructblip.evaluation.results import log_scores
-from instructblip.evaluation.suite import evaluate_tasks, finish_evaluation, image_reader
-from instructblip.loading import LoadedModel, find_source, load_model
-from instructblip.prepared import shards_folder
-from instructblip.training.loggers import make_logger
-from instructblip.weights.assets import cache_folder
+from instructblip.evaluation.suite import evaluate_tasks, finish_evaluation, image_reader, log_scores
+from instructblip.fetch.parts import cache_folder
+from instructblip.tracking import make_logger
+from instructblip.weights.load import LoadedModel, find_source, frozen_fingerprints, load_model
 
 
 def evaluate(config: EvaluateConfig, console: Console) -> None:

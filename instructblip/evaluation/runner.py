@@ -20,22 +20,19 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from instructblip.data.features import shard_pixels
-from instructblip.data.shards import ShardReader
+from instructblip.data.feature_cache import ReadImage, shard_pixels
+from instructblip.distributed import ALONE, Worker
 from instructblip.errors import DamagedSample, UserError
-from instructblip.evaluation.distributed import ALONE, Worker
 from instructblip.evaluation.journal import Journal, journal_keys
 from instructblip.evaluation.metrics.accuracy import normalize_answer
 from instructblip.evaluation.outcomes import Failure, Prediction, TaskResult, class_scores, score_task
 from instructblip.evaluation.protocol import EvaluationSample, Task
-from instructblip.evaluation.stored import PREDICTIONS
+from instructblip.evaluation.results_file import PREDICTIONS
 from instructblip.files import sha256_file
-from instructblip.model.instructblip import InstructBLIP
+from instructblip.models.instructblip import InstructBLIP
 from instructblip.progress import progress_bar
 
 logger = logging.getLogger(__name__)
-
-ReadImage = Callable[[ShardReader, int], Tensor]  # image tokens (F, P, V) or uint8 pixels (F, 3, H, W) of F frames
 Answer = tuple[str, tuple[float, ...], tuple[int, ...]]  # text, scores and what they are of, as in `Prediction`
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -167,7 +164,7 @@ def blank_image(image_size: int) -> Tensor:
     return torch.full((3, image_size, image_size), _GREY, dtype=torch.uint8)
 
 
-def read_pixels(image_size: int, transform: str = "squash") -> ReadImage:
+def read_pixels(image_size: int, transform: str = "resize_square") -> ReadImage:
     """A reader that decodes images, for use without a feature cache."""
     return partial(shard_pixels, image_size=image_size, transform=transform)
 
@@ -231,7 +228,7 @@ def _answer(
                 images = _blank(model, chunk) if blind else _images(model, chunk, pixels, journal, limit)
                 _check_failures(task, journal, tolerance)
                 for batch in cut_chunk(chunk, batch_size):
-                    journal.worker.look()
+                    journal.worker.poll_stop()
                     asked = [question for question in batch if question.sample.image_key in images]
                     if any(key not in journal for question in asked for key in question.keys):
                         pairs = [(question, images[question.sample.image_key]) for question in asked]

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from instructblip.data.sample import Record
+from instructblip.data.records import Record
 from instructblip.evaluation.metrics.records import ModelOutput
 from instructblip.evaluation.metrics.score import same_length
 from instructblip.evaluation.metrics.visdial import option_ranks

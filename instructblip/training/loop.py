@@ -4,111 +4,23 @@ A run is a sequence of phases; each has its own length, batch size, schedule and
 on through all of them, so one step number says where a run is.
 """
 
+import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
-from instructblip.data.batching import Batch, Batching, in_order_of_draws, split_further
+from instructblip.data.batching import Batch, in_order_of_draws, split_further
 from instructblip.errors import UserError
-from instructblip.model.instructblip import InstructBLIP, Loss
-from instructblip.training.flops import Work
-from instructblip.training.optim import learning_rate, set_learning_rate
-from instructblip.training.parallel import Execution
-
-
-@dataclass(frozen=True)
-class Phase:
-    """A stretch of training.
-
-    Attributes:
-        name: shown while it runs.
-        steps: optimiser steps.
-        batch_size: samples a step, over all ranks.
-        batching: how a rank's share of the batch is cut into forward passes.
-        learning_rate, warmup_steps, warmup_learning_rate, final_learning_rate: linear warm-up, then cosine, both within
-            the phase.
-        new_parts_scale: learning rate of what BERT does not bring (query tokens, cross-attention) as a multiple.
-        through_llm: False trains on the alignment loss, which skips the LLM's layers.
-        plateau_steps: None is a cosine of every step; a number is the released code's staircase of so long plateaus.
-    """
-
-    name: str
-    steps: int
-    batch_size: int
-    batching: Batching
-    learning_rate: float
-    warmup_steps: int
-    warmup_learning_rate: float
-    final_learning_rate: float
-    new_parts_scale: float
-    through_llm: bool
-    plateau_steps: int | None = None
-
-    def rate(self, step: int) -> float:
-        """Learning rate at a step of this phase."""
-        return learning_rate(
-            step,
-            steps=self.steps,
-            peak=self.learning_rate,
-            warmup_steps=self.warmup_steps,
-            start=self.warmup_learning_rate,
-            final=self.final_learning_rate,
-            plateau_steps=self.plateau_steps,
-        )
-
-
-class Place(NamedTuple):
-    """Where a global step lies: its phase, the step within it, and the first position of its batch."""
-
-    phase: Phase
-    step: int
-    position: int
-
-
-def locate(phases: Sequence[Phase], step: int) -> Place:
-    """Find a global step's phase.
-
-    Raises:
-        ValueError: beyond the last phase.
-    """
-    position, inside = 0, step
-    for phase in phases:
-        if inside < phase.steps:
-            return Place(phase, inside, position + inside * phase.batch_size)
-        inside -= phase.steps
-        position += phase.steps * phase.batch_size
-    raise ValueError(f"step {step} lies beyond the last phase")
-
-
-def rank_positions(
-    phases: Sequence[Phase], start_step: int, *, rank: int = 0, world_size: int = 1
-) -> Iterator[tuple[int, list[int]]]:
-    """For each remaining global step, the positions of this rank's share of the global batch.
-
-    Raises:
-        ValueError: a global batch does not divide among the ranks.
-    """
-    for step in range(start_step, total_steps(phases)):
-        place = locate(phases, step)
-        share, rest = divmod(place.phase.batch_size, world_size)
-        if rest:
-            raise ValueError(f"a global batch of {place.phase.batch_size} does not divide among {world_size} ranks")
-        first = place.position + rank * share
-        yield step, list(range(first, first + share))
-
-
-def step_batching(phases: Sequence[Phase], step: int) -> Batching:
-    """How the samples of a global step are cut into forward passes."""
-    return locate(phases, step).phase.batching
-
-
-def total_steps(phases: Iterable[Phase]) -> int:
-    """Optimiser steps of the whole run."""
-    return sum(phase.steps for phase in phases)
+from instructblip.models.instructblip import InstructBLIP, Loss
+from instructblip.training.optim import set_learning_rate
+from instructblip.training.parallel import StepContext
+from instructblip.training.plan.flops import StepWorkload
+from instructblip.training.schedule import Phase, StepPosition, locate
 
 
 class StepResult(NamedTuple):
@@ -132,12 +44,12 @@ class StepResult(NamedTuple):
     tokens: int
     ids: list[str]
     padding_fraction: float = 0.0
-    work: Work = Work()
+    work: StepWorkload = StepWorkload()
     skipped: bool = False
     stop_signal: int = 0
 
 
-_ALONE = Execution()
+_ALONE = StepContext()
 
 
 def train_step(
@@ -150,7 +62,7 @@ def train_step(
     rate: float,
     new_parts_scale: float = 1.0,
     clip_norm: float | None,
-    execution: Execution = _ALONE,
+    context: StepContext = _ALONE,
 ) -> StepResult:
     """One optimiser step over a global batch, of which `batches` are this rank's micro-batches.
 
@@ -162,19 +74,19 @@ def train_step(
             samples are named. Another rank is lost.
     """
     optimizer.zero_grad()
-    processes = execution.processes
-    if execution.equal_passes:
+    processes = context.processes
+    if context.equal_passes:
         batches = split_further(batches, max(processes.gather(len(batches))))
     with processes.watched():
-        losses = _backward(model, batches, execution, through_llm=through_llm, packed=packed)
-    result = _result(processes.gather(_report(batches, losses, execution.stop_signal())))
+        losses = _backward(model, batches, context, through_llm=through_llm, packed=packed)
+    result = _result(processes.gather(_report(batches, losses, context.stop_signal())))
     parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
     for parameter in parameters:
         parameter.grad.div_(result.tokens)  # type: ignore[union-attr]
     norm = float(nn.utils.clip_grad_norm_(parameters, math.inf if clip_norm is None else clip_norm))
     result = result._replace(grad_norm=norm)
     if not math.isfinite(result.loss) or not math.isfinite(norm):
-        if execution.skip_non_finite:
+        if context.skip_non_finite:
             return result._replace(skipped=True)
         raise UserError(
             f"{what_is_not_finite(result)}; lower recipe.phases[].learning_rate, look at these samples, "
@@ -192,12 +104,12 @@ def what_is_not_finite(result: StepResult) -> str:
 
 
 def _backward(
-    model: InstructBLIP, batches: Sequence[Batch], execution: Execution, *, through_llm: bool, packed: bool
+    model: InstructBLIP, batches: Sequence[Batch], context: StepContext, *, through_llm: bool, packed: bool
 ) -> list[Loss]:
     losses = []
     for number, batch in enumerate(batches, start=1):
-        with execution.accumulate(last=number == len(batches)):
-            loss = execution.forward(
+        with context.accumulate(last=number == len(batches)):
+            loss = context.forward(
                 model, batch.images, batch.instructions, batch.targets, through_llm=through_llm, packed=packed
             )
             loss.total.backward()
@@ -250,7 +162,7 @@ def _result(reports: Sequence[dict[str, Any]]) -> StepResult:
         tokens=tokens,
         ids=ids,
         padding_fraction=whole["padding"] / max(whole["positions"], 1),
-        work=Work(
+        work=StepWorkload(
             samples=len(ids),
             frames=whole["frames"],
             encoded=whole["encoded"],
@@ -271,8 +183,8 @@ def run_steps(
     start_step: int,
     seed: int,
     clip_norm: float | None,
-    after_step: Callable[[int, Place, float, StepResult], bool],
-    execution: Execution = _ALONE,
+    after_step: Callable[[int, StepPosition, float, StepResult], bool],
+    context: StepContext = _ALONE,
 ) -> int:
     """Train over `batches`, (global step, micro-batches) pairs; return the number of steps taken in the whole run.
 
@@ -285,7 +197,7 @@ def run_steps(
     done = start_step
     for step, micro_batches in batches:
         place = locate(phases, step)
-        torch.manual_seed(_step_seed(seed, step, execution.processes.rank))
+        torch.manual_seed(_step_seed(seed, step, context.processes.rank))
         rate = place.phase.rate(place.step)
         result = train_step(
             model,
@@ -296,7 +208,7 @@ def run_steps(
             rate=rate,
             new_parts_scale=place.phase.new_parts_scale,
             clip_norm=clip_norm,
-            execution=execution,
+            context=context,
         )
         done = step + 1
         if after_step(step, place, rate, result):
@@ -308,7 +220,9 @@ def _step_seed(seed: int, step: int, rank: int) -> int:
     return (seed * 1_000_003 + step + rank * 2**40) % 2**63
 
 
-def log_entry(step: int, place: Place, rate: float, result: StepResult, speed: dict[str, float]) -> dict[str, Any]:
+def log_entry(
+    step: int, place: StepPosition, rate: float, result: StepResult, speed: dict[str, float]
+) -> dict[str, Any]:
     """The line of metrics.jsonl for one step; `step` counts finished steps."""
     return {
         "step": step + 1,
@@ -322,3 +236,40 @@ def log_entry(step: int, place: Place, rate: float, result: StepResult, speed: d
         "sample_ids": result.ids,
         **speed,
     }
+
+
+TRACED_STEPS = 5
+
+
+@contextlib.contextmanager
+def traced_steps(first: int | None, folder: Path, say: Callable[[str], None]) -> Iterator[Callable[[int], None]]:
+    """Give a function to call after each step with the number of steps done; it begins and ends the trace.
+
+    Args:
+        first: the `TRACED_STEPS` steps after this one are traced; None traces nothing.
+        folder: gets trace.json.gz.
+        say: prints a line.
+    """
+    recorder: profile | None = None
+
+    def end() -> None:
+        nonlocal recorder
+        if recorder is not None:
+            recorder.stop()
+            recorder.export_chrome_trace(str(folder / "trace.json.gz"))
+            say(f"wrote {folder / 'trace.json.gz'}")
+            recorder = None
+
+    def after(done: int) -> None:
+        nonlocal recorder
+        if first is not None and done == first + TRACED_STEPS:
+            end()
+        elif done == first:
+            cuda = [ProfilerActivity.CUDA] if torch.cuda.is_available() else []
+            recorder = profile(activities=[ProfilerActivity.CPU, *cuda])
+            recorder.start()
+
+    try:
+        yield after
+    finally:
+        end()

@@ -1,10 +1,13 @@
 """The optimiser and its schedule (paper, section 3: AdamW, linear warm-up, cosine to zero)."""
 
+import contextlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from instructblip.models.instructblip import InstructBLIP
 
 # What BERT does not bring to a Q-Former. The projection is new too, but its weights are as small as the LLM's embeddings,
 # and a large rate would turn it over within a few steps.
@@ -63,3 +66,48 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float, new_parts_s
     """Give every parameter group the rate; `NEW_PARTS` get that multiple of it."""
     for group in optimizer.param_groups:
         group["lr"] = rate * (new_parts_scale if group["new"] else 1.0)
+
+
+class WeightAverage:
+    """`average = decay * average + (1 - decay) * weights` after each optimiser step (Polyak and Juditsky 1992).
+
+    Args:
+        model: whose trainable parameters are followed, from their present values on.
+        decay: 0.999 averages over about the last thousand steps.
+    """
+
+    def __init__(self, model: InstructBLIP, decay: float) -> None:
+        self.decay = decay
+        self._own = {name: value for name, value in model.named_parameters() if value.requires_grad}
+        self._average = {name: value.detach().clone() for name, value in self._own.items()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Follow the weights after a step."""
+        torch._foreach_lerp_(list(self._average.values()), list(self._own.values()), 1 - self.decay)
+
+    def state(self, trainable: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """`trainable`, a model's trainable state, with the averages in place of the weights."""
+        return {name: self._average.get(name, tensor) for name, tensor in trainable.items()}
+
+    @torch.no_grad()
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from saved averages."""
+        for name, value in self._average.items():
+            value.copy_(state[name])
+
+    @contextlib.contextmanager
+    def in_place(self) -> Iterator[None]:
+        """The model computes with the averages inside."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for name, value in self._own.items():
+            kept = value.detach().clone()
+            value.copy_(self._average[name])
+            self._average[name].copy_(kept)

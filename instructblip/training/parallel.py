@@ -10,27 +10,28 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
+from instructblip.distributed import Processes
 from instructblip.errors import UserError
-from instructblip.model.instructblip import InstructBLIP, Loss
-from instructblip.training.processes import Processes
+from instructblip.models.instructblip import InstructBLIP, Loss
 
 KINDS = ("single", "ddp", "fsdp")
 _RECOMPILE_LIMIT = 64
 
 
 @dataclass(frozen=True)
-class Execution:
+class StepContext:
     """How a step is carried out.
 
     Attributes:
@@ -181,10 +182,19 @@ def _shard_frozen(model: InstructBLIP, language: list[nn.Module], vision: list[n
         fully_shard(block, mesh=mesh, ignored_params=_tables(block))
     # A root above the blocks lets each be gathered while the one before it runs.
     for root in {id(root): root for root in _language_roots(model)}.values():
-        fully_shard(root, mesh=mesh, ignored_params=_unsharded(root))
-    fully_shard(model.vision.backbone, mesh=mesh, ignored_params=_unsharded(model.vision.backbone))
-    register_fsdp_forward_method(model.vision.backbone, "forward_features")
+        sharded = fully_shard(root, mesh=mesh, ignored_params=_unsharded(root))
+        root.register_forward_hook(partial(_end_without_gradient, sharded))
+    backbone = fully_shard(model.vision.backbone, mesh=mesh, ignored_params=_unsharded(model.vision.backbone))
+    register_fsdp_forward_method(backbone, "forward_features")
+    # Its passes never have a gradient. One that ends as soon as it has the layers it wants leaves a block gathered.
+    model.vision.register_forward_hook(lambda *_: backbone.reset_iter_state())
     model.llm.to(model.projection.weight.device)  # tables, norms and heads
+
+
+def _end_without_gradient(root: FSDPModule, *_: object) -> None:
+    """A forward hook: FSDP keeps notes of a pass until its backward pass; where none comes they would grow without bound."""
+    if not torch.is_grad_enabled():
+        root.reset_iter_state()
 
 
 def _language_roots(model: InstructBLIP) -> list[nn.Module]:
@@ -228,3 +238,6 @@ def _sum_gradients(_: object, bucket: dist.GradBucket) -> torch.futures.Future[T
     assert work is not None
     future: torch.futures.Future[Tensor] = work.get_future().then(lambda done: done.value()[0])
     return future
+
+
+PRECISIONS: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16}

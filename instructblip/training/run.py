@@ -9,15 +9,26 @@ from typing import Any
 
 from rich.console import Console
 
-from instructblip.build import check_frozen, choose_device, restore_trainable
-from instructblip.config import TrainConfig, differences, read_config, to_dict, to_yaml, unknown_key, valid_keys
+from instructblip.config.schema import TrainConfig
+from instructblip.config.validate import differences, read_config, to_dict, to_yaml, unknown_key, valid_keys
 from instructblip.data.batching import Batch
 from instructblip.data.loader import LoadedStep, load_batches
 from instructblip.data.lost import LostSample
+from instructblip.distributed import Processes, choose_device, start_processes
 from instructblip.errors import UserError
 from instructblip.files import write_atomically
-from instructblip.model.frozen import fingerprint_tensors
-from instructblip.training.checkpoint import (
+from instructblip.models.fingerprint import fingerprint_tensors
+from instructblip.progress import TrainingProgress, training_progress
+from instructblip.training.checks import check_batches, check_numbers
+from instructblip.training.loop import StepResult, log_entry, run_steps, traced_steps, what_is_not_finite
+from instructblip.training.parallel import PRECISIONS, StepContext, is_sharded, parallelize
+from instructblip.training.plan.tables import plan_summary, plan_table, shares_planned, shares_realised
+from instructblip.training.schedule import StepPosition, locate, rank_positions, step_batching, total_steps
+from instructblip.training.setup import TrainingRun, make_plan, set_up
+from instructblip.training.signals import Stopped, StopRequest
+from instructblip.training.timer import StepTimer, peak_memory
+from instructblip.training.validation import clear_stop_file, finish, run_validation
+from instructblip.weights.checkpoint import (
     LoadedCheckpoint,
     checkpoint_folders,
     load_checkpoint,
@@ -26,25 +37,7 @@ from instructblip.training.checkpoint import (
     remove_unfinished,
     restore_optimizer,
 )
-from instructblip.training.loop import (
-    Place,
-    StepResult,
-    locate,
-    log_entry,
-    rank_positions,
-    run_steps,
-    step_batching,
-    total_steps,
-    what_is_not_finite,
-)
-from instructblip.training.meters import StepTimer, TrainingProgress, peak_memory, training_progress
-from instructblip.training.parallel import Execution, is_sharded, parallelize
-from instructblip.training.processes import Processes, start_processes
-from instructblip.training.profile import traced_steps
-from instructblip.training.scoring import clear_notice_board, finish, validate
-from instructblip.training.setup import PRECISIONS, TrainingRun, check_batches, check_numbers, make_plan, set_up
-from instructblip.training.signals import Stopped, StopRequest
-from instructblip.training.tables import planned, shares_planned, shares_realised, verdict
+from instructblip.weights.load import check_frozen, restore_trainable
 
 _SAVE_FAILED = 255  # instead of a signal's number: rank 0 could not write a checkpoint
 # Settings that a resumed run may change: they decide how a run is carried out, not what it computes.
@@ -94,8 +87,8 @@ def train(config: TrainConfig, console: Console) -> int:
 def _print_plan(config: TrainConfig, console: Console) -> int:
     plan = make_plan(config)
     if os.environ.get("RANK", "0") == "0":
-        console.print(planned(plan, config.name))
-        for line in verdict(plan):
+        console.print(plan_table(plan, config.name))
+        for line in plan_summary(plan):
             console.print(line, markup=False, highlight=False, soft_wrap=True)
     return 0 if plan.fits else 1
 
@@ -122,16 +115,16 @@ def _train(config: TrainConfig, processes: Processes, stop: StopRequest, console
         console.print("stopped before the first step; run the same command again to begin", soft_wrap=True)
         return stop.exit_code
     start = _restore(run, checkpoint) if checkpoint else 0
-    clear_notice_board(run)
+    clear_stop_file(run)
     _check_equal(run)
-    execution = _execution(run, stop)
+    context = _step_context(run, stop)
+    unvalidated = checkpoint.state.get("unvalidated") if checkpoint else None
     if processes.is_first:
         write_atomically(folder / "config.yaml", to_yaml(config))
-        run.metrics.truncate_after(start)
+        run.metrics.truncate_after(start if unvalidated is None else start - 1)  # whose line is to be written anew
     console.print(shares_planned(run.mixture, run.phases))
-    unvalidated = checkpoint.state.get("unvalidated") if checkpoint else None
-    done = _train_steps(run, start, stop, execution, unvalidated)
-    if done < total_steps(run.phases) or stop.agreed:
+    done = _train_steps(run, start, stop, context, unvalidated)
+    if done < total_steps(run.phases) or stop.stop_signal:
         return _stopped(run, stop, done)
     console.print(shares_realised(run.mixture, run.phases, run.lost.counts))
     try:
@@ -205,8 +198,19 @@ def _restore(run: TrainingRun, checkpoint: LoadedCheckpoint) -> int:
     restore_optimizer(run.optimizer, run.names, checkpoint.path)
     if run.average:
         run.average.restore(checkpoint.average or checkpoint.model)
+    if not run.best.restore(checkpoint.state.get("best")):
+        _find_best(run, checkpoint.step)
     run.console.print(f"continuing {checkpoint.path} after step {checkpoint.step}", highlight=False, soft_wrap=True)
     return checkpoint.step
+
+
+def _find_best(run: TrainingRun, last: int) -> None:
+    """Look for the best step up to the last that counts, where no checkpoint kept which it is."""
+    if run.processes.is_first:
+        for entry in run.metrics.read():
+            if entry["step"] <= last:
+                run.best.see(entry)
+    run.best.restore(run.processes.gather(run.best.state())[0])
 
 
 def _check_equal(run: TrainingRun) -> None:
@@ -223,7 +227,7 @@ def _check_equal(run: TrainingRun) -> None:
 # --- steps -----------------------------------------------------------------------------------------------------------
 
 
-def _execution(run: TrainingRun, stop: StopRequest) -> Execution:
+def _step_context(run: TrainingRun, stop: StopRequest) -> StepContext:
     parallel, recipe = run.config.parallel, run.config.recipe
     wrapped = parallelize(
         run.model,
@@ -238,7 +242,7 @@ def _execution(run: TrainingRun, stop: StopRequest) -> Execution:
         ends = run.writer.failed and recipe.full_disk == "stop"
         return _SAVE_FAILED if ends else stop.received or 0
 
-    return Execution(
+    return StepContext(
         processes=run.processes,
         wrapped=wrapped,
         autocast=PRECISIONS[recipe.precision],
@@ -249,7 +253,7 @@ def _execution(run: TrainingRun, stop: StopRequest) -> Execution:
 
 
 def _train_steps(
-    run: TrainingRun, start: int, stop: StopRequest, execution: Execution, unvalidated: dict[str, Any] | None
+    run: TrainingRun, start: int, stop: StopRequest, context: StepContext, unvalidated: dict[str, Any] | None
 ) -> int:
     recipe, steps = run.config.recipe, total_steps(run.phases)
     batches = load_batches(
@@ -264,7 +268,7 @@ def _train_steps(
         traced_steps(run.config.profile_step if run.processes.is_first else None, run.folder, progress.say) as trace,
     ):
 
-        def after_step(step: int, place: Place, rate: float, result: StepResult) -> bool:
+        def after_step(step: int, place: StepPosition, rate: float, result: StepResult) -> bool:
             done = step + 1
             if run.average and not result.skipped:
                 run.average.update()
@@ -272,15 +276,15 @@ def _train_steps(
                 progress.say(f"step {done} is skipped: {what_is_not_finite(result)}")
             timer.step(result.samples, result.tokens, run.shape.total(result.work, through_llm=place.phase.through_llm))
             entry = log_entry(step, place, rate, result, _measures(timer, run))
-            stop.agreed = result.stop_signal or None
+            stop.stop_signal = result.stop_signal or None
             trace(done)
             # Alignment does not teach the LLM's layers to listen: its answers would say nothing yet.
             due = (
                 bool(run.validation and place.phase.through_llm) and done % recipe.validate_every == 0 and done < steps
             )
-            stopping = not _record(run, progress, entry, stop, due=due) or stop.agreed is not None
+            stopping = not _record(run, progress, entry, stop, due=due) or stop.stop_signal is not None
             progress.update(done, result.loss, timer.samples_per_second)
-            if done % recipe.checkpoint_every == 0 or done == steps or stopping or _is_best(run, done):
+            if done % recipe.checkpoint_every == 0 or done == steps or stopping or run.best.step == done:
                 _save(run, done, unvalidated=entry if due and "validation" not in entry else None)
             timer.start()
             return stopping
@@ -297,7 +301,7 @@ def _train_steps(
             seed=run.config.seed,
             clip_norm=recipe.clip_norm,
             after_step=after_step,
-            execution=execution,
+            context=context,
         )
     run.writer.wait()
     # None goes on while the first rank still writes: a launcher may end all processes with the first that ends.
@@ -310,12 +314,13 @@ def _record(
 ) -> bool:
     """Log a step, after its validation if that is due; False when a signal ended the validation: nothing is logged."""
     if due:
-        scores = validate(run, entry["step"], stop)
+        scores = run_validation(run, entry["step"], stop)
         if scores is None:
             return False
         shown = ", ".join(f"{name} {value:.1f}" for name, value in scores.items())
         progress.say(f"step {entry['step']}: validation {shown}")
         entry["validation"] = scores
+    run.best.see(entry)
     if run.processes.is_first:
         run.metrics.append(entry)
         run.logger.log({key: value for key, value in entry.items() if key != "sample_ids"}, entry["step"])
@@ -357,6 +362,9 @@ def _measures(timer: StepTimer, run: TrainingRun) -> dict[str, float]:
 
 
 def _save(run: TrainingRun, step: int, *, unvalidated: dict[str, Any] | None) -> None:
+    trainable = (
+        run.model.trainable_state()
+    )  # by all ranks: what one does alone with a model laid over all can part them
     if not run.processes.is_first:
         return
     problem = run.writer.problem()
@@ -364,30 +372,12 @@ def _save(run: TrainingRun, step: int, *, unvalidated: dict[str, Any] | None) ->
         raise problem
     if problem:
         run.console.print(f"{problem}; training goes on without it", markup=False, soft_wrap=True)
-    best = _best_step(run)
-    trainable = run.model.trainable_state()
     run.writer.save(
         step,
         model=trainable,
         optimizer=optimizer_tensors(run.optimizer, run.names),
         average=run.average.state(trainable) if run.average else None,
-        state={"frozen": run.frozen, "seed": run.config.seed, "lost": run.lost.state()}
+        state={"frozen": run.frozen, "seed": run.config.seed, "lost": run.lost.state(), "best": run.best.state()}
         | ({"unvalidated": unvalidated} if unvalidated else {}),
-        spare=[] if best is None else [best],
+        spare=[] if run.best.step is None else [run.best.step],
     )
-
-
-def _is_best(run: TrainingRun, step: int) -> bool:
-    return run.processes.is_first and _best_step(run) == step
-
-
-def _best_step(run: TrainingRun) -> int | None:
-    """The step with the best validation so far, the first of equals; None where the best is not kept."""
-    wanted = run.config.recipe.keep_best
-    if wanted is None:
-        return None
-    scored = [(entry["step"], entry["validation"]) for entry in run.metrics.read() if entry.get("validation")]
-    values = [
-        (sum(scores.values()) / len(scores) if wanted == "mean" else scores[wanted], -step) for step, scores in scored
-    ]
-    return -max(values)[1] if values else None

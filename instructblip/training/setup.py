@@ -10,37 +10,37 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from instructblip.architecture import parts_without_weights, vision_encoder
-from instructblip.build import build_model, choose_device, frozen_fingerprints
-from instructblip.config import LLMConfig, PhaseConfig, TrainConfig, check_at_least, to_dict
-from instructblip.data.batching import BATCHINGS, Batching, Length
+from instructblip.config.schema import TrainConfig
+from instructblip.config.validate import check_at_least, to_dict
+from instructblip.data.batching import Batching, Length
 from instructblip.data.cards import load_card
-from instructblip.data.features import FeatureCache
-from instructblip.data.loader import MixtureDataset, TrainingSet
+from instructblip.data.feature_cache import FeatureCache, ReadImage, cached_images, feature_cache
 from instructblip.data.lost import LostSamples
 from instructblip.data.mixture import Mixture
+from instructblip.data.mixture_dataset import MixtureDataset, TrainingSet
+from instructblip.data.prepare.command import shards_folder
+from instructblip.distributed import Processes, choose_device
 from instructblip.errors import UserError
 from instructblip.evaluation.protocol import Task, make_task, make_validation_task
-from instructblip.evaluation.runner import ReadImage, read_pixels
-from instructblip.evaluation.suite import cached_images, feature_cache
+from instructblip.evaluation.runner import read_pixels
+from instructblip.fetch.parts import cache_folder
 from instructblip.files import exclusive
-from instructblip.model.instructblip import InstructBLIP
-from instructblip.model.vision import ChannelNorm
-from instructblip.prepared import shards_folder
-from instructblip.training.average import WeightAverage
-from instructblip.training.data import check_data, make_images, make_mixture, mixture_cards, open_sets
-from instructblip.training.flops import GPUS, ModelShape, device_peak, model_shape
-from instructblip.training.loggers import Logger, make_logger
-from instructblip.training.loop import Phase
-from instructblip.training.meters import MetricsLog
-from instructblip.training.optim import make_adamw
-from instructblip.training.parallel import check_layout, is_sharded
-from instructblip.training.plan import Layout, Plan, plan_run, planned_phases
-from instructblip.training.processes import Processes
+from instructblip.models.instructblip import InstructBLIP
+from instructblip.models.vision import ChannelNorm
+from instructblip.tracking import Logger, make_logger
+from instructblip.training.checks import check_batches
+from instructblip.training.datasets import make_images, make_mixture, mixture_cards, open_sets
+from instructblip.training.metrics_log import BestStep, MetricsLog
+from instructblip.training.optim import WeightAverage, make_adamw
+from instructblip.training.parallel import PRECISIONS, check_layout, is_sharded
+from instructblip.training.plan.flops import GPUS, ModelShape, device_peak, model_shape
+from instructblip.training.plan.memory import Plan, PlanLayout, plan_run, planned_phases
+from instructblip.training.schedule import Phase
 from instructblip.training.writer import CheckpointWriter
-from instructblip.weights.assets import cache_folder
+from instructblip.weights.load import frozen_fingerprints
+from instructblip.weights.modules import parts_without_weights, vision_encoder
+from instructblip.weights.parts import build_model
 
-PRECISIONS: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16}
 _CALIBRATION_IMAGES = 256
 
 
@@ -68,101 +68,9 @@ class TrainingRun:
     shape: ModelShape
     peak_flops: float  # of all processes' devices together
     metrics: MetricsLog
+    best: BestStep
     logger: Logger
     writer: CheckpointWriter
-
-
-def check_numbers(config: TrainConfig) -> None:
-    """Refuse settings that no run can have, before anything is loaded.
-
-    Raises:
-        UserError: names the key.
-    """
-    check_data(config.data)
-    recipe = config.recipe
-    counts: dict[str, int | None] = {
-        "recipe.checkpoint_every": recipe.checkpoint_every,
-        "recipe.keep_checkpoints": recipe.keep_checkpoints,
-        "recipe.validate_every": recipe.validate_every,
-        "recipe.validation_samples": recipe.validation_samples,
-        "recipe.final_samples": recipe.final_samples,
-        "parallel.shard_size": config.parallel.shard_size,
-    }
-    for number, phase in enumerate(recipe.phases):
-        for name in ("steps", "batch_size", "micro_batch_size", "micro_batch_tokens", "plateau_steps"):
-            counts[f"recipe.phases.{number}.{name}"] = getattr(phase, name)
-        _check_batching(f"recipe.phases.{number}", phase, config.llm)
-    check_at_least(1, counts)
-    check_at_least(0, {"data.workers": config.data.workers, "profile_step": config.profile_step})
-    _check_rates(config)
-    _check_sharding(config)
-    if not recipe.phases:
-        raise UserError("recipe.phases is empty; give at least one phase")
-    if len(recipe.betas) != 2 or not all(0 <= beta < 1 for beta in recipe.betas):
-        raise UserError(f"recipe.betas={recipe.betas} must be two numbers from 0 to below 1, such as [0.9, 0.999]")
-    if recipe.average_decay is not None and not 0 <= recipe.average_decay < 1:
-        raise UserError(f"recipe.average_decay={recipe.average_decay} must be from 0 to below 1, such as 0.999")
-    if recipe.keep_best not in (None, "mean", *config.suite.held_in):
-        raise UserError(
-            f"recipe.keep_best={recipe.keep_best} is no dataset of suite.held_in; name one of them, or mean"
-        )
-    choices = {
-        "recipe.precision": (recipe.precision, PRECISIONS),
-        "recipe.non_finite": (recipe.non_finite, ("stop", "skip")),
-        "recipe.full_disk": (recipe.full_disk, ("stop", "continue")),
-    }
-    for key, (value, known) in choices.items():
-        if value not in known:
-            raise UserError(f"{key}={value} is none of {', '.join(known)}")
-
-
-def _check_rates(config: TrainConfig) -> None:
-    positive = {"recipe.clip_norm": config.recipe.clip_norm, "parallel.timeout": config.parallel.timeout}
-    not_negative: dict[str, float] = {"recipe.weight_decay": config.recipe.weight_decay}
-    for number, phase in enumerate(config.recipe.phases):
-        key = f"recipe.phases.{number}"
-        positive |= {f"{key}.learning_rate": phase.learning_rate, f"{key}.new_parts_scale": phase.new_parts_scale}
-        for name in ("warmup_steps", "warmup_learning_rate", "final_learning_rate"):
-            not_negative[f"{key}.{name}"] = getattr(phase, name)
-    for key, value in positive.items():
-        if value is not None and not 0 < value < math.inf:
-            raise UserError(f"{key}={value} must be above 0")
-    for key, value in not_negative.items():
-        if not 0 <= value < math.inf:
-            raise UserError(f"{key}={value} must not be below 0")
-
-
-def _check_sharding(config: TrainConfig) -> None:
-    if config.parallel.kind == "fsdp" and config.llm.quantization is not None:
-        raise UserError(
-            f"parallel=fsdp shards parameters, and the weights of an {config.llm.quantization} LLM are none; "
-            "use parallel=ddp, or leave llm.quantization out"
-        )
-
-
-def _check_batching(key: str, phase: PhaseConfig, llm: LLMConfig) -> None:
-    if phase.batching not in BATCHINGS:
-        raise UserError(f"{key}.batching={phase.batching} is none of {', '.join(BATCHINGS)}")
-    if phase.batching == "fixed" and phase.micro_batch_tokens is not None:
-        raise UserError(f"{key}.micro_batch_tokens limits no fixed batches; set {key}.batching=bucketed or packed")
-    if phase.batching == "packed" and llm.kind != "decoder":
-        raise UserError(f"{key}.batching=packed needs a decoder-only LLM, llm={llm.name} is none; set it to bucketed")
-    if phase.batching == "packed" and not phase.through_llm:
-        raise UserError(f"{key}.batching=packed packs rows of the LLM, which the phase leaves out; set it to fixed")
-
-
-def check_batches(config: TrainConfig, world_size: int) -> None:
-    """Refuse a number of processes that a global batch does not divide among.
-
-    Raises:
-        UserError: names the phase.
-    """
-    for number, phase in enumerate(config.recipe.phases):
-        if phase.batch_size % world_size:
-            raise UserError(
-                f"recipe.phases.{number}.batch_size={phase.batch_size} does not divide among {world_size} processes; "
-                "start another number of them"
-            )
 
 
 def make_plan(config: TrainConfig) -> Plan:
@@ -178,7 +86,7 @@ def make_plan(config: TrainConfig) -> Plan:
     check_layout(config.parallel.kind, config.parallel.shard_size, gpus := _planned_gpus(config))
     check_at_least(1, {"plan_gpus": gpus})
     check_batches(config, gpus)
-    layout = Layout(
+    layout = PlanLayout(
         gpu=GPUS[config.plan_gpu],
         gpus=gpus,
         mfu=config.plan_mfu,
@@ -252,6 +160,7 @@ def set_up(config: TrainConfig, folder: Path, processes: Processes, console: Con
         shape=_shape(config, model),
         peak_flops=processes.world_size * _peak_flops(config, model, processes),
         metrics=MetricsLog(folder / "metrics.jsonl"),
+        best=BestStep(config.recipe.keep_best),
         logger=make_logger(
             config.logger.kind if processes.is_first else "none",
             mode=config.logger.mode,

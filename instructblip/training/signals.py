@@ -24,15 +24,15 @@ class StopRequest:
 
     Attributes:
         received: the signal that this process got.
-        agreed: the one that all processes of the run know of and act on. A signal that came after they last spoke to each
-            other waits for the next time: a process that acted on it alone would leave the others waiting.
+        stop_signal: the one that all processes of the run know of and act on. A signal that came after they last spoke to
+            each other waits for the next time: a process that acted on it alone would leave the others waiting.
     """
 
     def __init__(self) -> None:
         self.received: int | None = None
-        self.agreed: int | None = None
+        self.stop_signal: int | None = None
         self._at_once = False
-        self._notice_board: Path | None = None
+        self._stop_file: Path | None = None
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> Self:
@@ -45,36 +45,36 @@ class StopRequest:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     @contextlib.contextmanager
-    def at_once(self, notice_board: Path | None = None) -> Iterator[None]:
+    def at_once(self, stop_file: Path | None = None) -> Iterator[None]:
         """Raise `Stopped` inside, as soon as a signal comes; before, if one has come already.
 
         Args:
-            notice_board: a file that is not there yet. Processes that do not speak to each other meanwhile tell each
-                other of a signal by it: who gets one writes it, the others see it when they call `look`.
+            stop_file: a file that is not there yet. Processes that do not speak to each other meanwhile tell each
+                other of a signal by it: who gets one writes it, the others see it when they call `poll_stop`.
         """
-        self._at_once, self._notice_board = True, notice_board
+        self._at_once, self._stop_file = True, stop_file
         try:
             if self.received is not None:
                 raise Stopped
             yield
         except Stopped:
-            if notice_board is not None and self.received is not None:
-                write_atomically(notice_board, str(self.received))
+            if stop_file is not None and self.received is not None:
+                write_atomically(stop_file, str(self.received))
             raise
         finally:
-            self._at_once, self._notice_board = False, None
+            self._at_once, self._stop_file = False, None
 
-    def look(self) -> None:
-        """Raise `Stopped` where the notice board says that another process was told to stop."""
-        if self._notice_board is not None and self._notice_board.exists():
+    def poll_stop(self) -> None:
+        """Raise `Stopped` where the stop file says that another process was told to stop."""
+        if self._stop_file is not None and self._stop_file.exists():
             self._at_once = False
-            self.agreed = int(self._notice_board.read_text())
+            self.stop_signal = int(self._stop_file.read_text())
             raise Stopped
 
     @property
     def exit_code(self) -> int:
         """128 + signal number, as a shell reports a process that a signal ended."""
-        return 128 + (self.agreed or self.received or 0)
+        return 128 + (self.stop_signal or self.received or 0)
 
     def _notice(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None and number == signal.SIGINT:

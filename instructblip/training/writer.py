@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from instructblip.errors import UserError
-from instructblip.training.checkpoint import save_checkpoint
+from instructblip.weights.checkpoint import save_checkpoint
 
 
 class CheckpointWriter:

@@ -22,25 +22,25 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from instructblip.build import load_run
-from instructblip.config import ModelConfig
+from instructblip.config.schema import ModelConfig
 from instructblip.errors import UserError
 from instructblip.files import atomic_folder, atomic_path
-from instructblip.loading import LoadedModel, huggingface_source, llm_config, load_model
-from instructblip.model.instructblip import InstructBLIP
-from instructblip.weights.huggingface import SIDECAR, read_settings
-from instructblip.weights.huggingface_export import save_huggingface
+from instructblip.models.instructblip import InstructBLIP
 from instructblip.weights.lavis import LN_VISION_EPS, load_lavis, read_lavis, save_lavis
+from instructblip.weights.load import LoadedModel, huggingface_source, llm_config, load_model, load_run
+from instructblip.weights.names import SIDECAR
 from instructblip.weights.native import CONFIG, parts_config, save_native, save_parts, write_config
 from instructblip.weights.parity import (
     Trace,
     Traces,
-    differences,
     model_dtype,
     rounding_bounds,
+    stage_differences,
     traces_huggingface,
     traces_native,
 )
+from instructblip.weights.transformers_read import read_settings
+from instructblip.weights.transformers_write import save_huggingface
 
 FORMATS = ("huggingface", "lavis", "native")
 EXIT_DIFFERS, EXIT_USER_ERROR = 1, 2
@@ -72,7 +72,7 @@ class Certificate(NamedTuple):
     @classmethod
     def of(cls, dtype: torch.dtype, source: Trace, target: Trace, bounds: Mapping[str, float]) -> "Certificate":
         """Compare two traces, stage by stage."""
-        found = differences(source, target)
+        found = stage_differences(source, target)
         return cls(dtype, [Row(stage, found[stage], bounds[stage]) for stage in found])
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from instructblip.errors import UserError
-from instructblip.model.qformer import QFormer, QFormerLayer
+from instructblip.models.qformer import QFormer, QFormerLayer
 
 _ATTENTION = {
     "query": "attention.self.query",

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from instructblip.errors import UserError
 from instructblip.files import atomic_path
-from instructblip.model.instructblip import InstructBLIP
-from instructblip.model.llm import EncoderDecoderLLM
+from instructblip.models.instructblip import InstructBLIP
+from instructblip.models.llm import EncoderDecoderLLM
 from instructblip.weights.names import LAVIS_ALIASES, PROJECTIONS, check_tensors, foreign_names, is_ignored
 
 logger = logging.getLogger(__name__)

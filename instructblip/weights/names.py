@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from instructblip.errors import UserError
+from instructblip.models.vision import VisionEncoder
 
 Format = Literal["lavis", "huggingface"]
 
@@ -214,3 +215,12 @@ def check_tensors(expected: Mapping[str, torch.Size], found: Mapping[str, Tensor
 
 def _first(names: list[str]) -> str:
     return names[0] if len(names) == 1 else f"{names[0]} (and {len(names) - 1} more)"
+
+
+SIDECAR = "instructblip.json"
+SIDECAR_FORMAT = 1
+LLM_TOKENIZER = "llm_tokenizer"
+
+
+def backbone_state(vision: VisionEncoder) -> dict[str, Tensor]:
+    return {f"vision.backbone.{name}": tensor for name, tensor in vision.backbone.state_dict().items()}

@@ -10,13 +10,14 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from instructblip.build import frozen_fingerprints
-from instructblip.config import LLMConfig, ModelConfig, QFormerConfig, SourcesConfig, VisionConfig, to_yaml
+from instructblip._transformers import quiet_transformers
+from instructblip.config.schema import LLMConfig, ModelConfig, QFormerConfig, SourcesConfig, VisionConfig
+from instructblip.config.validate import to_yaml
 from instructblip.files import write_atomically, write_json
-from instructblip.model.instructblip import InstructBLIP
-from instructblip.training.checkpoint import save_checkpoint
-from instructblip.weights.convert import quiet_transformers
-from instructblip.weights.huggingface import Settings
+from instructblip.models.instructblip import InstructBLIP
+from instructblip.weights.checkpoint import save_checkpoint
+from instructblip.weights.load import frozen_fingerprints
+from instructblip.weights.transformers_read import Settings
 
 CONFIG = "config.yaml"
 
@@ -69,7 +70,7 @@ def save_parts(model: InstructBLIP, settings: Settings, folder: Path, *, with_ll
         model.qformer_tokenizer.save_pretrained(folder / "qformer")
         if with_llm:
             model.llm.model.save_pretrained(folder / "llm")
-            model.llm.tokenizer.save_pretrained(folder / "llm")
+            model.llm.prompt_format.tokenizer.save_pretrained(folder / "llm")
     write_json(folder / "qformer/config.json", bert)
 
 

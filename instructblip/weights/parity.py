@@ -21,10 +21,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from instructblip._transformers import quiet_transformers
 from instructblip.files import read_json
-from instructblip.model.instructblip import InstructBLIP
-from instructblip.weights.convert import quiet_transformers
-from instructblip.weights.huggingface import SIDECAR, read_config
+from instructblip.models.instructblip import InstructBLIP
+from instructblip.weights.names import SIDECAR
+from instructblip.weights.transformers_read import read_transformers_config
 
 INSTRUCTION = "Question: what color is the shape in the image? Short answer:"
 SHORT_INSTRUCTION = "what is it?"  # beside the other it has to be padded
@@ -60,7 +61,7 @@ class Traces(NamedTuple):
     float32: Trace
 
 
-def differences(source: Trace, target: Trace) -> dict[str, float]:
+def stage_differences(source: Trace, target: Trace) -> dict[str, float]:
     """Largest absolute difference at each stage; infinite where the shapes differ, NaN where one side has a NaN.
 
     Of two vocabularies only the words that both have are compared: a transformers folder may have got `<image>`.
@@ -107,10 +108,10 @@ def trace_native(model: InstructBLIP) -> Trace:
         text, mask = encoded["input_ids"], encoded["attention_mask"]
     queries = model.qformer(images, text, mask)
     projected = model.projection(queries)
-    answers = [model.llm.target_ids(ANSWER)] * _BATCH
+    answers = [model.llm.prompt_format.target_ids(ANSWER)] * _BATCH
     states = model.llm.answer_states(model.llm.prefixes(projected, [INSTRUCTION] * len(projected)), answers)
     prefixes = model.llm.prefixes(model.visual_prompt(tokens[:, None], _UNEQUAL), _UNEQUAL)
-    padded = model.llm.open_prompts(prefixes).last_BL
+    padded = model.llm.prefill(prefixes).last_BL
     return _trace(images, queries, projected, model.llm.logits(states.hidden_SL), model.llm.logits(padded))
 
 
@@ -140,7 +141,7 @@ def trace_huggingface(folder: Path, *, pad_as_saved: bool = False) -> Trace:
 
 
 def _open_huggingface(folder: Path) -> Any:
-    read_config(folder)
+    read_transformers_config(folder)
     with quiet_transformers():
         return InstructBlipForConditionalGeneration.from_pretrained(folder).eval()
 
@@ -226,7 +227,7 @@ def _token_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[list[i
     `instructblip.json` tells what has to be written around the visual tokens and before the answer.
     """
     said = _said_of_text(folder)
-    queries: list[int | None] = [None] * read_config(folder).num_query_tokens
+    queries: list[int | None] = [None] * read_transformers_config(folder).num_query_tokens
     before = tokenizer(said.get("image_prefix", ""), add_special_tokens=False)["input_ids"]
     prompt = tokenizer(said.get("prompt_prefix", "") + INSTRUCTION + said.get("prompt_suffix", ""))["input_ids"]
     answer = tokenizer(said.get("answer_prefix", "") + ANSWER, add_special_tokens=False)["input_ids"]

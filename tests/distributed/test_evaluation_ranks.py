@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
+from instructblip.distributed import ALONE, Worker, this_worker
 from instructblip.errors import UserError
 from instructblip.evaluation import journal
-from instructblip.evaluation.distributed import ALONE, Worker, this_worker
-from tests.runs import World, evaluate_here, predictions, run, start
+from tests.kit.runs import World, evaluate_here, predictions, run, start
 
 OVERRIDES = ("samples=10", "batch_size=1")
 

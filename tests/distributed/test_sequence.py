@@ -6,11 +6,12 @@ from functools import partial
 
 import pytest
 
-from instructblip.data import order
+from instructblip.data import mixture as order
 from instructblip.data.batching import Batching
-from instructblip.data.loader import LoadedStep, MixtureDataset, load_batches
-from instructblip.training.loop import Phase, rank_positions, step_batching, total_steps
-from tests.mixtures import jpeg, mixture_of, write_split
+from instructblip.data.loader import LoadedStep, load_batches
+from instructblip.data.mixture_dataset import MixtureDataset
+from instructblip.training.schedule import Phase, rank_positions, step_batching, total_steps
+from tests.kit.mixtures import jpeg, mixture_of, write_split
 
 
 def _phase(steps: int, batch_size: int, micro_batch_size: int) -> Phase:

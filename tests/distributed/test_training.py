@@ -1,4 +1,4 @@
-"""Two ranks compute what one process computes: same sample ids, losses and weights within rounding, DDP and FSDP2."""
+"""Several ranks compute what one process computes: same sample ids, losses and weights within rounding, DDP and FSDP2."""
 
 import gc
 import weakref
@@ -9,18 +9,23 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
 
 from instructblip.training import parallel as parallel_module
 from instructblip.training import run as run_module
-from tests.runs import World, read_lines, run, run_ranks, scores, start_ranks
+from tests.kit.runs import World, read_lines, run, run_ranks, scores, start_ranks
 
 STEPS = 20
+SAVED = (5, 10, 15, 20)
+ENCODING = "data.cache_features=false"
 RECIPE = (
     "recipe.phases=["
-    "{name: alignment, steps: 5, batch_size: 6, micro_batch_size: null, learning_rate: 1e-4, through_llm: false}, "
-    "{name: instruction, steps: 15, batch_size: 6, batching: fixed, micro_batch_size: null, learning_rate: 1e-4}]",
+    "{name: alignment, steps: 5, batch_size: 8, micro_batch_size: null, learning_rate: 1e-4, through_llm: false}, "
+    "{name: instruction, steps: 15, batch_size: 8, batching: fixed, micro_batch_size: null, learning_rate: 1e-4}]",
     "recipe.validate_every=10",
-    "recipe.checkpoint_every=8",
+    "recipe.checkpoint_every=5",
+    "recipe.keep_checkpoints=4",
+    "+recipe.keep_best=mean",
     "suite.held_in=[easy_vqa_shape]",
     "suite.held_out=[]",
     "recipe.final_samples=2",
@@ -40,6 +45,14 @@ def alone(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output / "demo"
 
 
+@pytest.fixture(scope="module")
+def alone_encoding(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of one process that encodes its images anew in every step."""
+    output = tmp_path_factory.mktemp("alone_encoding")
+    run(world, "train.py", *overrides(world, output, ENCODING), cwd=output)
+    return output / "demo"
+
+
 def assert_like(found: Path, expected: Path) -> None:
     lines, others = read_lines(found / "metrics.jsonl"), read_lines(expected / "metrics.jsonl")
     for key in ("step", "sample_ids", "tokens", "lr", "phase"):
@@ -49,10 +62,11 @@ def assert_like(found: Path, expected: Path) -> None:
         assert line["loss"] == pytest.approx(other["loss"], abs=1e-6 * max(1, other["loss"]))
         assert line["loss_by_dataset"] == pytest.approx(other["loss_by_dataset"], rel=1e-5)
         assert line.get("validation") == other.get("validation")
-    file = f"checkpoints/step_{STEPS:08d}/model.safetensors"
-    weights, their = load_file(found / file), load_file(expected / file)
-    assert weights.keys() == their.keys()
-    assert max(float((weights[name].double() - their[name].double()).abs().max()) for name in weights) < 1e-5
+    for step in SAVED:
+        file = f"checkpoints/step_{step:08d}/model.safetensors"
+        weights, their = load_file(found / file), load_file(expected / file)
+        assert weights.keys() == their.keys()
+        assert max(float((weights[name].double() - their[name].double()).abs().max()) for name in weights) < 1e-5
     assert scores(found / "evaluation") == scores(expected / "evaluation")
 
 
@@ -69,6 +83,37 @@ def test_two_ranks_are_like_one(world: World, alone: Path, tmp_path: Path, paral
     assert_like(tmp_path / "demo", alone)
     assert printed[1] == ""  # the first rank speaks and writes for all
     assert "metrics.jsonl" in printed[0]
+
+
+@pytest.mark.parametrize(("ranks", "shard_size"), [(2, 2), (4, 2)])
+def test_ranks_that_share_the_encoder_too_are_like_one(
+    world: World, alone_encoding: Path, tmp_path: Path, ranks: int, shard_size: int
+) -> None:
+    """Whatever one rank does to save a checkpoint, all of them gather the same blocks in the steps that follow."""
+    sharded = (ENCODING, "parallel=fsdp", f"parallel.shard_size={shard_size}", "parallel.timeout=60")
+    arguments = overrides(world, tmp_path, *sharded)
+    commands = start_ranks(world, "train.py", *arguments, cwd=tmp_path, ranks=ranks, before=watch_the_passes)
+    ends = [command.wait() for command in commands]
+    assert ends == [0] * ranks, "".join(command.output for command in commands)
+    assert_like(tmp_path / "demo", alone_encoding)
+
+
+def watch_the_passes() -> None:
+    """No block stays gathered between steps, and FSDP's notes of the passes do not grow with the steps."""
+    save = run_module._save
+
+    def watched(training: Any, step: int, **options: Any) -> None:
+        model = training.model
+        for root in (model.vision.backbone, model.llm.model.base_model):
+            assert all(
+                isinstance(parameter, DTensor)
+                for block in parallel_module.blocks_of(root)
+                for parameter in block.parameters()
+            )
+            assert not getattr(root._get_fsdp_state()._comm_ctx, "post_forward_order", [])  # none before the first pass
+        save(training, step, **options)
+
+    run_module._save = watched
 
 
 def watch_the_sharding() -> None:

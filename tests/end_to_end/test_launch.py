@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.runs import REPOSITORY, World, read_lines
+from tests.kit.runs import REPOSITORY, World, read_lines
 
 SCRIPTS = sorted((REPOSITORY / "launch").iterdir())
 SECONDS = 180

@@ -12,9 +12,9 @@ import pytest
 from instructblip.data.cards import all_cards, load_card
 from instructblip.evaluation.protocol import Task, chance_level
 from instructblip.evaluation.runner import read_pixels, run_task
-from instructblip.model.instructblip import InstructBLIP
-from tests.synthetic_tasks import Oracle, read_number, synthetic_task
-from tests.tiny import IMAGE_SIZE, tiny_model
+from instructblip.models.instructblip import InstructBLIP
+from tests.kit.synthetic_tasks import Oracle, read_number, synthetic_task
+from tests.kit.tiny import IMAGE_SIZE, tiny_model
 
 EVALUATED = [card.name for card in all_cards() if card.evaluation is not None]
 BEST = {"cider": 1000.0}  # CIDEr-D is 10 at most, and papers print it times 100

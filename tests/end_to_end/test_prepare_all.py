@@ -9,14 +9,14 @@ import webdataset
 from PIL import Image
 from rich.console import Console
 
-from instructblip.config import PrepareConfig
-from instructblip.data.audit import audit_prepared
+from instructblip.config.schema import PrepareConfig
 from instructblip.data.cards import Card, all_cards, load_card
-from instructblip.data.prepare import check_prepared
-from instructblip.data.sample import Record
+from instructblip.data.prepare.audit import audit_prepared
+from instructblip.data.prepare.command import prepare
+from instructblip.data.prepare.convert import check_prepared
+from instructblip.data.records import Record
 from instructblip.data.shards import open_split
-from instructblip.prepared import prepare
-from tests.all_datasets import SOURCES, prepare_source
+from tests.kit.all_datasets import SOURCES, prepare_source
 
 VIEWS = ("vqav2_question_generation", "okvqa_question_generation", "aokvqa_question_generation")
 

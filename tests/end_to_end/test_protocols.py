@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from instructblip.config import CONFIGS, EvaluateConfig
+from instructblip.config.schema import CONFIGS, EvaluateConfig
 from instructblip.data.cards import load_card
-from tests.runs import World, compose, evaluate_here, read_lines
+from tests.kit.runs import World, compose, evaluate_here, read_lines
 
 SUITES = ("held_out", "held_in")
 

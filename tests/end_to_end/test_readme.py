@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 
 from instructblip.weights.__main__ import main as convert
-from tests.families import write_llm
-from tests.runs import REPOSITORY, World, run
-from tests.tiny import tiny_huggingface
+from tests.kit.families import write_llm
+from tests.kit.runs import REPOSITORY, World, run
+from tests.kit.tiny import tiny_huggingface
 
 SETUP = ("pip install -r requirements.txt && python train.py", "pip install -r requirements.txt && python -m pytest")
 SCRIPTS = ("train.py", "evaluate.py", "prepare.py")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.end_to_end.test_readme import COMMANDS
-from tests.runs import REPOSITORY, SECONDS, World
+from tests.kit.runs import REPOSITORY, SECONDS, World
 
 
 @pytest.mark.parametrize("line", [line for line in COMMANDS if "benchmarks/" in line])

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from instructblip.evaluation.report import Report, ReportSection, write_report
-from tests.browser import Browser, browser
+from instructblip.evaluation.report.page import Report, ReportSection, write_report
+from tests.kit.browser import Browser, browser
 from tests.unit.test_report import example, row
 
 _VISIBLE = """[...document.querySelectorAll(".example")].filter((e) => e.checkVisibility())

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from instructblip.config import EvaluateConfig, TrainConfig
+from instructblip.config.schema import EvaluateConfig, TrainConfig
 from instructblip.data.cards import all_cards, load_card
 from instructblip.training.run import train
-from tests.runs import World, compose, evaluate_here, one_thread, read_lines
+from tests.kit.runs import World, compose, evaluate_here, one_thread, read_lines
 
 PAPER_HELD_IN = {
     card.name

@@ -10,12 +10,12 @@ from pathlib import Path
 import hydra
 import pytest
 
-from instructblip.config import CONFIGS
+from instructblip.config.schema import CONFIGS
 from instructblip.errors import UserError
-from instructblip.evaluation.compare import compare_runs
-from instructblip.evaluation.stored import read_run
-from instructblip.evaluation.table import score_table
-from tests.runs import REPOSITORY, World, evaluate_here, run, scores
+from instructblip.evaluation.report.compare import compare_runs
+from instructblip.evaluation.report.table import score_table
+from instructblip.evaluation.results_file import read_run
+from tests.kit.runs import REPOSITORY, World, evaluate_here, run, scores
 
 HAS_LAUNCHER = importlib.util.find_spec("submitit") is not None
 SUITE = "suite.held_in=[easy_vqa_shape]", "suite.held_out=[]"

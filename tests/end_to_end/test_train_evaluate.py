@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.runs import (
+from tests.kit.runs import (
     DATASETS,
     FINAL_SAMPLES,
     REPOSITORY,

@@ -6,14 +6,14 @@ from typing import Any, NoReturn
 
 import pytest
 
+from instructblip.distributed import ALONE
 from instructblip.errors import UserError
 from instructblip.evaluation import run as evaluation
-from instructblip.evaluation import table
-from instructblip.evaluation.distributed import ALONE
-from instructblip.evaluation.folder import claimed
-from instructblip.loading import FrozenPart, LoadedModel
-from tests.runs import World, evaluate_here, read_lines
-from tests.stored import entry, write_run
+from instructblip.evaluation.journal import claimed
+from instructblip.evaluation.report import table
+from instructblip.weights.load import FrozenPart, LoadedModel
+from tests.kit.runs import World, evaluate_here, read_lines
+from tests.kit.stored import entry, write_run
 
 
 @pytest.fixture

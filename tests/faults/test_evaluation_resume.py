@@ -11,13 +11,13 @@ import pytest
 
 from instructblip.errors import UserError
 from instructblip.evaluation import journal, suite
-from instructblip.evaluation.compare import compare_runs
 from instructblip.evaluation.outcomes import TaskResult
 from instructblip.evaluation.protocol import Task
-from instructblip.evaluation.stored import read_run
-from instructblip.model.instructblip import InstructBLIP
-from instructblip.training.checkpoint import checkpoint_folders
-from tests.runs import DATASETS, FINAL_SAMPLES, World, evaluate_here, predictions, read_lines, run, scores, start
+from instructblip.evaluation.report.compare import compare_runs
+from instructblip.evaluation.results_file import read_run
+from instructblip.models.instructblip import InstructBLIP
+from instructblip.weights.checkpoint import checkpoint_folders
+from tests.kit.runs import DATASETS, FINAL_SAMPLES, World, evaluate_here, predictions, read_lines, run, scores, start
 
 ANSWERS = FINAL_SAMPLES * len(DATASETS)
 OVERRIDES = (f"samples={FINAL_SAMPLES}", "batch_size=4")

@@ -14,13 +14,13 @@ import pytest
 from PIL import Image
 
 from instructblip.data.cards import Card, SplitCounts, load_card
-from instructblip.data.prepare import _Seen, prepare_dataset
+from instructblip.data.prepare.convert import _Seen, prepare_dataset
 from instructblip.data.readers import READERS, Losses, MediaRecords, RawSplit
 from instructblip.data.readers.common import load_list
-from instructblip.data.sample import Record
+from instructblip.data.records import Record
 from instructblip.data.shards import open_split
 from instructblip.errors import UserError
-from tests.runs import World, start
+from tests.kit.runs import World, start
 
 SECRET = "a line of a file that is none of the dataset's"
 

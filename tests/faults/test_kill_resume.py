@@ -14,10 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from instructblip.training import checkpoint as checkpoint_module
 from instructblip.training import setup as training_setup
-from instructblip.training.checkpoint import checkpoint_folders, load_checkpoint, newest_whole
-from tests.runs import (
+from instructblip.weights import checkpoint as checkpoint_module
+from instructblip.weights.checkpoint import checkpoint_folders, load_checkpoint, newest_whole
+from tests.kit.runs import (
     FINAL_SAMPLES,
     STEPS,
     World,

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from instructblip.evaluation import runner
-from instructblip.training import scoring
-from instructblip.training.checkpoint import checkpoint_folders
-from tests.runs import STEPS as ALL_STEPS
-from tests.runs import World, read_lines, run, scores, signal_in_evaluation, start_ranks
+from instructblip.training import validation as scoring
+from instructblip.weights.checkpoint import checkpoint_folders
+from tests.kit.runs import STEPS as ALL_STEPS
+from tests.kit.runs import World, read_lines, run, scores, signal_in_evaluation, start_ranks
 
 STEPS = 24
 RECIPE = (

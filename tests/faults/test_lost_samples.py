@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 
 from instructblip.data.batching import Batching
-from instructblip.data.loader import LoadedStep, MixtureDataset, TrainingSet, load_batches
+from instructblip.data.loader import LoadedStep, load_batches
 from instructblip.data.lost import LostSample, LostSamples
-from instructblip.data.sample import Record
+from instructblip.data.mixture_dataset import MixtureDataset, TrainingSet
+from instructblip.data.records import Record
 from instructblip.data.shards import ShardReader, index_path, safetensors_bytes
 from instructblip.errors import UserError
-from tests.mixtures import jpeg, mixture_of, write_split
+from tests.kit.mixtures import jpeg, mixture_of, write_split
 
 IMAGES = [jpeg(seed) for seed in range(8)]
 STEPS = [(step, list(range(4 * step, 4 * step + 4))) for step in range(8)]

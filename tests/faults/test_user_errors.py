@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from instructblip.errors import UserError
-from tests.runs import World, evaluate_here, start, train_here
+from tests.kit.runs import World, evaluate_here, start, train_here
 
 ONE_STEP = (
     "recipe.phases=[{name: only, steps: 2, batch_size: 2, learning_rate: 1e-3}]",
@@ -174,7 +174,7 @@ def test_a_changed_configuration_does_not_resume(world: World, finished_run: Pat
 
 
 def test_other_frozen_weights_than_trained_with(world: World, finished_run: Path, tmp_path: Path) -> None:
-    from tests.tiny import tiny_parts
+    from tests.kit.tiny import tiny_parts
 
     run, parts = tmp_path / "run", tiny_parts(tmp_path / "parts", seed=1)
     shutil.copytree(finished_run, run)

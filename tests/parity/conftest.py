@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from instructblip import loading
-from instructblip.config import LLMConfig, read_model_config, to_yaml
+from instructblip.config.schema import LLMConfig
+from instructblip.config.validate import read_model_config, to_yaml
+from instructblip.weights import load as loading
 from instructblip.weights.__main__ import main
-from tests.tiny import EOS, tiny_huggingface, tiny_llama, tiny_llm_tokenizer
+from tests.kit.tiny import EOS, tiny_huggingface, tiny_llama, tiny_llm_tokenizer
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,12 @@ import pytest
 import torch
 
 import instructblip
-from instructblip.config import LLMConfig, read_config
+from instructblip.config.schema import LLMConfig
+from instructblip.config.validate import read_config
 from instructblip.errors import UserError
-from instructblip.loading import LoadedModel, Source, find_source, load_model
-from instructblip.training.checkpoint import checkpoint_folders
-from instructblip.weights.parity import differences, trace_native
+from instructblip.weights.checkpoint import checkpoint_folders
+from instructblip.weights.load import LoadedModel, Source, find_source, load_model
+from instructblip.weights.parity import stage_differences, trace_native
 from tests.parity.conftest import Formats
 
 pytestmark = pytest.mark.usefixtures("named_parts")
@@ -40,7 +41,7 @@ def test_every_format_is_the_same_model(formats: Formats) -> None:
         assert not [key for key, tensor in expected.model.state_dict().items() if not torch.equal(state[key], tensor)]
         assert not found.model.training
         bound = 1e-4 if name == "lavis" else 0  # which has another eps in ln_vision
-        assert max(differences(trace_native(found.model), trace).values()) <= bound
+        assert max(stage_differences(trace_native(found.model), trace).values()) <= bound
     assert loaded["lavis"].model.vision_norm.eps == 1e-5
     assert loaded["native"].model.vision_norm.eps == 1e-6
     assert loaded["lavis"].model.qformer.query_tokens.shape[1] == 4  # the file's, not the configuration's
@@ -78,7 +79,7 @@ def test_a_source_is_found_without_its_weights(formats: Formats, tmp_path: Path)
 
 def test_load_returns_the_model_alone(formats: Formats) -> None:
     model = instructblip.load(str(formats.lavis), llm="own", device="cpu")
-    assert isinstance(model, instructblip.model.instructblip.InstructBLIP)
+    assert isinstance(model, instructblip.models.instructblip.InstructBLIP)
     assert next(model.parameters()).device.type == "cpu"
 
 
@@ -174,7 +175,7 @@ def test_a_hub_id(form: str, formats: Formats, tmp_path: Path, monkeypatch: pyte
     shutil.copytree(formats.huggingface, repository)
     whole = load(repository).model
     if form == "bin":
-        theirs = instructblip.weights.huggingface.read_weights(repository)
+        theirs = instructblip.weights.transformers_read.read_weights(repository)
         torch.save(instructblip.weights.names.pack_qkv_bias(theirs), repository / "pytorch_model.bin")
         (repository / "model.safetensors").unlink()
     else:

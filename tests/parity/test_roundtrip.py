@@ -13,14 +13,20 @@ from torch import Tensor, nn
 from transformers import InstructBlipForConditionalGeneration, InstructBlipProcessor, InstructBlipVideoProcessor
 
 from instructblip.errors import UserError
-from instructblip.model.instructblip import InstructBLIP
-from instructblip.model.llm import LLM, DecoderLLM
-from instructblip.model.quantized import quantize_linears
-from instructblip.weights.huggingface import load_huggingface, read_settings, read_weights
-from instructblip.weights.huggingface_export import save_huggingface
+from instructblip.models.instructblip import InstructBLIP
+from instructblip.models.llm import LLM, DecoderLLM
+from instructblip.models.quantized import quantize_linears
 from instructblip.weights.lavis import load_lavis, read_lavis, save_lavis
-from instructblip.weights.parity import differences, trace_huggingface, trace_native, traces_huggingface, traces_native
-from tests.tiny import (
+from instructblip.weights.parity import (
+    stage_differences,
+    trace_huggingface,
+    trace_native,
+    traces_huggingface,
+    traces_native,
+)
+from instructblip.weights.transformers_read import load_huggingface, read_settings, read_weights
+from instructblip.weights.transformers_write import save_huggingface
+from tests.kit.tiny import (
     BOS,
     EOS,
     HUGGINGFACE_LLMS,
@@ -88,9 +94,11 @@ def test_ours_to_transformers_to_ours(exported: tuple[InstructBLIP, Path]) -> No
     assert again.max_instruction_tokens == 32
     assert type(again.llm) is type(model.llm)
     for text in (PROMPT, "a literal <image> in a prompt"):
-        assert again.llm.prompt_ids(text, truncate=True) == model.llm.prompt_ids(text, truncate=True)
-        assert again.llm.target_ids(text) == model.llm.target_ids(text)
-    assert again.llm.image_prefix_ids == model.llm.image_prefix_ids
+        assert again.llm.prompt_format.prompt_ids(text, truncate=True) == model.llm.prompt_format.prompt_ids(
+            text, truncate=True
+        )
+        assert again.llm.prompt_format.target_ids(text) == model.llm.prompt_format.target_ids(text)
+    assert again.llm.prompt_format.image_prefix_ids == model.llm.prompt_format.image_prefix_ids
     assert {name for name, p in again.named_parameters() if p.requires_grad} == {
         name for name, p in model.named_parameters() if p.requires_grad
     }
@@ -122,8 +130,12 @@ def test_transformers_answers_with_the_same_text(exported: tuple[InstructBLIP, P
     # What the processor cannot say, its user has to: text around the visual tokens and the prompt.
     plain = processor.tokenizer(PROMPT)["input_ids"]
     assert inputs["input_ids"][0].tolist() == [theirs.config.image_token_index] * 4 + plain
-    before, marks, prompt = llm.image_prefix_ids, inputs["input_ids"][0, :4].tolist(), llm.prompt_ids(PROMPT)
-    assert prompt == plain or (llm.texts.prompt_prefix and llm.texts.prompt_suffix)
+    before, marks, prompt = (
+        llm.prompt_format.image_prefix_ids,
+        inputs["input_ids"][0, :4].tolist(),
+        llm.prompt_format.prompt_ids(PROMPT),
+    )
+    assert prompt == plain or (llm.prompt_format.prompt_prefix and llm.prompt_format.prompt_suffix)
     inputs["input_ids"] = torch.tensor([[*before, *marks, *prompt]])
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     ids = theirs.generate(**inputs, max_new_tokens=8, do_sample=False)
@@ -166,7 +178,7 @@ def test_transformers_computes_the_same(exported: tuple[InstructBLIP, Path]) -> 
     model, folder = exported
     model.vision_norm.eps = 1e-6  # transformers has one eps for all norms of the vision part
     try:
-        found = differences(traces_huggingface(folder).float32, traces_native(model).float32)
+        found = stage_differences(traces_huggingface(folder).float32, traces_native(model).float32)
     finally:
         model.vision_norm.eps = 1e-5
     assert max(found.values()) < 2e-5, found
@@ -190,7 +202,9 @@ def test_no_row_is_added_where_one_is_spare(tmp_path: Path) -> None:
     model.save_huggingface(tmp_path / "exported")
     theirs = load_file(tmp_path / "exported/model.safetensors")["language_model.model.embed_tokens.weight"]
     assert torch.equal(theirs, model.llm.embeddings.weight)
-    assert json.loads((tmp_path / "exported/config.json").read_text())["image_token_index"] == len(model.llm.tokenizer)
+    assert json.loads((tmp_path / "exported/config.json").read_text())["image_token_index"] == len(
+        model.llm.prompt_format.tokenizer
+    )
 
 
 def test_the_sidecar_says_what_transformers_cannot(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -364,8 +378,8 @@ def test_a_key_bias_is_dropped_and_changes_nothing(tmp_path: Path) -> None:
         bias.view(3, -1)[1] = 0.5
     theirs.save_pretrained(tmp_path / "theirs")
     assert "vision_model.encoder.layers.0.self_attn.qkv.bias[key]" not in read_weights(tmp_path / "theirs")
-    assert max(differences(trace_huggingface(tmp_path / "theirs"), plain).values()) < 1e-5
-    assert max(differences(trace_native(load_huggingface(tmp_path / "theirs")), plain).values()) < 1e-5
+    assert max(stage_differences(trace_huggingface(tmp_path / "theirs"), plain).values()) < 1e-5
+    assert max(stage_differences(trace_native(load_huggingface(tmp_path / "theirs")), plain).values()) < 1e-5
 
 
 def test_settings_of_a_folder(tmp_path: Path) -> None:

@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from instructblip.architecture import language_model_of_sizes, parts_without_weights, qformer_of_sizes
-from instructblip.cli import compose_config
-from instructblip.config import CONFIGS, LLMConfig, QFormerConfig, TrainConfig, read_config
-from instructblip.model.qformer import QFormer
+from instructblip.config.entry import compose_config
+from instructblip.config.schema import CONFIGS, LLMConfig, QFormerConfig, TrainConfig
+from instructblip.config.validate import read_config
+from instructblip.models.qformer import QFormer
+from instructblip.weights.modules import language_model_of_sizes, parts_without_weights, qformer_of_sizes
 
 # The last layer's text feed-forward can influence nothing: the published counts have it, training leaves it alone.
 LAST_TEXT_FFN = 768 * 3072 + 3072 + 3072 * 768 + 768 + 2 * 768

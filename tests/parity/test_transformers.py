@@ -12,10 +12,10 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoTokenizer, InstructBlipForConditionalGeneration
 
-from instructblip.model.instructblip import InstructBLIP
-from instructblip.weights.huggingface import load_huggingface
-from instructblip.weights.parity import differences, trace_huggingface, trace_native
-from tests.tiny import HUGGINGFACE_LLMS, tiny_huggingface
+from instructblip.models.instructblip import InstructBLIP
+from instructblip.weights.parity import stage_differences, trace_huggingface, trace_native
+from instructblip.weights.transformers_read import load_huggingface
+from tests.kit.tiny import HUGGINGFACE_LLMS, tiny_huggingface
 
 PROMPTS = ["what color is the shape?", "Question: is there a circle in the image? Short answer:"]
 ANSWERS = ["a red one", "no there is a rectangle"]
@@ -65,7 +65,7 @@ def their_inputs(pair: Pair, number: int, images: list[Image.Image], answer: lis
 
 @torch.inference_mode()
 def test_every_stage_and_the_logits(pair: Pair) -> None:
-    found = differences(trace_huggingface(pair.folder), trace_native(pair.ours))
+    found = stage_differences(trace_huggingface(pair.folder), trace_native(pair.ours))
     assert list(found) == ["vision", "qformer", "projection", "logits", "padded"]
     assert max(found.values()) < 1e-5, found
 
@@ -80,7 +80,7 @@ def test_loss(pair: Pair) -> None:
     images = pictures()
     loss = pair.ours(images, PROMPTS, ANSWERS)
     for number in range(len(PROMPTS)):
-        answer = pair.ours.llm.target_ids(ANSWERS[number])
+        answer = pair.ours.llm.prompt_format.target_ids(ANSWERS[number])
         decoder_only = pair.theirs.config.use_decoder_only_language_model
         inputs = their_inputs(pair, number, images, answer if decoder_only else [])
         before = inputs["input_ids"].shape[1] - len(answer) if decoder_only else 0
@@ -101,7 +101,7 @@ def test_greedy_token_ids(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
         skipped = inputs["input_ids"].shape[1] if pair.theirs.config.use_decoder_only_language_model else 1
         expected = ids[skipped:].tolist()
         assert ours[number][: len(expected)] == expected
-        assert set(ours[number][len(expected) :]) <= {pair.ours.llm.pad_id}
+        assert set(ours[number][len(expected) :]) <= {pair.ours.llm.prompt_format.pad_id}
     assert ours[0] != ours[1]
 
 

@@ -12,15 +12,15 @@ from typing import Any
 import pytest
 import torch
 
-from instructblip.loading import load_model
-from instructblip.model.instructblip import InstructBLIP
+from instructblip.models.instructblip import InstructBLIP
 from instructblip.weights import __main__ as command
 from instructblip.weights.__main__ import main
-from instructblip.weights.huggingface_export import save_huggingface
 from instructblip.weights.lavis import save_lavis
+from instructblip.weights.load import load_model
 from instructblip.weights.parity import traces_huggingface, traces_native
+from instructblip.weights.transformers_write import save_huggingface
+from tests.kit.tiny import tiny_huggingface
 from tests.parity.conftest import Formats
-from tests.tiny import tiny_huggingface
 
 pytestmark = pytest.mark.usefixtures("named_parts")
 

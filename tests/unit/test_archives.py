@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from instructblip import archives
-from instructblip.archives import ArchiveError, unpack
 from instructblip.errors import UserError
+from instructblip.fetch import archives
+from instructblip.fetch.archives import ArchiveError, unpack
 
 SOUND = {"a/one.txt": b"one" * 100, "a/b/two.txt": b"two", "three.json": b"{}"}
 

@@ -15,8 +15,10 @@ import pytest
 from safetensors import SafetensorError
 
 from instructblip.errors import UserError
-from instructblip.weights import assets, wheels
-from instructblip.weights.assets import Sources, WheelSource, cache_folder, part_folder
+from instructblip.fetch import parts as assets
+from instructblip.fetch import wheels
+from instructblip.fetch.parts import Sources, cache_folder, part_folder
+from instructblip.fetch.wheels import WheelSource
 
 METADATA = "Metadata-Version: 2.1\nName: tiny-part\nVersion: 1.0\nClassifier: License :: OSI Approved :: MIT License\n"
 MEMBERS = {
@@ -307,7 +309,7 @@ def test_several_processes_at_once_make_the_part_once(cache: Path) -> None:
     wheel = source_of(make_wheel(cache / "wheels"))
     code = f"""
 import os, pathlib
-from instructblip.weights import assets
+from instructblip.fetch import parts as assets
 def convert(source, target):
     with open({str(cache / "made")!r}, "a") as file:
         file.write("x")

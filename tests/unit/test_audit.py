@@ -12,14 +12,14 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from instructblip.config import PrepareConfig
-from instructblip.data import audit
-from instructblip.data.audit import audit_prepared, audit_table, normalize_question, source_id
+from instructblip.config.schema import PrepareConfig
 from instructblip.data.cards import Card, load_card
-from instructblip.data.sample import Record
+from instructblip.data.prepare import audit
+from instructblip.data.prepare.audit import audit_prepared, audit_table, normalize_question, source_id
+from instructblip.data.prepare.command import prepare
+from instructblip.data.records import Record
 from instructblip.data.shards import ShardWriter, shard_path
 from instructblip.errors import UserError
-from instructblip.prepared import prepare
 
 Entry = tuple[str, int, str]  # id in the source, shade of the picture, question
 

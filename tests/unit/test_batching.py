@@ -18,10 +18,10 @@ from instructblip.data.batching import (
     in_order_of_draws,
     split_further,
 )
-from instructblip.data.sample import Record, Sample
+from instructblip.data.records import Record, Sample
 from instructblip.errors import UserError
-from instructblip.model.packing import pack_rows
-from tests.tiny import tiny_encoder_decoder_llm, tiny_llm, tiny_model
+from instructblip.models.packing import pack_rows
+from tests.kit.tiny import tiny_encoder_decoder_llm, tiny_llm, tiny_model
 
 
 def words(instruction: str, target: str, frames: int) -> int:

@@ -6,9 +6,9 @@ from torch import Tensor
 from transformers import BertConfig, BertModel
 
 from instructblip.errors import UserError
-from instructblip.model.qformer import QFormer
+from instructblip.models.qformer import QFormer
 from instructblip.weights.bert import qformer_state_from_bert
-from tests.tiny import tiny_bert_tokenizer, tiny_qformer
+from tests.kit.tiny import tiny_bert_tokenizer, tiny_qformer
 
 
 @pytest.fixture

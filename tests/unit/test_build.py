@@ -13,27 +13,20 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from instructblip.build import build_model, frozen_fingerprints, load_qformer, load_run, load_vision
-from instructblip.config import (
-    CONFIGS,
-    ModelConfig,
-    QFormerConfig,
-    SourcesConfig,
-    TrainConfig,
-    VisionConfig,
-    read_config,
-    to_yaml,
-)
+from instructblip.config.schema import CONFIGS, ModelConfig, QFormerConfig, SourcesConfig, TrainConfig, VisionConfig
+from instructblip.config.validate import read_config, to_yaml
 from instructblip.errors import UserError
-from instructblip.model.instructblip import InstructBLIP
-from instructblip.model.qformer import QFormer
-from instructblip.training.checkpoint import save_checkpoint
+from instructblip.models.instructblip import InstructBLIP
+from instructblip.models.qformer import QFormer
 from instructblip.weights.bert import qformer_state_from_bert
+from instructblip.weights.checkpoint import save_checkpoint
+from instructblip.weights.load import frozen_fingerprints, load_run
 from instructblip.weights.names import foreign_names
+from instructblip.weights.parts import build_model, load_qformer, load_vision
 from instructblip.weights.position import resize_position_embedding
-from tests.families import write_llm
-from tests.runs import compose
-from tests.tiny import tiny_bert_tokenizer, tiny_parts, tiny_qformer
+from tests.kit.families import write_llm
+from tests.kit.runs import compose
+from tests.kit.tiny import tiny_bert_tokenizer, tiny_parts, tiny_qformer
 
 
 def vision_config(name: str, **changes: Any) -> VisionConfig:

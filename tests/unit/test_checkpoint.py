@@ -12,8 +12,9 @@ from safetensors import SafetensorError
 from torch import nn
 
 from instructblip.errors import UserError
-from instructblip.training import checkpoint
-from instructblip.training.checkpoint import (
+from instructblip.training.optim import make_adamw, set_learning_rate
+from instructblip.weights import checkpoint
+from instructblip.weights.checkpoint import (
     MODEL_FILE,
     OPTIMIZER_FILE,
     STATE_FILE,
@@ -25,7 +26,6 @@ from instructblip.training.checkpoint import (
     restore_optimizer,
     save_checkpoint,
 )
-from instructblip.training.optim import make_adamw, set_learning_rate
 
 
 def _save(folder: Path, step: int, *, keep: int = 10, size: int = 5, **state: Any) -> Path:

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from instructblip.cli import check_overrides, main
-from instructblip.config import EvaluateConfig, PrepareConfig, TrainConfig
+from instructblip.config.entry import check_overrides, main
+from instructblip.config.schema import EvaluateConfig, PrepareConfig, TrainConfig
 from instructblip.errors import UserError
 from instructblip.files import is_disk_full, write_atomically
-from tests.runs import REPOSITORY
+from tests.kit.runs import REPOSITORY
 
 
 def _refused(*overrides: str) -> str:

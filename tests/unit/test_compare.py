@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from instructblip.errors import UserError
-from instructblip.evaluation.compare import compare_runs, main
 from instructblip.evaluation.metrics import auroc
+from instructblip.evaluation.report.compare import compare_runs, main
+from instructblip.evaluation.results_file import read_run
 from instructblip.evaluation.statistics import MCNEMAR, PERMUTATION, compare_paired
-from instructblip.evaluation.stored import read_run
-from tests.stored import JAVA, PYTHON, entry, scored_run, write_run
+from tests.kit.stored import JAVA, PYTHON, entry, scored_run, write_run
 
 
 def compared(first: Path, second: Path) -> list:

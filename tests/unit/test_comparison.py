@@ -8,22 +8,29 @@ from typing import Any
 import pytest
 
 from instructblip.data.cards import Card, SplitCounts, all_cards, load_card
-from instructblip.data.prepare import prepare_dataset
-from instructblip.data.sample import Record
+from instructblip.data.coverage import RecordCounts
+from instructblip.data.prepare.convert import prepare_dataset
+from instructblip.data.records import Record
 from instructblip.data.shards import MANIFEST_FORMAT, ShardWriter, shard_path
 from instructblip.errors import UserError
-from instructblip.evaluation.counts import RecordCounts
 from instructblip.evaluation.outcomes import Failure, Prediction, TaskResult, score_task
-from instructblip.evaluation.paper import OTHER_PROTOCOL, OTHER_SPLIT, SUBSET, Mark, comparison_marks
 from instructblip.evaluation.protocol import Task, as_json, make_task
-from instructblip.evaluation.report_data import report_row, report_section
-from instructblip.evaluation.results import DatasetResult, results_json
-from instructblip.evaluation.stored import read_run
-from instructblip.evaluation.table import as_text, score_table
+from instructblip.evaluation.report.content import report_row, report_section
+from instructblip.evaluation.report.table import (
+    OTHER_PROTOCOL,
+    OTHER_SPLIT,
+    SUBSET,
+    ComparabilityNote,
+    as_text,
+    comparison_marks,
+    score_table,
+)
+from instructblip.evaluation.results_file import read_run
+from instructblip.evaluation.suite import DatasetResult, results_json
 from instructblip.files import sha256_file, write_json
-from tests.stored import entry, write_run
-from tests.synthetic_tasks import PICTURE, synthetic_task
-from tests.tiny import write_easy_vqa
+from tests.kit.stored import entry, write_run
+from tests.kit.synthetic_tasks import PICTURE, synthetic_task
+from tests.kit.tiny import write_easy_vqa
 
 RAPIDOCR = {"library": "rapidocr", "version": "9.9", "runtime": "onnxruntime 8.8", "threshold": 0.5}
 
@@ -48,7 +55,7 @@ def stored(task: Task) -> dict[str, Any]:
     return found
 
 
-def protocol_marks(card: Card, task: Task) -> dict[Mark, str]:
+def protocol_marks(card: Card, task: Task) -> dict[ComparabilityNote, str]:
     return {mark: text for mark, text in comparison_marks(card, stored(task)).items() if mark != OTHER_SPLIT}
 
 

@@ -13,7 +13,7 @@ import pytest
 from omegaconf import DictConfig, OmegaConf
 
 import instructblip
-from instructblip.config import (
+from instructblip.config.schema import (
     CONFIGS,
     EvaluateConfig,
     InspectConfig,
@@ -24,6 +24,8 @@ from instructblip.config import (
     QFormerConfig,
     TrainConfig,
     VisionConfig,
+)
+from instructblip.config.validate import (
     differences,
     read_config,
     read_model_config,
@@ -47,7 +49,7 @@ FILES = sorted(
     str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml") if path.relative_to(CONFIGS).parts[0] != "hydra"
 )
 COMMAND = re.compile(
-    r"# (?:(?:torchrun [^ ]+ |python )(?=\w+\.py)|python -m instructblip\.data\.)"
+    r"# (?:(?:torchrun [^ ]+ |python )(?=\w+\.py)|python -m instructblip\.training\.)"
     r"(train|evaluate|prepare|inspect)(?:\.py)?(.*)"
 )
 
@@ -114,7 +116,7 @@ def _schemas(schema: Any) -> Iterator[Any]:
     yield schema
     for text in [str(part.type) for part in dataclasses.fields(schema)]:
         for name in re.findall(r"\w+Config\b", text):
-            yield from _schemas(getattr(instructblip.config, name))
+            yield from _schemas(getattr(instructblip.config.schema, name))
 
 
 def _attributes_read() -> set[str]:

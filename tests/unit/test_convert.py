@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from instructblip._torchvision import declare_missing_operators
 from instructblip.errors import UserError
-from instructblip.weights.convert import (
+from instructblip.fetch.converters import (
     convert_efficientnet_lite0,
     convert_gguf,
     efficientnet_lite0_names,

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from instructblip import download as module
-from instructblip.download import DownloadError, download
 from instructblip.errors import UserError
-from tests.servers import FileServer, file_server
+from instructblip.fetch import http as module
+from instructblip.fetch.http import DownloadError, download
+from tests.kit.servers import FileServer, file_server
 
 CONTENT = bytes(range(256)) * 40  # 10,240 bytes
 
@@ -68,7 +68,7 @@ def test_a_connection_that_keeps_breaking_is_one_line_and_the_next_call_goes_on(
 
 def test_a_killed_download_goes_on(server: FileServer, tmp_path: Path) -> None:
     server.cuts, server.stalls = [4096], 1
-    code = "import sys; from pathlib import Path; from instructblip.download import download;"
+    code = "import sys; from pathlib import Path; from instructblip.fetch.http import download;"
     code += "download(sys.argv[1], Path(sys.argv[2]), show=False)"
     child = subprocess.Popen(
         [sys.executable, "-c", code, f"{server.url}/a.bin", str(tmp_path / "a.bin")], cwd=Path(__file__).parents[2]

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 
 from instructblip.data.cards import load_card
+from instructblip.distributed import ALONE, Worker
 from instructblip.errors import UserError
-from instructblip.evaluation.distributed import ALONE, Worker
-from instructblip.evaluation.folder import claimed, refuse_others_results
-from instructblip.evaluation.protocol import Task, as_json, withheld
-from tests.stored import entry, write_run
-from tests.synthetic_tasks import synthetic_task
+from instructblip.evaluation.journal import claimed, refuse_others_results
+from instructblip.evaluation.protocol import Task, as_json, blind_task
+from tests.kit.stored import entry, write_run
+from tests.kit.synthetic_tasks import synthetic_task
 
 CHECKPOINT = "outputs/train/x"  # what `write_run` names
 
@@ -74,7 +74,7 @@ def test_other_checkpoints_and_datasets_are_refused(tasks: list[Task], tmp_path:
     with pytest.raises(UserError, match=r"\(with LLM vicuna, asked for is flan_t5_xl\)"):
         refuse_others_results(folder, CHECKPOINT, tasks, llm="flan_t5_xl")
     with pytest.raises(UserError, match="images shown, asked for is withheld"):
-        refuse_others_results(folder, CHECKPOINT, [withheld(task) for task in tasks])
+        refuse_others_results(folder, CHECKPOINT, [blind_task(task) for task in tasks])
 
 
 @pytest.mark.parametrize("content", ["{", "[]", json.dumps({"format": 1, "datasets": {"gqa": {}}})])

@@ -13,15 +13,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from instructblip.build import load_llm
-from instructblip.config import CONFIGS
+from instructblip.config.schema import CONFIGS
 from instructblip.errors import UserError
-from instructblip.model.frozen import fingerprint
-from instructblip.model.instructblip import InstructBLIP
-from instructblip.model.llm import LLM
-from instructblip.model.quantized import QuantizedLinear
-from tests.families import FAMILIES, SLIDING_WINDOW, llm_config, write_llm
-from tests.tiny import tiny_images, tiny_model
+from instructblip.models.fingerprint import fingerprint
+from instructblip.models.instructblip import InstructBLIP
+from instructblip.models.llm import LLM
+from instructblip.models.quantized import QuantizedLinear
+from instructblip.weights.parts import load_llm
+from tests.kit.families import FAMILIES, SLIDING_WINDOW, llm_config, write_llm
+from tests.kit.tiny import tiny_images, tiny_model
 
 NAMES = sorted(FAMILIES)
 PROMPTS = ["what color is the shape? Short answer:", "is there a circle?", "red"]
@@ -100,7 +100,7 @@ def test_beams_that_share_their_prompt_are_transformers_own(
     prefixes = [torch.randn(length, llm.width, generator=generator) for length in (9, 1, 4)]
     options = {"num_beams": 4, "max_new_tokens": 6, "length_penalty": length_penalty}
     plain = [llm.model.generate(inputs_embeds=prefix[None], **options)[0] for prefix in prefixes]
-    expected = [llm.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in plain]
+    expected = [llm.prompt_format.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in plain]
     assert llm.generate(prefixes, **options) == expected
     assert [llm.generate([prefix], **options)[0] for prefix in prefixes] == expected
     assert len(set(expected)) > 1
@@ -130,23 +130,28 @@ def test_text_conventions(name: str, folders: dict[str, Path]) -> None:
 
     def tokens(ids: list[int]) -> list[str]:
         """Special tokens one by one, what stands between them in one piece."""
-        special, pieces = set(llm.tokenizer.all_special_ids) | {*llm.image_prefix_ids[:1]}, [""]
-        for number, token in zip(ids, llm.tokenizer.convert_ids_to_tokens(ids), strict=True):
+        special, pieces = (
+            set(llm.prompt_format.tokenizer.all_special_ids) | {*llm.prompt_format.image_prefix_ids[:1]},
+            [""],
+        )
+        for number, token in zip(ids, llm.prompt_format.tokenizer.convert_ids_to_tokens(ids), strict=True):
             pieces += [token, ""] if number in special or token == "Ċ" else []
             pieces[-1] += "" if number in special or token == "Ċ" else token
         return [piece for piece in pieces if piece]
 
     image, prompt, answer = CONVENTIONS[name]
-    assert tokens(llm.image_prefix_ids) == image
-    assert tokens(llm.prompt_ids("red")) == prompt
-    assert tokens(llm.target_ids("red")) == answer
-    assert llm.target_ids("red", include_eos=False) == llm.target_ids("red")[:-1]
-    assert len(llm.prompt_ids("red " * 400, truncate=True)) == 128
-    longest = {"decoder": 256 - len(llm.texts.bos_ids), "encoder_decoder": 256}[llm_config(name, folders[name]).kind]
-    assert len(llm.target_ids("red " * 400)) == longest
-    assert llm.tokenizer.convert_ids_to_tokens([llm.pad_id, llm.eos_id]) == [
-        llm.tokenizer.pad_token,
-        llm.tokenizer.eos_token,
+    assert tokens(llm.prompt_format.image_prefix_ids) == image
+    assert tokens(llm.prompt_format.prompt_ids("red")) == prompt
+    assert tokens(llm.prompt_format.target_ids("red")) == answer
+    assert llm.prompt_format.target_ids("red", include_eos=False) == llm.prompt_format.target_ids("red")[:-1]
+    assert len(llm.prompt_format.prompt_ids("red " * 400, truncate=True)) == 128
+    longest = {"decoder": 256 - len(llm.prompt_format.bos_ids), "encoder_decoder": 256}[
+        llm_config(name, folders[name]).kind
+    ]
+    assert len(llm.prompt_format.target_ids("red " * 400)) == longest
+    assert llm.prompt_format.tokenizer.convert_ids_to_tokens([llm.prompt_format.pad_id, llm.prompt_format.eos_id]) == [
+        llm.prompt_format.tokenizer.pad_token,
+        llm.prompt_format.tokenizer.eos_token,
     ]
 
 
@@ -166,10 +171,10 @@ def test_flan_t5_computes_with_the_exact_gelu(folders: dict[str, Path]) -> None:
 
 def test_vicunas_padding_token_gets_the_mean_of_all_rows(folders: dict[str, Path]) -> None:
     first, second = load("vicuna_7b", folders, dtype="float32"), load("vicuna_7b", folders, dtype="float32")
-    tokens = {role: getattr(first.tokenizer, f"{role}_token") for role in ("bos", "eos", "unk", "pad")}
+    tokens = {role: getattr(first.prompt_format.tokenizer, f"{role}_token") for role in ("bos", "eos", "unk", "pad")}
     assert tokens == {"bos": "</s>", "eos": "</s>", "unk": "</s>", "pad": "[PAD]"}
     for table in (first.embeddings.weight, first.model.get_output_embeddings().weight):
-        assert first.pad_id == len(table) - 1
+        assert first.prompt_format.pad_id == len(table) - 1
         torch.testing.assert_close(table[-1], table[:-1].mean(dim=0))
     assert fingerprint(first) == fingerprint(second)
 
@@ -200,15 +205,18 @@ def test_vicuna_as_it_lies_on_the_hub(folders: dict[str, Path], tmp_path: Path) 
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer", "add_bos_token": true}')
     llm = load_llm(llm_config("vicuna_7b", tmp_path))
     for text in ("red", "what color is it?", "two  spaces ", "a\nb", "日本"):
-        assert llm.prompt_ids(text) == [2, *processor.encode(text)]
-        assert llm.target_ids(text) == [*processor.encode(text), 2]
-    assert (llm.pad_id, len(llm.embeddings.weight)) == (processor.vocab_size(), processor.vocab_size() + 1)
+        assert llm.prompt_format.prompt_ids(text) == [2, *processor.encode(text)]
+        assert llm.prompt_format.target_ids(text) == [*processor.encode(text), 2]
+    assert (llm.prompt_format.pad_id, len(llm.embeddings.weight)) == (
+        processor.vocab_size(),
+        processor.vocab_size() + 1,
+    )
 
 
 @pytest.mark.parametrize("name", ["qwen3_8b", "flan_t5_xl", "opt_2_7b"])
 def test_rows_that_no_token_uses_stay(name: str, folders: dict[str, Path]) -> None:
     llm = load(name, folders)
-    assert len(llm.embeddings.weight) > len(llm.tokenizer)
+    assert len(llm.embeddings.weight) > len(llm.prompt_format.tokenizer)
 
 
 def test_a_multimodal_checkpoint_becomes_its_text_model(folders: dict[str, Path]) -> None:
@@ -216,7 +224,7 @@ def test_a_multimodal_checkpoint_becomes_its_text_model(folders: dict[str, Path]
     whole: Any = AutoModelForCausalLM.from_pretrained(folders["gemma_3_4b"], dtype=torch.float32)
     assert (type(llm.model).__name__, type(whole).__name__) == ("Gemma3ForCausalLM", "Gemma3ForConditionalGeneration")
     assert sum("vision" in name for name in llm.state_dict()) == 0
-    ids = torch.tensor([llm.prompt_ids("what color is the shape?")])
+    ids = torch.tensor([llm.prompt_format.prompt_ids("what color is the shape?")])
     assert ids.shape[1] > SLIDING_WINDOW
     with torch.no_grad():
         expected = whole(ids).logits

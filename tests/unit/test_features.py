@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from instructblip.data import features
-from instructblip.data.features import FeatureCache, shard_pixels
+from instructblip.data import feature_cache as features
+from instructblip.data.feature_cache import FeatureCache, shard_pixels
 from instructblip.data.shards import ShardReader
-from instructblip.data.transforms import decode_image, squash
 from instructblip.errors import UserError
+from instructblip.images import decode_image, resize_square
 from tests.unit.test_shards import _write, _write_videos
 
 SIZE = 8
@@ -43,7 +43,7 @@ def _cache(tmp_path: Path, fingerprint: str = "weights", size: int = SIZE) -> Fe
 
 
 def _direct(shard: ShardReader, row: int) -> Tensor:
-    return Encoder()(squash(decode_image(shard.read(row)[0][0], "x"), SIZE)[None])
+    return Encoder()(resize_square(decode_image(shard.read(row)[0][0], "x"), SIZE)[None])
 
 
 def _files(folder: Path) -> list[str]:
@@ -70,7 +70,7 @@ def test_a_video_has_the_tokens_of_its_frames(tmp_path: Path, monkeypatch: pytes
         tokens, pixels = cache.tokens(shard, row), shard_pixels(shard, row, SIZE)
         assert (tokens.shape, pixels.shape) == ((frames, 4, 3), (frames, 3, SIZE, SIZE))
         assert torch.equal(tokens, Encoder()(pixels))
-        expected = [squash(decode_image(frame, "x"), SIZE) for frame in shard.read(row)[0]]
+        expected = [resize_square(decode_image(frame, "x"), SIZE) for frame in shard.read(row)[0]]
         assert torch.equal(pixels, torch.stack(expected))
 
 

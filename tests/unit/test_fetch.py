@@ -11,15 +11,15 @@ import pytest
 import yaml
 from rich.console import Console
 
-from instructblip.config import PrepareConfig
-from instructblip.data import fetch as module
+from instructblip.config.schema import PrepareConfig
 from instructblip.data.cards import CARDS_FOLDER, Card, Download, all_cards, load_card
-from instructblip.data.fetch import WORK_FOLDER, fetch_raw
-from instructblip.data.prepare import check_prepared
+from instructblip.data.prepare import fetch as module
+from instructblip.data.prepare.command import prepare
+from instructblip.data.prepare.convert import check_prepared
+from instructblip.data.prepare.fetch import WORK_FOLDER, fetch_raw
 from instructblip.errors import UserError
 from instructblip.files import read_json
-from instructblip.prepared import prepare
-from tests.servers import FileServer, file_server
+from tests.kit.servers import FileServer, file_server
 from tests.unit.test_reader_vqa import write_vqav2
 
 ARCHIVES = {  # name on the server -> what of a raw folder of VQA 2.0 it holds

@@ -9,11 +9,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from instructblip.data.batching import Batch
-from instructblip.model.instructblip import InstructBLIP
-from instructblip.training.flops import GPUS, ModelShape, Work, device_peak, known_gpu, model_shape
+from instructblip.models.instructblip import InstructBLIP
 from instructblip.training.loop import train_step
 from instructblip.training.optim import make_adamw
-from tests.tiny import tiny_encoder_decoder_llm, tiny_images, tiny_llm, tiny_model, tiny_vision
+from instructblip.training.plan.flops import GPUS, ModelShape, StepWorkload, device_peak, known_gpu, model_shape
+from tests.kit.tiny import tiny_encoder_decoder_llm, tiny_images, tiny_llm, tiny_model, tiny_vision
 
 PROMPTS = [
     "Question: what color is the shape? Short answer:",
@@ -36,7 +36,7 @@ def shape_of(model: InstructBLIP) -> ModelShape:
     return model_shape(vision, model.qformer, model.projection, model.llm.model)
 
 
-def passed(model: InstructBLIP, images: torch.Tensor, *, through_llm: bool = True) -> tuple[Work, float]:
+def passed(model: InstructBLIP, images: torch.Tensor, *, through_llm: bool = True) -> tuple[StepWorkload, float]:
     """A step's work, and the FLOPs that torch counts in it."""
     count = len(images)
     batch = Batch(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.runs import World, read_lines, train_here
+from tests.kit.runs import World, read_lines, train_here
 
 LOSSES = [10.1879, 9.202068, 9.638503, 5.731471, 7.054394, 7.102716, 6.200763, 6.751642, 6.820188, 6.262082]
 GRAD_NORMS = [83.1178, 59.4123, 75.37791, 58.5919, 9.561777, 9.765509, 10.06771, 7.839208, 12.2057, 9.539372]

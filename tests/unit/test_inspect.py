@@ -1,4 +1,4 @@
-"""`python -m instructblip.data.inspect`: the plan's table, the first samples, the rate, and mistakes in one line."""
+"""`python -m instructblip.training.inspect`: the plan's table, the first samples, the rate, and mistakes in one line."""
 
 import io
 import re
@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from instructblip.cli import compose_config
-from instructblip.config import InspectConfig
+from instructblip.config.entry import compose_config
+from instructblip.config.schema import InspectConfig
 from instructblip.data.cards import load_card
-from instructblip.data.inspect import inspect
-from instructblip.data.prepare import prepare_dataset
+from instructblip.data.prepare.convert import prepare_dataset
 from instructblip.errors import UserError
-from tests.tiny import write_easy_vqa
+from instructblip.training.inspect import inspect
+from tests.kit.tiny import write_easy_vqa
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def test_the_sequence_is_that_of_training(shards: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "line"),
     [
-        (["data.transform=crop"], "data.transform=crop is none of squash, center_crop, blip_image_train"),
+        (["data.transform=crop"], "data.transform=crop is none of resize_square, center_crop, blip_image_train"),
         (["data.cache_features=true"], "leaves nothing to decode"),
         (["mixture.per=epoch"], "mixture.per=epoch is none of sample, batch, step"),
         (

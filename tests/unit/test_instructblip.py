@@ -3,10 +3,10 @@
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
-from instructblip.model.instructblip import InstructBLIP
-from tests.tiny import BOS, EOS, tiny_encoder_decoder_llm, tiny_images, tiny_llm, tiny_model
+from instructblip.models.instructblip import InstructBLIP
+from tests.kit.tiny import BOS, EOS, tiny_encoder_decoder_llm, tiny_images, tiny_llm, tiny_model
 
 PROMPTS = ["what color is the shape?", "Q: is there a red circle in the image? A:", "shape"]
 TARGETS = ["red", "yes, there is a red circle", ""]
@@ -32,10 +32,10 @@ def backward(model: InstructBLIP, rows: slice, **options: bool) -> None:
 def plain_loss(model: InstructBLIP, image: Tensor, prompt: str, target: str) -> Tensor:
     """Summed loss of one sample by transformers: labels only at the answer and its EOS."""
     visual = model.visual_prompt(model.image_tokens(image[None]), [prompt])
-    text = model.llm.tokenizer(model.llm.texts.prompt_prefix + prompt)["input_ids"]
-    answer = [*model.llm.tokenizer(" " + target)["input_ids"], model.llm.eos_id]
+    text = model.llm.prompt_format.tokenizer(model.llm.prompt_format.prompt_prefix + prompt)["input_ids"]
+    answer = [*model.llm.prompt_format.tokenizer(" " + target)["input_ids"], model.llm.prompt_format.eos_id]
     embed = model.llm.model.get_input_embeddings()
-    before = embed(torch.tensor([model.llm.image_prefix_ids], dtype=torch.long))
+    before = embed(torch.tensor([model.llm.prompt_format.image_prefix_ids], dtype=torch.long))
     embeddings = torch.cat([before, visual, embed(torch.tensor([text + answer]))], dim=1)
     ignored = [-100] * (before.shape[1] + visual.shape[1] + len(text))
     output = model.llm.model(inputs_embeds=embeddings, labels=torch.tensor([ignored + answer]))
@@ -51,13 +51,15 @@ def test_loss_of_an_encoder_decoder_equals_the_one_of_transformers() -> None:
     expected = []
     for image, prompt, target in zip(images, PROMPTS, targets, strict=True):
         visual = model.visual_prompt(model.image_tokens(image[None]), [prompt])
-        text = torch.tensor([[*model.llm.tokenizer(prompt)["input_ids"], model.llm.eos_id]])
-        labels = torch.tensor([[*model.llm.tokenizer(" " + target)["input_ids"], model.llm.eos_id]])
+        text = torch.tensor([[*model.llm.prompt_format.tokenizer(prompt)["input_ids"], model.llm.prompt_format.eos_id]])
+        labels = torch.tensor(
+            [[*model.llm.prompt_format.tokenizer(" " + target)["input_ids"], model.llm.prompt_format.eos_id]]
+        )
         output = model.llm.model(inputs_embeds=torch.cat([visual, embed(text)], dim=1), labels=labels)
         expected.append(output.loss * labels.numel())
     torch.testing.assert_close(loss.per_sample, torch.stack(expected), rtol=1e-5, atol=1e-5)
     assert loss.tokens_per_sample.tolist() == [
-        len(model.llm.tokenizer(" " + target)["input_ids"]) + 1 for target in targets
+        len(model.llm.prompt_format.tokenizer(" " + target)["input_ids"]) + 1 for target in targets
     ]
 
 
@@ -69,7 +71,7 @@ def test_loss_equals_the_one_of_transformers(model: InstructBLIP, frames: int) -
     expected = torch.stack([plain_loss(model, *row) for row in zip(images, PROMPTS, TARGETS, strict=True)])
     torch.testing.assert_close(loss.per_sample, expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(loss.total, expected.sum(), rtol=1e-5, atol=1e-5)
-    tokens = [len(model.llm.tokenizer(" " + target)["input_ids"]) + 1 for target in TARGETS]
+    tokens = [len(model.llm.prompt_format.tokenizer(" " + target)["input_ids"]) + 1 for target in TARGETS]
     assert loss.tokens_per_sample.tolist() == tokens
 
 
@@ -77,8 +79,8 @@ def test_loss_equals_the_one_of_transformers(model: InstructBLIP, frames: int) -
 def test_text_around_the_visual_tokens_is_what_its_config_says() -> None:
     torch.manual_seed(0)
     model = tiny_model(llm=tiny_llm(image_prefix=f"{BOS}see ", prompt_prefix="\n"))
-    assert model.llm.image_prefix_ids == model.llm.tokenizer(f"{BOS}see ")["input_ids"]
-    assert model.llm.image_prefix_ids[0] == model.llm.tokenizer.bos_token_id
+    assert model.llm.prompt_format.image_prefix_ids == model.llm.prompt_format.tokenizer(f"{BOS}see ")["input_ids"]
+    assert model.llm.prompt_format.image_prefix_ids[0] == model.llm.prompt_format.tokenizer.bos_token_id
     loss = model(tiny_images(3), PROMPTS, TARGETS).per_sample
     rows = zip(tiny_images(3), PROMPTS, TARGETS, strict=True)
     expected = torch.stack([plain_loss(model, *row) for row in rows])
@@ -182,8 +184,8 @@ def test_a_language_model_in_half_precision_trains_the_rest_in_full(through_llm:
 def test_alignment_loss_is_a_likelihood_over_the_vocabulary(
     model: InstructBLIP, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    size = len(model.llm.tokenizer)
-    monkeypatch.setattr(model.llm, "target_ids", lambda target: [int(target), 0])
+    size = len(model.llm.prompt_format.tokenizer)
+    monkeypatch.setattr(model.llm.prompt_format, "target_ids", lambda target: [int(target), 0])
     tokens = model.image_tokens(tiny_images(1)).expand(size, -1, -1, -1)
     loss = model(tokens, ["shape"] * size, [str(token) for token in range(size)], through_llm=False)
     torch.testing.assert_close(loss.per_sample.neg().exp().sum(), torch.tensor(1.0), rtol=1e-5, atol=0)
@@ -191,36 +193,45 @@ def test_alignment_loss_is_a_likelihood_over_the_vocabulary(
 
 def test_prompts_lose_their_beginning_and_targets_their_end() -> None:
     whole, short = tiny_llm(), tiny_llm(max_prompt_tokens=3, max_target_tokens=3)
-    prompt, target = whole.prompt_ids(PROMPTS[1]), whole.target_ids(TARGETS[1])
-    assert short.prompt_ids(PROMPTS[1], truncate=True) == prompt[-3:]
-    assert short.prompt_ids(PROMPTS[1]) == prompt  # only training cuts, as released
-    assert short.target_ids(TARGETS[1]) == target[:3]
-    assert whole.eos_id == target[-1]
-    assert short.target_ids("") == [*whole.tokenizer(" ")["input_ids"], whole.eos_id]
-    assert whole.target_ids(TARGETS[1], include_eos=False) == target[:-1]
+    prompt, target = whole.prompt_format.prompt_ids(PROMPTS[1]), whole.prompt_format.target_ids(TARGETS[1])
+    assert short.prompt_format.prompt_ids(PROMPTS[1], truncate=True) == prompt[-3:]
+    assert short.prompt_format.prompt_ids(PROMPTS[1]) == prompt  # only training cuts, as released
+    assert short.prompt_format.target_ids(TARGETS[1]) == target[:3]
+    assert whole.prompt_format.eos_id == target[-1]
+    assert short.prompt_format.target_ids("") == [
+        *whole.prompt_format.tokenizer(" ")["input_ids"],
+        whole.prompt_format.eos_id,
+    ]
+    assert whole.prompt_format.target_ids(TARGETS[1], include_eos=False) == target[:-1]
 
 
 def test_begin_of_sequence_stays_on_a_cut_prompt() -> None:
     llm = tiny_llm(bos_token=BOS, max_prompt_tokens=3)
-    bos = llm.tokenizer.get_vocab()[BOS]
-    assert llm.prompt_ids(PROMPTS[1], truncate=True) == [bos, *tiny_llm().prompt_ids(PROMPTS[1])[-2:]]
-    assert llm.prompt_ids("") == [bos]
-    assert bos not in llm.target_ids("red")
+    bos = llm.prompt_format.tokenizer.get_vocab()[BOS]
+    assert llm.prompt_format.prompt_ids(PROMPTS[1], truncate=True) == [
+        bos,
+        *tiny_llm().prompt_format.prompt_ids(PROMPTS[1])[-2:],
+    ]
+    assert llm.prompt_format.prompt_ids("") == [bos]
+    assert bos not in llm.prompt_format.target_ids("red")
 
 
 def test_the_limit_of_a_target_counts_the_begin_of_sequence() -> None:
     # As released: the answer is cut together with its BOS, which is dropped afterwards.
     with_bos, without = (tiny_llm(bos_token=token, max_target_tokens=4) for token in (BOS, None))
-    assert with_bos.target_ids(TARGETS[1]) == without.target_ids(TARGETS[1])[:3]
+    assert with_bos.prompt_format.target_ids(TARGETS[1]) == without.prompt_format.target_ids(TARGETS[1])[:3]
 
 
 def test_an_encoder_decoder_ends_prompts_and_cut_texts_with_eos() -> None:
     llm = tiny_encoder_decoder_llm(max_prompt_tokens=4, max_target_tokens=3)
-    words, target = tiny_llm().prompt_ids(PROMPTS[1]), tiny_llm().target_ids(TARGETS[1], include_eos=False)
-    assert llm.prompt_ids(PROMPTS[1]) == [*words, llm.eos_id]
-    assert llm.prompt_ids(PROMPTS[1], truncate=True) == [*words[-3:], llm.eos_id]
-    assert llm.target_ids(TARGETS[1]) == [*target[:2], llm.eos_id]
-    assert llm.target_ids(TARGETS[1], include_eos=False) == target[:2]
+    words, target = (
+        tiny_llm().prompt_format.prompt_ids(PROMPTS[1]),
+        tiny_llm().prompt_format.target_ids(TARGETS[1], include_eos=False),
+    )
+    assert llm.prompt_format.prompt_ids(PROMPTS[1]) == [*words, llm.prompt_format.eos_id]
+    assert llm.prompt_format.prompt_ids(PROMPTS[1], truncate=True) == [*words[-3:], llm.prompt_format.eos_id]
+    assert llm.prompt_format.target_ids(TARGETS[1]) == [*target[:2], llm.prompt_format.eos_id]
+    assert llm.prompt_format.target_ids(TARGETS[1], include_eos=False) == target[:2]
 
 
 @torch.no_grad()
@@ -281,6 +292,19 @@ def test_trainable_state_is_all_that_is_not_frozen(norm: str) -> None:
     assert torch.equal(other(tiny_images(3), PROMPTS, TARGETS).per_sample, expected.per_sample)
 
 
+def test_trainable_state_leaves_the_frozen_parts_alone() -> None:
+    """Their hooks may exchange data among processes, of which one alone may ask for the state."""
+    model = tiny_model()
+
+    def refuse(module: nn.Module, *_: object) -> None:
+        raise AssertionError(f"the state of {type(module).__name__} was asked for")
+
+    for part in (model.vision, model.llm):
+        for module in part.modules():
+            module.register_state_dict_pre_hook(refuse)
+    assert "projection.weight" in model.trainable_state()
+
+
 def test_a_seed_gives_the_same_model() -> None:
     first, second, other = (tiny_model(seed).state_dict() for seed in (0, 0, 1))
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -292,4 +316,4 @@ def test_errors(model: InstructBLIP) -> None:
         model(tiny_images(2), PROMPTS[:2], TARGETS[:1])
     llm = tiny_llm()
     with pytest.raises(ValueError, match="the tokenizer has no token '<eos>'"):
-        type(llm)(llm.model, llm.tokenizer, eos_token="<eos>", pad_token=EOS)
+        type(llm)(llm.model, llm.prompt_format.tokenizer, eos_token="<eos>", pad_token=EOS)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from instructblip.errors import UserError
-from instructblip.model.instructblip import InstructBLIP
+from instructblip.models.instructblip import InstructBLIP
 from instructblip.weights.lavis import (
     load_lavis,
     qformer_settings,
@@ -21,7 +21,7 @@ from instructblip.weights.lavis import (
     save_lavis,
 )
 from instructblip.weights.names import foreign_names
-from tests.tiny import tiny_encoder_decoder_llm, tiny_llama, tiny_llm, tiny_released_model
+from tests.kit.tiny import tiny_encoder_decoder_llm, tiny_llama, tiny_llm, tiny_released_model
 
 
 @pytest.fixture(scope="module")

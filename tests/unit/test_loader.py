@@ -14,14 +14,15 @@ from PIL import Image
 from torch import Tensor
 
 from instructblip.data.batching import Batch, Batching, collate
-from instructblip.data.loader import LoadedStep, MixtureDataset, TrainingSet, decoded, load_batches
+from instructblip.data.loader import LoadedStep, load_batches
 from instructblip.data.mixture import Mixture, MixtureEntry
-from instructblip.data.sample import Record
+from instructblip.data.mixture_dataset import MixtureDataset, TrainingSet, decoded
+from instructblip.data.records import Record
 from instructblip.data.shards import PreparedSplit, ShardReader, ShardWriter, open_split, shard_path
 from instructblip.data.templates import TemplateSet
-from instructblip.data.transforms import decode_image, squash
 from instructblip.errors import UserError
-from instructblip.training.loop import Phase, rank_positions, step_batching, total_steps
+from instructblip.images import decode_image, resize_square
+from instructblip.training.schedule import Phase, rank_positions, step_batching, total_steps
 
 TEMPLATES = TemplateSet("two", "", ("{question}", "Q: {question} A:"))
 IMAGES = 7
@@ -70,7 +71,7 @@ def _write_split(folder: Path) -> PreparedSplit:
 
 
 def _pixels(shard: ShardReader, row: int) -> Tensor:
-    return squash(decode_image(shard.read(row)[0][0], "image"), 4)[None]
+    return resize_square(decode_image(shard.read(row)[0][0], "image"), 4)[None]
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +79,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> MixtureDataset:
     split = _write_split(tmp_path_factory.mktemp("train"))
     sets = [TrainingSet(kind, split, (kind,), TEMPLATES) for kind in ("color", "yes_no")]
     mixture = Mixture([MixtureEntry(item.name, len(item)) for item in sets], seed=11)
-    return MixtureDataset(mixture, sets, decoded("squash", 4))
+    return MixtureDataset(mixture, sets, decoded("resize_square", 4))
 
 
 Row = tuple[str, str, str, str, list[int]]

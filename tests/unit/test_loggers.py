@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from instructblip.errors import UserError
-from instructblip.training.loggers import LOGGERS, flatten, make_logger
+from instructblip.tracking import LOGGERS, flatten, make_logger
 
 
 @pytest.fixture(autouse=True)

@@ -9,20 +9,11 @@ import torch
 
 from instructblip.data.batching import Batch, Batching
 from instructblip.errors import UserError
-from instructblip.model.instructblip import InstructBLIP
-from instructblip.training.loop import (
-    Phase,
-    Place,
-    StepResult,
-    locate,
-    log_entry,
-    rank_positions,
-    run_steps,
-    total_steps,
-    train_step,
-)
+from instructblip.models.instructblip import InstructBLIP
+from instructblip.training.loop import StepResult, log_entry, run_steps, train_step
 from instructblip.training.optim import learning_rate, make_adamw
-from tests.tiny import tiny_images, tiny_model
+from instructblip.training.schedule import Phase, StepPosition, locate, rank_positions, total_steps
+from tests.kit.tiny import tiny_images, tiny_model
 
 FIRST = Phase(
     name="first",
@@ -143,7 +134,11 @@ def test_the_loss_is_the_mean_over_supervised_tokens() -> None:
     model = tiny_model(0).train()
     expected = model(tiny_images(4, seed=1), INSTRUCTIONS, TARGETS)
     result, _ = _step([[0, 1, 2, 3]])
-    assert result.tokens == int(expected.tokens_per_sample.sum()) == sum(len(model.llm.target_ids(t)) for t in TARGETS)
+    assert (
+        result.tokens
+        == int(expected.tokens_per_sample.sum())
+        == sum(len(model.llm.prompt_format.target_ids(t)) for t in TARGETS)
+    )
     assert result.loss == pytest.approx(float(expected.total.detach()) / result.tokens, rel=1e-6)
     per_token = float(expected.per_sample[2:].sum() / expected.tokens_per_sample[2:].sum())
     assert result.loss_by_dataset["shape"] == pytest.approx(per_token, rel=1e-5)
@@ -206,7 +201,7 @@ def _run(start: int = 0, stop_after: int | None = None, dropout: float = 0.0) ->
     batches = ((step, [_batch(rows)]) for step in range(start, total_steps(PHASES)))
     seen: list[tuple] = []
 
-    def after_step(step: int, place: Place, rate: float, result: StepResult) -> bool:
+    def after_step(step: int, place: StepPosition, rate: float, result: StepResult) -> bool:
         seen.append((step, place.phase.name, rate, result.loss))
         return step + 1 == stop_after
 

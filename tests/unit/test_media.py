@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from instructblip.data import transforms
-from instructblip.data.media import MediaError, MediaOptions, read_media, store_image, stored_frames
+from instructblip import images
+from instructblip.data.prepare.media import MediaError, MediaOptions, read_media, store_image, stored_frames
 from instructblip.data.readers import MediaRecords
-from instructblip.data.transforms import decode_image
+from instructblip.images import decode_image
 
 
 def _image(format: str = "PNG", mode: str = "RGB", size: tuple[int, int] = (40, 30)) -> bytes:
@@ -62,7 +62,7 @@ def _color(image: Image.Image, place: tuple[float, float]) -> str:
     ],
 )
 def test_bad_images_have_a_reason(content: bytes, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transforms, "MAX_PIXELS", 5_000_000)
+    monkeypatch.setattr(images, "MAX_PIXELS", 5_000_000)
     with pytest.raises(MediaError, match=reason):
         store_image(content)
     with pytest.raises(MediaError, match=reason):

@@ -12,7 +12,11 @@ from PIL import Image
 from rich.console import Console
 
 from instructblip.errors import UserError
-from instructblip.training.meters import MetricsLog, StepTimer, draw_curves, smoothed, training_progress
+from instructblip.progress import training_progress
+from instructblip.training import timer as meters
+from instructblip.training.curves import draw_curves, smoothed
+from instructblip.training.metrics_log import BestStep, MetricsLog
+from instructblip.training.timer import StepTimer
 
 
 class Clock:
@@ -34,19 +38,19 @@ def filled(path: Path, steps: range) -> MetricsLog:
 
 def test_every_line_is_on_disk_when_append_returns(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path / "run" / "metrics.jsonl")
-    assert log.read() == []
+    assert list(log.read()) == []
     log.append({"step": 1, "loss": 0.1 + 0.2})
     log.append({"step": 1, "validation": {"formes colorées": 50.0}})
     lines = log.path.read_text(encoding="utf-8").splitlines()
-    assert [json.loads(line) for line in lines] == log.read()
-    assert log.read()[0]["loss"] == 0.1 + 0.2  # exact
+    assert [json.loads(line) for line in lines] == list(log.read())
+    assert next(log.read())["loss"] == 0.1 + 0.2  # exact
     assert "colorées" in lines[1]
 
 
 def test_numbers_that_are_not_finite_become_null(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path / "m.jsonl")
     log.append({"step": 1, "loss": math.nan, "loss_by_dataset": {"a": math.inf, "b": 1.5}})
-    assert log.read() == [{"step": 1, "loss": None, "loss_by_dataset": {"a": None, "b": 1.5}}]
+    assert list(log.read()) == [{"step": 1, "loss": None, "loss_by_dataset": {"a": None, "b": 1.5}}]
 
 
 def test_an_entry_without_step_is_refused(tmp_path: Path) -> None:
@@ -81,10 +85,51 @@ def test_truncating_an_open_log_and_a_missing_one(tmp_path: Path) -> None:
     log = filled(tmp_path / "m.jsonl", range(1, 4))
     log.truncate_after(0)
     log.append({"step": 1})
-    assert log.read() == [{"step": 1}]
+    assert list(log.read()) == [{"step": 1}]
     missing = MetricsLog(tmp_path / "none.jsonl")
     missing.truncate_after(3)
     assert not missing.path.exists()
+
+
+def test_resuming_reads_what_is_forgotten_and_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lines longer and shorter than what is read at once, and one that the disk has zeroed."""
+    lines = [json.dumps({"step": step, "ids": ["x" * (step % 7)] * 40}).encode() + b"\n" for step in range(1, 101)]
+    parsed: list[bytes] = []
+    entry = meters._entry
+    monkeypatch.setattr(meters, "_entry", lambda line: parsed.append(line) or entry(line))
+    for block in (1, 64, 1 << 16):
+        monkeypatch.setattr(meters, "_BLOCK", block)
+        path = tmp_path / f"{block}.jsonl"
+        path.write_bytes(b"".join(lines) + b"\0" * 50 + b"\n" + b'{"step": 101')
+        parsed.clear()
+        MetricsLog(path).truncate_after(95)
+        assert path.read_bytes() == b"".join(lines[:95])
+        assert len(parsed) == 7
+
+
+def test_the_best_step_is_the_first_of_equals() -> None:
+    scores: list[dict[str, float | None]] = [{"a": 40.0, "b": 60.0}, {"a": 50.0, "b": 50.0}, {"a": 10.0, "b": 80.0}]
+    for of, step in {"mean": 2, "a": 4, "b": 6, "c": None, None: None}.items():
+        best, resumed = BestStep(of), BestStep(of)
+        for number, validation in enumerate(scores, start=1):
+            best.see({"step": 2 * number - 1})
+            best.see({"step": 2 * number, "validation": validation})
+        assert best.step == step
+        assert resumed.restore(json.loads(json.dumps(best.state())))
+        assert resumed.step == step
+        for validation in ({}, {"a": None}, {"a": math.nan}, {"a": 50.0, "b": 50.0}):
+            resumed.see({"step": 99, "validation": validation})
+        assert resumed.step == step
+
+
+def test_what_a_checkpoint_keeps_of_other_scores_is_no_best() -> None:
+    best = BestStep("mean")
+    best.see({"step": 3, "validation": {"a": 40.0}})
+    for other in ("a", None):
+        resumed = BestStep(other)
+        assert resumed.restore(best.state()) is (other is None)
+        assert resumed.restore(None) is (other is None)
+        assert resumed.step is None
 
 
 @pytest.mark.parametrize("line", [b"not json\n", b'{"loss": 1}\n', b"[1]\n", b'{"step": "x"}\n', b"\xff\n"])
@@ -92,7 +137,7 @@ def test_a_corrupt_line_is_named(tmp_path: Path, line: bytes) -> None:
     path = tmp_path / "m.jsonl"
     path.write_bytes(b'{"step": 1}\n' + line + b'{"step": 3}\n')
     with pytest.raises(UserError, match=r"m\.jsonl line 2"):
-        MetricsLog(path).read()
+        list(MetricsLog(path).read())
 
 
 class FullDisk(io.BytesIO):

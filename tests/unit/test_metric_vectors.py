@@ -19,7 +19,6 @@ from instructblip.evaluation.metrics import (
     group_means,
     iconqa_accuracy,
     ivqa_accuracy,
-    java,
     multiple_choice_accuracy,
     ocr_vqa_accuracy,
     probability_of_class,
@@ -28,6 +27,7 @@ from instructblip.evaluation.metrics import (
     vqa_accuracy,
     vsr_accuracy,
 )
+from instructblip.evaluation.metrics import caption_tokenizer as java
 from instructblip.evaluation.metrics.captions import PUNCTUATION, bleu, cider_d, rouge_l
 from instructblip.evaluation.metrics.vqa import normalize_textvqa, normalize_vqa
 

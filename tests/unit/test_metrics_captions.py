@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from instructblip.errors import UserError
-from instructblip.evaluation.metrics import cider, java, ptb
+from instructblip.evaluation.metrics import caption_tokenizer as java
+from instructblip.evaluation.metrics import caption_tokenizer as ptb
+from instructblip.evaluation.metrics import cider
 from instructblip.evaluation.metrics.captions import PUNCTUATION, cider_d
 
 VECTORS = Path(__file__).parent.parent / "metric_vectors" / "captions_coco.json"

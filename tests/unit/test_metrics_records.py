@@ -8,7 +8,7 @@ from typing import get_args
 import pytest
 
 from instructblip.data.card_evaluation import Metric
-from instructblip.data.sample import Record
+from instructblip.data.records import Record
 from instructblip.evaluation.metrics import (
     METRICS,
     ModelOutput,

@@ -7,7 +7,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from instructblip.data.mixture import Draw, Mixture, MixtureEntry, Stretch, position_generator, share_table
+from instructblip.data.mixture import Draw, Mixture, MixtureEntry, MixtureSegment, position_generator, share_table
 
 SMALL = (MixtureEntry("a", 3), MixtureEntry("b", 50), MixtureEntry("c", 7, 2.0))
 BLOCK = 512
@@ -165,18 +165,18 @@ def test_a_far_position_is_reached_at_once() -> None:
 
 @pytest.mark.parametrize("positions", [0, 1, 511, 512, 513, 3000, 100_000])
 def test_counts_without_drawing(positions: int) -> None:
-    for mixture in (_small(), Mixture(SMALL, seed=5, stretches=STRETCHES)):
+    for mixture in (_small(), Mixture(SMALL, seed=5, segments=SEGMENTS)):
         drawn = [draw.dataset for draw in _draws(mixture, range(min(positions, 6000)))]
         if positions < 6000:
             assert mixture.counts(positions).tolist() == np.bincount(drawn, minlength=3).tolist()
         assert mixture.counts(positions).sum() == positions
 
 
-STRETCHES = (Stretch(30, 6), Stretch(4 * 700, 4), Stretch(300, 100))
+SEGMENTS = (MixtureSegment(30, 6), MixtureSegment(4 * 700, 4), MixtureSegment(300, 100))
 
 
 def test_groups_come_from_one_dataset_and_count_on_through_the_stretches() -> None:
-    mixture = Mixture(SMALL, seed=5, stretches=STRETCHES)
+    mixture = Mixture(SMALL, seed=5, segments=SEGMENTS)
     draws = _draws(mixture, range(30 + 2800 + 300 + 200))  # two groups beyond the last stretch, which goes on
     at = 0
     for size, groups in ((6, 5), (4, 700), (100, 5)):
@@ -189,7 +189,7 @@ def test_groups_come_from_one_dataset_and_count_on_through_the_stretches() -> No
         assert [draw.epoch for draw in mine] == [place // entry.records for place in range(len(mine))]
         for epoch in range(mine[-1].epoch):
             assert sorted(draw.record for draw in mine if draw.epoch == epoch) == list(range(entry.records))
-    jumping = Mixture(SMALL, seed=5, stretches=STRETCHES)
+    jumping = Mixture(SMALL, seed=5, segments=SEGMENTS)
     for position in np.random.default_rng(1).integers(len(draws), size=200).tolist():
         assert jumping.draw(position) == draws[position]
     shares = np.bincount([draws[at].dataset for at in range(30, 2830, 4)]) / 700
@@ -197,12 +197,12 @@ def test_groups_come_from_one_dataset_and_count_on_through_the_stretches() -> No
 
 
 def test_groups_of_one_are_sample_by_sample() -> None:
-    grouped = Mixture(SMALL, seed=5, stretches=[Stretch(10, 1), Stretch(700, 1)])
+    grouped = Mixture(SMALL, seed=5, segments=[MixtureSegment(10, 1), MixtureSegment(700, 1)])
     assert _draws(grouped, range(1500)) == _draws(_small(), range(1500))
 
 
 def test_a_replacement_is_the_next_draw_of_the_dataset() -> None:
-    for mixture in (_small(), Mixture(SMALL, seed=5, stretches=STRETCHES)):
+    for mixture in (_small(), Mixture(SMALL, seed=5, segments=SEGMENTS)):
         draws = _draws(mixture, range(1500))
         for position in (0, 1, 29, 30, 77, 511, 512, 600):
             later = [draw for draw in draws[position + 1 :] if draw.dataset == draws[position].dataset]
@@ -254,7 +254,7 @@ def test_share_table() -> None:
 
 
 def test_a_plan_may_be_pickled() -> None:
-    mixture = Mixture(SMALL, seed=5, stretches=STRETCHES)
+    mixture = Mixture(SMALL, seed=5, segments=SEGMENTS)
     draws = _draws(mixture, range(100))
     assert _draws(pickle.loads(pickle.dumps(mixture)), range(100)) == draws
 
@@ -287,7 +287,7 @@ def test_what_cannot_be_planned(entries: list[MixtureEntry], weighting: str, wor
 
 def test_what_cannot_be_grouped() -> None:
     with pytest.raises(ValueError, match="10 positions are not whole groups of 4"):
-        Mixture(SMALL, stretches=[Stretch(10, 4)])
+        Mixture(SMALL, segments=[MixtureSegment(10, 4)])
     with pytest.raises(ValueError, match="temperature -1 is not positive"):
         Mixture(SMALL, weighting="temperature", temperature=-1.0)
     with pytest.raises(ValueError, match="both or neither"):

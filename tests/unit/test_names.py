@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from instructblip.errors import UserError
-from instructblip.model.qformer import QFormer
+from instructblip.models.qformer import QFormer
 from instructblip.weights.names import (
     check_tensors,
     foreign_names,
@@ -13,7 +13,7 @@ from instructblip.weights.names import (
     pack_qkv_bias,
     unpack_qkv_bias,
 )
-from tests.tiny import tiny_model, tiny_released_model
+from tests.kit.tiny import tiny_model, tiny_released_model
 
 # native -> (LAVIS, transformers), as read in both projects
 KNOWN = {

@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 from PIL import Image, ImageDraw, ImageFont
 
-from instructblip.data import ocr as module
 from instructblip.data.cards import load_card
-from instructblip.data.ocr import ocr_options, ocr_tokens
-from instructblip.data.prepare import prepare_dataset
+from instructblip.data.prepare import ocr as module
+from instructblip.data.prepare.convert import prepare_dataset
+from instructblip.data.prepare.ocr import ocr_options, ocr_tokens
 from instructblip.data.shards import open_split
 from instructblip.errors import UserError
 from tests.unit.test_reader_ocr_vqa import write_ocr_vqa

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from instructblip.training.optim import NEW_PARTS, learning_rate, make_adamw, set_learning_rate
-from tests.tiny import tiny_model
+from tests.kit.tiny import tiny_model
 
 
 def _rates(steps: int, warmup: int, peak: float = 1.0, start: float = 0.0, final: float = 0.0) -> list[float]:

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from instructblip.data import order
-from instructblip.data.order import WINDOW, RecordOrder, permute
+from instructblip.data import mixture as order
+from instructblip.data.mixture import WINDOW, RecordOrder, permute
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 16, 100, 4096, 4097])

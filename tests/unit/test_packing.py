@@ -9,17 +9,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from instructblip.build import load_llm
 from instructblip.data.batching import Batching
-from instructblip.data.sample import Record, Sample
-from instructblip.model import llm as llm_module
-from instructblip.model.instructblip import InstructBLIP
-from instructblip.model.llm import LLM
-from instructblip.model.packing import RowLayout, isolated, lay_out, pack_rows
+from instructblip.data.records import Record, Sample
+from instructblip.models import llm as llm_module
+from instructblip.models.instructblip import InstructBLIP
+from instructblip.models.llm import LLM
+from instructblip.models.packing import RowLayout, block_causal_mask, pack_rows, packed_layout
 from instructblip.training.loop import StepResult, train_step
 from instructblip.training.optim import make_adamw
-from tests.families import SLIDING_WINDOW, llm_config, write_llm
-from tests.tiny import tiny_encoder_decoder_llm, tiny_images, tiny_model
+from instructblip.weights.parts import load_llm
+from tests.kit.families import SLIDING_WINDOW, llm_config, write_llm
+from tests.kit.tiny import tiny_encoder_decoder_llm, tiny_images, tiny_model
 
 # The tiny models are so narrow that attention in longer rows would cost more than it saves: rows are made as for a wide one.
 WIDE = 4096
@@ -117,14 +117,14 @@ def causal_alone(layout: RowLayout) -> Tensor:
 
 
 def positions_go_on(rows: Sequence[Sequence[int]], lengths: Sequence[int], *, device: torch.device) -> RowLayout:
-    layout = lay_out(rows, lengths, device=device)
+    layout = packed_layout(rows, lengths, device=device)
     return layout._replace(position_RT=torch.arange(layout.owner_RT.shape[1]).expand_as(layout.owner_RT))
 
 
 @pytest.mark.parametrize("name", DECODERS)
 def test_without_the_mask_the_comparison_fails(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, images = tiny_model(llm=load(name, tmp_path)), tiny_images(len(PROMPTS))
-    monkeypatch.setattr(llm_module, "isolated", causal_alone)
+    monkeypatch.setattr(llm_module, "block_causal_mask", causal_alone)
     loss, gradient = differences(model, images, [range(len(PROMPTS))])
     assert loss > 1e-4
     assert gradient > 1e-2
@@ -133,7 +133,7 @@ def test_without_the_mask_the_comparison_fails(name: str, tmp_path: Path, monkey
 def test_without_positions_from_0_the_comparison_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """For learned positions; rotary ones know distances only."""
     model, images = tiny_model(llm=load("opt_2_7b", tmp_path)), tiny_images(len(PROMPTS))
-    monkeypatch.setattr(llm_module, "lay_out", positions_go_on)
+    monkeypatch.setattr(llm_module, "packed_layout", positions_go_on)
     loss, gradient = differences(model, images, [range(len(PROMPTS))])
     assert loss > 1e-4
     assert gradient > 1e-2
@@ -146,7 +146,7 @@ def test_what_changes_in_one_sample_moves_no_other_by_a_bit(changed: int, monkey
     other[changed] = 255 - images[changed]
     before, after = (model(pixels, PROMPTS, TARGETS, packed=True).per_sample for pixels in (images, other))
     assert (before != after).tolist() == [sample == changed for sample in range(len(PROMPTS))]
-    monkeypatch.setattr(llm_module, "isolated", causal_alone)
+    monkeypatch.setattr(llm_module, "block_causal_mask", causal_alone)
     before, after = (model(pixels, PROMPTS, TARGETS, packed=True).per_sample for pixels in (images, other))
     rows = pack_rows([model.sample_length()(p, t, 1) for p, t in zip(PROMPTS, TARGETS, strict=True)], width=WIDE)
     last = any(row[-1] == changed for row in rows)  # in its row: what is causal only leaks to the right
@@ -256,10 +256,13 @@ def test_every_sample_lies_in_one_row_and_rows_are_full() -> None:
 
 
 def test_what_a_place_sees() -> None:
-    layout = lay_out([[2, 0], [1]], [2, 3, 1], device=torch.device("cpu"))
+    layout = packed_layout([[2, 0], [1]], [2, 3, 1], device=torch.device("cpu"))
     assert layout.owner_RT.tolist() == [[2, 0, 0], [1, 1, 1]]
     assert layout.position_RT.tolist() == [[0, 0, 1], [0, 1, 2]]
-    assert isolated(layout).int().tolist() == [[[1, 0, 0], [0, 1, 0], [0, 1, 1]], [[1, 0, 0], [1, 1, 0], [1, 1, 1]]]
-    padded = lay_out([[0], [1]], [1, 3], device=torch.device("cpu"))
+    assert block_causal_mask(layout).int().tolist() == [
+        [[1, 0, 0], [0, 1, 0], [0, 1, 1]],
+        [[1, 0, 0], [1, 1, 0], [1, 1, 1]],
+    ]
+    padded = packed_layout([[0], [1]], [1, 3], device=torch.device("cpu"))
     assert padded.owner_RT[0].tolist() == [0, -1, -1]
-    assert isolated(padded)[0].int().tolist() == [[1, 0, 0], [0, 1, 0], [0, 1, 1]]
+    assert block_causal_mask(padded)[0].int().tolist() == [[1, 0, 0], [0, 1, 0], [0, 1, 1]]

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from instructblip.data.batching import Batch
-from instructblip.model.instructblip import InstructBLIP
-from instructblip.training import scoring
+from instructblip.distributed import Processes
+from instructblip.models.instructblip import InstructBLIP
+from instructblip.training import validation as scoring
 from instructblip.training.loop import train_step
 from instructblip.training.optim import make_adamw
 from instructblip.training.parallel import parallelize
-from instructblip.training.processes import Processes
-from tests.tiny import tiny_encoder_decoder_llm, tiny_images, tiny_llm, tiny_model
+from tests.kit.tiny import tiny_encoder_decoder_llm, tiny_images, tiny_llm, tiny_model
 
 LLMS = {"decoder": tiny_llm, "encoder_decoder": tiny_encoder_decoder_llm}
 

@@ -12,16 +12,16 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from instructblip import architecture
-from instructblip.architecture import language_model_of_sizes, qformer_of_sizes
-from instructblip.config import CONFIGS, TrainConfig, VisionConfig
+from instructblip.config.schema import CONFIGS, TrainConfig, VisionConfig
 from instructblip.errors import UserError
-from instructblip.training import flops
-from instructblip.training.plan import Plan, what_fits
+from instructblip.training.plan import flops
+from instructblip.training.plan.memory import Plan, what_fits
+from instructblip.training.plan.tables import plan_summary
 from instructblip.training.run import train
 from instructblip.training.setup import make_plan
-from instructblip.training.tables import verdict
-from tests.runs import compose
+from instructblip.weights import modules as architecture
+from instructblip.weights.modules import language_model_of_sizes, qformer_of_sizes
+from tests.kit.runs import compose
 
 PAPER = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml"))
 SMALL = (
@@ -203,8 +203,8 @@ def test_every_experiment_is_planned_and_nothing_is_opened(
 
     for name in ("builtins.open", "io.open", "os.open", "socket.socket.connect", "torch.load"):
         monkeypatch.setattr(name, refuse)
-    monkeypatch.setattr("instructblip.build.part_folder", refuse)
-    monkeypatch.setattr("instructblip.training.setup.load_card", refuse)
+    monkeypatch.setattr("instructblip.fetch.parts.part_folder", refuse)
+    monkeypatch.setattr("instructblip.data.cards.load_card", refuse)
     console = Console(file=io.StringIO(), width=100)
     status = train(config, console)
     assert isinstance(console.file, io.StringIO)
@@ -237,7 +237,7 @@ def test_what_does_not_fit_is_told_what_would(overrides: tuple[str, ...]) -> Non
 def test_nothing_helps_a_gpu_that_is_too_small() -> None:
     huge = plan("llm=vicuna_13b", "llm.sizes.num_hidden_layers=200", "plan_gpus=1", "plan_gpu=rtx_4090")
     assert what_fits(huge) is None
-    assert "take GPUs with more memory" in verdict(huge)[-1]
+    assert "take GPUs with more memory" in plan_summary(huge)[-1]
 
 
 @pytest.mark.usefixtures("encoders_once")
@@ -277,4 +277,4 @@ def test_a_language_model_without_sizes_is_named() -> None:
 def test_main_memory_for_building_the_model_is_named() -> None:
     planned = plan("experiment=paper_vicuna_13b", "plan_gpus=8")
     assert planned.loading() / 2**30 == pytest.approx(26.8, abs=0.1)  # 13.0 B and 1.0 B in bfloat16, 0.2 B in float32
-    assert "26.8 GiB for every GPU of a node" in " ".join(verdict(planned))
+    assert "26.8 GiB for every GPU of a node" in " ".join(plan_summary(planned))

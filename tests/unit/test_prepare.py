@@ -19,14 +19,14 @@ import webdataset
 from PIL import Image
 from rich.console import Console
 
-from instructblip.config import PrepareConfig
+from instructblip.config.schema import PrepareConfig
 from instructblip.data.cards import Card, SplitCounts, load_card
-from instructblip.data.prepare import check_prepared, prepare_dataset
+from instructblip.data.prepare.command import prepare
+from instructblip.data.prepare.convert import check_prepared, prepare_dataset
 from instructblip.data.readers import READERS, Losses, MediaRecords, RawSplit
-from instructblip.data.sample import Record
+from instructblip.data.records import Record
 from instructblip.data.shards import open_split
 from instructblip.errors import UserError
-from instructblip.prepared import prepare
 from tests.unit.test_media import video
 from tests.unit.test_reader_iconqa import write_iconqa
 from tests.unit.test_reader_vqa import write_vqav2

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from instructblip.data.cards import load_card
-from instructblip.data.prepare import check_prepared, prepare_dataset
+from instructblip.data.prepare.convert import check_prepared, prepare_dataset
 from instructblip.data.shards import open_split
 from instructblip.data.templates import load_templates, render_prompt, render_training
-from tests.raw_files import read_raw, records_of
+from tests.kit.raw_files import read_raw, records_of
 from tests.unit.test_reader_aokvqa import write_aokvqa
 from tests.unit.test_reader_coco_caption import write_coco_caption
 from tests.unit.test_reader_llava import write_llava_conversation, write_llava_detail, write_llava_reasoning

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from instructblip.config import SourcesConfig
+from instructblip.config.schema import SourcesConfig
 from instructblip.data.cards import Card, load_card
-from instructblip.data.prepare import prepare_dataset
+from instructblip.data.prepare.command import ensure_prepared
+from instructblip.data.prepare.convert import prepare_dataset
 from instructblip.errors import UserError
-from instructblip.prepared import ensure_prepared
-from tests.tiny import write_easy_vqa
+from tests.kit.tiny import write_easy_vqa
 
 
 @pytest.fixture

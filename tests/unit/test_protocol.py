@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 
 from instructblip.data.cards import Card, load_card
-from instructblip.data.prepare import prepare_dataset
+from instructblip.data.prepare.convert import prepare_dataset
 from instructblip.errors import UserError
-from instructblip.evaluation.protocol import as_json, majority_answers, make_task, withheld
-from tests.synthetic_tasks import synthetic_task
-from tests.tiny import write_easy_vqa
+from instructblip.evaluation.protocol import as_json, blind_task, majority_answers, make_task
+from tests.kit.synthetic_tasks import synthetic_task
+from tests.kit.tiny import write_easy_vqa
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def test_everything_that_decides_a_score_is_in_the_hash(yes_no: Card, shards: Pa
     task = make_task(yes_no, shards, samples=5)
     hashes = {
         task.protocol.sha256(),
-        withheld(task).protocol.sha256(),
+        blind_task(task).protocol.sha256(),
         make_task(yes_no, shards, samples=6).protocol.sha256(),
         make_task(yes_no, shards, samples=5, mode="generate").protocol.sha256(),
         make_task(yes_no, shards, samples=5, split="validation").protocol.sha256(),
@@ -91,11 +91,11 @@ def test_everything_that_decides_a_score_is_in_the_hash(yes_no: Card, shards: Pa
 
 def test_withheld_differs_in_nothing_but_the_images(yes_no: Card, shards: Path) -> None:
     task = make_task(yes_no, shards, samples=5)
-    blind = withheld(task)
+    blind = blind_task(task)
     assert blind.samples == task.samples
     assert dataclasses.replace(blind.protocol, images="shown") == task.protocol
     assert blind.protocol == make_task(yes_no, shards, samples=5, withhold_images=True).protocol
-    assert blind.protocol.describe()["images"] == "withheld, squash"
+    assert blind.protocol.describe()["images"] == "withheld, resize_square"
 
 
 def test_verbalizers_become_candidates_with_classes(shards: Path) -> None:

@@ -6,8 +6,8 @@ from torch import Tensor
 from transformers import InstructBlipQFormerConfig
 from transformers.models.instructblip.modeling_instructblip import InstructBlipQFormerModel
 
-from instructblip.model.qformer import QFormer, QFormerLayer
-from tests.tiny import tiny_qformer
+from instructblip.models.qformer import QFormer, QFormerLayer
+from tests.kit.tiny import tiny_qformer
 
 VISION_WIDTH = 24
 TEXT = torch.tensor([[2, 5, 6, 7, 3], [2, 8, 9, 3, 0]])

@@ -16,10 +16,10 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from instructblip.model.instructblip import InstructBLIP
-from instructblip.model.llm import DecoderLLM
-from instructblip.model.ranking import RANKING_PRESETS, CandidateTree
-from tests.tiny import EOS, tiny_encoder_decoder_llm, tiny_images, tiny_llm, tiny_llm_tokenizer, tiny_model
+from instructblip.models.instructblip import InstructBLIP
+from instructblip.models.llm import DecoderLLM
+from instructblip.models.ranking import RANKING_PRESETS, CandidateTree
+from tests.kit.tiny import EOS, tiny_encoder_decoder_llm, tiny_images, tiny_llm, tiny_llm_tokenizer, tiny_model
 
 PROMPTS = [
     "what color is the shape?",
@@ -57,13 +57,13 @@ def plain_scores(
 ) -> Tensor:
     """One full forward a candidate through transformers' own model, with its cross-entropy."""
     visual = model.visual_prompt(model.image_tokens(image[None]), [prompt])
-    text = model.llm.tokenizer(prompt)["input_ids"]
+    text = model.llm.prompt_format.tokenizer(prompt)["input_ids"]
     encodes, embed = model.llm.model.config.is_encoder_decoder, model.llm.model.get_input_embeddings()
     scores = []
     for candidate in candidates:
-        ids = model.llm.tokenizer(" " + candidate)["input_ids"] + [model.llm.eos_id] * eos
+        ids = model.llm.prompt_format.tokenizer(" " + candidate)["input_ids"] + [model.llm.prompt_format.eos_id] * eos
         if encodes:
-            prefix = torch.cat([visual, embed(torch.tensor([[*text, model.llm.eos_id]]))], dim=1)
+            prefix = torch.cat([visual, embed(torch.tensor([[*text, model.llm.prompt_format.eos_id]]))], dim=1)
             logits = model.llm.model(inputs_embeds=prefix, labels=torch.tensor([ids])).logits[0]
         else:
             prefix = torch.cat([visual, embed(torch.tensor([text + ids]))], dim=1)
@@ -124,8 +124,10 @@ def test_a_candidate_that_begins_another_wins_only_without_its_end(model: Instru
 
 
 def test_one_candidate_of_one_token_needs_no_tree(model: InstructBLIP) -> None:
-    candidate = model.llm.tokenizer.decode(model.llm.tokenizer(" shape")["input_ids"][:1]).strip()
-    assert len(model.llm.target_ids(candidate, include_eos=False)) == 1
+    candidate = model.llm.prompt_format.tokenizer.decode(
+        model.llm.prompt_format.tokenizer(" shape")["input_ids"][:1]
+    ).strip()
+    assert len(model.llm.prompt_format.target_ids(candidate, include_eos=False)) == 1
     found = model.rank(tiny_images(1), ["color"], [[candidate]], include_eos=False)
     check(found, [plain_scores(model, tiny_images(1)[0], "color", [candidate], eos=False)])
 
@@ -134,7 +136,7 @@ def test_scores_do_not_depend_on_how_many_vocabulary_rows_are_in_memory(
     model: InstructBLIP, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = model.rank(tiny_images(2), PROMPTS[:2], [CANDIDATES] * 2)
-    monkeypatch.setattr("instructblip.model.ranking._LOGIT_ROWS", 3)
+    monkeypatch.setattr("instructblip.models.ranking._LOGIT_ROWS", 3)
     check(model.rank(tiny_images(2), PROMPTS[:2], [CANDIDATES] * 2), expected)
 
 
@@ -207,41 +209,44 @@ def test_scores_do_not_depend_on_the_token_budget(
     lists = [CANDIDATES, CANDIDATES[:1], CANDIDATES[2:5], CANDIDATES[::-1]]
     expected = model.rank(tiny_images(4), PROMPTS[:4], lists)
     held: list[int] = []
-    opened, continued = model.llm.open_prompts, model.llm.continue_prompts
+    opened, continued = model.llm.prefill, model.llm.decode_tree
 
-    def open_prompts(prefixes: Sequence[Tensor]) -> Any:
+    def prefill(prefixes: Sequence[Tensor]) -> Any:
         held.append(max(map(len, prefixes)) * len(prefixes) if len(prefixes) > 1 else 0)
         return opened(prefixes)
 
-    def continue_prompts(prompts: Any, tokens: Tensor, *rest: Tensor) -> Tensor:
+    def decode_tree(prompts: Any, tokens: Tensor, *rest: Tensor) -> Tensor:
         held.append(tokens.numel())
         return continued(prompts, tokens, *rest)
 
-    monkeypatch.setattr(model.llm, "open_prompts", open_prompts)
-    monkeypatch.setattr(model.llm, "continue_prompts", continue_prompts)
+    monkeypatch.setattr(model.llm, "prefill", prefill)
+    monkeypatch.setattr(model.llm, "decode_tree", decode_tree)
     check(model.rank(tiny_images(4), PROMPTS[:4], lists, token_budget=budget), expected)
-    longest = max(len(model.llm.target_ids(text)) for text in CANDIDATES)
+    longest = max(len(model.llm.prompt_format.target_ids(text)) for text in CANDIDATES)
     assert max(held) <= max(budget, longest)  # what cannot be cut is run alone
     assert len(held) == (2 if budget > 1000 else len(held))
 
 
 def test_the_prompt_runs_once_and_the_tree_once(model: InstructBLIP, monkeypatch: pytest.MonkeyPatch) -> None:
     passes: list[tuple[str, int, int]] = []
-    opened, continued = model.llm.open_prompts, model.llm.continue_prompts
+    opened, continued = model.llm.prefill, model.llm.decode_tree
 
-    def open_prompts(prefixes: Sequence[Tensor]) -> Any:
+    def prefill(prefixes: Sequence[Tensor]) -> Any:
         passes.append(("prompts", len(prefixes), max(map(len, prefixes))))
         return opened(prefixes)
 
-    def continue_prompts(prompts: Any, tokens: Tensor, *rest: Tensor) -> Tensor:
+    def decode_tree(prompts: Any, tokens: Tensor, *rest: Tensor) -> Tensor:
         passes.append(("tree", *tokens.shape))
         return continued(prompts, tokens, *rest)
 
-    monkeypatch.setattr(model.llm, "open_prompts", open_prompts)
-    monkeypatch.setattr(model.llm, "continue_prompts", continue_prompts)
+    monkeypatch.setattr(model.llm, "prefill", prefill)
+    monkeypatch.setattr(model.llm, "decode_tree", decode_tree)
     model.rank(tiny_images(2), ["color", "what color"], [["red", "red circle", "red shape"]] * 2)
-    tree = build_tree([model.llm.target_ids(text) for text in ("red", "red circle", "red shape")])
-    assert passes == [("prompts", 2, 4 + len(model.llm.prompt_ids("what color"))), ("tree", 2, len(tree.tokens))]
+    tree = build_tree([model.llm.prompt_format.target_ids(text) for text in ("red", "red circle", "red shape")])
+    assert passes == [
+        ("prompts", 2, 4 + len(model.llm.prompt_format.prompt_ids("what color"))),
+        ("tree", 2, len(tree.tokens)),
+    ]
 
 
 def test_presets_name_both_kinds_and_fit_rank(model: InstructBLIP) -> None:
@@ -297,27 +302,27 @@ def test_greedy_generation_equals_a_plain_loop_and_holds_no_prompt(model: Instru
     visual = model.visual_prompt(model.image_tokens(image), [prompt])
     ids: list[int] = []
     for _ in range(12):
-        (text,) = embed([model.llm.prompt_ids(prompt) + ([] if encodes else ids)])
+        (text,) = embed([model.llm.prompt_format.prompt_ids(prompt) + ([] if encodes else ids)])
         said_ids = {"decoder_input_ids": torch.tensor([[model.llm.start_id, *ids]])} if encodes else {}
         logits = model.llm.model(inputs_embeds=torch.cat([visual, text[None]], dim=1), **said_ids).logits
         said = logits[0, -1, ids]  # the penalty is over what has been said (arXiv:1909.05858, section 4.1)
         logits[0, -1, ids] = torch.where(said > 0, said / penalty, said * penalty)
         ids.append(int(logits[0, -1].argmax()))
-    assert model.llm.eos_id not in ids
-    expected = model.llm.tokenizer.decode(ids, skip_special_tokens=True).strip()
+    assert model.llm.prompt_format.eos_id not in ids
+    expected = model.llm.prompt_format.tokenizer.decode(ids, skip_special_tokens=True).strip()
     assert model.generate(image, [prompt], max_new_tokens=12, repetition_penalty=penalty) == [expected]
 
 
 def generated_ids(model: InstructBLIP, monkeypatch: pytest.MonkeyPatch, **options: Any) -> Tensor:
     """Token ids that `generate` makes for two prompts."""
     seen: list[Tensor] = []
-    original = type(model.llm.tokenizer).batch_decode
+    original = type(model.llm.prompt_format.tokenizer).batch_decode
 
     def decode(tokenizer: Any, ids: Tensor, **keywords: Any) -> list[str]:
         seen.append(ids)
         return original(tokenizer, ids, **keywords)
 
-    monkeypatch.setattr(type(model.llm.tokenizer), "batch_decode", decode)
+    monkeypatch.setattr(type(model.llm.prompt_format.tokenizer), "batch_decode", decode)
     model.generate(tiny_images(2), PROMPTS[:2], **options)
     return seen[0]
 
@@ -326,7 +331,7 @@ def generated_ids(model: InstructBLIP, monkeypatch: pytest.MonkeyPatch, **option
 def test_lengths_count_new_tokens_only(model: InstructBLIP, monkeypatch: pytest.MonkeyPatch, beams: int) -> None:
     ids = generated_ids(model, monkeypatch, num_beams=beams, max_new_tokens=5, min_new_tokens=5)
     assert ids.shape == (2, 5)
-    assert not bool((ids == model.llm.eos_id).any())
+    assert not bool((ids == model.llm.prompt_format.eos_id).any())
 
 
 def test_a_penalty_forbids_repetition_but_not_words_of_the_prompt(

@@ -10,7 +10,7 @@ from instructblip.data.cards import load_card
 from instructblip.data.readers.common import MISSING_IMAGE
 from instructblip.data.templates import load_templates, render_training
 from instructblip.errors import UserError
-from tests.raw_files import read_raw, records_of, write_images, write_raw_json
+from tests.kit.raw_files import read_raw, records_of, write_images, write_raw_json
 
 DIRECT = ["ride", "ride", "bus", "taxi", "travelling", "traffic", "taxi", "cab", "cab", "his ride"]
 

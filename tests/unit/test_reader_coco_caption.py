@@ -9,7 +9,7 @@ from instructblip.data.readers import Losses, RawSplit
 from instructblip.data.readers.coco_caption import read_coco_captions
 from instructblip.data.readers.common import MISSING_IMAGE
 from instructblip.errors import UserError
-from tests.raw_files import read_raw, records_of, write_images, write_raw_json
+from tests.kit.raw_files import read_raw, records_of, write_images, write_raw_json
 
 
 def _image(number: int, split: str, captions: dict[int, str], year: str = "val2014", **more: Any) -> dict[str, Any]:

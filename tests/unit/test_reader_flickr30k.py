@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from instructblip.errors import UserError
-from tests.raw_files import read_raw, records_of, write_images, write_raw_json
+from tests.kit.raw_files import read_raw, records_of, write_images, write_raw_json
 
 SPLIT_OF_IMAGE = {"1000092795": "train", "2199200615": "test", "36979": "val"}
 NO_SPLIT = "65567"

@@ -7,7 +7,7 @@ import pytest
 
 from instructblip.data.readers import READERS, Losses, RawSplit
 from instructblip.errors import UserError
-from tests.raw_files import read_raw, records_of, write_images, write_raw_json
+from tests.kit.raw_files import read_raw, records_of, write_images, write_raw_json
 
 
 def _question(image_id: Any, question: str, answer: Any = None, balanced: bool = True) -> dict[str, Any]:

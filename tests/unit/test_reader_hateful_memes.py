@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from instructblip.errors import UserError
-from tests.raw_files import read_raw, records_of, write_images
+from tests.kit.raw_files import read_raw, records_of, write_images
 
 
 def _write_lines(path: Path, *lines: Any) -> None:

@@ -7,7 +7,7 @@ import pytest
 from instructblip.data.cards import load_card
 from instructblip.data.readers import READERS, Losses, MediaRecords, RawSplit
 from instructblip.errors import UserError
-from tests.videos import write_video
+from tests.kit.videos import write_video
 
 HEADER = "video_id,start,end,question,answer1,answer2,answer3,answer4,answer5\n"
 TEST_ROWS = (

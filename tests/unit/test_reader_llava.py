@@ -7,7 +7,7 @@ import pytest
 
 from instructblip.data.readers.common import MISSING_IMAGE
 from instructblip.errors import UserError
-from tests.raw_files import read_raw, records_of, write_images, write_raw_json
+from tests.kit.raw_files import read_raw, records_of, write_images, write_raw_json
 
 LONG = " The bus is WHITE and red. \n\nIt has " + "very " * 60 + "many windows.\n"
 

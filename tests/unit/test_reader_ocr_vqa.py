@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from instructblip.data.cards import load_card
-from instructblip.data.prepare import prepare_dataset
+from instructblip.data.prepare.convert import prepare_dataset
 from instructblip.data.readers.common import MISSING_IMAGE
 from instructblip.errors import UserError
-from tests.raw_files import read_raw, records_of, write_images, write_raw_json
+from tests.kit.raw_files import read_raw, records_of, write_images, write_raw_json
 
 
 def _book(

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from instructblip.errors import UserError
-from tests.raw_files import read_raw, records_of, write_images, write_raw_json
+from tests.kit.raw_files import read_raw, records_of, write_images, write_raw_json
 
 
 def _problem(split: str, image: Any = "image.png", **changes: Any) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import pytest
 
 from instructblip.data.readers.common import MISSING_IMAGE
 from instructblip.errors import UserError
-from tests.raw_files import read_raw, records_of, write_images, write_raw_json
+from tests.kit.raw_files import read_raw, records_of, write_images, write_raw_json
 
 STOP, SIGN = "0054c91397f2fe05", "1a2b3c4d5e6f7a8b"
 FIVE = ["A red stop sign.", "A sign that says STOP.", "Stop, it says.", "A stop sign.", "The sign says stop."]

@@ -10,7 +10,7 @@ from instructblip.data.cards import load_card
 from instructblip.data.readers import READERS, Losses, MediaRecords, RawSplit
 from instructblip.data.readers.video_qa import read_mapping
 from instructblip.errors import UserError
-from tests.videos import write_video
+from tests.kit.videos import write_video
 
 MSVD = {
     "train": [

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from instructblip.errors import UserError
-from tests.raw_files import read_raw, write_images, write_raw_json
+from tests.kit.raw_files import read_raw, write_images, write_raw_json
 
 QUESTIONS = ["is it sunny", "how many dogs", "any people"]
 # The answers that are meant, and enough others to make 100 options of.

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from instructblip.errors import UserError
-from tests.raw_files import read_raw, records_of, write_images
+from tests.kit.raw_files import read_raw, records_of, write_images
 
 
 def _line(number: int, caption: str, label: Any, relation: str = "under", **more: Any) -> dict[str, Any]:

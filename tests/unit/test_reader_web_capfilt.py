@@ -12,7 +12,7 @@ import pytest
 from instructblip.data.readers.common import MISSING_IMAGE
 from instructblip.data.readers.web_capfilt import file_of_url
 from instructblip.errors import UserError
-from tests.raw_files import read_raw, records_of, write_images, write_raw_json
+from tests.kit.raw_files import read_raw, records_of, write_images, write_raw_json
 
 CAT, DOG, GONE = "http://a.org/cat.jpg?x=1&y", "https://b.org/dög.png", "http://c.org/gone.jpg"
 DEAD = "url has no file: its link is dead or was never fetched"

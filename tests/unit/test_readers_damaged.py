@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from instructblip.errors import UserError
-from tests.raw_files import read_raw
+from tests.kit.raw_files import read_raw
 from tests.unit.test_reader_flickr30k import write_flickr30k
 from tests.unit.test_reader_gqa import write_gqa
 from tests.unit.test_reader_hateful_memes import write_hateful_memes

@@ -18,20 +18,21 @@ import pytest
 from filelock import FileLock
 from rich.console import Console
 
-from instructblip.cli import compose_config
-from instructblip.config import DataConfig, InspectConfig
-from instructblip.data import remote
+from instructblip.config.entry import compose_config
+from instructblip.config.schema import DataConfig, InspectConfig
 from instructblip.data.batching import Batching
 from instructblip.data.cards import load_card
-from instructblip.data.inspect import inspect
-from instructblip.data.loader import MixtureDataset, load_batches
-from instructblip.data.prepare import prepare_dataset
-from instructblip.data.remote import RemoteTars, mirror_datasets
+from instructblip.data.loader import load_batches
+from instructblip.data.mixture_dataset import MixtureDataset
+from instructblip.data.prepare.command import shards_folder
+from instructblip.data.prepare.convert import prepare_dataset
 from instructblip.data.shards import open_split
 from instructblip.errors import UserError
-from instructblip.prepared import shards_folder
-from tests.mixtures import jpeg, mixture_of, write_split
-from tests.tiny import write_easy_vqa
+from instructblip.fetch import shard_cache as remote
+from instructblip.fetch.shard_cache import RemoteTars, mirror_datasets
+from instructblip.training.inspect import inspect
+from tests.kit.mixtures import jpeg, mixture_of, write_split
+from tests.kit.tiny import write_easy_vqa
 
 ROOMY = 10**9
 

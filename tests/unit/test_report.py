@@ -13,8 +13,7 @@ import pytest
 from PIL import Image
 
 from instructblip.errors import UserError
-from instructblip.evaluation.paper import OTHER_SPLIT, SUBSET
-from instructblip.evaluation.report import (
+from instructblip.evaluation.report.page import (
     Report,
     ReportExample,
     ReportRow,
@@ -24,6 +23,7 @@ from instructblip.evaluation.report import (
     thumbnail,
     write_report,
 )
+from instructblip.evaluation.report.table import OTHER_SPLIT, SUBSET
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)> \"' & {{ 7 * 7 }} </style>"
 

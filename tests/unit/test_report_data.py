@@ -8,12 +8,11 @@ import pytest
 from PIL import Image
 
 from instructblip.data.cards import load_card
-from instructblip.data.sample import Record
+from instructblip.data.records import Record
 from instructblip.data.shards import MANIFEST_FORMAT, ShardWriter, shard_path
 from instructblip.evaluation.outcomes import Failure, Prediction, TaskResult, score_task
-from instructblip.evaluation.paper import OTHER_SPLIT, SUBSET
 from instructblip.evaluation.protocol import make_task
-from instructblip.evaluation.report_data import (
+from instructblip.evaluation.report.content import (
     answers_of,
     breakdowns,
     outcome,
@@ -23,6 +22,7 @@ from instructblip.evaluation.report_data import (
     report_section,
     shown,
 )
+from instructblip.evaluation.report.table import OTHER_SPLIT, SUBSET
 from instructblip.files import sha256_file, write_json
 
 

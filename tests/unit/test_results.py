@@ -12,23 +12,23 @@ from rich.console import Console
 from rich.table import Table
 
 from instructblip.data.cards import Card, load_card
-from instructblip.data.sample import Record
+from instructblip.data.records import Record
 from instructblip.data.shards import MANIFEST_FORMAT, ShardWriter, shard_path
 from instructblip.errors import UserError
-from instructblip.evaluation import results
+from instructblip.evaluation import suite as results
 from instructblip.evaluation.metrics import accuracy
 from instructblip.evaluation.outcomes import Failure, Prediction, TaskResult
 from instructblip.evaluation.protocol import Task, make_task
-from instructblip.evaluation.results import (
+from instructblip.evaluation.suite import (
     BLIND,
     CHANCE,
     MAJORITY,
     DatasetResult,
     baselines,
+    console_table,
     has_submission,
     log_scores,
     results_json,
-    score_table,
     write_results,
 )
 from instructblip.files import sha256_file, write_json
@@ -186,7 +186,7 @@ def test_the_table_shows_every_score_beside_its_baselines(card: Card, shards: Pa
             result_of(make_task(dataclasses.replace(card, role="held-out"), shards), ["red"] * 4), {CHANCE: 7.7}
         ),
     ]
-    text = rendered(score_table("scores", items))
+    text = rendered(console_table("scores", items))
     assert "easy_vqa_color " in text  # whole, even on a narrow terminal
     assert "held out, never trained on: easy_vqa_color" in " ".join(text.split())
     assert text.count("75.0") == 2
@@ -205,7 +205,7 @@ def test_a_leaderboards_file_is_written_for_a_whole_split_only(tmp_path: Path) -
     assert rows == [{"image": f"{record.id}.jpg", "answer": text} for record, text in zip(records, "abc", strict=True)]
     found = json.loads(written[0].read_text())["datasets"]["vizwiz"]
     assert (found["value"], found["low"], found["high"], found["note"]) == (None, None, None, "answers not public")
-    assert "not public" in rendered(score_table("scores", [item]))
+    assert "not public" in rendered(console_table("scores", [item]))
 
     task = result.task
     part = dataclasses.replace(task, protocol=dataclasses.replace(task.protocol, samples=3))

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from instructblip.data.cards import load_card
-from instructblip.data.prepare import prepare_dataset
+from instructblip.data.prepare.convert import prepare_dataset
 from instructblip.data.shards import ShardReader
 from instructblip.evaluation.outcomes import TaskResult
-from instructblip.evaluation.protocol import Task, make_task, withheld
+from instructblip.evaluation.protocol import Task, blind_task, make_task
+from instructblip.evaluation.results_file import PREDICTIONS
 from instructblip.evaluation.runner import blank_image, read_pixels, run_task
-from instructblip.evaluation.stored import PREDICTIONS
-from instructblip.model.instructblip import InstructBLIP
-from tests.tiny import IMAGE_SIZE, tiny_model, write_easy_vqa
+from instructblip.models.instructblip import InstructBLIP
+from tests.kit.tiny import IMAGE_SIZE, tiny_model, write_easy_vqa
 
 
 @pytest.fixture(scope="module")
@@ -184,10 +184,10 @@ def test_a_journal_is_used_by_the_same_model_and_protocol_only(
     script = Scripted(monkeypatch, scores=[-1.0] * 13)
     task = make_task(load_card("easy_vqa_shape"), shards)
     # 12 images with one question in the same words: withheld, it need be asked but once.
-    for fingerprint, asked, total in (("a", task, 12), ("b", task, 24), ("b", withheld(task), 25)):
+    for fingerprint, asked, total in (("a", task, 12), ("b", task, 24), ("b", blind_task(task), 25)):
         answer(model, asked, folder=tmp_path, model_fingerprint=fingerprint)
         assert len(script.asked) == total
-    answer(model, withheld(task), folder=tmp_path, model_fingerprint="b")
+    answer(model, blind_task(task), folder=tmp_path, model_fingerprint="b")
     assert len(script.asked) == 25
     assert len(lines_of(tmp_path)) == 12
 
@@ -196,7 +196,7 @@ def test_withheld_images_are_never_read(model: InstructBLIP, yes_no: Task) -> No
     def forbidden(shard: ShardReader, row: int) -> Tensor:
         raise AssertionError("looked")
 
-    result = answer(model, withheld(yes_no), read_image=forbidden)
+    result = answer(model, blind_task(yes_no), read_image=forbidden)
     by_prompt: dict[str, tuple[float, ...]] = {}
     for sample, item in zip(yes_no.samples, result.predictions, strict=True):
         assert item.scores == by_prompt.setdefault(sample.prompt, item.scores)

@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 
 from instructblip.data.cards import load_card
-from instructblip.data.prepare import prepare_dataset
+from instructblip.data.prepare.convert import prepare_dataset
 from instructblip.data.shards import ShardReader
+from instructblip.distributed import Worker
 from instructblip.errors import DamagedSample, UserError
 from instructblip.evaluation import journal
-from instructblip.evaluation.distributed import Worker
 from instructblip.evaluation.outcomes import TaskResult
 from instructblip.evaluation.protocol import Task, make_task
 from instructblip.evaluation.runner import BatchLimit, answer_share, read_pixels, run_task
-from instructblip.model.instructblip import InstructBLIP
-from tests.tiny import IMAGE_SIZE, tiny_model, write_easy_vqa
+from instructblip.models.instructblip import InstructBLIP
+from tests.kit.tiny import IMAGE_SIZE, tiny_model, write_easy_vqa
 
 KILLS = 20  # by raising where the journal is written; tests/distributed and tests/faults kill real processes
 

@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from instructblip.data import shards
-from instructblip.data.sample import Record
+from instructblip.data.records import Record
 from instructblip.data.shards import INDEX_ARRAYS, ShardReader, ShardWriter, index_path, open_split, safetensors_bytes
 from instructblip.errors import DamagedSample, UserError
 

@@ -13,14 +13,14 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from instructblip.config import PrepareConfig
-from instructblip.data import show
+from instructblip.config.schema import PrepareConfig
 from instructblip.data.cards import Card, load_card
-from instructblip.data.sample import Record
+from instructblip.data.prepare import show
+from instructblip.data.prepare.command import prepare
+from instructblip.data.prepare.show import write_samples
+from instructblip.data.records import Record
 from instructblip.data.shards import ShardWriter, shard_path
-from instructblip.data.show import write_samples
 from instructblip.errors import UserError
-from instructblip.prepared import prepare
 
 
 def _png(size: tuple[int, int], color: str) -> bytes:

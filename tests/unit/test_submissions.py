@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from instructblip.data.sample import Record
+from instructblip.data.records import Record
 from instructblip.evaluation.metrics import ModelOutput
 from instructblip.evaluation.submissions import SUBMISSIONS, submission_rows, write_submission
 

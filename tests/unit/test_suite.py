@@ -3,11 +3,10 @@
 import pytest
 import torch
 
-from instructblip.build import frozen_fingerprints
 from instructblip.evaluation.suite import describe_model, model_identity
-from instructblip.loading import FrozenPart
-from instructblip.model.quantized import quantize_linears
-from tests.tiny import tiny_model
+from instructblip.models.quantized import quantize_linears
+from instructblip.weights.load import FrozenPart, frozen_fingerprints
+from tests.kit.tiny import tiny_model
 
 PARTS = {"vision": FrozenPart("a ViT", "vision.pth"), "llm": FrozenPart("an LLM", "its/folder")}
 

@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from instructblip.data.audit import audit_prepared
 from instructblip.data.cards import Card, all_cards, load_card
-from instructblip.data.prepare import check_prepared, prepare_dataset
-from instructblip.data.sample import Record
+from instructblip.data.prepare.audit import audit_prepared
+from instructblip.data.prepare.command import ensure_synthetic
+from instructblip.data.prepare.convert import check_prepared, prepare_dataset
+from instructblip.data.records import Record
 from instructblip.data.shards import open_split, read_manifest
 from instructblip.data.synthetic import MADE_UP, SCENES, WRITERS, write_synthetic
 from instructblip.data.synthetic.scenes import COLORS, SIDES, draw_scene, make_scenes
 from instructblip.errors import UserError
-from instructblip.prepared import ensure_synthetic
 
 CARDS = [card for card in all_cards() if card.source != "easy_vqa"]
 

@@ -11,18 +11,22 @@ import pytest
 
 from instructblip.data.cards import all_cards, load_card
 from instructblip.errors import UserError
-from instructblip.evaluation.paper import (
+from instructblip.evaluation.report.table import (
     HELD_IN,
     HELD_OUT,
     MODELS,
     OTHER_PROTOCOL,
     OTHER_SPLIT,
     SUBSET,
+    as_csv,
+    as_html,
+    as_text,
     comparison_marks,
+    main,
+    score_table,
 )
-from instructblip.evaluation.stored import read_run
-from instructblip.evaluation.table import as_csv, as_html, as_text, main, score_table
-from tests.stored import JAVA, PYTHON, entry, write_run
+from instructblip.evaluation.results_file import read_run
+from tests.kit.stored import JAVA, PYTHON, entry, write_run
 
 
 @pytest.fixture

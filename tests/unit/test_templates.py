@@ -8,7 +8,7 @@ import pytest
 
 from instructblip.data.cards import all_cards
 from instructblip.data.mixture import position_generator
-from instructblip.data.sample import Record
+from instructblip.data.records import Record
 from instructblip.data.templates import (
     TEMPLATE_FOLDER,
     TemplateSet,

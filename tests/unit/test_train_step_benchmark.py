@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from instructblip.model.instructblip import InstructBLIP
+from instructblip.models.instructblip import InstructBLIP
 from instructblip.training.loop import train_step
 from instructblip.training.optim import make_adamw
-from tests.runs import REPOSITORY
+from tests.kit.runs import REPOSITORY
 
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 import train_step as benchmark

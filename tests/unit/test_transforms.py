@@ -12,23 +12,23 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as torchvision_functional
 
+from instructblip import images
 from instructblip.data import transforms
-from instructblip.data.augment import OPERATIONS, Operation, apply_operations, draw_operations
 from instructblip.data.transforms import (
     AUGMENTATIONS,
+    OPERATIONS,
     TRANSFORMS,
     Augmentation,
+    Operation,
     View,
+    apply_operations,
     augment_frames,
-    center_crop,
-    decode_image,
+    draw_operations,
     draw_view,
-    fit_frames,
-    image_size,
     show_view,
-    squash,
 )
 from instructblip.errors import DamagedSample, UserError
+from instructblip.images import center_crop, decode_image, fit_frames, image_size, resize_square
 
 
 def _encode(image: Image.Image, format: str = "PNG", **options: object) -> bytes:
@@ -126,7 +126,7 @@ def test_damaged_bytes_never_give_another_error(format: str) -> None:
 
 
 def test_limit_of_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transforms, "MAX_PIXELS", 1200)
+    monkeypatch.setattr(images, "MAX_PIXELS", 1200)
     assert decode_image(_encode(_noise((40, 30))), "x").size == (40, 30)
     with pytest.raises(UserError, match=r"image bomb has 41 x 30 pixels, the limit is 1,200"):
         decode_image(_encode(_noise((41, 30))), "bomb")
@@ -142,14 +142,14 @@ def test_a_header_that_promises_too_much_is_refused_unread(side: int) -> None:
 
 def test_squash_ignores_the_aspect() -> None:
     image = Image.new("RGB", (40, 10), (10, 20, 30))
-    squashed = squash(image, 8)
+    squashed = resize_square(image, 8)
     assert (squashed.dtype, tuple(squashed.shape)) == (torch.uint8, (3, 8, 8))
     assert squashed.is_contiguous()
     assert squashed.flatten(1).unique(dim=1).flatten().tolist() == [10, 20, 30]
 
 
 def test_squash_keeps_what_has_the_size() -> None:
-    pixels = squash(_noise((16, 16)), 16)
+    pixels = resize_square(_noise((16, 16)), 16)
     assert torch.equal(pixels, torch.from_numpy(np.array(_noise((16, 16)))).permute(2, 0, 1))
 
 
@@ -166,7 +166,7 @@ def test_center_crop_is_torchvisions() -> None:
 
 def test_fits_draw_nothing_and_keep_every_frame() -> None:
     frames = [_encode(_noise((40, 30))), _encode(_noise((20, 30)), "JPEG")]
-    for name, fit in (("squash", squash), ("center_crop", center_crop)):
+    for name, fit in (("resize_square", resize_square), ("center_crop", center_crop)):
         found = fit_frames(frames, "x", name, 16)
         assert torch.equal(found, torch.stack([fit(decode_image(frame, "x"), 16) for frame in frames]))
 

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from instructblip.data import transforms, video
-from instructblip.data.video import VideoError, middle_frames, read_frames
-from tests.videos import COLORS, color_of, colors_of, write_video
+from instructblip import images
+from instructblip.data.prepare import video
+from instructblip.data.prepare.video import VideoError, middle_frames, read_frames
+from tests.kit.videos import COLORS, color_of, colors_of, write_video
 
 NAMES = list(COLORS)
 
@@ -167,7 +168,7 @@ def test_reasons_of_bad_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         with pytest.raises(VideoError) as error:
             read_frames(media, 4)
         assert str(error.value) == reason
-    monkeypatch.setattr(transforms, "MAX_PIXELS", 64 * 48 - 1)
+    monkeypatch.setattr(images, "MAX_PIXELS", 64 * 48 - 1)
     with pytest.raises(VideoError, match="too many pixels"):
         read_frames(whole, 4)
 

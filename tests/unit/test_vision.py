@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from instructblip.model.frozen import fingerprint, fingerprint_tensors
-from instructblip.model.vision import ChannelNorm, VisionEncoder
-from tests.tiny import tiny_images, tiny_vision
+from instructblip.models.fingerprint import fingerprint, fingerprint_tensors
+from instructblip.models.vision import ChannelNorm, VisionEncoder
+from tests.kit.tiny import tiny_images, tiny_vision
 
 
 @pytest.fixture(scope="module")

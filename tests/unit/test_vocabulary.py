@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from instructblip.weights.vocabulary import resize_vocabulary, with_rows
-from tests.tiny import tiny_llama, tiny_t5
+from instructblip.models.vocabulary import resize_vocabulary, with_rows
+from tests.kit.tiny import tiny_llama, tiny_t5
 
 
 def test_rows_behind_are_the_mean() -> None:

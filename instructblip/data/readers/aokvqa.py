@@ -17,7 +17,7 @@ from instructblip.data.readers.common import (
     texts,
     weigh_answers,
 )
-from instructblip.data.sample import Record
+from instructblip.data.records import Record
 
 HIDDEN_SPLIT = "test"
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from instructblip.data.sample import Record
+from instructblip.data.records import Record
 from instructblip.errors import UserError
 
 MEDIA_ROLES = ("images", "videos")  # what a card calls folders of images or videos; all other files are annotations

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO, TypeGuard
 import ijson
 
 from instructblip.data.readers.base import OCR_ROLE, Losses, MediaRecords, RawSplit
-from instructblip.data.sample import Record
+from instructblip.data.records import Record
 from instructblip.errors import UserError
 from instructblip.files import read_json
 

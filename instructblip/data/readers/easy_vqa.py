@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from instructblip.data.readers.base import Losses, MediaRecords, RawSplit
-from instructblip.data.sample import Record
+from instructblip.data.records import Record
 from instructblip.errors import UserError
 from instructblip.files import read_json
 

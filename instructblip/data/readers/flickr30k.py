@@ -25,7 +25,7 @@ from instructblip.data.readers.common import (
     load_list,
     text_lines,
 )
-from instructblip.data.sample import Record
+from instructblip.data.records import Record
 
 SPLITS = ("train", "val", "test")
 CAPTIONS_PER_IMAGE = 5

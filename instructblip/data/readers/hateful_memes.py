@@ -11,7 +11,7 @@ from typing import Any
 
 from instructblip.data.readers.base import Losses, MediaRecords, RawSplit
 from instructblip.data.readers.common import MISSING_IMAGE, clean_text, file_name, find_image, image_folders, json_lines
-from instructblip.data.sample import Record
+from instructblip.data.records import Record
 
 ID_DIGITS = 5
 UNLABELLED_SPLITS = ("test_seen", "test_unseen")

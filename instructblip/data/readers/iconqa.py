@@ -11,7 +11,7 @@ from typing import Any
 
 from instructblip.data.readers.base import Losses, MediaRecords, RawSplit
 from instructblip.data.readers.common import MISSING_IMAGE, clean_text, in_number_order, load_json, split_ids
-from instructblip.data.sample import Record
+from instructblip.data.records import Record
 from instructblip.errors import UserError
 
 TYPES = ("choose_txt", "choose_text")

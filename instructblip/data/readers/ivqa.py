@@ -22,7 +22,7 @@ from instructblip.data.readers.common import (
     weigh_answers,
 )
 from instructblip.data.readers.video_qa import EXTENSIONS, video_media
-from instructblip.data.sample import Record
+from instructblip.data.records import Record
 from instructblip.errors import UserError
 
 ANSWER_COLUMNS = ("answer1", "answer2", "answer3", "answer4", "answer5")

@@ -14,7 +14,7 @@ from typing import Any
 
 from instructblip.data.readers.base import Losses, MediaRecords, RawSplit
 from instructblip.data.readers.common import coco_id, coco_images, coco_media, image_folders, is_text, stream_list
-from instructblip.data.sample import Record
+from instructblip.data.records import Record
 
 SPEAKERS = ("human", "gpt")
 # The place of the image stands before or after the first question, on a line of its own.

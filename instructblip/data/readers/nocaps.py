@@ -19,7 +19,7 @@ from instructblip.data.readers.common import (
     is_text,
     load_list,
 )
-from instructblip.data.sample import Record
+from instructblip.data.records import Record
 
 CAPTIONS_PER_IMAGE = 10
 

@@ -18,7 +18,7 @@ from instructblip.data.readers.common import (
     plain_id,
     stream_pairs,
 )
-from instructblip.data.sample import Record
+from instructblip.data.records import Record
 from instructblip.errors import UserError
 
 SPLIT_NUMBER = {"train": 1, "val": 2, "test": 3}

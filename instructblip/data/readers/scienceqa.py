@@ -21,7 +21,7 @@ from instructblip.data.readers.common import (
     split_ids,
     texts,
 )
-from instructblip.data.sample import Record
+from instructblip.data.records import Record
 
 TAGS = ("subject", "topic", "grade")
 

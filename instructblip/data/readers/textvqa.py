@@ -21,7 +21,7 @@ from instructblip.data.readers.common import (
     rosetta_tokens,
     weigh_answers,
 )
-from instructblip.data.sample import Record
+from instructblip.data.records import Record
 
 UNLABELLED_SPLIT = "test"
 

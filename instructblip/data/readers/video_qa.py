@@ -15,7 +15,7 @@ from typing import Any
 
 from instructblip.data.readers.base import Losses, MediaRecords, RawSplit
 from instructblip.data.readers.common import clean_text, find_image, image_folders, load_list, plain_id
-from instructblip.data.sample import Record
+from instructblip.data.records import Record
 from instructblip.errors import UserError
 
 MISSING_VIDEO = "video file is missing"

@@ -24,7 +24,7 @@ from instructblip.data.readers.common import (
     load_list,
     stream_list,
 )
-from instructblip.data.sample import Record
+from instructblip.data.records import Record
 
 OPTIONS = 100
 UNLABELLED_SPLIT = "test"

@@ -22,7 +22,7 @@ from instructblip.data.readers.common import (
     load_list,
     weigh_answers,
 )
-from instructblip.data.sample import Record
+from instructblip.data.records import Record
 
 UNLABELLED_SPLIT = "test"
 

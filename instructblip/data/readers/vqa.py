@@ -31,7 +31,7 @@ from instructblip.data.readers.common import (
     stream_list,
     weigh_answers,
 )
-from instructblip.data.sample import Record
+from instructblip.data.records import Record
 from instructblip.errors import UserError
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from instructblip.data.readers.base import Losses, MediaRecords, RawSplit
 from instructblip.data.readers.common import clean_text, coco_id, coco_images, coco_media, image_folders, json_lines
-from instructblip.data.sample import Record
+from instructblip.data.records import Record
 
 TAGS = ("relation", "subj", "obj")
 

@@ -25,7 +25,7 @@ from typing import Any
 
 from instructblip.data.readers.base import Losses, MediaRecords, RawSplit
 from instructblip.data.readers.common import clean_text, find_image, image_folders, is_text, path_below, stream_list
-from instructblip.data.sample import Record
+from instructblip.data.records import Record
 from instructblip.errors import UserError
 
 _SETUP = """

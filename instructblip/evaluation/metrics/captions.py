@@ -2,7 +2,7 @@
 
 Used for COCO Caption, NoCaps, Flickr30K and TextCaps. The scorers (tylin/coco-caption, and pycocoevalcap, its port) first
 tokenise by Stanford's PTBTokenizer, a Java program, and drop punctuation. With Java and pycocoevalcap that very program
-is used; without, `ptb.tokenize`, and the score says so. METEOR is a Java program too and is left out without.
+is used; without, `caption_tokenizer.tokenize`, and the score says so. METEOR is a Java program too and is left out without.
 """
 
 import math
@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
-from instructblip.evaluation.metrics import java, ptb
+import instructblip.evaluation.metrics.caption_tokenizer as tokenizers
 from instructblip.evaluation.metrics.score import Score, check_references, mean_score, same_length
 
 Tokens = Sequence[str]
@@ -18,8 +18,8 @@ NGram = tuple[str, ...]
 Tokenize = Callable[[Sequence[str]], list[list[str]]]
 
 TOKENIZERS: dict[str, tuple[str, Tokenize]] = {
-    "java": ("PTBTokenizer of Stanford CoreNLP 3.4.1 (Java)", java.ptb_tokenize),
-    "python": ("PTB rules in Python (no Java)", ptb.tokenize),
+    "java": ("PTBTokenizer of Stanford CoreNLP 3.4.1 (Java)", tokenizers.ptb_tokenize),
+    "python": ("PTB rules in Python (no Java)", tokenizers.tokenize),
 }
 # The scorers drop these after lower-casing, so the upper-case names of brackets never match and brackets stay as words.
 PUNCTUATION = frozenset(
@@ -59,7 +59,7 @@ def cider(
     check_references("reference captions", predictions, references)
     if not predictions:
         raise ValueError("CIDEr of no images is not defined")
-    name = ("java" if java.missing() is None else "python") if tokenizer == "auto" else tokenizer
+    name = ("java" if tokenizers.missing() is None else "python") if tokenizer == "auto" else tokenizer
     if name not in TOKENIZERS:
         raise ValueError(f"the caption tokenizer is auto, {' or '.join(TOKENIZERS)}, not {tokenizer!r}")
     tokenize = TOKENIZERS[name][1]
@@ -70,7 +70,7 @@ def cider(
     details: dict[str, Any] = {"tokenizer": TOKENIZERS[name][0]}
     details |= {f"Bleu_{n}": value for n, (value, _) in enumerate(bleu(hypotheses, given_words), start=1)}
     details["ROUGE_L"] = sum(rouge_l(texts, given_texts)) / len(predictions)
-    details["METEOR"] = java.meteor(texts, given_texts)[0] if name == "java" else None
+    details["METEOR"] = tokenizers.meteor(texts, given_texts)[0] if name == "java" else None
     parts = {} if groups is None else _cider_of_groups(hypotheses, given_words, groups)
     if groups is not None:
         details["groups"] = {name: {"CIDEr": part.value, "count": part.count} for name, part in parts.items()}

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-from instructblip.data.sample import Record
+from instructblip.data.records import Record
 from instructblip.evaluation.metrics.accuracy import (
     NO_CHOICE,
     accuracy,
@@ -56,7 +56,7 @@ Reference = tuple[str, ...] | tuple[int, ...]
 
 
 def _accuracy(outputs: Outputs, records: Records) -> Score:
-    """Texts as they stand where the model chose, after `normalize_answer` where it wrote."""
+    """PromptFormat as they stand where the model chose, after `normalize_answer` where it wrote."""
     return accuracy(_texts(outputs), _answers(records), normalize=not any(output.scores for output in outputs))
 
 

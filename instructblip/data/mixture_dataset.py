@@ -1,0 +1,164 @@
+"""The training set: a position of the mixture in, its images and texts out."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import NamedTuple
+
+import numpy as np
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from instructblip.data.batching import Item
+from instructblip.data.lost import LostSample
+from instructblip.data.mixture import Draw, Mixture, position_generator
+from instructblip.data.records import Sample
+from instructblip.data.shards import PreparedSplit, ShardReader
+from instructblip.data.templates import TemplateSet, render_training
+from instructblip.data.transforms import AUGMENTATIONS, augment_frames
+from instructblip.errors import DamagedSample, UserError
+from instructblip.images import fit_frames
+
+_TRIES = 50  # records in a row that cannot be used: not damage here and there
+
+# (shard, row) -> image tokens (F, P, V) of the F frames, one of a picture
+ReadTokens = Callable[[ShardReader, int], Tensor]
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """One dataset of a mixture, opened.
+
+    Attributes:
+        name: of its card.
+        split: its prepared training split.
+        kinds: of the records that are drawn; none: all.
+        templates: it is rendered by.
+        flip: whether its images may be mirrored.
+    """
+
+    name: str
+    split: PreparedSplit
+    kinds: tuple[str, ...]
+    templates: TemplateSet
+    flip: bool = True
+
+    @cached_property
+    def shard_records(self) -> tuple[int, ...]:
+        """How many records each shard holds."""
+        return self.split.record_counts(self.kinds)
+
+    def __len__(self) -> int:
+        """Number of records."""
+        return sum(self.shard_records)
+
+    def locate(self, record: int) -> tuple[int, int, int]:
+        """Shard, image row and place in that image's list of a record in [0, len), in stored order."""
+        number = int(np.searchsorted(self._ends, record, side="right"))
+        shard = self.split.shards[number]
+        inside = record - int(self._ends[number]) + self.shard_records[number]
+        stored = int(shard.records_of(self.kinds)[inside])
+        return number, int(shard.arrays["record_image"][stored]), int(shard.arrays["record_number"][stored])
+
+    @cached_property
+    def _ends(self) -> np.ndarray:
+        return np.cumsum(self.shard_records, dtype=np.int64)
+
+
+class DrawnImage(NamedTuple):
+    """What an image is made from: where it lies, its encoded frames, the position's random stream, the dataset's word."""
+
+    shard: ShardReader
+    row: int
+    frames: tuple[bytes, ...]
+    random: np.random.Generator
+    flip: bool
+
+
+MakeImage = Callable[[DrawnImage], Tensor]  # image tokens (F, P, V) or uint8 pixels (F, 3, H, W) of the F frames
+
+
+def decoded(transform: str, image_size: int) -> MakeImage:
+    """Decode each drawn image under a transform of `transforms.TRANSFORMS`; gives uint8 (F, 3, image_size, image_size)."""
+    return partial(_augment if transform in AUGMENTATIONS else _fit, transform, image_size)
+
+
+def _augment(transform: str, size: int, image: DrawnImage) -> Tensor:
+    return augment_frames(image.frames, _name(image), transform, size, image.random, flip=image.flip)
+
+
+def _fit(transform: str, size: int, image: DrawnImage) -> Tensor:
+    return fit_frames(image.frames, _name(image), transform, size)
+
+
+def cached(tokens: ReadTokens) -> MakeImage:
+    """Take the image tokens (F, P, V) of each drawn image from where they are kept."""
+    return partial(_tokens, tokens)
+
+
+def _tokens(tokens: ReadTokens, image: DrawnImage) -> Tensor:
+    return tokens(image.shard, image.row)
+
+
+def _name(image: DrawnImage) -> str:
+    return f"{image.shard.keys[image.row]} of {image.shard.path}"
+
+
+class MixtureDataset(Dataset[Item]):
+    """Random access by global position: the sample drawn there and its image.
+
+    Args:
+        mixture: the plan.
+        sets: the datasets, in the order of the mixture's entries.
+        make_image: gives the image tokens or pixels of a drawn image.
+    """
+
+    def __init__(self, mixture: Mixture, sets: Sequence[TrainingSet], make_image: MakeImage) -> None:
+        self.mixture = mixture
+        self.sets = list(sets)
+        self.make_image = make_image
+
+    def __getitem__(self, position: int) -> Item:
+        return self.read(position)[0]
+
+    def read(self, position: int) -> tuple[Item, list[LostSample]]:
+        """The sample of a position, and what was lost before one could be used.
+
+        A damaged record gives way to the next draw of its dataset. Template and augmentation come from the position's
+        stream, anew for each try.
+
+        Raises:
+            UserError: a shard is gone or not the one of its index, or nothing near the draw can be used.
+        """
+        lost: list[LostSample] = []
+        for tries in range(_TRIES):
+            draw = self.mixture.replacement(position, tries) if tries else self.mixture.draw(position)
+            chosen = self.sets[draw.dataset]
+            number, row, place = chosen.locate(draw.record)
+            shard = chosen.split.shards[number]
+            try:
+                return self._read_draw(draw, shard, (number, row, place)), lost
+            except DamagedSample as error:
+                lost.append(LostSample(position, chosen.name, str(shard.path), shard.keys[row], str(error)))
+        raise UserError(f"{_TRIES} records of {lost[0].dataset} in a row cannot be used, the last: {lost[-1].reason}")
+
+    def _read_draw(self, draw: Draw, shard: ShardReader, location: tuple[int, int, int]) -> Item:
+        chosen = self.sets[draw.dataset]
+        number, row, place = location
+        frames, record = shard.read_record(row, place)
+        random = position_generator(self.mixture.seed, draw.position)
+        try:
+            instruction, target, template = render_training(record, chosen.templates, random)
+        except ValueError as error:
+            raise DamagedSample(f"{error} (image {shard.keys[row]} of {shard.path})") from None
+        sample = Sample(
+            id=f"{chosen.name}/{record.id}",
+            dataset=chosen.name,
+            record=record,
+            frames=frames,
+            image_location=(number, row),
+            instruction=instruction,
+            target=target,
+            template=template,
+        )
+        return sample, self.make_image(DrawnImage(shard, row, frames, random, chosen.flip))

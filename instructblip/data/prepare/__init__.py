@@ -1,0 +1,1 @@
+"""From official files to shards, and what is asked of prepared shards."""

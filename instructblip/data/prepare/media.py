@@ -1,0 +1,152 @@
+"""From a raw image or video to what a shard holds: checked by decoding it, kept as it is where that will do.
+
+A sound JPEG or PNG is stored byte for byte, whatever its mode (greyscale, CMYK, palette, RGBA) and EXIF rotation: reading
+turns it upright and to RGB. Re-encoded, as JPEG, are pictures larger than asked, formats that stock WebDataset does not
+decode (GIF, WebP, BMP, TIFF), and 16-bit PNG, which Pillow would clip to white.
+"""
+
+import io
+import os
+import stat
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from instructblip import images
+from instructblip.data.prepare.ocr import OcrOptions
+from instructblip.data.prepare.video import VideoError, read_frames
+from instructblip.data.readers import MediaRecords
+
+# The extension by which stock WebDataset decodes what is kept. MPO is a JPEG with further pictures behind it, as phones
+# write it.
+EXTENSION_OF_FORMAT = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png"}
+REENCODED_FORMATS = ("GIF", "WEBP", "BMP", "TIFF")
+MAX_BYTES = {"image": 1 << 28, "video": 1 << 32}  # 256 MiB is more than the raw pixels of the largest picture read
+JPEG_QUALITY = 95  # of what is re-encoded and of video frames; chroma halved, as cameras and videos have it
+
+
+@dataclass(frozen=True)
+class MediaOptions:
+    """What is stored of an image or video.
+
+    Attributes:
+        image_size: pictures and frames whose shorter side is longer are reduced to it, pixels; None: never.
+        frames: how many frames of a video.
+        ocr: how the OCR tokens are made; None: they are the dataset's own, if any.
+    """
+
+    image_size: int | None = None
+    frames: int = 4
+    ocr: OcrOptions | None = None
+
+
+class MediaError(Exception):
+    """An image or video that cannot be kept; the message is the reason it is counted under."""
+
+
+def read_media(item: MediaRecords, raw: Path) -> bytes:
+    """The content of an image or video file, which must lie below the raw folder (or be a link that does).
+
+    Raises:
+        MediaError: no such file, not readable, no file (a pipe or device would be waited for or read for ever), larger
+            than any sound one, or a name that leads out of the folder.
+    """
+    if isinstance(item.media, bytes):
+        return item.media
+    what = "video" if item.video else "image"
+    # By name alone: a folder of images may well be a link to where they are.
+    if not Path(os.path.normpath(item.media)).is_relative_to(os.path.normpath(raw)):
+        raise MediaError(f"{what} name leads out of the raw folder")
+    try:
+        with open(item.media, "rb", opener=_open_at_once) as file:
+            found = os.fstat(file.fileno())
+            if not stat.S_ISREG(found.st_mode):
+                raise MediaError(f"{what} file is no regular file")
+            if found.st_size > MAX_BYTES[what]:
+                raise MediaError(f"{what} file has more than {MAX_BYTES[what] >> 20:,} MiB")
+            return file.read()
+    except IsADirectoryError:
+        raise MediaError(f"{what} file is no regular file") from None
+    except (FileNotFoundError, NotADirectoryError):
+        raise MediaError(f"{what} file is missing") from None
+    except OSError as error:
+        raise MediaError(f"{what} file cannot be read ({error.strerror})") from None
+    except ValueError:  # a null byte, or half a Unicode pair
+        raise MediaError(f"{what} name is not a file name") from None
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)  # a pipe without a writer would keep us waiting
+
+
+def stored_frames(content: bytes, video: bool, options: MediaOptions) -> dict[str, bytes]:
+    """What a shard holds of one image or video: extension -> encoded bytes, in order.
+
+    Raises:
+        MediaError: it cannot be kept; see `store_image` and `read_frames`.
+    """
+    if not video:
+        extension, stored = store_image(content, options.image_size)
+        return {extension: stored}
+    try:
+        frames = read_frames(content, options.frames)
+    except VideoError as error:
+        raise MediaError(str(error)) from error
+    return {f"{number}.jpg": _jpeg(frame, options.image_size) for number, frame in enumerate(frames)}
+
+
+def store_image(content: bytes, image_size: int | None = None) -> tuple[str, bytes]:
+    """Decode an image completely and return extension and bytes to store it under and as.
+
+    Raises:
+        MediaError: nothing in it, no image, another format, cut short, damaged, a single pixel (what a shop sends for a
+            picture that is gone), or so many pixels (over `MAX_PIXELS`, which reading refuses) that it may be meant to
+            exhaust memory.
+    """
+    if not content:
+        raise MediaError("image file is empty")
+    try:
+        with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(content)) as image:
+            return _store_opened(image, content, image_size)
+    except MediaError:
+        raise
+    except Image.DecompressionBombError:
+        raise MediaError("image has too many pixels (decompression bomb)") from None
+    except UnidentifiedImageError:
+        raise MediaError("file is not an image") from None
+    except Exception as error:  # a decoder fed with damaged bytes may raise anything; it is counted, not swallowed
+        truncated = isinstance(error, OSError) and "truncated" in str(error)
+        raise MediaError("image is truncated" if truncated else "image is damaged") from error
+
+
+def _store_opened(image: Image.Image, content: bytes, image_size: int | None) -> tuple[str, bytes]:
+    if image.width * image.height > images.MAX_PIXELS:
+        raise Image.DecompressionBombError
+    if image.width * image.height == 1:
+        raise MediaError("image is a single pixel")
+    if image.format not in (*EXTENSION_OF_FORMAT, *REENCODED_FORMATS):
+        raise MediaError(f"image format {image.format} is not known")
+    too_large = image_size is not None and min(image.size) > image_size
+    deep = image.mode.startswith("I")
+    if image_size is not None and too_large:
+        image.draft(None, (2 * image_size, 2 * image_size))  # a JPEG is decoded at half the size while that is ample
+    if deep:
+        rgb = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
+    else:
+        rgb = ImageOps.exif_transpose(image).convert("RGB")  # as reading does
+    if too_large or deep or image.format in REENCODED_FORMATS:
+        return "jpg", _jpeg(rgb, image_size)
+    return EXTENSION_OF_FORMAT[image.format], content
+
+
+def _jpeg(image: Image.Image, image_size: int | None) -> bytes:
+    if image_size is not None and min(image.size) > image_size:
+        scale = image_size / min(image.size)
+        size = (max(image_size, round(image.width * scale)), max(image_size, round(image.height * scale)))
+        image = image.resize(size, Image.Resampling.BICUBIC)
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=JPEG_QUALITY)
+    return buffer.getvalue()

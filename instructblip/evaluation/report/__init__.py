@@ -1,0 +1,1 @@
+"""What a person reads of an evaluation: its page, the paper's table with own rows, a comparison of two runs."""

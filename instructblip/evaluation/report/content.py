@@ -1,0 +1,194 @@
+"""What the report says about one task's result: its row, sub-scores, breakdowns and samples."""
+
+from collections.abc import Mapping, Sequence
+
+from instructblip.data.records import Record
+from instructblip.evaluation.metrics.score import group_means
+from instructblip.evaluation.outcomes import TaskResult
+from instructblip.evaluation.protocol import as_json
+from instructblip.evaluation.report.page import Picture, ReportExample, ReportRow, ReportSection, thumbnail
+from instructblip.evaluation.report.table import comparison_marks
+from instructblip.evaluation.statistics import score_interval
+
+_FULL = 100 - 1e-6  # on the tables' scale
+_FAILURES_SHOWN = 5
+_METRIC_NAMES = {"cider": "CIDEr", "auroc": "AUROC", "visdial": "mean reciprocal rank"}
+_NO_RIGHT_AND_WRONG = ("cider",)
+_BY_CHOICE = ("auroc", "visdial")  # the score of a sample says how it was ranked; right is what was chosen
+
+
+def report_row(result: TaskResult, baselines: Mapping[str, float]) -> ReportRow:
+    """The dataset's line of the summary table."""
+    card, protocol = result.task.card, result.task.protocol
+    return ReportRow(
+        dataset=card.name,
+        title=card.title,
+        task=card.task_group + (", held out" if card.role == "held-out" else ""),
+        mode="ranking" if protocol.mode == "rank" else "open generation",
+        metric=_METRIC_NAMES.get(protocol.metric, protocol.metric.replace("_", " ").replace("vqa", "VQA")),
+        count=len(result.samples) if result.score is None else result.score.count,
+        value=result.value,
+        low=result.low,
+        high=result.high,
+        baselines=dict(baselines),
+        paper=card.paper,
+        marks={} if result.score is None else comparison_marks(card, as_json(protocol), result.records),
+    )
+
+
+def report_section(result: TaskResult, examples: int) -> ReportSection:
+    """The dataset's part of the page.
+
+    Args:
+        examples: samples shown, half of them not right where there are as many, spread evenly over the split.
+
+    Raises:
+        UserError: a picture that cannot be read.
+    """
+    outcomes = [outcome(result, number) for number in range(len(result.samples))]
+    chosen = shown(_good(result, outcomes), examples)
+    pictures: dict[tuple[str, int], Picture] = {}
+    return ReportSection(
+        dataset=result.task.card.name,
+        protocol={**result.task.protocol.describe(), "records": result.records.describe()},
+        parts=parts(result),
+        breakdowns=breakdowns(result),
+        notes=_notes(result),
+        examples=[_example(result, number, outcomes[number], pictures) for number in chosen],
+    )
+
+
+def part_scores(result: TaskResult) -> dict[str, dict[str, float | int]]:
+    """Value, 95% interval and number of samples of each part of the score, on the tables' scale."""
+    if result.score is None:
+        return {}
+    images = [sample.image_key for sample in result.samples]
+    found: dict[str, dict[str, float | int]] = {}
+    for name, part in result.score.parts.items():
+        low, high = score_interval(part, images)
+        found[name] = {"value": part.table_value, "low": low, "high": high, "count": part.count}
+    return found
+
+
+def parts(result: TaskResult) -> list[tuple[str, str, str]]:
+    """(name, value, interval) of what the metric says besides the score; no interval where there is none."""
+    if result.score is None:
+        return []
+    rows = [
+        (name, f"{part['value']:.1f}", f"{part['low']:.1f} to {part['high']:.1f}")
+        for name, part in part_scores(result).items()
+    ]
+    for name, value in result.score.details.items():
+        if name in result.score.parts or isinstance(value, Mapping):
+            continue
+        text = f"{value:.3f}" if isinstance(value, float) else "not computed" if value is None else str(value)
+        rows.append((name.replace("_", " "), text, ""))
+    return rows
+
+
+def breakdowns(result: TaskResult) -> dict[str, list[tuple[str, int, float]]]:
+    """(label, samples, score) by each tag of the records (question type, domain, relation, ...), commonest labels first.
+
+    Left out are tags that say the same of all samples, or something else of most: those are names, not groups. CIDEr is
+    broken down by what it was computed by, AUROC not at all, for they are no means over samples. Where all samples are
+    ranked among the same few classes, also by the answer.
+    """
+    score, task = result.score, result.task
+    if score is None or score.resampled is not None:
+        return {}
+    if task.protocol.metric == "cider":
+        domains = [(name, part.count, part.table_value) for name, part in score.parts.items()]
+        return {"domain": sorted(domains, key=lambda row: -row[1])} if domains else {}
+    scored = [number for number, value in enumerate(result.per_sample) if value is not None]
+    records = [result.samples[number].record for number in scored]
+    values = [value for value in result.per_sample if value is not None]
+    groups = {
+        name.replace("_", " "): [record.tags.get(name, "not stated") for record in records]
+        for name in dict.fromkeys(name for record in records for name in record.tags)
+    }
+    if task.protocol.candidates_from == "card":
+        groups["answer"] = [record.answers[0] for record in records]
+    found = {}
+    for name, labels in groups.items():
+        if 2 <= len(set(labels)) <= len(labels) / 2:
+            means = group_means(values, labels)
+            rows = [(str(label), count, value) for label, (value, count) in means.items()]
+            found[name] = sorted(rows, key=lambda row: (-row[1], row[0]))
+    return found
+
+
+def outcome(result: TaskResult, number: int) -> str:
+    """`right`, `partial` or `wrong`; empty where the metric knows none or the sample has no score."""
+    metric, value = result.task.protocol.metric, result.per_sample[number]
+    if value is None or metric in _NO_RIGHT_AND_WRONG:
+        return ""
+    if metric in _BY_CHOICE:
+        answers = {text for text, _ in answers_of(result.samples[number].record)}
+        return "right" if result.predictions[number].prediction in answers else "wrong"
+    return "right" if value >= _FULL else "partial" if value > 0 else "wrong"
+
+
+def answers_of(record: Record) -> list[tuple[str, int]]:
+    """What a prediction is held against, with how many annotators said it."""
+    if record.answers:
+        weights = record.answer_weights or (1.0,) * len(record.answers)
+        return [(text, round(weight)) for text, weight in zip(record.answers, weights, strict=True)]
+    if record.captions:
+        return [(text, 1) for text in record.captions]
+    if record.choices and record.label is not None:
+        return [(record.choices[record.label], 1)]
+    return []
+
+
+def shown(good: Sequence[bool], limit: int) -> list[int]:
+    """At most `limit` samples, half of them not good ones where there are as many, spread evenly, in the split's order."""
+    bad_ones = [number for number, value in enumerate(good) if not value]
+    good_ones = [number for number, value in enumerate(good) if value]
+    chosen = _spread(bad_ones, max(limit // 2, limit - len(good_ones)))
+    return sorted(chosen + _spread(good_ones, limit - len(chosen)))
+
+
+def _spread(numbers: Sequence[int], count: int) -> list[int]:
+    """`count` of the numbers at even distances, all where there are no more."""
+    if count >= len(numbers):
+        return list(numbers)
+    return [numbers[place * len(numbers) // count] for place in range(count)]
+
+
+def _good(result: TaskResult, outcomes: Sequence[str]) -> list[bool]:
+    """Which samples count as good ones when the gallery is chosen: right ones, or those above the mean."""
+    if any(outcomes):
+        return [text == "right" for text in outcomes]
+    return [value is not None and value > (result.value or 0.0) for value in result.per_sample]
+
+
+def _notes(result: TaskResult) -> list[str]:
+    notes = []
+    if result.score is None:
+        notes.append("The answers of this split are not public: the leaderboard scores submission.json.")
+    left_out = sum(value is None for value in result.per_sample) if result.score is not None else 0
+    if left_out:
+        notes.append(f"The metric leaves out {left_out:,} of {len(result.samples):,} samples.")
+    if result.failures:
+        named = "; ".join(f"{item.id}: {item.reason}" for item in result.failures[:_FAILURES_SHOWN])
+        more = len(result.failures) - _FAILURES_SHOWN
+        notes.append(f"{len(result.failures):,} samples failed ({named}{f'; {more:,} more' if more > 0 else ''}).")
+    return notes
+
+
+def _example(result: TaskResult, number: int, outcome: str, pictures: dict[tuple[str, int], Picture]) -> ReportExample:
+    sample, prediction = result.samples[number], result.predictions[number]
+    place = (str(sample.shard.path), sample.row)
+    if place not in pictures:
+        frames, _ = sample.shard.read(sample.row)
+        pictures[place] = thumbnail(frames, f"{sample.id} in {sample.shard.path}")
+    return ReportExample(
+        picture=pictures[place],
+        question=sample.record.question or "",
+        instruction=sample.prompt,
+        answers=answers_of(sample.record),
+        prediction=prediction.prediction,
+        outcome=outcome,
+        score=result.per_sample[number],
+        scores=result.candidate_scores(number),
+    )

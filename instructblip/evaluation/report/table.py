@@ -1,0 +1,332 @@
+"""The paper's Table 1 with rows of one's own: `python -m instructblip.evaluation.report.table RUNS... [--csv F] [--html F]`.
+
+Rows are evaluations and the paper's models, columns datasets in the paper's order, then held-in and other ones. Every score
+of a run has its 95% interval, and a mark where it must not be compared with the paper's.
+"""
+
+import argparse
+import csv
+import io
+import sys
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from instructblip.data.cards import Card, all_cards
+from instructblip.data.coverage import RecordCounts
+from instructblip.errors import UserError
+from instructblip.evaluation.protocol import expected_shard_fields, protocol_fields
+from instructblip.evaluation.results_file import StoredRun, StoredScore, read_run
+from instructblip.files import write_atomically
+from instructblip.html import page_environment
+
+_TEMPLATE = "table.html.jinja"
+_HIDDEN = "not public"
+
+
+@dataclass(frozen=True)
+class ComparabilityNote:
+    """Why a score is not like the paper's: `symbol` beside the number, `meaning` below the table."""
+
+    symbol: str
+    meaning: str
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One score; `low` and `high` are None for the paper's, `value` too where the answers are not public."""
+
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+    marks: tuple[tuple[ComparabilityNote, str], ...] = ()
+
+    @property
+    def symbols(self) -> str:
+        """The symbols of all marks."""
+        return "".join(mark.symbol for mark, _ in self.marks)
+
+
+@dataclass(frozen=True)
+class Row:
+    """An evaluation, or a model of the paper; `about` says where it comes from."""
+
+    name: str
+    about: str
+    cells: dict[str, Cell]
+    is_paper: bool = False
+
+
+@dataclass(frozen=True)
+class ScoreTable:
+    """Datasets in the order of the columns, the rows, and the tokenizer of captions by (row, dataset)."""
+
+    datasets: list[str]
+    rows: list[Row]
+    tokenizers: dict[tuple[str, str], str]
+
+    @property
+    def marks(self) -> list[ComparabilityNote]:
+        """Those that occur."""
+        used = {mark for row in self.rows for cell in row.cells.values() for mark, _ in cell.marks}
+        return [mark for mark in MARKS if mark in used]
+
+    @property
+    def notes(self) -> list[str]:
+        """The caption tokenizers, which scores depend on, and where there are several, which score has which."""
+        names = sorted(set(self.tokenizers.values()))
+        if len(names) < 2:
+            return [f"Captions tokenised by {name}." for name in names]
+        found = []
+        for name in names:
+            cells = [key for key, tokenizer in self.tokenizers.items() if tokenizer == name]
+            found.append(f"{name} ({', '.join(f'{heading(dataset)} of {row}' for row, dataset in cells)})")
+        return [f"Captions tokenised by {' and by '.join(found)}: these scores are not comparable with each other."]
+
+
+def score_table(runs: Sequence[StoredRun]) -> ScoreTable:
+    """The table of some evaluations, the paper's rows below them, of the datasets that at least one of them has."""
+    cards = {card.name: card for card in all_cards()}
+    datasets = in_table_order(name for run in runs for name in run.scores)
+    rows = [
+        Row(
+            name,
+            run.about,
+            {dataset: _cell(score, cards.get(dataset)) for dataset, score in run.scores.items()},
+        )
+        for name, run in zip(_names(runs), runs, strict=True)
+    ]
+    tokenizers = {
+        (row.name, dataset): score.tokenizer
+        for row, run in zip(rows, runs, strict=True)
+        for dataset, score in run.scores.items()
+        if score.tokenizer is not None
+    }
+    for key, model in MODELS.items():
+        numbers = {
+            name: Cell(cards[name].paper[key]) for name in datasets if name in cards and key in cards[name].paper
+        }
+        if numbers:
+            rows.append(Row(model, "the paper, zero-shot", numbers, is_paper=True))
+    return ScoreTable(datasets, rows, tokenizers)
+
+
+def as_text(table: ScoreTable, width: int = 120) -> str:
+    """The table in lines of at most `width` characters where a single column allows it; wide ones go on below."""
+    label = max(len(row.name) for row in table.rows)
+    columns = [_column(table, dataset) for dataset in table.datasets]
+    blocks: list[list[list[str]]] = [[]]
+    used = label
+    for column in columns:
+        needed = 2 + max(map(len, column))
+        if blocks[-1] and used + needed > width:
+            blocks.append([])
+            used = label
+        blocks[-1].append(column)
+        used += needed
+    names = ["", *(line for row in table.rows for line in ([row.name] if row.is_paper else [row.name, ""]))]
+    parts = []
+    for block in blocks:
+        lines = []
+        for number, name in enumerate(names):
+            cells = "".join("  " + column[number].rjust(max(map(len, column))) for column in block)
+            if cells.strip():  # a row without any score here is left out
+                lines.append(f"{name:<{label}}{cells}".rstrip())
+        parts.append("\n".join(lines))
+    legend = [line for note in table.notes for line in textwrap.wrap(note, width)]
+    legend += [f"{mark.symbol} {mark.meaning}" for mark in table.marks]
+    return "\n\n".join([*parts, "\n".join([*legend, "Below a score: 95% bootstrap interval, images resampled."])])
+
+
+def as_csv(table: ScoreTable) -> str:
+    """One line a row; for each dataset its value, the ends of the interval, and the marks."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    fields = ("", "_low", "_high", "_marks")
+    writer.writerow(["row", "source", *(f"{name}{field}" for name in table.datasets for field in fields)])
+    for row in table.rows:
+        line: list[object] = [row.name, row.about]
+        for dataset in table.datasets:
+            cell = row.cells.get(dataset)
+            values = () if cell is None else (cell.value, cell.low, cell.high, cell.symbols)
+            line += values or ("", "", "", "")
+        writer.writerow(line)
+    return buffer.getvalue()
+
+
+def as_html(table: ScoreTable) -> str:
+    """The table as a page that loads nothing."""
+    page = page_environment(Path(__file__).parent).get_template(_TEMPLATE)
+    best = {name: _best(table, name) for name in table.datasets}
+    return page.render(table=table, heading=heading, best=best, hidden=_HIDDEN)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status: 0, or 2 after a line on standard error that says what to mend."""
+    parser = argparse.ArgumentParser(prog="python -m instructblip.evaluation.report.table", description=__doc__)
+    parser.add_argument("runs", metavar="RUN", nargs="+", help="folder of an evaluation, or its results.json")
+    parser.add_argument("--csv", type=Path, help="also write it to this file, values separated by commas")
+    parser.add_argument("--html", type=Path, help="also write it to this file, as a page")
+    options = parser.parse_args(arguments)
+    console = Console(soft_wrap=True, highlight=False)
+    try:
+        table = score_table([read_run(place) for place in options.runs])
+        console.print(as_text(table, console.width if console.is_terminal else 120), markup=False)
+        for path, text in ((options.csv, as_csv), (options.html, as_html)):
+            if path is not None:
+                write_atomically(path, text(table))
+                console.print(f"wrote {path}", markup=False)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _cell(score: StoredScore, card: Card | None) -> Cell:
+    if card is None or score.value is None:
+        return Cell(score.value, score.low, score.high)
+    marks = comparison_marks(card, score.protocol, score.records)
+    return Cell(score.value, score.low, score.high, tuple(marks.items()))
+
+
+def _names(runs: Sequence[StoredRun]) -> list[str]:
+    """The folders' own names, with as many parents as it takes to tell them apart."""
+    for length in range(1, 1 + max(len(run.folder.parts) for run in runs)):
+        names = ["/".join(run.folder.parts[-length:]) for run in runs]
+        if len(set(names)) == len({run.folder for run in runs}):
+            break
+    return names
+
+
+def _column(table: ScoreTable, dataset: str) -> list[str]:
+    """Heading, then for each row its score, and below a run's its interval."""
+    lines = [heading(dataset)]
+    room = max((len(row.cells[dataset].symbols) for row in table.rows if dataset in row.cells), default=0)
+    for row in table.rows:
+        cell = row.cells.get(dataset)
+        if cell is None:
+            lines += [""] if row.is_paper else ["", ""]
+            continue
+        value = _HIDDEN if cell.value is None else f"{cell.value:.1f}"
+        lines.append(value + cell.symbols.ljust(room))
+        if not row.is_paper:
+            lines.append("" if cell.low is None else f"{cell.low:.1f}-{cell.high:.1f}" + " " * room)
+    return lines
+
+
+def _best(table: ScoreTable, dataset: str) -> float | None:
+    """The highest score without marks."""
+    cells = [row.cells[dataset] for row in table.rows if dataset in row.cells]
+    return max((cell.value for cell in cells if cell.value is not None and not cell.marks), default=None)
+
+
+# Names of cards and the headings of their columns, in the order of Table 1 (Dai et al., "InstructBLIP", 2023).
+HELD_OUT = {
+    "nocaps": "NoCaps",
+    "flickr30k": "Flickr30K",
+    "gqa": "GQA",
+    "vsr": "VSR",
+    "iconqa": "IconQA",
+    "textvqa": "TextVQA",
+    "visdial": "VisDial",
+    "hateful_memes": "HM",
+    "vizwiz": "VizWiz",
+    "scienceqa_img": "SciQA-IMG",
+    "msvd_qa": "MSVD-QA",
+    "msrvtt_qa": "MSRVTT-QA",
+    "ivqa": "iVQA",
+}
+HELD_IN = {
+    "coco_caption": "COCO",
+    "textcaps": "TextCaps",
+    "vqav2": "VQAv2",
+    "okvqa": "OKVQA",
+    "aokvqa": "A-OKVQA",
+    "aokvqa_multiple_choice": "A-OKVQA MC",
+    "ocr_vqa": "OCR-VQA",
+}
+# Keys of a card's `paper` and the names of Table 1's rows.
+MODELS = {
+    "flan_t5_xl": "InstructBLIP FlanT5-XL",
+    "flan_t5_xxl": "InstructBLIP FlanT5-XXL",
+    "vicuna_7b": "InstructBLIP Vicuna-7B",
+    "vicuna_13b": "InstructBLIP Vicuna-13B",
+}
+# Where the paper's numbers are of another split than the one that its card can score.
+PAPER_SPLITS = {"vizwiz": "test-dev"}
+
+
+SUBSET = ComparabilityNote("*", "part of the split's samples")
+OTHER_SPLIT = ComparabilityNote("†", "another split than the paper's")
+OTHER_PROTOCOL = ComparabilityNote("‡", "another protocol than the card's")
+MARKS = (SUBSET, OTHER_SPLIT, OTHER_PROTOCOL)
+
+
+def in_table_order(datasets: Iterable[str]) -> list[str]:
+    """Held-out datasets in Table 1's order, then held-in ones, then all others as they came; each once."""
+    given = dict.fromkeys(datasets)
+    known = [name for name in (*HELD_OUT, *HELD_IN) if name in given]
+    return known + [name for name in given if name not in known]
+
+
+def heading(dataset: str) -> str:
+    """What a dataset's column is called; its own name where the paper has no column for it."""
+    return {**HELD_OUT, **HELD_IN}.get(dataset, dataset)
+
+
+def comparison_marks(
+    card: Card, protocol: Mapping[str, Any], records: RecordCounts | None = None
+) -> dict[ComparabilityNote, str]:
+    """Where a score is not of what the paper's number stands for; with details.
+
+    Args:
+        card: the dataset.
+        protocol: the score's, as results.json has it.
+        records: how many it is of; None: not known.
+    """
+    found = {}
+    samples = protocol.get("samples")
+    parts = ["" if samples is None else f"{samples} samples", "" if records is None else records.shortfall()]
+    if any(parts):
+        found[SUBSET] = "; ".join(filter(None, parts))
+    rules = card.evaluation
+    if rules is None:
+        return found
+    split = PAPER_SPLITS.get(card.name, rules.split)
+    if protocol["split"] != split:
+        found[OTHER_SPLIT] = f"{protocol['split']}, the paper: {split}"
+    changed = _changes(protocol_fields(rules, rules.mode) | expected_shard_fields(rules), protocol)
+    if records is not None and records.vocabulary is not None and (short := records.vocabulary.shortfall()):
+        changed.append(f"candidates from {short} of train")
+    if protocol.get("images", "shown") != "shown":
+        changed.append("images withheld")
+    if changed:
+        found[OTHER_PROTOCOL] = "; ".join(changed)
+    return found
+
+
+def _changes(protocol_fields: Mapping[str, Any], protocol: Mapping[str, Any]) -> list[str]:
+    """One text for each choice that a protocol makes otherwise; lists, as JSON has them, are like tuples."""
+    found = [
+        name for name, value in protocol_fields.items() if name in protocol and _plain(protocol[name]) != _plain(value)
+    ]
+    if "mode" in found:  # says it all: what is ranked follows from it
+        found = [name for name in found if name not in ("candidates_from", "candidates", "classes")]
+    return [
+        f"other {name}"
+        if isinstance(protocol_fields[name], tuple)
+        else f"{name} {protocol[name]!r} in place of {protocol_fields[name]!r}"
+        for name in found
+    ]
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

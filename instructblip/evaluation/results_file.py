@@ -1,0 +1,174 @@
+"""Evaluations as they were stored: results.json and predictions.jsonl, read and checked."""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from instructblip.data.coverage import RecordCounts
+from instructblip.errors import UserError
+
+RESULTS = "results.json"
+PREDICTIONS = "predictions.jsonl"
+FORMAT = 3  # of results.json; 1 had accuracies only, 2 neither the model nor what ties it to its predictions.jsonl
+
+_HINT = "give the folder of an evaluation that ended, or evaluate again"
+
+
+@dataclass(frozen=True)
+class StoredScore:
+    """One dataset's entry of results.json.
+
+    Attributes:
+        value, low, high: the score and its 95% interval on the scale of papers' tables; None where answers are not public.
+        count: samples scored.
+        metric: its name in the card.
+        protocol: every choice behind it, with its hash.
+        records: how many the card expects, were prepared, lost, answered and scored.
+        predictions_sha256: of the predictions.jsonl that was scored.
+        tokenizer: of captions, by the name that their metric gives; None for other metrics.
+    """
+
+    value: float | None
+    low: float | None
+    high: float | None
+    count: int
+    metric: str
+    protocol: Mapping[str, Any]
+    records: RecordCounts
+    predictions_sha256: str
+    tokenizer: str | None
+
+
+@dataclass(frozen=True)
+class StoredRun:
+    """An evaluation's folder, what was evaluated, and the scores in it, by dataset."""
+
+    folder: Path
+    checkpoint: str
+    llm: str
+    scores: dict[str, StoredScore]
+
+    @property
+    def about(self) -> str:
+        """Where the scores come from, in a line."""
+        return f"{self.folder}, checkpoint {self.checkpoint}, LLM {self.llm}"
+
+
+@dataclass(frozen=True)
+class StoredPrediction:
+    """A line of predictions.jsonl; `score` is on the table's scale, None where the metric leaves the sample out."""
+
+    id: str
+    image: str
+    answers: tuple[str, ...]
+    score: float | None
+
+
+def read_run(place: str | Path) -> StoredRun:
+    """Read an evaluation's results.json; `place` is that file, its folder, or the folder of a training run.
+
+    Raises:
+        UserError: no such file, or not one that evaluate.py or train.py wrote; names the file and what is wrong in it.
+    """
+    path = Path(place).expanduser()
+    candidates = [path] if path.suffix == ".json" else [path / RESULTS, path / "evaluation" / RESULTS]
+    file = next((candidate for candidate in candidates if candidate.is_file()), None)
+    if file is None:
+        raise UserError(f"{candidates[0]} is missing; {_HINT}")
+    values = _read_json(file)
+    if not isinstance(values, dict) or not isinstance(values.get("datasets"), dict) or not values["datasets"]:
+        raise UserError(f"{file} holds no evaluation: it has no datasets; {_HINT}")
+    if values.get("format") != FORMAT:
+        raise UserError(f"{file} has format {values.get('format')!r}, this version reads {FORMAT}; evaluate again")
+    checkpoint = values.get("checkpoint")
+    if not isinstance(checkpoint, dict):
+        raise UserError(f"{file} names no checkpoint; {_HINT}")
+    llm = _at(values, "model", "llm", "name")
+    if not isinstance(llm, str):
+        raise UserError(f"{file} names no model: model.llm.name is {llm!r}; {_HINT}")
+    scores = {name: _score(entry, name, file) for name, entry in values["datasets"].items()}
+    return StoredRun(file.parent, str(checkpoint.get("path")), llm, scores)
+
+
+def read_predictions(run: StoredRun, dataset: str) -> dict[str, StoredPrediction]:
+    """The predictions behind a score, by sample id.
+
+    Raises:
+        UserError: no such file, a line that is not a finished evaluation's, or not the file that results.json was made of.
+    """
+    file = run.folder / dataset / PREDICTIONS
+    try:
+        content = file.read_bytes()
+        lines = content.decode("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} cannot be read ({error}); {_HINT}") from None
+    found = {}
+    for number, line in enumerate(lines, start=1):
+        try:
+            entry = json.loads(line)
+            score = None if entry["score"] is None else float(entry["score"])
+            prediction = StoredPrediction(str(entry["id"]), str(entry["image"]), tuple(entry["answers"]), score)
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{file} line {number} is not a prediction of a finished evaluation; {_HINT}") from None
+        found[prediction.id] = prediction
+    if hashlib.sha256(content).hexdigest() != run.scores[dataset].predictions_sha256:
+        raise UserError(
+            f"{file} is not what the score in {run.folder / RESULTS} was computed from: another evaluation into this folder "
+            "has replaced it and did not end, or it was edited; evaluate again"
+        )
+    return found
+
+
+def _at(values: Any, *keys: str) -> Any:
+    """What lies at the end of a path through nested objects; None where there is none."""
+    for key in keys:
+        values = values.get(key) if isinstance(values, dict) else None
+    return values
+
+
+def _read_json(file: Path) -> Any:
+    try:
+        return json.loads(file.read_bytes())
+    except OSError as error:
+        raise UserError(f"{file} cannot be read ({error.strerror}); {_HINT}") from None
+    except ValueError as error:
+        raise UserError(f"{file} is not whole JSON ({error}); {_HINT}") from None
+
+
+def _score(entry: Any, name: str, file: Path) -> StoredScore:
+    """One dataset's entry, every value of the right type."""
+    if not isinstance(entry, dict):
+        raise UserError(f"{file}: datasets.{name} is not a score; {_HINT}")
+
+    def number(key: str) -> float | None:
+        value = entry.get(key)
+        if value is None and key in entry:
+            return None
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise UserError(f"{file}: datasets.{name}.{key} is {value!r}, not a number; {_HINT}")
+        return float(value)
+
+    count, metric, protocol = entry.get("count"), entry.get("metric"), entry.get("protocol")
+    if not isinstance(count, int) or isinstance(count, bool):
+        raise UserError(f"{file}: datasets.{name}.count is {count!r}, not a number of samples; {_HINT}")
+    if not isinstance(metric, str):
+        raise UserError(f"{file}: datasets.{name}.metric is {metric!r}, not a name; {_HINT}")
+    if not isinstance(protocol, dict) or not {"split", "sha256", "samples_sha256"} <= protocol.keys():
+        raise UserError(f"{file}: datasets.{name}.protocol is not whole; {_HINT}")
+    try:
+        records = RecordCounts.from_json(entry.get("records"))
+    except ValueError as error:
+        raise UserError(f"{file}: datasets.{name}.records is {error}; {_HINT}") from None
+    digest, tokenizer = entry.get("predictions_sha256"), _at(entry, "metric_details", "tokenizer")
+    if not isinstance(digest, str):
+        raise UserError(f"{file}: datasets.{name}.predictions_sha256 is {digest!r}, not a hash; {_HINT}")
+    if not isinstance(tokenizer, str | None):
+        raise UserError(f"{file}: datasets.{name}.metric_details.tokenizer is {tokenizer!r}, not a name; {_HINT}")
+    value, low, high = number("value"), number("low"), number("high")
+    if (value is None) != (low is None or high is None):
+        raise UserError(f"{file}: datasets.{name} has a value without its interval; {_HINT}")
+    return StoredScore(value, low, high, count, metric, protocol, records, digest, tokenizer)

@@ -1,0 +1,421 @@
+"""Frozen language models in two kinds, decoder-only and encoder-decoder: embeddings in, hidden states and logits out.
+
+Everything particular to one LLM arrives as arguments, its text conventions in `prompt_format.py`; nothing here looks at a
+model's name.
+
+Shape legend: B batch, R rows of one sample or of several, T tokens, Q visual tokens, L language-model width, S answer tokens
+in the batch, V vocabulary, N nodes of a candidate tree, K keys a node may attend to.
+"""
+
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import (
+    DynamicCache,
+    EncoderDecoderCache,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    RepetitionPenaltyLogitsProcessor,
+)
+
+from instructblip.models.frozen import FrozenModule
+from instructblip.models.packing import RowLayout, block_causal_mask, pack_rows, packed_layout
+from instructblip.models.prompt_format import DecoderPromptFormat, EncoderDecoderPromptFormat, PromptFormat
+
+
+@dataclass
+class Prefill:
+    """Prompts that were run once and can be continued many times; what `LLM.prefill` returns.
+
+    Attributes:
+        last_BL: hidden state that predicts the first answer token.
+        lengths: number of positions that each row's answer tokens may attend to before the answer.
+        cache: keys and values of those positions, as wide as the longest row.
+        encoded: encoder states and their mask, of an encoder-decoder model.
+    """
+
+    last_BL: Tensor
+    lengths: list[int]
+    cache: Any
+    encoded: dict[str, Tensor]
+
+
+class AnswerStates(NamedTuple):
+    """What `LLM.answer_states` returns.
+
+    Attributes:
+        hidden_SL: the hidden states that predict each token of each answer, sample after sample.
+        positions: places of the pass through the model, an encoder-decoder's in both parts.
+        padding: those of them that hold nothing.
+    """
+
+    hidden_SL: Tensor
+    positions: int
+    padding: int
+
+
+class LLM(FrozenModule):
+    """A frozen transformers model with its tokenizer and text conventions.
+
+    Args:
+        model: a `...ForCausalLM` or `...ForConditionalGeneration` of text.
+        tokenizer, conventions: its text conventions, as `PromptFormat` takes them.
+
+    Raises:
+        ValueError: a token that the tokenizer does not know, or a model that this kind cannot run.
+    """
+
+    prompt_format_kind: type[PromptFormat]
+    embedding_norms: Tensor  # (V,), of the token embeddings as the model receives them
+    embedding_scale: Tensor  # (1,), what the embedding layer multiplies its table by
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, **conventions: Any) -> None:
+        super().__init__()
+        self.model = model
+        self.prompt_format = self.prompt_format_kind(tokenizer, **conventions)
+        # What a checkpoint's authors like to sample with must not leak into an evaluation.
+        model.generation_config = GenerationConfig(
+            eos_token_id=self.prompt_format.eos_id,
+            pad_token_id=self.prompt_format.pad_id,
+            decoder_start_token_id=getattr(model.config, "decoder_start_token_id", None),
+        )
+        self.freeze()
+        table = self.embeddings.weight.detach()
+        norms_V = table.float().norm(dim=-1).clamp_min(1e-6)
+        # Some models multiply what they look up, inside the embedding layer; for most the factor is 1.
+        row_1 = norms_V.argmax()[None]
+        scale = self.embeddings(row_1).detach().float().norm() / norms_V[row_1]
+        self.register_buffer("embedding_norms", norms_V.mul(scale), persistent=False)
+        self.register_buffer("embedding_scale", scale, persistent=False)
+
+    def exact_buffers(self) -> Iterator[tuple[nn.Module, str]]:
+        """All that are in float32: norms of embeddings, rotary frequencies, scales of rounded weights. None is a matrix."""
+        for module in self.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                if buffer.dtype == torch.float32:
+                    yield module, name
+
+    @property
+    def width(self) -> int:
+        """Width L of the token embeddings, which the projection must meet."""
+        return self.embeddings.weight.shape[1]
+
+    @property
+    def embeddings(self) -> nn.Embedding:
+        """The input embedding table."""
+        table = self.model.get_input_embeddings()
+        assert isinstance(table, nn.Embedding)
+        return table
+
+    @abstractmethod
+    def answer_states(
+        self, prefixes: Sequence[Tensor], answers: Sequence[Sequence[int]], *, packed: bool = False
+    ) -> AnswerStates:
+        """Run each prompt with its answer.
+
+        Args:
+            prefixes: B embedded prompts, each (T_i, L).
+            answers: B token sequences, none of them empty.
+            packed: several samples in a row, each blind to the others.
+
+        Raises:
+            ValueError: packed, and the model is no decoder-only one.
+        """
+
+    @abstractmethod
+    def prefill(self, prefixes: Sequence[Tensor]) -> Prefill:
+        """Run B embedded prompts, each (T_i, L), up to where their answers begin."""
+
+    @abstractmethod
+    def decode_tree(self, prompts: Prefill, tokens_BN: Tensor, depths_BN: Tensor, visible_BNN: Tensor) -> Tensor:
+        """Hidden states (B, N, L) of tree nodes after their prompts, which stay as they were.
+
+        Args:
+            prompts: what `prefill` returned.
+            tokens_BN: the nodes' tokens.
+            depths_BN: their places in the answer, 0 for its first token.
+            visible_BNN: True where node i attends to node j: itself and its ancestors.
+        """
+
+    @abstractmethod
+    def generate(self, prefixes: Sequence[Tensor], *, repetition_penalty: float = 1.0, **options: Any) -> list[str]:
+        """Continue each embedded prompt (T_i, L); return the new text only, stripped.
+
+        `options` are transformers' generation options. Length limits and the repetition penalty count new tokens only.
+        """
+
+    def embed(self, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Embeddings (T_i, L) of sequences of token ids, which go to the device together."""
+        ids = [token for sequence in sequences for token in sequence]
+        embedded = self.embeddings(torch.tensor(ids, dtype=torch.long, device=self.embeddings.weight.device))
+        return list(embedded.split([len(sequence) for sequence in sequences]))
+
+    def prefixes(self, visual_BQL: Tensor, prompts: Sequence[str], *, truncate: bool = False) -> list[Tensor]:
+        """The embedded prompts (T_i, L): image prefix, visual tokens, prompt."""
+        texts = [self.prompt_format.prompt_ids(prompt, truncate=truncate) for prompt in prompts]
+        first, *rest = self.embed([self.prompt_format.image_prefix_ids, *texts])
+        visual_BQL = visual_BQL.to(first.dtype)
+        return [torch.cat([first, visual_QL, text]) for visual_QL, text in zip(visual_BQL, rest, strict=True)]
+
+    def embedding_cosines(self, directions_BL: Tensor) -> Tensor:
+        """Cosine (B, V) of vectors of length up to 1 with every token embedding, times their length."""
+        table_VL = self.embeddings.weight
+        return (directions_BL.to(table_VL.dtype) @ table_VL.T).float() * self.embedding_scale / self.embedding_norms
+
+    def embedding_deviation(self) -> Tensor:
+        """Standard deviation of the entries of token embeddings as the model receives them: a scalar tensor."""
+        return self.embeddings.weight.float().std() * self.embedding_scale
+
+    def logits(self, hidden_NL: Tensor) -> Tensor:
+        """Vocabulary logits in float32 for the given rows of hidden states only."""
+        logits_NV = self.model.get_output_embeddings()(hidden_NL).float()
+        cap = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
+        return logits_NV if cap is None else cap * (logits_NV / cap).tanh()
+
+    def _decode(self, ids_BT: Tensor) -> list[str]:
+        return [text.strip() for text in self.prompt_format.tokenizer.batch_decode(ids_BT, skip_special_tokens=True)]
+
+
+class DecoderLLM(LLM):
+    """Decoder-only: the answer continues the prompt."""
+
+    prompt_format_kind = DecoderPromptFormat
+
+    def hidden_states(
+        self,
+        embeddings_BTL: Tensor,
+        *,
+        cache: DynamicCache | None = None,
+        positions_BT: Tensor | None = None,
+        mask: Tensor | dict[str, Tensor] | None = None,
+    ) -> Tensor:
+        """Final hidden states (B, T, L). Without a mask attention is causal; a cache is read and extended in place."""
+        outputs = self.model.base_model(
+            inputs_embeds=embeddings_BTL,
+            past_key_values=cache,
+            position_ids=positions_BT,
+            attention_mask=mask,
+            use_cache=cache is not None,
+        )
+        return outputs.last_hidden_state
+
+    def answer_states(
+        self, prefixes: Sequence[Tensor], answers: Sequence[Sequence[int]], *, packed: bool = False
+    ) -> AnswerStates:
+        """One causal pass over `prompt answer`; the answer's last token is only ever predicted.
+
+        Packed or not, rows are padded on the right, where a causal model's real tokens never look.
+        """
+        heard = self.embed([ids[:-1] for ids in answers])
+        samples = [torch.cat([prefix, answer]) for prefix, answer in zip(prefixes, heard, strict=True)]
+        lengths = [len(sample) for sample in samples]
+        rows = pack_rows(lengths, width=self.width) if packed else [[sample] for sample in range(len(samples))]
+        embeddings_RTL = pad_sequence([torch.cat([samples[k] for k in row]) for row in rows], batch_first=True)
+        if len(rows) < len(samples):
+            hidden_RTL = self._isolated_states(
+                embeddings_RTL, packed_layout(rows, lengths, device=embeddings_RTL.device)
+            )
+        else:
+            hidden_RTL = self.hidden_states(embeddings_RTL)
+        states: dict[int, Tensor] = {}
+        for row, hidden_TL in zip(rows, hidden_RTL, strict=True):
+            start = 0
+            for k in row:
+                states[k] = hidden_TL[start + len(prefixes[k]) - 1 : start + lengths[k]]
+                start += lengths[k]
+        positions = embeddings_RTL.shape[0] * embeddings_RTL.shape[1]
+        hidden_SL = torch.cat([states[k] for k in range(len(samples))])
+        return AnswerStates(hidden_SL, positions, positions - sum(lengths))
+
+    def _isolated_states(self, embeddings_RTL: Tensor, layout: RowLayout) -> Tensor:
+        """Final hidden states of rows that hold several samples each."""
+        distance_RTT = layout.position_RT[:, :, None] - layout.position_RT[:, None]
+        mask = self._mask(block_causal_mask(layout), distance_BNK=distance_RTT)
+        return self.hidden_states(embeddings_RTL, positions_BT=layout.position_RT, mask=mask)
+
+    def prefill(self, prefixes: Sequence[Tensor]) -> Prefill:
+        """Keep the prompts' keys and values; no window forgets any, masks do."""
+        lengths, cache = [len(prefix) for prefix in prefixes], DynamicCache()
+        hidden_BTL = self.hidden_states(pad_sequence(list(prefixes), batch_first=True), cache=cache)
+        last_BL = torch.stack([row[length - 1] for row, length in zip(hidden_BTL, lengths, strict=True)])
+        return Prefill(last_BL, lengths, cache, {})
+
+    def decode_tree(self, prompts: Prefill, tokens_BN: Tensor, depths_BN: Tensor, visible_BNN: Tensor) -> Tensor:
+        """A node's position is its prompt's length plus its depth."""
+        device = tokens_BN.device
+        lengths_B1, longest = torch.tensor(prompts.lengths, device=device)[:, None], prompts.cache.get_seq_length()
+        prompt_BT = torch.arange(longest, device=device).expand(len(tokens_BN), -1)
+        positions_BN = lengths_B1 + depths_BN
+        prompt_visible_BNT = (prompt_BT < lengths_B1)[:, None].expand(-1, tokens_BN.shape[1], -1)
+        mask = self._mask(
+            torch.cat([prompt_visible_BNT, visible_BNN], dim=2),
+            distance_BNK=positions_BN[:, :, None] - torch.cat([prompt_BT, positions_BN], dim=1)[:, None],
+        )
+        hidden_BNL = self.hidden_states(
+            self.embeddings(tokens_BN), cache=prompts.cache, positions_BT=positions_BN, mask=mask
+        )
+        prompts.cache.crop(-tokens_BN.shape[1])
+        return hidden_BNL
+
+    def _mask(self, visible_BNK: Tensor, *, distance_BNK: Tensor) -> Tensor | dict[str, Tensor]:
+        """What transformers adds to attention scores; layers with a sliding window get their own."""
+        config, dtype = self.model.config.get_text_config(), self.embeddings.weight.dtype
+        full_B1NK, window = _additive(visible_BNK, dtype)[:, None], getattr(config, "sliding_window", None)
+        if window is None:
+            return full_B1NK
+        sliding_B1NK = _additive(visible_BNK & (distance_BNK < window), dtype)[:, None]
+        if getattr(config, "layer_types", None) is None:
+            return sliding_B1NK  # every layer slides
+        return {"full_attention": full_B1NK, "sliding_attention": sliding_B1NK}
+
+    @torch.inference_mode()
+    def generate(self, prefixes: Sequence[Tensor], *, repetition_penalty: float = 1.0, **options: Any) -> list[str]:
+        """Rows are padded on the left, so that all of them continue at the same place; beams share a prompt's keys."""
+        longest = max(len(prefix) for prefix in prefixes)
+        (padding,) = self.embed([[self.prompt_format.pad_id]])
+        rows_BTL = torch.stack([torch.cat([padding.expand(longest - len(prefix), -1), prefix]) for prefix in prefixes])
+        mask_BT = torch.tensor([[0] * (longest - len(prefix)) + [1] * len(prefix) for prefix in prefixes])
+        mask_BT = mask_BT.to(padding.device)
+        if (beams := options.get("num_beams", 1)) > 1:
+            options["past_key_values"] = self._repeated_prompts(rows_BTL, mask_BT, beams)
+        # The embeddings enter without token ids, so transformers counts new tokens only, with one exception: left to
+        # itself it exempts as many of them from the penalty as a row has padding (5.23), and an answer would depend on
+        # its neighbours in the batch.
+        ids_BT = self.model.generate(  # type: ignore[operator]
+            inputs_embeds=rows_BTL,
+            attention_mask=mask_BT,
+            repetition_penalty=1.0,
+            logits_processor=_penalty(repetition_penalty, skipped=0),
+            **options,
+        )
+        return self._decode(ids_BT)
+
+    def _repeated_prompts(self, rows_BTL: Tensor, mask_BT: Tensor, times: int) -> DynamicCache:
+        """Keys and values of all but the last place of each row, computed once and repeated for its beams.
+
+        transformers' own beam search runs every prompt once a beam.
+        """
+        cache = DynamicCache(config=self.model.config.get_text_config(decoder=True))
+        if rows_BTL.shape[1] > 1:
+            positions_BT = (mask_BT.cumsum(dim=1) - 1).clamp_min(0)
+            self.hidden_states(rows_BTL[:, :-1], cache=cache, positions_BT=positions_BT[:, :-1], mask=mask_BT[:, :-1])
+            cache.batch_repeat_interleave(times)
+        return cache
+
+
+class EncoderDecoderLLM(LLM):
+    """Encoder-decoder with T5's relative positions: the prompt is encoded, the answer decoded beside it."""
+
+    prompt_format_kind = EncoderDecoderPromptFormat
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, **conventions: Any) -> None:
+        super().__init__(model, tokenizer, **conventions)
+        biases = [m for m in model.get_decoder().modules() if getattr(m, "has_relative_attention_bias", False)]
+        if not biases or not hasattr(biases[0], "compute_bias"):
+            raise ValueError(f"{type(model).__name__} has no relative position bias as T5's, which ranking needs")
+        self._relative: Any = biases[0]
+        self.start_id: int = model.config.decoder_start_token_id
+
+    def answer_states(
+        self, prefixes: Sequence[Tensor], answers: Sequence[Sequence[int]], *, packed: bool = False
+    ) -> AnswerStates:
+        """Decode `start answer`; the answer's last token is only ever predicted."""
+        if packed:
+            raise ValueError("rows of an encoder-decoder model hold one sample each; take bucketed batches instead")
+        encoded = self._encode(prefixes)
+        longest = max(len(ids) for ids in answers)
+        inputs = [[self.start_id, *ids[:-1]] + [self.prompt_format.pad_id] * (longest - len(ids)) for ids in answers]
+        hidden_BTL = self._decode_states(torch.tensor(inputs, device=self.embeddings.weight.device), encoded)
+        hidden_SL = torch.cat([row[: len(ids)] for row, ids in zip(hidden_BTL, answers, strict=True)])
+        positions = len(answers) * (max(len(prefix) for prefix in prefixes) + longest)
+        filled = sum(len(prefix) + len(ids) for prefix, ids in zip(prefixes, answers, strict=True))
+        return AnswerStates(hidden_SL, positions, positions - filled)
+
+    def prefill(self, prefixes: Sequence[Tensor]) -> Prefill:
+        """Encode the prompts and decode the start token, which leaves the keys and values of the encoder's states."""
+        encoded, cache = self._encode(prefixes), EncoderDecoderCache(DynamicCache(), DynamicCache())
+        start_B1 = torch.full((len(prefixes), 1), self.start_id, device=self.embeddings.weight.device)
+        hidden_B1L = self._decode_states(start_B1, encoded, cache=cache)
+        return Prefill(hidden_B1L[:, 0], [1] * len(prefixes), cache, encoded)
+
+    def decode_tree(self, prompts: Prefill, tokens_BN: Tensor, depths_BN: Tensor, visible_BNN: Tensor) -> Tensor:
+        """A node's place after the start token is its depth; what the model adds for its index is taken back."""
+        dtype, nodes = self.embeddings.weight.dtype, tokens_BN.shape[1]
+        visible_BNK = torch.cat([visible_BNN.new_ones(len(tokens_BN), nodes, 1), visible_BNN], dim=2)
+        place_BK = torch.cat([depths_BN.new_zeros(len(tokens_BN), 1), depths_BN + 1], dim=1)
+        depth = int(place_BK.max()) + 1
+        by_place_HKK = self._relative.compute_bias(depth, depth)[0]
+        by_index_1HNK = self._relative.compute_bias(nodes, nodes + 1, past_seen_tokens=1)
+        wanted_BHNK = by_place_HKK[:, place_BK[:, 1:, None], place_BK[:, None]].transpose(0, 1)
+        mask_BHNK = wanted_BHNK - by_index_1HNK + _additive(visible_BNK, dtype)[:, None]
+        hidden_BNL = self._decode_states(tokens_BN, prompts.encoded, cache=prompts.cache, mask=mask_BHNK)
+        prompts.cache.self_attention_cache.crop(-nodes)
+        return hidden_BNL
+
+    @torch.inference_mode()
+    def generate(self, prefixes: Sequence[Tensor], *, repetition_penalty: float = 1.0, **options: Any) -> list[str]:
+        """The decoder's start token counts neither as new nor for the penalty."""
+        mask_BT = _row_mask(prefixes)
+        ids_BT = self.model.generate(  # type: ignore[operator]
+            inputs_embeds=pad_sequence(list(prefixes), batch_first=True),
+            attention_mask=mask_BT,
+            repetition_penalty=1.0,
+            logits_processor=_penalty(repetition_penalty, skipped=1),
+            **options,
+        )
+        return self._decode(ids_BT[:, 1:])
+
+    def logits(self, hidden_NL: Tensor) -> Tensor:
+        """As the model: hidden states are scaled first where its output head is its embedding table."""
+        scaled = getattr(self.model.config, "scale_decoder_outputs", False)
+        return super().logits(hidden_NL * hidden_NL.shape[-1] ** -0.5 if scaled else hidden_NL)
+
+    def _encode(self, prefixes: Sequence[Tensor]) -> dict[str, Tensor]:
+        mask_BT = _row_mask(prefixes)
+        outputs = self.model.get_encoder()(
+            inputs_embeds=pad_sequence(list(prefixes), batch_first=True), attention_mask=mask_BT
+        )
+        return {"encoder_hidden_states": outputs.last_hidden_state, "encoder_attention_mask": mask_BT}
+
+    def _decode_states(
+        self, tokens_BT: Tensor, encoded: dict[str, Tensor], *, cache: Any = None, mask: Tensor | None = None
+    ) -> Tensor:
+        outputs = self.model.get_decoder()(
+            input_ids=tokens_BT, attention_mask=mask, past_key_values=cache, use_cache=cache is not None, **encoded
+        )
+        return outputs.last_hidden_state
+
+
+LLM_KINDS: dict[str, type[LLM]] = {"decoder": DecoderLLM, "encoder_decoder": EncoderDecoderLLM}
+
+
+class _NewTokensPenalty(LogitsProcessor):
+    """Repetition penalty that does not see the first tokens of a row."""
+
+    def __init__(self, penalty: float, skipped: int) -> None:
+        self.penalty = RepetitionPenaltyLogitsProcessor(float(penalty))
+        self.skipped = skipped
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        return self.penalty(input_ids[:, self.skipped :], scores)
+
+
+def _penalty(repetition_penalty: float, *, skipped: int) -> LogitsProcessorList:
+    return LogitsProcessorList([] if repetition_penalty == 1 else [_NewTokensPenalty(repetition_penalty, skipped)])
+
+
+def _additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, torch.finfo(dtype).min)
+
+
+def _row_mask(rows: Sequence[Tensor]) -> Tensor:
+    """1 at the rows' positions, 0 at the padding behind them: (B, T)."""
+    return pad_sequence([torch.ones(len(row), dtype=torch.long, device=row.device) for row in rows], batch_first=True)

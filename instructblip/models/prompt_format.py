@@ -1,0 +1,122 @@
+"""How one language model's texts become tokens: special tokens, what stands before a prompt and an answer, where they end.
+
+Nothing here holds weights, so it goes to worker processes, which count tokens with it.
+"""
+
+from abc import ABC, abstractmethod
+
+from transformers import PreTrainedTokenizerBase
+
+
+class PromptFormat(ABC):
+    """The text conventions of a language model; the tokenizer is used without special tokens, which are added here.
+
+    Args:
+        tokenizer: the model's.
+        eos_token: token that ends an answer, in training targets and in ranking.
+        pad_token: token that fills batches.
+        bos_token: token before the prompt, or None where the model has none.
+        image_prefix: text in front of the visual tokens. A model that always saw some token first sends much of its
+            attention there; a visual token in that place is heard badly and disturbs the rest.
+        prompt_prefix: text between the visual tokens and the prompt.
+        prompt_suffix: text after the prompt, such as a cue to answer or the opening of a chat's next turn.
+        answer_prefix: put before every target and candidate; byte-level vocabularies need the space.
+        max_prompt_tokens: in training, longer prompts lose their beginning (as released: truncation side left).
+        max_target_tokens: longer targets lose their end; BOS counts, which the released code cuts with and then drops.
+
+    Raises:
+        ValueError: a token that the tokenizer does not know.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        eos_token: str,
+        pad_token: str,
+        bos_token: str | None = None,
+        image_prefix: str = "",
+        prompt_prefix: str = "",
+        prompt_suffix: str = "",
+        answer_prefix: str = "",
+        max_prompt_tokens: int = 128,
+        max_target_tokens: int = 256,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.eos_id = _token_id(tokenizer, eos_token)
+        self.pad_id = _token_id(tokenizer, pad_token)
+        self.bos_ids = [] if bos_token is None else [_token_id(tokenizer, bos_token)]
+        self.image_prefix = image_prefix
+        self.prompt_prefix = prompt_prefix
+        self.prompt_suffix = prompt_suffix
+        self.answer_prefix = answer_prefix
+        self.max_prompt_tokens = max_prompt_tokens
+        self.max_target_tokens = max_target_tokens
+
+    @property
+    def image_prefix_ids(self) -> list[int]:
+        """Token ids in front of the visual tokens."""
+        return self.ids(self.image_prefix)
+
+    @abstractmethod
+    def prompt_ids(self, prompt: str, *, truncate: bool = False) -> list[int]:
+        """Token ids of a prompt; `truncate` cuts its beginning to `max_prompt_tokens`, special tokens stay."""
+
+    @abstractmethod
+    def target_ids(self, target: str, include_eos: bool = True) -> list[int]:
+        """Token ids of an answer and its EOS, cut on the right to `max_target_tokens`."""
+
+    @abstractmethod
+    def length(self, prompt: str, target: str, frames: int, *, queries: int) -> int:
+        """Positions that a training sample fills in the model: `queries` visual tokens a frame, prompt and answer."""
+
+    def ids(self, text: str) -> list[int]:
+        """Token ids of a text alone."""
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+class DecoderPromptFormat(PromptFormat):
+    """Decoder-only: the answer continues the prompt."""
+
+    def prompt_ids(self, prompt: str, *, truncate: bool = False) -> list[int]:
+        """BOS and the prompt."""
+        ids = self.ids(self.prompt_prefix + prompt + self.prompt_suffix)
+        room = self.max_prompt_tokens - len(self.bos_ids)
+        return self.bos_ids + (ids[max(len(ids) - room, 0) :] if truncate else ids)
+
+    def target_ids(self, target: str, include_eos: bool = True) -> list[int]:
+        """The answer and EOS; an answer that was cut has no EOS."""
+        ids = self.ids(self.answer_prefix + target) + [self.eos_id] * include_eos
+        return ids[: self.max_target_tokens - len(self.bos_ids)]
+
+    def length(self, prompt: str, target: str, frames: int, *, queries: int) -> int:
+        """The answer's last token is only ever predicted and fills no position."""
+        before = len(self.image_prefix_ids) + frames * queries + len(self.prompt_ids(prompt, truncate=True))
+        return before + len(self.target_ids(target)) - 1
+
+
+class EncoderDecoderPromptFormat(PromptFormat):
+    """Encoder-decoder: the prompt is encoded, the answer decoded beside it."""
+
+    def prompt_ids(self, prompt: str, *, truncate: bool = False) -> list[int]:
+        """BOS where the model has one, the prompt, EOS."""
+        ids = self.ids(self.prompt_prefix + prompt + self.prompt_suffix)
+        room = self.max_prompt_tokens - len(self.bos_ids) - 1
+        return [*self.bos_ids, *(ids[max(len(ids) - room, 0) :] if truncate else ids), self.eos_id]
+
+    def target_ids(self, target: str, include_eos: bool = True) -> list[int]:
+        """The answer and EOS, which stays when the answer is cut."""
+        ids = self.ids(self.answer_prefix + target)[: self.max_target_tokens - 1]
+        return ids + [self.eos_id] * include_eos
+
+    def length(self, prompt: str, target: str, frames: int, *, queries: int) -> int:
+        """Those of the encoder and of the decoder, whose start token stands for the answer's last."""
+        before = len(self.image_prefix_ids) + frames * queries + len(self.prompt_ids(prompt, truncate=True))
+        return before + len(self.target_ids(target))
+
+
+def _token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
+    found = tokenizer.get_vocab().get(token)
+    if found is None:
+        raise ValueError(f"the tokenizer has no token {token!r}; name one of its own in the llm config")
+    return found

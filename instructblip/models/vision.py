@@ -1,0 +1,183 @@
+"""Frozen vision backbones from timm, ViT or CNN, as one thing: images in, tokens out.
+
+Shape legend: B batch, H and W pixels, P image tokens, V vision width.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.layers import pos_embed_sincos
+from torch import Tensor, nn
+
+from instructblip.models.frozen import ExactBuffers, FrozenModule
+
+# Their buffers are angles, or frequencies that become angles: in half precision those of far patches would run together.
+_ROTARY = tuple(value for name, value in vars(pos_embed_sincos).items() if name.startswith("RotaryEmbedding"))
+
+
+class _AllTappedError(Exception):
+    """Every wanted layer has run: what the backbone would still compute is not needed."""
+
+
+class VisionEncoder(FrozenModule):
+    """A frozen timm backbone that turns uint8 images into tokens.
+
+    Args:
+        backbone: name of a timm model; built without its classification head.
+        image_size: side of the square input, pixels.
+        mean, std: per-channel normalisation on the 0..255 scale.
+        layers: names of backbone modules whose outputs become the tokens; empty takes the backbone's own final
+            features. Feature maps are average-pooled (or interpolated, where they are coarser) to one grid and
+            concatenated on the channel axis, so a CNN can give its early stages too: late ones have lost colour.
+        grid: side of that grid, tokens; needed with `layers`.
+        options: further arguments of the timm model, such as a depth of 39 for the released EVA-CLIP-g.
+        final_norm: False leaves the backbone's own last norm out, where `ln_vision` takes its place.
+
+    Raises:
+        ValueError: an unknown backbone, layer name or option, an image size that the backbone cannot be built for, `layers`
+            without `grid`, a layer that gives no feature map or never runs, no final norm to leave out.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        *,
+        backbone: str,
+        image_size: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        layers: Sequence[str] = (),
+        grid: int | None = None,
+        options: Mapping[str, Any] | None = None,
+        final_norm: bool = True,
+    ) -> None:
+        super().__init__()
+        self.backbone = _create_backbone(backbone, image_size, dict(options or {}))
+        if not final_norm:
+            _leave_out_final_norm(backbone, self.backbone)
+        self.image_size = image_size
+        self.grid = grid
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+        if layers and grid is None:
+            raise ValueError("vision layers of different sizes need a common grid")
+        self.layers = tuple(layers)
+        self._maps: list[Tensor] = []
+        for name in layers:
+            self._tap(backbone, name)
+        self.freeze()  # before the probe, which would move batch-norm statistics
+        probe = self.forward(torch.zeros(1, 3, image_size, image_size, dtype=torch.uint8))
+        self.tokens, self.width = probe.shape[1:]
+
+    def forward(self, images_B3HW: Tensor) -> Tensor:
+        """Encode uint8 images (B, 3, H, W) to tokens (B, P, V), without gradient."""
+        with torch.no_grad():
+            pixels = ((images_B3HW.to(self.mean.dtype) - self.mean) / self.std).to(self.dtype)
+            self._maps = []  # whatever an interrupted pass left there
+            try:
+                features = self.backbone.forward_features(pixels)
+            except _AllTappedError:
+                maps, self._maps = self._maps, []
+                return _tokens_on_grid([self._channels_first(output) for output in maps], self.grid or 1)
+            if self.layers:
+                raise ValueError(f"of the vision layers {', '.join(self.layers)} only {len(self._maps)} come into use")
+            return features if features.ndim == 3 else self._channels_first(features).flatten(2).transpose(1, 2)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the weights, in which images are encoded; mean and deviation stay in float32."""
+        return next(self.backbone.parameters()).dtype
+
+    def exact_buffers(self) -> Iterator[tuple[nn.Module, str]]:
+        """Pixel statistics and rotary angles."""
+        yield from ((self, "mean"), (self, "std"))
+        for module in self.backbone.modules():
+            if isinstance(module, _ROTARY):
+                yield from ((module, name) for name, _ in module.named_buffers(recurse=False))
+
+    def _channels_first(self, features: Tensor) -> Tensor:
+        # Swin and its kin keep channels last and say so.
+        last = features.ndim == 4 and getattr(self.backbone, "output_fmt", "NCHW") == "NHWC"
+        return features.permute(0, 3, 1, 2) if last else features
+
+    def _tap(self, backbone: str, name: str) -> None:
+        try:
+            module = self.backbone.get_submodule(name)
+        except AttributeError:
+            raise ValueError(f"vision backbone {backbone} has no layer {name}") from None
+        module.register_forward_hook(self._keep)
+
+    def _keep(self, _module: nn.Module, _inputs: object, output: Tensor) -> None:
+        self._maps.append(output)
+        if len(self._maps) == len(self.layers):
+            raise _AllTappedError
+
+
+def _create_backbone(name: str, image_size: int, options: dict[str, Any]) -> Any:
+    if not timm.is_model(name):
+        near = timm.list_models(f"*{name.split('_')[0]}*")[:3]
+        raise ValueError(f"timm knows no backbone {name!r}" + (f"; near: {', '.join(near)}" if near else ""))
+    config = timm.get_pretrained_cfg(name) or timm.models.PretrainedCfg()
+    if config.fixed_input_size and image_size != config.input_size[-1]:
+        options = {"img_size": image_size, **options}
+    try:
+        return timm.create_model(name, pretrained=False, num_classes=0, **options)
+    except (TypeError, ValueError, AssertionError) as error:
+        raise ValueError(
+            f"timm cannot build {name} for images of {image_size} pixels with {options}: {error}"
+        ) from None
+
+
+def _leave_out_final_norm(name: str, backbone: Any) -> None:
+    if not isinstance(getattr(backbone, "norm", None), nn.Module):
+        raise ValueError(f"vision backbone {name} has no final norm to leave out; set final_norm to true")
+    # A backbone that pools before its last norm calls it fc_norm; its tokens never meet it.
+    for part in ("norm", "fc_norm"):
+        if hasattr(backbone, part):
+            setattr(backbone, part, nn.Identity())
+
+
+def _tokens_on_grid(maps: list[Tensor], grid: int) -> Tensor:
+    resized = []
+    for map_BCHW in maps:
+        if map_BCHW.ndim != 4:
+            raise ValueError(f"vision layers must give feature maps, one gives {map_BCHW.ndim} dimensions")
+        if map_BCHW.shape[-1] >= grid:
+            resized.append(F.adaptive_avg_pool2d(map_BCHW, grid))
+        else:
+            resized.append(F.interpolate(map_BCHW, size=(grid, grid), mode="bilinear", align_corners=False))
+    return torch.cat(resized, dim=1).flatten(2).transpose(1, 2)
+
+
+class ChannelNorm(ExactBuffers):
+    """Standardise each channel with fixed statistics, measured once on training images and kept in the checkpoint.
+
+    Concatenated CNN stages differ in scale by orders of magnitude from channel to channel; a LayerNorm, made for a ViT's
+    single residual stream, lets the largest ones drown the rest.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("std", torch.ones(width))
+
+    @torch.no_grad()
+    def calibrate(self, tokens_BPV: Tensor) -> None:
+        """Take mean and deviation over all tokens of a calibration batch."""
+        self.mean.copy_(tokens_BPV.float().mean(dim=(0, 1)))
+        self.std.copy_(tokens_BPV.float().std(dim=(0, 1)).clamp_min(1e-4))
+
+    def forward(self, tokens_BPV: Tensor) -> Tensor:
+        return ((tokens_BPV - self.mean) / self.std).to(tokens_BPV.dtype)
+
+    def exact_buffers(self) -> Iterator[tuple[nn.Module, str]]:
+        """Both statistics."""
+        yield from ((self, "mean"), (self, "std"))

@@ -1,0 +1,173 @@
+"""metrics.jsonl: one JSON object a step, whole after a kill at any moment."""
+
+import errno
+import io
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from instructblip.errors import UserError
+
+Entry = dict[str, Any]
+_BLOCK = 1 << 16  # bytes; of a metrics file that are read at once
+
+
+class MetricsLog:
+    """A file of JSON objects, one a line, each with a whole number "step". Safe against a kill at any moment.
+
+    A line is handed to the operating system before `append` returns; a half-written last line, left by a kill, is never
+    read and is removed before the next line is written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file: BinaryIO | None = None
+
+    def append(self, entry: Mapping[str, Any]) -> None:
+        """Add one line. Numbers that are not finite become null, since JSON has no word for them.
+
+        Raises:
+            ValueError: `entry` has no whole number "step".
+            UserError: the disk is full; the file is left as it was.
+        """
+        if not isinstance(entry.get("step"), int):
+            raise ValueError(f'a metrics entry needs a whole number "step", got {entry.get("step")!r}')
+        line = json.dumps(_finite(entry), ensure_ascii=False, allow_nan=False).encode() + b"\n"
+        file = self._file or self._open()
+        start = file.seek(0, os.SEEK_END)
+        try:
+            written = 0
+            while written < len(line):  # an unbuffered write may take only part
+                written += file.write(line[written:])
+        except OSError as error:
+            file.truncate(start)
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise UserError(f"disk full while writing {self.path}; free some space and resume the run") from None
+            raise
+
+    def read(self) -> Iterator[Entry]:
+        """All whole entries, one by one, in the order of the file; none where there is no file.
+
+        Raises:
+            UserError: a line before the last is not JSON; names file and line.
+        """
+        if not self.path.exists():
+            return
+        with open(self.path, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                if not line.endswith(b"\n"):
+                    return
+                entry = _entry(line)
+                if entry is None:
+                    raise UserError(f"{self.path} line {number} is not a metrics entry; remove that line to go on")
+                yield entry
+
+    def truncate_after(self, step: int) -> None:
+        """Forget every entry of a later step than `step`, so that a resumed run writes each step once.
+
+        Steps never fall from line to line, so only what is forgotten is read, from the end.
+        """
+        self.close()
+
+        def stays(line: bytes) -> bool:
+            entry = _entry(line)
+            return entry is not None and entry["step"] <= step
+
+        self._cut_after_last(stays)
+
+    def close(self) -> None:
+        """Close the file; `append` opens it again."""
+        if self._file:
+            self._file.close()
+            self._file = None
+
+    def _open(self) -> BinaryIO:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._cut_after_last(lambda line: True)
+        self._file = open(self.path, "ab", buffering=0)
+        return self._file
+
+    def _cut_after_last(self, stays: Callable[[bytes], bool]) -> None:
+        """Cut the file after its last whole line of which `stays` holds."""
+        if not self.path.exists():
+            return
+        with open(self.path, "r+b") as file:
+            size = end = file.seek(0, os.SEEK_END)
+            for line in _lines_from_the_end(file):
+                if line.endswith(b"\n") and stays(line):
+                    break
+                end -= len(line)
+            if end < size:
+                file.truncate(end)
+                os.fsync(file.fileno())
+
+
+def _lines_from_the_end(file: BinaryIO) -> Iterator[bytes]:
+    """The lines of a file with their ends, last first, of which only so much is read as is asked for."""
+    start, rest = file.seek(0, os.SEEK_END), b""
+    while start > 0:
+        size = min(_BLOCK, start)
+        start -= size
+        file.seek(start)
+        rest, *lines = io.BytesIO(file.read(size) + rest).readlines()
+        yield from reversed(lines)
+    if rest:
+        yield rest
+
+
+def _entry(line: bytes) -> Entry | None:
+    """What a line of a metrics file says; None where it is no entry."""
+    try:
+        entry: Entry = json.loads(line)
+        entry["step"] + 0
+    except (ValueError, KeyError, TypeError):
+        return None
+    return entry
+
+
+class BestStep:
+    """The step with the best validation so far, the first of equals; None before the first validation.
+
+    It is kept from entry to entry: to look for it among all of them would make every step dearer than the one before.
+
+    Args:
+        of: whose scores are compared: a dataset's by name, or `mean`, over all that a validation has; None: nothing is.
+    """
+
+    def __init__(self, of: str | None) -> None:
+        self._of = of
+        self._value = -math.inf
+        self.step: int | None = None
+
+    def see(self, entry: Mapping[str, Any]) -> None:
+        """Take a finished step's entry into account."""
+        scores: Mapping[str, float | None] = entry.get("validation") or {}
+        if not scores or self._of is None:
+            return
+        values = list(scores.values()) if self._of == "mean" else [scores.get(self._of)]
+        known = [value for value in values if value is not None and math.isfinite(value)]
+        if len(known) == len(values) and (mean := sum(known) / len(known)) > self._value:
+            self.step, self._value = entry["step"], mean
+
+    def state(self) -> dict[str, Any] | None:
+        """What a checkpoint keeps, as plain JSON; None where nothing is compared."""
+        if self._of is None:
+            return None
+        return {"of": self._of, "step": self.step, "value": None if self.step is None else self._value}
+
+    def restore(self, state: Mapping[str, Any] | None) -> bool:
+        """Go on from a checkpoint's `state`; False where it has none, or one of other scores."""
+        if state is None or state["of"] != self._of:
+            return self._of is None
+        if state["step"] is not None:
+            self.step, self._value = state["step"], state["value"]
+        return True
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,257 @@
+"""FLOPs of a training step, counted by part from a model's shape and from what went through it, and what devices can do.
+
+The one source of every such figure: the plan, `mfu` in metrics.jsonl, and the benchmark of the training step.
+
+A product of an (m, k) and a (k, n) matrix is 2mkn FLOPs, so a token costs twice the parameters of the matrices that it
+meets, and attention over K places 4 A K a layer of attention width A (scores and mixture; PaLM, arXiv:2204.02311, appendix
+B, which also takes the whole square of causal attention). Norms, activations and softmax are left out. A backward pass
+costs the forward's FLOPs once for the gradient of the inputs and once for that of the weights, attention twice: so what
+trains costs three times its forward pass, the frozen LLM's matrices, through which gradients only pass, twice, the frozen
+vision encoder once. Padding and recomputation are not counted: they are no work that the model asks for.
+"""
+
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from instructblip.models.qformer import QFormer, QFormerLayer
+from instructblip.models.vision import VisionEncoder
+
+
+@dataclass(frozen=True)
+class StepWorkload:
+    """What goes through the parts of a model, summed over samples: of one, of a step.
+
+    Attributes:
+        samples: how many.
+        frames: pictures and frames of clips that the Q-Former looks at.
+        encoded: those of them that go through the vision encoder; none where image tokens are cached.
+        text: tokens of instructions in the Q-Former, once a frame.
+        positions: places of the LLM that hold something, an encoder-decoder's in both parts; 0 where it is left out.
+        answers: supervised tokens.
+    """
+
+    samples: float = 0
+    frames: float = 0
+    encoded: float = 0
+    text: float = 0
+    positions: float = 0
+    answers: float = 0
+
+
+class PartFlops(NamedTuple):
+    """FLOPs of a part: a forward pass, and what the backward pass adds."""
+
+    part: str
+    forward: float
+    backward: float
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Transformer layers as far as FLOPs go: parameters of their matrices, and attention width summed over layers.
+
+    `source_matrices` are met by what a decoder's cross-attention looks at (its keys and values), `cross_attention` is that
+    attention's width.
+    """
+
+    matrices: int
+    attention: int
+    source_matrices: int = 0
+    cross_attention: int = 0
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The sizes of a model that its FLOPs follow from.
+
+    Attributes:
+        image_flops: of one picture through the vision encoder, as torch's `FlopCounterMode` counts them.
+        image_tokens: it gives.
+        queries: of a frame.
+        qformer: its layers, whose weights are not looked at.
+        projection: parameters of its matrix.
+        decoder: of the LLM; `encoder` too where it is an encoder-decoder.
+        head: parameters of the LLM's output head.
+    """
+
+    image_flops: float
+    image_tokens: int
+    queries: int
+    qformer: QFormer
+    projection: int
+    decoder: Stack
+    encoder: Stack | None
+    head: int
+
+    def by_part(self, work: StepWorkload, *, through_llm: bool = True) -> list[PartFlops]:
+        """FLOPs of a forward and backward pass, by part. Lengths within the attention's square are means over samples."""
+        qformer = self._qformer_flops(work) + 2 * self.queries * work.frames * self.projection
+        llm = self._llm_flops(work) if through_llm else (0.0, 0.0)
+        logits = 2.0 * (work.answers if through_llm else work.samples) * self.head
+        return [
+            PartFlops("vision encoder", self.image_flops * work.encoded, 0.0),
+            PartFlops("Q-Former and projection", qformer, 2 * qformer),
+            PartFlops("language model", *llm),
+            PartFlops("logits of the answers", logits, logits),
+        ]
+
+    def total(self, work: StepWorkload, *, through_llm: bool = True) -> float:
+        """FLOPs of a forward and backward pass."""
+        return sum(part.forward + part.backward for part in self.by_part(work, through_llm=through_llm))
+
+    def _qformer_flops(self, work: StepWorkload) -> float:
+        """Forward pass: queries and text share self-attention; cross-attention is the queries'; each has its own FFN."""
+        if not work.frames:
+            return 0.0
+        queries, text = self.queries * work.frames, work.text if self.qformer.instruction_aware else 0.0
+        both, row = queries + text, self.queries + text / work.frames
+        total = 0.0
+        for layer in self.qformer.layers:
+            assert isinstance(layer, QFormerLayer)
+            own, seen = layer.self_attention, queries if layer.is_last else both
+            total += 2 * seen * (_size(own.query) + _size(own.output)) + 2 * both * (_size(own.key) + _size(own.value))
+            total += 4 * seen * row * own.query.out_features + 2 * queries * _matrices(layer.query_ffn)
+            if layer.text_ffn is not None and not layer.is_last:
+                total += 2 * text * _matrices(layer.text_ffn)
+            if layer.cross_attention is not None:
+                cross, image = layer.cross_attention, self.image_tokens * work.frames
+                total += 2 * queries * (_size(cross.query) + _size(cross.output))
+                total += 2 * image * (_size(cross.key) + _size(cross.value))
+                total += 4 * queries * self.image_tokens * cross.query.out_features
+        return total
+
+    def _llm_flops(self, work: StepWorkload) -> tuple[float, float]:
+        decoded = work.positions if self.encoder is None else work.answers
+        matrices = 2 * decoded * self.decoder.matrices
+        attention = 4 * decoded * (decoded / max(work.samples, 1)) * self.decoder.attention
+        if self.encoder is not None:
+            encoded = work.positions - work.answers
+            matrices += 2 * encoded * (self.encoder.matrices + self.decoder.source_matrices)
+            each = encoded / max(work.samples, 1)
+            attention += 4 * each * (encoded * self.encoder.attention + decoded * self.decoder.cross_attention)
+        return matrices + attention, matrices + 2 * attention
+
+
+def model_shape(vision: VisionEncoder, qformer: QFormer, projection: nn.Linear, llm: Any) -> ModelShape:
+    """The shape of these parts, whose weights are not looked at.
+
+    Args:
+        vision: on the meta device, where torch counts every kind of attention; runs once.
+        qformer, projection, llm: on any device; `llm` is the transformers model, quantised or not.
+    """
+    head = llm.get_output_embeddings()
+    decoder, encoder = _stack(llm.base_model), None
+    if llm.config.is_encoder_decoder:
+        decoder, encoder = _stack(llm.get_decoder()), _stack(llm.get_encoder())
+    return ModelShape(
+        image_flops=_image_flops(vision),
+        image_tokens=vision.tokens,
+        queries=qformer.query_tokens.shape[1],
+        qformer=qformer,
+        projection=_size(projection),
+        decoder=decoder,
+        encoder=encoder,
+        head=_size(head),
+    )
+
+
+def _image_flops(vision: VisionEncoder) -> float:
+    device = next(vision.parameters()).device
+    with FlopCounterMode(display=False) as counter:
+        vision(torch.zeros(1, 3, vision.image_size, vision.image_size, dtype=torch.uint8, device=device))
+    return float(counter.get_total_flops())
+
+
+def _stack(layers: nn.Module) -> Stack:
+    """T5's names its cross-attention `EncDecAttention`, whose keys and values are of the encoder's states."""
+    matrices = attention = source = cross = 0
+    for name, layer in _linears(layers):
+        last, crossing = name.rpartition(".")[2], "EncDecAttention" in name
+        if crossing and last in ("k", "v"):
+            source += _size(layer)
+        else:
+            matrices += _size(layer)
+        if last in ("q", "q_proj"):
+            attention += 0 if crossing else layer.out_features
+            cross += layer.out_features if crossing else 0
+    return Stack(matrices, attention, source, cross)
+
+
+def _linears(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Every linear layer by name, a quantised one too."""
+    for name, layer in module.named_modules():
+        if hasattr(layer, "in_features") and hasattr(layer, "out_features"):
+            yield name, layer
+
+
+def _matrices(module: nn.Module) -> int:
+    return sum(_size(layer) for _, layer in _linears(module))
+
+
+def _size(layer: Any) -> int:
+    return int(layer.in_features * layer.out_features)
+
+
+# --- devices ---------------------------------------------------------------------------------------------------------
+
+
+class Gpu(NamedTuple):
+    """A GPU by its vendor's data sheet: dense bfloat16 FLOP/s with float32 sums, and memory in GiB.
+
+    `name` is a pattern of what its driver calls it.
+    """
+
+    title: str
+    flops: float
+    memory: float
+    name: str
+
+
+GPUS = {
+    "a100_40": Gpu("A100 40 GB", 312e12, 40, r"A100.*40GB"),
+    "a100_80": Gpu("A100 80 GB", 312e12, 80, r"A100.*80GB"),
+    "h100": Gpu("H100 SXM 80 GB", 989.4e12, 80, r"H100 80GB HBM3"),  # the PCIe and NVL cards are slower
+    "h200": Gpu("H200 141 GB", 989.4e12, 141, r"H200"),
+    "l40s": Gpu("L40S 48 GB", 362e12, 48, r"L40S"),
+    "rtx_4090": Gpu("RTX 4090 24 GB", 165.2e12, 24, r"RTX 4090$"),
+}
+
+
+def known_gpu(name: str) -> Gpu | None:
+    """The GPU that a driver's name means; None where it is not in the table."""
+    return next((gpu for gpu in GPUS.values() if re.search(gpu.name, name)), None)
+
+
+def device_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s that `mfu` is a share of: a known GPU's data sheet in bfloat16, else what a large product reaches here."""
+    if device.type == "cuda" and dtype == torch.bfloat16:
+        known = known_gpu(torch.cuda.get_device_name(device))
+        if known is not None:
+            return known.flops
+    return measured_peak(device, dtype)
+
+
+def measured_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of the best of a few products of square matrices; about a quarter of a second on a CPU core."""
+    size, runs = (8192, 10) if device.type == "cuda" else (1024, 5)
+    left = torch.full((size, size), 0.5, device=device, dtype=dtype)
+    right, best = left.clone(), float("inf")
+    for _ in range(runs):
+        _finish(device)
+        start = time.perf_counter()
+        left @ right
+        _finish(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def _finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

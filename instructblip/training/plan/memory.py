@@ -1,0 +1,331 @@
+"""What a run needs and how long it takes, from its configuration and a GPU's data sheet: nothing is loaded.
+
+Memory is counted by part. What is static follows from the parts' parameters and types. What a forward pass keeps for the
+backward pass follows from which tensors autograd saves; through frozen matrices it saves nothing but weights, so a layer of
+the LLM keeps the inputs of its norms, of its attention and of its activation function. Peaks inside kernels and the
+allocator's gaps are not counted: a tenth of the GPU is left for them.
+
+Work is `flops.py`'s, for samples of the usual length; memory is also that of the largest forward pass which the
+configuration admits, since one such pass ends a run that it does not fit.
+
+Shape legend of the names: L width of the LLM, D of the Q-Former, V of the vision encoder.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from instructblip.models.qformer import QFormerLayer
+from instructblip.training.parallel import blocks_of, is_sharded
+from instructblip.training.plan.flops import Gpu, ModelShape, PartFlops, StepWorkload, model_shape
+from instructblip.weights.modules import Parts
+
+GIB = 2**30
+USABLE = 0.9  # of a GPU's memory
+PROMPT_TOKENS, ANSWER_TOKENS = 35, 16  # of a usual sample of instruction tuning; the mean of benchmarks/train_step.py
+# Bytes a value: of rounded weights with their scales, without those of rows, which are few.
+_QUANTIZED = {"int8": 1.0, "nf4": 0.5 + 4 / 64}
+
+
+@dataclass(frozen=True)
+class PlannedPhase:
+    """A phase of training as far as a plan goes; see `config.PhaseConfig`."""
+
+    steps: int
+    batch_size: int
+    micro_batch_size: int | None
+    micro_batch_tokens: int | None
+    through_llm: bool
+    bounded: bool  # the batching knows a limit of tokens
+
+
+@dataclass(frozen=True)
+class PlanLayout:
+    """How a run is laid over GPUs.
+
+    Attributes:
+        gpu, gpus: which, and how many.
+        mfu: share of the GPU's peak that is counted on.
+        kind, shard_size, activation_checkpointing: see `config.ParallelConfig`.
+        autocast: the trainable part computes in bfloat16 over float32 weights.
+        average: a moving average of the trained weights is kept.
+        quantization: of the LLM.
+        cached: image tokens come from a cache.
+        longest: tokens of the longest prompt and of the longest answer.
+    """
+
+    gpu: Gpu
+    gpus: int
+    mfu: float
+    kind: str
+    shard_size: int | None
+    activation_checkpointing: bool
+    autocast: bool
+    average: bool
+    quantization: str | None
+    cached: bool
+    longest: tuple[int, int]
+
+
+class Memory(NamedTuple):
+    """Bytes of a part on each GPU, in a usual forward pass and in the largest that the configuration admits."""
+
+    part: str
+    usual: float
+    largest: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run's needs, which follow from these; `plan_run` makes one."""
+
+    parts: Parts
+    shape: ModelShape
+    phases: tuple[PlannedPhase, ...]
+    layout: PlanLayout
+
+    @property
+    def heaviest(self) -> PlannedPhase:
+        """The phase whose largest pass needs most."""
+        return max(self.phases, key=lambda phase: self._activations(self._pass(phase, largest=True), phase))
+
+    def memory(self) -> list[Memory]:
+        """Bytes on each GPU by part."""
+        phase = self.heaviest
+        static = [Memory(part, size, size) for part, size in self._static()]
+        usual, largest = (self._pass(phase, largest=largest) for largest in (False, True))
+        return [
+            *static,
+            *(Memory(part, self._kept(part, usual, phase), self._kept(part, largest, phase)) for part in _ACTIVATIONS),
+        ]
+
+    def needed(self) -> Memory:
+        """Bytes on each GPU."""
+        rows = self.memory()
+        return Memory("together", sum(row.usual for row in rows), sum(row.largest for row in rows))
+
+    @property
+    def fits(self) -> bool:
+        """Whether the largest pass fits into `USABLE` of the GPU's memory."""
+        return self.needed().largest <= USABLE * self.layout.gpu.memory * GIB
+
+    def loading(self) -> float:
+        """Bytes of main memory that each process needs to build the model before it goes to its GPU."""
+        parts = (self.parts.vision.backbone, self.parts.llm, self.parts.qformer, self.parts.projection)
+        return sum(sum(_parameter_bytes(part, None).values()) for part in parts)
+
+    def sample_flops(self) -> list[PartFlops]:
+        """FLOPs of a usual sample, by part, in the phase that costs most."""
+        through_llm = any(phase.through_llm for phase in self.phases)
+        return self.shape.by_part(self._usual(1), through_llm=through_llm)
+
+    def samples_per_second(self, phase: PlannedPhase) -> float:
+        """Over all GPUs, for usual samples; what is recomputed takes time and is no useful work."""
+        parts = {part.part: part for part in self.shape.by_part(self._usual(1), through_llm=phase.through_llm)}
+        flops = sum(part.forward + part.backward for part in parts.values())
+        if self.layout.activation_checkpointing:
+            flops += parts["language model"].forward + parts["Q-Former and projection"].forward
+        return self.layout.gpus * self.layout.gpu.flops * self.layout.mfu / flops
+
+    def hours(self) -> float:
+        """Of all phases' steps, without validation."""
+        return sum(phase.steps * phase.batch_size / self.samples_per_second(phase) for phase in self.phases) / 3600
+
+    # --- what a pass holds -------------------------------------------------------------------------------------------
+
+    def _usual(self, samples: int) -> StepWorkload:
+        return self._work(samples, PROMPT_TOKENS, ANSWER_TOKENS)
+
+    def _work(self, samples: int, prompt: int, answer: int) -> StepWorkload:
+        # A decoder's last token is only predicted; an encoder's prompt ends with EOS.
+        positions = self.shape.queries + prompt + answer + (-1 if self.shape.encoder is None else 1)
+        return StepWorkload(
+            samples=samples,
+            frames=samples,
+            encoded=0 if self.layout.cached else samples,
+            text=samples * (prompt + 2),  # [CLS] and [SEP]
+            positions=samples * positions,
+            answers=samples * answer,
+        )
+
+    def _pass(self, phase: PlannedPhase, *, largest: bool) -> StepWorkload:
+        """A forward pass of one GPU: its share of the batch, cut to the phase's limits."""
+        samples = -(-phase.batch_size // self.layout.gpus)
+        if phase.micro_batch_size is not None:
+            samples = min(samples, phase.micro_batch_size)
+        lengths = self.layout.longest if largest else (PROMPT_TOKENS, ANSWER_TOKENS)
+        if phase.micro_batch_tokens is not None:
+            samples = min(samples, max(1, int(phase.micro_batch_tokens / self._work(1, *lengths).positions)))
+        return self._work(samples, *lengths)
+
+    # --- memory ------------------------------------------------------------------------------------------------------
+
+    def _static(self) -> Iterator[tuple[str, float]]:
+        parts = self.parts
+        yield "vision encoder", self._frozen(parts.vision.backbone, None)
+        yield "language model", self._frozen(parts.llm, self.layout.quantization)
+        trainable = nn.ModuleList([parts.norm, parts.qformer, parts.projection])
+        trained = sum(p.numel() for p in trainable.parameters() if p.requires_grad)
+        yield "Q-Former and projection", 4.0 * sum(p.numel() for p in trainable.parameters())
+        yield "their gradients", 4.0 * trained
+        yield "AdamW's moments", 8.0 * trained
+        if self.layout.average:
+            yield "moving average", 4.0 * trained
+        if self.layout.autocast:
+            yield (
+                "bfloat16 copies",
+                2.0 * sum(layer.weight.numel() for layer in trainable.modules() if isinstance(layer, nn.Linear)),
+            )
+
+    def _frozen(self, model: Any, quantization: str | None) -> float:
+        """Under FSDP blocks are shared out, and two of them are whole at a time: one runs, the next arrives."""
+        sizes = _parameter_bytes(model, quantization)
+        whole = sum(sizes.values())
+        layout = self.layout
+        if not is_sharded(layout.kind, layout.gpus):
+            return whole
+        blocks = [
+            sum(sizes[parameter] for parameter in block.parameters() if parameter not in _tables(block))
+            for block in blocks_of(model)
+        ]
+        shards = min(layout.shard_size or layout.gpus, layout.gpus)
+        return whole - sum(blocks) * (1 - 1 / shards) + 2 * max(blocks, default=0.0)
+
+    def _activations(self, work: StepWorkload, phase: PlannedPhase) -> float:
+        return sum(self._kept(part, work, phase) for part in _ACTIVATIONS)
+
+    def _kept(self, part: str, work: StepWorkload, phase: PlannedPhase) -> float:
+        if part == _QFORMER:
+            return self._qformer_kept(work)
+        if not phase.through_llm:
+            return 0.0
+        if part == _LOGITS:
+            # In the head's type and in float32, its log-softmax, and the gradients of both.
+            value = torch.finfo(self.parts.llm.dtype).bits // 8
+            return work.answers * self.parts.llm.get_output_embeddings().out_features * (2 * value + 12)
+        return self._llm_kept(work)
+
+    def _llm_kept(self, work: StepWorkload) -> float:
+        llm = self.parts.llm
+        if self.shape.encoder is None:
+            return self._stack_kept(llm.base_model, work.positions)
+        decoded = self._stack_kept(llm.get_decoder(), work.answers)
+        return self._stack_kept(llm.get_encoder(), work.positions - work.answers) + decoded
+
+    def _stack_kept(self, stack: nn.Module, tokens: float) -> float:
+        """Of layers over so many tokens: float32 copies before norms, attention's inputs and outputs, the FFN's factors."""
+        llm, blocks = self.parts.llm, blocks_of(stack)
+        value, width = torch.finfo(llm.dtype).bits // 8, llm.get_input_embeddings().weight.shape[1]
+        names = [(name.rpartition(".")[2], layer) for name, layer in blocks[0].named_modules() if _is_linear(layer)]
+        attention = sum(layer.out_features for name, layer in names if name in ("q", "q_proj"))
+        attended = {"q", "k", "v", "o", "q_proj", "k_proj", "v_proj", "o_proj", "out_proj"}
+        hidden = [layer.out_features for name, layer in names if name not in attended and layer.out_features != width]
+        # The activation's input, and where it is gated its output and the other factor.
+        inner = hidden[0] * (3 if len(hidden) > 1 else 1) if hidden else 0
+        norms = sum("norm" in name.lower() for name, layer in blocks[0].named_modules() if not list(layer.children()))
+        kept = norms * 4 * width + value * (4 * attention + inner)
+        if llm.config.is_encoder_decoder:
+            kept += value * norms * width  # T5's norm multiplies what it was given, not the copy
+        if self.layout.activation_checkpointing:
+            return tokens * (len(blocks) * value * width + kept)
+        return tokens * len(blocks) * kept
+
+    def _qformer_kept(self, work: StepWorkload) -> float:
+        """Of each linear layer its input, of attention its inputs and output, the input of norms, masks of dropout."""
+        qformer, value = self.parts.qformer, 2 if self.layout.autocast else 4
+        width, image_width = qformer.width, self.parts.vision.width
+        queries = self.shape.queries * work.frames
+        image = self.shape.image_tokens * work.frames
+        total = 8.0 * image * image_width  # float32 before and after the norm
+        each = []
+        for layer in qformer.layers:
+            assert isinstance(layer, QFormerLayer)
+            hidden = layer.query_ffn.up.out_features
+            tokens = queries + (work.text if qformer.instruction_aware else 0.0)
+            kept = tokens * (value * (8 * width + 2 * hidden) + 10 * width)
+            if layer.cross_attention is not None:
+                kept += queries * (3 * value + 5) * width + image * 2 * value * (width + image_width)
+            each.append(kept)
+        if self.layout.activation_checkpointing:
+            return total + max(each) + len(each) * 4 * width * (queries + work.text)
+        return total + sum(each)
+
+
+def plan_run(parts: Parts, phases: Sequence[PlannedPhase], layout: PlanLayout) -> Plan:
+    """The plan of a run of these parts, which may be on the meta device."""
+    shape = model_shape(parts.vision, parts.qformer, parts.projection, parts.llm)
+    return Plan(parts, shape, tuple(phases), layout)
+
+
+_QFORMER, _LLM, _LOGITS = "activations, Q-Former", "activations, language model", "logits of the answers"
+_ACTIVATIONS = (_QFORMER, _LLM, _LOGITS)
+
+
+def what_fits(plan: Plan) -> tuple[str, Plan] | None:
+    """The least change of settings with which a plan fits, and the plan with it; None where none of them helps."""
+    layout = plan.layout
+    recompute = {"activation_checkpointing": True}
+    changes: list[tuple[str, dict[str, Any]]] = [("", {}), ("parallel.activation_checkpointing=true", recompute)]
+    if layout.kind == "ddp" and layout.gpus > 1:
+        changes.append(("parallel=fsdp", {"kind": "fsdp", **recompute}))  # as that file in configs/parallel
+    if layout.quantization is None:
+        # Rounded weights are not sharded.
+        whole = "parallel=ddp parallel.activation_checkpointing=true " if layout.kind == "fsdp" else ""
+        other = {"kind": "ddp", "shard_size": None, **recompute} if whole else {}
+        changes += [(f"{whole}llm.quantization={kind}", {"quantization": kind, **other}) for kind in _QUANTIZED]
+    for name, change in changes:
+        changed = dataclasses.replace(plan, layout=dataclasses.replace(layout, **change))
+        for tokens, limited in _with_fewer_tokens(changed):
+            if limited.fits:
+                return " ".join(part for part in (name, tokens) if part), limited
+    return None
+
+
+def _with_fewer_tokens(plan: Plan) -> Iterator[tuple[str, Plan]]:
+    """The plan, and with ever smaller passes in its heaviest phase; a longer sample than the limit comes alone."""
+    yield "", plan
+    number = plan.phases.index(plan.heaviest)
+    largest = plan._pass(plan.heaviest, largest=True).positions
+    for tokens in (16384, 8192, 4096, 2048, 1024):
+        if tokens < largest and plan.phases[number].bounded:
+            phases = [*plan.phases]
+            phases[number] = dataclasses.replace(phases[number], micro_batch_tokens=tokens)
+            yield f"recipe.phases.{number}.micro_batch_tokens={tokens}", dataclasses.replace(plan, phases=tuple(phases))
+
+
+def _parameter_bytes(model: nn.Module, quantization: str | None) -> dict[Tensor, float]:
+    """Bytes of every parameter; tied tables once, the output head never rounded."""
+    sizes: dict[Tensor, float] = {p: p.numel() * float(p.element_size()) for p in model.parameters()}
+    if quantization is not None:
+        head = model.get_output_embeddings()  # type: ignore[operator]
+        for layer in model.modules():
+            if isinstance(layer, nn.Linear) and layer is not head:
+                sizes[layer.weight] = layer.weight.numel() * _QUANTIZED[quantization]
+    return sizes
+
+
+def _tables(block: nn.Module) -> set[nn.Parameter]:
+    return {p for module in block.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
+
+
+def _is_linear(layer: Any) -> bool:
+    return hasattr(layer, "in_features") and hasattr(layer, "out_features")
+
+
+def planned_phases(phases: Sequence[Any]) -> tuple[PlannedPhase, ...]:
+    """What a plan takes of the phases of a recipe."""
+    return tuple(
+        PlannedPhase(
+            steps=phase.steps,
+            batch_size=phase.batch_size,
+            micro_batch_size=phase.micro_batch_size,
+            micro_batch_tokens=phase.micro_batch_tokens,
+            through_llm=phase.through_llm,
+            bounded=phase.batching != "fixed",
+        )
+        for phase in phases
+    )

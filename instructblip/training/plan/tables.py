@@ -1,0 +1,92 @@
+"""The tables that a run prints: what it would need, and the shares of its datasets before and after training."""
+
+from collections.abc import Mapping, Sequence
+
+from rich.table import Table
+
+from instructblip.data.mixture import Mixture, share_table
+from instructblip.training.datasets import Steps
+from instructblip.training.plan.memory import ANSWER_TOKENS, GIB, PROMPT_TOKENS, USABLE, Plan, what_fits
+
+
+def shares_planned(mixture: Mixture, phases: Sequence[Steps]) -> Table:
+    """What a run will draw from each dataset."""
+    samples = sum(phase.steps * phase.batch_size for phase in phases)
+    table = Table(title=f"{samples:,} samples in {sum(phase.steps for phase in phases):,} steps")
+    table.add_column("dataset")
+    for name in ("records", "multiplier", "share %", "samples", "epochs"):
+        table.add_column(name, justify="right")
+    for row in share_table(mixture, samples):
+        table.add_row(
+            str(row["dataset"]),
+            f"{row['records']:,}",
+            f"{row['multiplier']:g}",
+            f"{100 * float(row['share']):.1f}",
+            f"{float(row['samples']):,.0f}",
+            f"{row['epochs']:.2f}",
+        )
+    return table
+
+
+def shares_realised(mixture: Mixture, phases: Sequence[Steps], lost: Mapping[str, int]) -> Table:
+    """What a run has drawn from each dataset, and how many draws of it were lost and replaced."""
+    samples = sum(phase.steps * phase.batch_size for phase in phases)
+    table = Table(title="shares, planned and realised")
+    table.add_column("dataset")
+    for name in ("planned %", "realised %", "samples", "lost"):
+        table.add_column(name, justify="right")
+    for entry, share, count in zip(mixture.entries, mixture.shares, mixture.counts(samples).tolist(), strict=True):
+        realised = f"{100 * count / samples:.2f}"
+        table.add_row(entry.name, f"{100 * share:.2f}", realised, f"{count:,}", f"{lost.get(entry.name, 0):,}")
+    return table
+
+
+def plan_table(plan: Plan, name: str) -> Table:
+    """By part: GiB on each GPU, in a usual and in the largest pass, and GFLOP of a usual sample, forward and backward."""
+    layout = plan.layout
+    table = Table(title=f"{name} on {layout.gpus} x {layout.gpu.title}, {layout.kind}", title_justify="left")
+    table.add_column("part", no_wrap=True)
+    for heading in ("GiB", "at most", "forward", "backward"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    needed = plan.needed()
+    for row in (*plan.memory(), needed):
+        if row is needed:
+            table.add_section()
+        table.add_row(row.part, f"{row.usual / GIB:.2f}", f"{row.largest / GIB:.2f}", "", "")
+    table.add_section()
+    parts = plan.sample_flops()
+    for part in parts:
+        table.add_row(part.part, "", "", f"{part.forward / 1e9:,.1f}", f"{part.backward / 1e9:,.1f}")
+    whole = sum(part.forward for part in parts), sum(part.backward for part in parts)
+    table.add_section()
+    table.add_row("a usual sample", "", "", *(f"{value / 1e9:,.1f}" for value in whole))
+    return table
+
+
+def plan_summary(plan: Plan) -> list[str]:
+    """What the table counts on, how long the run takes, and whether it fits, in a line each."""
+    layout, needed = plan.layout, plan.needed()
+    samples, steps = sum(p.steps * p.batch_size for p in plan.phases), sum(p.steps for p in plan.phases)
+    rate = samples / plan.hours() / 3600
+    lines = [
+        "GiB on each GPU, in a usual forward pass and in the largest; GFLOP of a usual sample, without padding. "
+        f"A usual sample has {plan.shape.queries} visual tokens, a prompt of {PROMPT_TOKENS} and an answer of "
+        f"{ANSWER_TOKENS}; the largest pass is full of prompts of {layout.longest[0]} and answers of {layout.longest[1]}.",
+        f"{rate:,.0f} samples/s at {100 * layout.mfu:.0f}% of {layout.gpu.flops / 1e12:,.0f} bf16 TFLOP/s a GPU: "
+        f"{steps:,} steps of {samples:,} samples in {plan.hours():,.1f} hours.",
+    ]
+    lines.append(
+        f"Before that, each process builds the model in main memory: {plan.loading() / GIB:.1f} GiB for every GPU of a node."
+    )
+    if not layout.autocast:
+        lines.append("recipe.precision=fp32 will not reach that by far: the peak is that of bf16.")
+    room = USABLE * layout.gpu.memory
+    says = f"{needed.largest / GIB:.1f} of {room:.1f} GiB at most, nine tenths of the GPU's"
+    if plan.fits:
+        return [*lines, f"It fits: {says}."]
+    found = what_fits(plan)
+    if found is None:
+        return [*lines, f"It does not fit: {says}; take GPUs with more memory (plan_gpu=h200) or a smaller llm."]
+    change, other = found
+    after = f"{other.needed().largest / GIB:.1f} GiB, {other.hours():,.1f} hours"
+    return [*lines, f"It does not fit: {says}; with {change} it does ({after})."]

@@ -1,0 +1,166 @@
+"""Evaluation while a run trains and when it ends, shared among its processes."""
+
+import contextlib
+import shutil
+import tempfile
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from instructblip.config.schema import EvaluateConfig
+from instructblip.data.synthetic import NOTE
+from instructblip.distributed import Processes, Worker
+from instructblip.evaluation.runner import answer_share, run_task
+from instructblip.evaluation.suite import evaluate_tasks, finish_evaluation, log_scores, model_identity
+from instructblip.training.curves import draw_curves
+from instructblip.training.parallel import is_sharded
+from instructblip.training.schedule import total_steps
+from instructblip.training.setup import TrainingRun
+from instructblip.training.signals import Stopped, StopRequest
+from instructblip.weights.checkpoint import checkpoint_folders
+from instructblip.weights.load import frozen_parts
+
+_BATCH = EvaluateConfig.batch_size  # as evaluate.py
+
+
+def run_validation(run: TrainingRun, step: int, stop: StopRequest) -> dict[str, float] | None:
+    """Scores by dataset after a step, the same on all ranks; None when one of them was told to stop before it was done."""
+    scores: dict[str, float] = {}
+    try:
+        with _to_evaluate(run), _stoppable(run, stop):
+            scores = _validation_scores(run, step, stop)
+        ended = False
+    except Stopped:
+        ended = True
+    # A signal may have reached some ranks only, and some of them after their last answer.
+    reports = run.processes.gather({"ended": ended, "signal": stop.received or 0, "scores": scores})
+    stop.stop_signal = stop.stop_signal or max(report["signal"] for report in reports) or None
+    if any(report["ended"] for report in reports):
+        return None
+    found: dict[str, float] = reports[0]["scores"]
+    return found
+
+
+def clear_stop_file(run: TrainingRun) -> None:
+    """Before the ranks begin: what an earlier process of the run left."""
+    if run.processes.is_first and _stop_file(run).exists():
+        _stop_file(run).unlink()
+
+
+def _stoppable(run: TrainingRun, stop: StopRequest) -> contextlib.AbstractContextManager[None]:
+    """Where a signal ends an evaluation at once, on all ranks.
+
+    Not where blocks are sharded: all ranks gather them in step, none may leave before the others; see `_leave_together`.
+    """
+    return contextlib.nullcontext() if _is_sharded(run) else stop.at_once(_stop_file(run))
+
+
+def _stop_file(run: TrainingRun) -> Path:
+    return run.folder / "stopping"
+
+
+def _validation_scores(run: TrainingRun, step: int, stop: StopRequest) -> dict[str, float]:
+    """On the first rank, which puts the answers of all together; nothing is left on disk."""
+    worker, scores, home = _worker(run, stop), {}, run.folder / "validation" / f"step_{step:08d}"
+    together = worker.count > 1
+    identity = model_identity(run.model, run.frozen) if together else ""
+    for task in run.validation:
+        asked: dict[str, Any] = {"batch_size": _BATCH, "model_fingerprint": identity, "worker": worker}
+        if not worker.is_first:
+            answer_share(run.model, task, run.read_image, folder=home / task.card.name, **asked)
+            continue
+        folder = home / task.card.name if together else None
+        result = run_task(run.model, task, run.read_image, folder=folder, show_progress=False, **asked)
+        if result.value is not None:  # answers that only a leaderboard has
+            scores[task.card.name] = result.value
+    if together and worker.is_first:
+        shutil.rmtree(home.parent)
+    return scores
+
+
+def finish(run: TrainingRun, stop: StopRequest) -> None:
+    """Draw the curves, evaluate what was learned, and name what the run wrote.
+
+    Raises:
+        Stopped: this process, or another that has a part in it, was told to stop.
+    """
+    with _stoppable(run, stop):
+        _finish(run, stop)
+
+
+def _finish(run: TrainingRun, stop: StopRequest) -> None:
+    run.metrics.close()
+    if run.processes.is_first:
+        draw_curves(run.folder / "metrics.jsonl", run.folder / "curves.png", run.config.name)
+    newest = checkpoint_folders(run.folder / "checkpoints")[0]
+    if run.final:
+        _evaluate(run, newest, stop)
+    run.logger.finish()
+    for path in (*(run.folder / name for name in ("config.yaml", "metrics.jsonl", "curves.png")), newest):
+        run.console.print(f"wrote {path}", highlight=False, soft_wrap=True)
+
+
+def _evaluate(run: TrainingRun, checkpoint: Path, stop: StopRequest) -> None:
+    folder = run.folder / "evaluation"
+    with tempfile.TemporaryDirectory() as elsewhere, _to_evaluate(run):
+        if _is_sharded(run) and run.processes.is_first:
+            shutil.rmtree(folder, ignore_errors=True)  # what it keeps would leave this rank less to do than the others
+        results = evaluate_tasks(
+            run.model,
+            run.final,
+            run.read_image,
+            shards=run.shards,
+            folder=Path(elsewhere) if _is_sharded(run) and not run.processes.is_first else folder,
+            batch_size=_BATCH,
+            blind=True,
+            worker=_worker(run, stop),
+            frozen=run.frozen,
+        )
+        if not run.processes.is_first:
+            return
+        finish_evaluation(
+            run.model,
+            results,
+            folder,
+            title=f"{run.config.name}: what was learned{NOTE if run.config.data.synthetic else ''}",
+            checkpoint=str(checkpoint),
+            step=total_steps(run.phases),
+            parts=frozen_parts(run.config.vision, run.config.llm),
+            frozen=run.frozen,
+            examples=60,
+            console=run.console,
+        )
+    log_scores(run.logger, results, total_steps(run.phases))
+
+
+def _worker(run: TrainingRun, stop: StopRequest) -> Worker:
+    """Who answers which share. Sharded blocks are gathered by all ranks in step, so all of them answer everything."""
+    processes = run.processes
+    if _is_sharded(run):
+        return Worker(poll_stop=partial(_leave_together, processes, stop))
+    return Worker(processes.rank, processes.world_size, processes.local_rank, stop.poll_stop)
+
+
+def _leave_together(processes: Processes, stop: StopRequest) -> None:
+    """Raise `Stopped` on all ranks once one of them was told to stop; all call this at the same place."""
+    if received := max(processes.gather(stop.received or 0)):
+        stop.stop_signal = received
+        raise Stopped
+
+
+def _is_sharded(run: TrainingRun) -> bool:
+    return is_sharded(run.config.parallel.kind, run.processes.world_size)
+
+
+@contextlib.contextmanager
+def _to_evaluate(run: TrainingRun) -> Iterator[None]:
+    """The averaged weights in place, and no block compiled: with a cache each layer would be compiled by itself."""
+    with contextlib.ExitStack() as stack:
+        if run.config.parallel.compile:
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        if run.average:
+            stack.enter_context(run.average.in_place())
+        yield

@@ -1,0 +1,367 @@
+"""One call for every kind of trained model: our runs, transformers' folders and hub ids, LAVIS's files."""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal, NamedTuple, TypeVar
+
+from torch import Tensor
+
+from instructblip.config.schema import CONFIGS, LLMConfig, ModelConfig, QFormerConfig, VisionConfig
+from instructblip.config.validate import read_config, read_model_config, unknown_choice
+from instructblip.distributed import choose_device
+from instructblip.errors import UserError
+from instructblip.fetch.parts import Sources, part_folder
+from instructblip.models.fingerprint import fingerprint
+from instructblip.models.instructblip import InstructBLIP
+from instructblip.weights.checkpoint import checkpoint_folders, load_checkpoint, newest_whole
+from instructblip.weights.lavis import load_lavis, qformer_settings, read_lavis
+from instructblip.weights.names import check_tensors
+from instructblip.weights.parts import build_model, check_llm_kind, load_llm, warn_aligned
+from instructblip.weights.transformers_read import is_huggingface_folder, load_huggingface, read_transformers_config
+
+LAVIS_VISION, LAVIS_QFORMER = "eva_vit_g", "blip2"  # names in configs/vision and configs/qformer
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
+
+Section = TypeVar("Section", VisionConfig, QFormerConfig, LLMConfig)
+
+
+class FrozenPart(NamedTuple):
+    """What a frozen part is called, and where its files came from: a path, a hub id, a wheel."""
+
+    name: str
+    source: str
+
+
+class Source(NamedTuple):
+    """A trained model that was found; nothing of its weights has been read yet.
+
+    Attributes:
+        format: `run`, `huggingface` or `lavis`.
+        path: the checkpoint folder of a run, the transformers folder, the file.
+        name: of the run, folder, hub repository or file.
+        llm_kind: `decoder` or `encoder_decoder`.
+    """
+
+    format: Literal["run", "huggingface", "lavis"]
+    path: Path
+    name: str
+    llm_kind: str
+
+
+class LoadedModel(NamedTuple):
+    """A trained model in evaluation mode.
+
+    Attributes:
+        model: on the wanted device.
+        name: of the run, folder, hub repository or file it came from.
+        source: that checkpoint folder, folder or file; of a run the checkpoint that was taken.
+        step: optimiser steps that its checkpoint has seen; 0 where the source does not say.
+        config: the sections it was built from; None for a transformers folder, which is its own configuration.
+        parts: `llm` and `vision`.
+    """
+
+    model: InstructBLIP
+    name: str
+    source: str
+    step: int
+    config: ModelConfig | None
+    parts: dict[str, FrozenPart]
+
+
+class Replacements(NamedTuple):
+    """Frozen parts that are taken from elsewhere than a source says.
+
+    Attributes:
+        llm: name of a language model in configs/llm.
+        llm_path: folder with its files.
+        vision_path: folder or file with the ViT's weights.
+        qformer_path: folder with BERT's config.json and tokenizer.
+    """
+
+    llm: str | LLMConfig | None = None
+    llm_path: str | None = None
+    vision_path: str | None = None
+    qformer_path: str | None = None
+
+
+def find_source(source: str | Path, llm: str | LLMConfig | None = None) -> Source:
+    """Find a trained model and the kind of its language model; of what `load_model` does, the part that takes no time.
+
+    Args:
+        source, llm: as there. A hub id is fetched.
+
+    Raises:
+        UserError: nothing there that can be loaded, no whole checkpoint, or a `.pth` file without `llm`.
+    """
+    path = Path(source).expanduser()
+    if path.is_file():
+        if llm is None:
+            known = ", ".join(sorted(file.stem for file in (CONFIGS / "llm").glob("*.yaml")))
+            raise UserError(
+                f"{path} has no language model in it; say which one it was trained with: llm= one of {known}"
+            )
+        found = Source("lavis", path, path.stem, llm_config(llm, None).kind)
+    elif folder := huggingface_source(source):
+        own_kind = "decoder" if read_transformers_config(folder).use_decoder_only_language_model else "encoder_decoder"
+        kind = own_kind if llm is None else llm_config(llm, None).kind
+        found = Source("huggingface", folder, path.absolute().name, kind)
+    elif path.is_dir():
+        checkpoint = find_checkpoint(path)
+        config = _replace_parts(read_model_config(checkpoint.parents[1] / "config.yaml"), Replacements(llm))
+        found = Source("run", checkpoint, checkpoint.absolute().parents[1].name, config.llm.kind)
+    else:
+        raise UserError(f"{source} is no run, transformers folder, hub id or .pth file; give one that is there")
+    check_llm_kind(found.llm_kind)
+    return found
+
+
+def load_model(
+    source: str | Path | Source,
+    *,
+    llm: str | LLMConfig | None = None,
+    llm_path: str | None = None,
+    vision_path: str | None = None,
+    qformer_path: str | None = None,
+    device: str = "auto",
+) -> LoadedModel:
+    """Load a trained model.
+
+    Args:
+        source: folder of a run (its newest whole checkpoint is taken) or one of its checkpoints; a transformers folder or
+            the hub id of one; a `.pth` file of LAVIS, which needs `llm`. Or what `find_source` found.
+        llm: a name in configs/llm, or such a configuration. Projection and Q-Former were aligned to one language model; with
+            another they work badly, or where its width differs not at all, until they are trained: a warning says so.
+        llm_path: folder with that language model's files, in place of the configured sources.
+        vision_path: folder or file with the frozen ViT's weights, likewise; LAVIS's `eva_vit_g.pth` will do.
+        qformer_path: folder with BERT's config.json and tokenizer, likewise.
+        device: `auto` takes a GPU where there is one.
+
+    Raises:
+        UserError: nothing there that can be loaded, or files that do not fit.
+    """
+    replaced = Replacements(llm, llm_path, vision_path, qformer_path)
+    place = choose_device(device)
+    load = {"run": _load_run, "huggingface": _load_huggingface, "lavis": _load_lavis}
+    found = source if isinstance(source, Source) else find_source(source, llm)
+    loaded = load[found.format](found, replaced)
+    return loaded._replace(model=loaded.model.to(place).eval())
+
+
+def huggingface_source(source: str | Path) -> Path | None:
+    """The folder of a transformers model: the one given, or that of a hub id, which is fetched; None for other sources.
+
+    Raises:
+        UserError: a hub id that cannot be reached.
+    """
+    path = Path(source).expanduser()
+    if is_huggingface_folder(path):
+        return path
+    if path.exists() or path.suffix in (".pth", ".pt") or not _HUB_ID.fullmatch(str(source)):
+        return None
+    return hub_folder(str(source))
+
+
+def hub_folder(repository: str) -> Path:
+    """The files of a transformers InstructBLIP model on the hub, fetched once.
+
+    Files that would have to be unpickled are fetched only where there are no others.
+
+    Raises:
+        UserError: it cannot be reached, or holds no weights.
+    """
+    name = repository.replace("/", "--")
+    try:
+        folder = part_folder(Sources(name, hub=repository, hub_files=(*_HUB_FILES, "*.safetensors")))
+        if not any(folder.glob("*.safetensors")):
+            folder = part_folder(Sources(f"{name}-bin", hub=repository, hub_files=(*_HUB_FILES, "*.bin")))
+    except UserError as error:
+        raise UserError(
+            f"there is no folder {repository} here, and it could not be had from the hub: {error}"
+        ) from None
+    return folder
+
+
+def frozen_parts(vision: VisionConfig, llm: LLMConfig) -> dict[str, FrozenPart]:
+    """The frozen parts as they are configured."""
+    return {"vision": _frozen_part(vision), "llm": _frozen_part(llm)}
+
+
+def part_config(group: str, name: str, schema: type[Section]) -> Section:
+    """A part's configuration by its name in configs/.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    file = CONFIGS / group / f"{name}.yaml"
+    if not file.is_file():
+        raise UserError(unknown_choice(group, name, CONFIGS))
+    return read_config(file, schema)
+
+
+def llm_config(llm: str | LLMConfig, path: str | None) -> LLMConfig:
+    """A language model by its name in configs/llm, or as configured, with its files from `path` where that is given.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    return _with_path(part_config("llm", llm, LLMConfig) if isinstance(llm, str) else llm, path)
+
+
+def _load_run(found: Source, replaced: Replacements) -> LoadedModel:
+    config = read_model_config(found.path.parents[1] / "config.yaml")
+    run = load_run(found.path, device="cpu", config=_replace_parts(config, replaced))
+    parts = frozen_parts(run.config.vision, run.config.llm)
+    return LoadedModel(run.model, found.name, str(found.path), run.step, run.config, parts)
+
+
+def _load_huggingface(found: Source, replaced: Replacements) -> LoadedModel:
+    folder, name = found.path, found.name
+    if replaced.vision_path or replaced.qformer_path or (replaced.llm_path and not replaced.llm):
+        raise UserError(
+            f"{folder} has its own ViT, Q-Former and LLM; only llm= (with llm_path=) can take another's place"
+        )
+    language = read_transformers_config(folder).text_config
+    parts = {
+        "vision": FrozenPart(f"ViT of {name}", str(folder)),
+        "llm": FrozenPart(f"{language.model_type} of {name}", str(folder)),
+    }
+    if replaced.llm is None:
+        return LoadedModel(load_huggingface(folder), name, str(folder), 0, None, parts)
+    config = llm_config(replaced.llm, replaced.llm_path)
+    model = load_huggingface(folder, llm=load_llm(config))
+    fits = language.hidden_size == model.llm.width
+    warn_aligned(f"the LLM of {name}", config.name, projection_fits=fits)
+    return LoadedModel(model, name, str(folder), 0, None, parts | {"llm": _frozen_part(config)})
+
+
+def _load_lavis(found: Source, replaced: Replacements) -> LoadedModel:
+    assert replaced.llm is not None  # `find_source` refuses a file without one
+    path, checkpoint = found.path, read_lavis(found.path)
+    config = ModelConfig(
+        vision=part_config("vision", LAVIS_VISION, VisionConfig),
+        qformer=part_config("qformer", LAVIS_QFORMER, QFormerConfig),
+        llm=llm_config(replaced.llm, None),
+    )
+    config = _replace_parts(config, replaced._replace(llm=None))
+    config.qformer = dataclasses.replace(
+        config.qformer, init="scratch", query_init="normal", **qformer_settings(checkpoint)
+    )
+    model = build_model(config.vision, config.qformer, config.llm, seed=config.seed)
+    fits = load_lavis(checkpoint, model)
+    if checkpoint.projection != config.llm.lavis_projection or not fits:
+        trained_with = f"an LLM of width {checkpoint.llm_width} (LAVIS's {checkpoint.projection})"
+        warn_aligned(trained_with, config.llm.name, projection_fits=fits)
+    return LoadedModel(model, found.name, str(path), 0, config, frozen_parts(config.vision, config.llm))
+
+
+def _replace_parts(config: ModelConfig, replaced: Replacements) -> ModelConfig:
+    own = replaced.llm is None or replaced.llm == config.llm.name
+    return dataclasses.replace(
+        config,
+        vision=_with_path(config.vision, replaced.vision_path),
+        qformer=_with_path(config.qformer, replaced.qformer_path),
+        llm=llm_config(config.llm if own or replaced.llm is None else replaced.llm, replaced.llm_path),
+    )
+
+
+def _frozen_part(config: VisionConfig | LLMConfig) -> FrozenPart:
+    sources = config.sources
+    if sources.path is not None:
+        return FrozenPart(config.name, sources.path)
+    if sources.wheel is not None:
+        return FrozenPart(config.name, f"{sources.wheel.project} {sources.wheel.version}")
+    revision = "" if sources.hub_revision is None else f"@{sources.hub_revision}"
+    return FrozenPart(config.name, f"{sources.hub}{revision}")
+
+
+def _with_path(section: Section, path: str | None) -> Section:
+    if path is None:
+        return section
+    return dataclasses.replace(section, sources=dataclasses.replace(section.sources, path=path))
+
+
+class LoadedRun(NamedTuple):
+    """A model restored from a run, what it was built from, and where it came from."""
+
+    model: InstructBLIP
+    config: ModelConfig
+    checkpoint: Path
+    step: int
+
+
+# --- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+def load_run(source: Path, *, device: str = "auto", config: ModelConfig | None = None) -> LoadedRun:
+    """Restore the model of a run folder or of one of its checkpoints.
+
+    Args:
+        source: the folder.
+        device: `auto` is a GPU where there is one.
+        config: parts in place of the run's own. Another language model than the one that the checkpoint was trained with is
+            warned about; where its width differs the projection starts anew.
+
+    Raises:
+        UserError: no whole checkpoint there, or other frozen weights than it was trained with.
+    """
+    checkpoint = find_checkpoint(source)
+    loaded = load_checkpoint(checkpoint)
+    own = read_model_config(checkpoint.parents[1] / "config.yaml")
+    config = config or own
+    # Every trainable tensor comes from the checkpoint: whatever the run started from need not be there any more.
+    qformer = dataclasses.replace(config.qformer, init="scratch", query_init="normal")
+    model = build_model(config.vision, qformer, config.llm, seed=config.seed)
+    state, frozen = dict(loaded.model), dict(loaded.state["frozen"])
+    if config.llm.name != own.llm.name:
+        projection = {f"projection.{name}": tensor for name, tensor in model.projection.state_dict().items()}
+        fits = state["projection.weight"].shape == projection["projection.weight"].shape
+        state |= {} if fits else projection
+        frozen["llm"] = fingerprint(model.llm)
+        warn_aligned(own.llm.name, config.llm.name, projection_fits=fits)
+    check_frozen(model, frozen, checkpoint)
+    restore_trainable(model, state, checkpoint)
+    return LoadedRun(model.to(choose_device(device)).eval(), config, checkpoint, loaded.step)
+
+
+def find_checkpoint(source: Path) -> Path:
+    """The checkpoint that a path means: itself, or the newest whole one of a run.
+
+    Raises:
+        UserError: there is none.
+    """
+    if (source / "state.json").is_file():
+        return source
+    if not checkpoint_folders(source / "checkpoints"):
+        raise UserError(
+            f"there is no checkpoint at {source}; give the folder of a run, such as outputs/train/demo, "
+            "or one of its checkpoints/step_XXXXXXXX"
+        )
+    checkpoint, complaints = newest_whole(source / "checkpoints")
+    if checkpoint is None:
+        raise UserError(f"no checkpoint of {source} is whole: {'; '.join(complaints)}")
+    return checkpoint
+
+
+def frozen_fingerprints(model: InstructBLIP) -> dict[str, str]:
+    """What a checkpoint remembers of the weights that it does not hold."""
+    return {"vision": fingerprint(model.vision), "llm": fingerprint(model.llm)}
+
+
+def check_frozen(model: InstructBLIP, expected: Mapping[str, str], checkpoint: Path) -> None:
+    """Refuse a checkpoint that was trained beside other frozen weights."""
+    for part, found in frozen_fingerprints(model).items():
+        if expected.get(part) != found:
+            raise UserError(
+                f"the frozen {part} weights are not those {checkpoint} was trained with; "
+                f"use the same {part}= and the same files, or train anew under another name="
+            )
+
+
+def restore_trainable(model: InstructBLIP, state: Mapping[str, Tensor], checkpoint: Path) -> None:
+    """Load trainable weights; every one must be there, with the right shape."""
+    check_tensors({name: tensor.shape for name, tensor in model.trainable_state().items()}, state, str(checkpoint))
+    model.load_state_dict(dict(state), strict=False)

@@ -1,0 +1,162 @@
+"""A model's parts from their configuration alone: the modules in their sizes, no file opened, weights as constructed.
+
+`build.py` fills them from files; under `torch.device("meta")` they hold no memory, and show what a run would need.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+from instructblip.config.schema import LLMConfig, ModelConfig, QFormerConfig, VisionConfig
+from instructblip.errors import UserError
+from instructblip.models.qformer import QFormer
+from instructblip.models.vision import VisionEncoder
+from instructblip.models.vocabulary import resize_vocabulary
+
+AUTO_CLASSES: dict[str, Any] = {"decoder": AutoModelForCausalLM, "encoder_decoder": AutoModelForSeq2SeqLM}
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The parts of a model without its tokenizers."""
+
+    vision: VisionEncoder
+    norm: nn.Module
+    qformer: QFormer
+    projection: nn.Linear
+    llm: Any  # a transformers model
+
+
+def parts_without_weights(config: ModelConfig) -> Parts:
+    """All parts on the meta device, the language model and BERT in the `sizes` of their YAML.
+
+    Raises:
+        UserError: a part whose YAML states no sizes, or settings that do not fit.
+    """
+    with torch.device("meta"):
+        vision = vision_encoder(config.vision)
+        qformer = qformer_of_sizes(config.qformer, vision_width=vision.width)
+        llm = language_model_of_sizes(config.llm)
+        projection = nn.Linear(qformer.width, llm.get_input_embeddings().weight.shape[1])
+        norm = nn.LayerNorm(vision.width) if config.vision.norm == "layer" else nn.Identity()
+    return Parts(vision, norm, qformer, projection, llm)
+
+
+def vision_encoder(config: VisionConfig) -> VisionEncoder:
+    """The frozen image encoder as timm constructs it, in the configured dtype.
+
+    Raises:
+        UserError: settings that timm cannot build.
+    """
+    dtype = torch_dtype("vision.dtype", config.dtype)
+    try:
+        encoder = VisionEncoder(
+            backbone=config.backbone,
+            image_size=config.image_size,
+            mean=config.mean,
+            std=config.std,
+            layers=config.layers,
+            grid=config.grid,
+            options=config.options,
+            final_norm=config.final_norm,
+        )
+    except ValueError as error:
+        raise UserError(f"vision={config.name}: {error}") from None
+    return encoder.to(dtype)
+
+
+def make_qformer(
+    config: QFormerConfig, bert: Mapping[str, Any], *, rows: int, vision_width: int, where: str
+) -> QFormer:
+    """The Q-Former over a BERT of these sizes (keys of its config.json, which `where` names), with `rows` of embeddings.
+
+    Raises:
+        UserError: more layers than BERT has.
+    """
+    layers = bert["num_hidden_layers"] if config.layers is None else config.layers
+    if not 1 <= layers <= bert["num_hidden_layers"]:
+        raise UserError(f"qformer.layers={layers}: {where} has {bert['num_hidden_layers']}; give 1 to that many")
+    qformer = QFormer(
+        vocab_size=rows,
+        width=bert["hidden_size"],
+        layers=layers,
+        heads=bert["num_attention_heads"],
+        hidden_width=bert["intermediate_size"],
+        vision_width=vision_width,
+        queries=config.queries,
+        cross_attention_every=config.cross_attention_every,
+        max_text_tokens=bert["max_position_embeddings"],
+        dropout=config.dropout,
+        norm_eps=bert["layer_norm_eps"],
+        instruction_aware=config.instruction_aware,
+    )
+    if config.instruction_aware:
+        qformer.word_embeddings.requires_grad_(config.train_text_embeddings)
+        qformer.position_embeddings.requires_grad_(config.train_text_embeddings)
+    return qformer
+
+
+def qformer_of_sizes(config: QFormerConfig, *, vision_width: int) -> QFormer:
+    """The Q-Former over a BERT of the `sizes` in its YAML.
+
+    Raises:
+        UserError: the YAML states none, or more layers than they have.
+    """
+    bert = _sizes("qformer", config.name, config.sizes)
+    rows = bert["vocab_size"] + len(config.extra_tokens)
+    return make_qformer(config, bert, rows=rows, vision_width=vision_width, where="qformer.sizes")
+
+
+def language_model_of_sizes(config: LLMConfig) -> Any:
+    """The transformers model of the `sizes` in its YAML, with `options` and rows for the added tokens, in its dtype.
+
+    Raises:
+        UserError: the YAML states none, or sizes or options that transformers does not know.
+    """
+    sizes = dict(_sizes("llm", config.name, config.sizes))
+    try:
+        settings = AutoConfig.for_model(sizes.pop("model_type", ""), **sizes)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"llm.sizes of {config.name}: {str(error).partition(chr(10))[0]}") from None
+    override_settings(settings, config.options)
+    model = AUTO_CLASSES[config.kind].from_config(settings, dtype=torch_dtype("llm.dtype", config.dtype))
+    if config.added_tokens:
+        resize_vocabulary(model, settings.vocab_size + len(config.added_tokens))
+    if config.kind == "encoder_decoder":
+        # transformers ties T5's output head to its token table until a file says otherwise, as FlanT5's does.
+        model.lm_head.weight = nn.Parameter(torch.empty_like(model.lm_head.weight).normal_(std=settings.d_model**-0.5))
+    return model
+
+
+def override_settings(settings: Any, options: Mapping[str, Any]) -> None:
+    """Replace values of a transformers configuration.
+
+    Raises:
+        UserError: it has no such setting.
+    """
+    for name, value in options.items():
+        if not hasattr(settings, name):
+            raise UserError(f"llm.options.{name} is no setting of a {type(settings).__name__}; see its config.json")
+        setattr(settings, name, value)
+
+
+def torch_dtype(key: str, name: str) -> torch.dtype:
+    """The floating-point dtype of that name.
+
+    Raises:
+        UserError: there is none; names the key.
+    """
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise UserError(f"{key}={name} is no floating-point torch dtype; use float32, bfloat16 or float16")
+    return dtype
+
+
+def _sizes(part: str, name: str, sizes: Mapping[str, Any]) -> Mapping[str, Any]:
+    if not sizes:
+        raise UserError(f"{part}={name} states no sizes, so nothing can be planned; add {part}.sizes to its YAML")
+    return sizes

@@ -1,0 +1,360 @@
+"""From a validated configuration to a model: three parts by name, put together in the open.
+
+The only place that reads the `vision`, `qformer` and `llm` sections.
+"""
+
+import json
+import logging
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from tokenizers import AddedToken
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from instructblip._transformers import quiet_transformers
+from instructblip.config.schema import LLMConfig, QFormerConfig, VisionConfig
+from instructblip.errors import UserError
+from instructblip.fetch.parts import part_folder, sources
+from instructblip.models.instructblip import InstructBLIP
+from instructblip.models.llm import LLM, LLM_KINDS
+from instructblip.models.qformer import QFormer
+from instructblip.models.quantized import QUANTIZATIONS, quantize_linears
+from instructblip.models.vision import ChannelNorm, VisionEncoder
+from instructblip.models.vocabulary import resize_vocabulary
+from instructblip.weights.bert import (
+    draw_query_tokens_near,
+    initialize_like_bert,
+    names_unknown_to_bert,
+    qformer_state_from_bert,
+)
+from instructblip.weights.lavis import read_blip2, read_pth
+from instructblip.weights.modules import AUTO_CLASSES, make_qformer, override_settings, torch_dtype, vision_encoder
+from instructblip.weights.names import PROJECTIONS, check_tensors
+from instructblip.weights.position import resize_position_embedding
+
+logger = logging.getLogger(__name__)
+
+VISION_NORMS: dict[str, Callable[[int, float], nn.Module]] = {
+    "layer": lambda width, eps: nn.LayerNorm(width, eps=eps),
+    "channel": lambda width, _eps: ChannelNorm(width),
+}
+INITS = ("bert", "blip2", "scratch")
+QUERY_INITS = ("normal", "cls")
+
+
+def build_model(vision: VisionConfig, qformer: QFormerConfig, llm: LLMConfig, *, seed: int) -> InstructBLIP:
+    """Fetch the three parts and assemble them; what is new starts from `seed`.
+
+    Raises:
+        UserError: a part cannot be fetched, or its settings do not fit its files.
+    """
+    if vision.norm not in VISION_NORMS:
+        raise UserError(f"vision.norm={vision.norm} is none of {', '.join(VISION_NORMS)}")
+    frozen_vision = load_vision(vision)
+    frozen_llm = load_llm(llm)
+    torch.manual_seed(seed)
+    trainable, tokenizer = load_qformer(qformer, vision_width=frozen_vision.width)
+    norm = VISION_NORMS[vision.norm](frozen_vision.width, vision.norm_eps)
+    projection: dict[str, Tensor] = {}
+    if qformer.init == "blip2":
+        projection = _start_from_blip2(qformer, trainable, norm, llm_width=frozen_llm.width, llm=llm)
+    model = InstructBLIP(
+        vision=frozen_vision,
+        vision_norm=norm,
+        qformer=trainable,
+        qformer_tokenizer=tokenizer,
+        llm=frozen_llm,
+        max_instruction_tokens=qformer.max_instruction_tokens,
+    )
+    if projection:
+        model.projection.load_state_dict(projection)
+    return model
+
+
+# --- vision ----------------------------------------------------------------------------------------------------------
+
+
+def load_vision(config: VisionConfig) -> VisionEncoder:
+    """The frozen image encoder with its weights: those of a folder's model.safetensors, or of a file under timm's names.
+
+    Positions are resized to the configured image size. A file may hold more than is built: its classification head, the
+    last norm where `final_norm` is false, and the blocks past `options.depth`.
+    """
+    file, encoder = _vision_file(config), vision_encoder(config)
+    weights = _vision_weights(file)
+    _fit_positions(encoder.backbone, weights)
+    load_exactly(encoder.backbone, weights, str(file), surplus_ok=_not_built(encoder.backbone, config))
+    return encoder
+
+
+def _vision_file(config: VisionConfig) -> Path:
+    path = None if config.sources.path is None else Path(config.sources.path).expanduser()
+    if path is not None and path.suffix in (".safetensors", ".pth"):
+        return path
+    return part_folder(sources(config.name, config.sources), setting="vision.sources.path") / "model.safetensors"
+
+
+def _vision_weights(file: Path) -> dict[str, Tensor]:
+    if file.suffix == ".safetensors":
+        try:
+            return load_file(file)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{file} cannot be read ({_first_line(error)}); give a .safetensors or .pth file") from None
+    found = read_pth(file)
+    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
+        raise UserError(f"{file} is no state dict; give the weights alone, under timm's names")
+    return found
+
+
+def _fit_positions(backbone: Any, weights: dict[str, Tensor]) -> None:
+    """Resize the file's position embedding to the backbone's patches, where that is what they differ in."""
+    own, found = getattr(backbone, "pos_embed", None), weights.get("pos_embed")
+    if own is None or found is None or own.ndim != 3 or found.ndim != 3 or own.shape == found.shape:
+        return
+    patches = tuple(backbone.patch_embed.grid_size)
+    prefix = own.shape[1] - patches[0] * patches[1]
+    weights["pos_embed"] = resize_position_embedding(found, patches, prefix_tokens=prefix)
+
+
+def _not_built(backbone: Any, config: VisionConfig) -> tuple[str, ...]:
+    """Beginnings of the names of tensors that a file of the whole model has and the backbone, as configured, has not."""
+    heads = backbone.default_cfg.get("classifier") or ()
+    names = [heads] if isinstance(heads, str) else list(heads)
+    if not config.final_norm:
+        names += ["norm", "fc_norm"]
+    if "depth" in config.options:
+        # No ViT has as many blocks as a thousand.
+        names += [f"blocks.{index}" for index in range(config.options["depth"], 1000)]
+    return tuple(f"{name}." for name in names)
+
+
+# --- Q-Former --------------------------------------------------------------------------------------------------------
+
+
+def load_qformer(config: QFormerConfig, *, vision_width: int) -> tuple[QFormer, Any]:
+    """The trainable Q-Former and its tokenizer.
+
+    With `init=bert` the text branch and both feed-forwards of each layer start from BERT's weights, and only the query
+    tokens and the cross-attention are new; with `scratch` everything is drawn. With `blip2` it is left as constructed:
+    those weights come together with the vision norm's and the projection's.
+    """
+    if config.init not in INITS:
+        raise UserError(f"qformer.init={config.init} is none of {', '.join(INITS)}")
+    if config.query_init not in QUERY_INITS:
+        raise UserError(f"qformer.query_init={config.query_init} is none of {', '.join(QUERY_INITS)}")
+    if config.query_init == "cls" and config.init != "bert":
+        raise UserError(f"qformer.query_init=cls needs BERT's embeddings, which init={config.init} has not; use normal")
+    folder = part_folder(sources(config.name, config.sources), setting="qformer.sources.path")
+    bert = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    tokenizer = AutoTokenizer.from_pretrained(folder, truncation_side="left")
+    _add_tokens(tokenizer, config.extra_tokens)
+    rows = max(bert["vocab_size"], _rows_needed(tokenizer))
+    qformer = make_qformer(config, bert, rows=rows, vision_width=vision_width, where=str(folder))
+    if config.init == "bert":
+        weights = load_file(folder / "model.safetensors")
+        state = qformer_state_from_bert(weights, qformer)
+        load_exactly(qformer, state, f"{folder}/model.safetensors", new=names_unknown_to_bert(qformer))
+        if config.query_init == "cls":
+            draw_query_tokens_near(qformer, weights, token=tokenizer.cls_token_id)
+    elif config.init == "scratch":
+        initialize_like_bert(qformer)
+    return qformer, tokenizer
+
+
+def _start_from_blip2(
+    config: QFormerConfig, qformer: QFormer, norm: nn.Module, *, llm_width: int, llm: LLMConfig
+) -> dict[str, Tensor]:
+    """Load BLIP-2's Q-Former and vision norm; return its projection, empty where it does not fit this language model."""
+    if config.stage1 is None:
+        raise UserError(
+            "qformer.init=blip2 needs LAVIS's files: give qformer.stage1=FOLDER/blip2_pretrained.pth "
+            "and qformer.stage2=FOLDER/blip2_pretrained_<llm>.pth"
+        )
+    parts = {"qformer": qformer, "vision_norm": norm, "projection": nn.Linear(qformer.width, llm_width, device="meta")}
+    expected = {
+        f"{part}.{name}": tensor for part, module in parts.items() for name, tensor in module.state_dict().items()
+    }
+    stage2 = None if config.stage2 is None else Path(config.stage2).expanduser()
+    start = read_blip2(Path(config.stage1).expanduser(), stage2, expected)
+    found = {
+        part: {
+            name.removeprefix(f"{part}."): tensor
+            for name, tensor in start.tensors.items()
+            if name.startswith(f"{part}.")
+        }
+        for part in parts
+    }
+    qformer.load_state_dict(found["qformer"])
+    norm.load_state_dict(found["vision_norm"])
+    fits = bool(found["projection"])
+    trained_with = config.aligned_to or "another LLM"
+    if start.projection is not None and llm.lavis_projection not in (None, start.projection):
+        trained_with = f"an LLM of LAVIS's {start.projection}"
+    if stage2 is not None and (trained_with != llm.name or not fits):
+        warn_aligned(trained_with, llm.name, projection_fits=fits)
+    return found["projection"]
+
+
+# --- language model --------------------------------------------------------------------------------------------------
+
+
+def load_llm(config: LLMConfig) -> LLM:
+    """The frozen language model with its tokenizer and text conventions."""
+    check_llm_kind(config.kind)
+    if config.lavis_projection not in (None, *PROJECTIONS):
+        raise UserError(
+            f"llm.lavis_projection={config.lavis_projection} is none of {', '.join(PROJECTIONS)}; null where LAVIS has no "
+            "files for this LLM"
+        )
+    folder = part_folder(sources(config.name, config.sources), setting="llm.sources.path")
+    tokenizer = _llm_tokenizer(config, folder)
+    model = _language_model(config, folder)
+    if _rows_needed(tokenizer) > len(model.get_input_embeddings().weight):
+        resize_vocabulary(model, _rows_needed(tokenizer))
+    if config.quantization is not None:
+        _quantize(model, config.quantization)
+    try:
+        return LLM_KINDS[config.kind](
+            model,
+            tokenizer,
+            eos_token=config.eos_token,
+            pad_token=config.pad_token,
+            bos_token=config.bos_token,
+            image_prefix=config.image_prefix,
+            prompt_prefix=config.prompt_prefix,
+            prompt_suffix=config.prompt_suffix,
+            answer_prefix=config.answer_prefix,
+            max_prompt_tokens=config.max_prompt_tokens,
+            max_target_tokens=config.max_target_tokens,
+        )
+    except ValueError as error:
+        raise UserError(f"llm={config.name}: {error}") from None
+
+
+def check_llm_kind(kind: str) -> None:
+    """Refuse a kind of language model that there is not."""
+    if kind not in LLM_KINDS:
+        raise UserError(f"llm.kind={kind} is none of {', '.join(LLM_KINDS)}")
+
+
+def _llm_tokenizer(config: LLMConfig, folder: Path) -> Any:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise UserError(f"llm={config.name}: {folder} has no tokenizer ({_first_line(error)})") from None
+    _add_tokens(tokenizer, config.added_tokens)
+    tokens = {
+        "bos_token": config.bos_token,
+        "eos_token": config.eos_token,
+        "pad_token": config.pad_token,
+        "unk_token": config.unk_token,
+    }
+    for role, token in tokens.items():
+        if token is None:
+            continue
+        if token not in tokenizer.get_vocab():
+            raise UserError(
+                f"llm={config.name}: the tokenizer has no token {token!r}; name one of its own as {role} in the llm config"
+            )
+        setattr(tokenizer, role, token)
+    return tokenizer
+
+
+def _language_model(config: LLMConfig, folder: Path) -> Any:
+    """The transformers model, its text part alone where it has others, with every weight from its files."""
+    try:
+        settings = AutoConfig.from_pretrained(folder)
+        override_settings(settings.get_text_config(), config.options)
+        with quiet_transformers():
+            model, found = AUTO_CLASSES[config.kind].from_pretrained(
+                folder,
+                config=settings,
+                dtype=torch_dtype("llm.dtype", config.dtype),
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are named below
+            )
+    except (OSError, ValueError) as error:
+        raise UserError(f"llm={config.name}: {_first_line(error)}") from None
+    for name, theirs, ours in sorted(found["mismatched_keys"]):
+        raise UserError(f"llm={config.name}: {folder}: {name} is {tuple(theirs)}, the model needs {tuple(ours)}")
+    for name in sorted(found["missing_keys"]):
+        raise UserError(f"llm={config.name}: {folder} lacks the tensor {name}; it is of another model")
+    for name in sorted(found["unexpected_keys"]):
+        raise UserError(f"llm={config.name}: {folder} has the unknown tensor {name}; it is of another model")
+    return _text_model(model) if config.kind == "decoder" else model
+
+
+def _text_model(model: Any) -> Any:
+    """The causal language model inside a multimodal one (which has a `text_config`); any other as it is."""
+    settings = model.config.get_text_config()
+    if settings is model.config:
+        return model
+    with torch.device("meta"):
+        text = AutoModelForCausalLM.from_config(settings, dtype=model.dtype)
+    setattr(text, text.base_model_prefix, model.get_decoder())
+    text.set_output_embeddings(model.get_output_embeddings())
+    for name, tensor in text.state_dict().items():
+        if tensor.is_meta:
+            raise UserError(f"{type(model).__name__} has no weights for {name} of its text model")
+    return text
+
+
+def _quantize(model: Any, kind: str) -> None:
+    if kind not in QUANTIZATIONS:
+        raise UserError(f"llm.quantization={kind} is none of {', '.join(QUANTIZATIONS)}; null keeps llm.dtype")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses a CPU kernel that is not used here
+    try:
+        quantize_linears(model, kind, keep=model.get_output_embeddings())
+    except ImportError as error:
+        raise UserError(
+            f"llm.quantization={kind} needs a package that is not installed ({error}); "
+            "pip install -r requirements-quantization.txt, or use int8"
+        ) from None
+    except ValueError as error:
+        raise UserError(f"llm.quantization={kind}: {error}") from None
+
+
+def _add_tokens(tokenizer: Any, tokens: list[str]) -> None:
+    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in tokens], special_tokens=True)
+
+
+def _rows_needed(tokenizer: Any) -> int:
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
+
+
+def warn_aligned(trained_with: str, llm: str, *, projection_fits: bool) -> None:
+    """Say in one line that Q-Former and projection speak to another language model than the one that is loaded."""
+    remark = "" if projection_fits else ", and the projection, into another width, starts anew"
+    logger.warning("Q-Former and projection were aligned to %s; llm=%s needs them trained%s", trained_with, llm, remark)
+
+
+def load_exactly(
+    module: nn.Module,
+    state: Mapping[str, Tensor],
+    where: str,
+    *,
+    surplus_ok: tuple[str, ...] = (),
+    new: Collection[str] = (),
+) -> None:
+    """Load a state dict and stop on a missing, surplus or misshapen tensor, naming it.
+
+    Args:
+        module: what is loaded into.
+        state: tensors by name.
+        where: they come from, for the message.
+        surplus_ok: beginnings of names that the module may lack.
+        new: names that the module has and `state` must not have; they stay as they are.
+    """
+    shapes = {name: tensor.shape for name, tensor in module.state_dict().items() if name not in new}
+    known = {name: state[name] for name in state if not (surplus_ok and name.startswith(surplus_ok))}
+    check_tensors(shapes, known, where)
+    module.load_state_dict({name: state[name] for name in shapes}, strict=not new)
