@@ -202,6 +202,10 @@ class Model(PartedModule, ABC):
             ValueError: packed, and the LLM is no decoder-only one.
         """
 
+    def uses_every_weight(self, wanted: Collection[str]) -> bool:
+        """Whether all that trains takes part in computing these outputs; when in doubt, no."""
+        return False
+
     @abstractmethod
     def sample_length(self) -> Callable[[str, str, int], int]:
         """A picklable function: how many positions of the largest pass a sample fills, from (prompt, target, frames)."""

@@ -141,6 +141,10 @@ class InstructBLIP(Model):
             workload = PassWorkload(states.positions, states.padding, text)
         return Outputs({name: tensors[name] for name in wanted}, workload)
 
+    def uses_every_weight(self, wanted: Collection[str]) -> bool:
+        """Every output comes from the whole Q-Former; a vision encoder may end early, the LLM may be left out."""
+        return self.trained_parts <= {"qformer"}
+
     def sample_length(self) -> Callable[[str, str, int], int]:
         """A picklable function: how many positions of the LLM a sample fills, from its (prompt, target, frames)."""
         return partial(self.llm.prompt_format.length, queries=self.qformer.query_tokens.shape[1])

@@ -84,6 +84,7 @@ def parallelize(
     shard_size: int | None = None,
     activation_checkpointing: bool = False,
     compile_blocks: bool = False,
+    some_unused: bool = True,
 ) -> DistributedDataParallel | None:
     """Lay a built model, its weights in place, over the processes; return its DDP wrapper where there are several.
 
@@ -97,6 +98,7 @@ def parallelize(
             keeps the gathering inside nodes (hybrid sharding).
         activation_checkpointing: recompute, in the backward pass, blocks that gradients pass through.
         compile_blocks: compile each transformer block.
+        some_unused: a pass may leave weights out that train, which DDP then looks for in each.
 
     Raises:
         UserError: `single` with several processes, or a shard size that does not divide them.
@@ -124,7 +126,7 @@ def parallelize(
                 _shard(structure, _shard_mesh(processes, shard_size, model.device.type, reduces=trains), trains=trains)
                 for module in model.part_modules(part):
                     module.to(model.device)  # tables, norms and heads
-    return _replicate(model)
+    return _replicate(model, some_unused=some_unused)
 
 
 def is_sharded(kind: str, world_size: int) -> bool:
@@ -230,14 +232,13 @@ def _tables(block: nn.Module) -> set[nn.Parameter]:
     return {parameter for table in tables for parameter in table.parameters()}
 
 
-def _replicate(model: Model) -> DistributedDataParallel:
+def _replicate(model: Model, *, some_unused: bool) -> DistributedDataParallel:
     """Sum gradients of what trains and is held whole over all processes while the backward pass still runs."""
     device = model.device
     # What is frozen has no gradient; what is sharded is reduced by FSDP.
     others = [name for name, value in model.named_parameters() if not value.requires_grad or isinstance(value, DTensor)]
     # One gradient of shape (1, Q, D) has other strides than its place in the bucket, which costs nothing.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
-    warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, others)
     wrapped = DistributedDataParallel(
         model,
@@ -245,7 +246,7 @@ def _replicate(model: Model) -> DistributedDataParallel:
         forward_sync_buffers=False,  # there are none that change
         init_sync=False,  # every process started from the same files and seed; see `check_equal`
         gradient_as_bucket_view=True,
-        find_unused_parameters=True,  # an objective need not reach every part that trains
+        find_unused_parameters=some_unused,
     )
     # A mean over ranks would have to be undone: the loss is divided by the number of tokens in the global batch.
     wrapped.register_comm_hook(None, _sum_gradients)

@@ -40,9 +40,14 @@ class Phase:
     part_rates: Mapping[str, float] = field(default_factory=dict)
 
     @property
+    def outputs(self) -> frozenset[str]:
+        """The model's outputs that the objectives need."""
+        return frozenset[str]().union(*(objective.outputs for objective in self.objectives))
+
+    @property
     def trains_answers(self) -> bool:
         """Whether the LLM's layers take part, so that its answers mean something afterwards."""
-        return any("answer_logits" in objective.outputs for objective in self.objectives)
+        return "answer_logits" in self.outputs
 
     @property
     def part_scales(self) -> dict[str, float]:

@@ -197,6 +197,7 @@ def make_optimisation(run: TrainingRun, stop_signal: Callable[[], int]) -> Optim
         shard_size=parallel.shard_size,
         activation_checkpointing=parallel.activation_checkpointing,
         compile_blocks=parallel.compile,
+        some_unused=not all(model.uses_every_weight(phase.outputs) for phase in run.phases),
     )
     context = StepContext(
         processes=run.processes,
