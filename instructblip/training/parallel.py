@@ -203,6 +203,7 @@ def _shard(part: PartStructure, mesh: DeviceMesh, *, trains: bool) -> None:
         for module in sharded:
             # A mean over ranks would have to be undone: the loss is divided by the units of the global batch.
             module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # gloo has no other
 
 
 def _end_without_gradient(root: FSDPModule, *_: object) -> None:
