@@ -31,8 +31,9 @@ import yaml
 
 from instructblip.data.records import Record
 from instructblip.errors import UserError
+from instructblip.files import shipped
 
-TEMPLATE_FOLDER = Path(__file__).parents[2] / "datasets" / "templates"
+TEMPLATE_FOLDER = shipped("datasets") / "templates"
 
 FIELDS = ("question", "answer", "choices", "context", "ocr_tokens", "history", "caption")
 MAX_OCR_TOKENS = 30

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from instructblip.config import entry
 from instructblip.config.schema import EvaluateConfig
 from instructblip.config.validate import check_at_least, to_dict
 from instructblip.data.cards import load_card
@@ -18,6 +19,11 @@ from instructblip.evaluation.suite import evaluate_tasks, finish_evaluation, ima
 from instructblip.fetch.parts import cache_folder
 from instructblip.tracking import make_logger
 from instructblip.weights.load import LoadedModel, find_source, frozen_fingerprints, load_model
+
+
+def main() -> None:
+    """The command: `evaluate.py` and `instructblip-evaluate`."""
+    entry.main("evaluate", EvaluateConfig, evaluate)
 
 
 def evaluate(config: EvaluateConfig, console: Console) -> None:
