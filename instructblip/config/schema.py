@@ -29,7 +29,7 @@ class WheelConfig:
 
 @dataclass
 class SourcesConfig:
-    """Where a part's files come from; see `weights/assets.py` for the order."""
+    """Where a part's files come from; see `fetch/parts.py` for the order."""
 
     path: str | None = None
     wheel: WheelConfig | None = None

@@ -1,4 +1,4 @@
-"""evaluate.py's work: restore a model, run a suite of cards, write the results."""
+"""The work of evaluate.py: restore a model, run a suite of cards, write the results."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,7 +27,7 @@ def main() -> None:
 
 
 def evaluate(config: EvaluateConfig, console: Console) -> None:
-    """Run evaluate.py with a validated configuration. All that may be wrong with it is looked at before a model is loaded.
+    """Evaluate as configured. Everything that may be wrong is checked before a model is loaded.
 
     Raises:
         UserError: no such checkpoint, card, split or device; unreadable shards; another evaluation's folder; disk full.
