@@ -173,7 +173,7 @@ def test_certificates_are_made_in_that_dtype(
         said = capsys.readouterr().out
         name = str(folder.dtype).removeprefix("torch.")
         assert f"{name}, fixed random input" in said
-        assert said.count("within") == (4 if folder.dtype == torch.float32 else 8)
+        assert said.count("within") == (5 if folder.dtype == torch.float32 else 10)
 
 
 def test_what_was_trained_is_never_rounded(tmp_path: Path) -> None:
