@@ -39,12 +39,12 @@ class Journal:
 
     Args:
         folder: None keeps nothing on disk.
-        keys: of the task's samples; answers with other keys are skipped.
+        keys: of the task's samples; others' answers in the files are passed over.
         worker: whose file is appended to.
 
     Attributes:
         worker: see above.
-        predictions, failures: those known so far, by key.
+        predictions, failures: what is known so far, by key.
     """
 
     def __init__(self, folder: Path | None, keys: Sequence[str], worker: Worker = ALONE) -> None:
@@ -213,7 +213,7 @@ _SAME = ("preset", "mode", "split", "images")
 
 @contextlib.contextmanager
 def claimed(folder: Path, worker: Worker) -> Iterator[None]:
-    """Make an evaluation's folder and lock it against other evaluations; the first of several processes does it for all.
+    """Make an evaluation's folder and keep other evaluations out of it; of several processes the first does that for all.
 
     Raises:
         UserError: another evaluation is at work there, or the folder cannot be made or written.

@@ -213,7 +213,7 @@ def _answer(
     tolerance: int,
     show: bool,
 ) -> None:
-    """Ask the questions of the worker's share that the journal has no answer to."""
+    """Ask whatever of the worker's share of the chunks the journal has no answer to."""
     share = journal.worker.share(chunks)
     left = [chunk for chunk in share if any(key not in journal for question in chunk for key in question.keys)]
     limit, training = BatchLimit(batch_size), model.training

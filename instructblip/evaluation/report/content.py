@@ -89,9 +89,9 @@ def parts(result: TaskResult) -> list[tuple[str, str, str]]:
 def breakdowns(result: TaskResult) -> dict[str, list[tuple[str, int, float]]]:
     """(label, samples, score) by each tag of the records (question type, domain, relation, ...), commonest labels first.
 
-    Tags with one label for all samples are left out, and tags with another label for most: those are names, not groups.
-    CIDEr has the parts that it was computed over, AUROC none: neither is a mean over samples. Samples that are all ranked
-    among the card's candidates are also grouped by their answer.
+    Left out are tags that say the same of all samples, or something else of most: those are names, not groups. CIDEr is
+    broken down by what it was computed by, AUROC not at all, for they are no means over samples. Where all samples are
+    ranked among the same few classes, also by the answer.
     """
     score, task = result.score, result.task
     if score is None or score.resampled is not None:
