@@ -1,8 +1,6 @@
 """Evaluate a checkpoint. `python evaluate.py checkpoint=outputs/train/demo suite=demo` scores the demo's run."""
 
-from instructblip.config.entry import main
-from instructblip.config.schema import EvaluateConfig
-from instructblip.evaluation.run import evaluate
+from instructblip.evaluation.run import main
 
 if __name__ == "__main__":
-    main("evaluate", EvaluateConfig, evaluate)
+    main()

@@ -19,6 +19,13 @@ from instructblip.errors import UserError
 _CHUNK_BYTES = 1 << 20
 
 
+def shipped(folder: str) -> Path:
+    """Where `configs` or `datasets` lies: inside the package once it is installed (setup.py), at the top of a checkout."""
+    package = Path(__file__).parent
+    installed = package / folder
+    return installed if installed.is_dir() else package.parent / folder
+
+
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Give a path beside `path` to write to; on success it takes its place, on any error it is removed.

@@ -5,14 +5,15 @@ at its start with the key's name and the nearest valid one.
 """
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, TypeVar
 
 from omegaconf import MISSING
 
+from instructblip.files import shipped
+
 Schema = TypeVar("Schema")
 
-CONFIGS = Path(__file__).parents[2] / "configs"
+CONFIGS = shipped("configs")
 
 
 @dataclass
@@ -28,7 +29,7 @@ class WheelConfig:
 
 @dataclass
 class SourcesConfig:
-    """Where a part's files come from; see `weights/assets.py` for the order."""
+    """Where a part's files come from; see `fetch/parts.py` for the order."""
 
     path: str | None = None
     wheel: WheelConfig | None = None

@@ -1,8 +1,6 @@
-"""From drawn samples to micro-batches: how one rank's share of a step is cut into forward passes.
+"""Cut one rank's share of a step into micro-batches: `fixed`, `bucketed` or `packed` (docs/train.md, "Batching").
 
-The loss is a sum over supervised tokens divided by their number in the global batch, so no cut changes a gradient; it
-decides how much of the language model's work is padding. `fixed` cuts in the order of the draws; `bucketed` puts samples of
-like length together; `packed` does so too, and the model then lays several samples into one row.
+No cut changes a gradient: the loss is a sum over supervised tokens divided by their number in the global batch.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +15,7 @@ from instructblip.data.records import Sample
 from instructblip.errors import UserError
 
 BATCHINGS = ("fixed", "bucketed", "packed")
-# What one more pass costs, in tokens: below some hundreds of them a GPU takes longer to read the weights than to compute.
+# Cost of one more pass, in tokens: below some hundreds of tokens a GPU reads the weights for longer than it computes.
 _PASS_TOKENS = 64
 
 Item = tuple[Sample, Tensor]  # a drawn sample and its image tokens (F, P, V) or uint8 pixels (F, 3, H, W)
@@ -48,7 +46,7 @@ class Batching:
         micro_batch_size: samples of a micro-batch, at most; None sets no limit.
         micro_batch_tokens: language-model tokens of a micro-batch, at most: with the padding that `bucketed` rows need,
             without any when `packed`. A longer sample comes alone. None sets no limit. Not for `fixed`.
-            `bucketed` makes smaller micro-batches than it may where that saves more padding than the passes cost.
+            `bucketed` makes smaller micro-batches than it may where less padding is worth the further passes.
         length: counts a sample's tokens in the language model; `fixed` needs none.
 
     Raises:
@@ -84,7 +82,7 @@ class Batching:
             yield from (list(range(at, min(at + size, len(items)))) for at in range(0, len(items), size))
             return
         frames, lengths = [len(image) for _, image in items], [self._length(item) for item in items]
-        # The longest first: what does not fit into memory fails in the first pass of a step, not somewhere in the run.
+        # Longest first: what does not fit into memory fails in the first pass of a step, not somewhere in the run.
         order = sorted(range(len(items)), key=lambda place: (-frames[place], -lengths[place], place))
         cut = self._fewest if self.kind == "packed" else self._least_padded
         for _, group in groupby(order, key=frames.__getitem__):

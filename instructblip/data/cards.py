@@ -18,9 +18,9 @@ import yaml
 from instructblip.config.validate import build, nearest
 from instructblip.data.card_evaluation import Evaluation, check_evaluation
 from instructblip.errors import UserError
-from instructblip.files import write_atomically
+from instructblip.files import shipped, write_atomically
 
-CARDS_FOLDER = Path(__file__).parents[2] / "datasets"
+CARDS_FOLDER = shipped("datasets")
 
 _URL = re.compile(r"https?://[^/\s]+/\S+")
 _SHA256 = re.compile(r"[0-9a-f]{64}")

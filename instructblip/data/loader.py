@@ -1,7 +1,7 @@
-"""From the plan to batches: global positions in, plain tensors and strings out.
+"""Read a run's steps: global positions in, micro-batches of plain tensors and strings out.
 
-What a step holds is decided by positions alone (`training.loop.rank_positions`); worker processes and prefetching never
-change the sequence. A worker reads the whole share of one step and cuts it into micro-batches (`batching.py`).
+A step is decided by its positions alone (`training.schedule.rank_positions`); worker processes and prefetching never change
+the sequence. A worker reads one rank's whole share of a step and cuts it into micro-batches (`batching.py`).
 """
 
 import multiprocessing
@@ -24,7 +24,7 @@ _GRACE = 30  # seconds that a worker goes on after SIGTERM
 
 
 class LoadedStep(NamedTuple):
-    """One rank's share of a global step: its micro-batches, and the samples that others took the place of."""
+    """One rank's share of a global step: its micro-batches, and the samples that could not be read and were replaced."""
 
     step: int
     batches: list[Batch]
@@ -32,7 +32,7 @@ class LoadedStep(NamedTuple):
 
 
 class _Refused(NamedTuple):
-    """What a worker gives in place of a step: torch would bury the one line of a `UserError` in a traceback."""
+    """A `UserError` in a worker. It is returned, since torch would wrap a raised one into a traceback."""
 
     line: str
 
@@ -92,7 +92,7 @@ def load_batches(
                 raise UserError(item.line)
             yield item
     finally:
-        for process in processes:  # they hold nothing that could be lost
+        for process in processes:  # workers only read, so killing them loses nothing
             process.kill()
             process.join()
         del loaded
@@ -101,8 +101,9 @@ def load_batches(
 def _start(loader: DataLoader[Any]) -> tuple[Iterator[Any], list[BaseProcess]]:
     """The loader's iterator and its worker processes.
 
-    torch reports a dead worker by an exception from a signal handler, in the middle of whatever the main process does then.
-    Without that handler it is found when the next step is asked for, 5 seconds later at most.
+    torch installs a SIGCHLD handler that raises when a worker dies, in the middle of whatever the main process does. The
+    handler from before is put back; `_next` finds a dead worker instead, when the next step is asked for, after at most 5
+    seconds.
     """
     main_thread = threading.current_thread() is threading.main_thread()
     before, handler = set(multiprocessing.active_children()), signal.getsignal(signal.SIGCHLD)
@@ -132,9 +133,9 @@ def _as_it_is(value: Any) -> Any:
 
 
 def _begin_worker(number: int) -> None:
-    """The main process decides when a run ends: signals that reach all processes leave its workers time to the end."""
+    """Let a worker outlive the signals that end a run: the main process needs it until its own end."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # tokenizers warns in forked processes otherwise
     for ignored in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(ignored, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_GRACE))  # whose signal, SIGALRM, ends the worker
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_GRACE))  # SIGALRM then ends the worker
     signal.signal(signal.SIGALRM, signal.SIG_DFL)

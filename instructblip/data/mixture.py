@@ -1,15 +1,8 @@
 """The plan of a training run: which record stands at global position i.
 
-The sample at position i is a pure function of (mixture, seed, i): nothing else, not the number of ranks, workers or
-restarts, decides it. So a resumed run needs its step number only.
-
-* Positions are drawn in groups that come from one dataset. A group is one position when datasets are mixed sample by
-  sample; `per_batch` and `per_step` mixing make it a micro-batch or a global batch (`MixtureSegment`).
-* Datasets are interleaved in blocks of groups. Before block b dataset d has had `floor(b * size * P_d + u_d)` groups minus
-  the same for its predecessor, where P_d are cumulative probabilities: realised shares stay within two groups of p_d at
-  every block border instead of wandering like independent draws. Inside a block the order is a seeded shuffle.
-* Within a dataset every record comes once per epoch (`order.py`). Nothing is kept from one position to the next: position
-  10,000,000 costs as much as position 0.
+The sample at position i is a pure function of (mixture, seed, i): ranks, workers and restarts do not enter. `Mixture` deals
+groups of positions out to datasets; `RecordOrder` orders the records of one dataset. docs/data.md, "The mixture", explains
+both.
 
 The paper's weights are p_d = sqrt(n_d) / sum sqrt(n) (section 2.4), n_d in records.
 """
@@ -22,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-_BLOCK = 512  # groups
+_BLOCK = 512  # groups of a block, at least
 _MAX_BLOCK = 1 << 20  # 24 MB; a share of two in a million still fits
 _CHUNK = 512  # positions whose records are computed together
 
@@ -45,7 +38,7 @@ class Draw(NamedTuple):
 
 
 class MixtureSegment(NamedTuple):
-    """So many positions of a run in which each `group` consecutive ones, from its first on, come from one dataset."""
+    """`positions` consecutive positions of a run, drawn in groups of `group`: all of a group come from one dataset."""
 
     positions: int
     group: int
@@ -77,8 +70,8 @@ class Mixture:
 
     Raises:
         ValueError: no entries, an empty dataset, an unknown weighting, a multiplier or temperature that is not positive, a
-            temperature that is missing or not used, a stretch that is not of whole groups, or a dataset so rare that the
-            largest block would not hold two groups of it.
+            temperature that is missing or not used, a segment that is not of whole groups, or a dataset so rare that the
+            largest block would hold less than two groups of it.
     """
 
     def __init__(
@@ -115,7 +108,7 @@ class Mixture:
         return Draw(position, *self._chunk[position - self._chunk_start].tolist())
 
     def replacement(self, position: int, tries: int) -> Draw:
-        """What stands in for the record at a position that cannot be used: the `tries`-th next draw of its dataset."""
+        """The draw that replaces an unusable record: the `tries`-th draw of the same dataset after the position's own."""
         group, offset = self._group_of(position)
         dataset, first = self._first_ordinal(group)
         epoch, place = divmod(first + offset + tries, self.entries[dataset].records)
@@ -123,7 +116,7 @@ class Mixture:
         return Draw(position, dataset, epoch, int(self._orders[dataset](ordinals)[0]))
 
     def counts(self, positions: int) -> Int64Array:
-        """How often each dataset has been drawn in the first so many positions; costs as much for any number."""
+        """Draws of each dataset in the first `positions` positions, (datasets,). The cost does not grow with `positions`."""
         group, offset = self._group_of(positions)
         counts = self._samples_before(group)
         if offset:
@@ -139,7 +132,7 @@ class Mixture:
     # --- groups and segments -------------------------------------------------------------------------------------------
 
     def _block_size(self) -> int:
-        # Cumulative counts must grow by at least one a block for the difference of two floors never to fall.
+        # With less than two groups of a dataset a block, its `counts_before` could fall from one block to the next.
         size = _BLOCK
         while self.shares.min() * size < 2 and len(self.entries) > 1:
             size *= 2
@@ -152,9 +145,9 @@ class Mixture:
         return size
 
     def _lay_segments(self, segments: Sequence[MixtureSegment]) -> None:
-        """Where each stretch begins, counted in positions, in groups, and in groups and samples of each dataset."""
-        self._sizes = np.array([stretch.group for stretch in segments], dtype=np.int64)
-        lengths = np.array([stretch.positions for stretch in segments], dtype=np.int64)
+        """Where each segment begins, counted in positions, in groups, and in groups and samples of each dataset."""
+        self._sizes = np.array([segment.group for segment in segments], dtype=np.int64)
+        lengths = np.array([segment.positions for segment in segments], dtype=np.int64)
         self._position_starts = np.cumsum(lengths) - lengths
         groups = lengths // self._sizes
         self._group_starts = np.cumsum(groups) - groups
@@ -165,9 +158,9 @@ class Mixture:
 
     def _group_of(self, position: int) -> tuple[int, int]:
         """The group that a position is in, and its place within the group."""
-        stretch = int(np.searchsorted(self._position_starts, position, side="right")) - 1
-        group, offset = divmod(position - int(self._position_starts[stretch]), int(self._sizes[stretch]))
-        return int(self._group_starts[stretch]) + group, offset
+        segment = int(np.searchsorted(self._position_starts, position, side="right")) - 1
+        group, offset = divmod(position - int(self._position_starts[segment]), int(self._sizes[segment]))
+        return int(self._group_starts[segment]) + group, offset
 
     def _count_groups(self, group: int) -> Int64Array:
         """How many groups each dataset has had before group number `group`."""
@@ -176,9 +169,9 @@ class Mixture:
         return self.counts_before(block) + np.bincount(inside, minlength=len(self.entries))
 
     def _samples_before(self, group: int) -> Int64Array:
-        stretch = int(np.searchsorted(self._group_starts, group, side="right")) - 1
-        grown = (self._count_groups(group) - self._groups_before[stretch]) * self._sizes[stretch]
-        counts: Int64Array = self._samples_at_start[stretch] + grown
+        segment = int(np.searchsorted(self._group_starts, group, side="right")) - 1
+        grown = (self._count_groups(group) - self._groups_before[segment]) * self._sizes[segment]
+        counts: Int64Array = self._samples_at_start[segment] + grown
         return counts
 
     def _block_groups(self, block: int) -> Int64Array:
@@ -197,26 +190,27 @@ class Mixture:
     def _first_ordinal(self, group: int) -> tuple[int, int]:
         """Dataset of a group, and ordinal of its first sample among that dataset's samples."""
         dataset, ordinal = self._block_groups(group // self._block)[group % self._block].tolist()
-        stretch = int(np.searchsorted(self._group_starts, group, side="right")) - 1
-        before = ordinal - int(self._groups_before[stretch, dataset])
-        return dataset, int(self._samples_at_start[stretch, dataset]) + before * int(self._sizes[stretch])
+        segment = int(np.searchsorted(self._group_starts, group, side="right")) - 1
+        before = ordinal - int(self._groups_before[segment, dataset])
+        return dataset, int(self._samples_at_start[segment, dataset]) + before * int(self._sizes[segment])
 
     def _draw_chunk(self, position: int) -> None:
-        """Compute the draws around a position: of its group and, where groups are small, of those beside it."""
+        """Compute the draws of a position's group and, where groups are small, of its neighbours."""
         group, offset = self._group_of(position)
-        stretch = int(np.searchsorted(self._group_starts, group, side="right")) - 1
-        size = int(self._sizes[stretch])
+        segment = int(np.searchsorted(self._group_starts, group, side="right")) - 1
+        size = int(self._sizes[segment])
         many = max(1, _CHUNK // size)
         block, place = divmod(group, self._block)
         low = place // many * many
-        low = max(low, int(self._group_starts[stretch]) - block * self._block)  # one stretch, one size of group
+        # A chunk has one group size, so it stays in one segment.
+        low = max(low, int(self._group_starts[segment]) - block * self._block)
         high = min(place // many * many + many, self._block)
-        if stretch + 1 < len(self._sizes):
-            high = min(high, int(self._group_starts[stretch + 1]) - block * self._block)
+        if segment + 1 < len(self._sizes):
+            high = min(high, int(self._group_starts[segment + 1]) - block * self._block)
         groups = self._block_groups(block)[low:high]
         datasets, ordinals = groups[:, 0], groups[:, 1]
-        ordinals = ordinals - self._groups_before[stretch][datasets]
-        firsts = self._samples_at_start[stretch][datasets] + ordinals * size
+        ordinals = ordinals - self._groups_before[segment][datasets]
+        firsts = self._samples_at_start[segment][datasets] + ordinals * size
         datasets = np.repeat(datasets, size)
         ordinals = np.repeat(firsts, size) + np.tile(np.arange(size), len(groups))
         epochs, records = np.empty_like(datasets), np.empty_like(datasets)
@@ -248,9 +242,9 @@ def _check(
             raise ValueError(f"dataset {entry.name}: its shards hold {sum(entry.shards)} records, not {entry.records}")
     if not entries:
         raise ValueError("a mixture needs at least one dataset")
-    for stretch in segments:
-        if stretch.group < 1 or stretch.positions % stretch.group:
-            raise ValueError(f"{stretch.positions} positions are not whole groups of {stretch.group}")
+    for segment in segments:
+        if segment.group < 1 or segment.positions % segment.group:
+            raise ValueError(f"{segment.positions} positions are not whole groups of {segment.group}")
 
 
 def position_generator(seed: int, position: int) -> np.random.Generator:
@@ -273,15 +267,15 @@ def share_table(mixture: Mixture, samples: int) -> list[dict[str, float | int | 
     ]
 
 
-WINDOW = 65_536  # records
-ASSUMED_SHARD = 1_000  # records of a shard where nobody says; what prepare.py writes in images
+WINDOW = 65_536  # records permuted together; a larger dataset is read shard by shard, so that reading stays local
+ASSUMED_SHARD = 1_000  # records of a shard whose size is not given; prepare.py writes 1,000 images a shard
 _FEISTEL_ROUNDS = 4
 _MASK32 = np.uint64(0xFFFFFFFF)
 _EPOCHS_KEPT = 2  # a block of draws may reach over the end of an epoch
 
 
 class _Line(NamedTuple):
-    """The shards of an epoch in their order: where each begins in the line, its records' number, and its first record."""
+    """An epoch's shards, shuffled and laid end to end: where each starts in the line, and its first record's number."""
 
     start: Int64Array
     first: Int64Array

@@ -1,9 +1,7 @@
-"""Shards: plain WebDataset tars with an index of byte offsets beside them, so that a position is an integer.
+"""Shards: plain WebDataset tars with an index of byte offsets beside them, so that a record is read by its number.
 
-`shard-000000.tar` holds for each image `<key>.png|jpg` (the encoded image as it came) and `<key>.json` (`{"image_id",
-"records"}`); a video has its frames in order, `<key>.0.jpg`, `<key>.1.jpg`, ..., in the image's place and is called an image
-below. `shard-000000.index.safetensors` says where they lie. `manifest.json` lists the shards of a split. Equal content
-gives equal bytes in all three.
+An image is stored once, with the JSON of all its records. A video stores its frames in order; "image" means either below.
+Equal input gives equal bytes. docs/data.md, "Shards", describes the files.
 
 Letters in shapes: N images of a shard, F frames of them all (one for a picture), R records, n records selected.
 """

@@ -1,21 +1,12 @@
 """Instruction templates: (record, template, random stream) -> instruction and target. Pure functions of their arguments.
 
-A template is a line of text with the fields of a record in braces. Training templates (`datasets/templates/*.yaml`) and the
-evaluation prompts of the dataset cards are filled by one and the same function, `render_prompt`:
-
-    {question}    the question, statement or human turn, as in the source
-    {answer}      one answer: the drawn one in training, the most usual one otherwise
-    {choices}     the options, lettered: "(a) a dog (b) a cat"
-    {context}     the hint or caption that belongs to the question
-    {ocr_tokens}  the texts in the image: the first 30, joined by ", ", as in the released code (a set may say how many)
-    {history}     the earlier turns, one a line: "Q: is it red? A: yes". The released code joins "q: ... a: ..." by spaces in
-                  its VisDial class; the paper does not say.
-    {caption}     the first reference caption
+A template is a line of text with the fields of a record in braces; docs/data.md, "Templates", lists them. Training templates
+(`datasets/templates/*.yaml`) and the evaluation prompts of the dataset cards are filled by one function, `render_prompt`.
 
 Square brackets around a part that names a field make it optional: `[OCR tokens: {ocr_tokens}. ]{question}` leaves out all
-between the brackets, spaces too, for a record without OCR tokens. So an optional part brings its own separating space
-along. A field outside brackets must be there. Brackets without a field, and braces around anything but a small word,
-are plain text. What a record holds is put in verbatim, never read as a template.
+between the brackets, spaces too, for a record without OCR tokens. A field outside brackets must be there. Brackets without
+a field, and braces around anything but a small word, are plain text. What a record holds is put in verbatim, never read as
+a template.
 """
 
 import re
@@ -31,8 +22,9 @@ import yaml
 
 from instructblip.data.records import Record
 from instructblip.errors import UserError
+from instructblip.files import shipped
 
-TEMPLATE_FOLDER = Path(__file__).parents[2] / "datasets" / "templates"
+TEMPLATE_FOLDER = shipped("datasets") / "templates"
 
 FIELDS = ("question", "answer", "choices", "context", "ocr_tokens", "history", "caption")
 MAX_OCR_TOKENS = 30

@@ -1,9 +1,8 @@
-"""The journal of an evaluation: each answer is appended as soon as it is there, keyed by content.
+"""The journal of an evaluation: each answer is appended as soon as it is known, keyed by content.
 
-Each process writes a file of its own, `journal-<rank>.jsonl`; when all are there they become `predictions.jsonl`, and
-samples that failed stand in `failures.jsonl`. The key is a hash of model, protocol and sample, so an answer is used by the
-same question alone, whichever process or run gave it, and a run that was killed goes on where it stopped, on any number of
-processes.
+Each process writes its own `journal-<rank>.jsonl`. When all answers are there, they become `predictions.jsonl`; failed
+samples stand in `failures.jsonl`. The key is a hash of model, protocol and sample, so a killed evaluation goes on where it
+stopped, on any number of processes, and no other question takes an answer up.
 """
 
 import contextlib
@@ -62,14 +61,14 @@ class Journal:
 
     @property
     def missing(self) -> int:
-        """How many samples have neither answer nor failure."""
+        """Samples with neither an answer nor a failure."""
         return len(self._keys) - len(self.predictions) - len(self.failures)
 
     def __contains__(self, key: str) -> bool:
         return key in self.predictions or key in self.failures
 
     def read(self) -> None:
-        """Take in what any process has written.
+        """Read the new lines of every process's journal.
 
         Raises:
             UserError: a file that cannot be read, or that is no evaluation's.
@@ -82,7 +81,7 @@ class Journal:
             self._read_file(self.folder / name)
 
     def append(self, predictions: Iterable[Prediction], failures: Iterable[Failure] = ()) -> None:
-        """Note answers, on disk before in memory.
+        """Add answers: to the file first, then to memory.
 
         Raises:
             UserError: the disk is full, or the folder may not be written.
@@ -138,7 +137,7 @@ class Journal:
         start = 0 if path.name == PREDICTIONS else self._read_to.get(path, 0)
         try:
             with open(path, "rb") as file:
-                if os.fstat(file.fileno()).st_size < start:  # another file by now
+                if os.fstat(file.fileno()).st_size < start:  # the file was replaced
                     start = 0
                 file.seek(start)
                 content = file.read()
@@ -208,7 +207,7 @@ def _append(path: Path, lines: Sequence[str]) -> None:
 
 
 _LOCK = ".lock"
-# What a protocol may not differ in where its results are replaced.
+# Choices in which the new protocol must equal that of the results it replaces.
 _SAME = ("preset", "mode", "split", "images")
 
 
@@ -228,7 +227,7 @@ def claimed(folder: Path, worker: Worker) -> Iterator[None]:
 
 
 def refuse_others_results(folder: Path, checkpoint: str, tasks: Sequence[Task], llm: str | None = None) -> None:
-    """Refuse to write where the results of another evaluation are. The same one may be done again, or with more samples.
+    """Refuse to overwrite the results of another evaluation. The same one may run again, or with more samples.
 
     Args:
         folder: the evaluation's.
@@ -253,7 +252,7 @@ def refuse_others_results(folder: Path, checkpoint: str, tasks: Sequence[Task], 
 
 
 def _difference(held: StoredRun, checkpoint: str, tasks: Sequence[Task], llm: str | None) -> str | None:
-    """What would be lost, or None."""
+    """Why the stored results must stay, or None."""
     if Path(held.checkpoint).resolve() != Path(checkpoint).resolve():
         return f"asked for is {checkpoint}"
     if llm not in (None, held.llm):

@@ -1,4 +1,4 @@
-"""What running a task gives: predictions, the outputs that metrics read, and the score with its interval."""
+"""Results of a task: predictions, the outputs that metrics read, and the score with its interval."""
 
 import math
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from instructblip.evaluation.statistics import score_interval
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the model said to one sample.
+    """The model's answer to one sample.
 
     Attributes:
         key: of the journal.

@@ -1,4 +1,4 @@
-"""A frozen evaluation protocol: which samples, which prompt, how an answer is had, how it is scored."""
+"""The frozen protocol of an evaluation: samples, prompt, decoding or ranking, scoring."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""Evaluations as they were stored: results.json and predictions.jsonl, read and checked."""
+"""Read and check stored evaluations: results.json and predictions.jsonl."""
 
 import hashlib
 import json

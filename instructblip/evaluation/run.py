@@ -1,4 +1,4 @@
-"""evaluate.py's work: restore a model, run a suite of cards, write the results."""
+"""The work of evaluate.py: restore a model, run a suite of cards, write the results."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,6 +6,7 @@ from typing import Any
 
 from rich.console import Console
 
+from instructblip.config import entry
 from instructblip.config.schema import EvaluateConfig
 from instructblip.config.validate import check_at_least, to_dict
 from instructblip.data.cards import load_card
@@ -22,8 +23,13 @@ from instructblip.tracking import make_logger
 from instructblip.weights.load import LoadedModel, find_source, frozen_fingerprints, load_model
 
 
+def main() -> None:
+    """The command: `evaluate.py` and `instructblip-evaluate`."""
+    entry.main("evaluate", EvaluateConfig, evaluate)
+
+
 def evaluate(config: EvaluateConfig, console: Console) -> None:
-    """Run evaluate.py with a validated configuration. All that may be wrong with it is looked at before a model is loaded.
+    """Evaluate as configured. Everything that may be wrong is checked before a model is loaded.
 
     Raises:
         UserError: no such checkpoint, card, split or device; unreadable shards; another evaluation's folder; disk full.

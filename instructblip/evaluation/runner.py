@@ -1,9 +1,7 @@
-"""Run one evaluation task with a model: read, encode, ask, note the answers, score them.
+"""Run one evaluation task with a model: read images, encode, ask, append the answers to the journal, score them.
 
-The work is cut into chunks, a few batches of questions with all images that they need: each image is encoded once for all
-its questions, and within a chunk questions of like length stand together. How the work is cut depends on the task and the
-batch size alone, so every answer is computed beside the same others, whatever was interrupted and however many processes
-share the work.
+How the work is cut into chunks and batches depends on the task and the batch size alone, so an interruption or another
+number of processes changes no answer. docs/evaluate.md, "Design", explains chunks and the journal.
 """
 
 import gc
@@ -37,16 +35,16 @@ Answer = tuple[str, tuple[float, ...], tuple[int, ...]]  # text, scores and what
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-_GREY = 127  # a picture that shows nothing, near the middle of what encoders are normalised to
+_GREY = 127  # of a withheld image: near the middle of the range that encoders expect
 _BATCHES_PER_CHUNK = 4
 _READERS = 4  # threads that read and decode the next chunk's images meanwhile
-_MOST_SCORES = 200  # longer lists of candidates leave the scores of their best only
+_MOST_SCORES = 200  # of more candidates only the best scores are kept
 _BEST_SCORES = 10
 
 
 @dataclass(frozen=True)
 class Question:
-    """Samples that ask the same of the same image, to be answered once; their journal keys beside them."""
+    """Samples with the same prompt on the same image, answered once; their journal keys beside them."""
 
     keys: tuple[str, ...]
     samples: tuple[EvaluationSample, ...]
@@ -61,16 +59,16 @@ Chunk = Sequence[Question]
 
 
 class BatchLimit:
-    """How many may be done at a time; halved whenever memory does not suffice, and never raised again."""
+    """A batch size that is halved whenever memory runs out, and never raised again."""
 
     def __init__(self, size: int) -> None:
         self.size = size
 
     def run(self, items: Sequence[Item], work: Callable[[Sequence[Item]], Sequence[Result]]) -> list[Result]:
-        """The results of `work` over all items, as many at a time as memory holds.
+        """Apply `work` to all items, as many at a time as memory holds.
 
         Raises:
-            UserError: it does not suffice for a single one.
+            UserError: memory does not hold a single item.
         """
         done: list[Result] = []
         while len(done) < len(items):
@@ -95,7 +93,7 @@ class BatchLimit:
         try:
             return work(batch)
         except torch.OutOfMemoryError:
-            return None  # what the failed attempt holds is let go of with its stack
+            return None  # its tensors are freed with its stack frame
 
 
 def run_task(
@@ -173,9 +171,9 @@ def read_pixels(image_size: int, transform: str = "resize_square") -> ReadImage:
 
 
 def cut_work(task: Task, keys: Sequence[str], batch_size: int) -> list[Chunk]:
-    """The task's questions in stored order, cut where an image's questions end and `_BATCHES_PER_CHUNK` batches are full.
+    """The task's questions in stored order, in chunks of at least `_BATCHES_PER_CHUNK` batches; an image is in one chunk.
 
-    With images withheld all samples share one image, and a prompt is asked but once.
+    With images withheld all samples share one image, a prompt is asked once, and a chunk may end after any question.
     """
     blind = task.protocol.images == "withheld"
     same: dict[tuple[str, str, tuple[str, ...]], list[tuple[str, EvaluationSample]]] = {}
@@ -183,18 +181,18 @@ def cut_work(task: Task, keys: Sequence[str], batch_size: int) -> list[Chunk]:
         own = sample.record.choices if task.protocol.candidates_from == "choices" else ()
         same.setdefault(("" if blind else sample.image_key, sample.prompt, own), []).append((key, sample))
     questions = [Question(*zip(*pairs, strict=True)) for pairs in same.values()]
+    by_image = groupby(questions, key=lambda question: question.sample.image_key)
+    together = [[question] for question in questions] if blind else [list(group) for _, group in by_image]
     chunks: list[list[Question]] = []
-    for _, group in groupby(questions, key=lambda question: "" if blind else question.sample.image_key):
-        for question in group if blind else [list(group)]:
-            asked = [question] if isinstance(question, Question) else question
-            if not chunks or len(chunks[-1]) >= _BATCHES_PER_CHUNK * batch_size:
-                chunks.append([])
-            chunks[-1] += asked
+    for group in together:
+        if not chunks or len(chunks[-1]) >= _BATCHES_PER_CHUNK * batch_size:
+            chunks.append([])
+        chunks[-1] += group
     return list(chunks)
 
 
 def cut_chunk(chunk: Chunk, batch_size: int) -> Iterator[Chunk]:
-    """Batches of a chunk: as many frames in all of one, prompts of like length, so that little is padding."""
+    """Batches of a chunk: one number of frames in each, and prompts of like length, so that little is padding."""
     in_order = sorted(chunk, key=lambda question: (question.sample.frames, len(question.sample.prompt)))
     for _, group in groupby(in_order, key=lambda question: question.sample.frames):
         alike = list(group)
@@ -300,7 +298,7 @@ def _images(
 
 @torch.inference_mode()
 def _ask(model: InstructBLIP, task: Task, batch: Sequence[tuple[Question, Tensor]]) -> list[Answer]:
-    """What the model says to questions on image tokens."""
+    """The model's answers to questions, from image tokens."""
     protocol, samples = task.protocol, [question.sample for question, _ in batch]
     images, prompts = torch.stack([tokens for _, tokens in batch]), [sample.prompt for sample in samples]
     if protocol.mode == "generate":

@@ -1,7 +1,7 @@
-"""How far a score could be off by the luck of which samples were drawn: 95% intervals, and tests of two runs.
+"""95% intervals of scores over the drawn samples, and paired tests of two runs.
 
-Questions about one image are not independent, so images are drawn, each with all its questions; treating every question as
-a separate draw would make intervals too narrow and p values too small.
+Images are resampled, each with all its questions. Questions about one image are not independent: resampling single questions
+would make intervals too narrow and p values too small.
 """
 
 import itertools

@@ -1,4 +1,4 @@
-"""Files that public leaderboards take, made of a model's outputs on a whole split.
+"""Files for public leaderboards, from a model's outputs on a whole split.
 
 Each is one JSON list with an object a record. VQAv2 and TextVQA: the result format of visualqa.org, which EvalAI's TextVQA
 challenge shares; VizWiz: by image name; NoCaps: COCO's caption results; VisDial: the ranks of all options for each round,

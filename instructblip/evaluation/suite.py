@@ -1,4 +1,4 @@
-"""Several evaluation tasks with one model, and the files that remain. Used by evaluate.py and at the end of training."""
+"""Run several tasks with one model, and write the results. evaluate.py does so, and train.py at its end."""
 
 import hashlib
 import json
@@ -103,7 +103,7 @@ def _dtype_name(dtype: torch.dtype) -> str:
 
 
 def baselines(task: Task, shards: Path, blind: TaskResult | None) -> dict[str, float]:
-    """What can be had without understanding the image.
+    """Scores that need no understanding of the image.
 
     * `images withheld`: the same model on the same questions with a grey picture for every image.
     * `majority per question`: always the commonest training answer to the question's very words; only for datasets that

@@ -1,1 +1,1 @@
-"""Bytes onto the disk: parts of models, raw data, shards from elsewhere. Nothing here knows what they mean."""
+"""Get files onto the disk: parts of models, raw data, shards from a URL. Nothing here knows what they mean."""

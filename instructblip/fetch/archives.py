@@ -1,4 +1,4 @@
-"""Zip and tar archives from elsewhere: unpacked without leaving their folder, without links, and not without bound."""
+"""Unpack zip and tar archives that are not trusted: only below their folder, no links, a bounded number of bytes."""
 
 import fnmatch
 import gzip
@@ -17,7 +17,7 @@ from typing import IO
 from instructblip.errors import UserError
 from instructblip.files import atomic_path
 
-# What an archive may grow to: a JSON file shrinks to a twentieth, zeros to a thousandth.
+# How much an archive may grow: JSON compresses to a twentieth, zeros to a thousandth.
 MAX_GROWTH = 100
 MAX_BYTES = 1 << 38  # 256 GiB
 _DAMAGED = (
@@ -32,7 +32,7 @@ _DAMAGED = (
 
 
 class ArchiveError(UserError):
-    """An archive that is damaged, or that is not to be trusted."""
+    """An archive that is damaged, or unsafe to unpack."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,8 @@ def unpack(
     """Write the files of a zip or tar archive below `folder`, each whole or not at all, over what has the same name.
 
     Args:
-        members: patterns of the names of those that are wanted (`*` stands for `/` too); empty: all.
-        flat: leave their folders out.
+        members: patterns of the wanted names (`*` stands for `/` too); empty: all.
+        flat: write the files without their folders.
         advance: called with the number of bytes of each file that has been written.
 
     Returns:
@@ -156,7 +156,7 @@ def _free(folder: Path) -> int:
 
 
 def _write(member: _Member, path: Path) -> None:
-    """One file; a source with more bytes than it has said is a damaged archive, which the library finds."""
+    """Write one file. The library itself refuses a member with more bytes than its header says."""
     with atomic_path(path) as partial:
         source = member.open()
         assert source is not None  # it is a regular file

@@ -1,4 +1,4 @@
-"""Converters of foreign weight files, run once when a part enters the cache; they leave safetensors and JSON only."""
+"""Convert foreign weight files, once, when a part enters the cache. The results are safetensors and JSON only."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""One file over http or https: resumed where it broke off, checked, and whole under its name or not there."""
+"""Download one file over http or https: resume a broken transfer, check the file, and name it only when it is whole."""
 
 import contextlib
 import http.client
@@ -28,11 +28,11 @@ class DownloadError(UserError):
 
 
 class _BrokenOffError(Exception):
-    """The file did not come to its end, and may if asked for again; the message is a short reason."""
+    """The transfer broke off, and another try may succeed; the message is a short reason."""
 
 
 class _UnreachableError(_BrokenOffError):
-    """There was no answer at all."""
+    """The server gave no answer."""
 
 
 def download(
@@ -46,8 +46,8 @@ def download(
 ) -> None:
     """Fetch `url` to `path`.
 
-    What has come is kept beside it as `<name>.partial`, so that another call goes on there, provided that the server
-    takes part and the file is still the same (by its ETag or its date, which `<name>.partial.json` remembers).
+    The bytes so far are kept as `<name>.partial`. Another call goes on there if the server can resume and the file is
+    still the same, by its ETag or its date, which `<name>.partial.json` remembers.
 
     Args:
         size, sha256: bytes and hash that the file must have, where known.
@@ -80,13 +80,13 @@ def download(
 
 
 def _is_whole(url: str, partial: Path) -> bool:
-    """Whether an earlier call got all of it, and was stopped before it could say so."""
+    """Whether an earlier call got all bytes, and was stopped before it could rename the file."""
     known = _known(url, partial)
     return known.get("bytes") is not None and known["bytes"] == _size(partial)
 
 
 def _transfer(url: str, partial: Path, size: int | None) -> Iterator[tuple[int, int | None]]:
-    """Append what is missing to `partial`, or begin anew where that cannot be; yields (bytes so far, of how many)."""
+    """Append the missing bytes to `partial`, or start over where that is impossible; yields (bytes so far, total)."""
     asked, condition = _resume_at(url, partial)
     headers = {"Accept-Encoding": "identity", "User-Agent": "instructblip"}
     if asked:
@@ -97,7 +97,9 @@ def _transfer(url: str, partial: Path, size: int | None) -> Iterator[tuple[int, 
         total = start + int(length) if length is not None and length.isdecimal() else None
         _check_answer(url, response, start, total, size, partial)
         if not start:
-            partial.unlink(missing_ok=True)  # before the note: old bytes must never stand beside the new file's mark
+            partial.unlink(
+                missing_ok=True
+            )  # before the note: old bytes must never stand beside the new file's validator
         write_json(_note(partial), {"url": url, "validator": _validator(response), "bytes": total})
         done = start
         with open(partial, "ab") as file:
@@ -111,20 +113,20 @@ def _transfer(url: str, partial: Path, size: int | None) -> Iterator[tuple[int, 
 
 
 def _resume_at(url: str, partial: Path) -> tuple[int, str]:
-    """From which byte on to ask, and the server's mark of the file that the earlier bytes are of; 0 to ask for all."""
+    """The first byte to ask for, and the validator of the file that the earlier bytes belong to; 0 asks for all."""
     known = _known(url, partial)
     return (_size(partial), known["validator"]) if known.get("validator") else (0, "")
 
 
 def _known(url: str, partial: Path) -> dict[str, Any]:
-    """What was noted of the file that the bytes in `partial` are of; nothing where that is another or not certain."""
+    """The note on the file that the bytes in `partial` belong to; empty if there is none, or it is of another URL."""
     note = _note(partial)
     known: dict[str, Any] = read_json(note) if partial.is_file() and note.is_file() else {}
     return known if known.get("url") == url else {}
 
 
 def _validator(response: http.client.HTTPResponse) -> str | None:
-    """What If-Range takes: a strong ETag, or the date of the last change."""
+    """A value for If-Range: a strong ETag, or the date of the last change."""
     etag = response.headers.get("ETag")
     return etag if etag and not etag.startswith("W/") else response.headers.get("Last-Modified")
 
@@ -140,7 +142,7 @@ def _open(url: str, headers: dict[str, str], partial: Path) -> Iterator[http.cli
         response = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT_SECONDS)
     except urllib.error.HTTPError as error:
         error.close()
-        if error.code == 416:  # more is here than there: the file has changed, or it was whole already
+        if error.code == 416:  # no bytes beyond ours: the file has changed, or ours was whole already
             partial.unlink(missing_ok=True)
             raise _BrokenOffError("the server has no such part of the file") from None
         if error.code in _PASSING:
@@ -183,7 +185,11 @@ def _read(response: http.client.HTTPResponse) -> bytes:
 
 
 def _verify(url: str, partial: Path, size: int | None, sha256: str | None) -> None:
-    """Refuse, and remove, what is not the expected file."""
+    """Remove a file that is not the expected one.
+
+    Raises:
+        DownloadError: another size or hash.
+    """
     found = _size(partial)
     reason = f"{found:,} bytes, expected {size:,}" if size is not None and found != size else None
     if reason is None and sha256 is not None and (digest := sha256_file(partial)) != sha256:

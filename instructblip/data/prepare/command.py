@@ -5,6 +5,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from instructblip.config import entry
 from instructblip.config.schema import DataConfig, PrepareConfig, SourcesConfig
 from instructblip.data.cards import Card, load_card
 from instructblip.data.prepare.audit import audit_prepared, audit_table
@@ -112,6 +113,11 @@ def raw_folder(card: Card, fetchable: Mapping[str, SourcesConfig], shards: Path)
         )
     part = card.source_part
     return part_folder(sources(part, fetchable[part]), setting=f"data.sources.{part}.path")
+
+
+def main() -> None:
+    """The command: `prepare.py` and `instructblip-prepare`."""
+    entry.main("prepare", PrepareConfig, prepare)
 
 
 def prepare(config: PrepareConfig, console: Console) -> int:

@@ -1,7 +1,7 @@
 """Compare two evaluations sample by sample: `python -m instructblip.evaluation.report.compare RUN_A RUN_B`.
 
-Prints for each dataset that both have: both scores, the difference with its 95% interval, and the probability of one as
-large if the two were equally good. Runs that were not asked the same things in the same way are refused.
+Prints, for each dataset that both have, both scores, the difference with its 95% interval, and the probability of one as
+large if the two were equally good. Runs with different protocols or samples are refused.
 """
 
 import argparse

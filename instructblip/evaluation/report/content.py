@@ -1,4 +1,4 @@
-"""What the report says about one task's result: its row, sub-scores, breakdowns and samples."""
+"""The report's content on one task: its row, sub-scores, breakdowns and samples."""
 
 from collections.abc import Mapping, Sequence
 

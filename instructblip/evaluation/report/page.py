@@ -1,4 +1,4 @@
-"""report.html: the scores of an evaluation and a gallery of its samples in one self-contained page.
+"""Write report.html: the scores of an evaluation and a gallery of its samples in one self-contained page.
 
 The page loads nothing: pictures are data URIs, each stored once however many questions share it, and a
 Content-Security-Policy admits only this page's own style and script, by their hashes. Without JavaScript everything is

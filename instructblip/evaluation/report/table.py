@@ -1,7 +1,7 @@
-"""The paper's Table 1 with rows of one's own: `python -m instructblip.evaluation.report.table RUNS... [--csv F] [--html F]`.
+"""The paper's Table 1 with rows of your own: `python -m instructblip.evaluation.report.table RUNS... [--csv F] [--html F]`.
 
 Rows are evaluations and the paper's models, columns datasets in the paper's order, then held-in and other ones. Every score
-of a run has its 95% interval, and a mark where it must not be compared with the paper's.
+of a run has its 95% interval, and a mark where it is not comparable with the paper's.
 """
 
 import argparse
