@@ -22,7 +22,7 @@ import numpy.typing as npt
 from instructblip.data.cards import Card, SplitCounts, source_sha256
 from instructblip.data.prepare.media import JPEG_QUALITY, MediaError, MediaOptions, read_media, stored_frames
 from instructblip.data.prepare.ocr import OcrOptions, ocr_options, ocr_tokens
-from instructblip.data.readers import MEDIA_ROLES, OCR_ROLE, READERS, Losses, MediaRecords, RawSplit
+from instructblip.data.readers import MEDIA_ROLES, OCR_ROLE, READERS, Losses, MediaRecords, RawSplit, unpack_hint
 from instructblip.data.records import Record
 from instructblip.data.shards import (
     KEY,
@@ -350,7 +350,10 @@ def _finish(job: _Job, split: str, shards: list[ShardReader], losses: Losses) ->
         losses.merge(_lost(shard))
     if not sum(len(shard) for shard in shards):
         found = "; ".join(f"{loss['count']} x {loss['reason']}" for loss in losses.to_list()) or "no entries"
-        raise UserError(f"no image of {card.source}/{split} could be kept ({found}); check raw=: {card.how_to_get}")
+        raise UserError(
+            f"no image of {card.source}/{split} could be kept ({found}); {unpack_hint(job.raw)}check raw=: "
+            f"{card.how_to_get}"
+        )
     for path in _foreign_files(folder, {shard.path for shard in shards}):
         path.unlink()
     manifest = _manifest(card, split, shards, losses)
