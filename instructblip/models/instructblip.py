@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from instructblip.images import resize_square
+from instructblip.images import resize_square, to_rgb
 from instructblip.models.frozen import FrozenModule
 from instructblip.models.llm import LLM
 from instructblip.models.qformer import QFormer
@@ -96,7 +96,7 @@ class InstructBLIP(nn.Module):
             frames = [[image] if isinstance(image, Image.Image) else list(image) for image in images]
             size = self.vision.image_size
             images = torch.stack(
-                [torch.stack([resize_square(frame.convert("RGB"), size) for frame in clip]) for clip in frames]
+                [torch.stack([resize_square(to_rgb(frame), size) for frame in clip]) for clip in frames]
             )
         images = images.to(self.projection.weight.device)
         if images.dtype != torch.uint8:

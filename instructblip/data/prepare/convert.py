@@ -268,21 +268,24 @@ def convert_shard(plan: ShardPlan) -> ShardReader:
     """
     if kept := _finished_shard(plan):
         return kept
-    losses, digest = Losses(), _plan_digest(plan.options)
+    losses, notes, digest = Losses(), Losses(), _plan_digest(plan.options)
     with ShardWriter.open(plan.path) as writer:
         for image in plan.images:
             content = None
             try:
                 content = read_media(image, plan.raw)
-                frames = stored_frames(content, image.video, plan.options)
+                frames, said = stored_frames(content, image.video, plan.options)
                 writer.add(image.key, frames, image.media_id, _with_ocr(image, frames, plan.options.ocr))
+                for note in said:
+                    notes.add(note, _name(image, plan.raw), records=len(image.records))
             except MediaError as error:
                 losses.add(str(error), _name(image, plan.raw), records=len(image.records))
             except UnicodeEncodeError:
                 losses.add("record holds half a Unicode pair", _name(image, plan.raw), records=len(image.records))
             digest.update(_plan_line(image, content))
-        lost = json.dumps(losses.to_list(), ensure_ascii=False)
-        writer.notes = {"plan_sha256": digest.hexdigest(), "lost": lost}
+        writer.notes = {"plan_sha256": digest.hexdigest(), "lost": json.dumps(losses.to_list(), ensure_ascii=False)}
+        if notes.reasons:
+            writer.notes["noted"] = json.dumps(notes.to_list(), ensure_ascii=False)
     return ShardReader(plan.path)
 
 
@@ -331,8 +334,9 @@ def _finished_shard(plan: ShardPlan) -> ShardReader | None:
     return shard if shard.metadata.get("plan_sha256") == digest.hexdigest() else None
 
 
-def _lost(shard: ShardReader) -> list[dict[str, Any]]:
-    lost: list[dict[str, Any]] = json.loads(shard.metadata["lost"])
+def _lost(shard: ShardReader, what: str = "lost") -> list[dict[str, Any]]:
+    """What a shard's index says was `lost`, or `noted` of what was kept."""
+    lost: list[dict[str, Any]] = json.loads(shard.metadata.get(what, "[]"))
     return lost
 
 
@@ -346,8 +350,10 @@ def _lost_images(shard: ShardReader) -> int:
 def _finish(job: _Job, split: str, shards: list[ShardReader], losses: Losses) -> Path:
     """Remove what an earlier run with other options left, write the manifest, and warn about what differs."""
     card, folder = job.card, job.out / job.card.source / split
+    notes = Losses()
     for shard in shards:
         losses.merge(_lost(shard))
+        notes.merge(_lost(shard, "noted"))
     if not sum(len(shard) for shard in shards):
         found = "; ".join(f"{loss['count']} x {loss['reason']}" for loss in losses.to_list()) or "no entries"
         raise UserError(
@@ -357,6 +363,7 @@ def _finish(job: _Job, split: str, shards: list[ShardReader], losses: Losses) ->
     for path in _foreign_files(folder, {shard.path for shard in shards}):
         path.unlink()
     manifest = _manifest(card, split, shards, losses)
+    manifest["noted"] = notes.to_list()
     manifest["options"] = {
         "images_per_shard": job.images_per_shard,
         **asdict(job.options),
@@ -367,6 +374,8 @@ def _finish(job: _Job, split: str, shards: list[ShardReader], losses: Losses) ->
     for loss in manifest["lost"]:
         what = f"{loss['count']:,} x {loss['reason']} ({loss['records']:,} records), first {loss['examples'][0]}"
         logger.warning("%s/%s: lost %s", card.source, split, what)
+    for note in manifest["noted"]:
+        logger.warning("%s/%s: kept %s x %s", card.source, split, f"{note['count']:,}", note["reason"])
     write_json(folder / MANIFEST_NAME, manifest)
     return folder / MANIFEST_NAME
 
