@@ -36,6 +36,7 @@ from instructblip.data.shards import (
 )
 from instructblip.errors import UserError
 from instructblip.files import exclusive, sha256_file, write_json
+from instructblip.images import decode_image
 from instructblip.progress import progress_bar
 
 logger = logging.getLogger(__name__)
@@ -441,7 +442,8 @@ def _foreign_files(folder: Path, shards: set[Path]) -> list[Path]:
 
 
 def check_prepared(folder: Path) -> list[str]:
-    """Compare every shard and index below a split, dataset or output folder with its manifest, byte by byte.
+    """Compare every shard and index below a split, dataset or output folder with its manifest, byte by byte, and read every
+    record and picture as training does.
 
     Returns:
         One line for each problem; empty when all is well.
@@ -453,6 +455,22 @@ def check_prepared(folder: Path) -> list[str]:
     if not manifests:
         raise UserError(f"no {MANIFEST_NAME} below {folder}; give the folder that prepare.py wrote to")
     return [problem for manifest in manifests for problem in _check_split(manifest.parent)]
+
+
+def _unreadable(shard: ShardReader) -> list[str]:
+    """A line for each image of a shard that reading would refuse: its place in the tar, its records, its pixels."""
+    problems = []
+    for row, key in enumerate(shard.keys):
+        try:
+            frames, records = shard.read(row)
+            for frame in frames:
+                decode_image(frame, f"{key} of {shard.path}")
+            mine = shard.arrays["record_image"] == row
+            if [record.kind for record in records] != [shard.kinds[kind] for kind in shard.arrays["record_kind"][mine]]:
+                problems.append(f"{shard.path}: the kinds of records of {key} are not those of its index")
+        except UserError as error:
+            problems.append(str(error))
+    return problems
 
 
 def _check_split(folder: Path) -> list[str]:
@@ -469,5 +487,6 @@ def _check_split(folder: Path) -> list[str]:
             problems.append(f"{path}: content differs from its index (SHA-256)")
         if _shard_entry(shard) != entry:
             problems.append(f"{path}: shard or index is not the one the manifest lists")
+        problems += _unreadable(shard)
     extra = _foreign_files(folder, {folder / entry["name"] for entry in manifest["shards"]})
     return problems + [f"{path}: not in the manifest" for path in extra]
