@@ -10,6 +10,7 @@ import io
 import logging
 import os
 import re
+import string
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
@@ -31,7 +32,7 @@ DELIMITERS = (",", ";", "\t", "|")
 PICTURE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif")
 _CONSTANT = re.compile(rb'"(?:[^"\\]|\\.)*"|-?Infinity|NaN', re.DOTALL)
 _STRING = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
-_PARTIAL_WORD = re.compile(rb"[-A-Za-z]*\Z")
+_WORD = b"-" + string.ascii_letters.encode()  # what a constant is made of
 
 
 # --- text ------------------------------------------------------------------------------------------------------------
@@ -311,8 +312,7 @@ def _whole_tokens(content: bytes) -> int:
     quote = content.find(b'"', end)
     if quote >= 0:
         return quote
-    word = _PARTIAL_WORD.search(content)
-    return max(end, word.start() if word else len(content))
+    return max(end, len(content.rstrip(_WORD)))
 
 
 def _place(before: bytes) -> str:
