@@ -161,7 +161,7 @@ def read_json(path: Path) -> Any:
     """Read a UTF-8 JSON file.
 
     Raises:
-        UserError: missing, not UTF-8, or cut short; names the file.
+        UserError: missing, not UTF-8, cut short, or nested absurdly deep; names the file.
     """
     try:
         return json.loads(path.read_bytes().decode("utf-8"))
@@ -171,6 +171,8 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path} is not UTF-8 (byte {error.start}); fetch it again") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{path} is not whole JSON (line {error.lineno}: {error.msg}); fetch it again") from None
+    except (RecursionError, ValueError) as error:  # brackets by the thousand, a number of thousands of digits
+        raise UserError(f"{path} is no sound JSON ({error}); fetch it again") from None
 
 
 def sha256_file(path: Path) -> str:

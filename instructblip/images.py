@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Callable, Sequence
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import Image, ImageOps, JpegImagePlugin, UnidentifiedImageError
 from torch import Tensor
@@ -13,6 +14,11 @@ from instructblip.errors import DamagedSample
 
 MAX_PIXELS = 64_000_000  # decoding is refused above this: 192 MB as RGB
 _ORIENTATION = 0x0112  # EXIF; 5 to 8 lie on their side
+_JPEG_END = b"\xff\xd9"
+_JPEG_SCAN = b"\xff\xda"
+_ROWS_NEEDED = 0.9  # of a JPEG without its end
+_BLOCK_ROWS = 16  # that are coded together, so that a cut a few bytes before the end costs all of them
+_PROBE = b"\x55" * 256  # bits that decode to something, whatever the Huffman table
 
 Fit = Callable[[Image.Image, int], Tensor]
 
@@ -21,7 +27,7 @@ Fit = Callable[[Image.Image, int], Tensor]
 
 
 def decode_image(data: bytes, where: str, *, at_least: tuple[int, int] | None = None) -> Image.Image:
-    """Decode to RGB, upright.
+    """Decode to RGB, upright, transparency laid on white.
 
     Args:
         data: an encoded PNG, JPEG, ...
@@ -37,8 +43,7 @@ def decode_image(data: bytes, where: str, *, at_least: tuple[int, int] | None = 
         if at_least is not None and isinstance(image, JpegImagePlugin.JpegImageFile):
             image.draft("RGB", at_least[::-1] if _lies_on_its_side(image) else at_least)
         ImageOps.exif_transpose(image, in_place=True)
-        image.load()
-        return image if image.mode == "RGB" else image.convert("RGB")
+        return to_rgb(image)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise _damaged(where, error) from None
 
@@ -75,6 +80,95 @@ def _lies_on_its_side(image: Image.Image) -> bool:
 def _damaged(where: str, error: Exception) -> DamagedSample:
     reason = "not an image" if isinstance(error, UnidentifiedImageError) else error
     return DamagedSample(f"image {where} cannot be decoded ({reason}); prepare its dataset again")
+
+
+# --- to RGB -----------------------------------------------------------------------------------------------------------
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An image of any mode in RGB: what is transparent lies on white, more than 8 bits are scaled to 8.
+
+    Raises:
+        OSError, SyntaxError, ValueError: it cannot be decoded.
+    """
+    image.load()
+    if image.mode == "RGB" and not image.has_transparency_data:
+        return image
+    if image.mode == "F" or image.mode.startswith("I"):
+        return Image.fromarray(_eight_bits(image)).convert("RGB")
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    drawn = image.convert("RGBA")
+    page = Image.new("RGBA", image.size, "white")
+    page.alpha_composite(drawn)
+    return page.convert("RGB")
+
+
+def is_transparent(image: Image.Image) -> bool:
+    """Whether any pixel of a decoded image is transparent, wholly or in part."""
+    if not image.has_transparency_data or image.mode.startswith("I"):
+        return False
+    return bool(image.convert("RGBA").getchannel("A").getextrema()[0] != 255)
+
+
+def _eight_bits(image: Image.Image) -> npt.NDArray[np.uint8]:
+    """Grey levels of 16 or 32 bits, or of floating point, as uint8 (H, W).
+
+    16 bits lose their lower half. Other values are taken for 8 bits or for 0 to 1 where they all lie there, and are
+    stretched from the least to the largest where they do not.
+    """
+    values = np.nan_to_num(np.asarray(image).astype(np.float64), posinf=0.0, neginf=0.0)
+    low, high = float(values.min()), float(values.max())
+    if (image.mode != "F" and low >= 0 and 255 < high < 65536) or image.mode.startswith("I;16"):
+        values = values // 256
+    elif image.mode == "F" and low >= 0 and high <= 1:
+        values = values * 255
+    elif low < 0 or high > 255:
+        values = (values - low) * (255 / (high - low))
+    return values.clip(0, 255).round().astype(np.uint8)
+
+
+# --- JPEGs without their end -----------------------------------------------------------------------------------------
+
+
+def mended_jpeg(content: bytes, at_least: tuple[int, int] | None = None) -> bytes | None:
+    """A JPEG whose file was cut near its end, with an end marker; None where more is missing than a tenth of its rows, or
+    than the last row of blocks in a small one (a quarter at most).
+
+    Pillow's `LOAD_TRUNCATED_IMAGES` puts the same marker there, however much is missing. How much that is shows when
+    other bytes follow the cut: rows that are whole do not change with them.
+
+    Args:
+        at_least: decode at a size not below this, as `decode_image` does.
+
+    Raises:
+        OSError, SyntaxError, ValueError: it cannot be decoded.
+    """
+    kept = content.removesuffix(b"\xff")  # the first byte of a marker or of an escaped one
+    if not _has_last_scan(kept):
+        return None
+    height = JpegImagePlugin.JpegImageFile(io.BytesIO(kept)).height
+    ended, probed = (_decoded_jpeg(kept + tail + _JPEG_END, at_least) for tail in (b"", _PROBE))
+    changed = np.flatnonzero((ended != probed).reshape(len(ended), -1).any(axis=1))
+    whole = 1.0 if len(changed) == 0 else float(changed[0] / len(ended))
+    needed = max(0.75, min(_ROWS_NEEDED, 1 - _BLOCK_ROWS / height))
+    return kept + _JPEG_END if whole >= needed else None
+
+
+def _has_last_scan(content: bytes) -> bool:
+    """Whether the last scan that is there gives the lowest bit of what it is about: earlier ones of a progressive JPEG do
+    not, so that more scans are missing altogether."""
+    start = content.rfind(_JPEG_SCAN)
+    length = int.from_bytes(content[start + 2 : start + 4], "big")
+    header = content[start + 2 : start + 2 + length]
+    return start >= 0 and len(header) == length > 3 and header[-1] & 0x0F == 0
+
+
+def _decoded_jpeg(content: bytes, at_least: tuple[int, int] | None) -> npt.NDArray[np.uint8]:
+    image = JpegImagePlugin.JpegImageFile(io.BytesIO(content))
+    if at_least is not None:
+        image.draft(None, at_least)
+    return np.asarray(image)
 
 
 # --- the same for every draw ------------------------------------------------------------------------------------------

@@ -25,7 +25,8 @@ import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
-from instructblip.data.records import Record
+from instructblip.data.records import Record, parse_records
+from instructblip.data.typed import Fields, WrongValueError, parse_json
 from instructblip.errors import DamagedSample, UserError
 from instructblip.fetch.shard_cache import RemoteTars, remote_tars
 from instructblip.files import atomic_path, read_json, sha256_file, write_atomically
@@ -38,8 +39,13 @@ INDEX_VERSION = "2"
 FRAME_ARRAYS = ("frame_offset", "frame_size", "frame_image")
 JSON_ARRAYS = ("json_offset", "json_size")
 RECORD_ARRAYS = ("record_image", "record_number", "record_kind")
+INDEX_NAMES = ("kinds", "keys", "extensions")
+ARRAYS_BY_LENGTH = (FRAME_ARRAYS, JSON_ARRAYS, RECORD_ARRAYS)
 INDEX_ARRAYS = (*FRAME_ARRAYS, *JSON_ARRAYS, *RECORD_ARRAYS)
 KEY = re.compile(r"[A-Za-z0-9_-]+")
+_EXTENSION = re.compile(r"(?:[0-9]+\.)?[a-z0-9]+")
+_SHARD_NAME = re.compile(r"shard-[0-9]{6,9}\.tar")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _READERS_KEPT = 256  # open indexes of a split: more than the shards that training has in hand at a time
 
 
@@ -186,9 +192,7 @@ class ShardReader:
         self.path = path
         self._remote = remote
         self.metadata, self.arrays = _read_index(index_path(path))
-        self.kinds: list[str] = json.loads(self.metadata["kinds"])
-        self.keys: list[str] = json.loads(self.metadata["keys"])
-        self.extensions: list[str] = json.loads(self.metadata["extensions"])
+        self.kinds, self.keys, self.extensions = (_names_in(self.metadata, name) for name in INDEX_NAMES)
         self.tar_sha256 = self.metadata["tar_sha256"]
         self.tar_bytes = int(self.metadata["tar_bytes"])
         if remote is None:
@@ -256,12 +260,12 @@ class ShardReader:
     def _records(self, row: int, text: bytes, wanted: slice = slice(None)) -> list[Record]:
         """The wanted ones of a row's records; those of a slice must be there."""
         try:
-            found = json.loads(text.decode())["records"]
+            found = parse_records(text)[1]
             if wanted.stop is not None and len(found) < wanted.stop:
-                raise ValueError("fewer records than the index says")
+                raise WrongValueError("there are fewer than the index says")
             return [Record.from_dict(record) for record in found[wanted]]
-        except (ValueError, KeyError, TypeError, AttributeError):
-            line = _broken(self.path, f"image {self.keys[row]} has damaged records")
+        except WrongValueError as error:
+            line = _broken(self.path, f"image {self.keys[row]} has damaged records ({error})")
             raise DamagedSample(str(line)) from None
 
     def _check_header(self, header: bytes, name: str, size: int) -> None:
@@ -328,12 +332,48 @@ def _read_index(path: Path) -> tuple[dict[str, str], dict[str, Int64Array]]:
             arrays = {name: file.get_tensor(name) for name in INDEX_ARRAYS}
     except (OSError, SafetensorError) as error:
         raise _no_index(path, error) from None
-    images = len(json.loads(metadata["keys"]))
-    frames = len(json.loads(metadata["extensions"]))
-    lengths = [{len(arrays[name]) for name in names} for names in (FRAME_ARRAYS, JSON_ARRAYS, RECORD_ARRAYS)]
-    if lengths[:2] != [{frames}, {images}] or len(lengths[2]) != 1:
-        raise _broken(tar, f"has a damaged index: the lengths in {path.name} differ")
+    try:
+        kinds, images, frames = (len(_names_in(metadata, name)) for name in INDEX_NAMES)
+        _check_arrays(arrays, kinds, images, frames, int(metadata["tar_bytes"]))
+    except WrongValueError as error:
+        raise _broken(tar, f"has a damaged index: {error} in {path.name}") from None
     return metadata, arrays
+
+
+def _names_in(metadata: Mapping[str, str], name: str) -> list[str]:
+    """The kinds, keys or extensions of an index.
+
+    Raises:
+        WrongValueError: no list of them, or a key or extension that makes no member's name.
+    """
+    names = parse_json(metadata[name])
+    form = None if name == "kinds" else KEY if name == "keys" else _EXTENSION
+    if not isinstance(names, list) or not all(isinstance(text, str) for text in names):
+        raise WrongValueError(f"{name} is no list of texts")
+    if form is not None and not all(form.fullmatch(text) for text in names):
+        raise WrongValueError(f"{name} holds what makes no member's name")
+    return names
+
+
+def _check_arrays(arrays: Mapping[str, Int64Array], kinds: int, images: int, frames: int, tar_bytes: int) -> None:
+    """Compare the arrays of an index with each other and with the size of its tar."""
+    lengths = [{array.shape for array in map(arrays.__getitem__, names)} for names in ARRAYS_BY_LENGTH]
+    if any(array.dtype != np.int64 for array in arrays.values()):
+        raise WrongValueError("an array is not of int64")
+    if lengths[:2] != [{(frames,)}, {(images,)}] or len(lengths[2]) != 1 or len(next(iter(lengths[2]))) != 1:
+        raise WrongValueError("the lengths differ")
+    for of, size in (("frame_offset", "frame_size"), ("json_offset", "json_size")):
+        offset, length = arrays[of], arrays[size]
+        # Not their sum, which might overflow.
+        if np.any((offset < tarfile.BLOCKSIZE) | (offset > tar_bytes) | (length < 0) | (length > tar_bytes - offset)):
+            raise WrongValueError("an offset is outside of the tar")
+    for name, count in (("frame_image", images), ("record_image", images), ("record_kind", kinds)):
+        if np.any((arrays[name] < 0) | (arrays[name] >= count)):
+            raise WrongValueError(f"{name} is out of range")
+    if np.any(np.diff(arrays["frame_image"]) < 0) or len(np.unique(arrays["frame_image"])) != images:
+        raise WrongValueError("the frames are not in the order of their images, one at least of each")
+    if np.any(arrays["record_number"] < 0):
+        raise WrongValueError("record_number is out of range")
 
 
 def _index_metadata(path: Path) -> dict[str, str]:
@@ -346,6 +386,8 @@ def _index_metadata(path: Path) -> dict[str, str]:
     needed = {"version", "kinds", "keys", "extensions", "tar_sha256", "tar_bytes"}
     if not needed <= metadata.keys() or metadata["version"] != INDEX_VERSION:
         raise _broken(_tar_of(path), f"has an index of another version than {INDEX_VERSION}")
+    if not _SHA256.fullmatch(metadata["tar_sha256"]) or not re.fullmatch("[0-9]{1,18}", metadata["tar_bytes"]):
+        raise _broken(_tar_of(path), f"has a damaged index: {path.name} does not say what tar it is of")
     return metadata
 
 
@@ -475,7 +517,32 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     manifest = read_json(path)
     if not isinstance(manifest, dict) or manifest.get("format") != MANIFEST_FORMAT:
         raise UserError(f"{path} is not a manifest of format {MANIFEST_FORMAT}; run prepare.py again")
+    try:
+        _check_manifest(Fields(manifest))
+    except WrongValueError as error:
+        raise UserError(f"{path} is no sound manifest ({error}); run prepare.py again") from None
     return manifest
+
+
+def _check_manifest(manifest: Fields) -> None:
+    """What reading relies on: names of shards that stay in their folder, hashes that are hashes, counts that are counts."""
+    for name in ("dataset", "split"):
+        manifest.file_name(name)
+    shards = [Fields.of(entry, "a shard") for entry in manifest.items("shards")]
+    for shard in shards:
+        if not _SHARD_NAME.fullmatch(shard.file_name("name")) or not _SHA256.fullmatch(shard.text("sha256")):
+            raise WrongValueError("a shard has another name or hash than shards have")
+    for fields in (manifest, *shards):
+        for name in ("images", "frames", "records", "bytes"):
+            if fields.has(name):
+                fields.whole(name)
+        if fields.has("records_by_kind"):
+            by_kind = Fields.of(fields.get("records_by_kind"), "records_by_kind")
+            total = sum(by_kind.whole(kind) for kind in by_kind.values)
+            if fields.get("records") not in (None, total):
+                raise WrongValueError("records_by_kind is not what records says")
+    for loss in manifest.items("lost") if manifest.has("lost") else []:
+        Fields.of(loss, "a loss").whole("records")
 
 
 def open_split(folder: Path) -> PreparedSplit:

@@ -14,7 +14,7 @@ from PIL import Image
 from timm.layers import pos_embed_sincos
 from torch import Tensor, nn
 
-from instructblip.images import resize_square
+from instructblip.images import resize_square, to_rgb
 from instructblip.models.base import Images
 from instructblip.models.exact_buffers import ExactBuffers
 
@@ -129,7 +129,7 @@ def as_frames(images: Images, size: int) -> Tensor:
     if isinstance(images, Tensor):
         return images
     clips = [[image] if isinstance(image, Image.Image) else list(image) for image in images]
-    return torch.stack([torch.stack([resize_square(frame.convert("RGB"), size) for frame in clip]) for clip in clips])
+    return torch.stack([torch.stack([resize_square(to_rgb(frame), size) for frame in clip]) for clip in clips])
 
 
 def _create_backbone(name: str, image_size: int, options: dict[str, Any]) -> Any:

@@ -42,11 +42,11 @@ def test_these_are_the_26() -> None:
 @pytest.mark.parametrize("name", SOURCES)
 def test_what_goes_in_comes_out_or_is_counted(all_datasets: Path, name: str) -> None:
     found = {}
-    for split in SOURCES[name][1]:
+    for split in SOURCES[name]:
         manifest = json.loads((all_datasets / "shards" / name / split / "manifest.json").read_text())
         lost = sum(loss["records"] for loss in manifest["lost"])
         found[split] = (manifest["images"], manifest["frames"], manifest["records"], lost)
-    assert found == SOURCES[name][1]
+    assert found == SOURCES[name]
     assert check_prepared(all_datasets / "shards" / name) == []
 
 
@@ -55,7 +55,7 @@ def test_stock_webdataset_reads_the_same_in_its_secure_mode(
     all_datasets: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(webdataset.utils, "enforce_security", True)
-    for split in SOURCES[name][1]:
+    for split in SOURCES[name]:
         folder = all_datasets / "shards" / name / split
         urls = [str(path) for path in sorted(folder.glob("*.tar"))]
         opened = open_split(folder)
@@ -70,7 +70,7 @@ def test_stock_webdataset_reads_the_same_in_its_secure_mode(
 
 @pytest.mark.parametrize("name", ["vqav2", "ocr_vqa", "msvd_qa"])
 def test_four_workers_write_what_one_writes(all_datasets: Path, tmp_path: Path, name: str) -> None:
-    split = next(iter(SOURCES[name][1]))
+    split = next(iter(SOURCES[name]))
     prepare_source(name, all_datasets / "raw" / name, tmp_path, splits=[split], workers=4)
     written = {path.name: path.read_bytes() for path in (tmp_path / name / split).iterdir()}
     assert written == {path.name: path.read_bytes() for path in (all_datasets / "shards" / name / split).iterdir()}

@@ -16,7 +16,7 @@ from PIL import Image
 from instructblip.data.cards import Card, SplitCounts, load_card
 from instructblip.data.prepare.convert import _Seen, prepare_dataset
 from instructblip.data.readers import READERS, Losses, MediaRecords, RawSplit
-from instructblip.data.readers.common import load_list
+from instructblip.data.readers.files import load_list
 from instructblip.data.records import Record
 from instructblip.data.shards import open_split
 from instructblip.errors import UserError

@@ -1,50 +1,44 @@
 """Hand-made raw folders of all 23 datasets that have files of their own, in their official layout, and their shards."""
 
-import importlib
 import logging
 from pathlib import Path
 from typing import Any
 
 from instructblip.data.cards import load_card
 from instructblip.data.prepare.convert import prepare_dataset
+from tests.kit.raw_files import write_raw
 
-# dataset -> (module that writes its raw folder, split -> (images, frames, records, records lost))
-SOURCES: dict[str, tuple[str, dict[str, tuple[int, int, int, int]]]] = {
-    "coco_caption": ("coco_caption", {"train": (2, 2, 3, 0), "val": (1, 1, 3, 0), "test": (1, 1, 1, 0)}),
-    "web_capfilt": ("web_capfilt", {"train": (2, 2, 4, 3)}),
-    "textcaps": ("textcaps", {"train": (2, 2, 3, 0), "val": (1, 1, 6, 0), "test": (1, 1, 1, 0)}),
-    "vqav2": ("vqa", {"train": (2, 2, 3, 0), "val": (1, 1, 1, 0), "test-dev": (1, 1, 1, 0), "test": (2, 2, 2, 0)}),
-    "okvqa": ("vqa", {"train": (1, 1, 1, 0), "val": (1, 1, 1, 0)}),
-    "aokvqa": ("aokvqa", {"train": (2, 2, 2, 0), "val": (1, 1, 1, 0), "test": (1, 1, 1, 0)}),
-    "ocr_vqa": ("ocr_vqa", {"train": (2, 2, 4, 0), "val": (1, 1, 2, 0), "test": (1, 1, 2, 0)}),
-    "llava_conversation": ("llava", {"train": (2, 2, 5, 0)}),
-    "llava_detail": ("llava", {"train": (1, 1, 1, 0)}),
-    "llava_reasoning": ("llava", {"train": (1, 1, 1, 0)}),
-    "nocaps": ("nocaps", {"val": (2, 2, 2, 0), "test": (1, 1, 1, 0)}),
-    "flickr30k": ("flickr30k", {"train": (1, 1, 5, 5), "val": (1, 1, 1, 0), "test": (1, 1, 1, 0)}),
-    "gqa": ("gqa", {"testdev": (2, 2, 3, 0), "test": (1, 1, 1, 0)}),
-    "vsr": ("vsr", {"zeroshot_test": (2, 2, 3, 0), "random_test": (1, 1, 1, 0)}),
-    "iconqa": ("iconqa", {"test": (2, 2, 2, 0)}),
-    "textvqa": ("textvqa", {"val": (2, 2, 3, 0), "test": (1, 1, 1, 0)}),
-    "visdial": ("visdial", {"train": (2, 2, 2, 0), "val": (1, 1, 3, 0), "test": (1, 1, 1, 0)}),
-    "hateful_memes": ("hateful_memes", {"dev_seen": (2, 2, 2, 0), "test_unseen": (1, 1, 1, 0)}),
-    "vizwiz": ("vizwiz", {"val": (2, 2, 2, 0), "test": (1, 1, 1, 0)}),
-    "scienceqa_img": ("scienceqa", {"train": (1, 1, 1, 0), "test": (2, 2, 2, 0)}),
-    "msvd_qa": ("video_qa", {"train": (2, 8, 3, 0), "val": (1, 4, 1, 0), "test": (1, 4, 1, 0)}),
-    "msrvtt_qa": ("video_qa", {"train": (2, 8, 2, 0), "val": (1, 4, 1, 0), "test": (1, 4, 2, 0)}),
-    "ivqa": ("ivqa", {"train": (1, 4, 1, 0), "val": (1, 4, 1, 0), "test": (3, 12, 3, 0)}),
+# dataset -> split -> (images, frames, records, records lost)
+SOURCES: dict[str, dict[str, tuple[int, int, int, int]]] = {
+    "coco_caption": {"train": (2, 2, 3, 0), "val": (1, 1, 3, 0), "test": (1, 1, 1, 0)},
+    "web_capfilt": {"train": (2, 2, 4, 3)},
+    "textcaps": {"train": (2, 2, 3, 0), "val": (1, 1, 6, 0), "test": (1, 1, 1, 0)},
+    "vqav2": {"train": (2, 2, 3, 0), "val": (1, 1, 1, 0), "test-dev": (1, 1, 1, 0), "test": (2, 2, 2, 0)},
+    "okvqa": {"train": (1, 1, 1, 0), "val": (1, 1, 1, 0)},
+    "aokvqa": {"train": (2, 2, 2, 0), "val": (1, 1, 1, 0), "test": (1, 1, 1, 0)},
+    "ocr_vqa": {"train": (2, 2, 4, 0), "val": (1, 1, 2, 0), "test": (1, 1, 2, 0)},
+    "llava_conversation": {"train": (2, 2, 5, 0)},
+    "llava_detail": {"train": (1, 1, 1, 0)},
+    "llava_reasoning": {"train": (1, 1, 1, 0)},
+    "nocaps": {"val": (2, 2, 2, 0), "test": (1, 1, 1, 0)},
+    "flickr30k": {"train": (1, 1, 5, 5), "val": (1, 1, 1, 0), "test": (1, 1, 1, 0)},
+    "gqa": {"testdev": (2, 2, 3, 0), "test": (1, 1, 1, 0)},
+    "vsr": {"zeroshot_test": (2, 2, 3, 0), "random_test": (1, 1, 1, 0)},
+    "iconqa": {"test": (2, 2, 2, 0)},
+    "textvqa": {"val": (2, 2, 3, 0), "test": (1, 1, 1, 0)},
+    "visdial": {"train": (2, 2, 2, 0), "val": (1, 1, 3, 0), "test": (1, 1, 1, 0)},
+    "hateful_memes": {"dev_seen": (2, 2, 2, 0), "test_unseen": (1, 1, 1, 0)},
+    "vizwiz": {"val": (2, 2, 2, 0), "test": (1, 1, 1, 0)},
+    "scienceqa_img": {"train": (1, 1, 1, 0), "test": (2, 2, 2, 0)},
+    "msvd_qa": {"train": (2, 8, 3, 0), "val": (1, 4, 1, 0), "test": (1, 4, 1, 0)},
+    "msrvtt_qa": {"train": (2, 8, 2, 0), "val": (1, 4, 1, 0), "test": (1, 4, 2, 0)},
+    "ivqa": {"train": (1, 4, 1, 0), "val": (1, 4, 1, 0), "test": (3, 12, 3, 0)},
 }
-
-
-def write_raw(name: str, raw: Path) -> None:
-    """Write the raw folder of a dataset."""
-    raw.mkdir(parents=True, exist_ok=True)
-    getattr(importlib.import_module(f"tests.unit.test_reader_{SOURCES[name][0]}"), f"write_{name}")(raw)
 
 
 def prepare_source(name: str, raw: Path, out: Path, **options: Any) -> list[Path]:
     """Convert all splits of a dataset that `SOURCES` names, one image a shard."""
-    options = {"splits": list(SOURCES[name][1]), "progress": False, "images_per_shard": 1} | options
+    options = {"splits": list(SOURCES[name]), "progress": False, "images_per_shard": 1} | options
     return prepare_dataset(load_card(name), raw, out, **options)
 
 

@@ -19,8 +19,8 @@ from instructblip.data.prepare.convert import check_prepared
 from instructblip.data.prepare.fetch import WORK_FOLDER, fetch_raw
 from instructblip.errors import UserError
 from instructblip.files import read_json
+from tests.kit.raw_files import write_raw
 from tests.kit.servers import FileServer, file_server
-from tests.unit.test_reader_vqa import write_vqav2
 
 ARCHIVES = {  # name on the server -> what of a raw folder of VQA 2.0 it holds
     "questions_train.zip": "v2_OpenEnded_mscoco_train2014_questions.json",
@@ -51,7 +51,7 @@ def _pack(source: Path, name: str, kind: str) -> bytes:
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FileServer]:
     """The official files of a tiny VQA 2.0; `official/` is what a person would have unpacked."""
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    write_vqav2(tmp_path / "official")
+    write_raw("vqav2", tmp_path / "official")
     with file_server() as running:
         for name, content in ARCHIVES.items():
             running.files[f"/{name}"] = _pack(tmp_path / "official", content, name)

@@ -1,79 +1,61 @@
 """What the model is asked on the held-out image datasets: the paper's prompts (appendix E) word for word; the protocol."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from instructblip.data.cards import load_card
 from instructblip.data.templates import render_prompt
-from tests.kit.raw_files import read_raw
-from tests.unit.test_reader_flickr30k import write_flickr30k
-from tests.unit.test_reader_gqa import write_gqa
-from tests.unit.test_reader_hateful_memes import write_hateful_memes
-from tests.unit.test_reader_iconqa import write_iconqa
-from tests.unit.test_reader_nocaps import write_nocaps
-from tests.unit.test_reader_scienceqa import write_scienceqa_img
-from tests.unit.test_reader_textvqa import write_textvqa
-from tests.unit.test_reader_visdial import write_visdial
-from tests.unit.test_reader_vizwiz import write_vizwiz
-from tests.unit.test_reader_vsr import write_vsr
+from tests.kit.raw_files import read_raw, write_raw
 
-PROMPTS: list[tuple[str, Callable[[Path], None], str, str]] = [
-    ("nocaps", write_nocaps, "0", "A short image description:"),
-    ("flickr30k", write_flickr30k, "2199200615", "A short image description:"),
-    ("gqa", write_gqa, "02930152", "Question: Is the sky dark? Short answer:"),
+PROMPTS: list[tuple[str, str, str]] = [
+    ("nocaps", "0", "A short image description:"),
+    ("flickr30k", "2199200615", "A short image description:"),
+    ("gqa", "02930152", "Question: Is the sky dark? Short answer:"),
     (
         "vsr",
-        write_vsr,
         "17697-0",
         'Based on the image, is this statement true or false? "The cat is under the bed." Answer:',
     ),
-    ("iconqa", write_iconqa, "7", "Question: How many dots? Options: (a) 3 (b) 10 (c) 0.5. Short answer:"),
+    ("iconqa", "7", "Question: How many dots? Options: (a) 3 (b) 10 (c) 0.5. Short answer:"),
     (
         "textvqa",
-        write_textvqa,
         "34602",
         "OCR tokens: DAKOTA, café, 35. Question: what is the brand of this camera? Short answer:",
     ),
-    ("textvqa", write_textvqa, "34603", "Question: what does it say? Short answer:"),
-    ("visdial", write_visdial, "185565-1", "Question: is it sunny Short answer:"),
+    ("textvqa", "34603", "Question: what does it say? Short answer:"),
+    ("visdial", "185565-1", "Question: is it sunny Short answer:"),
     (
         "visdial",
-        write_visdial,
         "185565-3",
         "Dialog history: Q: is it sunny A: yes\nQ: how many dogs A: 2 \n Question: any people Short answer:",
     ),
     (
         "hateful_memes",
-        write_hateful_memes,
         "08291",
         'This is an image with: "a line of text" written on it. Is it hateful? Answer:',
     ),
     (
         "vizwiz",
-        write_vizwiz,
         "VizWiz_val_00000001",
         "Question: Can you tell me what this medicine is please? Short answer:",
     ),
     (
         "scienceqa_img",
-        write_scienceqa_img,
         "10",
         "Context: A passage.\nIts second line. Question: Which one? Options: (a) a (b) b (c) c. Answer:",
     ),
     (
         "scienceqa_img",
-        write_scienceqa_img,
         "2",
         "Question: Which of these states is farthest north? Options: (a) West Virginia (b) Louisiana. Answer:",
     ),
 ]
 
 
-@pytest.mark.parametrize(("dataset", "write", "record_id", "prompt"), PROMPTS)
-def test_prompt(dataset: str, write: Callable[[Path], None], record_id: str, prompt: str, tmp_path: Path) -> None:
-    write(tmp_path)
+@pytest.mark.parametrize(("dataset", "record_id", "prompt"), PROMPTS)
+def test_prompt(dataset: str, record_id: str, prompt: str, tmp_path: Path) -> None:
+    write_raw(dataset, tmp_path)
     rules = load_card(dataset).evaluation
     assert rules is not None
     records = {record.id: record for item in read_raw(dataset, tmp_path, rules.split)[0] for record in item.records}

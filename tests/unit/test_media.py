@@ -12,7 +12,15 @@ import pytest
 from PIL import Image
 
 from instructblip import images
-from instructblip.data.prepare.media import MediaError, MediaOptions, read_media, store_image, stored_frames
+from instructblip.data.prepare.media import (
+    TRANSPARENT,
+    WITHOUT_END,
+    MediaError,
+    MediaOptions,
+    read_media,
+    store_image,
+    stored_frames,
+)
 from instructblip.data.readers import MediaRecords
 from instructblip.images import decode_image
 
@@ -56,7 +64,7 @@ def _color(image: Image.Image, place: tuple[float, float]) -> str:
         (_image("GIF", "L")[:-200], "image is truncated"),
         (_image("GIF", "L", (1, 1)), "image is a single pixel"),
         (_image("JPEG", "RGB", (1, 1)), "image is a single pixel"),
-        (_image("ICO", "RGB", (32, 32)), "image format ICO is not known"),
+        (_image("EPS"), "image format EPS is not taken"),
         (_image("PNG", "1", (3000, 3000)), "too many pixels"),
         (_image("PNG")[:45] + b"\xff" * 40 + _image("PNG")[85:], "image is"),
     ],
@@ -84,16 +92,16 @@ def test_bad_images_have_a_reason(content: bytes, reason: str, monkeypatch: pyte
 )
 def test_sound_images_are_kept_whatever_their_mode(format: str, mode: str, extension: str) -> None:
     content = _image(format, mode)
-    assert store_image(content) == (extension, content)
-    assert store_image(content, image_size=30) == (extension, content)
+    assert store_image(content) == (extension, content, ())
+    assert store_image(content, image_size=30) == (extension, content, ())
     assert store_image(_image(format, mode, (1, 2)))[0] == extension
     reduced = Image.open(io.BytesIO(store_image(content, image_size=15)[1]))
     assert (reduced.format, reduced.mode, reduced.size) == ("JPEG", "RGB", (20, 15))
 
 
-@pytest.mark.parametrize("format", ["GIF", "WEBP", "BMP", "TIFF"])
+@pytest.mark.parametrize("format", ["GIF", "WEBP", "BMP", "TIFF", "AVIF", "PPM", "TGA"])
 def test_formats_that_webdataset_cannot_decode_are_re_encoded(format: str) -> None:
-    extension, content = store_image(_halves(format, (40, 30)))
+    extension, content, _ = store_image(_halves(format, (40, 30)))
     image = Image.open(io.BytesIO(content))
     assert (extension, image.format, image.size) == ("jpg", "JPEG", (40, 30))
     assert (_color(image, (0.2, 0.5)), _color(image, (0.8, 0.5))) == ("red", "blue")
@@ -103,15 +111,65 @@ def test_sixteen_bits_are_reduced_to_eight_and_not_clipped() -> None:
     ramp = np.linspace(0, 65535, 64).astype(np.uint16)
     buffer = io.BytesIO()
     Image.fromarray(np.tile(ramp, (8, 1))).save(buffer, "PNG")
-    extension, content = store_image(buffer.getvalue())
+    extension, content, _ = store_image(buffer.getvalue())
     pixels = np.asarray(decode_image(content, "ramp"), dtype=int)
     assert extension == "jpg"
     assert abs(pixels[4, :, 0] - ramp // 256).max() <= 4
 
 
+@pytest.mark.parametrize(("low", "high"), [(0, 1), (0, 255), (-5, 5), (0, 70_000)])
+def test_floating_point_and_32_bits_are_scaled_to_eight(low: int, high: int) -> None:
+    ramp = np.linspace(low, high, 64).astype(np.int32 if high > 255 else np.float32)
+    buffer = io.BytesIO()
+    Image.fromarray(np.tile(ramp, (8, 1))).save(buffer, "TIFF")
+    pixels = np.asarray(decode_image(store_image(buffer.getvalue())[1], "ramp"), dtype=int)
+    assert abs(pixels[4, :, 0] - np.linspace(0, 255, 64)).max() <= 4
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparency_is_laid_on_white_and_said(mode: str) -> None:
+    drawn = Image.new("RGBA", (80, 60), (0, 0, 0, 0))
+    drawn.paste((0, 0, 0, 255), (20, 20, 60, 40))
+    buffer = io.BytesIO()
+    drawn.convert(mode).save(buffer, "PNG")
+    kept, small = store_image(buffer.getvalue()), store_image(buffer.getvalue(), image_size=30)
+    assert tuple(kept) == ("png", buffer.getvalue(), (TRANSPARENT,))
+    assert small.notes == (TRANSPARENT,)
+    for content in (kept.content, small.content):
+        image = decode_image(content, "drawn")
+        assert [image.getpixel((1, 1)), image.getpixel((image.width // 2, image.height // 2))] == [(255,) * 3, (0,) * 3]
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("image_size", [None, 16])
+def test_a_jpeg_that_lacks_only_its_end_is_kept_and_said(progressive: bool, image_size: int | None) -> None:
+    buffer = io.BytesIO()
+    picture = Image.effect_noise((96, 96), 60).convert("RGB")
+    picture.save(buffer, "JPEG", quality=90, progressive=progressive)
+    whole = buffer.getvalue()
+    for cut in (1, 2):
+        extension, content, notes = store_image(whole[:-cut], image_size)
+        assert (extension, notes) == ("jpg", (WITHOUT_END,))
+        if image_size is None:
+            assert content == whole
+    for share in (0.5, 0.8):
+        with pytest.raises(MediaError, match="image is truncated"):
+            store_image(whole[: int(share * len(whole))], image_size)
+
+
+def test_a_large_jpeg_is_reduced_before_its_pixels_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images, "MAX_PIXELS", 100_000)
+    content = _halves("JPEG", (800, 600))
+    assert Image.open(io.BytesIO(store_image(content, image_size=60).content)).size == (80, 60)
+    progressive = _halves("JPEG", (800, 600), progressive=True)  # whose coefficients are in memory at full size
+    for large, image_size in ((content, None), (content, 400), (progressive, 60)):
+        with pytest.raises(MediaError, match="too many pixels"):
+            store_image(large, image_size)
+
+
 def test_a_turned_image_is_kept_and_read_upright_and_reduced_upright() -> None:
     content = _turned((80, 40))
-    assert store_image(content) == ("jpg", content)
+    assert store_image(content) == ("jpg", content, ())
     upright = decode_image(content, "kept")
     reduced = Image.open(io.BytesIO(store_image(content, image_size=20)[1]))
     assert (upright.size, reduced.size, reduced.getexif()) == ((40, 80), (20, 40), {})
@@ -189,12 +247,12 @@ def video(path: Path, seconds: int = 4, size: tuple[int, int] = (96, 64)) -> byt
 
 
 def test_a_video_is_stored_as_frames_in_order(tmp_path: Path) -> None:
-    frames = stored_frames(video(tmp_path / "a.mp4"), True, MediaOptions())
+    frames, _ = stored_frames(video(tmp_path / "a.mp4"), True, MediaOptions())
     assert list(frames) == ["0.jpg", "1.jpg", "2.jpg", "3.jpg"]
     images = [decode_image(frame, "frame") for frame in frames.values()]
     assert [image.size for image in images] == [(96, 64)] * 4
     assert [_color(image, (0.5, 0.5)) for image in images] == ["red", "red", "blue", "blue"]
-    small = stored_frames(video(tmp_path / "a.mp4"), True, MediaOptions(image_size=32, frames=2))
+    small, _ = stored_frames(video(tmp_path / "a.mp4"), True, MediaOptions(image_size=32, frames=2))
     assert [decode_image(frame, "frame").size for frame in small.values()] == [(48, 32)] * 2
 
 

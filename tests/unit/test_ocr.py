@@ -21,10 +21,7 @@ from instructblip.data.prepare.convert import prepare_dataset
 from instructblip.data.prepare.ocr import ocr_options, ocr_tokens
 from instructblip.data.shards import open_split
 from instructblip.errors import UserError
-from tests.unit.test_reader_ocr_vqa import write_ocr_vqa
-from tests.unit.test_reader_textcaps import write_textcaps
-from tests.unit.test_reader_textvqa import write_textvqa
-from tests.unit.test_reader_video_qa import write_msvd_qa
+from tests.kit.raw_files import write_raw
 
 INSTALLED = importlib.util.find_spec("rapidocr") is not None
 FAKE = """
@@ -87,7 +84,7 @@ def _mark(path: Path) -> str:
 
 @pytest.mark.usefixtures("library")
 def test_every_record_of_an_image_has_the_tokens_found_in_it(tmp_path: Path) -> None:
-    write_ocr_vqa(tmp_path / "raw")
+    write_raw("ocr_vqa", tmp_path / "raw")
     Image.new("RGB", (20, 16), "white").save(tmp_path / "raw/images/000.jpg")
     manifest = _prepare("ocr_vqa", tmp_path / "raw", tmp_path / "out", splits=["train"])
     read = ("size", "20x16", "mark", _mark(tmp_path / "raw/images/0761183272.jpg"))
@@ -103,7 +100,7 @@ def test_every_record_of_an_image_has_the_tokens_found_in_it(tmp_path: Path) -> 
 
 @pytest.mark.usefixtures("library")
 def test_workers_and_a_second_run_give_the_same_bytes_and_no_ocr_other_ones(tmp_path: Path) -> None:
-    write_ocr_vqa(tmp_path / "raw")
+    write_raw("ocr_vqa", tmp_path / "raw")
 
     def shards(out: str, **options: Any) -> dict[str, bytes]:
         _prepare("ocr_vqa", tmp_path / "raw", tmp_path / out, splits=["train"], images_per_shard=1, **options)
@@ -119,11 +116,11 @@ def test_workers_and_a_second_run_give_the_same_bytes_and_no_ocr_other_ones(tmp_
 
 
 @pytest.mark.usefixtures("library")
-@pytest.mark.parametrize(("name", "write"), [("textcaps", write_textcaps), ("textvqa", write_textvqa)])
+@pytest.mark.parametrize("name", ["textcaps", "textvqa"])
 def test_official_tokens_are_replaced_only_when_asked_and_their_files_may_then_be_missing(
-    tmp_path: Path, name: str, write: Any
+    tmp_path: Path, name: str
 ) -> None:
-    write(tmp_path / "raw")
+    write_raw(name, tmp_path / "raw")
     official = _prepare(name, tmp_path / "raw", tmp_path / "out", splits=["val"], ocr=None)
     assert official["options"]["ocr"] is None
     before = _tokens(tmp_path / f"out/{name}/val")
@@ -142,7 +139,7 @@ def test_official_tokens_are_replaced_only_when_asked_and_their_files_may_then_b
 @pytest.mark.usefixtures("library")
 def test_a_word_of_several_frames_is_one_token(tmp_path: Path) -> None:
     (tmp_path / "raw").mkdir()
-    write_msvd_qa(tmp_path / "raw")
+    write_raw("msvd_qa", tmp_path / "raw")
     _prepare("msvd_qa", tmp_path / "raw", tmp_path / "out", splits=["val"], frames=3)
     for tokens in _tokens(tmp_path / "out/msvd_qa/val").values():
         assert tokens[0] == "size"
@@ -153,7 +150,7 @@ def test_a_library_that_is_not_there_is_one_line(tmp_path: Path, monkeypatch: py
     def missing(name: str) -> str:
         raise module.importlib.metadata.PackageNotFoundError(name)
 
-    write_ocr_vqa(tmp_path / "raw")
+    write_raw("ocr_vqa", tmp_path / "raw")
     with pytest.raises(UserError, match="ocr=rapidoc is not known; choose among rapidocr"):
         _prepare("ocr_vqa", tmp_path / "raw", tmp_path / "out", ocr="rapidoc")
     monkeypatch.setattr(module.importlib.metadata, "version", missing)

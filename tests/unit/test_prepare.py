@@ -27,9 +27,8 @@ from instructblip.data.readers import READERS, Losses, MediaRecords, RawSplit
 from instructblip.data.records import Record
 from instructblip.data.shards import open_split
 from instructblip.errors import UserError
+from tests.kit.raw_files import write_raw
 from tests.unit.test_media import video
-from tests.unit.test_reader_iconqa import write_iconqa
-from tests.unit.test_reader_vqa import write_vqav2
 
 IMAGES = 7
 COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal")
@@ -362,7 +361,7 @@ def test_splits_that_the_raw_folder_has_no_file_of_are_left_out_visibly(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     raw, console = tmp_path / "raw", Console(file=io.StringIO(), width=300)
-    write_vqav2(raw)
+    write_raw("vqav2", raw)
     for name in ("v2_OpenEnded_mscoco_test2015_questions.json", "v2_OpenEnded_mscoco_test-dev2015_questions.json"):
         (raw / name).unlink()
     assert prepare(PrepareConfig(dataset="vqav2", raw=str(raw), out=str(tmp_path / "out")), console) == 0
@@ -378,7 +377,7 @@ def test_splits_that_the_raw_folder_has_no_file_of_are_left_out_visibly(
 
 def test_a_split_that_is_there_in_part_or_a_folder_with_nothing_is_an_error(tmp_path: Path) -> None:
     raw, card = tmp_path / "raw", load_card("vqav2")
-    write_vqav2(raw)
+    write_raw("vqav2", raw)
     (raw / "v2_OpenEnded_mscoco_val2014_questions.json").unlink()
     with pytest.raises(
         UserError, match=r"lacks v2_OpenEnded_mscoco_val2014_questions\.json \(questions of split val\)"
@@ -387,7 +386,7 @@ def test_a_split_that_is_there_in_part_or_a_folder_with_nothing_is_an_error(tmp_
     (tmp_path / "images_only/train2014").mkdir(parents=True)
     with pytest.raises(UserError, match=r"lacks v2_OpenEnded_mscoco_train2014_questions\.json"):
         prepare_dataset(card, tmp_path / "images_only", tmp_path / "out", progress=False)
-    write_vqav2(tmp_path / "other")
+    write_raw("vqav2", tmp_path / "other")
     shutil.rmtree(tmp_path / "other/test2015")  # questions without their images are no missing split
     with pytest.raises(UserError, match=r"lacks test2015 or images/test2015 \(images of split test-dev\)"):
         prepare_dataset(card, tmp_path / "other", tmp_path / "new", progress=False)
@@ -395,7 +394,7 @@ def test_a_split_that_is_there_in_part_or_a_folder_with_nothing_is_an_error(tmp_
 
 
 def test_a_file_that_splits_share_makes_no_split_present(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    write_iconqa(tmp_path / "raw")  # its pid_splits.json is of all splits
+    write_raw("iconqa", tmp_path / "raw")  # its pid_splits.json is of all splits
     manifests = prepare_dataset(load_card("iconqa"), tmp_path / "raw", tmp_path / "out", progress=False)
     assert [path.parent.name for path in manifests] == ["test"]
     assert len(_warned(caplog)) == 2

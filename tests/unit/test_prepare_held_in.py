@@ -1,7 +1,6 @@
 """The 13 held-in datasets from their raw folders to shards: records in, out and lost, by their own cards."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,38 +10,31 @@ from instructblip.data.cards import load_card
 from instructblip.data.prepare.convert import check_prepared, prepare_dataset
 from instructblip.data.shards import open_split
 from instructblip.data.templates import load_templates, render_prompt, render_training
-from tests.kit.raw_files import read_raw, records_of
-from tests.unit.test_reader_aokvqa import write_aokvqa
-from tests.unit.test_reader_coco_caption import write_coco_caption
-from tests.unit.test_reader_llava import write_llava_conversation, write_llava_detail, write_llava_reasoning
-from tests.unit.test_reader_ocr_vqa import write_ocr_vqa
-from tests.unit.test_reader_textcaps import write_textcaps
-from tests.unit.test_reader_vqa import write_okvqa, write_vqav2
-from tests.unit.test_reader_web_capfilt import write_web_capfilt
+from tests.kit.raw_files import read_raw, records_of, write_raw
 
-# dataset -> (writer of its raw folder, split -> (images, records, records lost))
-HELD_IN: dict[str, tuple[Callable[[Path], None], dict[str, tuple[int, int, int]]]] = {
-    "coco_caption": (write_coco_caption, {"train": (2, 3, 0), "val": (1, 3, 0), "test": (1, 1, 0)}),
-    "web_capfilt": (write_web_capfilt, {"train": (2, 4, 3)}),
-    "textcaps": (write_textcaps, {"train": (2, 3, 0), "val": (1, 6, 0), "test": (1, 1, 0)}),
-    "vqav2": (write_vqav2, {"train": (2, 3, 0), "val": (1, 1, 0), "test-dev": (1, 1, 0), "test": (2, 2, 0)}),
-    "okvqa": (write_okvqa, {"train": (1, 1, 0), "val": (1, 1, 0)}),
-    "aokvqa": (write_aokvqa, {"train": (2, 2, 0), "val": (1, 1, 0), "test": (1, 1, 0)}),
-    "ocr_vqa": (write_ocr_vqa, {"train": (2, 4, 0), "val": (1, 2, 0), "test": (1, 2, 0)}),
-    "vqav2_question_generation": (write_vqav2, {"train": (2, 3, 0)}),
-    "okvqa_question_generation": (write_okvqa, {"train": (1, 1, 0)}),
-    "aokvqa_question_generation": (write_aokvqa, {"train": (2, 2, 0)}),
-    "llava_conversation": (write_llava_conversation, {"train": (2, 5, 0)}),
-    "llava_detail": (write_llava_detail, {"train": (1, 1, 0)}),
-    "llava_reasoning": (write_llava_reasoning, {"train": (1, 1, 0)}),
+# dataset -> split -> (images, records, records lost)
+HELD_IN: dict[str, dict[str, tuple[int, int, int]]] = {
+    "coco_caption": {"train": (2, 3, 0), "val": (1, 3, 0), "test": (1, 1, 0)},
+    "web_capfilt": {"train": (2, 4, 3)},
+    "textcaps": {"train": (2, 3, 0), "val": (1, 6, 0), "test": (1, 1, 0)},
+    "vqav2": {"train": (2, 3, 0), "val": (1, 1, 0), "test-dev": (1, 1, 0), "test": (2, 2, 0)},
+    "okvqa": {"train": (1, 1, 0), "val": (1, 1, 0)},
+    "aokvqa": {"train": (2, 2, 0), "val": (1, 1, 0), "test": (1, 1, 0)},
+    "ocr_vqa": {"train": (2, 4, 0), "val": (1, 2, 0), "test": (1, 2, 0)},
+    "vqav2_question_generation": {"train": (2, 3, 0)},
+    "okvqa_question_generation": {"train": (1, 1, 0)},
+    "aokvqa_question_generation": {"train": (2, 2, 0)},
+    "llava_conversation": {"train": (2, 5, 0)},
+    "llava_detail": {"train": (1, 1, 0)},
+    "llava_reasoning": {"train": (1, 1, 0)},
 }
 
 
 @pytest.mark.parametrize("name", HELD_IN)
 def test_shards_hold_what_the_reader_read(tmp_path: Path, name: str) -> None:
-    card, (write, table) = load_card(name), HELD_IN[name]
+    card, table = load_card(name), HELD_IN[name]
     assert card.role == "held-in"
-    write(tmp_path / "raw")
+    write_raw(card.source, tmp_path / "raw")
     manifests = prepare_dataset(card, tmp_path / "raw", tmp_path / "out", splits=list(table), progress=False)
     counts = {}
     for path in manifests:
@@ -62,7 +54,7 @@ def test_shards_hold_what_the_reader_read(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("name", HELD_IN)
 def test_each_record_can_be_taught_and_scored_as_the_card_says(tmp_path: Path, name: str) -> None:
     card = load_card(name)
-    HELD_IN[name][0](tmp_path)
+    write_raw(card.source, tmp_path)
     assert card.templates is not None
     templates, random = load_templates(card.templates), np.random.default_rng(0)
     records = [record for item in read_raw(name, tmp_path, "train")[0] for record in item.records]

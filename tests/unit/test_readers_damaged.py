@@ -3,38 +3,17 @@
 import json
 import random
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from instructblip.errors import UserError
-from tests.kit.raw_files import read_raw
-from tests.unit.test_reader_flickr30k import write_flickr30k
-from tests.unit.test_reader_gqa import write_gqa
-from tests.unit.test_reader_hateful_memes import write_hateful_memes
-from tests.unit.test_reader_iconqa import write_iconqa
-from tests.unit.test_reader_nocaps import write_nocaps
-from tests.unit.test_reader_scienceqa import write_scienceqa_img
-from tests.unit.test_reader_textvqa import write_textvqa
-from tests.unit.test_reader_visdial import write_visdial
-from tests.unit.test_reader_vizwiz import write_vizwiz
-from tests.unit.test_reader_vsr import write_vsr
+from tests.kit.raw_files import CASES, expected_of, read_raw, write_raw
 
-DAMAGES = 40
-DATASETS: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
-    "flickr30k": (write_flickr30k, ("train", "test")),
-    "gqa": (write_gqa, ("testdev", "test")),
-    "hateful_memes": (write_hateful_memes, ("dev_seen", "test_unseen")),
-    "iconqa": (write_iconqa, ("test",)),
-    "nocaps": (write_nocaps, ("val", "test")),
-    "scienceqa_img": (write_scienceqa_img, ("train", "test")),
-    "textvqa": (write_textvqa, ("val", "test")),
-    "visdial": (write_visdial, ("train", "val", "test")),
-    "vizwiz": (write_vizwiz, ("val", "test")),
-    "vsr": (write_vsr, ("zeroshot_test",)),
-}
+DAMAGES = 20
+DATASETS = [case.name for case in CASES if case.name == expected_of(case).get("dataset")]
 JUNK: tuple[Any, ...] = (
     *(
         None,
@@ -96,10 +75,11 @@ def _damaged(path: Path, chance: random.Random) -> bytes:
 
 @pytest.mark.parametrize("dataset", DATASETS)
 def test_damaged_files_end_in_losses_or_one_line(dataset: str, tmp_path: Path) -> None:
-    write, splits = DATASETS[dataset]
-    write(tmp_path)
+    case = next(case for case in CASES if case.name == dataset)
+    splits = list(expected_of(case)["splits"])
+    write_raw(dataset, tmp_path)
     whole = {split: sum(len(item.records) for item in read_raw(dataset, tmp_path, split)[0]) for split in splits}
-    files = sorted(path for path in tmp_path.rglob("*") if path.suffix in (".json", ".jsonl", ".token", ".csv"))
+    files = sorted(path for path in tmp_path.rglob("*") if path.suffix in (".json", ".jsonl", ".token", ".csv", ".txt"))
     chance, messages = random.Random(dataset), []
     for _ in range(DAMAGES):
         path, split = chance.choice(files), chance.choice(splits)

@@ -67,9 +67,15 @@ def test_palette_becomes_its_colours() -> None:
     assert [decoded.getpixel((x, 0)) for x in range(2)] == [(10, 20, 30), (200, 100, 50)]
 
 
-def test_transparency_is_dropped() -> None:
-    assert decode_image(_encode(Image.new("RGBA", (2, 2), (1, 2, 3, 0))), "x").getpixel((0, 0)) == (1, 2, 3)
-    assert decode_image(_encode(Image.new("LA", (2, 2), (9, 0))), "x").getpixel((0, 0)) == (9, 9, 9)
+def test_transparency_is_laid_on_white() -> None:
+    for mode, color, seen in (
+        ("RGBA", (1, 2, 3, 0), 255),
+        ("LA", (9, 0), 255),
+        ("LA", (9, 255), 9),
+        ("LA", (0, 51), 204),
+    ):
+        assert decode_image(_encode(Image.new(mode, (2, 2), color)), "x").getpixel((0, 0)) == (seen,) * 3
+    assert decode_image(_encode(Image.new("RGBA", (2, 2), (1, 2, 3, 255))), "x").getpixel((0, 0)) == (1, 2, 3)
 
 
 def test_cmyk_jpeg_is_decoded() -> None:

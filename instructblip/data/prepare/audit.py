@@ -9,7 +9,6 @@ split and kinds). Hashes are cut to 16 bytes, so that 14 million images need 224
 """
 
 import hashlib
-import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +19,9 @@ import numpy.typing as npt
 from rich.table import Table
 
 from instructblip.data.cards import TRAIN_SPLIT, Card, all_cards
+from instructblip.data.records import Record, parse_records
 from instructblip.data.shards import MANIFEST_NAME, PreparedSplit, open_split
+from instructblip.data.typed import WrongValueError
 from instructblip.errors import UserError
 from instructblip.progress import progress_bar
 
@@ -188,17 +189,18 @@ def _read_split(opened: PreparedSplit, cards: Sequence[Card], kinds: set[str]) -
         for row in range(len(shard)):
             frames, text = shard.read_encoded(row)
             try:
-                fields = json.loads(text)
-                records = [record for record in fields["records"] if not kinds or record["kind"] in kinds]
-            except (ValueError, KeyError, TypeError):
-                raise UserError(f"{shard.path} has damaged records at {shard.keys[row]}; prepare it again") from None
+                image_id, stored = parse_records(text)
+                records = [record for record in map(Record.from_dict, stored) if not kinds or record.kind in kinds]
+            except WrongValueError as error:
+                where = f"{shard.path} has damaged records at {shard.keys[row]} ({error})"
+                raise UserError(f"{where}; prepare it again") from None
             if not records:
                 continue
-            names.append(fields["image_id"])
-            images = [_content_hash(frames), _id_hash(cards[0], fields["image_id"])]
+            names.append(image_id)
+            images = [_content_hash(frames), _id_hash(cards[0], image_id)]
             by_bytes += images[0]
             by_id += images[1]
-            asked = dict.fromkeys(normalize_question(record["question"]) for record in records if "question" in record)
+            asked = dict.fromkeys(normalize_question(record.question) for record in records if record.question)
             for image, found in zip(images, questions, strict=True):
                 for question in asked if image else ():
                     found += _cut(image + question.encode("utf-8", "surrogatepass"))

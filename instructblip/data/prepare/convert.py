@@ -22,7 +22,7 @@ import numpy.typing as npt
 from instructblip.data.cards import Card, SplitCounts, source_sha256
 from instructblip.data.prepare.media import JPEG_QUALITY, MediaError, MediaOptions, read_media, stored_frames
 from instructblip.data.prepare.ocr import OcrOptions, ocr_options, ocr_tokens
-from instructblip.data.readers import MEDIA_ROLES, OCR_ROLE, READERS, Losses, MediaRecords, RawSplit
+from instructblip.data.readers import MEDIA_ROLES, OCR_ROLE, READERS, Losses, MediaRecords, RawSplit, unpack_hint
 from instructblip.data.records import Record
 from instructblip.data.shards import (
     KEY,
@@ -36,6 +36,7 @@ from instructblip.data.shards import (
 )
 from instructblip.errors import UserError
 from instructblip.files import exclusive, sha256_file, write_json
+from instructblip.images import decode_image
 from instructblip.progress import progress_bar
 
 logger = logging.getLogger(__name__)
@@ -268,21 +269,24 @@ def convert_shard(plan: ShardPlan) -> ShardReader:
     """
     if kept := _finished_shard(plan):
         return kept
-    losses, digest = Losses(), _plan_digest(plan.options)
+    losses, notes, digest = Losses(), Losses(), _plan_digest(plan.options)
     with ShardWriter.open(plan.path) as writer:
         for image in plan.images:
             content = None
             try:
                 content = read_media(image, plan.raw)
-                frames = stored_frames(content, image.video, plan.options)
+                frames, said = stored_frames(content, image.video, plan.options)
                 writer.add(image.key, frames, image.media_id, _with_ocr(image, frames, plan.options.ocr))
+                for note in said:
+                    notes.add(note, _name(image, plan.raw), records=len(image.records))
             except MediaError as error:
                 losses.add(str(error), _name(image, plan.raw), records=len(image.records))
             except UnicodeEncodeError:
                 losses.add("record holds half a Unicode pair", _name(image, plan.raw), records=len(image.records))
             digest.update(_plan_line(image, content))
-        lost = json.dumps(losses.to_list(), ensure_ascii=False)
-        writer.notes = {"plan_sha256": digest.hexdigest(), "lost": lost}
+        writer.notes = {"plan_sha256": digest.hexdigest(), "lost": json.dumps(losses.to_list(), ensure_ascii=False)}
+        if notes.reasons:
+            writer.notes["noted"] = json.dumps(notes.to_list(), ensure_ascii=False)
     return ShardReader(plan.path)
 
 
@@ -331,8 +335,9 @@ def _finished_shard(plan: ShardPlan) -> ShardReader | None:
     return shard if shard.metadata.get("plan_sha256") == digest.hexdigest() else None
 
 
-def _lost(shard: ShardReader) -> list[dict[str, Any]]:
-    lost: list[dict[str, Any]] = json.loads(shard.metadata["lost"])
+def _lost(shard: ShardReader, what: str = "lost") -> list[dict[str, Any]]:
+    """What a shard's index says was `lost`, or `noted` of what was kept."""
+    lost: list[dict[str, Any]] = json.loads(shard.metadata.get(what, "[]"))
     return lost
 
 
@@ -346,14 +351,20 @@ def _lost_images(shard: ShardReader) -> int:
 def _finish(job: _Job, split: str, shards: list[ShardReader], losses: Losses) -> Path:
     """Remove what an earlier run with other options left, write the manifest, and warn about what differs."""
     card, folder = job.card, job.out / job.card.source / split
+    notes = Losses()
     for shard in shards:
         losses.merge(_lost(shard))
+        notes.merge(_lost(shard, "noted"))
     if not sum(len(shard) for shard in shards):
         found = "; ".join(f"{loss['count']} x {loss['reason']}" for loss in losses.to_list()) or "no entries"
-        raise UserError(f"no image of {card.source}/{split} could be kept ({found}); check raw=: {card.how_to_get}")
+        raise UserError(
+            f"no image of {card.source}/{split} could be kept ({found}); {unpack_hint(job.raw)}check raw=: "
+            f"{card.how_to_get}"
+        )
     for path in _foreign_files(folder, {shard.path for shard in shards}):
         path.unlink()
     manifest = _manifest(card, split, shards, losses)
+    manifest["noted"] = notes.to_list()
     manifest["options"] = {
         "images_per_shard": job.images_per_shard,
         **asdict(job.options),
@@ -364,6 +375,8 @@ def _finish(job: _Job, split: str, shards: list[ShardReader], losses: Losses) ->
     for loss in manifest["lost"]:
         what = f"{loss['count']:,} x {loss['reason']} ({loss['records']:,} records), first {loss['examples'][0]}"
         logger.warning("%s/%s: lost %s", card.source, split, what)
+    for note in manifest["noted"]:
+        logger.warning("%s/%s: kept %s x %s", card.source, split, f"{note['count']:,}", note["reason"])
     write_json(folder / MANIFEST_NAME, manifest)
     return folder / MANIFEST_NAME
 
@@ -429,7 +442,8 @@ def _foreign_files(folder: Path, shards: set[Path]) -> list[Path]:
 
 
 def check_prepared(folder: Path) -> list[str]:
-    """Compare every shard and index below a split, dataset or output folder with its manifest, byte by byte.
+    """Compare every shard and index below a split, dataset or output folder with its manifest, byte by byte, and read every
+    record and picture as training does.
 
     Returns:
         One line for each problem; empty when all is well.
@@ -441,6 +455,22 @@ def check_prepared(folder: Path) -> list[str]:
     if not manifests:
         raise UserError(f"no {MANIFEST_NAME} below {folder}; give the folder that prepare.py wrote to")
     return [problem for manifest in manifests for problem in _check_split(manifest.parent)]
+
+
+def _unreadable(shard: ShardReader) -> list[str]:
+    """A line for each image of a shard that reading would refuse: its place in the tar, its records, its pixels."""
+    problems = []
+    for row, key in enumerate(shard.keys):
+        try:
+            frames, records = shard.read(row)
+            for frame in frames:
+                decode_image(frame, f"{key} of {shard.path}")
+            mine = shard.arrays["record_image"] == row
+            if [record.kind for record in records] != [shard.kinds[kind] for kind in shard.arrays["record_kind"][mine]]:
+                problems.append(f"{shard.path}: the kinds of records of {key} are not those of its index")
+        except UserError as error:
+            problems.append(str(error))
+    return problems
 
 
 def _check_split(folder: Path) -> list[str]:
@@ -457,5 +487,6 @@ def _check_split(folder: Path) -> list[str]:
             problems.append(f"{path}: content differs from its index (SHA-256)")
         if _shard_entry(shard) != entry:
             problems.append(f"{path}: shard or index is not the one the manifest lists")
+        problems += _unreadable(shard)
     extra = _foreign_files(folder, {folder / entry["name"] for entry in manifest["shards"]})
     return problems + [f"{path}: not in the manifest" for path in extra]

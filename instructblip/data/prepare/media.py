@@ -1,19 +1,21 @@
 """From a raw image or video to what a shard holds: checked by decoding it, kept as it is where that will do.
 
 A sound JPEG or PNG is stored byte for byte, whatever its mode (greyscale, CMYK, palette, RGBA) and EXIF rotation: reading
-turns it upright and to RGB. Re-encoded, as JPEG, are pictures larger than asked, formats that stock WebDataset does not
-decode (GIF, WebP, BMP, TIFF), and 16-bit PNG, which Pillow would clip to white.
+turns it upright and to RGB, transparency laid on white. Re-encoded, as JPEG, are pictures larger than asked, pictures of
+more than 8 bits, and all other formats that Pillow decodes (GIF, WebP, AVIF, BMP, TIFF, ...), which stock WebDataset does
+not. A JPEG that lacks only its end is given one.
 """
 
+import contextlib
 import io
 import os
 import stat
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, JpegImagePlugin, UnidentifiedImageError
 
 from instructblip import images
 from instructblip.data.prepare.ocr import OcrOptions
@@ -23,8 +25,9 @@ from instructblip.data.readers import MediaRecords
 # The extension by which stock WebDataset decodes what is kept. MPO is a JPEG with further pictures behind it, as phones
 # write it.
 EXTENSION_OF_FORMAT = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png"}
-REENCODED_FORMATS = ("GIF", "WEBP", "BMP", "TIFF")
+REFUSED_FORMATS = ("EPS",)  # a program, which Pillow gives to Ghostscript
 MAX_BYTES = {"image": 1 << 28, "video": 1 << 32}  # 256 MiB is more than the raw pixels of the largest picture read
+_JPEG_START = b"\xff\xd8\xff"
 JPEG_QUALITY = 95  # of what is re-encoded and of video frames; chroma halved, as cameras and videos have it
 
 
@@ -41,6 +44,19 @@ class MediaOptions:
     image_size: int | None = None
     frames: int = 4
     ocr: OcrOptions | None = None
+
+
+# Why a picture is not quite what its file says; counted in the manifest beside what was lost.
+WITHOUT_END = "JPEG lacks its end"
+TRANSPARENT = "transparent picture, read on white"
+
+
+class StoredImage(NamedTuple):
+    """An image as a shard holds it, and what there is to say of it."""
+
+    extension: str
+    content: bytes
+    notes: tuple[str, ...] = ()
 
 
 class MediaError(Exception):
@@ -82,35 +98,34 @@ def _open_at_once(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK)  # a pipe without a writer would keep us waiting
 
 
-def stored_frames(content: bytes, video: bool, options: MediaOptions) -> dict[str, bytes]:
-    """What a shard holds of one image or video: extension -> encoded bytes, in order.
+def stored_frames(content: bytes, video: bool, options: MediaOptions) -> tuple[dict[str, bytes], tuple[str, ...]]:
+    """What a shard holds of one image or video: extension -> encoded bytes, in order; and what there is to say of it.
 
     Raises:
         MediaError: it cannot be kept; see `store_image` and `read_frames`.
     """
     if not video:
-        extension, stored = store_image(content, options.image_size)
-        return {extension: stored}
+        extension, stored, notes = store_image(content, options.image_size)
+        return {extension: stored}, notes
     try:
         frames = read_frames(content, options.frames)
     except VideoError as error:
         raise MediaError(str(error)) from error
-    return {f"{number}.jpg": _jpeg(frame, options.image_size) for number, frame in enumerate(frames)}
+    return {f"{number}.jpg": _jpeg(frame, options.image_size) for number, frame in enumerate(frames)}, ()
 
 
-def store_image(content: bytes, image_size: int | None = None) -> tuple[str, bytes]:
+def store_image(content: bytes, image_size: int | None = None) -> StoredImage:
     """Decode an image completely and return extension and bytes to store it under and as.
 
     Raises:
-        MediaError: nothing in it, no image, another format, cut short, damaged, a single pixel (what a shop sends for a
-            picture that is gone), or so many pixels (over `MAX_PIXELS`, which reading refuses) that it may be meant to
-            exhaust memory.
+        MediaError: nothing in it, no image, a format that is not taken, cut short by more than its end, damaged, a single
+            pixel (what a shop sends for a picture that is gone), or so many pixels (over `MAX_PIXELS`, which reading
+            refuses, after a JPEG was reduced in decoding) that it may be meant to exhaust memory.
     """
     if not content:
         raise MediaError("image file is empty")
     try:
-        with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(content)) as image:
-            return _store_opened(image, content, image_size)
+        return _store(content, image_size)
     except MediaError:
         raise
     except Image.DecompressionBombError:
@@ -118,28 +133,55 @@ def store_image(content: bytes, image_size: int | None = None) -> tuple[str, byt
     except UnidentifiedImageError:
         raise MediaError("file is not an image") from None
     except Exception as error:  # a decoder fed with damaged bytes may raise anything; it is counted, not swallowed
-        truncated = isinstance(error, OSError) and "truncated" in str(error)
-        raise MediaError("image is truncated" if truncated else "image is damaged") from error
+        if not (isinstance(error, OSError) and "truncated" in str(error)):
+            raise MediaError("image is damaged") from error
+        return _store_without_end(content, image_size)
 
 
-def _store_opened(image: Image.Image, content: bytes, image_size: int | None) -> tuple[str, bytes]:
+def _store_without_end(content: bytes, image_size: int | None) -> StoredImage:
+    enough = None if image_size is None else (2 * image_size, 2 * image_size)
+    with contextlib.suppress(Exception):  # whatever a decoder makes of damaged bytes: the file is truncated
+        if content.startswith(_JPEG_START) and (mended := images.mended_jpeg(content, enough)):
+            stored = _store(mended, image_size)
+            return stored._replace(notes=(WITHOUT_END, *stored.notes))
+    raise MediaError("image is truncated")
+
+
+def _store(content: bytes, image_size: int | None) -> StoredImage:
+    with warnings.catch_warnings(action="ignore"), _open(content, image_size) as image:
+        too_large = image_size is not None and min(image.size) > image_size
+        if image_size is not None and too_large:
+            ample = (2 * image_size, 2 * image_size)  # a JPEG is decoded at half the size, and half of that, above it
+            image.draft(None, ample)
+        _check_pixels(image)
+        if image.width * image.height == 1:
+            raise MediaError("image is a single pixel")
+        if image.format in REFUSED_FORMATS:
+            raise MediaError(f"image format {image.format} is not taken")
+        extension = EXTENSION_OF_FORMAT.get(image.format or "")
+        deep = image.mode == "F" or image.mode.startswith("I")
+        rgb = images.to_rgb(ImageOps.exif_transpose(image))  # as reading does
+        notes = (TRANSPARENT,) if images.is_transparent(image) else ()
+        if too_large or deep or extension is None:
+            return StoredImage("jpg", _jpeg(rgb, image_size), notes)
+        return StoredImage(extension, content, notes)
+
+
+def _open(content: bytes, image_size: int | None) -> Image.Image:
+    """Open an image. Pillow refuses many pixels at once; a JPEG that is to be reduced may have more of them, unless it is
+    progressive: all coefficients of such a one are in memory, at its full size."""
+    if image_size is not None and content.startswith(_JPEG_START):
+        image: Image.Image = JpegImagePlugin.JpegImageFile(io.BytesIO(content))
+        if not image.info.get("progressive"):
+            return image
+    image = Image.open(io.BytesIO(content))
+    _check_pixels(image)
+    return image
+
+
+def _check_pixels(image: Image.Image) -> None:
     if image.width * image.height > images.MAX_PIXELS:
         raise Image.DecompressionBombError
-    if image.width * image.height == 1:
-        raise MediaError("image is a single pixel")
-    if image.format not in (*EXTENSION_OF_FORMAT, *REENCODED_FORMATS):
-        raise MediaError(f"image format {image.format} is not known")
-    too_large = image_size is not None and min(image.size) > image_size
-    deep = image.mode.startswith("I")
-    if image_size is not None and too_large:
-        image.draft(None, (2 * image_size, 2 * image_size))  # a JPEG is decoded at half the size while that is ample
-    if deep:
-        rgb = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
-    else:
-        rgb = ImageOps.exif_transpose(image).convert("RGB")  # as reading does
-    if too_large or deep or image.format in REENCODED_FORMATS:
-        return "jpg", _jpeg(rgb, image_size)
-    return EXTENSION_OF_FORMAT[image.format], content
 
 
 def _jpeg(image: Image.Image, image_size: int | None) -> bytes:

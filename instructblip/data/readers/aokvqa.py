@@ -3,21 +3,25 @@ the right choice nor answers.
 """
 
 from collections.abc import Iterator
-from typing import Any
 
 from instructblip.data.readers.base import Losses, MediaRecords, RawSplit
 from instructblip.data.readers.common import (
-    clean_text,
-    coco_id,
+    check_split,
+    class_tag,
     coco_images,
     coco_media,
+    coco_number,
     image_folders,
-    plain_id,
-    stream_list,
-    texts,
+    unique,
     weigh_answers,
 )
+from instructblip.data.readers.files import (
+    stream_list,
+)
 from instructblip.data.records import Record
+from instructblip.data.typed import (
+    Fields,
+)
 
 HIDDEN_SPLIT = "test"
 
@@ -35,33 +39,24 @@ def read_aokvqa(source: RawSplit, losses: Losses) -> Iterator[MediaRecords]:
     records: dict[int, list[Record]] = {}
     seen: set[str] = set()
     for row, entry in enumerate(stream_list(path)):
-        fields = entry if isinstance(entry, dict) else {}
-        image_id, record = coco_id(fields.get("image_id")), _record(fields, source.split == HIDDEN_SPLIT)
-        place = f"{path.name} entry {row}"
-        if fields.get("split", source.split) != source.split:
-            losses.add("question is of another split", f"{place}: {fields['split']!r}")
-        elif image_id is None or record is None:
-            losses.add("question lacks an id, an image, text, choices or answers", place)
-        elif record.id in seen:
-            losses.add("question id repeats", f"{place}: {record.id}")
-        else:
-            seen.add(record.id)
+        with losses.counting(f"{path.name} entry {row}"):
+            fields = Fields.of(entry)
+            check_split(fields, "split", source.split)
+            image_id, record = coco_number(fields, "image_id"), _record(fields, source.split == HIDDEN_SPLIT)
+            unique(seen, record.id, "question id")
             records.setdefault(image_id, []).append(record)
     yield from coco_media("aokvqa", records, coco_images(folders), losses)
 
 
-def _record(fields: dict[str, Any], hidden: bool) -> Record | None:
-    """One question, or None when it lacks something."""
-    question_id, question = plain_id(fields.get("question_id")), clean_text(fields.get("question"))
-    choices, label = texts(fields.get("choices")), fields.get("correct_choice_idx")
-    given = texts(fields.get("direct_answers"))
-    if question_id is None or question is None or not choices:
-        return None
-    if hidden and label is None and given is None:
-        given = ()
-    elif type(label) is not int or not 0 <= label < len(choices) or not given:
-        return None
-    difficult = fields.get("difficult_direct_answer")
-    answers, weights = weigh_answers(given)
-    tags = {"difficult_direct_answer": str(difficult).lower()} if isinstance(difficult, bool) else {}
+def _record(fields: Fields, hidden: bool) -> Record:
+    """One question; in the hidden split without its right choice and answers."""
+    question_id, question, choices = fields.id("question_id"), fields.text("question"), fields.texts("choices")
+    label, answers, weights = None, tuple[str, ...](), tuple[float, ...]()
+    if not hidden or fields.has("correct_choice_idx") or fields.has("direct_answers"):
+        label = fields.whole("correct_choice_idx", high=len(choices) - 1)
+        answers, weights = weigh_answers(fields.texts("direct_answers"))
+    tags = class_tag(fields, "difficult_direct_answer")
     return Record(question_id, "question", question, answers, weights, choices=choices, label=label, tags=tags)
+
+
+READERS = {"aokvqa": read_aokvqa}

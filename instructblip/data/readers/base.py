@@ -1,15 +1,18 @@
 """What every reader takes and gives."""
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from instructblip.data.records import Record
+from instructblip.data.typed import WrongValueError
 from instructblip.errors import UserError
 
 MEDIA_ROLES = ("images", "videos")  # what a card calls folders of images or videos; all other files are annotations
 OCR_ROLE = "ocr"  # a dataset's own OCR tokens; a split is read without them where its files name none
+ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".7z", ".rar")
 MAX_EXAMPLES = 5
 MAX_EXAMPLE_LENGTH = 200
 
@@ -44,14 +47,24 @@ class RawSplit:
         if not found:
             places = " or ".join(self.files[role])
             raise UserError(
-                f"{self.raw} lacks {places} ({role} of split {self.split}); put it there, correct raw=, or prepare other "
-                "splits with split="
+                f"{self.raw} lacks {places} ({role} of split {self.split}); {unpack_hint(self.raw)}put it there, correct "
+                "raw=, or prepare other splits with split="
             )
         return found[0]
 
     def paths(self, role: str) -> list[Path]:
         """All places of a role that exist, none where the card names none: images may lie in several folders."""
         return [self.raw / place for place in self.files.get(role, ()) if (self.raw / place).exists()]
+
+
+def unpack_hint(raw: Path) -> str:
+    """`unpack train2014.zip, which lies there still packed, or `; empty where no archive lies in the raw folder."""
+    try:
+        found = sorted(path.name for path in raw.iterdir() if path.suffix.lower() in ARCHIVES and path.is_file())
+    except OSError:
+        return ""
+    more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+    return f"unpack {', '.join(found[:3])}{more}, which lies there still packed, or " if found else ""
 
 
 @dataclass(frozen=True)
@@ -93,6 +106,14 @@ class Losses:
         if not shown.isprintable():
             shown = "".join(char if char.isprintable() else repr(char)[1:-1] for char in shown)
         self.merge([{"reason": reason, "count": 1, "records": records, "examples": [shown]}])
+
+    @contextlib.contextmanager
+    def counting(self, place: str, records: int = 1) -> Iterator[None]:
+        """Count an entry under its reason where a `WrongValueError` leaves the block, and go on after it."""
+        try:
+            yield
+        except WrongValueError as error:
+            self.add(str(error), f"{place}: {error.detail}" if error.detail else place, records)
 
     def merge(self, losses: list[dict[str, Any]]) -> None:
         """Add what another `to_list` counted."""

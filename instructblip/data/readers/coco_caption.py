@@ -7,13 +7,19 @@ from instructblip.data.readers.base import Losses, MediaRecords, RawSplit
 from instructblip.data.readers.common import (
     MISSING_IMAGE,
     caption_records,
-    clean_text,
     coco_id,
     coco_images,
     coco_media,
+    coco_number,
     image_folders,
-    plain_id,
+    unique,
+)
+from instructblip.data.readers.files import (
     stream_list,
+)
+from instructblip.data.typed import (
+    Fields,
+    WrongValueError,
 )
 
 # The 30,504 images of the official val2014 that Karpathy & Fei-Fei kept for neither validation nor test are trained on.
@@ -29,31 +35,37 @@ def read_coco_karpathy(source: RawSplit, losses: Losses) -> Iterator[MediaRecord
         UserError: the file or the images are missing, or the file is damaged.
     """
     path, images = source.path("annotations"), coco_images(image_folders(source))
-    seen_images: set[int] = set()
+    seen_images: set[str] = set()
     seen_captions: set[str] = set()
     for row, entry in enumerate(stream_list(path, "images")):
-        fields, place = entry if isinstance(entry, dict) else {}, f"{path.name} image {row}"
-        sentences = fields["sentences"] if isinstance(fields.get("sentences"), list) else []
-        named = fields.get("split")
-        split = SPLIT_OF_KARPATHY.get(named) if isinstance(named, str) else None
-        if split != source.split:
-            if split is None and source.split == "train":
-                losses.add("image is of no known split", f"{place}: {named!r}", records=len(sentences))
-            continue
-        image_id = _image_id(fields)
-        if image_id is None or image_id in seen_images:
-            reason = "image has no number, or two" if image_id is None else "image is listed twice"
-            losses.add(reason, place, records=len(sentences))
-            continue
-        seen_images.add(image_id)
-        captions = _captions(sentences, ("sentid", "raw"), f"{place}: {image_id}", seen_captions, losses)
-        records = caption_records(split, str(image_id), captions, [text for _, text in captions])
-        if not captions:
-            losses.add("image has no captions", f"{place}: {image_id}", records=0)
-        elif image_id not in images:
-            losses.add(MISSING_IMAGE, f"COCO image {image_id}", records=len(records))
-        else:
-            yield MediaRecords(f"coco_caption_{image_id:012d}", str(image_id), images[image_id], records)
+        place, sentences = f"{path.name} image {row}", _list(entry, "sentences")
+        with losses.counting(place, records=len(sentences)):
+            split, image_id = _split_and_number(entry, source.split)
+            if split != source.split:
+                continue
+            unique(seen_images, str(image_id), "image number")
+            captions = _captions(sentences, ("sentid", "raw"), f"{place}: {image_id}", seen_captions, losses)
+            records = caption_records(split, str(image_id), captions, [text for _, text in captions])
+            if not captions:
+                losses.add("image has no captions", f"{place}: {image_id}", records=0)
+            elif image_id not in images:
+                losses.add(MISSING_IMAGE, f"COCO image {image_id}", records=len(records))
+            else:
+                yield MediaRecords(f"coco_caption_{image_id:012d}", str(image_id), images[image_id], records)
+
+
+def _split_and_number(entry: Any, wanted: str) -> tuple[str | None, int]:
+    """The split of an image, None where it is not known and not to be counted here, and its number.
+
+    Raises:
+        WrongValueError: no split (said in `train` only), or no number in an image of the wanted one.
+    """
+    fields = Fields(entry if isinstance(entry, dict) else {})
+    named = fields.get("split")
+    split = SPLIT_OF_KARPATHY.get(named) if isinstance(named, str) else None
+    if split is None and wanted == "train":
+        raise WrongValueError("image is of no known split", repr(named))
+    return split, _image_id(fields) if split == wanted else -1
 
 
 def read_coco_captions(source: RawSplit, losses: Losses) -> Iterator[MediaRecords]:
@@ -67,17 +79,14 @@ def read_coco_captions(source: RawSplit, losses: Losses) -> Iterator[MediaRecord
     path, folders = source.path("annotations"), image_folders(source)
     captions: dict[int, list[tuple[str, str]]] = {}
     for row, entry in enumerate(stream_list(path, "images")):
-        image_id = coco_id(entry.get("id")) if isinstance(entry, dict) else None
-        if image_id is None:
-            losses.add("image has no number", f"{path.name} image {row}", records=0)
-        else:
-            captions[image_id] = []
+        with losses.counting(f"{path.name} image {row}", records=0):
+            captions[coco_number(Fields.of(entry), "id")] = []
     seen: set[str] = set()
     for row, entry in enumerate(stream_list(path, "annotations")):
-        image_id, place = coco_id(entry.get("image_id")) if isinstance(entry, dict) else None, f"{path.name} {row}"
-        if image_id is None or image_id not in captions:
-            losses.add("caption is of no listed image", place)
-        else:
+        with losses.counting(place := f"{path.name} {row}"):
+            image_id = coco_number(Fields.of(entry), "image_id")
+            if image_id not in captions:
+                raise WrongValueError("caption is of no listed image")
             captions[image_id] += _captions([entry], ("id", "caption"), place, seen, losses)
     records = {}
     for image_id, pairs in captions.items():
@@ -88,12 +97,16 @@ def read_coco_captions(source: RawSplit, losses: Losses) -> Iterator[MediaRecord
     yield from coco_media(source.options["prefix"], records, coco_images(folders), losses)
 
 
-def _image_id(fields: dict[str, Any]) -> int | None:
-    """The image's number, which the file name has as well; None where there is none or the two differ."""
+def _image_id(fields: Fields) -> int:
+    """The image's number, which the file name has as well.
+
+    Raises:
+        WrongValueError: there is none, or the two differ.
+    """
     number, named = coco_id(fields.get("cocoid")), coco_id(fields.get("filename"))
     if number is not None and named is not None and number != named:
-        return None
-    return number if number is not None else named
+        raise WrongValueError("cocoid is not the number of filename")
+    return number if number is not None else coco_number(fields, "filename")
 
 
 def _captions(
@@ -102,13 +115,16 @@ def _captions(
     """(id, caption) pairs of entries that have them in the fields of these two names; `seen` collects the ids."""
     captions = []
     for entry in entries:
-        caption_id, text = (entry.get(name) if isinstance(entry, dict) else None for name in names)
-        caption_id, text = plain_id(caption_id), clean_text(text)
-        if caption_id is None or text is None:
-            losses.add("caption is blank or has no id", place)
-        elif caption_id in seen:
-            losses.add("caption id repeats", f"{place}: {caption_id}")
-        else:
-            seen.add(caption_id)
-            captions.append((caption_id, text))
+        with losses.counting(place):
+            fields = Fields.of(entry, "caption")
+            caption_id, text = fields.id(names[0]), fields.text(names[1])
+            captions.append((unique(seen, caption_id, "caption id"), text))
     return captions
+
+
+def _list(entry: Any, key: str) -> list[Any]:
+    value = entry.get(key) if isinstance(entry, dict) else None
+    return value if isinstance(value, list) else []
+
+
+READERS = {"coco_captions": read_coco_captions, "coco_karpathy": read_coco_karpathy}

@@ -14,9 +14,15 @@ from collections.abc import Iterator
 from typing import Any
 
 from instructblip.data.readers.base import Losses, MediaRecords, RawSplit
+from instructblip.data.readers.files import (
+    find_image,
+    load_list,
+)
 from instructblip.data.records import Record
+from instructblip.data.typed import (
+    whole_number,
+)
 from instructblip.errors import UserError
-from instructblip.files import read_json
 
 SHAPES = ("circle", "rectangle", "triangle")
 COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
@@ -58,24 +64,24 @@ def read_easy_vqa(source: RawSplit, losses: Losses) -> Iterator[MediaRecords]:
         raise UserError(f"easy_vqa has no split {split!r}; choose one of {', '.join(PACKAGE_SPLIT)}")
     package_split = PACKAGE_SPLIT[split]
     path = raw / package_split / "questions.json"
-    entries = read_json(path)
-    if not isinstance(entries, list):
-        raise UserError(f"{path} must hold a list of [question, answer, image id]; fetch the package easy-vqa again")
     by_image: dict[int, list[tuple[str, str]]] = {}
-    for row, entry in enumerate(entries):
-        if not _well_formed(entry):
+    for row, entry in enumerate(load_list(path)):
+        asked = _asked(entry)
+        if asked is None:
             # Without an image id nobody knows which half of the package's train split it belonged to: count it once.
             if split != "validation":
                 losses.add("entry is not [question, answer, image id]", f"{package_split}/questions.json entry {row}")
             continue
-        question, answer, image_id = entry
+        question, answer, image_id = asked
         if split_of_image(package_split, image_id) == split:
             by_image.setdefault(image_id, []).append((question, answer))
+    images = raw / package_split / "images"
     for image_id in sorted(by_image):
+        name = f"{image_id}.png"
         yield MediaRecords(
             key=f"easy_vqa_{package_split}_{image_id:06d}",
             media_id=str(image_id),
-            media=raw / package_split / "images" / f"{image_id}.png",
+            media=find_image([images], [name]) or images / name,
             records=_records(f"{package_split}-{image_id}", by_image[image_id], losses),
         )
 
@@ -102,8 +108,12 @@ def _yes_no_kind(question: str, answer: str) -> str:
     return "present" if (answer == "yes") != negated else "absent"
 
 
-def _well_formed(entry: Any) -> bool:
-    return isinstance(entry, list) and [type(value) for value in entry] == [str, str, int] and entry[2] >= 0
+def _asked(entry: Any) -> tuple[str, str, int] | None:
+    if not isinstance(entry, list) or len(entry) != 3:
+        return None
+    question, answer, image_id = entry[0], entry[1], whole_number(entry[2])
+    sound = isinstance(question, str) and isinstance(answer, str) and image_id is not None and image_id >= 0
+    return (question, answer, image_id) if sound and image_id is not None else None
 
 
 def _records(image: str, questions: list[tuple[str, str]], losses: Losses) -> list[Record]:
@@ -126,3 +136,6 @@ def _records(image: str, questions: list[tuple[str, str]], losses: Losses) -> li
         truth = ("false", "true")[label]
         records.append(Record(f"{record_id}-statement", "statement", statement, answers=(truth,), label=label))
     return records
+
+
+READERS = {"easy_vqa": read_easy_vqa}

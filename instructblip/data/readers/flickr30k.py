@@ -18,18 +18,27 @@ from typing import Any
 from instructblip.data.readers.base import Losses, MediaRecords, RawSplit
 from instructblip.data.readers.common import (
     MISSING_IMAGE,
-    clean_text,
-    file_name,
-    find_image,
     image_folders,
+    media_key,
+)
+from instructblip.data.readers.files import (
+    find_image,
     load_list,
+    table_rows,
     text_lines,
 )
 from instructblip.data.records import Record
+from instructblip.data.typed import (
+    Fields,
+    WrongValueError,
+    clean_text,
+    file_name,
+    whole_number,
+)
 
 SPLITS = ("train", "val", "test")
 CAPTIONS_PER_IMAGE = 5
-CSV_HEADER = "image_name| comment_number| comment"
+CSV_COLUMNS = ("image_name", "comment_number", "comment")
 _TOKEN_LINE = re.compile(r"([^#\t]+)#([0-9]{1,3})\t(.*)")
 # The row without its second separator reads "2199200615.jpg| 4   A dog runs across the grass .".
 _CSV_LINE = re.compile(r"([^|]+)\| *([0-9]{1,3})(?: *\| *| +)(.*)")
@@ -66,7 +75,7 @@ def read_flickr30k(source: RawSplit, losses: Losses) -> Iterator[MediaRecords]:
         else:
             if (count := len(captions[image_id])) != CAPTIONS_PER_IMAGE:
                 losses.add("image has not 5 captions (kept)", f"{image_id}: {count}", records=0)
-            yield MediaRecords(f"flickr30k_{image_id}", image_id, media, records)
+            yield MediaRecords(media_key("flickr30k", image_id), image_id, media, records)
 
 
 def _records(image_id: str, captions: tuple[str, ...], split: str) -> list[Record]:
@@ -79,15 +88,15 @@ def _read_images(path: Path, split: str, losses: Losses) -> dict[str, _Image]:
     """Image id, which is its file's name without the extension -> file, split and sentences, from Karpathy's file."""
     images: dict[str, _Image] = {}
     for row, entry in enumerate(load_list(path, "images")):
-        values = entry if isinstance(entry, dict) else {}
-        name = file_name(values.get("filename"))
-        if name is None or values.get("split") not in SPLITS:
-            losses.add("image entry lacks filename or split", f"{path.name} entry {row}")
-        elif Path(name).stem in images:
-            if values["split"] == split:
-                losses.add("image entry repeats a filename", f"{path.name} entry {row}: {name}")
-        else:
-            images[Path(name).stem] = _Image(name, values["split"], _sentences(values.get("sentences")))
+        with losses.counting(f"{path.name} entry {row}"):
+            fields = Fields.of(entry)
+            name = fields.file_name("filename")
+            if fields.get("split") not in SPLITS:
+                raise WrongValueError("image is of no known split", repr(fields.get("split")))
+            if Path(name).stem not in images:
+                images[Path(name).stem] = _Image(name, fields.get("split"), _sentences(fields.get("sentences")))
+            elif fields.get("split") == split:
+                raise WrongValueError("image entry repeats a filename", name)
     return images
 
 
@@ -98,20 +107,36 @@ def _sentences(values: Any) -> tuple[str, ...]:
 
 def _read_captions(path: Path, losses: Losses) -> dict[str, tuple[str, ...]]:
     """Image id -> captions in the order of their numbers. A bad line takes a caption with it, and no record."""
-    pattern = _CSV_LINE if path.suffix == ".csv" else _TOKEN_LINE
     captions: dict[tuple[str, int], str] = {}
-    for row, line in enumerate(text_lines(path), start=1):
-        if not line.strip() or (row == 1 and line.strip() == CSV_HEADER):
-            continue
-        match = pattern.fullmatch(line.strip())
-        name, caption = (file_name(match[1]), clean_text(match[3])) if match else (None, None)
-        if match is None or name is None or caption is None:
-            losses.add("line is not a caption of an image", f"{path.name} line {row}", records=0)
-        elif (Path(name).stem, int(match[2])) in captions:
-            losses.add("caption repeats a number", f"{path.name} line {row}", records=0)
-        else:
-            captions[Path(name).stem, int(match[2])] = caption
+    for place, cells in _lines(path):
+        with losses.counting(place, records=0):
+            name, number, caption = file_name(cells[0]), whole_number(cells[1]), clean_text(cells[2])
+            if name is None or number is None or caption is None:
+                raise WrongValueError("line is not a caption of an image")
+            if (Path(name).stem, number) in captions:
+                raise WrongValueError("caption repeats a number")
+            captions[Path(name).stem, number] = caption
     by_image: dict[str, tuple[str, ...]] = {}
     for (image_id, _), caption in sorted(captions.items()):
         by_image[image_id] = (*by_image.get(image_id, ()), caption)
     return by_image
+
+
+def _lines(path: Path) -> Iterator[tuple[str, tuple[str, str, str]]]:
+    """Place, file name, number and caption of each line; three empty texts for a line of another form."""
+    pattern = _TOKEN_LINE
+    if path.suffix == ".csv":
+        head = next(text_lines(path), "")
+        if "|" not in head:  # a spreadsheet's copy
+            for place, row in table_rows(path, CSV_COLUMNS):
+                yield place, (row[CSV_COLUMNS[0]], row[CSV_COLUMNS[1]], row[CSV_COLUMNS[2]])
+            return
+        pattern = _CSV_LINE
+    for number, line in enumerate(text_lines(path), start=1):
+        names = tuple(cell.strip() for cell in line.split("|"))
+        if line.strip() and not (number == 1 and names == CSV_COLUMNS):
+            match = pattern.fullmatch(line.strip())
+            yield f"{path.name} line {number}", (match[1].strip(), match[2], match[3]) if match else ("", "", "")
+
+
+READERS = {"flickr30k": read_flickr30k}

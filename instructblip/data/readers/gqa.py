@@ -12,13 +12,22 @@ from typing import Any
 from instructblip.data.readers.base import Losses, MediaRecords, RawSplit
 from instructblip.data.readers.common import (
     MISSING_IMAGE,
-    clean_text,
-    find_image,
+    class_tag,
     image_folders,
-    plain_id,
+    media_key,
+    text_tags,
+    unique,
+)
+from instructblip.data.readers.files import (
+    find_image,
     stream_pairs,
 )
 from instructblip.data.records import Record
+from instructblip.data.typed import (
+    Fields,
+    WrongValueError,
+    identifier,
+)
 from instructblip.errors import UserError
 
 UNLABELLED_SPLITS = ("test", "test_all", "challenge", "challenge_all")
@@ -33,28 +42,24 @@ def read_gqa(source: RawSplit, losses: Losses) -> Iterator[MediaRecords]:
     """
     folders = image_folders(source)
     by_image: dict[str, list[Record]] = {}
-    seen = set()
+    seen: set[str] = set()
     for question_id, entry in _questions(source.path("questions")):
-        values = entry if isinstance(entry, dict) else {}
-        image_id, question, answer = (clean_text(values.get(key)) for key in ("imageId", "question", "answer"))
-        if plain_id(question_id) is None or plain_id(image_id) is None or question is None:
-            losses.add("question lacks an id, imageId or question", f"question {question_id}")
-        elif answer is None and source.split not in UNLABELLED_SPLITS:
-            losses.add("question has no answer", f"question {question_id}")
-        elif question_id in seen:
-            losses.add("question repeats an id", f"question {question_id}")
-        else:
-            assert image_id is not None
-            seen.add(question_id)
-            answers = () if answer is None else (answer,)
-            record = Record(question_id, "question", question, answers=answers, tags=_tags(values))
+        with losses.counting(f"question {question_id}"):
+            if identifier(question_id) is None:
+                raise WrongValueError("question id is no id")
+            fields = Fields.of(entry)
+            image_id, question = fields.id("imageId"), fields.text("question")
+            hidden = source.split in UNLABELLED_SPLITS and not fields.has("answer")
+            answers = () if hidden else (fields.answer("answer"),)
+            unique(seen, question_id, "question id")
+            record = Record(question_id, "question", question, answers=answers, tags=_tags(fields))
             by_image.setdefault(image_id, []).append(record)
     for image_id, records in by_image.items():
         media = find_image(folders, [f"{image_id}.jpg"])
         if media is None:
             losses.add(MISSING_IMAGE, f"{image_id}.jpg", records=len(records))
         else:
-            yield MediaRecords(f"gqa_{image_id}", image_id, media, records)
+            yield MediaRecords(media_key("gqa", image_id), image_id, media, records)
 
 
 def _questions(path: Path) -> Iterator[tuple[str, Any]]:
@@ -66,11 +71,9 @@ def _questions(path: Path) -> Iterator[tuple[str, Any]]:
         yield from stream_pairs(file)
 
 
-def _tags(values: dict[str, Any]) -> dict[str, str]:
+def _tags(fields: Fields) -> dict[str, str]:
     """The question's types, and whether it belongs to the balanced set: the official scorer counts only those."""
-    types = values.get("types")
-    texts = {name: clean_text(types.get(name)) for name in TYPES} if isinstance(types, dict) else {}
-    tags = {name: text for name, text in texts.items() if text is not None}
-    if isinstance(values.get("isBalanced"), bool):
-        tags["balanced"] = ("false", "true")[values["isBalanced"]]
-    return tags
+    return text_tags(fields.inner("types"), TYPES) | class_tag(fields, "isBalanced", "balanced")
+
+
+READERS = {"gqa": read_gqa}

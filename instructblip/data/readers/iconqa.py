@@ -7,11 +7,22 @@ types, choices in pictures and blanks to fill in, are no part of InstructBLIP's 
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from instructblip.data.readers.base import Losses, MediaRecords, RawSplit
-from instructblip.data.readers.common import MISSING_IMAGE, clean_text, in_number_order, load_json, split_ids
+from instructblip.data.readers.common import (
+    existing_image,
+    in_number_order,
+    split_ids,
+    text_tags,
+)
+from instructblip.data.readers.files import (
+    load_json,
+)
 from instructblip.data.records import Record
+from instructblip.data.typed import (
+    Fields,
+    WrongValueError,
+)
 from instructblip.errors import UserError
 
 TYPES = ("choose_txt", "choose_text")
@@ -29,42 +40,25 @@ def read_iconqa(source: RawSplit, losses: Losses) -> Iterator[MediaRecords]:
     listed = split_ids(source.path("pid_splits"), *(f"{name}_{source.split}" for name in TYPES))
     found = {path.name for path in folder.iterdir() if path.name.isdecimal()}
     for pid in in_number_order(listed | found):
-        image = folder / pid / "image.png"
-        if pid not in found:
-            losses.add("problem has no folder", pid)
-        elif pid not in listed:
-            losses.add("problem is not among those of its split in pid_splits.json", pid)
-        elif record := _record(folder / pid / "data.json", pid, losses):
-            if image.is_file():
-                yield MediaRecords(f"iconqa_{pid}", pid, image, [record])
-            else:
-                losses.add(MISSING_IMAGE, f"{pid}/image.png")
+        with losses.counting(pid):
+            if pid not in found:
+                raise WrongValueError("problem has no folder")
+            if pid not in listed:
+                raise WrongValueError("problem is not among those of its split in pid_splits.json")
+            record, image = _record(folder / pid / "data.json", pid), existing_image([folder / pid], "image.png")
+            yield MediaRecords(f"iconqa_{pid}", pid, image, [record])
 
 
-def _record(path: Path, pid: str, losses: Losses) -> Record | None:
+def _record(path: Path, pid: str) -> Record:
     try:
-        content = load_json(path)
+        fields = Fields.of(load_json(path), "data.json")
     except UserError:  # one file of thousands: it costs its own problem only
-        losses.add("data.json is missing or damaged", pid)
-        return None
-    values = content if isinstance(content, dict) else {}
-    question, choices, label = clean_text(values.get("question")), _choices(values.get("choices")), values.get("answer")
-    if values.get("ques_type") not in TYPES:
-        losses.add("ques_type is not that of the folder", f"{pid}: {values.get('ques_type')!r}")
-    elif question is None or not choices:
-        losses.add("problem lacks question or choices", pid)
-    elif type(label) is not int or not 0 <= label < len(choices):
-        losses.add("answer is not the index of a choice", f"{pid}: {label!r}")
-    else:
-        grade = clean_text(values.get("grade"))
-        tags = {} if grade is None else {"grade": grade}
-        return Record(pid, "multiple_choice", question, choices=choices, label=label, tags=tags)
-    return None
+        raise WrongValueError("data.json is missing or damaged") from None
+    if fields.get("ques_type") not in TYPES:
+        raise WrongValueError("ques_type is not that of the folder", repr(fields.get("ques_type")))
+    question, choices = fields.text("question"), fields.texts("choices")
+    label, tags = fields.whole("answer", high=len(choices) - 1), text_tags(fields, ["grade"])
+    return Record(pid, "multiple_choice", question, choices=choices, label=label, tags=tags)
 
 
-def _choices(values: Any) -> tuple[str, ...] | None:
-    """Choices as text: some are numbers in the file. None when one is neither."""
-    if not isinstance(values, list):
-        return None
-    choices = [clean_text(str(value) if type(value) in (int, float) else value) for value in values]
-    return None if None in choices else tuple(choice for choice in choices if choice is not None)
+READERS = {"iconqa": read_iconqa}

@@ -7,23 +7,27 @@ in the authors' files, start and end in seconds. Every clip has one question. Th
 Cells are text and nothing else: an empty one is an answer that was not given, "none", "nan" or "NA" are answers.
 """
 
-import csv
-import io
 from collections.abc import Iterator
 from pathlib import Path
 
 from instructblip.data.readers.base import Losses, MediaRecords, RawSplit
 from instructblip.data.readers.common import (
-    clean_text,
-    find_image,
     given_answers,
     image_folders,
-    plain_id,
+    media_key,
+    unique,
     weigh_answers,
+)
+from instructblip.data.readers.files import (
+    find_image,
+    table_rows,
 )
 from instructblip.data.readers.video_qa import EXTENSIONS, video_media
 from instructblip.data.records import Record
-from instructblip.errors import UserError
+from instructblip.data.typed import (
+    Fields,
+    WrongValueError,
+)
 
 ANSWER_COLUMNS = ("answer1", "answer2", "answer3", "answer4", "answer5")
 
@@ -35,23 +39,17 @@ def read_ivqa(source: RawSplit, losses: Losses) -> Iterator[MediaRecords]:
         UserError: the file is missing, not UTF-8, no CSV or lacks a column; there is no folder of videos.
     """
     folders = image_folders(source, "videos")
-    seen = set()
-    for place, row in _rows(source.path("questions")):
-        video_id, question = plain_id(row["video_id"]), clean_text(row["question"])
-        if video_id is None or question is None:
-            losses.add("row lacks video_id or question", place)
-            continue
-        if video_id in seen:
-            losses.add("row repeats a video_id", f"{place}: {video_id}")
-            continue
-        seen.add(video_id)
-        answers = given_answers([row[column] for column in ANSWER_COLUMNS], place, losses)
-        if not answers:
-            losses.add("row has no answer", f"{place}: {video_id}")
-            continue
-        record = Record(video_id, "video_question", question, *weigh_answers(answers))
-        media = _find(video_id, row, folders, losses)
-        yield from video_media(f"ivqa_{video_id}", video_id, media, [record], losses)
+    seen: set[str] = set()
+    for place, row in table_rows(source.path("questions"), ("video_id", "question", *ANSWER_COLUMNS)):
+        with losses.counting(place):
+            fields = Fields(row)
+            video_id, question = unique(seen, fields.id("video_id"), "video_id"), fields.text("question")
+            answers = given_answers([row[column] for column in ANSWER_COLUMNS], place, losses)
+            if not answers:
+                raise WrongValueError("row has no answer", video_id)
+            record = Record(video_id, "video_question", question, *weigh_answers(answers))
+            media = _find(video_id, row, folders, losses)
+            yield from video_media(media_key("ivqa", video_id), video_id, media, [record], losses)
 
 
 def _find(video_id: str, row: dict[str, str], folders: list[Path], losses: Losses) -> Path | None:
@@ -71,20 +69,4 @@ def _seconds(cell: str) -> str | None:
     return cell if cell.isdecimal() and cell.isascii() else None
 
 
-def _rows(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
-    """The rows of the file by column, each with the place it stands in; a cell that a short row lacks is empty."""
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); it must be a CSV file") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 (byte {error.start}); fetch it again") from None
-    reader = csv.DictReader(io.StringIO(text, newline=""), restval="", strict=True)
-    try:
-        columns = reader.fieldnames or []
-        if missing := [name for name in ("video_id", "question", *ANSWER_COLUMNS) if name not in columns]:
-            raise UserError(f"{path} has no column {missing[0]}; fetch it again, or correct raw=")
-        for row in reader:
-            yield f"{path.name} line {reader.line_num}", row
-    except csv.Error as error:
-        raise UserError(f"{path} is not CSV (after line {reader.line_num}: {error}); fetch it again") from None
+READERS = {"ivqa": read_ivqa}

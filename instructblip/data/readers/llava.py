@@ -13,8 +13,21 @@ from collections.abc import Iterator
 from typing import Any
 
 from instructblip.data.readers.base import Losses, MediaRecords, RawSplit
-from instructblip.data.readers.common import coco_id, coco_images, coco_media, image_folders, is_text, stream_list
+from instructblip.data.readers.common import (
+    coco_images,
+    coco_media,
+    coco_number,
+    image_folders,
+)
+from instructblip.data.readers.files import (
+    stream_list,
+)
 from instructblip.data.records import Record
+from instructblip.data.typed import (
+    Fields,
+    WrongValueError,
+    is_text,
+)
 
 SPEAKERS = ("human", "gpt")
 # The place of the image stands before or after the first question, on a line of its own.
@@ -33,27 +46,24 @@ def read_llava(source: RawSplit, losses: Losses) -> Iterator[MediaRecords]:
     records: dict[int, list[Record]] = {}
     dialogues: dict[int, int] = {}
     for row, entry in enumerate(stream_list(path)):
-        fields = entry if isinstance(entry, dict) else {}
-        image_id, place = coco_id(fields.get("image")), f"{path.name} entry {row}"
-        if image_id is None:
-            losses.add("dialogue names no COCO image", place, records=_answers(fields.get("conversations")))
-            continue
-        turns = _turns(fields.get("conversations"), place, losses)
-        dialogue = dialogues.get(image_id, 0)
-        dialogues[image_id] = dialogue + 1
-        last = 1 if source.options.get("first_turn_only") else len(turns)
-        for number, (question, answer) in enumerate(turns[:last]):
-            record_id = f"{image_id}-{dialogue}-{number}"
-            record = Record(record_id, "dialog", question, (answer,), history=tuple(turns[:number]))
-            records.setdefault(image_id, []).append(record)
+        fields, place = Fields(entry if isinstance(entry, dict) else {}), f"{path.name} entry {row}"
+        with losses.counting(place, records=_answers(fields.get("conversations"))):
+            image_id = coco_number(fields, "image")
+            dialogue = dialogues.get(image_id, 0)
+            dialogues[image_id] = dialogue + 1
+            turns = _turns(fields.get("conversations"), place, losses)
+            last = 1 if source.options.get("first_turn_only") else len(turns)
+            for number, (question, answer) in enumerate(turns[:last]):
+                record_id = f"{image_id}-{dialogue}-{number}"
+                record = Record(record_id, "dialog", question, (answer,), history=tuple(turns[:number]))
+                records.setdefault(image_id, []).append(record)
     yield from coco_media(source.options["prefix"], records, coco_images(folders), losses)
 
 
 def _turns(conversation: Any, place: str, losses: Losses) -> list[tuple[str, str]]:
     """The (question, answer) pairs of a dialogue, up to the first that is not whole: later ones would lack their history."""
     if not isinstance(conversation, list) or not _alternates(conversation):
-        losses.add("dialogue does not alternate between human and gpt", place, records=_answers(conversation))
-        return []
+        raise WrongValueError("dialogue does not alternate between human and gpt")
     said = [turn["value"] for turn in conversation]
     if said and is_text(said[0]):
         said[0] = _IMAGE_MARK.sub("", said[0]).strip()
@@ -78,3 +88,6 @@ def _answers(conversation: Any) -> int:
     """How many records a dialogue that is lost would have given."""
     turns = conversation if isinstance(conversation, list) else []
     return sum(isinstance(turn, dict) and turn.get("from") == "gpt" for turn in turns)
+
+
+READERS = {"llava": read_llava}

@@ -6,20 +6,26 @@ out-domain: how far their objects are from COCO's); `nocaps_test_image_info.json
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from instructblip.data.readers.base import Losses, MediaRecords, RawSplit
 from instructblip.data.readers.common import (
     MISSING_IMAGE,
-    clean_text,
-    file_name,
-    find_image,
     image_folders,
-    is_text,
+    media_key,
+    text_tags,
+)
+from instructblip.data.readers.files import (
+    find_image,
     load_list,
 )
 from instructblip.data.records import Record
+from instructblip.data.typed import (
+    Fields,
+    WrongValueError,
+)
 
 CAPTIONS_PER_IMAGE = 10
 
@@ -32,54 +38,64 @@ def read_nocaps(source: RawSplit, losses: Losses) -> Iterator[MediaRecords]:
     """
     captioned = "captions" in source.files
     path = source.path("captions" if captioned else "image_info")
-    images = _images(load_list(path, "images"), losses)
-    captions = _captions(load_list(path, "annotations"), images, losses) if captioned else {}
+    images = _images(load_list(path, "images"), path.name, losses)
+    captions = _captions(load_list(path, "annotations"), path.name, images, losses) if captioned else {}
     folders = image_folders(source)
     for image_id, image in images.items():
-        name, domain, found = image["file_name"], image.get("domain"), captions.get(image_id, ())
-        media = find_image(folders, [name])
+        found, media = captions.get(image_id, ()), find_image(folders, [image.name])
         if captioned and not found:
             losses.add("image has no captions", f"image {image_id}")
             continue
         if media is None:
-            losses.add(MISSING_IMAGE, name)
+            losses.add(MISSING_IMAGE, image.name)
             continue
         if captioned and len(found) != CAPTIONS_PER_IMAGE:
             losses.add("image has not all of its 10 captions (kept)", f"image {image_id}: {len(found)}", records=0)
-        record = Record(str(image_id), "captions", captions=found, tags={"domain": domain} if is_text(domain) else {})
-        yield MediaRecords(f"nocaps_{Path(name).stem}", Path(name).stem, media, [record])
+        record = Record(str(image_id), "captions", captions=found, tags=image.tags)
+        yield MediaRecords(media_key("nocaps", image.stem), image.stem, media, [record])
 
 
-def _images(entries: list[Any], losses: Losses) -> dict[int, dict[str, Any]]:
+@dataclass(frozen=True)
+class _Image:
+    name: str
+    tags: dict[str, str]
+
+    @property
+    def stem(self) -> str:
+        return Path(self.name).stem
+
+
+def _images(entries: list[Any], file: str, losses: Losses) -> dict[int, _Image]:
     """Image entries by their integer ids."""
-    images: dict[int, dict[str, Any]] = {}
-    names = set()
-    for row, image in enumerate(entries):
-        if not (isinstance(image, dict) and type(image.get("id")) is int and file_name(image.get("file_name"))):
-            losses.add("image entry lacks id or file_name", f"images entry {row}")
-        elif image["id"] in images or Path(image["file_name"]).stem in names:
-            losses.add("image entry repeats an id or file_name", f"images entry {row}")
-        else:
-            images[image["id"]] = image
-            names.add(Path(image["file_name"]).stem)
+    images: dict[int, _Image] = {}
+    stems = set()
+    for row, entry in enumerate(entries):
+        with losses.counting(f"{file} image {row}"):
+            fields = Fields.of(entry)
+            image_id, image = fields.whole("id"), _Image(fields.file_name("file_name"), text_tags(fields, ["domain"]))
+            if image_id in images or image.stem in stems:
+                raise WrongValueError("image entry repeats an id or file_name", image.name)
+            images[image_id] = image
+            stems.add(image.stem)
     return images
 
 
-def _captions(entries: list[Any], images: dict[int, dict[str, Any]], losses: Losses) -> dict[int, tuple[str, ...]]:
+def _captions(entries: list[Any], file: str, images: dict[int, _Image], losses: Losses) -> dict[int, tuple[str, ...]]:
     """Image id -> its captions in the order of their ids. A lost caption takes no record with it."""
     captions: dict[int, tuple[int, str]] = {}
     for row, entry in enumerate(entries):
-        values = entry if isinstance(entry, dict) else {}
-        caption_id, image_id, caption = values.get("id"), values.get("image_id"), clean_text(values.get("caption"))
-        if type(caption_id) is not int or type(image_id) is not int or caption is None:
-            losses.add("caption entry lacks id, image_id or caption", f"annotations entry {row}", records=0)
-        elif image_id not in images:
-            losses.add("caption of an image that is not listed", f"caption {caption_id}: image {image_id}", records=0)
-        elif caption_id in captions:
-            losses.add("caption repeats an id", f"caption {caption_id}", records=0)
-        else:
+        with losses.counting(f"{file} annotation {row}", records=0):
+            fields = Fields.of(entry)
+            caption_id, image_id, caption = fields.whole("id"), fields.whole("image_id"), fields.text("caption")
+            if image_id not in images:
+                raise WrongValueError("caption is of no listed image", f"image {image_id}")
+            if caption_id in captions:
+                raise WrongValueError("caption id occurs twice", str(caption_id))
             captions[caption_id] = image_id, caption
     by_image: dict[int, tuple[str, ...]] = {}
     for _, (image_id, caption) in sorted(captions.items()):
         by_image[image_id] = (*by_image.get(image_id, ()), caption)
     return by_image
+
+
+READERS = {"nocaps": read_nocaps}

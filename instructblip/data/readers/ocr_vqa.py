@@ -12,13 +12,23 @@ from typing import Any
 from instructblip.data.readers.base import Losses, MediaRecords, RawSplit
 from instructblip.data.readers.common import (
     MISSING_IMAGE,
-    clean_text,
-    find_image,
     image_folders,
-    plain_id,
+    media_key,
+    unique,
+)
+from instructblip.data.readers.files import (
+    find_image,
     stream_pairs,
 )
 from instructblip.data.records import Record
+from instructblip.data.typed import (
+    Fields,
+    WrongValueError,
+    clean_text,
+    identifier,
+    spoken,
+    whole_number,
+)
 from instructblip.errors import UserError
 
 SPLIT_NUMBER = {"train": 1, "val": 2, "test": 3}
@@ -39,24 +49,21 @@ def read_ocr_vqa(source: RawSplit, losses: Losses) -> Iterator[MediaRecords]:
     path, folders = source.path("annotations"), image_folders(source)
     seen: set[str] = set()
     for book_id, entry in stream_pairs(path):
-        number = entry.get("split") if isinstance(entry, dict) else None
-        if type(number) is not int or number not in SPLIT_NUMBER.values():
-            if source.split == "train":
-                losses.add("book has no split 1, 2 or 3", f"{path.name} {book_id!r}", records=_length(entry))
-            continue
-        if number != SPLIT_NUMBER[source.split]:
-            continue
-        if plain_id(book_id) is None or book_id in seen:
-            reason = "book id repeats" if book_id in seen else "book id is not of letters and digits"
-            losses.add(reason, f"{path.name} {book_id!r}", records=_length(entry))
-            continue
-        seen.add(book_id)
-        records = _records(book_id, entry, losses)
-        image = find_image(folders, _names(book_id, entry.get("imageURL")))
-        if image is None and records:
-            losses.add(MISSING_IMAGE, f"images/{book_id}", records=len(records))
-        elif image is not None and records:
-            yield MediaRecords(f"ocr_vqa_{book_id}", book_id, image, records)
+        with losses.counting(f"{path.name} {book_id!r}", records=_length(entry)):
+            number = whole_number(entry.get("split")) if isinstance(entry, dict) else None
+            if number not in SPLIT_NUMBER.values() and source.split == "train":
+                raise WrongValueError("book has no split 1, 2 or 3")
+            if number != SPLIT_NUMBER[source.split]:
+                continue
+            if identifier(book_id) is None:
+                raise WrongValueError("book id is no id")
+            unique(seen, book_id, "book id")
+            records = _records(book_id, Fields.of(entry), losses)
+            image = find_image(folders, _names(book_id, entry.get("imageURL")))
+            if image is None and records:
+                losses.add(MISSING_IMAGE, f"images/{book_id}", records=len(records))
+            elif image is not None and records:
+                yield MediaRecords(media_key("ocr_vqa", book_id), book_id, image, records)
 
 
 def _length(entry: Any) -> int:
@@ -70,19 +77,21 @@ def _names(book_id: str, url: Any) -> list[str]:
     return [book_id + extension for extension in (*known, *EXTENSIONS)]
 
 
-def _records(book_id: str, entry: dict[str, Any], losses: Losses) -> list[Record]:
+def _records(book_id: str, fields: Fields, losses: Losses) -> list[Record]:
     """The questions of a book. The two lists are parallel: where they differ in length nobody knows what is whose."""
-    questions, answers = entry.get("questions"), entry.get("answers")
-    if not isinstance(questions, list) or not isinstance(answers, list) or len(questions) != len(answers):
-        losses.add("book's questions and answers are not two lists of one length", book_id, records=_length(entry))
-        return []
-    genre = clean_text(entry.get("genre"))
+    questions, answers = fields.items("questions"), fields.items("answers")
+    if len(questions) != len(answers):
+        raise WrongValueError("book has not as many answers as questions")
+    genre = fields.optional_text("genre")
     records = []
     for number, pair in enumerate(zip(questions, answers, strict=True)):
-        question, answer = clean_text(pair[0]), clean_text(pair[1])
+        question, answer = clean_text(pair[0]), clean_text(spoken(pair[1]))
         if question is None or answer is None:
             losses.add("question or answer is blank or no text", f"{book_id} question {number}")
             continue
         tags = {"genre": genre} if genre else {}
         records.append(Record(f"{book_id}-{number}", "question", question, (answer,), tags=tags))
     return records
+
+
+READERS = {"ocr_vqa": read_ocr_vqa}

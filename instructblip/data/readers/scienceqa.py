@@ -10,18 +10,22 @@ from typing import Any
 
 from instructblip.data.readers.base import Losses, MediaRecords, RawSplit
 from instructblip.data.readers.common import (
-    MISSING_IMAGE,
-    clean_text,
-    file_name,
-    find_image,
+    existing_image,
     image_folders,
     in_number_order,
-    is_text,
-    load_object,
+    media_key,
     split_ids,
-    texts,
+    text_tags,
+)
+from instructblip.data.readers.files import (
+    load_object,
 )
 from instructblip.data.records import Record
+from instructblip.data.typed import (
+    Fields,
+    WrongValueError,
+    is_text,
+)
 
 TAGS = ("subject", "topic", "grade")
 
@@ -37,39 +41,34 @@ def read_scienceqa_img(source: RawSplit, losses: Losses) -> Iterator[MediaRecord
     folders = image_folders(source)
     claimed = {pid for pid, values in problems.items() if _split(values) == source.split}
     for pid in in_number_order(listed | claimed):
-        values = problems.get(pid)
-        if not isinstance(values, dict):
-            losses.add("problem is not in problems.json", pid)
-        elif pid not in listed or pid not in claimed:
-            losses.add("problem's split is not that of pid_splits.json", f"{pid}: {_split(values)!r}")
-        elif values.get("image") is not None and (record := _record(pid, values, losses)):
-            name = file_name(values["image"])
-            media = find_image([folder / pid for folder in folders], [name]) if name else None
-            if media is None:
-                losses.add(MISSING_IMAGE, f"{source.split}/{pid}/{values['image']}")
-            else:
-                yield MediaRecords(f"scienceqa_img_{pid}", pid, media, [record])
+        with losses.counting(pid):
+            if pid not in problems:
+                raise WrongValueError("problem is not in problems.json")
+            fields = Fields.of(problems[pid], "problem")
+            if pid not in listed or pid not in claimed:
+                raise WrongValueError("problem's split is not that of pid_splits.json", repr(fields.get("split")))
+            if not fields.has("image"):
+                continue
+            record, name = _record(pid, fields), fields.file_name("image")
+            media = existing_image([folder / pid for folder in folders], name)
+            yield MediaRecords(media_key("scienceqa_img", pid), pid, media, [record])
 
 
 def _split(values: Any) -> Any:
     return values.get("split") if isinstance(values, dict) else None
 
 
-def _record(pid: str, values: dict[str, Any], losses: Losses) -> Record | None:
-    question, choices, label = values.get("question"), texts(values.get("choices")), values.get("answer")
-    if not is_text(question) or not choices:
-        losses.add("problem lacks question or choices", pid)
-        return None
-    if type(label) is not int or not 0 <= label < len(choices):
-        losses.add("answer is not the index of a choice", f"{pid}: {label!r}")
-        return None
-    hint = values.get("hint")
+def _record(pid: str, fields: Fields) -> Record:
+    question, choices, hint = fields.verbatim("question"), fields.texts("choices"), fields.get("hint")
     return Record(
         id=pid,
         kind="multiple_choice",
-        question=question.strip(),
+        question=question,
         choices=choices,
-        label=label,
+        label=fields.whole("answer", high=len(choices) - 1),
         context=hint.strip() if is_text(hint) else None,
-        tags={tag: text for tag in TAGS if (text := clean_text(values.get(tag))) is not None},
+        tags=text_tags(fields, TAGS),
     )
+
+
+READERS = {"scienceqa_img": read_scienceqa_img}

@@ -6,22 +6,29 @@ as `reference_strs`: they are taken once an image. The test split has no caption
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 from instructblip.data.readers.base import Losses, MediaRecords, RawSplit
 from instructblip.data.readers.common import (
     MISSING_IMAGE,
     caption_records,
-    clean_text,
-    find_image,
+    check_split,
     image_folders,
-    plain_id,
+    media_key,
     rosetta_tokens,
+    unique,
+)
+from instructblip.data.readers.files import (
+    find_image,
     stream_list,
+)
+from instructblip.data.typed import (
+    Fields,
+    WrongValueError,
     texts,
 )
 
 HIDDEN_SPLIT = "test"
+SCORED_SPLITS = ("val",)
 
 
 @dataclass
@@ -50,7 +57,7 @@ def read_textcaps(source: RawSplit, losses: Losses) -> Iterator[MediaRecords]:
         else:
             if found is None:
                 losses.add("image has no OCR entry; kept without tokens", image_id, records=0)
-            yield MediaRecords(f"textcaps_{image_id}", image_id, path, records)
+            yield MediaRecords(media_key("textcaps", image_id), image_id, path, records)
 
 
 def _read_images(source: RawSplit, losses: Losses) -> dict[str, _Image]:
@@ -59,29 +66,19 @@ def _read_images(source: RawSplit, losses: Losses) -> dict[str, _Image]:
     images: dict[str, _Image] = {}
     seen: set[str] = set()
     for row, entry in enumerate(stream_list(path, "data")):
-        fields, place = entry if isinstance(entry, dict) else {}, f"{path.name} entry {row}"
-        image_id = plain_id(fields.get("image_id"))
-        if image_id is None:
-            losses.add("entry has no image_id", place)
-        elif fields.get("set_name", source.split) != source.split:
-            losses.add("entry is of another split", f"{place}: {fields['set_name']!r}")
-        elif source.split == HIDDEN_SPLIT:
-            if image_id in images:
-                losses.add("image is listed twice", f"{place}: {image_id}")
-            images[image_id] = _Image()
-        else:
-            _add_caption(images.setdefault(image_id, _Image()), fields, seen, place, losses)
-            if source.split != "train":
-                images[image_id].references = images[image_id].references or texts(fields.get("reference_strs")) or ()
+        with losses.counting(f"{path.name} entry {row}"):
+            fields = Fields.of(entry)
+            image_id = fields.id("image_id")
+            check_split(fields, "set_name", source.split)
+            if source.split == HIDDEN_SPLIT and image_id in images:
+                raise WrongValueError("image is listed twice", image_id)
+            image = images.setdefault(image_id, _Image())
+            if source.split in SCORED_SPLITS:
+                image.references = image.references or texts(fields.get("reference_strs"))
+            if source.split != HIDDEN_SPLIT:
+                caption_id, text = fields.id("caption_id"), fields.text("caption_str")
+                image.captions.append((unique(seen, caption_id, "caption id"), text))
     return images
 
 
-def _add_caption(image: _Image, fields: dict[str, Any], seen: set[str], place: str, losses: Losses) -> None:
-    caption_id, text = plain_id(fields.get("caption_id")), clean_text(fields.get("caption_str"))
-    if caption_id is None or text is None:
-        losses.add("caption is blank or has no id", place)
-    elif caption_id in seen:
-        losses.add("caption id repeats", f"{place}: {caption_id}")
-    else:
-        seen.add(caption_id)
-        image.captions.append((caption_id, text))
+READERS = {"textcaps": read_textcaps}

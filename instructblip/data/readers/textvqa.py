@@ -6,22 +6,27 @@ Raw files: `TextVQA_0.5.1_{train,val,test}.json`, questions with ten answers (no
 """
 
 from collections.abc import Iterator
-from typing import Any
 
 from instructblip.data.readers.base import Losses, MediaRecords, RawSplit
 from instructblip.data.readers.common import (
     MISSING_IMAGE,
     annotators,
-    clean_text,
-    find_image,
     given_answers,
     image_folders,
-    load_list,
-    plain_id,
+    media_key,
     rosetta_tokens,
+    unique,
     weigh_answers,
 )
+from instructblip.data.readers.files import (
+    find_image,
+    load_list,
+)
 from instructblip.data.records import Record
+from instructblip.data.typed import (
+    Fields,
+    WrongValueError,
+)
 
 UNLABELLED_SPLIT = "test"
 
@@ -34,22 +39,18 @@ def read_textvqa(source: RawSplit, losses: Losses) -> Iterator[MediaRecords]:
     """
     folders = image_folders(source)
     tokens = rosetta_tokens(source, losses)
+    path = source.path("questions")
     by_image: dict[str, list[Record]] = {}
-    seen = set()
-    for row, entry in enumerate(load_list(source.path("questions"), "data")):
-        values = entry if isinstance(entry, dict) else {}
-        image_id, question_id = plain_id(values.get("image_id")), plain_id(values.get("question_id"))
-        question, place = clean_text(values.get("question")), f"data entry {row}: question {question_id}"
-        if image_id is None or question_id is None or question is None:
-            losses.add("entry lacks question_id, image_id or question", f"data entry {row}")
-        elif question_id in seen:
-            losses.add("question repeats an id", place)
-        elif (answers := _answers(values.get("answers"), source.split, place, losses)) is None:
-            losses.add("question has no answers", place)
-        else:
-            seen.add(question_id)
+    seen: set[str] = set()
+    for row, entry in enumerate(load_list(path, "data")):
+        place = f"{path.name} entry {row}"
+        with losses.counting(place):
+            fields = Fields.of(entry)
+            image_id, question_id = fields.id("image_id"), fields.id("question_id")
+            question, answers = fields.text("question"), _answers(fields, source.split, place, losses)
+            unique(seen, question_id, "question id")
             words = () if tokens is None else tokens.get(image_id, ())
-            people = annotators(values.get("answers"), answers)
+            people = annotators(fields.get("answers"), answers)
             record = Record(question_id, "question", question, *weigh_answers(answers), people, ocr_tokens=words)
             by_image.setdefault(image_id, []).append(record)
     for image_id, records in by_image.items():
@@ -59,11 +60,17 @@ def read_textvqa(source: RawSplit, losses: Losses) -> Iterator[MediaRecords]:
         if media is None:
             losses.add(MISSING_IMAGE, f"{image_id}.jpg", records=len(records))
         else:
-            yield MediaRecords(f"textvqa_{image_id}", image_id, media, records)
+            yield MediaRecords(media_key("textvqa", image_id), image_id, media, records)
 
 
-def _answers(entries: Any, split: str, place: str, losses: Losses) -> tuple[str, ...] | None:
-    """The answers that people gave, none in the test split; None where they should be and are not."""
-    if entries is None and split == UNLABELLED_SPLIT:
+def _answers(fields: Fields, split: str, place: str, losses: Losses) -> tuple[str, ...]:
+    """The answers that people gave, none in the test split."""
+    if split == UNLABELLED_SPLIT and not fields.has("answers"):
         return ()
-    return given_answers(entries, place, losses) or None
+    answers = given_answers(fields.items("answers"), place, losses)
+    if not answers:
+        raise WrongValueError("question has no answers")
+    return answers
+
+
+READERS = {"textvqa": read_textvqa}

@@ -11,14 +11,26 @@ where video_id is a number and the ids run on over the splits.
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from instructblip.data.readers.base import Losses, MediaRecords, RawSplit
-from instructblip.data.readers.common import clean_text, find_image, image_folders, load_list, plain_id
+from instructblip.data.readers.common import (
+    image_folders,
+    media_key,
+    unique,
+)
+from instructblip.data.readers.files import (
+    find_image,
+    load_list,
+    text_lines,
+)
 from instructblip.data.records import Record
-from instructblip.errors import UserError
+from instructblip.data.typed import (
+    Fields,
+    whole_number,
+)
 
 MISSING_VIDEO = "video file is missing"
+MAX_NUMBER = 10**9 - 1  # of a video
 EXTENSIONS = ("avi", "mp4", "webm", "mkv")
 # The kinds of question that results on these datasets are broken down by.
 QUESTION_TYPES = ("what", "who", "how", "when", "where")
@@ -33,7 +45,7 @@ def read_msvd_qa(source: RawSplit, losses: Losses) -> Iterator[MediaRecords]:
     Raises:
         UserError: a file or the folder of videos is missing, cut short or of another form.
     """
-    clips = read_mapping(source.path("mapping"), losses)
+    clips = _read_mapping(source.path("mapping"), losses)
     folders = image_folders(source, "videos")
     for number, records in _read_questions(source, losses).items():
         clip = clips.get(number)
@@ -54,7 +66,7 @@ def read_msrvtt_qa(source: RawSplit, losses: Losses) -> Iterator[MediaRecords]:
         yield from _video("msrvtt_qa", f"video{number}", folders, (f"video{number}",), records, losses)
 
 
-def read_mapping(path: Path, losses: Losses) -> dict[int, str]:
+def _read_mapping(path: Path, losses: Losses) -> dict[int, str]:
     """Number of a video -> name of its clip, from `youtube_mapping.txt`; each number and each name once.
 
     A line of another form, a number or a name that comes again is counted, with no record lost.
@@ -62,15 +74,9 @@ def read_mapping(path: Path, losses: Losses) -> dict[int, str]:
     Raises:
         UserError: missing, unreadable, not UTF-8.
     """
-    try:
-        lines = path.read_bytes().decode("utf-8-sig").split("\n")
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); put youtube_mapping.txt there") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not UTF-8; fetch youtube_mapping.txt again") from None
     clips: dict[int, str] = {}
     names = set()
-    for row, line in enumerate(lines, start=1):
+    for row, line in enumerate(text_lines(path), start=1):
         if not line.strip():
             continue
         match = _MAPPING_LINE.fullmatch(line.strip())
@@ -98,38 +104,31 @@ def _video(
     dataset: str, media_id: str, folders: list[Path], names: tuple[str, ...], records: list[Record], losses: Losses
 ) -> Iterator[MediaRecords]:
     media = find_image(folders, [f"{name}.{extension}" for name in names for extension in EXTENSIONS])
-    return video_media(f"{dataset}_{media_id}", media_id, media, records, losses)
+    return video_media(media_key(dataset, media_id), media_id, media, records, losses)
 
 
 def _read_questions(source: RawSplit, losses: Losses) -> dict[int, list[Record]]:
     """Number of a video -> its records, in the order of the file."""
     path = source.path("questions")
     by_video: dict[int, list[Record]] = {}
-    seen = set()
+    seen: set[str] = set()
     for row, entry in enumerate(load_list(path)):
-        values: dict[str, Any] = entry if isinstance(entry, dict) else {}
-        question_id, video = plain_id(values.get("id")), _number(values.get("video_id"))
-        question, answer = clean_text(values.get("question")), clean_text(values.get("answer"))
-        if question_id is None or video is None or question is None or answer is None:
-            losses.add("entry lacks id, video_id, question or answer", f"{path.name} entry {row}")
-        elif question_id in seen:
-            losses.add("question repeats an id", f"{path.name} entry {row}: {question_id}")
-        else:
-            seen.add(question_id)
-            record = Record(question_id, "video_question", question, answers=(answer,), tags=_tags(question, values))
+        with losses.counting(f"{path.name} entry {row}"):
+            fields = Fields.of(entry)
+            question_id, video = fields.id("id"), fields.whole("video_id", high=MAX_NUMBER)
+            question, answer = fields.text("question"), fields.answer("answer")
+            unique(seen, question_id, "question id")
+            record = Record(question_id, "video_question", question, answers=(answer,), tags=_tags(question, fields))
             by_video.setdefault(video, []).append(record)
     return by_video
 
 
-def _tags(question: str, values: dict[str, Any]) -> dict[str, str]:
+def _tags(question: str, fields: Fields) -> dict[str, str]:
     first = question.split()[0].lower()
     tags = {"question_type": first if first in QUESTION_TYPES else "other"}
-    if type(values.get("category_id")) is int:
-        tags["category"] = str(values["category_id"])
+    if (category := whole_number(fields.get("category_id"))) is not None:
+        tags["category"] = str(category)
     return tags
 
 
-def _number(value: Any) -> int | None:
-    """A video's number from 12 or "12"; None for another value."""
-    text = plain_id(value)
-    return int(text) if text is not None and re.fullmatch(r"[0-9]{1,9}", text) else None
+READERS = {"msrvtt_qa": read_msrvtt_qa, "msvd_qa": read_msvd_qa}

@@ -17,14 +17,24 @@ from typing import Any
 from instructblip.data.readers.base import Losses, MediaRecords, RawSplit
 from instructblip.data.readers.common import (
     MISSING_IMAGE,
-    clean_text,
     coco_id,
     coco_images,
+    coco_number,
     image_folders,
+    unique,
+)
+from instructblip.data.readers.files import (
     load_list,
     stream_list,
 )
 from instructblip.data.records import Record
+from instructblip.data.typed import (
+    Fields,
+    WrongValueError,
+    clean_text,
+    spoken,
+    whole_number,
+)
 
 OPTIONS = 100
 UNLABELLED_SPLIT = "test"
@@ -39,33 +49,22 @@ def read_visdial(source: RawSplit, losses: Losses) -> Iterator[MediaRecords]:
     path = source.path("dialogs")
     shared = _Shared.load(path, source, losses)
     images = coco_images(image_folders(source))
-    seen = set()
+    seen: set[str] = set()
     for row, dialog in enumerate(stream_list(path, "data.dialogs")):
-        values = dialog if isinstance(dialog, dict) else {}
-        image_id, rounds = coco_id(values.get("image_id")), values.get("dialog")
-        if image_id is None or not isinstance(rounds, list) or not rounds:
-            losses.add("dialog lacks image_id or rounds", f"dialogs entry {row}")
-            continue
-        count = 1 if source.split == UNLABELLED_SPLIT else len(rounds)
-        if image_id in seen:
-            losses.add("dialog repeats an image", f"dialogs entry {row}: image {image_id}", records=count)
-            continue
-        seen.add(image_id)
-        try:
-            records = _records(image_id, clean_text(values.get("caption")), rounds, shared, source.split)
-        except _MalformedError as error:
-            losses.add(str(error), f"image {image_id}", records=count)
-            continue
-        if image_id in images:
-            yield MediaRecords(f"visdial_{image_id:012d}", _media_id(images[image_id]), images[image_id], records)
-        else:
-            losses.add(MISSING_IMAGE, f"image {image_id}", records=count)
+        with losses.counting(f"dialogs entry {row}"):
+            fields = Fields.of(dialog, "dialog")
+            image_id, rounds = coco_number(fields, "image_id"), fields.items("dialog")
+            if not rounds:
+                raise WrongValueError("dialog has no rounds")
+            count = 1 if source.split == UNLABELLED_SPLIT else len(rounds)
+            with losses.counting(f"dialogs entry {row}: image {image_id}", records=count):
+                unique(seen, str(image_id), "image of a dialog")
+                records = _records(image_id, fields.optional_text("caption"), rounds, shared, source.split)
+                if image_id not in images:
+                    raise WrongValueError(MISSING_IMAGE)
+                yield MediaRecords(f"visdial_{image_id:012d}", _media_id(images[image_id]), images[image_id], records)
     for image_id, number in shared.relevance:
         losses.add("dense annotation of a round that is not there", f"image {image_id} round {number}", records=0)
-
-
-class _MalformedError(Exception):
-    """What is wrong with a round; its dialog is counted under this, for the later rounds need it as history."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ class _Shared:
     @classmethod
     def load(cls, path: Path, source: RawSplit, losses: Losses) -> "_Shared":
         questions, answers = (
-            [clean_text(text) for text in stream_list(path, f"data.{key}")] for key in ("questions", "answers")
+            [clean_text(spoken(text)) for text in stream_list(path, f"data.{key}")] for key in ("questions", "answers")
         )
         return cls(questions, answers, _relevance(source, losses))
 
@@ -89,18 +88,14 @@ def _relevance(source: RawSplit, losses: Losses) -> dict[tuple[int, int], tuple[
     relevance: dict[tuple[int, int], tuple[float, ...]] = {}
     entries = load_list(source.path("dense")) if "dense" in source.files else []
     for row, entry in enumerate(entries):
-        values = entry if isinstance(entry, dict) else {}
-        image_id, number = coco_id(values.get("image_id")), values.get("round_id")
-        scores = _scores(values.get("gt_relevance", values.get("relevance")))  # the key in val and in train
-        if image_id is None or type(number) is not int or scores is None:
-            losses.add(
-                "dense annotation lacks image_id, round_id or 100 scores, not all of them 0",
-                f"dense entry {row}",
-                records=0,
-            )
-        elif (image_id, number) in relevance:
-            losses.add("dense annotation repeats a round", f"image {image_id} round {number}", records=0)
-        else:
+        with losses.counting(f"dense entry {row}", records=0):
+            fields = Fields.of(entry, "dense annotation")
+            image_id, number = coco_number(fields, "image_id"), fields.whole("round_id", low=1)
+            scores = _scores(fields.get("gt_relevance") or fields.get("relevance"))  # the key in val and in train
+            if scores is None:
+                raise WrongValueError("dense annotation has not 100 scores, or all of them are 0")
+            if (image_id, number) in relevance:
+                raise WrongValueError("dense annotation repeats a round", f"image {image_id} round {number}")
             relevance[image_id, number] = scores
     return relevance
 
@@ -117,14 +112,13 @@ def _scores(value: Any) -> tuple[float, ...] | None:
 def _records(image_id: int, caption: str | None, rounds: list[Any], shared: _Shared, split: str) -> list[Record]:
     records = []
     history: list[tuple[str, str]] = []
-    for number, values in enumerate(rounds, start=1):
+    for number, entry in enumerate(rounds, start=1):
         hidden = split == UNLABELLED_SPLIT and number == len(rounds)
-        if not isinstance(values, dict):
-            raise _MalformedError("a round is no object")
-        question = _text(shared.questions, values.get("question"), "question")
-        answer = None if hidden else _text(shared.answers, values.get("answer"), "answer")
+        fields = Fields.of(entry, "a round")
+        question = _text(shared.questions, fields.get("question"), "question")
+        answer = None if hidden else _text(shared.answers, fields.get("answer"), "answer")
         if hidden or split != UNLABELLED_SPLIT:
-            choices = _choices(values.get("answer_options"), shared)
+            choices = _choices(fields.get("answer_options"), shared)
             records.append(
                 Record(
                     id=f"{image_id}-{number}",
@@ -132,7 +126,7 @@ def _records(image_id: int, caption: str | None, rounds: list[Any], shared: _Sha
                     question=question,
                     answers=() if answer is None else (answer,),
                     choices=choices,
-                    label=_label(values.get("gt_index"), choices, answer),
+                    label=_label(fields.get("gt_index"), choices, answer),
                     context=caption,
                     history=tuple(history),
                     relevance=shared.relevance.pop((image_id, number), ()),
@@ -145,9 +139,10 @@ def _records(image_id: int, caption: str | None, rounds: list[Any], shared: _Sha
 
 def _text(texts: list[str | None], index: Any, what: str) -> str:
     """A question or answer by its index."""
-    text = texts[index] if type(index) is int and 0 <= index < len(texts) else None
+    number = whole_number(index)
+    text = texts[number] if number is not None and 0 <= number < len(texts) else None
     if text is None:
-        raise _MalformedError(f"a round's {what} is not an index of the list of {what}s")
+        raise WrongValueError(f"a round's {what} is not an index of the list of {what}s")
     return text
 
 
@@ -156,7 +151,7 @@ def _choices(options: Any, shared: _Shared) -> tuple[str, ...]:
     if options is None:
         return ()
     if not isinstance(options, list) or len(options) != OPTIONS:
-        raise _MalformedError("a round has not 100 options")
+        raise WrongValueError("a round has not 100 options")
     return tuple(_text(shared.answers, option, "answer") for option in options)
 
 
@@ -164,11 +159,15 @@ def _label(index: Any, choices: tuple[str, ...], answer: str | None) -> int | No
     """The place of the right option; None where there are no options, or the answer is not public."""
     if answer is None or not choices:
         return None
-    if type(index) is not int or not 0 <= index < len(choices) or choices[index] != answer:
-        raise _MalformedError("gt_index is not the place of the answer among the options")
-    return index
+    place = whole_number(index)
+    if place is None or not 0 <= place < len(choices) or choices[place] != answer:
+        raise WrongValueError("gt_index is not the place of the answer among the options")
+    return place
 
 
 def _media_id(image: Path) -> str:
     """COCO's number for COCO's images, the file's name for VisDial's own, so that the two are never taken for one."""
     return image.stem if image.stem.startswith("VisualDialog") else str(coco_id(image.name))
+
+
+READERS = {"visdial": read_visdial}

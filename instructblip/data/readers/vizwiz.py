@@ -7,22 +7,27 @@ the record has it, for releases pad its number differently. "unanswerable" is an
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from instructblip.data.readers.base import Losses, MediaRecords, RawSplit
 from instructblip.data.readers.common import (
-    MISSING_IMAGE,
     annotators,
-    clean_text,
-    file_name,
-    find_image,
+    class_tag,
+    existing_image,
     given_answers,
     image_folders,
-    is_text,
-    load_list,
+    media_key,
+    text_tags,
+    unique,
     weigh_answers,
 )
+from instructblip.data.readers.files import (
+    load_list,
+)
 from instructblip.data.records import Record
+from instructblip.data.typed import (
+    Fields,
+    WrongValueError,
+)
 
 UNLABELLED_SPLIT = "test"
 
@@ -34,38 +39,31 @@ def read_vizwiz(source: RawSplit, losses: Losses) -> Iterator[MediaRecords]:
         UserError: a file is missing, cut short or of another form.
     """
     folders = image_folders(source)
-    seen = set()
-    for row, entry in enumerate(load_list(source.path("questions"))):
-        values = entry if isinstance(entry, dict) else {}
-        name, question = file_name(values.get("image")), clean_text(values.get("question"))
-        place = f"entry {row}: {name}"
-        if name is None or question is None:
-            losses.add("entry lacks image or question", f"entry {row}")
-        elif (stem := Path(name).stem) in seen:
-            losses.add("entry repeats an image", place)
-        elif (media := find_image(folders, [name])) is None:
-            losses.add(MISSING_IMAGE, name)
-        elif (answers := _answers(values.get("answers"), source.split, place, losses)) is None:
-            losses.add("question has no answers", place)
-        else:
-            seen.add(stem)
-            people = annotators(values.get("answers"), answers)
-            record = Record(stem, "question", question, *weigh_answers(answers), people, tags=_tags(values))
-            yield MediaRecords(f"vizwiz_{stem}", stem, media, [record])
+    path = source.path("questions")
+    seen: set[str] = set()
+    for row, entry in enumerate(load_list(path)):
+        place = f"{path.name} entry {row}"
+        with losses.counting(place):
+            fields = Fields.of(entry)
+            name, question = fields.file_name("image"), fields.text("question")
+            media = existing_image(folders, name)
+            answers = _answers(fields, source.split, place, losses)
+            stem = unique(seen, Path(name).stem, "image")
+            people = annotators(fields.get("answers"), answers)
+            tags = text_tags(fields, ["answer_type"]) | class_tag(fields, "answerable")
+            record = Record(stem, "question", question, *weigh_answers(answers), people, tags=tags)
+            yield MediaRecords(media_key("vizwiz", stem), stem, media, [record])
 
 
-def _answers(entries: Any, split: str, place: str, losses: Losses) -> tuple[str, ...] | None:
-    """The answers that people gave, none in the test split; None where they should be and are not."""
-    if entries is None and split == UNLABELLED_SPLIT:
+def _answers(fields: Fields, split: str, place: str, losses: Losses) -> tuple[str, ...]:
+    """The answers that people gave, none in the test split."""
+    if split == UNLABELLED_SPLIT and not fields.has("answers"):
         return ()
-    if isinstance(entries, list):
-        entries = [entry.get("answer") if isinstance(entry, dict) else None for entry in entries]
-    return given_answers(entries, place, losses) or None
+    said = [entry.get("answer") if isinstance(entry, dict) else entry for entry in fields.items("answers")]
+    answers = given_answers(said, place, losses)
+    if not answers:
+        raise WrongValueError("question has no answers")
+    return answers
 
 
-def _tags(values: dict[str, Any]) -> dict[str, str]:
-    tags = {"answer_type": values["answer_type"].strip()} if is_text(values.get("answer_type")) else {}
-    answerable = values.get("answerable")
-    if type(answerable) is int and answerable in (0, 1):
-        tags["answerable"] = ("false", "true")[answerable]
-    return tags
+READERS = {"vizwiz": read_vizwiz}

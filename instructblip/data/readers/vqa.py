@@ -15,23 +15,28 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from instructblip.data.readers.base import Losses, MediaRecords, RawSplit
 from instructblip.data.readers.common import (
     annotators,
-    clean_text,
     coco_id,
     coco_images,
     coco_media,
+    coco_number,
     image_folders,
-    is_text,
-    peek,
-    plain_id,
-    stream_list,
     weigh_answers,
 )
+from instructblip.data.readers.files import (
+    peek,
+    stream_list,
+)
 from instructblip.data.records import Record
+from instructblip.data.typed import (
+    Fields,
+    WrongValueError,
+    is_text,
+    spoken,
+)
 from instructblip.errors import UserError
 
 
@@ -76,17 +81,13 @@ def _read_questions(source: RawSplit, losses: Losses) -> dict[str, tuple[int, st
     _check_header(path, source)
     questions: dict[str, tuple[int, str] | None] = {}
     for row, entry in enumerate(stream_list(path, "questions")):
-        fields = entry if isinstance(entry, dict) else {}
-        question_id, image_id = plain_id(fields.get("question_id")), coco_id(fields.get("image_id"))
-        question = clean_text(fields.get("question"))
-        if question_id is not None and question_id in questions:
-            losses.add("question id repeats", f"{path.name} entry {row}: {question_id}")
-        elif question_id is None or image_id is None or question is None:
-            losses.add("question lacks question_id, image_id or text", f"{path.name} entry {row}")
-            if question_id is not None:
-                questions[question_id] = None
-        else:
-            questions[question_id] = (image_id, question)
+        with losses.counting(f"{path.name} entry {row}"):
+            fields = Fields.of(entry)
+            question_id = fields.id("question_id")
+            if question_id in questions:
+                raise WrongValueError("question id occurs twice", question_id)
+            questions[question_id] = None
+            questions[question_id] = (coco_number(fields, "image_id"), fields.text("question"))
     return questions
 
 
@@ -99,40 +100,36 @@ def _read_annotations(
     taken = source.options.get("answer_field", {}).get(source.split, "answer")
     annotations: dict[str, _Annotation | None] = {}
     for row, entry in enumerate(stream_list(path, "annotations")):
-        fields = entry if isinstance(entry, dict) else {}
-        question_id = plain_id(fields.get("question_id"))
-        place = f"{path.name} entry {row}" + (f": question {question_id}" if question_id else "")
-        if question_id is None:
-            losses.add("annotation has no question_id", place, records=0)  # its question is counted
-        elif question_id not in questions:
-            losses.add("annotation has no question", place)
-        elif question_id in annotations:
-            losses.add("annotation repeats a question id", place, records=0)
-        elif (asked := questions[question_id]) is None:
+        place = f"{path.name} entry {row}"
+        with losses.counting(place, records=0):  # the question of one that is lost here is counted
+            fields = Fields.of(entry, "annotation")
+            question_id = fields.id("question_id")
+            if question_id in annotations:
+                raise WrongValueError("annotation repeats a question id", question_id)
+            if question_id not in questions:
+                losses.add("annotation has no question", f"{place}: question {question_id}")
+                continue
             annotations[question_id] = None
-        elif coco_id(fields.get("image_id")) != asked[0]:
-            losses.add("annotation names another image than its question", place)
-            annotations[question_id] = None
-        else:
-            annotations[question_id] = _annotation(fields, taken, place, losses)
+            with losses.counting(f"{place}: question {question_id}"):
+                if (asked := questions[question_id]) is not None:
+                    annotations[question_id] = _annotation(fields, asked[0], taken, place, losses)
     return annotations
 
 
-def _annotation(fields: dict[str, Any], taken: str, place: str, losses: Losses) -> _Annotation | None:
-    entries = fields.get("answers")
-    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        losses.add("annotation has no list of answers", place)
-        return None
-    given = [entry[taken] if is_text(entry.get(taken)) else entry.get("answer") for entry in entries]
+def _annotation(fields: Fields, image_id: int, taken: str, place: str, losses: Losses) -> _Annotation:
+    if coco_id(fields.get("image_id")) != image_id:
+        raise WrongValueError("annotation names another image than its question")
+    entries = fields.items("answers")
+    people = [entry if isinstance(entry, dict) else {"answer": entry} for entry in entries]
+    given = [spoken(entry[taken] if is_text(entry.get(taken)) else entry.get("answer")) for entry in people]
     # Not brought to single spaces: the scorer compares raw texts where all ten people agree.
     texts = [answer.strip() for answer in given if is_text(answer)]
     if not texts:
-        losses.add("annotation has no answer with text", place)
-        return None
+        raise WrongValueError("annotation has no answer with text")
     if len(texts) < len(given):
         losses.add("answer of one person is blank or no text", place, records=0)
     answers, weights = weigh_answers(texts)
-    tags = {name: fields[name] for name in ("answer_type", "question_type") if is_text(fields.get(name))}
+    tags = {name: fields.get(name) for name in ("answer_type", "question_type") if is_text(fields.get(name))}
     return _Annotation(answers, weights, annotators(given, texts), tags)
 
 
@@ -150,3 +147,6 @@ def _check_header(path: Path, source: RawSplit) -> None:
 
 def _first_word(text: str) -> str:
     return re.split("[^a-z]", text)[0]
+
+
+READERS = {"vqa": read_vqa}

@@ -7,11 +7,22 @@ A statement has no id of its own; its record is named after its image and its nu
 """
 
 from collections.abc import Iterator
-from typing import Any
 
 from instructblip.data.readers.base import Losses, MediaRecords, RawSplit
-from instructblip.data.readers.common import clean_text, coco_id, coco_images, coco_media, image_folders, json_lines
+from instructblip.data.readers.common import (
+    coco_images,
+    coco_media,
+    coco_number,
+    image_folders,
+    text_tags,
+)
+from instructblip.data.readers.files import (
+    json_lines,
+)
 from instructblip.data.records import Record
+from instructblip.data.typed import (
+    Fields,
+)
 
 TAGS = ("relation", "subj", "obj")
 
@@ -24,16 +35,15 @@ def read_vsr(source: RawSplit, losses: Losses) -> Iterator[MediaRecords]:
     """
     by_image: dict[int, list[Record]] = {}
     for place, entry in json_lines(source.path("statements"), losses):
-        values = entry if isinstance(entry, dict) else {}
-        image_id, caption, label = coco_id(values.get("image")), clean_text(values.get("caption")), values.get("label")
-        if image_id is None or caption is None or type(label) is not int or label not in (0, 1):
-            losses.add("line lacks image, caption or label 0 or 1", place)
-            continue
-        records = by_image.setdefault(image_id, [])
-        records.append(_record(f"{image_id}-{len(records)}", caption, label, values))
+        with losses.counting(place):
+            fields = Fields.of(entry, "line")
+            image_id, caption = coco_number(fields, "image"), fields.text("caption")
+            label = fields.whole("label", high=1)
+            records = by_image.setdefault(image_id, [])
+            record_id, truth = f"{image_id}-{len(records)}", ("false", "true")[label]
+            tags = text_tags(fields, TAGS)
+            records.append(Record(record_id, "statement", caption, answers=(truth,), label=label, tags=tags))
     yield from coco_media("vsr", by_image, coco_images(image_folders(source)), losses)
 
 
-def _record(record_id: str, caption: str, label: int, values: dict[str, Any]) -> Record:
-    tags = {tag: text for tag in TAGS if (text := clean_text(values.get(tag))) is not None}
-    return Record(record_id, "statement", caption, answers=(("false", "true")[label],), label=label, tags=tags)
+READERS = {"vsr": read_vsr}

@@ -15,17 +15,29 @@ Links die: an entry without a file is counted, not an error.
 
 import contextlib
 import hashlib
-import json
 import sqlite3
 import tempfile
 from collections.abc import Iterable, Iterator
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 from instructblip.data.readers.base import Losses, MediaRecords, RawSplit
-from instructblip.data.readers.common import clean_text, find_image, image_folders, is_text, path_below, stream_list
+from instructblip.data.readers.common import (
+    MISSING_IMAGE,
+    image_folders,
+)
+from instructblip.data.readers.files import (
+    find_image,
+    json_lines,
+    stream_list,
+)
 from instructblip.data.records import Record
+from instructblip.data.typed import (
+    Fields,
+    WrongValueError,
+    is_text,
+    path_below,
+)
 from instructblip.errors import UserError
 
 _SETUP = """
@@ -78,40 +90,24 @@ def read_web_capfilt(source: RawSplit, losses: Losses) -> Iterator[MediaRecords]
 
 def _entries(path: Path, losses: Losses) -> Iterator[tuple[int, str, str]]:
     for row, entry in enumerate(stream_list(path)):
-        fields = entry if isinstance(entry, dict) else {}
-        caption, image, url = clean_text(fields.get("caption")), fields.get("image"), fields.get("url")
-        if caption is None:
-            losses.add("caption is blank or no text", f"{path.name} entry {row}")
-        elif (path_of_image := path_below(image)) is not None:
-            yield 0, path_of_image, caption
-        elif image is not None:
-            losses.add("image is no path below the raw folder", f"{path.name} entry {row}: {str(image)[:80]!r}")
-        elif is_text(url):
-            yield 1, url.strip(), caption
-        else:
-            losses.add("entry has neither url nor image", f"{path.name} entry {row}")
+        with losses.counting(f"{path.name} entry {row}"):
+            fields = Fields.of(entry)
+            caption = fields.text("caption")
+            if fields.has("image"):
+                if (image := path_below(fields.get("image"))) is None:
+                    raise WrongValueError("image is no path below the raw folder", repr(fields.get("image"))[:80])
+                yield 0, image, caption
+            else:
+                yield 1, fields.verbatim("url"), caption
 
 
 def _files_of_urls(path: Path, losses: Losses) -> Iterator[tuple[str, str]]:
-    try:
-        with open(path, encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                pair = _parse(line)
-                if pair is None:
-                    losses.add("line does not give a url its file", f"{path.name} line {number}", records=0)
-                else:
-                    yield pair
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read ({error}); it must be UTF-8 with one JSON object a line") from None
-
-
-def _parse(line: str) -> tuple[str, str] | None:
-    try:
-        fields: Any = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    url, file = (fields.get("url"), path_below(fields.get("file"))) if isinstance(fields, dict) else (None, None)
-    return (url.strip(), file) if is_text(url) and file is not None else None
+    for place, entry in json_lines(path, losses, records=0):
+        url, file = (entry.get("url"), path_below(entry.get("file"))) if isinstance(entry, dict) else (None, None)
+        if is_text(url) and file is not None:
+            yield url.strip(), file
+        else:
+            losses.add("line does not give a url its file", place, records=0)
 
 
 def _pictures(rows: Iterable[Row], raw: Path, folders: list[Path], losses: Losses) -> Iterator[MediaRecords]:
@@ -127,9 +123,12 @@ def _pictures(rows: Iterable[Row], raw: Path, folders: list[Path], losses: Losse
         else:
             path = find_image([raw, *folders], [media])
         if path is None:
-            reason = "url has no file: its link is dead or was never fetched" if is_url else "image file is missing"
+            reason = "url has no file: its link is dead or was never fetched" if is_url else MISSING_IMAGE
             losses.add(reason, media[:200], records=len(captions))
             continue
         digest = hashlib.sha256(media.encode()).hexdigest()[:32]
         records = [Record(f"{digest}-{n}", "caption", answers=(caption,)) for n, caption in enumerate(captions)]
         yield MediaRecords(f"web_capfilt_{digest}", media, path, records)
+
+
+READERS = {"web_capfilt": read_web_capfilt}

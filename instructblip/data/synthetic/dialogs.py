@@ -1,11 +1,10 @@
 """Made-up files of the datasets of dialogues, in the layouts of the official ones."""
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
-from instructblip.data.readers.visdial import OPTIONS
-from instructblip.data.synthetic.scenes import COLORS, Scene, write_picture
+from instructblip.data.readers.visdial import OPTIONS, UNLABELLED_SPLIT
+from instructblip.data.synthetic.scenes import COLORS, MadeUpSplit, write_coco_picture
 from instructblip.files import write_json
 
 _VISDIAL_TOPICS = ("color", "count", "side")
@@ -13,73 +12,49 @@ _VISDIAL_ANSWERS = [*COLORS, "1", "2", "3", "yes", "no"]
 _VISDIAL_ANSWERS += [f"maybe {number}" for number in range(4, 4 + OPTIONS)]  # enough to make the options of
 
 
-def write_llava_conversation(raw: Path, splits: Mapping[str, Sequence[Scene]]) -> None:
-    """Three questions and answers a dialogue."""
-    dialogues = []
-    for scene in splits["train"]:
-        turns = []
-        for question, answer in scene.asked("shape", "color", "word"):
-            turns += [question, f"The answer is {answer}, as the picture shows {scene.things}."]
-        dialogues.append(_dialogue(raw, scene, turns))
-    write_json(raw / "conversation_58k.json", dialogues)
+def write_llava(splits: Sequence[MadeUpSplit]) -> None:
+    """Dialogues of two short answers and a long one; the image's mark stands before or after the first question."""
+    for split in splits:
+        dialogues = []
+        for scene in split.scenes:
+            turns = []
+            for question, answer in scene.asked("shape", "color"):
+                turns += [question, f"The answer is {answer}, as the picture shows {scene.things}."]
+            turns += [
+                "Describe the picture in detail.",
+                f"{' '.join(scene.captions(3))}\n\nNothing else is to be seen.",
+            ]
+            turns[0] = f"<image>\n{turns[0]}" if scene.number % 2 else f"{turns[0]}\n<image>"
+            conversation = [{"from": ("human", "gpt")[row % 2], "value": text} for row, text in enumerate(turns)]
+            name = write_coco_picture(split.place("images"), scene)
+            dialogues.append({"id": f"{scene.number:012d}", "image": name, "conversations": conversation})
+        write_json(split.place("annotations"), dialogues)
 
 
-def write_llava_detail(raw: Path, splits: Mapping[str, Sequence[Scene]]) -> None:
-    """One long answer."""
-    dialogues = [
-        _dialogue(raw, scene, ["Describe the picture in detail.", " ".join(scene.captions(3))])
-        for scene in splits["train"]
-    ]
-    write_json(raw / "detail_23k.json", dialogues)
-
-
-def write_llava_reasoning(raw: Path, splits: Mapping[str, Sequence[Scene]]) -> None:
-    """One answer that gives its reasons."""
-    dialogues = []
-    for scene in splits["train"]:
-        question = f"Would somebody who looks for {scene.things} be content with this picture?"
-        reasons = (
-            f"Yes. {scene.statement(true=True)} Nothing else of that kind is to be seen.\n\nSo the search can end."
-        )
-        dialogues.append(_dialogue(raw, scene, [question, reasons]))
-    write_json(raw / "complex_reasoning_77k.json", dialogues)
-
-
-def _dialogue(raw: Path, scene: Scene, turns: Sequence[str]) -> dict[str, Any]:
-    """An entry; the place of the image stands before or after its first question, as in the official files."""
-    name = f"{scene.number:012d}.jpg"
-    write_picture(raw / "train2017" / name, scene)
-    said = [f"<image>\n{turns[0]}" if scene.number % 2 else f"{turns[0]}\n<image>", *turns[1:]]
-    conversation = [{"from": ("human", "gpt")[row % 2], "value": text} for row, text in enumerate(said)]
-    return {"id": f"{scene.number:012d}", "image": name, "conversations": conversation}
-
-
-def write_visdial(raw: Path, splits: Mapping[str, Sequence[Scene]]) -> None:
-    """Dialogs of three rounds with 100 options each; the last round of test has no answer; one round of the others is
-    annotated densely."""
-    for split, scenes in splits.items():
+def write_visdial(splits: Sequence[MadeUpSplit]) -> None:
+    """Dialogs of three rounds with 100 options each; the last round of test has no answer; one round of each dialog is
+    annotated densely where the card has a file for it."""
+    for split in splits:
         questions: list[str] = []
         dialogs, dense = [], []
-        for scene in scenes:
+        for scene in split.scenes:
             rounds = []
             for question, answer in scene.asked(*_VISDIAL_TOPICS):
                 if question not in questions:
                     questions.append(question)
                 rounds.append(_round(questions.index(question), _VISDIAL_ANSWERS.index(answer), scene.number))
-            if split == "test":
+            if split.name == UNLABELLED_SPLIT:
                 del rounds[-1]["answer"], rounds[-1]["gt_index"]
-            else:
-                scores = [0.0] * OPTIONS
-                scores[rounds[1]["gt_index"]], scores[(rounds[1]["gt_index"] + 1) % OPTIONS] = 1.0, 0.4
-                key = "relevance" if split == "train" else "gt_relevance"
-                dense.append({"image_id": scene.number, "round_id": 2, key: scores})
+            scores = [0.0] * OPTIONS
+            scores[rounds[1]["gt_index"]], scores[(rounds[1]["gt_index"] + 1) % OPTIONS] = 1.0, 0.4
+            key = "relevance" if split.name == "train" else "gt_relevance"
+            dense.append({"image_id": scene.number, "round_id": 2, key: scores})
             dialogs.append({"image_id": scene.number, "caption": scene.captions(1)[0].lower(), "dialog": rounds})
-            folder, name = ("train2014", "COCO_train2014") if split == "train" else (f"VisualDialog_{split}2018",) * 2
-            write_picture(raw / folder / f"{name}_{scene.number:012d}.jpg", scene)
+            write_coco_picture(split.place("images"), scene)
         data = {"questions": questions, "answers": _VISDIAL_ANSWERS, "dialogs": dialogs}
-        write_json(raw / f"visdial_1.0_{split}.json", {"version": "1.0", "split": split, "data": data})
-        if dense:
-            write_json(raw / f"visdial_1.0_{split}_dense_annotations.json", dense)
+        write_json(split.place("dialogs"), {"version": "1.0", "split": split.name, "data": data})
+        if split.has("dense"):
+            write_json(split.place("dense"), dense)
 
 
 def _round(question: int, answer: int, place: int) -> dict[str, Any]:
@@ -88,3 +63,6 @@ def _round(question: int, answer: int, place: int) -> dict[str, Any]:
     gt_index = 7 * place % OPTIONS
     options.insert(gt_index, answer)
     return {"question": question, "answer": answer, "answer_options": options, "gt_index": gt_index}
+
+
+WRITERS = {"llava": write_llava, "visdial": write_visdial}

@@ -1,12 +1,14 @@
 """Made-up files of the question answering datasets, in the layouts of the official ones."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from instructblip.data.readers import aokvqa, easy_vqa, gqa, textvqa, vizwiz
 from instructblip.data.readers.ocr_vqa import SPLIT_NUMBER
 from instructblip.data.synthetic.captioning import write_rosetta
-from instructblip.data.synthetic.scenes import COLORS, Scene, write_picture
+from instructblip.data.synthetic.scenes import COLORS, MadeUpSplit, write_coco_picture, write_picture
 from instructblip.files import write_json
 
 
@@ -15,148 +17,154 @@ def ten_answers(answer: str) -> list[str]:
     return [answer] * 8 + ["unsure"] * 2
 
 
-def write_vqav2(raw: Path, splits: Mapping[str, Sequence[Scene]]) -> None:
-    """Questions and annotations in files of their own; test-dev is part of test, and neither has annotations."""
-    for split, scenes in splits.items():
-        if split == "test":
-            scenes = [*splits["test-dev"], *scenes]
-        year = {"train": "train2014", "val": "val2014"}.get(split, f"{split}2015")
-        entries = _vqa_entries(raw, "test2015" if split.startswith("test") else year, scenes, "color", "count", "side")
-        write_json(raw / f"v2_OpenEnded_mscoco_{year}_questions.json", _vqa_file("questions", year, entries))
-        if not split.startswith("test"):
-            annotations = _vqa_file("annotations", year, entries)
-            write_json(raw / f"v2_mscoco_{year}_annotations.json", annotations)
+def write_vqa(splits: Sequence[MadeUpSplit]) -> None:
+    """Questions and, where the card has a file for them, annotations; answers as typed beside their stems."""
+    for split in splits:
+        questions, annotations = [], []
+        for scene in split.scenes:
+            write_coco_picture(split.place("images"), scene)
+            for number, (question, answer) in enumerate(scene.asked("color", "count", "side")):
+                ids = {"image_id": scene.number, "question_id": 1000 * scene.number + number}
+                questions.append({**ids, "question": question})
+                annotations.append(ids | _annotation(question, answer))
+        known = split.source.options.get("description", "VQA")
+        info = {"description": f"Made-up records in the layout of {known}", "version": "2.0"}
+        header = {"info": info, "task_type": "Open-Ended", "data_type": "mscoco", "data_subtype": split.name}
+        write_json(split.place("questions"), header | {"questions": questions})
+        if split.has("annotations"):
+            write_json(split.place("annotations"), header | {"annotations": annotations})
 
 
-def write_okvqa(raw: Path, splits: Mapping[str, Sequence[Scene]]) -> None:
-    """As VQA 1.0's files, which the description tells them from; answers as typed beside their stems."""
-    for split, scenes in splits.items():
-        year = f"{split}2014"
-        entries = _vqa_entries(raw, year, scenes, "shape", "word")
-        for kind, name in (("questions", "OpenEnded_mscoco_{}_questions"), ("annotations", "mscoco_{}_annotations")):
-            write_json(raw / f"{name.format(year)}.json", _vqa_file(kind, year, entries, "OK-VQA"))
-
-
-def _vqa_entries(raw: Path, folder: str, scenes: Sequence[Scene], *topics: str) -> list[dict[str, Any]]:
-    """Questions with their answers; the images are written on the way."""
-    entries = []
-    for scene in scenes:
-        write_picture(raw / folder / f"COCO_{folder}_{scene.number:012d}.jpg", scene)
-        for number, (question, answer) in enumerate(scene.asked(*topics)):
-            ids = {"image_id": scene.number, "question_id": 1000 * scene.number + number}
-            entries.append({**ids, "question": question, "answer": answer})
-    return entries
-
-
-def _vqa_file(kind: str, year: str, entries: Sequence[dict[str, Any]], name: str = "VQA") -> dict[str, Any]:
-    info = {"description": f"Made-up records in the layout of {name}", "version": "2.0"}
-    content = [_annotation(entry) if kind == "annotations" else _without_answer(entry) for entry in entries]
-    return {"info": info, "task_type": "Open-Ended", "data_type": "mscoco", "data_subtype": year, kind: content}
-
-
-def _without_answer(entry: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in entry.items() if key != "answer"}
-
-
-def _annotation(entry: dict[str, Any]) -> dict[str, Any]:
-    answer = entry["answer"]
+def _annotation(question: str, answer: str) -> dict[str, Any]:
     people = [
         {"answer": said, "raw_answer": said, "answer_confidence": "yes", "answer_id": number}
         for number, said in enumerate(ten_answers(answer), 1)
     ]
     kind = "number" if answer.isdecimal() else "yes/no" if answer in ("yes", "no") else "other"
-    fields = {"answer_type": kind, "question_type": " ".join(entry["question"].lower().split()[:2]), "answers": people}
-    return {
-        "image_id": entry["image_id"],
-        "question_id": entry["question_id"],
-        "multiple_choice_answer": answer,
-        **fields,
-    }
+    fields = {"answer_type": kind, "question_type": " ".join(question.lower().split()[:2])}
+    return fields | {"answers": people, "multiple_choice_answer": answer}
 
 
-def write_aokvqa(raw: Path, splits: Mapping[str, Sequence[Scene]]) -> None:
+def write_aokvqa(splits: Sequence[MadeUpSplit]) -> None:
     """Direct answers beside four choices; test has no answers."""
-    for split, scenes in splits.items():
+    for split in splits:
         entries = []
-        for scene in scenes:
+        for scene in split.scenes:
             ((question, answer),) = scene.asked("color")
             choices = [answer, *(color for color in COLORS if color != answer)][:4]
             shift = scene.number % 4
             choices = choices[shift:] + choices[:shift]
-            entry = {"split": split, "image_id": scene.number, "question_id": f"synthetic{scene.number}"}
+            entry = {"split": split.name, "image_id": scene.number, "question_id": f"synthetic{scene.number}"}
             entry |= {"question": question, "choices": choices, "difficult_direct_answer": False}
-            if split != "test":
+            if split.name != aokvqa.HIDDEN_SPLIT:
                 entry |= {"correct_choice_idx": choices.index(answer), "direct_answers": ten_answers(answer)}
                 entry["rationales"] = [text.lower() for text in scene.captions(3)]
             entries.append(entry)
-            write_picture(raw / f"{split}2017" / f"{scene.number:012d}.jpg", scene)
-        write_json(raw / f"aokvqa_v1p0_{split}.json", entries)
+            write_coco_picture(split.place("images"), scene)
+        write_json(split.place("annotations"), entries)
 
 
-def write_ocr_vqa(raw: Path, splits: Mapping[str, Sequence[Scene]]) -> None:
+def write_ocr_vqa(splits: Sequence[MadeUpSplit]) -> None:
     """One object of all covers, each with parallel lists of questions and answers."""
-    books = {}
-    for split, scenes in splits.items():
-        for scene in scenes:
+    files: dict[Path, dict[str, Any]] = {}
+    for split in splits:
+        books = files.setdefault(split.place("annotations"), {})
+        for scene in split.scenes:
             book_id = f"{scene.number:010d}"
             books[book_id] = {
                 "imageURL": f"http://covers.example/{scene.number}.jpg",
                 "title": scene.word,
                 "authorName": f"The author of {scene.word}",
                 "genre": "Picture Books",
-                "split": SPLIT_NUMBER[split],
+                "split": SPLIT_NUMBER[split.name],
                 "questions": ["What is the title of this book?", "Is this a travel book?"],
                 "answers": [scene.word, "No"],
             }
-            write_picture(raw / "images" / f"{book_id}.jpg", scene)
-    write_json(raw / "dataset.json", books)
+            write_picture(split.place("images") / f"{book_id}.jpg", scene)
+    for path, books in files.items():
+        write_json(path, books)
 
 
-def write_gqa(raw: Path, splits: Mapping[str, Sequence[Scene]]) -> None:
-    """Balanced questions by their ids; test and challenge without answers."""
+def write_gqa(splits: Sequence[MadeUpSplit]) -> None:
+    """Balanced questions by their ids; test and challenge without answers; one file where the card names a folder."""
     types = {"color": ("query", "attr"), "side": ("verify", "rel"), "shape": ("query", "obj")}
-    for split, scenes in splits.items():
+    for split in splits:
         questions = {}
-        for scene in scenes:
+        for scene in split.scenes:
             for number, (topic, kinds) in enumerate(types.items()):
                 ((question, answer),) = scene.asked(topic)
                 entry: dict[str, Any] = {"question": question, "imageId": f"n{scene.number}", "isBalanced": True}
-                if split not in ("test", "challenge"):
+                if split.name not in gqa.UNLABELLED_SPLITS:
                     entry |= {"answer": answer, "fullAnswer": f"{answer.capitalize()}, that is so."}
                     entry["types"] = {"structural": kinds[0], "semantic": kinds[1], "detailed": f"{kinds[0]}{topic}"}
                 questions[f"{scene.number}{number}"] = entry
-            write_picture(raw / "images" / f"n{scene.number}.jpg", scene)
-        write_json(raw / f"{split}_balanced_questions.json", questions)
+            write_picture(split.place("images") / f"n{scene.number}.jpg", scene)
+        path = split.place("questions")
+        write_json(path if path.suffix else path / f"{path.name}_0.json", questions)
 
 
-def write_textvqa(raw: Path, splits: Mapping[str, Sequence[Scene]]) -> None:
+def write_textvqa(splits: Sequence[MadeUpSplit]) -> None:
     """Questions whose answer is written in the picture, and OCR tokens in a file of their own; test without answers."""
-    for split, scenes in splits.items():
+    for split in splits:
         entries = []
-        for scene in scenes:
+        for scene in split.scenes:
             image_id = f"{scene.number:016x}"
             for number, (question, answer) in enumerate(scene.asked("word", "color")):
                 entry = {"question": question, "image_id": image_id, "question_id": 10 * scene.number + number}
-                entry |= {"question_tokens": question.lower().split(), "image_classes": ["Sign"], "set_name": split}
-                entries.append(entry if split == "test" else entry | {"answers": ten_answers(answer)})
-            write_picture(raw / ("test_images" if split == "test" else "train_images") / f"{image_id}.jpg", scene)
-        header = {"dataset_type": split, "dataset_name": "textvqa", "dataset_version": "0.5.1"}
-        write_json(raw / f"TextVQA_0.5.1_{split}.json", {**header, "data": entries})
-        write_rosetta(raw, split, scenes)
+                entry |= {"question_tokens": question.lower().split(), "set_name": split.name}
+                hidden = split.name == textvqa.UNLABELLED_SPLIT
+                entries.append(entry if hidden else entry | {"answers": ten_answers(answer)})
+            write_picture(split.place("images") / f"{image_id}.jpg", scene)
+        header = {"dataset_type": split.name, "dataset_name": "textvqa", "dataset_version": "0.5.1"}
+        write_json(split.place("questions"), {**header, "data": entries})
+        write_rosetta(split)
 
 
-def write_vizwiz(raw: Path, splits: Mapping[str, Sequence[Scene]]) -> None:
+def write_vizwiz(splits: Sequence[MadeUpSplit]) -> None:
     """One question an image; every third cannot be answered; test without answers."""
-    for split, scenes in splits.items():
+    for split in splits:
         entries = []
-        for row, scene in enumerate(scenes):
-            name, answerable = f"VizWiz_{split}_{scene.number:08d}.jpg", row % 3 != 2
+        for row, scene in enumerate(split.scenes):
+            name, answerable = f"VizWiz_{split.name}_{scene.number:08d}.jpg", row % 3 != 2
             ((question, answer),) = scene.asked("word")
             entry: dict[str, Any] = {"image": name, "question": question if answerable else "What brand is this?"}
-            if split != "test":
+            if split.name != vizwiz.UNLABELLED_SPLIT:
                 said = ten_answers(answer) if answerable else ["unanswerable"] * 10
                 entry["answers"] = [{"answer": text, "answer_confidence": "yes"} for text in said]
                 entry |= {"answer_type": "other" if answerable else "unanswerable", "answerable": int(answerable)}
             entries.append(entry)
-            write_picture(raw / split / name, scene)
-        write_json(raw / f"Annotations/{split}.json", entries)
+            write_picture(split.place("images") / name, scene)
+        write_json(split.place("questions"), entries)
+
+
+def write_easy_vqa(splits: Sequence[MadeUpSplit]) -> None:
+    """The package's two folders; train and validation share one, where a picture's number decides whose it is."""
+    files: dict[Path, list[list[Any]]] = {}
+    for split in splits:
+        package = easy_vqa.PACKAGE_SPLIT[split.name]
+        folder, number = split.source.raw / package, split.scenes[0].number
+        asked = files.setdefault(folder / "questions.json", [])
+        for scene in split.scenes:
+            while easy_vqa.split_of_image(package, number) != split.name:
+                number += 1
+            shape = "rectangle" if scene.shape == "square" else scene.shape
+            color = (
+                scene.color if scene.color in easy_vqa.COLORS else "black"
+            )  # the package knows neither purple nor orange
+            asked += [["what shape is in the image?", shape, number], ["what color is the shape?", color, number]]
+            asked += [[f"is there a {shape}?", "yes", number], ["is there not a gray shape?", "yes", number]]
+            write_picture(folder / "images" / f"{number}.png", replace(scene, color=color))
+            number += 1
+    for path, questions in files.items():
+        write_json(path, questions)
+
+
+WRITERS = {
+    "aokvqa": write_aokvqa,
+    "easy_vqa": write_easy_vqa,
+    "gqa": write_gqa,
+    "ocr_vqa": write_ocr_vqa,
+    "textvqa": write_textvqa,
+    "vizwiz": write_vizwiz,
+    "vqa": write_vqa,
+}

@@ -1,7 +1,10 @@
-"""Made-up pictures and clips, and what is true of them: a few shapes of one colour on one side, a word on the other."""
+"""Made-up pictures and clips, what is true of them (a few shapes of one colour on one side, a word on the other), and where
+a card wants them.
+"""
 
 import random
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -11,6 +14,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
+from instructblip.data.readers import RawSplit
+
 COLORS = {
     "red": (200, 40, 40),
     "green": (40, 150, 60),
@@ -19,6 +24,7 @@ COLORS = {
     "purple": (130, 50, 160),
     "orange": (230, 130, 30),
 }
+BLACK = (10, 10, 10)
 SHAPES = ("circle", "square", "triangle")
 SIDES = ("left", "right")
 WORDS = ("exit", "open", "stop", "taxi", "milk", "park", "sale", "north")
@@ -101,6 +107,28 @@ class Scene:
         return [pairs[topic] for topic in topics]
 
 
+@dataclass(frozen=True)
+class MadeUpSplit:
+    """A split to be made up: what its reader will be told, and the scenes that it shows."""
+
+    source: RawSplit
+    scenes: Sequence[Scene]
+
+    @property
+    def name(self) -> str:
+        """Of the split."""
+        return self.source.split
+
+    def has(self, role: str) -> bool:
+        """Whether the card names a place for a role's files."""
+        return role in self.source.files
+
+    def place(self, role: str, number: int = 0) -> Path:
+        """The first place that the card names for a role, or another; the last where there are fewer."""
+        places = self.source.files[role]
+        return self.source.raw / places[min(number, len(places) - 1)]
+
+
 def make_scenes(first: int, count: int) -> list[Scene]:
     """So many scenes, numbered from `first`; a scene follows from its number."""
     return [_scene(number) for number in range(first, first + count)]
@@ -123,9 +151,9 @@ def draw_scene(scene: Scene, shift: int = 0) -> Image.Image:
     left = 8 if scene.side == "left" else 72
     for row in range(scene.count):
         x, y, size = left + stream.randrange(20), 4 + 30 * row + shift, stream.randrange(16, 26)
-        _draw_shape(pen, scene.shape, (x, y, x + size, y + size), COLORS[scene.color])
+        _draw_shape(pen, scene.shape, (x, y, x + size, y + size), COLORS.get(scene.color, BLACK))
     place = (72 if scene.side == "left" else 8, stream.randrange(20, 60))
-    pen.text(place, scene.text, fill=(10, 10, 10), font=ImageFont.load_default(16))
+    pen.text(place, scene.text, fill=BLACK, font=ImageFont.load_default(16))
     return picture
 
 
@@ -142,6 +170,15 @@ def write_picture(path: Path, scene: Scene) -> None:
     """Write a scene's picture in the format that the name says."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draw_scene(scene).save(path)
+
+
+def write_coco_picture(folder: Path, scene: Scene) -> str:
+    """Write a scene's picture under the name that COCO's release of that folder would give it, and return the name."""
+    release = re.fullmatch(r"(?:train|val|test)201[45]|VisualDialog_\w+", folder.name)
+    prefix = "" if release is None else f"{folder.name}_" if folder.name.startswith("V") else f"COCO_{folder.name}_"
+    name = f"{prefix}{scene.number:012d}.jpg"
+    write_picture(folder / name, scene)
+    return name
 
 
 # --- clips -----------------------------------------------------------------------------------------------------------

@@ -2,35 +2,36 @@
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from instructblip.data.readers.ivqa import ANSWER_COLUMNS
-from instructblip.data.synthetic.scenes import Scene, write_clip
+from instructblip.data.synthetic.scenes import MadeUpSplit, Scene, write_clip
 from instructblip.files import write_atomically, write_json
 
 _TOPICS = ("color", "shape", "word")
 
 
-def write_msvd_qa(raw: Path, splits: Mapping[str, Sequence[Scene]]) -> None:
+def write_msvd_qa(splits: Sequence[MadeUpSplit]) -> None:
     """Questions of each split, AVI clips named by the left column of `youtube_mapping.txt`."""
-    lines = []
-    for split, scenes in splits.items():
-        write_json(raw / f"{split}_qa.json", _questions(scenes))
-        for scene in scenes:
+    mappings: dict[Path, list[str]] = {}
+    for split in splits:
+        write_json(split.place("questions"), _questions(split.scenes))
+        for scene in split.scenes:
             clip = f"{_youtube_id('msvd', scene)}_1_2"
-            lines.append(f"{clip} vid{scene.number}")
-            write_clip(raw / "YouTubeClips" / f"{clip}.avi", scene)
-    write_atomically(raw / "youtube_mapping.txt", "\n".join(lines) + "\n")
+            mappings.setdefault(split.place("mapping"), []).append(f"{clip} vid{scene.number}")
+            write_clip(split.place("videos") / f"{clip}.avi", scene)
+    for path, lines in mappings.items():
+        write_atomically(path, "\n".join(lines) + "\n")
 
 
-def write_msrvtt_qa(raw: Path, splits: Mapping[str, Sequence[Scene]]) -> None:
-    """Questions of each split with categories; MP4 videos in the folders of the two archives."""
-    for split, scenes in splits.items():
-        questions = [entry | {"category_id": number % 20} for number, entry in enumerate(_questions(scenes))]
-        write_json(raw / f"{split}_qa.json", questions)
-        for scene in scenes:
-            write_clip(raw / ("TestVideo" if split == "test" else "TrainValVideo") / f"video{scene.number}.mp4", scene)
+def write_msrvtt_qa(splits: Sequence[MadeUpSplit]) -> None:
+    """Questions of each split with categories; MP4 videos, those of test in the second folder."""
+    for split in splits:
+        questions = [entry | {"category_id": number % 20} for number, entry in enumerate(_questions(split.scenes))]
+        write_json(split.place("questions"), questions)
+        for scene in split.scenes:
+            write_clip(split.place("videos", int(split.name == "test")) / f"video{scene.number}.mp4", scene)
 
 
 def _questions(scenes: Sequence[Scene]) -> list[dict[str, object]]:
@@ -41,20 +42,23 @@ def _questions(scenes: Sequence[Scene]) -> list[dict[str, object]]:
     ]
 
 
-def write_ivqa(raw: Path, splits: Mapping[str, Sequence[Scene]]) -> None:
+def write_ivqa(splits: Sequence[MadeUpSplit]) -> None:
     """One CSV a split, five answers a clip, clips named by id, start and end."""
-    for split, scenes in splits.items():
+    for split in splits:
         table = io.StringIO()
         rows = csv.writer(table)
         rows.writerow(("video_id", "start", "end", "question", *ANSWER_COLUMNS))
-        for scene in scenes:
+        for scene in split.scenes:
             ((question, answer),) = scene.asked("color")
             video = _youtube_id("ivqa", scene)
             rows.writerow((video, 3, 4, question, *[answer] * 3, f"dark {answer}", f"{answer} paint"))
-            write_clip(raw / "videos" / f"{video}_3_4.mp4", scene)
-        write_atomically(raw / f"{split}.csv", table.getvalue())
+            write_clip(split.place("videos") / f"{video}_3_4.mp4", scene)
+        write_atomically(split.place("questions"), table.getvalue())
 
 
 def _youtube_id(prefix: str, scene: Scene) -> str:
     """Eleven characters."""
     return f"{prefix}{scene.number:0{11 - len(prefix)}d}"
+
+
+WRITERS = {"ivqa": write_ivqa, "msrvtt_qa": write_msrvtt_qa, "msvd_qa": write_msvd_qa}
