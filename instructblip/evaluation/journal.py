@@ -150,8 +150,8 @@ class Journal:
         self._read_to[path] = start + whole
         for line in content[:whole].decode("utf-8", "replace").split("\n"):
             try:
-                entry = json.loads(line)
-            except json.JSONDecodeError:
+                entry = json.loads(line, parse_constant=_refuse_constant)
+            except ValueError:
                 continue  # the last line of a killed process may be cut: its sample is simply answered again
             if not _is_answer(entry):
                 raise UserError(f"{path} has lines that are no answers of an evaluation; {_ELSEWHERE}")
@@ -167,6 +167,11 @@ class Journal:
         self.failures.pop(key, None)
         scores, ranked = tuple(entry.get("scores", ())), tuple(entry.get("ranked", ()))
         self.predictions[key] = Prediction(key, entry["id"], entry["prediction"], scores, ranked)
+
+
+def _refuse_constant(name: str) -> float:
+    """Python's JSON knows NaN and Infinity: an answer with one of them, of an older version, is made anew."""
+    raise ValueError(f"{name} is no number of a score")
 
 
 def _is_answer(entry: Any) -> bool:
@@ -197,7 +202,7 @@ def _full_line(sample: EvaluationSample, prediction: Prediction, score: float | 
 
 
 def _json(line: dict[str, Any]) -> str:
-    return json.dumps(line, ensure_ascii=False)
+    return json.dumps(line, ensure_ascii=False, allow_nan=False)  # a number that is not finite is never an answer
 
 
 def _append(path: Path, lines: Sequence[str]) -> None:

@@ -164,9 +164,9 @@ def blank_image(image_size: int) -> Tensor:
     return torch.full((3, image_size, image_size), _GREY, dtype=torch.uint8)
 
 
-def read_pixels(image_size: int, transform: str = "resize_square") -> ReadImage:
+def read_pixels(image_size: int, transform: str = "resize_square", *, upright: bool = True) -> ReadImage:
     """A reader that decodes images, for use without a feature cache."""
-    return partial(shard_pixels, image_size=image_size, transform=transform)
+    return partial(shard_pixels, image_size=image_size, transform=transform, upright=upright)
 
 
 # --- cutting the work ------------------------------------------------------------------------------------------------
@@ -312,12 +312,22 @@ def _ask(model: InstructBLIP, task: Task, batch: Sequence[tuple[Question, Tensor
             min_new_tokens=protocol.min_new_tokens,
             length_penalty=protocol.length_penalty,
             repetition_penalty=protocol.repetition_penalty,
+            beam_lengths=protocol.beam_lengths,
         )
         classes = {normalize_answer(text): label for text, label in protocol.verbalizers}
         return [(classes.get(normalize_answer(text), text), (), ()) for text in texts]
     candidates = [task.candidates(sample.record) for sample in samples]
     scores = model.rank(images, prompts, candidates, normalize=protocol.normalize, include_eos=protocol.include_eos)
+    for sample, row in zip(samples, scores, strict=True):
+        if not row.isfinite().all():
+            raise _not_finite(sample)
     return [_ranked(task, texts, row.tolist()) for texts, row in zip(candidates, scores, strict=True)]
+
+
+def _not_finite(sample: EvaluationSample) -> UserError:
+    return UserError(
+        f"{sample.id}: the model's log-likelihoods are not finite; weights are damaged, or overflow in their dtype"
+    )
 
 
 def _ranked(task: Task, candidates: Sequence[str], scores: list[float]) -> Answer:

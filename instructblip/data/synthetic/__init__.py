@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from instructblip.data.cards import Card, load_card
 from instructblip.data.synthetic.captioning import (
@@ -94,6 +95,11 @@ def write_synthetic(card: Card, raw: Path, scenes: int = SCENES) -> None:
     work.mkdir(parents=True)
     WRITERS[card.source](work, splits)
     os.replace(work, raw)
+
+
+def is_made_up(manifest: Mapping[str, Any]) -> bool:
+    """Whether a prepared split, by its manifest, holds made-up data."""
+    return manifest.get("licence") == MADE_UP
 
 
 def synthetic_card(card: Card) -> Card:
