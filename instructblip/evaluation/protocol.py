@@ -216,8 +216,8 @@ def make_task(
     opened = open_split(shards / card.source / split)
     chosen = _choose(card, opened, rules, samples)
     public = _answers_public(card, split, metric, chosen)
-    if public and metric.needs_both_labels:
-        _check_both_labels(card, metric, chosen)
+    if public:
+        _check_records(card, metric, chosen)
     choices = protocol_fields(rules, mode)
     if choices["candidates_from"] == "card" and not choices["candidates"]:
         raise UserError(f"{card.name} has no candidates to rank; evaluate it with mode=generate")
@@ -366,7 +366,14 @@ def _answers_public(card: Card, split: str, metric: Metric, samples: Sequence[Ev
     return False
 
 
-def _check_both_labels(card: Card, metric: Metric, samples: Sequence[EvaluationSample]) -> None:
+def _check_records(card: Card, metric: Metric, samples: Sequence[EvaluationSample]) -> None:
+    """Refuse, before a model is asked anything, what the metric cannot score."""
+    try:
+        metric.count_fewer_annotators([sample.record for sample in samples])
+    except ValueError as error:
+        raise UserError(f"{card.name}: {error}") from None
+    if not metric.needs_both_labels:
+        return
     found = {sample.record.label for sample in samples}
     if not {0, 1} <= found:
         shown = ", ".join(map(str, sorted(label for label in found if label is not None)))

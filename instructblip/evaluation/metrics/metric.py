@@ -134,20 +134,26 @@ class Metric:
             ValueError: different lengths, a record without what is needed, or a score that is not defined.
         """
         same_length("records", outputs, records)
-        fewer = 0 if self.annotators is None else self._count_fewer(records, self.annotators)
+        fewer = self.count_fewer_annotators(records)
         score = self.function(outputs, records)
         return score.with_details(fewer_annotators=fewer) if fewer else score
 
-    def _count_fewer(self, records: Records, annotators: int) -> int:
-        fewer = 0
-        for record, given in zip(records, all_answers(records), strict=True):
-            if len(given) < self.fewest_annotators:
+    def count_fewer_annotators(self, records: Records) -> int:
+        """How many records have fewer people's answers than the official scorer counts on.
+
+        Raises:
+            ValueError: one has fewer than `fewest_annotators`.
+        """
+        if self.annotators is None:
+            return 0
+        counts = [len(given) for given in all_answers(records)]
+        for record, count in zip(records, counts, strict=True):
+            if count < self.fewest_annotators:
                 raise ValueError(
-                    f"record {record.id!r} has the answers of {len(given)} people, {self.name} needs "
-                    f"{self.fewest_annotators} or more; give its card the metric accuracy"
+                    f"record {record.id!r} has the answers of too few people for {self.name} ({count} of at least "
+                    f"{self.fewest_annotators}); give the card another metric, such as accuracy"
                 )
-            fewer += len(given) < annotators
-        return fewer
+        return sum(count < self.annotators for count in counts)
 
 
 # --- what functions take from outputs and records ---------------------------------------------------------------------
