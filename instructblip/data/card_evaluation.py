@@ -102,7 +102,7 @@ def check_evaluation(evaluation: Evaluation, splits: Collection[str], path: Path
             raise UserError(f"{path}: evaluation.presets has {name!r}{nearest(name, PRESETS[1:])}")
     for preset in ("paper", *evaluation.presets):
         for llm_kind in LLM_KINDS:
-            _check(_with_preset(evaluation, preset, llm_kind, str(path)), splits, path)
+            _check_rules(_with_preset(evaluation, preset, llm_kind, str(path)), splits, path)
 
 
 def _with_preset(evaluation: Evaluation, preset: str, llm_kind: str, file: str) -> Evaluation:
@@ -120,7 +120,7 @@ def _with_preset(evaluation: Evaluation, preset: str, llm_kind: str, file: str) 
     return settled
 
 
-def _check(evaluation: Evaluation, splits: Collection[str], path: Path) -> None:
+def _check_rules(evaluation: Evaluation, splits: Collection[str], path: Path) -> None:
     for key in ("split", "validation_split"):
         name = getattr(evaluation, key)
         if name is not None and name not in splits:

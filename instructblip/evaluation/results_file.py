@@ -93,7 +93,7 @@ def read_run(place: str | Path) -> StoredRun:
     llm = _at(values, "model", "llm", "name")
     if not isinstance(llm, str):
         raise UserError(f"{file} names no model: model.llm.name is {llm!r}; {_HINT}")
-    scores = {name: _score(entry, name, file) for name, entry in values["datasets"].items()}
+    scores = {name: _stored_score(entry, name, file) for name, entry in values["datasets"].items()}
     return StoredRun(file.parent, str(checkpoint.get("path")), llm, scores)
 
 
@@ -142,7 +142,7 @@ def _read_json(file: Path) -> Any:
         raise UserError(f"{file} is not whole JSON ({error}); {_HINT}") from None
 
 
-def _score(entry: Any, name: str, file: Path) -> StoredScore:
+def _stored_score(entry: Any, name: str, file: Path) -> StoredScore:
     """One dataset's entry, every value of the right type."""
     if not isinstance(entry, dict):
         raise UserError(f"{file}: datasets.{name} is not a score; {_HINT}")

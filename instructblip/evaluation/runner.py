@@ -129,7 +129,9 @@ def run_task(
     started = time.perf_counter()
     keys = journal_keys(model_fingerprint, task)
     journal = Journal(folder, keys, worker)
-    _answer(model, task, read_image, journal, cut_work(task, keys, batch_size), batch_size, tolerance, show_progress)
+    _answer_chunks(
+        model, task, read_image, journal, cut_work(task, keys, batch_size), batch_size, tolerance, show_progress
+    )
     journal.wait_for_others(task.card.name)
     _check_failures(task, journal, tolerance)
     answered = [(key, sample) for key, sample in zip(keys, task.samples, strict=True) if key in journal.predictions]
@@ -156,7 +158,9 @@ def answer_share(
     """Answer the share of a worker that is not the first, into its journal; arguments and errors as `run_task`."""
     keys = journal_keys(model_fingerprint, task)
     journal = Journal(folder, keys, worker)
-    _answer(model, task, read_image, journal, cut_work(task, keys, batch_size), batch_size, tolerance, show=False)
+    _answer_chunks(
+        model, task, read_image, journal, cut_work(task, keys, batch_size), batch_size, tolerance, show=False
+    )
 
 
 def blank_image(image_size: int) -> Tensor:
@@ -205,7 +209,7 @@ def cut_chunk(chunk: Chunk, batch_size: int) -> Iterator[Chunk]:
 # --- answering -------------------------------------------------------------------------------------------------------
 
 
-def _answer(
+def _answer_chunks(
     model: InstructBLIP,
     task: Task,
     read_image: ReadImage,

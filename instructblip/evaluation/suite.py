@@ -244,7 +244,7 @@ def results_json(
         "model": dict(model),
         "machine": {"platform": platform.platform(), "torch_threads": torch.get_num_threads()},
         "versions": {"python": platform.python_version(), **{name: version(name) for name in _VERSIONS}},
-        "datasets": {item.result.task.card.name: _entry(item) for item in results},
+        "datasets": {item.result.task.card.name: _results_entry(item) for item in results},
     }
 
 
@@ -335,7 +335,7 @@ def log_scores(logger: Logger, results: Sequence[DatasetResult], step: int) -> N
 
     Scores of splits without public answers are in neither.
     """
-    entries = {item.result.task.card.name: _entry(item) for item in results if item.result.value is not None}
+    entries = {item.result.task.card.name: _results_entry(item) for item in results if item.result.value is not None}
     columns = ("value", "low", "high", "count", "metric", "made_up")
     baselines = list(dict.fromkeys(name for entry in entries.values() for name in entry["baselines"]))
     numbers = {
@@ -351,5 +351,5 @@ def log_scores(logger: Logger, results: Sequence[DatasetResult], step: int) -> N
     logger.log_table("evaluation/table", ["dataset", *columns, *baselines], rows, step)
 
 
-def _entry(item: DatasetResult) -> dict[str, Any]:
+def _results_entry(item: DatasetResult) -> dict[str, Any]:
     return {**item.result.to_json(), "parts": part_scores(item.result), "baselines": item.baselines}

@@ -3,7 +3,7 @@
 Both hold for the calls inside a `with` block and leave the model as it was.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,6 +13,8 @@ from transformers import PreTrainedModel
 
 from instructblip.errors import UserError
 
+# Steps of transformers' beam search (5.23) that have no public hook.
+_UPDATE, _UNSATISFIED = "_update_finished_beams", "_check_early_stop_heuristic"
 BEAM_LENGTHS = ("new_tokens", "transformers_4_33")
 
 
@@ -60,7 +62,7 @@ def beam_lengths(model: PreTrainedModel, lengths: str) -> Iterator[None]:
         yield
         return
     search = _BeamsOf433(model)
-    hooks = {"_update_finished_beams": search.update, "_check_early_stop_heuristic": search.unsatisfied}
+    hooks = {_UPDATE: search.update, _UNSATISFIED: search.unsatisfied}
     for name, hook in hooks.items():
         setattr(model, name, hook)  # on the instance, before its class's
     try:
@@ -77,8 +79,8 @@ class _BeamsOf433:
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self._update = model._update_finished_beams
-        self._unsatisfied = model._check_early_stop_heuristic
+        self._update: Callable[..., tuple[Tensor, ...]] = getattr(model, _UPDATE)
+        self._unsatisfied: Callable[..., Tensor] = getattr(model, _UNSATISFIED)
         self._ends = torch.as_tensor(model.generation_config.eos_token_id, device=model.device)
         self._best_B1 = torch.empty(0)
 

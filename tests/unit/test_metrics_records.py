@@ -132,7 +132,9 @@ def test_aokvqa_compares_the_text_of_the_choice() -> None:
 
 
 def test_aokvqa_leaves_out_difficult_direct_answers() -> None:
-    difficult = Record("q2", "question", answers=("x",), answer_weights=(10.0,), tags={"difficult_direct_answer": "true"})
+    difficult = Record(
+        "q2", "question", answers=("x",), answer_weights=(10.0,), tags={"difficult_direct_answer": "true"}
+    )
     score = METRICS["aokvqa_direct_answer"](text("no", "cat"), [difficult, QUESTION])
     assert (score.value, score.count, score.scored) == (100, 1, (1,))
 

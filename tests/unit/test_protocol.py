@@ -1,10 +1,12 @@
 """Evaluation protocols: which samples are chosen, what is hashed, what is refused."""
 
 import dataclasses
+import io
 from collections import Counter
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from instructblip.data.cards import Card, load_card
 from instructblip.data.prepare.convert import prepare_dataset
@@ -12,6 +14,8 @@ from instructblip.data.records import Record
 from instructblip.data.shards import MANIFEST_FORMAT, ShardWriter, shard_path
 from instructblip.errors import UserError
 from instructblip.evaluation.protocol import as_json, blind_task, majority_answers, make_task
+from instructblip.evaluation.runner import read_pixels
+from instructblip.evaluation.suite import takes_cached_images
 from instructblip.files import sha256_file, write_json
 from tests.kit.synthetic_tasks import PICTURE, synthetic_task
 from tests.kit.tiny import write_easy_vqa
@@ -31,11 +35,11 @@ def yes_no() -> Card:
     return load_card("easy_vqa_yes_no")
 
 
-def write_records(folder: Path, records: list[Record]) -> None:
+def write_records(folder: Path, records: list[Record], picture: bytes = PICTURE) -> None:
     """A prepared split with one picture for each record."""
     with ShardWriter.open(shard_path(folder, 0)) as writer:
         for number, record in enumerate(records):
-            writer.add(f"image_{number}", {"png": PICTURE}, str(number), [record])
+            writer.add(f"image_{number}", {"png": picture}, str(number), [record])
     shard = shard_path(folder, 0)
     manifest = {
         "format": MANIFEST_FORMAT,
@@ -187,6 +191,23 @@ def test_the_lavis_preset_is_what_the_released_code_computes(tmp_path: Path) -> 
     assert "beam lengths of transformers_4_33" in told["decoding"]
     captions = synthetic_task(load_card("coco_caption"), tmp_path, 2, preset="lavis").protocol
     assert (captions.max_new_tokens, captions.min_new_tokens) == (79, 9)
+
+
+def test_the_lavis_preset_shows_pictures_as_they_are_stored(tmp_path: Path) -> None:
+    picture = Image.new("RGB", (40, 40), "white")
+    picture.paste((0, 0, 0), (0, 0, 40, 20))  # the upper half is black
+    exif, buffer = Image.Exif(), io.BytesIO()
+    exif[0x0112] = 3  # upside down
+    picture.save(buffer, "PNG", exif=exif)
+    record = Record("1", "question", "what?", answers=("cat",), answer_weights=(10.0,))
+    write_records(tmp_path / "vqav2/val", [record], buffer.getvalue())
+    seen = {}
+    for preset in ("paper", "lavis"):
+        task = make_task(load_card("vqav2"), tmp_path, preset=preset)
+        assert takes_cached_images(task) == (preset == "paper")  # a cache holds upright pictures
+        reader = read_pixels(8, task.protocol.transform, upright=task.protocol.upright)
+        seen[preset] = int(reader(task.samples[0].shard, 0)[0, 0, 0, 0])
+    assert seen == {"paper": 255, "lavis": 0}
 
 
 def test_the_lavis_preset_cleans_the_question_and_nothing_else_of_the_prompt(tmp_path: Path) -> None:

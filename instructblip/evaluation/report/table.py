@@ -103,7 +103,7 @@ def score_table(runs: Sequence[StoredRun]) -> ScoreTable:
             run.about,
             {dataset: _cell(score, cards.get(dataset)) for dataset, score in run.scores.items()},
         )
-        for name, run in zip(_names(runs), runs, strict=True)
+        for name, run in zip(_row_names(runs), runs, strict=True)
     ]
     tokenizers = {
         (row.name, dataset): score.tokenizer
@@ -200,7 +200,7 @@ def _cell(score: StoredScore, card: Card | None) -> Cell:
     return Cell(score.value, score.low, score.high, tuple(marks.items()))
 
 
-def _names(runs: Sequence[StoredRun]) -> list[str]:
+def _row_names(runs: Sequence[StoredRun]) -> list[str]:
     """The folders' own names, with as many parents as it takes to tell them apart."""
     for length in range(1, 1 + max(len(run.folder.parts) for run in runs)):
         names = ["/".join(run.folder.parts[-length:]) for run in runs]
