@@ -101,6 +101,7 @@ class LLMConfig:
     answer_prefix: str = ""
     max_prompt_tokens: int = 128
     max_target_tokens: int = 256
+    lavis_projection: str | None = None  # llm_proj, t5_proj or opt_proj: as LAVIS's files trained with this LLM call it
 
 
 @dataclass
