@@ -4,7 +4,7 @@ Used for COCO Caption, NoCaps, Flickr30K and TextCaps. The scorers (tylin/coco-c
 tokenise by Stanford's PTBTokenizer, a Java program, and drop punctuation. With Java and pycocoevalcap that very program
 is used; without, `caption_tokenizer.tokenize`, and the score says so. METEOR is a Java program too and is left out without.
 
-pycocoevalcap's own CIDEr, BLEU and ROUGE-L are plain Python too, but its wheel is 104 MB, nearly all of it the Java programs:
+pycocoevalcap's own CIDEr, BLEU and ROUGE-L are plain Python too, but its wheel is 104 MB, nearly all of it Java programs:
 it stays optional, and these functions are held to the official scorers' output for 150 captions.
 """
 
