@@ -26,7 +26,9 @@ Fit = Callable[[Image.Image, int], Tensor]
 # --- decoding --------------------------------------------------------------------------------------------------------
 
 
-def decode_image(data: bytes, where: str, *, at_least: tuple[int, int] | None = None) -> Image.Image:
+def decode_image(
+    data: bytes, where: str, *, at_least: tuple[int, int] | None = None, upright: bool = True
+) -> Image.Image:
     """Decode to RGB, upright, transparency laid on white.
 
     Args:
@@ -34,6 +36,7 @@ def decode_image(data: bytes, where: str, *, at_least: tuple[int, int] | None = 
         where: named in the error (shard and key).
         at_least: width and height, upright, that are enough: a JPEG may come out as small as that, but never smaller
             unless it is.
+        upright: False leaves the picture as it is stored, whatever its EXIF orientation says, as the released code does.
 
     Raises:
         DamagedSample: not an image, cut short, or larger than `MAX_PIXELS`.
@@ -42,7 +45,8 @@ def decode_image(data: bytes, where: str, *, at_least: tuple[int, int] | None = 
         image = _open(data, where)
         if at_least is not None and isinstance(image, JpegImagePlugin.JpegImageFile):
             image.draft("RGB", at_least[::-1] if _lies_on_its_side(image) else at_least)
-        ImageOps.exif_transpose(image, in_place=True)
+        if upright:
+            ImageOps.exif_transpose(image, in_place=True)
         return to_rgb(image)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise _damaged(where, error) from None
@@ -180,9 +184,12 @@ def resize_square(image: Image.Image, size: int) -> Tensor:
 
 
 def center_crop(image: Image.Image, size: int) -> Tensor:
-    """Resize the shorter side, keep the middle (`clip_image_eval` of the released code): uint8 (3, size, size)."""
-    scale = size / min(image.size)
-    width, height = (size if side == min(image.size) else int(side * scale) for side in image.size)
+    """Resize the shorter side, keep the middle (`clip_image_eval` of the released code): uint8 (3, size, size).
+
+    The longer side is `int(size * long / short)`, as torchvision's `Resize` computes it.
+    """
+    short = min(image.size)
+    width, height = (int(size * side / short) for side in image.size)
     left, top = round((width - size) / 2), round((height - size) / 2)
     resized = image.resize((width, height), Image.Resampling.BICUBIC)
     return to_pixels(resized.crop((left, top, left + size, top + size)))
@@ -197,13 +204,14 @@ def to_pixels(image: Image.Image) -> Tensor:
 FITS: dict[str, Fit] = {"resize_square": resize_square, "center_crop": center_crop}
 
 
-def fit_frames(frames: Sequence[bytes], where: str, transform: str, size: int) -> Tensor:
+def fit_frames(frames: Sequence[bytes], where: str, transform: str, size: int, *, upright: bool = True) -> Tensor:
     """The frames of one sample under a transform that draws nothing: uint8 (F, 3, size, size).
 
     Raises:
         DamagedSample: as `decode_image`, or no frame.
     """
-    return stack_frames([FITS[transform](decode_image(frame, where), size) for frame in frames], where)
+    fit = FITS[transform]
+    return stack_frames([fit(decode_image(frame, where, upright=upright), size) for frame in frames], where)
 
 
 def stack_frames(frames: list[Tensor], where: str) -> Tensor:

@@ -22,25 +22,6 @@ LLM_KINDS = ("decoder", "encoder_decoder")
 PROMPT_FIELDS = tuple(name for name in FIELDS if name not in ("answer", "caption"))
 _FIELD = re.compile(r"\{([^{}]*)\}")
 
-Metric = Literal[
-    "accuracy",
-    "multiple_choice_accuracy",
-    "exact_match",
-    "gqa_accuracy",
-    "gqa_accuracy_lavis",
-    "vqa_accuracy",
-    "vqa_accuracy_lavis",
-    "textvqa_accuracy",
-    "vizwiz_accuracy",
-    "ivqa_accuracy",
-    "aokvqa_direct_answer",
-    "aokvqa_multiple_choice",
-    "ocr_vqa_accuracy",
-    "cider",
-    "auroc",
-    "visdial",
-]
-
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -53,7 +34,7 @@ class Evaluation:
         normalize: log-likelihood of a candidate as the sum or the mean over its tokens.
         include_eos: whether the end-of-sequence token counts as one of them.
         max_new_tokens, num_beams: decoding in `generate` mode (tokens; beam size).
-        metric: the score.
+        metric: name of the score; evaluation knows which there are (`instructblip.evaluation.metrics.METRICS`).
         candidates: the answers to rank, the same for all records.
         verbalizers: class -> the texts that stand for it.
         aggregate: a class is as likely as any of its texts (`sum` of likelihoods) or as the likeliest (`max`).
@@ -61,7 +42,11 @@ class Evaluation:
             answers of the train split. With `rank`, exactly one of candidates, verbalizers and candidates_from.
         min_new_tokens, length_penalty, repetition_penalty: further decoding in `generate` mode (tokens; exponent of the
             length that a beam's log-likelihood is divided by; factor against tokens that were written before, 1 for none).
+        beam_lengths: how lengths of beams are counted, one of `generation.BEAM_LENGTHS`.
+        text_processor: what is done to a question first, one of `text_processors.TEXT_PROCESSORS`.
+        may_be_empty: fields that the prompt shows even where a record has none of them.
         transform: how an image becomes a square, one of `transforms.FITS`.
+        upright: whether pictures are turned as their EXIF orientation says.
         frames: pictures of a sample, 1 but for videos. This and `ocr` the prepared shards settle; a score on shards that
             were prepared otherwise is marked.
         ocr: whose tokens a prompt with `{ocr_tokens}` shows: `own`, those that come with the dataset; None: not known.
@@ -77,7 +62,7 @@ class Evaluation:
     include_eos: bool
     max_new_tokens: int
     num_beams: int
-    metric: Metric
+    metric: str
     candidates: tuple[str, ...] = ()
     verbalizers: dict[str, tuple[str, ...]] = field(default_factory=dict)
     aggregate: Literal["sum", "max"] = "sum"
@@ -85,7 +70,11 @@ class Evaluation:
     min_new_tokens: int = 1
     length_penalty: float = 1.0
     repetition_penalty: float = 1.0
+    beam_lengths: Literal["new_tokens", "transformers_4_33"] = "new_tokens"
+    text_processor: Literal["none", "blip_caption", "blip_question"] = "none"
+    may_be_empty: tuple[str, ...] = ()
     transform: Literal["resize_square", "center_crop"] = "resize_square"
+    upright: bool = True
     frames: int = 1
     ocr: Literal["own"] | None = None
     kinds: tuple[str, ...] = ()
@@ -113,7 +102,7 @@ def check_evaluation(evaluation: Evaluation, splits: Collection[str], path: Path
             raise UserError(f"{path}: evaluation.presets has {name!r}{nearest(name, PRESETS[1:])}")
     for preset in ("paper", *evaluation.presets):
         for llm_kind in LLM_KINDS:
-            _check(_with_preset(evaluation, preset, llm_kind, str(path)), splits, path)
+            _check_rules(_with_preset(evaluation, preset, llm_kind, str(path)), splits, path)
 
 
 def _with_preset(evaluation: Evaluation, preset: str, llm_kind: str, file: str) -> Evaluation:
@@ -131,7 +120,7 @@ def _with_preset(evaluation: Evaluation, preset: str, llm_kind: str, file: str) 
     return settled
 
 
-def _check(evaluation: Evaluation, splits: Collection[str], path: Path) -> None:
+def _check_rules(evaluation: Evaluation, splits: Collection[str], path: Path) -> None:
     for key in ("split", "validation_split"):
         name = getattr(evaluation, key)
         if name is not None and name not in splits:
@@ -145,6 +134,9 @@ def _check(evaluation: Evaluation, splits: Collection[str], path: Path) -> None:
     for name in _FIELD.findall(evaluation.prompt):
         if name not in PROMPT_FIELDS:
             raise UserError(f"{path}: evaluation.prompt names an unknown field {name!r}{nearest(name, PROMPT_FIELDS)}")
+    for name in evaluation.may_be_empty:
+        if name not in PROMPT_FIELDS:
+            raise UserError(f"{path}: evaluation.may_be_empty has {name!r}{nearest(name, PROMPT_FIELDS)}")
     if evaluation.frames < 1:
         raise UserError(f"{path}: evaluation.frames is {evaluation.frames}; it must be 1 or more")
     if evaluation.ocr is not None and "{ocr_tokens}" not in evaluation.prompt:

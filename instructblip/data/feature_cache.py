@@ -29,10 +29,12 @@ Encode = Callable[[Tensor], Tensor]  # uint8 (B, 3, H, W) -> tokens (B, P, V)
 _BATCH = 50
 
 
-def shard_pixels(shard: ShardReader, row: int, image_size: int, transform: str = "resize_square") -> Tensor:
+def shard_pixels(
+    shard: ShardReader, row: int, image_size: int, transform: str = "resize_square", upright: bool = True
+) -> Tensor:
     """The frames of one row under a transform of `transforms.FITS`: uint8 (F, 3, image_size, image_size)."""
     frames, _ = shard.read_encoded(row)
-    return fit_frames(frames, f"{shard.keys[row]} of {shard.path}", transform, image_size)
+    return fit_frames(frames, f"{shard.keys[row]} of {shard.path}", transform, image_size, upright=upright)
 
 
 class FeatureCache:

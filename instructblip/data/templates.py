@@ -11,7 +11,7 @@ a template.
 
 import re
 import string
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -77,12 +77,18 @@ def fields_of(template: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def render_prompt(
-    template: str, record: Record, *, answer: str | None = None, max_ocr_tokens: int = MAX_OCR_TOKENS
+    template: str,
+    record: Record,
+    *,
+    answer: str | None = None,
+    max_ocr_tokens: int = MAX_OCR_TOKENS,
+    may_be_empty: Collection[str] = (),
 ) -> str:
     """Fill a template from a record.
 
     Args:
         answer: what `{answer}` stands for; None: the record's most usual answer.
+        may_be_empty: fields that count as there even where the record has none of them.
 
     Raises:
         ValueError: the record lacks what the template asks for outside brackets, or has more than 26 choices to letter.
@@ -93,7 +99,11 @@ def render_prompt(
 
     filled = []
     for text, is_optional in _parts(template):
-        missing = [name for name in _FIELD.findall(text) if not _field_text(name, record, answer, max_ocr_tokens)]
+        missing = [
+            name
+            for name in _FIELD.findall(text)
+            if name not in may_be_empty and not _field_text(name, record, answer, max_ocr_tokens)
+        ]
         if missing and not is_optional:
             raise ValueError(f"record {record.id} has no {missing[0]} for the template {template!r}")
         if not missing:

@@ -124,7 +124,7 @@ class Journal:
         """
         if self.folder is None:
             return
-        lines = [_full_line(sample, prediction, score) for sample, prediction, score in samples]
+        lines = [_finished_line(sample, prediction, score) for sample, prediction, score in samples]
         write_atomically(self.folder / PREDICTIONS, "\n".join(lines) + "\n")
         if self.failures:
             write_atomically(self.folder / FAILURES, "\n".join(map(_failure_line, self.failures.values())) + "\n")
@@ -149,8 +149,8 @@ class Journal:
         self._read_to[path] = start + whole
         for line in content[:whole].decode("utf-8", "replace").split("\n"):
             try:
-                entry = json.loads(line)
-            except json.JSONDecodeError:
+                entry = json.loads(line, parse_constant=_refuse_constant)
+            except ValueError:
                 continue  # the last line of a killed process may be cut: its sample is simply answered again
             if not _is_answer(entry):
                 raise UserError(f"{path} has lines that are no answers of an evaluation; {_ELSEWHERE}")
@@ -168,6 +168,11 @@ class Journal:
         self.predictions[key] = Prediction(key, entry["id"], entry["prediction"], scores, ranked)
 
 
+def _refuse_constant(name: str) -> float:
+    """Python's JSON knows NaN and Infinity: an answer with one of them, of an older version, is made anew."""
+    raise ValueError(f"{name} is no number of a score")
+
+
 def _is_answer(entry: Any) -> bool:
     """Whether a line of JSON is one that a journal writes."""
     if not isinstance(entry, dict) or not isinstance(entry.get("key"), str):
@@ -175,28 +180,28 @@ def _is_answer(entry: Any) -> bool:
     return "id" in entry and ("prediction" in entry or "error" in entry)
 
 
-def _answer(prediction: Prediction) -> dict[str, Any]:
+def _answer_fields(prediction: Prediction) -> dict[str, Any]:
     answer: dict[str, Any] = {"prediction": prediction.prediction, "scores": list(prediction.scores)}
     return answer | ({"ranked": list(prediction.ranked)} if prediction.ranked else {})
 
 
 def _prediction_line(prediction: Prediction) -> str:
-    return _json({"key": prediction.key, "id": prediction.id} | _answer(prediction))
+    return _json_line({"key": prediction.key, "id": prediction.id} | _answer_fields(prediction))
 
 
 def _failure_line(failure: Failure) -> str:
-    return _json({"key": failure.key, "id": failure.id, "error": failure.reason})
+    return _json_line({"key": failure.key, "id": failure.id, "error": failure.reason})
 
 
-def _full_line(sample: EvaluationSample, prediction: Prediction, score: float | None) -> str:
+def _finished_line(sample: EvaluationSample, prediction: Prediction, score: float | None) -> str:
     """A line of predictions.jsonl."""
     head = {"key": prediction.key, "id": prediction.id, "image": sample.image_key, "prompt": sample.prompt}
     answers = list(sample.record.answers or sample.record.captions)
-    return _json(head | {"answers": answers, "score": score} | _answer(prediction))
+    return _json_line(head | {"answers": answers, "score": score} | _answer_fields(prediction))
 
 
-def _json(line: dict[str, Any]) -> str:
-    return json.dumps(line, ensure_ascii=False)
+def _json_line(line: dict[str, Any]) -> str:
+    return json.dumps(line, ensure_ascii=False, allow_nan=False)  # a number that is not finite is never an answer
 
 
 def _append(path: Path, lines: Sequence[str]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from instructblip.data.coverage import RecordCounts
 from instructblip.errors import UserError
-from instructblip.evaluation.metrics import METRICS, ModelOutput, Score
+from instructblip.evaluation.metrics import ModelOutput, Score
 from instructblip.evaluation.protocol import EvaluationSample, Protocol, Task, as_json
 from instructblip.evaluation.statistics import score_interval
 
@@ -51,7 +51,7 @@ class TaskResult:
         samples: those that were answered, in stored order; all of the task's, but for `failures`.
         predictions: of `samples`.
         score: None where the answers are not public.
-        low, high: the 95% interval of `value`, images resampled; None with it.
+        low, high: the 95% interval of `value`, images resampled; None with it, and where there is none (`score_interval`).
         seconds: what the run took.
         failures: samples that could not be read.
         predictions_sha256: of the predictions.jsonl that holds them; None where nothing was kept.
@@ -108,6 +108,7 @@ class TaskResult:
             "high": self.high,
             "records": self.records.to_json(),
             "count": len(self.samples) if self.score is None else self.score.count,
+            "made_up": self.task.made_up,
             "metric": protocol.metric,
             "metric_details": {} if self.score is None else dict(self.score.details),
             "protocol": as_json(protocol),
@@ -130,17 +131,34 @@ def score_task(
     Raises:
         UserError: the metric is not defined for these samples, such as AUROC of one class.
     """
-    score, low, high = None, None, None
+    score, ends = None, None
     if task.answers_public:
         try:
             records = [sample.record for sample in samples]
-            score = METRICS[task.protocol.metric](model_outputs(task, samples, predictions), records)
-            low, high = score_interval(score, [sample.image_key for sample in samples])
+            score = task.metric(model_outputs(task, samples, predictions), records)
+            check_finite(score)
+            ends = score_interval(score, [sample.image_key for sample in samples], task.metric.interval)
         except ValueError as error:
             raise UserError(
-                f"{task.card.name}: {task.protocol.metric} cannot be computed over {len(samples)} samples ({error})"
+                f"{task.card.name}: {task.metric.name} cannot be computed over {len(samples)} samples ({error})"
             ) from None
+    low, high = ends or (None, None)
     return TaskResult(task, tuple(samples), tuple(predictions), score, low, high, seconds, tuple(failures))
+
+
+def check_finite(score: Score) -> None:
+    """Refuse a score with a number in it that is not finite.
+
+    Raises:
+        ValueError: says which.
+    """
+    for name, number in {"the score": score.value, **score.details}.items():
+        if isinstance(number, float) and not math.isfinite(number):
+            raise ValueError(f"{name} is {number}")
+    if not all(map(math.isfinite, score.per_sample)):
+        raise ValueError("the score of a sample is not finite")
+    for part in score.parts.values():
+        check_finite(part)
 
 
 def model_outputs(

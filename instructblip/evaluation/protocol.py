@@ -6,17 +6,20 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
+from instructblip.config.validate import nearest
 from instructblip.data.card_evaluation import PRESETS, Evaluation, with_preset
 from instructblip.data.cards import Card
 from instructblip.data.coverage import RecordCounts, prepared_counts
 from instructblip.data.records import Record
 from instructblip.data.shards import MANIFEST_NAME, PreparedSplit, ShardReader, open_split
+from instructblip.data.synthetic import is_made_up
 from instructblip.data.templates import MAX_OCR_TOKENS, render_prompt
+from instructblip.data.text_processors import TEXT_PROCESSORS
 from instructblip.errors import UserError
-from instructblip.evaluation.metrics.records import NEED_SCORES, REFERENCES
-from instructblip.evaluation.submissions import SUBMISSIONS
+from instructblip.evaluation.metrics import METRICS, Metric
 from instructblip.models.ranking import RANKING_PRESETS
 
 
@@ -34,7 +37,11 @@ class Protocol:
         verbalizers: (text, class) pairs; a freely generated text of one of them counts as its class.
         normalize, include_eos: of a candidate's token log-likelihoods.
         max_new_tokens, min_new_tokens, num_beams, length_penalty, repetition_penalty: of generation.
+        beam_lengths: how lengths of beams are counted, one of `generation.BEAM_LENGTHS`.
+        text_processor: what is done to a question first, one of `text_processors.TEXT_PROCESSORS`.
+        may_be_empty: fields that the prompt shows even where a record has none of them.
         transform: how an image becomes a square, one of `transforms.FITS`.
+        upright: whether pictures are turned as their EXIF orientation says.
         frames: pictures a sample, 1 but for videos.
         ocr: whose tokens the prompt shows and how many at most; empty where it shows none.
         samples: how many of the split's samples are scored; None is all. The subset is the first by SHA-256 of the sample
@@ -62,7 +69,11 @@ class Protocol:
     num_beams: int
     length_penalty: float
     repetition_penalty: float
+    beam_lengths: str
+    text_processor: str
+    may_be_empty: tuple[str, ...]
     transform: str
+    upright: bool
     frames: int
     ocr: str
     metric: str
@@ -83,8 +94,12 @@ class Protocol:
             "prompt": self.prompt,
             "mode": self.mode,
             "metric": self.metric,
-            "images": f"{self.images}, {self.transform}" + (f", {self.frames} frames a video" * (self.frames > 1)),
+            "images": f"{self.images}, {self.transform}"
+            + ", not turned upright" * (not self.upright)
+            + f", {self.frames} frames a video" * (self.frames > 1),
         }
+        if self.text_processor != "none":
+            shown["text processor"] = self.text_processor
         if self.ocr:
             shown["OCR tokens"] = self.ocr
         if self.mode == "rank":
@@ -92,7 +107,8 @@ class Protocol:
         else:
             tokens = f"{self.min_new_tokens} to {self.max_new_tokens} new tokens"
             penalties = f"length penalty {self.length_penalty:g}, repetition penalty {self.repetition_penalty:g}"
-            shown["decoding"] = f"beam size {self.num_beams}, {tokens}, {penalties}"
+            lengths = "" if self.beam_lengths == "new_tokens" else f", beam lengths of {self.beam_lengths}"
+            shown["decoding"] = f"beam size {self.num_beams}, {tokens}, {penalties}{lengths}"
         return shown | {"samples sha256": self.samples_sha256[:16], "protocol sha256": self.sha256()[:16]}
 
     def _describe_ranking(self) -> dict[str, str]:
@@ -138,6 +154,7 @@ class Task:
         records: how many there should be and are in the prepared split.
         vocabulary: the texts to rank where they come from the train split.
         answers_public: whether the samples can be scored here; a leaderboard's server does it otherwise.
+        made_up: whether the prepared split holds made-up data, on which no score means anything.
     """
 
     card: Card
@@ -146,6 +163,12 @@ class Task:
     records: RecordCounts
     vocabulary: tuple[str, ...] = ()
     answers_public: bool = True
+    made_up: bool = False
+
+    @property
+    def metric(self) -> Metric:
+        """What scores it, with all that is particular to it."""
+        return METRICS[self.protocol.metric]
 
     def candidates(self, record: Record) -> tuple[str, ...]:
         """The texts to rank for a record; none where the model writes freely."""
@@ -184,16 +207,17 @@ def make_task(
     check_choices(preset, mode)
     rules = _rules(card, preset, llm_kind)
     split, mode = split or rules.split, mode or rules.mode
-    if mode == "generate" and rules.metric in NEED_SCORES:
+    metric = METRICS[rules.metric]
+    if mode == "generate" and metric.needs_scores:
         raise UserError(
-            f"{card.name}: {rules.metric} needs the scores of candidates, which mode=generate does not give; "
+            f"{card.name}: {metric.name} needs the scores of candidates, which mode=generate does not give; "
             "rank, or take it out of the suite"
         )
     opened = open_split(shards / card.source / split)
-    chosen = _choose(card, opened, rules.kinds or card.kinds, rules.prompt, samples)
-    public = _answers_public(card, split, rules.metric, chosen)
-    if public and rules.metric == "auroc":
-        _check_labels(card, chosen)
+    chosen = _choose(card, opened, rules, samples)
+    public = _answers_public(card, split, metric, chosen)
+    if public:
+        _check_records(card, metric, chosen)
     choices = protocol_fields(rules, mode)
     if choices["candidates_from"] == "card" and not choices["candidates"]:
         raise UserError(f"{card.name} has no candidates to rank; evaluate it with mode=generate")
@@ -215,7 +239,7 @@ def make_task(
     if vocabulary:
         train = prepared_counts(card, open_split(shards / card.source / "train"), ())
         records = replace(records, vocabulary=replace(train, answered=train.prepared))
-    return Task(card, protocol, tuple(chosen), records, vocabulary, public)
+    return Task(card, protocol, tuple(chosen), records, vocabulary, public, is_made_up(opened.manifest))
 
 
 def check_choices(preset: str, mode: str | None) -> None:
@@ -257,7 +281,7 @@ def train_answers(card: Card, shards: Path) -> tuple[str, ...]:
             f"{card.name} ranks all answers of its train split, which is not prepared in {shards}; run "
             f"python prepare.py dataset={card.source} split=train raw=FOLDER out={shards}, or evaluate with mode=generate"
         )
-    counts = Counter(answer for record in _records(card, open_split(folder)) for answer in record.answers)
+    counts = Counter(answer for record in _card_records(card, open_split(folder)) for answer in record.answers)
     return tuple(sorted(counts, key=lambda answer: (-counts[answer], answer)))
 
 
@@ -270,7 +294,7 @@ def majority_answers(card: Card, shards: Path) -> dict[str, str]:
     if not (folder / MANIFEST_NAME).is_file():
         return {}
     counts: dict[str, Counter[str]] = defaultdict(Counter)
-    for record in _records(card, open_split(folder)):
+    for record in _card_records(card, open_split(folder)):
         if record.answers:
             counts[record.question or ""][record.answers[0]] += 1
             counts[""][record.answers[0]] += 1
@@ -278,19 +302,11 @@ def majority_answers(card: Card, shards: Path) -> dict[str, str]:
 
 
 def chance_level(task: Task) -> float | None:
-    """The expected score of drawing evenly among the candidates, on the scale of papers' tables; None: not known.
-
-    AUROC 50 whatever the classes; VisDial's MRR is the mean of 1/rank.
-    """
-    if task.protocol.metric == "auroc":
-        return 50.0
+    """The expected score of drawing evenly among the candidates, on the scale of papers' tables; None: not known."""
     if task.protocol.candidates_from == "choices":
-        counts = [len(sample.record.choices) for sample in task.samples]
-        if task.protocol.metric == "visdial":
-            return 100 * sum(sum(1 / rank for rank in range(1, count + 1)) / count for count in counts) / len(counts)
-        return 100 * sum(1 / count for count in counts) / len(counts)
+        return fmean(task.metric.chance(len(sample.record.choices)) for sample in task.samples)
     classes = set(task.protocol.classes or task.vocabulary)
-    return 100.0 / len(classes) if classes else None
+    return task.metric.chance(len(classes)) if classes else None
 
 
 def as_json(protocol: Protocol) -> dict[str, Any]:
@@ -302,40 +318,72 @@ def _rules(card: Card, preset: str, llm_kind: str) -> Evaluation:
     """How a card is evaluated under a preset.
 
     Raises:
-        UserError: it is not evaluated.
+        UserError: it is not evaluated, or by a metric that there is not.
     """
     if card.evaluation is None:
         raise UserError(f"{card.name} is a dataset to train on: its card has no evaluation; take it out of the suite")
     rules = with_preset(card.evaluation, preset, llm_kind)
-    if preset != "paper" and rules.mode == "rank":
-        rules = replace(rules, **RANKING_PRESETS[preset][llm_kind])
-    return rules
+    if rules.metric not in METRICS:
+        raise UserError(f"{card.name}: evaluation.metric is {rules.metric!r}{nearest(rules.metric, METRICS)}")
+    return as_released(rules, llm_kind) if preset == "lavis" else rules
 
 
-def _answers_public(card: Card, split: str, metric: str, samples: Sequence[EvaluationSample]) -> bool:
+def as_released(rules: Evaluation, llm_kind: str) -> Evaluation:
+    """What the released code does with every dataset, whatever its card says: LAVIS 506965b on transformers 4.33."""
+    most, fewest = released_lengths(rules.max_new_tokens, rules.min_new_tokens, llm_kind)
+    if rules.mode == "rank":
+        rules = replace(rules, **RANKING_PRESETS["lavis"][llm_kind])
+    return replace(
+        rules,
+        max_new_tokens=most,
+        min_new_tokens=fewest,
+        beam_lengths="transformers_4_33",
+        text_processor="blip_caption",
+        may_be_empty=("context",),  # it compares a list with an empty string
+        upright=False,
+    )
+
+
+def released_lengths(max_len: int, min_len: int, llm_kind: str) -> tuple[int, int]:
+    """The most and fewest new tokens of the released code's `max_len` and `min_len`.
+
+    Under transformers 4.33 a decoder-only model's output begins with a token that both lengths count. An encoder-decoder
+    model is given `max_new_tokens`, but its `min_length` counts the decoder's start token.
+    """
+    return max_len - 1 if llm_kind == "decoder" else max_len, max(0, min_len - 1)
+
+
+def _answers_public(card: Card, split: str, metric: Metric, samples: Sequence[EvaluationSample]) -> bool:
     """Whether every sample has what the metric compares with; a leaderboard may do the scoring where none has."""
-    known = [bool(REFERENCES[metric](sample.record)) for sample in samples]
+    known = [bool(metric.references(sample.record)) for sample in samples]
     if all(known):
         return True
     if any(known):
         first = samples[known.index(False)].id
         raise UserError(f"{card.name}: some answers of split {split!r} are not there ({first}); prepare it again")
-    if card.name not in SUBMISSIONS:
+    if card.name not in metric.submissions:
         raise UserError(f"{card.name}: the answers of split {split!r} are not public; evaluate another split")
     return False
 
 
-def _check_labels(card: Card, samples: Sequence[EvaluationSample]) -> None:
+def _check_records(card: Card, metric: Metric, samples: Sequence[EvaluationSample]) -> None:
+    """Refuse, before a model is asked anything, what the metric cannot score."""
+    try:
+        metric.count_fewer_annotators([sample.record for sample in samples])
+    except ValueError as error:
+        raise UserError(f"{card.name}: {error}") from None
+    if not metric.needs_both_labels:
+        return
     found = {sample.record.label for sample in samples}
     if not {0, 1} <= found:
         shown = ", ".join(map(str, sorted(label for label in found if label is not None)))
         raise UserError(
-            f"{card.name}: AUROC needs samples of both labels, and all chosen ones ({len(samples)}) have label {shown}; "
-            "give more with samples="
+            f"{card.name}: {metric.title} needs samples of both labels, and all chosen ones ({len(samples)}) have label "
+            f"{shown}; give more with samples="
         )
 
 
-def _records(card: Card, opened: PreparedSplit) -> Iterable[Record]:
+def _card_records(card: Card, opened: PreparedSplit) -> Iterable[Record]:
     """The records that a card draws from a split, in stored order."""
     row_read, records = (-1, -1), []
     for number, row, place in opened.records(card.kinds).tolist():
@@ -344,9 +392,8 @@ def _records(card: Card, opened: PreparedSplit) -> Iterable[Record]:
         yield records[place]
 
 
-def _choose(
-    card: Card, opened: PreparedSplit, kinds: Sequence[str], prompt: str, limit: int | None
-) -> list[EvaluationSample]:
+def _choose(card: Card, opened: PreparedSplit, rules: Evaluation, limit: int | None) -> list[EvaluationSample]:
+    kinds = rules.kinds or card.kinds
     records_at: dict[tuple[int, int], list[Record]] = {}
     found = []
     for number, row, place in opened.records(kinds).tolist():
@@ -355,7 +402,7 @@ def _choose(
         record = records_at[number, row][place]
         shard = opened.shards[number]
         try:
-            asked = render_prompt(prompt, record)
+            asked = _prompt(rules, record)
         except ValueError as error:
             raise UserError(f"{card.name}: {error}; change evaluation.prompt of its card") from None
         found.append(EvaluationSample(f"{card.name}/{record.id}", shard, row, record, asked))
@@ -366,6 +413,17 @@ def _choose(
     by_hash = sorted(found, key=lambda sample: hashlib.sha256(sample.id.encode()).digest())
     chosen = {sample.id for sample in by_hash[:limit]}
     return [sample for sample in found if sample.id in chosen]  # in stored order, as when all are taken
+
+
+def _prompt(rules: Evaluation, record: Record) -> str:
+    """The finished prompt of a record.
+
+    Raises:
+        ValueError: as `render_prompt`.
+    """
+    if record.question:
+        record = replace(record, question=TEXT_PROCESSORS[rules.text_processor](record.question))
+    return render_prompt(rules.prompt, record, may_be_empty=rules.may_be_empty)
 
 
 def _samples_sha256(opened: PreparedSplit, samples: Sequence[EvaluationSample]) -> str:
@@ -386,7 +444,11 @@ _FROM_CARD = (
     "num_beams",
     "length_penalty",
     "repetition_penalty",
+    "beam_lengths",
+    "text_processor",
+    "may_be_empty",
     "transform",
+    "upright",
     "metric",
 )
 

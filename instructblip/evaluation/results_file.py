@@ -23,13 +23,15 @@ class StoredScore:
     """One dataset's entry of results.json.
 
     Attributes:
-        value, low, high: the score and its 95% interval on the scale of papers' tables; None where answers are not public.
+        value, low, high: the score and its 95% interval on the scale of papers' tables; None where answers are not public,
+            the interval also where there is none.
         count: samples scored.
         metric: its name in the card.
         protocol: every choice behind it, with its hash.
         records: how many the card expects, were prepared, lost, answered and scored.
         predictions_sha256: of the predictions.jsonl that was scored.
         tokenizer: of captions, by the name that their metric gives; None for other metrics.
+        made_up: whether the samples are made up, so that the score means nothing.
     """
 
     value: float | None
@@ -41,6 +43,7 @@ class StoredScore:
     records: RecordCounts
     predictions_sha256: str
     tokenizer: str | None
+    made_up: bool = False
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,7 @@ def read_run(place: str | Path) -> StoredRun:
     llm = _at(values, "model", "llm", "name")
     if not isinstance(llm, str):
         raise UserError(f"{file} names no model: model.llm.name is {llm!r}; {_HINT}")
-    scores = {name: _score(entry, name, file) for name, entry in values["datasets"].items()}
+    scores = {name: _stored_score(entry, name, file) for name, entry in values["datasets"].items()}
     return StoredRun(file.parent, str(checkpoint.get("path")), llm, scores)
 
 
@@ -139,7 +142,7 @@ def _read_json(file: Path) -> Any:
         raise UserError(f"{file} is not whole JSON ({error}); {_HINT}") from None
 
 
-def _score(entry: Any, name: str, file: Path) -> StoredScore:
+def _stored_score(entry: Any, name: str, file: Path) -> StoredScore:
     """One dataset's entry, every value of the right type."""
     if not isinstance(entry, dict):
         raise UserError(f"{file}: datasets.{name} is not a score; {_HINT}")
@@ -169,6 +172,7 @@ def _score(entry: Any, name: str, file: Path) -> StoredScore:
     if not isinstance(tokenizer, str | None):
         raise UserError(f"{file}: datasets.{name}.metric_details.tokenizer is {tokenizer!r}, not a name; {_HINT}")
     value, low, high = number("value"), number("low"), number("high")
-    if (value is None) != (low is None or high is None):
-        raise UserError(f"{file}: datasets.{name} has a value without its interval; {_HINT}")
-    return StoredScore(value, low, high, count, metric, protocol, records, digest, tokenizer)
+    if (low is None) != (high is None) or (value is None and low is not None):
+        raise UserError(f"{file}: datasets.{name} has half an interval, or one without a value; {_HINT}")
+    made_up = entry.get("made_up") is True  # results of before the key was written have none
+    return StoredScore(value, low, high, count, metric, protocol, records, digest, tokenizer, made_up)

@@ -127,7 +127,9 @@ def run_task(
     started = time.perf_counter()
     keys = journal_keys(model_fingerprint, task)
     journal = Journal(folder, keys, worker)
-    _answer(model, task, read_image, journal, cut_work(task, keys, batch_size), batch_size, tolerance, show_progress)
+    _answer_chunks(
+        model, task, read_image, journal, cut_work(task, keys, batch_size), batch_size, tolerance, show_progress
+    )
     journal.wait_for_others(task.card.name)
     _check_failures(task, journal, tolerance)
     answered = [(key, sample) for key, sample in zip(keys, task.samples, strict=True) if key in journal.predictions]
@@ -154,7 +156,9 @@ def answer_share(
     """Answer the share of a worker that is not the first, into its journal; arguments and errors as `run_task`."""
     keys = journal_keys(model_fingerprint, task)
     journal = Journal(folder, keys, worker)
-    _answer(model, task, read_image, journal, cut_work(task, keys, batch_size), batch_size, tolerance, show=False)
+    _answer_chunks(
+        model, task, read_image, journal, cut_work(task, keys, batch_size), batch_size, tolerance, show=False
+    )
 
 
 def blank_image(image_size: int) -> Tensor:
@@ -162,9 +166,9 @@ def blank_image(image_size: int) -> Tensor:
     return torch.full((3, image_size, image_size), _GREY, dtype=torch.uint8)
 
 
-def read_pixels(image_size: int, transform: str = "resize_square") -> ReadImage:
+def read_pixels(image_size: int, transform: str = "resize_square", *, upright: bool = True) -> ReadImage:
     """A reader that decodes images, for use without a feature cache."""
-    return partial(shard_pixels, image_size=image_size, transform=transform)
+    return partial(shard_pixels, image_size=image_size, transform=transform, upright=upright)
 
 
 # --- cutting the work ------------------------------------------------------------------------------------------------
@@ -203,7 +207,7 @@ def cut_chunk(chunk: Chunk, batch_size: int) -> Iterator[Chunk]:
 # --- answering -------------------------------------------------------------------------------------------------------
 
 
-def _answer(
+def _answer_chunks(
     model: InstructBLIP,
     task: Task,
     read_image: ReadImage,
@@ -310,12 +314,22 @@ def _ask(model: InstructBLIP, task: Task, batch: Sequence[tuple[Question, Tensor
             min_new_tokens=protocol.min_new_tokens,
             length_penalty=protocol.length_penalty,
             repetition_penalty=protocol.repetition_penalty,
+            beam_lengths=protocol.beam_lengths,
         )
         classes = {normalize_answer(text): label for text, label in protocol.verbalizers}
         return [(classes.get(normalize_answer(text), text), (), ()) for text in texts]
     candidates = [task.candidates(sample.record) for sample in samples]
     scores = model.rank(images, prompts, candidates, normalize=protocol.normalize, include_eos=protocol.include_eos)
+    for sample, row in zip(samples, scores, strict=True):
+        if not row.isfinite().all():
+            raise _not_finite(sample)
     return [_ranked(task, texts, row.tolist()) for texts, row in zip(candidates, scores, strict=True)]
+
+
+def _not_finite(sample: EvaluationSample) -> UserError:
+    return UserError(
+        f"{sample.id}: the model's log-likelihoods are not finite; weights are damaged, or overflow in their dtype"
+    )
 
 
 def _ranked(task: Task, candidates: Sequence[str], scores: list[float]) -> Answer:

@@ -5,21 +5,22 @@ would make intervals too narrow and p values too small.
 """
 
 import itertools
-import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import scipy  # loads scipy.stats, which takes a second, when it is first used
 from numpy.typing import NDArray
 
+from instructblip.evaluation.metrics.metric import Interval
 from instructblip.evaluation.metrics.score import Resampled, Score
 
 RESAMPLES = 2000
 PERMUTATIONS = 10_000
 MCNEMAR = "exact McNemar"
 PERMUTATION = "permutation by image"
-_Z_95 = 1.959963984540054  # the 97.5% point of the standard normal distribution
 _DRAWS_PER_CHUNK = 1 << 20  # random indices held at a time: 8 MiB, however many samples there are
+_ROUNDING = 1e-9  # relative; sums in another order differ by less
 _ALL_SIGNS = 14  # differing images up to which every assignment of signs is tried, 2^14 of them
 
 Floats = NDArray[np.float64]
@@ -32,33 +33,42 @@ class Paired:
 
     Attributes:
         difference: second minus first, in the scale of the scores.
-        low, high: its 95% bootstrap interval, images resampled.
+        low, high: its 95% bootstrap interval, images resampled; None where all images differ alike, or not at all.
         p: two-sided probability of a difference at least as large if the two were equally good.
         test: `MCNEMAR` or `PERMUTATION`.
     """
 
     difference: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     p: float
     test: str
 
 
-def score_interval(score: Score, clusters: Sequence[Hashable]) -> tuple[float, float]:
+def score_interval(
+    score: Score, clusters: Sequence[Hashable], interval: Interval = Interval.SHARE
+) -> tuple[float, float] | None:
     """The 95% interval to report beside `score.table_value`, on that scale: images resampled.
 
     A mean over samples (accuracies, VQA accuracy, MRR): `clustered_bootstrap_interval`. CIDEr too, with word weights held at
     those of the whole set: they are part of the measure, and a resample that holds an image twice would take its words for
     common ones. Weights made anew on each resample lower CIDEr itself by 1 to 5% and give standard errors 0.85 to 1.08 times
-    as large (the 150 test vectors, and made-up captions of 120 to 1,000 images). A metric with `resampled` (AUROC) is
-    computed anew on each resample; those for which it is not defined are left out.
+    as large (the 150 test vectors, and made-up captions of 120 to 1,000 images). A metric of pairs (AUROC) is computed anew
+    on each resample; those for which it is not defined are left out.
 
-    Where every sample scores 0, or every one 100, resampling shows no spread although the true score need not be 0 or 100;
-    there the Wilson interval is given with the number of images as the count, the cautious choice.
+    Where every sample scores 0, or every one 100, resampling shows no spread although the true score need not be 0 or 100.
+    There a metric that ends at 0 and 100 has the Wilson interval with the number of images as the count. That is cautious
+    for means of fractions too, of which a proportion has the widest spread. For AUROC the count is that of the rarer label's
+    images: so many pairs share no sample, and all of them are in the right order. A mean on another scale, such as CIDEr,
+    knows no such bound: then, and wherever else resampling shows no spread (one image, equal scores), there is no interval.
 
     Args:
         score: of all predictions.
         clusters: the image of each prediction, also of those that the metric leaves out.
+        interval: the metric's.
+
+    Returns:
+        Both ends, the lower one below the upper; None where the samples do not say how far the score could be off.
 
     Raises:
         ValueError: different lengths, or no resample for which the metric is defined.
@@ -68,14 +78,17 @@ def score_interval(score: Score, clusters: Sequence[Hashable]) -> tuple[float, f
     if len(clusters) != len(score.per_sample):
         raise ValueError(f"{len(score.per_sample)} samples for {len(clusters)} cluster names")
     values = [value * score.table_factor for value in score.per_sample]
-    if set(values) in ({0.0}, {100.0}):
+    if interval is not Interval.MEAN and set(values) in ({0.0}, {100.0}):
         images = len(set(clusters))
-        low, high = wilson_interval(images if values[0] else 0, images)
+        count = images if score.units is None else min(images, score.units)
+        low, high = wilson_interval(count if values[0] else 0, count)
         return 100 * low, 100 * high
     if score.resampled is None:
-        return clustered_bootstrap_interval(values, clusters)
-    low, high = _resampled_interval(score.resampled, clusters, RESAMPLES, seed=0)
-    return low * score.table_factor, high * score.table_factor
+        low, high = clustered_bootstrap_interval(values, clusters)
+    else:
+        ends = _resampled_interval(score.resampled, clusters, RESAMPLES, seed=0)
+        low, high = (end * score.table_factor for end in ends)
+    return _with_spread(low, high)
 
 
 def compare_paired(
@@ -99,7 +112,7 @@ def compare_paired(
     if not len(first) == len(second) == len(clusters):
         raise ValueError(f"{len(first)} and {len(second)} scores for {len(clusters)} cluster names")
     differences = np.asarray(second, dtype=np.float64) - np.asarray(first, dtype=np.float64)
-    low, high = clustered_bootstrap_interval(differences.tolist(), clusters, seed=seed)
+    low, high = _with_spread(*clustered_bootstrap_interval(differences.tolist(), clusters, seed=seed)) or (None, None)
     rows = _cluster_rows(clusters)
     sums = np.bincount(rows, weights=differences).astype(np.float64)
     changed = sums[np.abs(sums) > 1e-9]  # images whose scores differ by rounding alone do not differ
@@ -121,12 +134,8 @@ def wilson_interval(correct: int, count: int) -> tuple[float, float]:
     """
     if count < 1 or not 0 <= correct <= count:
         raise ValueError(f"{correct} correct of {count} is not a proportion")
-    proportion, z2 = correct / count, _Z_95 * _Z_95
-    centre = (proportion + z2 / (2 * count)) / (1 + z2 / count)
-    half = _Z_95 / (1 + z2 / count) * math.sqrt(proportion * (1 - proportion) / count + z2 / (4 * count * count))
-    low = 0.0 if correct == 0 else centre - half  # exact in theory, off by an ulp in floating point
-    high = 1.0 if correct == count else centre + half
-    return low, high
+    found = scipy.stats.binomtest(correct, count).proportion_ci(method="wilson")
+    return float(found.low), float(found.high)
 
 
 def bootstrap_interval(
@@ -170,6 +179,11 @@ def clustered_bootstrap_interval(
     return _percentile_interval(sums, sizes, resamples, seed)
 
 
+def _with_spread(low: float, high: float) -> tuple[float, float] | None:
+    """The interval, unless resampling showed no spread."""
+    return (low, high) if high - low > _ROUNDING * max(1.0, abs(high)) else None
+
+
 def _cluster_rows(clusters: Sequence[Hashable]) -> Integers:
     """The number of each sample's cluster, by first appearance."""
     rows: dict[Hashable, int] = {}
@@ -197,15 +211,16 @@ def _resampled_interval(
 
 def _sign_test(changed: Floats) -> float:
     """Two-sided exact binomial p of how many of the changes go up."""
-    count, fewer = len(changed), int(min((changed > 0).sum(), (changed < 0).sum()))
-    if 2 * fewer >= count - 1:  # as even as can be
+    if not len(changed):
         return 1.0
-    logs = [math.lgamma(count + 1) - math.lgamma(k + 1) - math.lgamma(count - k + 1) for k in range(fewer + 1)]
-    return min(1.0, 2 * math.fsum(math.exp(value - count * math.log(2)) for value in logs))
+    return float(scipy.stats.binomtest(int((changed > 0).sum()), len(changed)).pvalue)
 
 
 def _sign_flips(changed: Floats, seed: int) -> float:
-    """Two-sided p of the sum of changes under random signs."""
+    """Two-sided p of the sum of changes under random signs.
+
+    scipy's `permutation_test` sorts a random number for each sign of each resample: thirty times the time for 10,000 images.
+    """
     if not len(changed):
         return 1.0
     observed = abs(changed.sum()) * (1 - 1e-12)  # equal sums in another order must count as equal
@@ -226,11 +241,16 @@ def _percentile_interval(sums: Floats, sizes: Floats, resamples: int, seed: int)
         raise ValueError("an interval of no samples is not defined")
     if resamples < 1:
         raise ValueError(f"resamples must be at least 1, got {resamples}")
-    generator = np.random.default_rng(seed)
-    means = np.empty(resamples)
-    chunk = max(1, _DRAWS_PER_CHUNK // len(sums))
-    for start in range(0, resamples, chunk):
-        drawn = generator.integers(len(sums), size=(min(chunk, resamples - start), len(sums)))  # [resamples, clusters]
-        means[start : start + chunk] = sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1)
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(low), float(high)
+    if len(sums) == 1:  # every resample is the sample itself, which scipy refuses
+        return (float(sums[0] / sizes[0]),) * 2
+    found = scipy.stats.bootstrap(
+        (sums, sizes),
+        lambda sums, sizes, axis: sums.sum(axis=axis) / sizes.sum(axis=axis),
+        paired=True,
+        vectorized=True,
+        n_resamples=resamples,
+        batch=max(1, _DRAWS_PER_CHUNK // len(sums)),
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    )
+    return float(found.confidence_interval.low), float(found.confidence_interval.high)

@@ -19,14 +19,15 @@ from rich.table import Table
 from instructblip.data.feature_cache import ReadImage, cached_images, feature_cache
 from instructblip.distributed import ALONE, Worker
 from instructblip.errors import UserError
-from instructblip.evaluation.metrics import METRICS, ModelOutput
+from instructblip.evaluation.metrics import ModelOutput
 from instructblip.evaluation.outcomes import TaskResult
 from instructblip.evaluation.protocol import Task, blind_task, chance_level, majority_answers
 from instructblip.evaluation.report.content import part_scores, report_row, report_section
 from instructblip.evaluation.report.page import Report, write_report
+from instructblip.evaluation.report.table import MADE_UP_DATA
 from instructblip.evaluation.results_file import FORMAT, PREDICTIONS, RESULTS
 from instructblip.evaluation.runner import answer_share, read_pixels, run_task
-from instructblip.evaluation.submissions import SUBMISSION, SUBMISSIONS, write_submission
+from instructblip.evaluation.submissions import SUBMISSION, write_submission
 from instructblip.files import errors_for_users, exclusive, write_json
 from instructblip.models.instructblip import InstructBLIP
 from instructblip.models.llm import LLM_KINDS
@@ -41,10 +42,16 @@ def image_reader(model: InstructBLIP, tasks: Sequence[Task], cache_folder: Path 
     """How evaluation gets its images: from a feature cache when a folder for one is given, else decoded each time."""
     if cache_folder is None:
         return read_pixels(model.vision.image_size)
-    shards = {sample.shard.tar_sha256: sample.shard for task in tasks for sample in task.samples}
+    cached = [task for task in tasks if takes_cached_images(task)]
+    shards = {sample.shard.tar_sha256: sample.shard for task in cached for sample in task.samples}
     cache = feature_cache(model, cache_folder)
     with exclusive(cache.folder / "lock", "encoding images"):  # of several processes one does, the others find it done
         return cached_images(model, cache, list(shards.values()), "encoding images")
+
+
+def takes_cached_images(task: Task) -> bool:
+    """Whether a task shows pictures as `image_reader` gives them, from a cache perhaps: squashed and upright."""
+    return task.protocol.transform == "resize_square" and task.protocol.upright
 
 
 def model_identity(model: InstructBLIP, frozen: Mapping[str, str], trained: str) -> str:
@@ -117,7 +124,7 @@ def baselines(task: Task, shards: Path, blind: TaskResult | None) -> dict[str, f
     if majority := majority_answers(task.card, shards) if asked else {}:
         records = [sample.record for sample in task.samples]
         guesses = [ModelOutput(majority.get(record.question or "", majority[""])) for record in records]
-        found[MAJORITY] = METRICS[task.protocol.metric](guesses, records).table_value
+        found[MAJORITY] = task.metric(guesses, records).table_value
     chance = chance_level(task)
     if chance is not None:
         found[CHANCE] = chance
@@ -170,9 +177,10 @@ def evaluate_tasks(
     }
     results = []
     for task in tasks:
-        home, transform = folder / task.card.name, task.protocol.transform
-        # What `read_image` gives, from a cache perhaps, is squashed.
-        reader = read_image if transform == "resize_square" else read_pixels(model.vision.image_size, transform)
+        home, protocol = folder / task.card.name, task.protocol
+        reader = read_image
+        if not takes_cached_images(task):
+            reader = read_pixels(model.vision.image_size, protocol.transform, upright=protocol.upright)
         runs = [(task, home), (blind_task(task), home / _WITHHELD)][: 1 + blind]
         found = []
         for asked, place in runs:
@@ -243,7 +251,7 @@ def results_json(
         "model": dict(model),
         "machine": {"platform": platform.platform(), "torch_threads": torch.get_num_threads()},
         "versions": {"python": platform.python_version(), **{name: version(name) for name in _VERSIONS}},
-        "datasets": {item.result.task.card.name: _entry(item) for item in results},
+        "datasets": {item.result.task.card.name: _results_entry(item) for item in results},
     }
 
 
@@ -291,13 +299,16 @@ def has_submission(result: TaskResult) -> bool:
     """Whether a public leaderboard takes this result: it refuses a part of a split, and blind answers are not meant."""
     protocol = result.task.protocol
     whole = protocol.samples is None and not result.failures and protocol.images == "shown"
-    return result.task.card.name in SUBMISSIONS and whole
+    return result.task.card.name in result.task.metric.submissions and whole
 
 
 def console_table(title: str, results: Sequence[DatasetResult]) -> Table:
     """Scores with their 95% intervals beside the baselines, for the terminal."""
     held_out = [item.result.task.card.name for item in results if item.result.task.card.role == "held-out"]
-    caption = f"held out, never trained on: {', '.join(held_out)}" if held_out else None
+    notes = [f"held out, never trained on: {', '.join(held_out)}"] if held_out else []
+    if any(item.result.task.made_up for item in results):
+        notes.append(f"{MADE_UP_DATA.symbol} {MADE_UP_DATA.meaning}")
+    caption = "\n".join(notes) or None
     # Narrow enough for a terminal of 80 columns.
     table = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     names = list(dict.fromkeys(name for item in results for name in item.baselines))
@@ -309,8 +320,10 @@ def console_table(title: str, results: Sequence[DatasetResult]) -> Table:
         others = [f"{item.baselines[name]:.1f}" if name in item.baselines else "" for name in names]
         value, interval = "-", "not public"
         if result.value is not None:
-            value, interval = f"{result.value:.1f}", f"{result.low:.1f}-{result.high:.1f}"
-        table.add_row(result.task.card.name, value, interval, *others, str(len(result.samples)))
+            value = f"{result.value:.1f}"
+            interval = "" if result.low is None else f"{result.low:.1f}-{result.high:.1f}"
+        name = result.task.card.name + (f" {MADE_UP_DATA.symbol}" if result.task.made_up else "")
+        table.add_row(name, value, interval, *others, str(len(result.samples)))
     return table
 
 
@@ -329,11 +342,11 @@ def log_scores(logger: Logger, results: Sequence[DatasetResult], step: int) -> N
 
     Scores of splits without public answers are in neither.
     """
-    entries = {item.result.task.card.name: _entry(item) for item in results if item.result.value is not None}
-    columns = ("value", "low", "high", "count", "metric")
+    entries = {item.result.task.card.name: _results_entry(item) for item in results if item.result.value is not None}
+    columns = ("value", "low", "high", "count", "metric", "made_up")
     baselines = list(dict.fromkeys(name for entry in entries.values() for name in entry["baselines"]))
     numbers = {
-        name: {key: entry[key] for key in ("value", "low", "high")}
+        name: {key: entry[key] for key in ("value", "low", "high") if entry[key] is not None}
         | {part: score["value"] for part, score in entry["parts"].items()}
         for name, entry in entries.items()
     }
@@ -345,5 +358,5 @@ def log_scores(logger: Logger, results: Sequence[DatasetResult], step: int) -> N
     logger.log_table("evaluation/table", ["dataset", *columns, *baselines], rows, step)
 
 
-def _entry(item: DatasetResult) -> dict[str, Any]:
+def _results_entry(item: DatasetResult) -> dict[str, Any]:
     return {**item.result.to_json(), "parts": part_scores(item.result), "baselines": item.baselines}

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from instructblip.models import generation
 from instructblip.models.base import Images, Inputs, Model, Outputs, PartStructure, PassWorkload, Samples, blocks_of
 from instructblip.models.llm import LLM
 from instructblip.models.qformer import QFormer
@@ -195,25 +196,31 @@ class InstructBLIP(Model):
         do_sample: bool = False,
         temperature: float = 1.0,
         top_p: float = 1.0,
+        beam_lengths: str = "new_tokens",
     ) -> list[str]:
         """Answer each prompt freely; the returned text never holds the prompt.
 
         Lengths and the repetition penalty are over new tokens only. Greedy with one beam; with `do_sample` the next token
         is drawn (torch's global random stream) from the smallest set of probability `top_p`, after division of the logits
-        by `temperature`. The released defaults are 5 beams, 256 tokens, a repetition penalty of 1.5.
+        by `temperature`. The released defaults are 5 beams, 256 tokens, a repetition penalty of 1.5. `beam_lengths` is one
+        of `generation.BEAM_LENGTHS`.
+
+        Raises:
+            UserError: logits that are not finite.
         """
         sampling = (
             {"do_sample": True, "temperature": temperature, "top_p": top_p} if do_sample else {"do_sample": False}
         )
-        return self.llm.generate(
-            self.llm.prefixes(self.visual_prompt(self.image_tokens(images), prompts), prompts),
-            num_beams=num_beams,
-            max_new_tokens=max_new_tokens,
-            min_new_tokens=min_new_tokens,
-            length_penalty=length_penalty,
-            repetition_penalty=repetition_penalty,
-            **sampling,
-        )
+        with generation.finite_logits(self.llm.model), generation.beam_lengths(self.llm.model, beam_lengths):
+            return self.llm.generate(
+                self.llm.prefixes(self.visual_prompt(self.image_tokens(images), prompts), prompts),
+                num_beams=num_beams,
+                max_new_tokens=max_new_tokens,
+                min_new_tokens=min_new_tokens,
+                length_penalty=length_penalty,
+                repetition_penalty=repetition_penalty,
+                **sampling,
+            )
 
     def save_huggingface(self, folder: str | Path) -> None:
         """Write a folder that transformers' `InstructBlipForConditionalGeneration` and `InstructBlipProcessor` open.

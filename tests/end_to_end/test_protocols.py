@@ -63,7 +63,10 @@ def test_every_protocol_runs_and_twice_gives_the_same(twice: dict[str, tuple[Pat
         assert entry["metric"] == card.evaluation.metric
         assert entry["protocol"]["preset"] == "paper"
         assert entry["protocol"]["split"] == card.evaluation.split
-        assert entry["low"] <= entry["value"] <= entry["high"]
+        if entry["low"] is None:  # resampling shows no spread, and the scale's end is no bound
+            assert entry["metric"] == "cider" or entry["count"] == 1
+        else:
+            assert entry["low"] <= entry["value"] <= entry["high"] and entry["low"] < entry["high"]
         assert entry["failed"] == []
 
 
@@ -92,7 +95,7 @@ def test_the_released_code_is_another_protocol(
     assert (ours["nocaps"]["repetition_penalty"], ours["nocaps"]["length_penalty"]) == (1.5, 1.0)
     assert (ours["okvqa"]["prompt"], ours["okvqa"]["metric"]) == ("{question}", "vqa_accuracy_lavis")
     assert (ours["okvqa"]["length_penalty"], ours["okvqa"]["transform"]) == (0.0, "center_crop")
-    assert (ours["msvd_qa"]["mode"], ours["msvd_qa"]["max_new_tokens"]) == ("generate", 30)
+    assert (ours["msvd_qa"]["mode"], ours["msvd_qa"]["max_new_tokens"]) == ("generate", 29)
     assert (ours["vsr"]["include_eos"], ours["vsr"]["aggregate"]) == (False, "max")
     paper = {name: entry["protocol"] for suite in SUITES for name, entry in stored(twice[suite][0])["datasets"].items()}
     assert all(paper[name]["sha256"] != entry["sha256"] for name, entry in ours.items())

@@ -1,6 +1,8 @@
 """A page in headless Chromium, driven as a hand would: real clicks and keys through the DevTools protocol.
 
 Chromium speaks it over two pipes (`--remote-debugging-pipe`), JSON messages ended by a zero byte; nothing listens on a port.
+Playwright would do the same, with a Node runtime of its own and promises for the browser builds that it downloads; the few
+calls below work with whatever Chromium the machine has.
 """
 
 import json

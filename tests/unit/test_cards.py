@@ -167,7 +167,6 @@ def test_a_view_takes_the_source_from_its_parent(tmp_path: Path) -> None:
         ({"evaluation.mode": "generate"}, "none of them to generate"),
         ({"evaluation.candidates_from": "choices"}, "needs one of candidates, verbalizers and candidates_from to rank"),
         ({"evaluation.candidates_from": "options"}, "evaluation.candidates_from is 'options'"),
-        ({"evaluation.metric": "vqa_acuracy"}, "evaluation.metric is 'vqa_acuracy'; did you mean 'vqa_accuracy'?"),
         ({"evaluation": ..., "role": "held-out"}, "a held-out dataset needs the key evaluation"),
         ({"templates": ...}, "a held-in dataset needs templates"),
         ({"shared_images": {"vqav2": "why"}}, "shared_images is for held-out datasets to say"),

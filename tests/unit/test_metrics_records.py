@@ -1,13 +1,13 @@
 """Metrics called from records by the names that cards use: oracle and chance, the rules of each, and errors in one line."""
 
-import dataclasses
 import random
 from collections.abc import Callable
-from typing import get_args
 
 import pytest
+import torch
+from torchmetrics.functional.classification import binary_auroc
 
-from instructblip.data.card_evaluation import Metric
+from instructblip.data.cards import all_cards
 from instructblip.data.records import Record
 from instructblip.evaluation.metrics import (
     METRICS,
@@ -47,8 +47,11 @@ def ranked(classes: tuple[str, ...], *rows: tuple[float, ...]) -> list[ModelOutp
     return [ModelOutput(classes[row.index(max(row))], classes, row) for row in rows]
 
 
-def test_every_metric_that_a_card_may_name_is_there() -> None:
-    assert set(get_args(Metric)) <= set(METRICS)
+def test_every_metric_that_a_card_names_is_there() -> None:
+    for card in all_cards():
+        if card.evaluation is not None:
+            presets = card.evaluation.presets.values()
+            assert {card.evaluation.metric, *(p["metric"] for p in presets if "metric" in p)} <= set(METRICS)
 
 
 @pytest.mark.parametrize(
@@ -78,18 +81,39 @@ def test_the_rarer_answer_gets_its_share() -> None:
     assert METRICS["ivqa_accuracy"](text("dog"), [ivqa]).value == 0.5
 
 
-def test_textvqa_counts_the_blank_answers_that_its_reader_leaves_out() -> None:
-    record = Record("q", "question", answers=("cat",), answer_weights=(3.0,))
-    assert METRICS["textvqa_accuracy"](text("cat"), [record]).value == pytest.approx(90)
-
-
 def test_a_blank_answer_counts_as_an_annotator() -> None:
-    record = Record("q", "question", answers=("cat",), answer_weights=(3.0,))
-    blank = dataclasses.replace(record, annotators=4)
-    for name in ("vqa_accuracy", "vqa_accuracy_lavis", "vizwiz_accuracy"):
-        assert METRICS[name](text("cat"), [record]).value == pytest.approx(100 * 2 / 3), name
-        assert METRICS[name](text("cat"), [blank]).value == pytest.approx(100 * (3 * 2 / 3 + 1) / 4), name
-    assert METRICS["textvqa_accuracy"](text("cat"), [blank]).value == pytest.approx(90)
+    record = Record("q", "question", answers=("cat",), answer_weights=(3.0,), annotators=10)
+    for name in ("vqa_accuracy", "vqa_accuracy_lavis", "vizwiz_accuracy", "textvqa_accuracy"):
+        assert METRICS[name](text("cat"), [record]).value == pytest.approx(90), name
+
+
+def test_records_of_too_few_annotators_are_refused_and_of_few_are_marked() -> None:
+    few = {
+        people: Record("q", "question", answers=("cat",), answer_weights=(people,)) for people in (1.0, 3.0, 4.0, 9.0)
+    }
+    for name in ("vqa_accuracy", "vqa_accuracy_lavis", "vizwiz_accuracy", "vizwiz_accuracy_lmms_eval"):
+        for people in (1.0, 3.0):
+            with pytest.raises(
+                ValueError, match=rf"'q' has the answers of too few people for {name} \({people:.0f} of"
+            ):
+                METRICS[name](text("cat"), [few[people]])
+        score = METRICS[name](text("cat", "cat", "cat"), [few[4.0], few[9.0], QUESTION])
+        assert score.value == 100
+        assert score.details["fewer_annotators"] == 2
+        assert "fewer_annotators" not in METRICS[name](text("cat"), [QUESTION]).details
+    with pytest.raises(
+        ValueError, match=r"too few people for textvqa_accuracy \(9 of at least 10\); give the card another"
+    ):
+        METRICS["textvqa_accuracy"](text("cat"), [few[9.0]])
+    with pytest.raises(ValueError, match="too few people for ivqa_accuracy"):
+        METRICS["ivqa_accuracy"](text("cat"), [few[1.0]])
+
+
+def test_vizwiz_of_lmms_eval_normalises_both_sides() -> None:
+    answers = [["Yes!"] * 4 + ["no"] * 6]
+    assert vqa_accuracy(["yes"], answers, variant="vizwiz").value == 0  # the API compares answers as they stand
+    assert vqa_accuracy(["yes"], answers, variant="lmms_eval").value == 100
+    assert vqa_accuracy(["yes"], [["Yes!"] * 9], variant="lmms_eval").value == 100  # however many people
 
 
 def test_ranked_choices_are_compared_by_number_and_written_ones_by_text_or_letter() -> None:
@@ -108,7 +132,9 @@ def test_aokvqa_compares_the_text_of_the_choice() -> None:
 
 
 def test_aokvqa_leaves_out_difficult_direct_answers() -> None:
-    difficult = Record("q2", "question", answers=("x",), tags={"difficult_direct_answer": "true"})
+    difficult = Record(
+        "q2", "question", answers=("x",), answer_weights=(10.0,), tags={"difficult_direct_answer": "true"}
+    )
     score = METRICS["aokvqa_direct_answer"](text("no", "cat"), [difficult, QUESTION])
     assert (score.value, score.count, score.scored) == (100, 1, (1,))
 
@@ -183,6 +209,14 @@ def test_auroc_is_the_mean_of_its_samples_and_counts_ties_half() -> None:
     assert auroc([0.5] * 6, [0, 1, 0, 1, 1, 0]).value == 0.5
 
 
+def test_auroc_is_that_of_torchmetrics() -> None:
+    draw = random.Random(1)
+    labels = [draw.randrange(2) for _ in range(500)]
+    values = [round(draw.random(), 2) for _ in labels]  # many ties
+    theirs = float(binary_auroc(torch.tensor(values, dtype=torch.float64), torch.tensor(labels)))
+    assert auroc(values, labels).value == pytest.approx(theirs, abs=1e-6)  # it divides in float32
+
+
 def test_group_means_weigh_back_to_the_whole() -> None:
     means = group_means([1.0, 0.0, 1.0, 1.0], ["a", "b", "a", "b"])
     assert means == {"a": (1.0, 2), "b": (0.5, 2)}
@@ -200,7 +234,10 @@ def test_a_mean_score_says_how_many_samples_it_has() -> None:
         (lambda: vqa_accuracy(["a"], [[]]), "sample 0 needs a list of at least one of its answers, got \\[\\]"),
         (lambda: vqa_accuracy(["a"], ["cat"]), "got 'cat'"),
         (lambda: vqa_accuracy([], []), "VQA accuracy of no samples"),
-        (lambda: vqa_accuracy(["a"], [["a"]], variant="okvqa"), "official, lavis, textvqa, vizwiz, not 'okvqa'"),
+        (
+            lambda: vqa_accuracy(["a"], [["a"]], variant="okvqa"),
+            "official, lavis, textvqa, vizwiz, lmms_eval, not 'okvqa'",
+        ),
         (lambda: vqa_accuracy(["a"], [["a"] * 9], variant="textvqa"), "ten answers a sample, got 9"),
         (lambda: gqa_accuracy(["a"], ["a"], variant="paper"), "official, lavis, not 'paper'"),
         (lambda: gqa_accuracy(["a"], ["a"], balanced=[False]), "GQA accuracy of no samples"),

@@ -1,15 +1,23 @@
 """Evaluation protocols: which samples are chosen, what is hashed, what is refused."""
 
 import dataclasses
+import io
+from collections import Counter
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from instructblip.data.cards import Card, load_card
 from instructblip.data.prepare.convert import prepare_dataset
+from instructblip.data.records import Record
+from instructblip.data.shards import MANIFEST_FORMAT, ShardWriter, shard_path
 from instructblip.errors import UserError
 from instructblip.evaluation.protocol import as_json, blind_task, majority_answers, make_task
-from tests.kit.synthetic_tasks import synthetic_task
+from instructblip.evaluation.runner import read_pixels
+from instructblip.evaluation.suite import takes_cached_images
+from instructblip.files import sha256_file, write_json
+from tests.kit.synthetic_tasks import PICTURE, synthetic_task
 from tests.kit.tiny import write_easy_vqa
 
 
@@ -25,6 +33,22 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def yes_no() -> Card:
     return load_card("easy_vqa_yes_no")
+
+
+def write_records(folder: Path, records: list[Record], picture: bytes = PICTURE) -> None:
+    """A prepared split with one picture for each record."""
+    with ShardWriter.open(shard_path(folder, 0)) as writer:
+        for number, record in enumerate(records):
+            writer.add(f"image_{number}", {"png": picture}, str(number), [record])
+    shard = shard_path(folder, 0)
+    manifest = {
+        "format": MANIFEST_FORMAT,
+        "dataset": folder.parent.name,
+        "split": folder.name,
+        "records_by_kind": dict(Counter(record.kind for record in records)),
+        "shards": [{"name": shard.name, "sha256": sha256_file(shard)}],
+    }
+    write_json(folder / "manifest.json", manifest)
 
 
 def ids(card: Card, shards: Path, samples: int | None) -> list[str]:
@@ -135,6 +159,66 @@ def test_the_majority_is_counted_on_training_images_question_by_question(yes_no:
 def test_what_cannot_be_run_is_refused(yes_no: Card, shards: Path, options: dict[str, str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         make_task(yes_no, shards, **options)  # type: ignore[arg-type]
+
+
+def test_a_metric_that_there_is_not_is_told_with_the_nearest_name(yes_no: Card, shards: Path) -> None:
+    wrong = dataclasses.replace(yes_no, evaluation=dataclasses.replace(yes_no.evaluation, metric="vqa_acuracy"))
+    with pytest.raises(UserError, match=r"evaluation.metric is 'vqa_acuracy'; did you mean 'vqa_accuracy'\?"):
+        make_task(wrong, shards)
+
+
+def test_records_of_too_few_annotators_are_refused_before_a_model_is_asked(yes_no: Card, shards: Path) -> None:
+    ours = dataclasses.replace(yes_no, evaluation=dataclasses.replace(yes_no.evaluation, metric="vqa_accuracy"))
+    with pytest.raises(
+        UserError, match=r"^easy_vqa_yes_no: record .* too few people for vqa_accuracy \(1 of at least 4\)"
+    ):
+        make_task(ours, shards)
+
+
+def test_the_lavis_preset_is_what_the_released_code_computes(tmp_path: Path) -> None:
+    card = load_card("okvqa")
+    paper = synthetic_task(card, tmp_path, 2).protocol
+    decoder, t5 = (make_task(card, tmp_path, preset="lavis", llm_kind=kind) for kind in ("decoder", "encoder_decoder"))
+    assert (paper.max_new_tokens, paper.min_new_tokens, paper.beam_lengths) == (10, 1, "new_tokens")
+    assert (paper.text_processor, paper.upright) == ("none", True)
+    assert (decoder.protocol.max_new_tokens, decoder.protocol.min_new_tokens) == (9, 0)
+    assert (t5.protocol.max_new_tokens, t5.protocol.min_new_tokens) == (10, 0)
+    for task in (decoder, t5):
+        assert (task.protocol.text_processor, task.protocol.upright) == ("blip_caption", False)
+        assert (task.protocol.beam_lengths, task.protocol.transform) == ("transformers_4_33", "center_crop")
+    told = decoder.protocol.describe()
+    assert told["text processor"] == "blip_caption" and "not turned upright" in told["images"]
+    assert "beam lengths of transformers_4_33" in told["decoding"]
+    captions = synthetic_task(load_card("coco_caption"), tmp_path, 2, preset="lavis").protocol
+    assert (captions.max_new_tokens, captions.min_new_tokens) == (79, 9)
+
+
+def test_the_lavis_preset_shows_pictures_as_they_are_stored(tmp_path: Path) -> None:
+    picture = Image.new("RGB", (40, 40), "white")
+    picture.paste((0, 0, 0), (0, 0, 40, 20))  # the upper half is black
+    exif, buffer = Image.Exif(), io.BytesIO()
+    exif[0x0112] = 3  # upside down
+    picture.save(buffer, "PNG", exif=exif)
+    record = Record("1", "question", "what?", answers=("cat",), answer_weights=(10.0,))
+    write_records(tmp_path / "vqav2/val", [record], buffer.getvalue())
+    seen = {}
+    for preset in ("paper", "lavis"):
+        task = make_task(load_card("vqav2"), tmp_path, preset=preset)
+        assert takes_cached_images(task) == (preset == "paper")  # a cache holds upright pictures
+        reader = read_pixels(8, task.protocol.transform, upright=task.protocol.upright)
+        seen[preset] = int(reader(task.samples[0].shard, 0)[0, 0, 0, 0])
+    assert seen == {"paper": 255, "lavis": 0}
+
+
+def test_the_lavis_preset_cleans_the_question_and_nothing_else_of_the_prompt(tmp_path: Path) -> None:
+    record = Record("1", "multiple_choice", 'Is "it" (A)?', choices=("Yes.", "No!"), label=0)
+    write_records(tmp_path / "scienceqa_img/test", [record])
+    card = load_card("scienceqa_img")
+    (paper,) = make_task(card, tmp_path).samples
+    (lavis,) = make_task(card, tmp_path, preset="lavis").samples
+    assert paper.prompt == 'Question: Is "it" (A)? Options: (a) Yes. (b) No!. Answer:'
+    assert lavis.prompt == "context: . Question: is it a ? Options: (a) Yes. (b) No!. Answer:"
+    assert lavis.record == record
 
 
 def test_a_dataset_without_candidates_is_not_ranked(yes_no: Card, shards: Path) -> None:

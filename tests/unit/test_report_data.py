@@ -71,7 +71,7 @@ def result_of(
 
 def question(number: int, *answers: str, weights: Sequence[float] = (), **tags: str) -> Record:
     texts = answers or ("yes",)
-    return Record(str(number), "question", "is it?", texts, tuple(weights), tags=tags)
+    return Record(str(number), "question", "is it?", texts, tuple(weights) or (10.0,) * len(texts), tags=tags)
 
 
 def test_right_partly_right_and_wrong_by_vqa_accuracy(tmp_path: Path) -> None:
@@ -181,7 +181,16 @@ def test_a_split_without_public_answers_has_predictions_only(tmp_path: Path) -> 
 
 def test_left_out_and_failed_samples_are_told(tmp_path: Path) -> None:
     records = [
-        Record(str(n), "question", "?", ("x",), choices=("x", "y"), label=0, tags={"difficult_direct_answer": text})
+        Record(
+            str(n),
+            "question",
+            "?",
+            ("x",),
+            (10.0,),
+            choices=("x", "y"),
+            label=0,
+            tags={"difficult_direct_answer": text},
+        )
         for n, text in enumerate(["true", "false", "false"])
     ]
     result = result_of(tmp_path, "aokvqa", records, ["x", "x", "y"])

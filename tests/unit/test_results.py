@@ -229,7 +229,7 @@ def test_sub_scores_have_intervals_of_their_own(tmp_path: Path) -> None:
 
 
 def test_ids_that_no_leaderboard_takes_are_told_in_one_line(tmp_path: Path) -> None:
-    records = [Record("mine-1", "question", "?", ("a",)), Record("mine-2", "question", "?", ("b",))]
+    records = [Record(f"mine-{n}", "question", "?", ("a",), (10.0,)) for n in (1, 2)]
     item = DatasetResult(any_result(tmp_path / "shards", "vqav2", records, ["a", "b"]), {})
     summary = results_json([item], checkpoint="x", fingerprint="abc", step=1, model=MODEL)
     with pytest.raises(UserError, match=r"vqav2 has no form that its leaderboard takes .*'mine-1'.*whole numbers"):
@@ -267,8 +267,8 @@ def test_a_tracker_gets_the_scores_and_the_table(card: Card, shards: Path, tmp_p
     assert numbers["evaluation"].keys() == {"easy_vqa_color", "visdial"}
     assert numbers["evaluation"]["easy_vqa_color"] == {"value": 75.0, "low": 10.0, "high": 90.0}
     assert numbers["evaluation"]["visdial"]["r@1"] == 75.0
-    assert columns == ["dataset", "value", "low", "high", "count", "metric", CHANCE]
+    assert columns == ["dataset", "value", "low", "high", "count", "metric", "made_up", CHANCE]
     assert rows == [
-        ["easy_vqa_color", 75.0, 10.0, 90.0, 4, "accuracy", 7.7],
-        ["visdial", 87.5, dialogs.low, dialogs.high, 4, "visdial", None],
+        ["easy_vqa_color", 75.0, 10.0, 90.0, 4, "accuracy", False, 7.7],
+        ["visdial", 87.5, dialogs.low, dialogs.high, 4, "visdial", False, None],
     ]

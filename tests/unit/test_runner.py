@@ -147,7 +147,7 @@ def test_predictions_stand_in_stored_order_with_all_they_need(
     assert [line["score"] for line in lines] == [100.0 * (line["answers"] == ["yes"]) for line in lines]
     assert len({line["key"] for line in lines}) == len(lines)
     assert result.value == 50.0
-    assert result.low is not None and result.high is not None and result.low <= 50.0 <= result.high
+    assert (result.low, result.high) == (None, None)  # every image has as many right answers as wrong ones
 
 
 def test_an_interrupted_run_goes_on(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from instructblip.evaluation import statistics
-from instructblip.evaluation.metrics import auroc, cider, visdial
+from instructblip.evaluation.metrics import Interval, auroc, cider, visdial
 from instructblip.evaluation.metrics.captions import cider_d
 from instructblip.evaluation.metrics.score import Score, mean_score
 from instructblip.evaluation.statistics import (
@@ -95,12 +95,29 @@ def test_clusters_need_not_be_neighbours_and_larger_ones_weigh_more() -> None:
 
 
 def test_interval_has_a_width_where_all_are_right_or_wrong() -> None:
-    low, high = score_interval(accuracy_of([100.0] * 40), [number // 2 for number in range(40)])
+    low, high = score_interval(accuracy_of([100.0] * 40), [number // 2 for number in range(40)]) or (0.0, 0.0)
     assert high == 100.0
     assert low == pytest.approx(100 - 16.11, abs=0.01)  # 20 images, not 40 questions
     assert score_interval(accuracy_of([0.0] * 20), range(20)) == pytest.approx((0.0, 16.11), abs=0.01)
+    perfect = auroc([0.1, 0.2, 0.3, 0.8, 0.9], [0, 0, 0, 1, 1])
+    low, high = score_interval(perfect, range(5), Interval.PAIRS) or (0.0, 0.0)
+    assert (low, high) == pytest.approx((100 * wilson_interval(2, 2)[0], 100.0))  # two pairs without a common sample
     all_first = visdial([[0.0, -1.0]] * 20, [0] * 20)
     assert score_interval(all_first, range(20)) == pytest.approx((100 - 16.11, 100.0), abs=0.01)
+
+
+def test_there_is_no_interval_where_resampling_shows_no_spread() -> None:
+    assert score_interval(accuracy_of([30.0] * 20), range(20)) is None
+    assert score_interval(accuracy_of([30.0, 60.0]), [1, 1]) is None  # one image
+    assert score_interval(accuracy_of([90.0, 0.0] * 7), [n // 2 for n in range(14)]) is None  # seven images alike
+
+
+def test_a_cider_of_zero_has_no_interval_of_a_proportion() -> None:
+    score = cider(["a red bus", "two dogs"], [["xyz uvw"], ["rst"]], tokenizer="python")
+    assert score.value == 0
+    assert score_interval(score, range(2), Interval.MEAN) is None
+    best = mean_score([10.0] * 4, metric="CIDEr", table_factor=10)  # 100 on the tables' scale, which goes to 1000
+    assert score_interval(best, range(4), Interval.MEAN) is None
 
 
 def test_interval_of_a_mean_resamples_images_on_the_tables_scale() -> None:
@@ -126,7 +143,7 @@ def test_auroc_is_computed_anew_on_each_resample() -> None:
     times = generator.multinomial(60, np.full(60, 1 / 60), size=50)
     expected = [auroc(np.repeat(probabilities, row).tolist(), np.repeat(labels, row).tolist()).value for row in times]
     assert score.resampled(times) == pytest.approx(expected)
-    low, high = score_interval(score, range(60))
+    low, high = score_interval(score, range(60), Interval.PAIRS) or (0.0, 0.0)
     assert low < 100 * score.value < high
     # The standard error of DeLong, DeLong and Clarke-Pearson (1988), from the placement values.
     placements = np.array(score.per_sample)
@@ -138,7 +155,7 @@ def test_a_resample_of_one_class_is_left_out_of_aurocs_interval() -> None:
     score = auroc([0.1, 0.7, 0.4, 0.9], [0, 1, 1, 0])
     assert score.resampled is not None
     assert np.isnan(score.resampled(np.array([[0, 2, 2, 0], [1, 1, 1, 1]]))).tolist() == [True, False]
-    low, high = score_interval(score, range(4))
+    low, high = score_interval(score, range(4), Interval.PAIRS) or (0.0, 0.0)
     assert (low, high) == (0.0, 100.0)
 
 
@@ -163,7 +180,7 @@ def test_ciders_interval_holds_word_weights_and_is_as_wide_as_with_new_ones() ->
         [[text.split() for text in texts] for texts in references],
     )
     score = cider(predictions, references, tokenizer="python")
-    low, high = score_interval(score, range(120))
+    low, high = score_interval(score, range(120), Interval.MEAN) or (0.0, 0.0)
     assert low < score.table_value < high
     generator = np.random.default_rng(9)
     anew = []
@@ -182,7 +199,7 @@ def test_visdials_ndcg_is_resampled_by_dialog() -> None:
     ndcg = score.parts["ndcg"]
     assert ndcg.value == score.details["ndcg"]
     assert ndcg.scored == tuple(range(1, 40, 2))
-    low, high = score_interval(ndcg, [number // 2 for number in range(40)])
+    low, high = score_interval(ndcg, [number // 2 for number in range(40)]) or (0.0, 0.0)
     assert low < ndcg.table_value < high
     assert score.parts["r@1"].value == score.details["r@1"]
 
@@ -206,7 +223,7 @@ def test_mcnemar_meets_a_published_example() -> None:
 def test_equal_runs_do_not_differ() -> None:
     same = [30.0, 60.0, 0.0, 100.0]
     found = compare_paired(same, same, range(4))
-    assert (found.difference, found.low, found.high, found.p) == (0.0, 0.0, 0.0, 1.0)
+    assert (found.difference, found.low, found.high, found.p) == (0.0, None, None, 1.0)
     assert compare_paired([0.0, 100.0], [0.0, 100.0], range(2)).p == 1.0
 
 

@@ -182,7 +182,7 @@ def test_a_training_runs_own_evaluation_is_found(tmp_path: Path) -> None:
         ({"gqa": 3}, r"datasets\.gqa is not a score"),
         ({"value": "48"}, r"datasets\.gqa\.value is '48', not a number"),
         ({"value": float("nan")}, r"datasets\.gqa\.value is nan"),
-        ({"low": None}, "value without its interval"),
+        ({"low": None}, "half an interval"),
         ({"count": "many"}, r"datasets\.gqa\.count is 'many'"),
         ({"metric": None}, r"datasets\.gqa\.metric is None"),
         ({"predictions_sha256": None}, r"datasets\.gqa\.predictions_sha256 is None"),

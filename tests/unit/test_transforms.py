@@ -97,6 +97,7 @@ def test_exif_orientation_is_applied(orientation: int, order: list[int]) -> None
     decoded = decode_image(_encode(image, exif=exif), "x")
     assert decoded.size == ((3, 4) if orientation in (6, 8) else (4, 3))
     assert _corners(decoded) == [colours[number] for number in order]
+    assert _corners(decode_image(_encode(image, exif=exif), "x", upright=False)) == colours
 
 
 @pytest.mark.parametrize("format", ["PNG", "JPEG"])
@@ -163,11 +164,12 @@ def test_squash_keeps_what_has_the_size() -> None:
 
 
 def test_center_crop_is_torchvisions() -> None:
-    for size in ((60, 40), (40, 60), (31, 97), (50, 50)):
-        image = _noise(size)
-        resized = torchvision_functional.resize(image, 24, InterpolationMode.BICUBIC)
-        expected = np.array(torchvision_functional.center_crop(resized, 24))
-        assert np.array_equal(center_crop(image, 24).permute(1, 2, 0).numpy(), expected)
+    # 570 x 380 at 224: the longer side is 336, not 335 as 380 * (224 / 380) rounds.
+    for *size, side in ((60, 40, 24), (40, 60, 24), (31, 97, 24), (50, 50, 24), (570, 380, 224), (428, 642, 32)):
+        image = _noise((size[0], size[1]))
+        resized = torchvision_functional.resize(image, side, InterpolationMode.BICUBIC)
+        expected = np.array(torchvision_functional.center_crop(resized, side))
+        assert np.array_equal(center_crop(image, side).permute(1, 2, 0).numpy(), expected)
 
 
 def test_fits_draw_nothing_and_keep_every_frame() -> None:

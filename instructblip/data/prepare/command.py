@@ -13,7 +13,7 @@ from instructblip.data.prepare.convert import check_prepared, prepare_dataset
 from instructblip.data.prepare.fetch import fetch_raw
 from instructblip.data.prepare.show import write_samples
 from instructblip.data.shards import MANIFEST_NAME, read_manifest
-from instructblip.data.synthetic import MADE_UP, synthetic_card, write_synthetic
+from instructblip.data.synthetic import is_made_up, synthetic_card, write_synthetic
 from instructblip.errors import UserError
 from instructblip.fetch.parts import cache_folder, part_folder, sources
 from instructblip.fetch.shard_cache import is_url, mirror_datasets
@@ -66,7 +66,7 @@ def ensure_synthetic(cards: Sequence[Card], shards: Path, console: Console) -> N
         for card in {card.source: card for card in cards}.values():
             folders = [shards / card.source / split for split in card.splits]
             found = [read_manifest(folder) for folder in folders if (folder / MANIFEST_NAME).is_file()]
-            if any(manifest["licence"] != MADE_UP for manifest in found):
+            if not all(map(is_made_up, found)):
                 raise UserError(
                     f"{shards} holds {card.source} from its official files; give made-up ones another data.shards=FOLDER"
                 )

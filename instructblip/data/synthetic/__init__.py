@@ -11,9 +11,10 @@ import importlib
 import os
 import pkgutil
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from instructblip.data.cards import Card
 from instructblip.data.readers import RawSplit
@@ -70,6 +71,11 @@ def first_number(dataset: str) -> int:
     scene follows from its number, and so do the ids of images of COCO, OpenImages and YouTube."""
     digest = hashlib.sha256(dataset.encode()).digest()
     return _NUMBERS_OF_A_DATASET * (1 + int.from_bytes(digest[:8]) % _DATASETS)
+
+
+def is_made_up(manifest: Mapping[str, Any]) -> bool:
+    """Whether a prepared split, by its manifest, holds made-up data."""
+    return manifest.get("licence") == MADE_UP
 
 
 def synthetic_card(card: Card) -> Card:

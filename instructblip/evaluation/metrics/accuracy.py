@@ -3,6 +3,16 @@
 from collections import Counter
 from collections.abc import Collection, Hashable, Sequence
 
+from instructblip.data.records import Record
+from instructblip.evaluation.metrics.metric import (
+    ModelOutput,
+    Outputs,
+    Records,
+    all_answers,
+    labels_of,
+    only_answers,
+    texts_of,
+)
 from instructblip.evaluation.metrics.score import Score, check_references, group_means, mean_score, same_length
 
 _TRAILING_PUNCTUATION = ".,;:!?"
@@ -190,3 +200,64 @@ def _matches(prediction: str, accepted: Sequence[str], normalize: bool) -> bool:
     if normalize:
         return normalize_answer(prediction) in {normalize_answer(answer) for answer in accepted}
     return prediction in accepted
+
+
+# --- of outputs and records -------------------------------------------------------------------------------------------
+
+
+def accuracy_of_records(outputs: Outputs, records: Records) -> Score:
+    """Texts as they stand where the model chose, after `normalize_answer` where it wrote."""
+    return accuracy(texts_of(outputs), all_answers(records), normalize=not any(output.scores for output in outputs))
+
+
+def multiple_choice_accuracy_of_records(outputs: Outputs, records: Records) -> Score:
+    """By the number of the chosen option (`chosen_option`)."""
+    return multiple_choice_accuracy(_chosen_options(outputs, records), labels_of(records))
+
+
+def aokvqa_multiple_choice_of_records(outputs: Outputs, records: Records) -> Score:
+    """By the text of the chosen option (`chosen_option`)."""
+    chosen = _chosen_options(outputs, records)
+    texts = [
+        None if number == NO_CHOICE else record.choices[number] for number, record in zip(chosen, records, strict=True)
+    ]
+    correct = [record.choices[label] for record, label in zip(records, labels_of(records), strict=True)]
+    return aokvqa_multiple_choice(texts, correct)
+
+
+def aokvqa_direct_answer_of_records(outputs: Outputs, records: Records) -> Score:
+    """Without the records that the tag `difficult_direct_answer` marks."""
+    difficult = [record.tags.get("difficult_direct_answer") == "true" for record in records]
+    return aokvqa_direct_answer(texts_of(outputs), all_answers(records), difficult=difficult)
+
+
+def exact_match_of_records(outputs: Outputs, records: Records) -> Score:
+    """Against each record's only answer."""
+    return exact_match(texts_of(outputs), only_answers(records))
+
+
+def ivqa_accuracy_of_records(outputs: Outputs, records: Records) -> Score:
+    """Against all annotators' answers."""
+    return ivqa_accuracy(texts_of(outputs), all_answers(records))
+
+
+def chosen_option(output: ModelOutput, record: Record) -> int:
+    """Number of the chosen option: the likeliest (the first of equals); of a written text, the option that it repeats or
+    whose letter it is.
+
+    Raises:
+        ValueError: the record has not as many choices as the output has scores.
+    """
+    if output.scores:
+        if len(output.scores) != len(record.choices):
+            raise ValueError(f"record {record.id!r} has {len(record.choices)} choices but {len(output.scores)} scores")
+        return output.scores.index(max(output.scores))
+    written = normalize_answer(output.text)
+    for number, choice in enumerate(record.choices):
+        if normalize_answer(choice) == written:
+            return number
+    return scienceqa_choice(output.text, len(record.choices))
+
+
+def _chosen_options(outputs: Outputs, records: Records) -> list[int]:
+    return [chosen_option(output, record) for output, record in zip(outputs, records, strict=True)]

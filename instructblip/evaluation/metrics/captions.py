@@ -3,6 +3,9 @@
 Used for COCO Caption, NoCaps, Flickr30K and TextCaps. The scorers (tylin/coco-caption, and pycocoevalcap, its port) first
 tokenise by Stanford's PTBTokenizer, a Java program, and drop punctuation. With Java and pycocoevalcap that very program
 is used; without, `caption_tokenizer.tokenize`, and the score says so. METEOR is a Java program too and is left out without.
+
+pycocoevalcap's own CIDEr, BLEU and ROUGE-L are plain Python too, but its wheel is 104 MB, nearly all of it Java programs:
+it stays optional, and these functions are held to the official scorers' output for 150 captions.
 """
 
 import math
@@ -11,6 +14,7 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import instructblip.evaluation.metrics.caption_tokenizer as tokenizers
+from instructblip.evaluation.metrics.metric import Outputs, Records, texts_of
 from instructblip.evaluation.metrics.score import Score, check_references, mean_score, same_length
 
 Tokens = Sequence[str]
@@ -75,6 +79,16 @@ def cider(
     if groups is not None:
         details["groups"] = {name: {"CIDEr": part.value, "count": part.count} for name, part in parts.items()}
     return mean_score(cider_d(hypotheses, given_words), metric="CIDEr", table_factor=100, details=details, parts=parts)
+
+
+def cider_of_records(outputs: Outputs, records: Records) -> Score:
+    """CIDEr, also by domain where every record has one (NoCaps)."""
+    for record in records:
+        if not record.captions:
+            raise ValueError(f"record {record.id!r} has no reference captions; they may not be public")
+    domains = [record.tags.get("domain") for record in records]
+    groups = None if None in domains else domains
+    return cider(texts_of(outputs), [record.captions for record in records], groups=groups)
 
 
 def cider_d(hypotheses: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -> list[float]:

@@ -1,7 +1,7 @@
 """What every metric returns, and the checks that every metric makes of its input."""
 
 from collections.abc import Callable, Hashable, Mapping, Sequence, Sized
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ class Score:
         table_factor: times this, the value is as papers print it (CIDEr 1.231 -> 123.1); 1 where it already is.
         details: what else the scorer says (other metrics, the variant or tokenizer used), ready for JSON.
         parts: further scores of these samples, or of some of them, that have a value a sample of their own.
+        units: independent units behind the value, where the samples are more (AUROC: the samples of the rarer label).
         resampled: for a metric that is no mean over samples: times[resamples, samples], how often each sample of
             `per_sample` is drawn, to the value of each resample; NaN where it is not defined.
     """
@@ -34,12 +35,17 @@ class Score:
     table_factor: float = 1.0
     details: Mapping[str, Any] = field(default_factory=dict)
     parts: "Mapping[str, Score]" = field(default_factory=dict)
+    units: int | None = None
     resampled: Resampled | None = field(default=None, compare=False)
 
     @property
     def table_value(self) -> float:
         """The value as papers print it."""
         return self.value * self.table_factor
+
+    def with_details(self, **details: Any) -> "Score":
+        """The same score that says more."""
+        return replace(self, details={**self.details, **details})
 
 
 def mean_score(per_sample: Sequence[float], *, metric: str, **fields: Any) -> Score:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 
+from instructblip.evaluation.metrics.metric import Outputs, Records, labels_of
 from instructblip.evaluation.metrics.score import Score, mean_score, same_length
 
 _RECALL_AT = (1, 5, 10)
@@ -64,6 +65,26 @@ def option_ranks(scores: Sequence[float]) -> list[int]:
     for rank, option in enumerate(_order(scores, 0), start=1):
         ranks[option] = rank
     return ranks
+
+
+def visdial_of_records(outputs: Outputs, records: Records) -> Score:
+    """By the log-likelihoods of each record's choices.
+
+    Raises:
+        ValueError: a choice without a score; otherwise as `visdial`.
+    """
+    for output, record in zip(outputs, records, strict=True):
+        if len(output.scores) != len(record.choices):
+            raise ValueError(
+                f"record {record.id!r} has {len(record.choices)} options but {len(output.scores)} scores; rank its choices"
+            )
+    scores = [output.scores for output in outputs]
+    return visdial(scores, labels_of(records), [record.relevance or None for record in records])
+
+
+def chance_of_options(options: int) -> float:
+    """Mean reciprocal rank of an even draw, times 100: the mean of 1/rank."""
+    return 100 * sum(1 / rank for rank in range(1, options + 1)) / options
 
 
 def _order(scores: Sequence[float], number: int) -> list[int]:

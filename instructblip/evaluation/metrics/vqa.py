@@ -8,11 +8,14 @@ the differences reach tens of points on odd answers, so the variant is part of e
 import re
 from collections.abc import Callable, Sequence
 
+from instructblip.evaluation.metrics.metric import Outputs, Records, all_answers, only_answers, texts_of
 from instructblip.evaluation.metrics.score import Score, check_references, mean_score, same_length
 
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _PERIOD = re.compile(r"\.(?!\d)")
 _DIGITS_AROUND_COMMA = re.compile(r"\d,\d")
+VQA_ANNOTATORS = 10
+FEWEST_ANNOTATORS = 4  # with fewer, three of the others cannot agree with an answer, so no answer gets full marks
 _MAX_PERIODS = 32  # the scorers pass the flag re.UNICODE where re.sub takes its count
 _DIGITS = {
     word: str(number)
@@ -155,6 +158,8 @@ def vqa_accuracy(predictions: Sequence[str], answers: Sequence[Sequence[str]], *
             * `textvqa` (facebookresearch/mmf): both always by `normalize_textvqa`. mmf prints a fraction; here times 100,
               as the leaderboard does.
             * `vizwiz` (VizWiz API): predictions by `normalize_vqa`, answers as they stand.
+            * `lmms_eval` (EvolvingLMMs-Lab/lmms-eval, VizWiz): as `textvqa`, for any number of annotators. Its numbers are
+              not the API's.
 
     Raises:
         ValueError: unknown variant, different lengths, no samples, a sample without answers, or for `textvqa` not ten.
@@ -165,7 +170,7 @@ def vqa_accuracy(predictions: Sequence[str], answers: Sequence[Sequence[str]], *
     comparable = VQA_VARIANTS[variant]
     per_sample = []
     for prediction, given in zip(predictions, answers, strict=True):
-        if variant == "textvqa" and len(given) != 10:
+        if variant == "textvqa" and len(given) != VQA_ANNOTATORS:
             raise ValueError(f"TextVQA accuracy needs ten answers a sample, got {len(given)}")
         text, references = comparable(prediction, given)
         per_sample.append(100 * _leave_one_out(text, references))
@@ -220,6 +225,32 @@ def ocr_vqa_accuracy(predictions: Sequence[str], answers: Sequence[Sequence[str]
     return mean_score(per_sample, metric="OCR-VQA accuracy", table_factor=100)
 
 
+# --- of outputs and records -------------------------------------------------------------------------------------------
+
+
+def vqa_accuracy_of_records(outputs: Outputs, records: Records, *, variant: str) -> Score:
+    """Against all annotators' answers, blank ones too."""
+    return vqa_accuracy(texts_of(outputs), all_answers(records), variant=variant)
+
+
+def gqa_accuracy_of_records(outputs: Outputs, records: Records, *, variant: str) -> Score:
+    """With `lavis` also the official score, in `details`: both go by the name of GQA accuracy."""
+    texts, answers = texts_of(outputs), only_answers(records)
+    balanced = [record.tags.get("balanced", "true") == "true" for record in records]
+    score = gqa_accuracy(texts, answers, variant=variant, balanced=balanced)
+    if variant == "official":
+        return score
+    exact = gqa_accuracy(texts, answers, variant="official", balanced=balanced).value if any(balanced) else None
+    return score.with_details(official=exact)
+
+
+def ocr_vqa_accuracy_of_records(outputs: Outputs, records: Records) -> Score:
+    """Against all accepted answers."""
+    return ocr_vqa_accuracy(texts_of(outputs), all_answers(records))
+
+
+# --- how sides are made comparable ------------------------------------------------------------------------------------
+
 Comparable = Callable[[str, Sequence[str]], tuple[str, list[str]]]
 
 
@@ -248,6 +279,7 @@ VQA_VARIANTS: dict[str, Comparable] = {
     "lavis": _lavis,
     "textvqa": _textvqa,
     "vizwiz": _vizwiz,
+    "lmms_eval": _textvqa,
 }
 
 

@@ -15,7 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 from instructblip.errors import UserError
-from instructblip.evaluation.report.table import in_table_order
+from instructblip.evaluation.metrics import METRICS, Interval
+from instructblip.evaluation.report.table import MADE_UP_DATA, in_table_order
 from instructblip.evaluation.results_file import StoredPrediction, StoredRun, read_predictions, read_run
 from instructblip.evaluation.statistics import Paired, compare_paired
 
@@ -24,7 +25,10 @@ _SHOWN = 60  # characters of a value in a message
 
 @dataclass(frozen=True)
 class Comparison:
-    """One dataset of two runs: both scores on the table's scale, samples, images, and how they compare."""
+    """One dataset of two runs: both scores on the table's scale, samples, images, and how they compare.
+
+    `made_up`: the samples are made up, and no score means anything.
+    """
 
     dataset: str
     first: float
@@ -32,6 +36,7 @@ class Comparison:
     count: int
     images: int
     paired: Paired
+    made_up: bool = False
 
 
 def compare_runs(first: StoredRun, second: StoredRun) -> list[Comparison]:
@@ -49,7 +54,7 @@ def compare_runs(first: StoredRun, second: StoredRun) -> list[Comparison]:
             "dataset in common; evaluate both on one suite"
         )
     for name in scored:
-        _check_same(name, first, second)
+        _check_same_protocol(name, first, second)
     return [_compare(name, first, second) for name in scored]
 
 
@@ -62,9 +67,10 @@ def comparison_table(found: Sequence[Comparison]) -> Table:
     for item in found:
         paired = item.paired
         p = "<0.001" if paired.p < 0.001 else f"{paired.p:.3f}"
-        interval = f"{paired.low:+.1f} to {paired.high:+.1f}"
+        interval = "-" if paired.low is None else f"{paired.low:+.1f} to {paired.high:+.1f}"
         scores = (f"{item.first:.1f}", f"{item.second:.1f}", f"{paired.difference:+.1f}")
-        table.add_row(item.dataset, *scores, interval, p, f"{item.images:,}")
+        name = item.dataset + (f" {MADE_UP_DATA.symbol}" if item.made_up else "")
+        table.add_row(name, *scores, interval, p, f"{item.images:,}")
     return table
 
 
@@ -84,6 +90,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for letter, run in (("A", first), ("B", second)):
         console.print(f"{letter}  {run.about}", markup=False)
     console.print(comparison_table(found))
+    if any(item.made_up for item in found):
+        console.print(f"{MADE_UP_DATA.symbol} {MADE_UP_DATA.meaning}", markup=False)
     tests = dict.fromkeys(item.paired.test for item in found)
     console.print(f"95%: bootstrap of the difference by image. p: two-sided, {', or '.join(tests)}.")
     left_out = sorted(first.scores.keys() ^ second.scores.keys())
@@ -92,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _check_same(dataset: str, first: StoredRun, second: StoredRun) -> None:
+def _check_same_protocol(dataset: str, first: StoredRun, second: StoredRun) -> None:
     """Refuse scores of different protocols or samples, or of captions that were cut into words differently."""
     one, other = first.scores[dataset].protocol, second.scores[dataset].protocol
     tokenizers = [run.scores[dataset].tokenizer for run in (first, second)]
@@ -131,17 +139,19 @@ def _compare(dataset: str, first: StoredRun, second: StoredRun) -> Comparison:
     paired = compare_paired(values[0], values[1], images)
     scores = [run.scores[dataset].value for run in (first, second)]
     assert scores[0] is not None and scores[1] is not None
-    return Comparison(dataset, scores[0], scores[1], len(chosen), len(set(images)), paired)
+    made_up = first.scores[dataset].made_up or second.scores[dataset].made_up
+    return Comparison(dataset, scores[0], scores[1], len(chosen), len(set(images)), paired, made_up)
 
 
 def _sample_values(predictions: Sequence[StoredPrediction], metric: str) -> list[float]:
     """A value a sample whose mean is the score and whose spread over samples is the score's.
 
-    For AUROC a sample's placement value, weighed by how rare its class is: the linear form on which DeLong, DeLong and
-    Clarke-Pearson's test (Biometrics 44, 1988) of two correlated curves rests. All other scores are means already.
+    For a metric of pairs (AUROC) a sample's placement value, weighed by how rare its class is: the linear form on which
+    DeLong, DeLong and Clarke-Pearson's test (Biometrics 44, 1988) of two correlated curves rests. All other scores are
+    means already.
     """
     values = [prediction.score or 0.0 for prediction in predictions]
-    if metric != "auroc":
+    if metric not in METRICS or METRICS[metric].interval is not Interval.PAIRS:
         return values
     classes = [prediction.answers for prediction in predictions]
     mean, count = sum(values) / len(values), len(values)

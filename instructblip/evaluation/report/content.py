@@ -3,18 +3,15 @@
 from collections.abc import Mapping, Sequence
 
 from instructblip.data.records import Record
-from instructblip.evaluation.metrics.score import group_means
+from instructblip.evaluation.metrics import Interval, Outcome, group_means
 from instructblip.evaluation.outcomes import TaskResult
 from instructblip.evaluation.protocol import as_json
 from instructblip.evaluation.report.page import Picture, ReportExample, ReportRow, ReportSection, thumbnail
-from instructblip.evaluation.report.table import comparison_marks
+from instructblip.evaluation.report.table import MADE_UP_DATA, ComparabilityNote, comparison_marks
 from instructblip.evaluation.statistics import score_interval
 
 _FULL = 100 - 1e-6  # on the tables' scale
 _FAILURES_SHOWN = 5
-_METRIC_NAMES = {"cider": "CIDEr", "auroc": "AUROC", "visdial": "mean reciprocal rank"}
-_NO_RIGHT_AND_WRONG = ("cider",)
-_BY_CHOICE = ("auroc", "visdial")  # the score of a sample says how it was ranked; right is what was chosen
 
 
 def report_row(result: TaskResult, baselines: Mapping[str, float]) -> ReportRow:
@@ -25,15 +22,23 @@ def report_row(result: TaskResult, baselines: Mapping[str, float]) -> ReportRow:
         title=card.title,
         task=card.task_group + (", held out" if card.role == "held-out" else ""),
         mode="ranking" if protocol.mode == "rank" else "open generation",
-        metric=_METRIC_NAMES.get(protocol.metric, protocol.metric.replace("_", " ").replace("vqa", "VQA")),
+        metric=result.task.metric.title,
         count=len(result.samples) if result.score is None else result.score.count,
         value=result.value,
         low=result.low,
         high=result.high,
         baselines=dict(baselines),
         paper=card.paper,
-        marks={} if result.score is None else comparison_marks(card, as_json(protocol), result.records),
+        marks=_marks(result),
     )
+
+
+def _marks(result: TaskResult) -> dict[ComparabilityNote, str]:
+    """Why the score must not be compared with the paper's, and details."""
+    marks = {MADE_UP_DATA: ""} if result.task.made_up else {}
+    if result.score is not None:
+        marks |= comparison_marks(result.task.card, as_json(result.task.protocol), result.records)
+    return marks
 
 
 def report_section(result: TaskResult, examples: int) -> ReportSection:
@@ -58,14 +63,14 @@ def report_section(result: TaskResult, examples: int) -> ReportSection:
     )
 
 
-def part_scores(result: TaskResult) -> dict[str, dict[str, float | int]]:
-    """Value, 95% interval and number of samples of each part of the score, on the tables' scale."""
+def part_scores(result: TaskResult) -> dict[str, dict[str, float | int | None]]:
+    """Value, 95% interval (None where there is none) and number of samples of each part, on the tables' scale."""
     if result.score is None:
         return {}
     images = [sample.image_key for sample in result.samples]
-    found: dict[str, dict[str, float | int]] = {}
+    found: dict[str, dict[str, float | int | None]] = {}
     for name, part in result.score.parts.items():
-        low, high = score_interval(part, images)
+        low, high = score_interval(part, images, result.task.metric.interval) or (None, None)
         found[name] = {"value": part.table_value, "low": low, "high": high, "count": part.count}
     return found
 
@@ -75,7 +80,7 @@ def parts(result: TaskResult) -> list[tuple[str, str, str]]:
     if result.score is None:
         return []
     rows = [
-        (name, f"{part['value']:.1f}", f"{part['low']:.1f} to {part['high']:.1f}")
+        (name, f"{part['value']:.1f}", "" if part["low"] is None else f"{part['low']:.1f} to {part['high']:.1f}")
         for name, part in part_scores(result).items()
     ]
     for name, value in result.score.details.items():
@@ -89,16 +94,16 @@ def parts(result: TaskResult) -> list[tuple[str, str, str]]:
 def breakdowns(result: TaskResult) -> dict[str, list[tuple[str, int, float]]]:
     """(label, samples, score) by each tag of the records (question type, domain, relation, ...), commonest labels first.
 
-    Left out are tags that say the same of all samples, or something else of most: those are names, not groups. CIDEr is
-    broken down by what it was computed by, AUROC not at all, for they are no means over samples. Where all samples are
-    ranked among the same few classes, also by the answer.
+    Left out are tags that say the same of all samples, or something else of most: those are names, not groups. A metric
+    whose score of a group is no mean over its samples (`Metric.groups`) is broken down by what it was computed by, one of
+    pairs not at all. Where all samples are ranked among the same few classes, also by the answer.
     """
     score, task = result.score, result.task
-    if score is None or score.resampled is not None:
+    if score is None or task.metric.interval is Interval.PAIRS:
         return {}
-    if task.protocol.metric == "cider":
-        domains = [(name, part.count, part.table_value) for name, part in score.parts.items()]
-        return {"domain": sorted(domains, key=lambda row: -row[1])} if domains else {}
+    if task.metric.groups is not None:
+        groups_of_parts = [(name, part.count, part.table_value) for name, part in score.parts.items()]
+        return {task.metric.groups: sorted(groups_of_parts, key=lambda row: -row[1])} if groups_of_parts else {}
     scored = [number for number, value in enumerate(result.per_sample) if value is not None]
     records = [result.samples[number].record for number in scored]
     values = [value for value in result.per_sample if value is not None]
@@ -119,10 +124,10 @@ def breakdowns(result: TaskResult) -> dict[str, list[tuple[str, int, float]]]:
 
 def outcome(result: TaskResult, number: int) -> str:
     """`right`, `partial` or `wrong`; empty where the metric knows none or the sample has no score."""
-    metric, value = result.task.protocol.metric, result.per_sample[number]
-    if value is None or metric in _NO_RIGHT_AND_WRONG:
+    decided_by, value = result.task.metric.outcome, result.per_sample[number]
+    if value is None or decided_by is Outcome.NONE:
         return ""
-    if metric in _BY_CHOICE:
+    if decided_by is Outcome.CHOICE:
         answers = {text for text, _ in answers_of(result.samples[number].record)}
         return "right" if result.predictions[number].prediction in answers else "wrong"
     return "right" if value >= _FULL else "partial" if value > 0 else "wrong"
@@ -156,10 +161,11 @@ def _spread(numbers: Sequence[int], count: int) -> list[int]:
 
 
 def _good(result: TaskResult, outcomes: Sequence[str]) -> list[bool]:
-    """Which samples count as good ones when the gallery is chosen: right ones, or those above the mean."""
+    """Which samples count as good ones when the gallery is chosen: right ones, or those better than the mean."""
     if any(outcomes):
         return [text == "right" for text in outcomes]
-    return [value is not None and value > (result.value or 0.0) for value in result.per_sample]
+    sign = 1 if result.task.metric.higher_is_better else -1
+    return [value is not None and sign * value > sign * (result.value or 0.0) for value in result.per_sample]
 
 
 def _notes(result: TaskResult) -> list[str]:
@@ -169,6 +175,12 @@ def _notes(result: TaskResult) -> list[str]:
     left_out = sum(value is None for value in result.per_sample) if result.score is not None else 0
     if left_out:
         notes.append(f"The metric leaves out {left_out:,} of {len(result.samples):,} samples.")
+    metric = result.task.metric
+    if fewer := result.score.details.get("fewer_annotators") if result.score is not None else None:
+        notes.append(
+            f"{fewer:,} samples have the answers of fewer than {metric.annotators} people, which {metric.title} counts on: "
+            "their scores are coarser, and not comparable with official ones."
+        )
     if result.failures:
         named = "; ".join(f"{item.id}: {item.reason}" for item in result.failures[:_FAILURES_SHOWN])
         more = len(result.failures) - _FAILURES_SHOWN

@@ -19,6 +19,7 @@ from rich.console import Console
 from instructblip.data.cards import Card, all_cards
 from instructblip.data.coverage import RecordCounts
 from instructblip.errors import UserError
+from instructblip.evaluation.metrics import METRICS
 from instructblip.evaluation.protocol import expected_shard_fields, protocol_fields
 from instructblip.evaluation.results_file import StoredRun, StoredScore, read_run
 from instructblip.files import write_atomically
@@ -63,11 +64,15 @@ class Row:
 
 @dataclass(frozen=True)
 class ScoreTable:
-    """Datasets in the order of the columns, the rows, and the tokenizer of captions by (row, dataset)."""
+    """Datasets in the order of the columns, the rows, and the tokenizer of captions by (row, dataset).
+
+    `lower_is_better` names the datasets whose metric is so.
+    """
 
     datasets: list[str]
     rows: list[Row]
     tokenizers: dict[tuple[str, str], str]
+    lower_is_better: frozenset[str] = frozenset()
 
     @property
     def marks(self) -> list[ComparabilityNote]:
@@ -98,7 +103,7 @@ def score_table(runs: Sequence[StoredRun]) -> ScoreTable:
             run.about,
             {dataset: _cell(score, cards.get(dataset)) for dataset, score in run.scores.items()},
         )
-        for name, run in zip(_names(runs), runs, strict=True)
+        for name, run in zip(_row_names(runs), runs, strict=True)
     ]
     tokenizers = {
         (row.name, dataset): score.tokenizer
@@ -112,7 +117,9 @@ def score_table(runs: Sequence[StoredRun]) -> ScoreTable:
         }
         if numbers:
             rows.append(Row(model, "the paper, zero-shot", numbers, is_paper=True))
-    return ScoreTable(datasets, rows, tokenizers)
+    metrics = {dataset: METRICS.get(score.metric) for run in runs for dataset, score in run.scores.items()}
+    lower = frozenset(name for name, metric in metrics.items() if metric is not None and not metric.higher_is_better)
+    return ScoreTable(datasets, rows, tokenizers, lower)
 
 
 def as_text(table: ScoreTable, width: int = 120) -> str:
@@ -187,13 +194,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _cell(score: StoredScore, card: Card | None) -> Cell:
-    if card is None or score.value is None:
-        return Cell(score.value, score.low, score.high)
-    marks = comparison_marks(card, score.protocol, score.records)
+    marks = {MADE_UP_DATA: ""} if score.made_up else {}
+    if card is not None and score.value is not None:
+        marks |= comparison_marks(card, score.protocol, score.records)
     return Cell(score.value, score.low, score.high, tuple(marks.items()))
 
 
-def _names(runs: Sequence[StoredRun]) -> list[str]:
+def _row_names(runs: Sequence[StoredRun]) -> list[str]:
     """The folders' own names, with as many parents as it takes to tell them apart."""
     for length in range(1, 1 + max(len(run.folder.parts) for run in runs)):
         names = ["/".join(run.folder.parts[-length:]) for run in runs]
@@ -219,9 +226,10 @@ def _column(table: ScoreTable, dataset: str) -> list[str]:
 
 
 def _best(table: ScoreTable, dataset: str) -> float | None:
-    """The highest score without marks."""
+    """The best score without marks."""
     cells = [row.cells[dataset] for row in table.rows if dataset in row.cells]
-    return max((cell.value for cell in cells if cell.value is not None and not cell.marks), default=None)
+    best = min if dataset in table.lower_is_better else max
+    return best((cell.value for cell in cells if cell.value is not None and not cell.marks), default=None)
 
 
 # Names of cards and the headings of their columns, in the order of Table 1 (Dai et al., "InstructBLIP", 2023).
@@ -263,7 +271,8 @@ PAPER_SPLITS = {"vizwiz": "test-dev"}
 SUBSET = ComparabilityNote("*", "part of the split's samples")
 OTHER_SPLIT = ComparabilityNote("†", "another split than the paper's")
 OTHER_PROTOCOL = ComparabilityNote("‡", "another protocol than the card's")
-MARKS = (SUBSET, OTHER_SPLIT, OTHER_PROTOCOL)
+MADE_UP_DATA = ComparabilityNote("§", "made-up data: the score means nothing")
+MARKS = (SUBSET, OTHER_SPLIT, OTHER_PROTOCOL, MADE_UP_DATA)
 
 
 def in_table_order(datasets: Iterable[str]) -> list[str]:
