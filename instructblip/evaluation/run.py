@@ -10,7 +10,7 @@ from instructblip.config.validate import check_at_least, to_dict
 from instructblip.data.cards import load_card
 from instructblip.data.prepare.command import shards_folder
 from instructblip.data.synthetic import NOTE
-from instructblip.distributed import Worker, choose_device, this_worker
+from instructblip.distributed import Ranks, choose_device
 from instructblip.errors import UserError
 from instructblip.evaluation.journal import claimed, refuse_others_results
 from instructblip.evaluation.protocol import Task, check_choices, make_task
@@ -32,12 +32,12 @@ def evaluate(config: EvaluateConfig, console: Console) -> None:
     names = (*config.suite.held_in, *config.suite.held_out)
     if not names:
         raise UserError("there is nothing to evaluate; name a dataset in suite.held_in or suite.held_out")
-    worker = this_worker()
-    if not worker.is_first:
+    ranks = Ranks.from_environment()
+    if not ranks.is_first:
         console = Console(quiet=True)
     cards = [load_card(name) for name in names]
     source = find_source(config.checkpoint, config.llm)
-    device = str(choose_device(worker.device(config.device)))
+    device = str(choose_device(ranks.device(config.device)))
     shards = shards_folder(cards, config.data, console)
     tasks = [
         make_task(
@@ -53,13 +53,13 @@ def evaluate(config: EvaluateConfig, console: Console) -> None:
         for card in cards
     ]
     folder = Path(config.output) / config.name
-    with claimed(folder, worker):
+    with claimed(folder, ranks):
         refuse_others_results(folder, str(source.path), tasks)
         loaded = load_model(
             source, llm=config.llm, vision_path=config.vision_path, qformer_path=config.qformer_path, device=device
         )
         refuse_others_results(folder, loaded.source, tasks, llm=loaded.parts["llm"].name)
-        _evaluate(config, loaded, tasks, shards, folder, worker, console)
+        _evaluate(config, loaded, tasks, shards, folder, ranks, console)
 
 
 def _evaluate(
@@ -68,7 +68,7 @@ def _evaluate(
     tasks: Sequence[Task],
     shards: Path,
     folder: Path,
-    worker: Worker,
+    ranks: Ranks,
     console: Console,
 ) -> None:
     """Run the tasks, and write and log the results."""
@@ -85,9 +85,9 @@ def _evaluate(
         blind=config.blind_baseline and not config.withhold_images,
         frozen=frozen,
         tolerance=config.tolerance,
-        worker=worker,
+        ranks=ranks,
     )
-    if not worker.is_first:
+    if not ranks.is_first:
         return
     finish_evaluation(
         loaded.model,

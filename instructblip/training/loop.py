@@ -74,12 +74,12 @@ def train_step(
             samples are named. Another rank is lost.
     """
     optimizer.zero_grad()
-    processes = context.processes
+    ranks = context.ranks
     if context.equal_passes:
-        batches = split_further(batches, max(processes.gather(len(batches))))
-    with processes.watched():
+        batches = split_further(batches, max(ranks.gather(len(batches))))
+    with ranks.watched():
         losses = _backward(model, batches, context, through_llm=through_llm, packed=packed)
-    result = _result(processes.gather(_report(batches, losses, context.stop_signal())))
+    result = _result(ranks.gather(_report(batches, losses, context.stop_signal())))
     parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
     for parameter in parameters:
         parameter.grad.div_(result.tokens)  # type: ignore[union-attr]
@@ -197,7 +197,7 @@ def run_steps(
     done = start_step
     for step, micro_batches in batches:
         place = locate(phases, step)
-        torch.manual_seed(_step_seed(seed, step, context.processes.rank))
+        torch.manual_seed(_step_seed(seed, step, context.ranks.rank))
         rate = place.phase.rate(place.step)
         result = train_step(
             model,

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from instructblip.distributed import Processes
+from instructblip.distributed import Ranks
 from instructblip.errors import UserError
 from instructblip.models.instructblip import InstructBLIP, Loss
 
@@ -35,7 +35,7 @@ class StepContext:
     """How a step is carried out.
 
     Attributes:
-        processes: this process among the run's.
+        ranks: this process among the run's.
         wrapped: the model inside DDP, where there are several processes.
         autocast: dtype that matrix products of the trainable part are computed in; None leaves float32.
         equal_passes: every rank must make equally many forward passes, since blocks are gathered in each.
@@ -43,7 +43,7 @@ class StepContext:
         stop_signal: number of the signal that asked this process to stop, else 0.
     """
 
-    processes: Processes = field(default_factory=Processes)
+    ranks: Ranks = field(default_factory=Ranks)
     wrapped: DistributedDataParallel | None = None
     autocast: torch.dtype | None = None
     equal_passes: bool = False
@@ -70,7 +70,7 @@ class StepContext:
 
 def parallelize(
     model: InstructBLIP,
-    processes: Processes,
+    ranks: Ranks,
     *,
     kind: str,
     shard_size: int | None = None,
@@ -91,7 +91,7 @@ def parallelize(
     Raises:
         UserError: `single` with several processes, or a shard size that does not divide them.
     """
-    check_layout(kind, shard_size, processes.world_size)
+    check_layout(kind, shard_size, ranks.world_size)
     language, qformer, vision = blocks_of(model.llm.model), list(model.qformer.layers), blocks_of(model.vision.backbone)
     if activation_checkpointing:
         for block in (*language, *qformer):
@@ -102,10 +102,10 @@ def parallelize(
         torch._dynamo.config.recompile_limit = max(_RECOMPILE_LIMIT, torch._dynamo.config.recompile_limit)
         for block in (*language, *qformer, *vision):
             block.compile()
-    if processes.world_size == 1:
+    if ranks.world_size == 1:
         return None
     if kind == "fsdp":
-        mesh = _shard_mesh(processes, shard_size, model.projection.weight.device.type)
+        mesh = _shard_mesh(ranks, shard_size, model.projection.weight.device.type)
         _shard_frozen(model, language, vision, mesh)
     return _replicate(model)
 
@@ -156,21 +156,20 @@ def _recompute(block: nn.Module) -> None:
     block.forward = forward
 
 
-def _shard_mesh(processes: Processes, shard_size: int | None, device: str) -> DeviceMesh:
+def _shard_mesh(ranks: Ranks, shard_size: int | None, device: str) -> DeviceMesh:
     """The processes that hold the frozen parts once together, this one among them.
 
     Between these groups nothing is exchanged: what is frozen is never reduced.
     """
-    size = shard_size or processes.world_size
-    if size == processes.world_size:
+    size = shard_size or ranks.world_size
+    if size == ranks.world_size:
         assert dist.group.WORLD is not None
         return DeviceMesh.from_group(dist.group.WORLD, device)
-    bound = timedelta(seconds=processes.timeout)  # a mesh's own groups would have the library's
+    bound = timedelta(seconds=ranks.timeout)  # a mesh's own groups would have the library's
     groups = [
-        dist.new_group(list(range(first, first + size)), timeout=bound)
-        for first in range(0, processes.world_size, size)
+        dist.new_group(list(range(first, first + size)), timeout=bound) for first in range(0, ranks.world_size, size)
     ]
-    return DeviceMesh.from_group(groups[processes.rank // size], device)
+    return DeviceMesh.from_group(groups[ranks.rank // size], device)
 
 
 def _shard_frozen(model: InstructBLIP, language: list[nn.Module], vision: list[nn.Module], mesh: DeviceMesh) -> None:

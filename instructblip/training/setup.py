@@ -19,7 +19,7 @@ from instructblip.data.lost import LostSamples
 from instructblip.data.mixture import Mixture
 from instructblip.data.mixture_dataset import MixtureDataset, TrainingSet
 from instructblip.data.prepare.command import shards_folder
-from instructblip.distributed import Processes, choose_device
+from instructblip.distributed import Ranks, choose_device
 from instructblip.errors import UserError
 from instructblip.evaluation.protocol import Task, make_task, make_validation_task
 from instructblip.evaluation.runner import read_pixels
@@ -52,7 +52,7 @@ class TrainingRun:
     folder: Path
     shards: Path
     console: Console
-    processes: Processes
+    ranks: Ranks
     model: InstructBLIP
     optimizer: torch.optim.Optimizer
     names: dict[Tensor, str]
@@ -109,7 +109,7 @@ def _planned_gpus(config: TrainConfig) -> int:
     return 1 if config.parallel.kind == "single" else math.gcd(16, *sizes)
 
 
-def set_up(config: TrainConfig, folder: Path, processes: Processes, console: Console) -> TrainingRun:
+def set_up(config: TrainConfig, folder: Path, ranks: Ranks, console: Console) -> TrainingRun:
     """Fetch, prepare and build everything; nothing of the run's folder but wandb's is written.
 
     Raises:
@@ -120,7 +120,7 @@ def set_up(config: TrainConfig, folder: Path, processes: Processes, console: Con
     held_out = [load_card(name) for name in config.suite.held_out]
     shards = shards_folder([*cards, *held_in, *held_out], config.data, console)
     model = build_model(config.vision, config.qformer, config.llm, seed=config.seed)
-    without_llm = is_sharded(config.parallel.kind, processes.world_size)
+    without_llm = is_sharded(config.parallel.kind, ranks.world_size)
     _place(model, choose_device(config.device), without_llm=without_llm)
     sets = open_sets(cards, shards)
     mixture = make_mixture(config.mixture, sets, config.recipe.phases, seed=config.seed)
@@ -135,7 +135,7 @@ def set_up(config: TrainConfig, folder: Path, processes: Processes, console: Con
         folder=folder,
         shards=shards,
         console=console,
-        processes=processes,
+        ranks=ranks,
         model=model,
         optimizer=make_adamw(
             model.named_parameters(),
@@ -158,11 +158,11 @@ def set_up(config: TrainConfig, folder: Path, processes: Processes, console: Con
         read_image=read_pixels(model.vision.image_size) if cache is None else cache.tokens,
         frozen=frozen_fingerprints(model),
         shape=_shape(config, model),
-        peak_flops=processes.world_size * _peak_flops(config, model, processes),
+        peak_flops=ranks.world_size * _peak_flops(config, model, ranks),
         metrics=MetricsLog(folder / "metrics.jsonl"),
         best=BestStep(config.recipe.keep_best),
         logger=make_logger(
-            config.logger.kind if processes.is_first else "none",
+            config.logger.kind if ranks.is_first else "none",
             mode=config.logger.mode,
             project=config.logger.project,
             name=config.name,
@@ -206,10 +206,10 @@ def _shape(config: TrainConfig, model: InstructBLIP) -> ModelShape:
     return model_shape(vision, model.qformer, model.projection, model.llm.model)
 
 
-def _peak_flops(config: TrainConfig, model: InstructBLIP, processes: Processes) -> float:
+def _peak_flops(config: TrainConfig, model: InstructBLIP, ranks: Ranks) -> float:
     """The first rank's figure, which alone is read."""
     dtype = PRECISIONS[config.recipe.precision] or torch.float32
-    return device_peak(model.projection.weight.device, dtype) if processes.is_first else math.inf
+    return device_peak(model.projection.weight.device, dtype) if ranks.is_first else math.inf
 
 
 def _phases(config: TrainConfig, sample_length: Length) -> list[Phase]:

@@ -1,6 +1,7 @@
 """Evaluation while a run trains and when it ends, shared among its processes."""
 
 import contextlib
+import dataclasses
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ import torch
 
 from instructblip.config.schema import EvaluateConfig
 from instructblip.data.synthetic import NOTE
-from instructblip.distributed import Processes, Worker
+from instructblip.distributed import Ranks
 from instructblip.evaluation.runner import answer_share, run_task
 from instructblip.evaluation.suite import evaluate_tasks, finish_evaluation, log_scores, model_identity
 from instructblip.training.curves import draw_curves
@@ -36,7 +37,7 @@ def run_validation(run: TrainingRun, step: int, stop: StopRequest) -> dict[str, 
     except Stopped:
         ended = True
     # A signal may have reached some ranks only, and some of them after their last answer.
-    reports = run.processes.gather({"ended": ended, "signal": stop.received or 0, "scores": scores})
+    reports = run.ranks.gather({"ended": ended, "signal": stop.received or 0, "scores": scores})
     stop.stop_signal = stop.stop_signal or max(report["signal"] for report in reports) or None
     if any(report["ended"] for report in reports):
         return None
@@ -46,7 +47,7 @@ def run_validation(run: TrainingRun, step: int, stop: StopRequest) -> dict[str, 
 
 def clear_stop_file(run: TrainingRun) -> None:
     """Before the ranks begin: what an earlier process of the run left."""
-    if run.processes.is_first and _stop_file(run).exists():
+    if run.ranks.is_first and _stop_file(run).exists():
         _stop_file(run).unlink()
 
 
@@ -64,19 +65,19 @@ def _stop_file(run: TrainingRun) -> Path:
 
 def _validation_scores(run: TrainingRun, step: int, stop: StopRequest) -> dict[str, float]:
     """On the first rank, which puts the answers of all together; nothing is left on disk."""
-    worker, scores, home = _worker(run, stop), {}, run.folder / "validation" / f"step_{step:08d}"
-    together = worker.count > 1
+    ranks, scores, home = _ranks(run, stop), {}, run.folder / "validation" / f"step_{step:08d}"
+    together = ranks.world_size > 1
     identity = model_identity(run.model, run.frozen) if together else ""
     for task in run.validation:
-        asked: dict[str, Any] = {"batch_size": _BATCH, "model_fingerprint": identity, "worker": worker}
-        if not worker.is_first:
+        asked: dict[str, Any] = {"batch_size": _BATCH, "model_fingerprint": identity, "ranks": ranks}
+        if not ranks.is_first:
             answer_share(run.model, task, run.read_image, folder=home / task.card.name, **asked)
             continue
         folder = home / task.card.name if together else None
         result = run_task(run.model, task, run.read_image, folder=folder, show_progress=False, **asked)
         if result.value is not None:  # answers that only a leaderboard has
             scores[task.card.name] = result.value
-    if together and worker.is_first:
+    if together and ranks.is_first:
         shutil.rmtree(home.parent)
     return scores
 
@@ -93,7 +94,7 @@ def finish(run: TrainingRun, stop: StopRequest) -> None:
 
 def _finish(run: TrainingRun, stop: StopRequest) -> None:
     run.metrics.close()
-    if run.processes.is_first:
+    if run.ranks.is_first:
         draw_curves(run.folder / "metrics.jsonl", run.folder / "curves.png", run.config.name)
     newest = checkpoint_folders(run.folder / "checkpoints")[0]
     if run.final:
@@ -106,20 +107,20 @@ def _finish(run: TrainingRun, stop: StopRequest) -> None:
 def _evaluate(run: TrainingRun, checkpoint: Path, stop: StopRequest) -> None:
     folder = run.folder / "evaluation"
     with tempfile.TemporaryDirectory() as elsewhere, _to_evaluate(run):
-        if _is_sharded(run) and run.processes.is_first:
+        if _is_sharded(run) and run.ranks.is_first:
             shutil.rmtree(folder, ignore_errors=True)  # what it keeps would leave this rank less to do than the others
         results = evaluate_tasks(
             run.model,
             run.final,
             run.read_image,
             shards=run.shards,
-            folder=Path(elsewhere) if _is_sharded(run) and not run.processes.is_first else folder,
+            folder=Path(elsewhere) if _is_sharded(run) and not run.ranks.is_first else folder,
             batch_size=_BATCH,
             blind=True,
-            worker=_worker(run, stop),
+            ranks=_ranks(run, stop),
             frozen=run.frozen,
         )
-        if not run.processes.is_first:
+        if not run.ranks.is_first:
             return
         finish_evaluation(
             run.model,
@@ -136,23 +137,23 @@ def _evaluate(run: TrainingRun, checkpoint: Path, stop: StopRequest) -> None:
     log_scores(run.logger, results, total_steps(run.phases))
 
 
-def _worker(run: TrainingRun, stop: StopRequest) -> Worker:
+def _ranks(run: TrainingRun, stop: StopRequest) -> Ranks:
     """Who answers which share. Sharded blocks are gathered by all ranks in step, so all of them answer everything."""
-    processes = run.processes
+    ranks = run.ranks
     if _is_sharded(run):
-        return Worker(poll_stop=partial(_leave_together, processes, stop))
-    return Worker(processes.rank, processes.world_size, processes.local_rank, stop.poll_stop)
+        return Ranks(poll_stop=partial(_leave_together, ranks, stop))
+    return dataclasses.replace(ranks, poll_stop=stop.poll_stop)
 
 
-def _leave_together(processes: Processes, stop: StopRequest) -> None:
+def _leave_together(ranks: Ranks, stop: StopRequest) -> None:
     """Raise `Stopped` on all ranks once one of them was told to stop; all call this at the same place."""
-    if received := max(processes.gather(stop.received or 0)):
+    if received := max(ranks.gather(stop.received or 0)):
         stop.stop_signal = received
         raise Stopped
 
 
 def _is_sharded(run: TrainingRun) -> bool:
-    return is_sharded(run.config.parallel.kind, run.processes.world_size)
+    return is_sharded(run.config.parallel.kind, run.ranks.world_size)
 
 
 @contextlib.contextmanager

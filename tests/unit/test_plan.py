@@ -242,7 +242,8 @@ def test_nothing_helps_a_gpu_that_is_too_small() -> None:
 
 @pytest.mark.usefixtures("encoders_once")
 def test_only_the_first_of_torchruns_processes_prints(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RANK", "1")
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
     assert printed("experiment=paper_vicuna_7b") == (0, "")
 
 
