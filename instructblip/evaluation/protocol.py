@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from instructblip.data.card_evaluation import PRESETS, Evaluation, with_preset
+from instructblip.data.card_evaluation import Evaluation, with_preset
 from instructblip.data.cards import Card
 from instructblip.data.coverage import RecordCounts, prepared_counts
 from instructblip.data.records import Record
@@ -181,7 +181,6 @@ def make_task(
         UserError: the card says nothing of evaluation, the split (or the train split that candidates come from) is not
             prepared or has no public answers, or the mode or the number of samples does not suit the card's metric.
     """
-    check_choices(preset, mode)
     rules = _rules(card, preset, llm_kind)
     split, mode = split or rules.split, mode or rules.mode
     if mode == "generate" and rules.metric in NEED_SCORES:
@@ -216,18 +215,6 @@ def make_task(
         train = prepared_counts(card, open_split(shards / card.source / "train"), ())
         records = replace(records, vocabulary=replace(train, answered=train.prepared))
     return Task(card, protocol, tuple(chosen), records, vocabulary, public)
-
-
-def check_choices(preset: str, mode: str | None) -> None:
-    """Refuse a preset or a mode that there is not, for no dataset in particular; None is the card's own mode.
-
-    Raises:
-        UserError: says which there are.
-    """
-    if preset not in PRESETS:
-        raise UserError(f"preset is {' or '.join(PRESETS)}, not {preset!r}")
-    if mode not in (None, "rank", "generate"):
-        raise UserError(f"mode is rank or generate, not {mode!r}")
 
 
 def make_validation_task(card: Card, shards: Path, *, samples: int | None) -> Task:

@@ -6,14 +6,13 @@ from pathlib import Path
 from rich.console import Console
 
 from instructblip.config.schema import EvaluateConfig
-from instructblip.config.validate import check_at_least, to_dict
+from instructblip.config.validate import to_dict
 from instructblip.data.cards import load_card
 from instructblip.data.prepare.command import shards_folder
 from instructblip.data.synthetic import NOTE
 from instructblip.distributed import Ranks, choose_device
-from instructblip.errors import UserError
 from instructblip.evaluation.journal import claimed, refuse_others_results
-from instructblip.evaluation.protocol import Task, check_choices, make_task
+from instructblip.evaluation.protocol import Task, make_task
 from instructblip.evaluation.suite import evaluate_tasks, finish_evaluation, image_reader, log_scores
 from instructblip.fetch.parts import cache_folder
 from instructblip.tracking import make_logger
@@ -26,12 +25,7 @@ def evaluate(config: EvaluateConfig, console: Console) -> None:
     Raises:
         UserError: no such checkpoint, card, split or device; unreadable shards; another evaluation's folder; disk full.
     """
-    check_at_least(1, {"samples": config.samples, "batch_size": config.batch_size})
-    check_at_least(0, {"examples": config.examples, "tolerance": config.tolerance})
-    check_choices(config.preset, config.mode)
     names = (*config.suite.held_in, *config.suite.held_out)
-    if not names:
-        raise UserError("there is nothing to evaluate; name a dataset in suite.held_in or suite.held_out")
     ranks = Ranks.from_environment()
     if not ranks.is_first:
         console = Console(quiet=True)

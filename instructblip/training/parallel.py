@@ -26,7 +26,6 @@ from instructblip.distributed import Ranks
 from instructblip.errors import UserError
 from instructblip.models.instructblip import InstructBLIP, Loss
 
-KINDS = ("single", "ddp", "fsdp")
 _RECOMPILE_LIMIT = 64
 
 
@@ -82,7 +81,7 @@ def parallelize(
     Args:
         model: on its device, but for a language model that is to be sharded. The same object goes on being used for
             everything but the loss.
-        kind: one of `KINDS`; with one process all are the same.
+        kind: with one process all are the same.
         shard_size: processes that hold the frozen parts once together: all of them when None. A node's number of GPUs keeps
             the gathering inside nodes (hybrid sharding).
         activation_checkpointing: recompute blocks of the language model and of the Q-Former in the backward pass.
@@ -119,10 +118,8 @@ def check_layout(kind: str, shard_size: int | None, world_size: int) -> None:
     """Refuse a layout that so many processes cannot have.
 
     Raises:
-        UserError: an unknown kind, `single` with several processes, or a shard size that does not divide them.
+        UserError: `single` with several processes, or a shard size that does not divide them.
     """
-    if kind not in KINDS:
-        raise UserError(f"parallel.kind={kind} is none of {', '.join(KINDS)}")
     if kind == "single" and world_size > 1:
         raise UserError(f"parallel=single, but there are {world_size} processes; use parallel=ddp or fsdp")
     if is_sharded(kind, world_size) and shard_size is not None and world_size % shard_size:

@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
+from instructblip.config.checks import check_batches
 from instructblip.config.schema import TrainConfig
 from instructblip.config.validate import differences, read_config, to_dict, to_yaml, unknown_key, valid_keys
 from instructblip.data.batching import Batch
@@ -19,7 +20,6 @@ from instructblip.errors import UserError
 from instructblip.files import write_atomically
 from instructblip.models.fingerprint import fingerprint_tensors
 from instructblip.progress import TrainingProgress, training_progress
-from instructblip.training.checks import check_batches, check_numbers
 from instructblip.training.loop import StepResult, log_entry, run_steps, traced_steps, what_is_not_finite
 from instructblip.training.parallel import PRECISIONS, StepContext, is_sharded, parallelize
 from instructblip.training.plan.tables import plan_summary, plan_table, shares_planned, shares_realised
@@ -48,6 +48,7 @@ _FREE_ON_RESUME = (
     "output",
     "logger",
     "parallel",
+    "evaluation",
     "profile_step",
     "plan",
     "plan_gpu",
@@ -74,12 +75,11 @@ def train(config: TrainConfig, console: Console) -> int:
     Raises:
         UserError: anything the user can mend: configuration, missing parts or data, another run in the folder, disk full.
     """
-    check_numbers(config)
     if config.plan:
         return _print_plan(config, console)
     device = choose_device(config.device)
     with StopRequest() as stop, start_ranks(device, config.parallel.timeout) as ranks:
-        check_batches(config, ranks.world_size)
+        check_batches(config.recipe.phases, ranks.world_size)
         with _silent(ranks):
             return _train(config, ranks, stop, console if ranks.is_first else Console(quiet=True))
 
@@ -147,8 +147,6 @@ def _stopped(run: TrainingRun, stop: StopRequest, done: int) -> int:
 
 def _find_checkpoint(config: TrainConfig, folder: Path, ranks: Ranks, console: Console) -> LoadedCheckpoint | None:
     """The checkpoint that the run goes on from, which the first rank chooses for all."""
-    if config.resume not in (None, "auto"):
-        raise UserError(f"resume={config.resume} is not known; use resume=auto, or leave it out for a new run")
     existing = checkpoint_folders(folder / "checkpoints")
     if config.resume is None and existing:
         raise UserError(
@@ -176,8 +174,10 @@ def _check_unchanged(config: TrainConfig, folder: Path, console: Console) -> Non
         if key not in (known := valid_keys(TrainConfig)):
             raise UserError(f"resume_allow: {unknown_key(key, known)}")
     begun = read_config(folder / "config.yaml", TrainConfig)
-    phases = range(max(len(begun.recipe.phases), len(config.recipe.phases)))
-    free = *_FREE_ON_RESUME, *(f"recipe.phases.{number}.{name}" for number in phases for name in _FREE_IN_PHASES)
+    free = (
+        *_FREE_ON_RESUME,
+        *(f"recipe.phases.{name}.{key}" for name in config.recipe.phases for key in _FREE_IN_PHASES),
+    )
     old, new = to_dict(begun), to_dict(config)
     refused = differences(old, new, ignore=(*free, *config.resume_allow))
     if refused:

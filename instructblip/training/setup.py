@@ -10,8 +10,9 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from instructblip.config.checks import check_batches
 from instructblip.config.schema import TrainConfig
-from instructblip.config.validate import check_at_least, to_dict
+from instructblip.config.validate import to_dict
 from instructblip.data.batching import Batching, Length
 from instructblip.data.cards import load_card
 from instructblip.data.feature_cache import FeatureCache, ReadImage, cached_images, feature_cache
@@ -20,7 +21,6 @@ from instructblip.data.mixture import Mixture
 from instructblip.data.mixture_dataset import MixtureDataset, TrainingSet
 from instructblip.data.prepare.command import shards_folder
 from instructblip.distributed import Ranks, choose_device
-from instructblip.errors import UserError
 from instructblip.evaluation.protocol import Task, make_task, make_validation_task
 from instructblip.evaluation.runner import read_pixels
 from instructblip.fetch.parts import cache_folder
@@ -28,7 +28,6 @@ from instructblip.files import exclusive
 from instructblip.models.instructblip import InstructBLIP
 from instructblip.models.vision import ChannelNorm
 from instructblip.tracking import Logger, make_logger
-from instructblip.training.checks import check_batches
 from instructblip.training.datasets import make_images, make_mixture, mixture_cards, open_sets
 from instructblip.training.metrics_log import BestStep, MetricsLog
 from instructblip.training.optim import WeightAverage, make_adamw
@@ -77,15 +76,10 @@ def make_plan(config: TrainConfig) -> Plan:
     """What the run needs on the GPUs that are planned with; nothing is opened or loaded.
 
     Raises:
-        UserError: an unknown GPU, settings that no run can have, or a part whose YAML states no sizes.
+        UserError: GPUs that the run cannot be laid over, or a part whose YAML states no sizes.
     """
-    if config.plan_gpu not in GPUS:
-        raise UserError(f"plan_gpu={config.plan_gpu} is none of {', '.join(GPUS)}")
-    if not 0 < config.plan_mfu <= 1:
-        raise UserError(f"plan_mfu={config.plan_mfu} must be above 0 and at most 1, such as 0.4")
     check_layout(config.parallel.kind, config.parallel.shard_size, gpus := _planned_gpus(config))
-    check_at_least(1, {"plan_gpus": gpus})
-    check_batches(config, gpus)
+    check_batches(config.recipe.phases, gpus)
     layout = PlanLayout(
         gpu=GPUS[config.plan_gpu],
         gpus=gpus,
@@ -105,7 +99,7 @@ def make_plan(config: TrainConfig) -> Plan:
 def _planned_gpus(config: TrainConfig) -> int:
     if config.plan_gpus is not None:
         return config.plan_gpus
-    sizes = [phase.batch_size for phase in config.recipe.phases]
+    sizes = [phase.batch_size for phase in config.recipe.phases.values()]
     return 1 if config.parallel.kind == "single" else math.gcd(16, *sizes)
 
 
@@ -123,7 +117,7 @@ def set_up(config: TrainConfig, folder: Path, ranks: Ranks, console: Console) ->
     without_llm = is_sharded(config.parallel.kind, ranks.world_size)
     _place(model, choose_device(config.device), without_llm=without_llm)
     sets = open_sets(cards, shards)
-    mixture = make_mixture(config.mixture, sets, config.recipe.phases, seed=config.seed)
+    mixture = make_mixture(config.mixture, sets, config.recipe.phases.values(), seed=config.seed)
     validation = [make_validation_task(card, shards, samples=config.recipe.validation_samples) for card in held_in]
     final = [make_task(card, shards, samples=config.recipe.final_samples) for card in (*held_in, *held_out)]
     cache = _feature_cache(config, model, sets, [*validation, *final])
@@ -215,7 +209,7 @@ def _peak_flops(config: TrainConfig, model: InstructBLIP, ranks: Ranks) -> float
 def _phases(config: TrainConfig, sample_length: Length) -> list[Phase]:
     return [
         Phase(
-            name=phase.name,
+            name=name,
             steps=phase.steps,
             batch_size=phase.batch_size,
             batching=Batching(
@@ -232,5 +226,5 @@ def _phases(config: TrainConfig, sample_length: Length) -> list[Phase]:
             through_llm=phase.through_llm,
             plateau_steps=phase.plateau_steps,
         )
-        for phase in config.recipe.phases
+        for name, phase in config.recipe.phases.items()
     ]

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from instructblip.config.schema import EvaluateConfig
 from instructblip.data.synthetic import NOTE
 from instructblip.distributed import Ranks
 from instructblip.evaluation.runner import answer_share, run_task
@@ -23,8 +22,6 @@ from instructblip.training.setup import TrainingRun
 from instructblip.training.signals import Stopped, StopRequest
 from instructblip.weights.checkpoint import checkpoint_folders
 from instructblip.weights.load import frozen_parts
-
-_BATCH = EvaluateConfig.batch_size  # as evaluate.py
 
 
 def run_validation(run: TrainingRun, step: int, stop: StopRequest) -> dict[str, float] | None:
@@ -69,7 +66,8 @@ def _validation_scores(run: TrainingRun, step: int, stop: StopRequest) -> dict[s
     together = ranks.world_size > 1
     identity = model_identity(run.model, run.frozen) if together else ""
     for task in run.validation:
-        asked: dict[str, Any] = {"batch_size": _BATCH, "model_fingerprint": identity, "ranks": ranks}
+        size = run.config.evaluation.batch_size
+        asked: dict[str, Any] = {"batch_size": size, "model_fingerprint": identity, "ranks": ranks}
         if not ranks.is_first:
             answer_share(run.model, task, run.read_image, folder=home / task.card.name, **asked)
             continue
@@ -115,8 +113,8 @@ def _evaluate(run: TrainingRun, checkpoint: Path, stop: StopRequest) -> None:
             run.read_image,
             shards=run.shards,
             folder=Path(elsewhere) if _is_sharded(run) and not run.ranks.is_first else folder,
-            batch_size=_BATCH,
-            blind=True,
+            batch_size=run.config.evaluation.batch_size,
+            blind=run.config.evaluation.blind_baseline,
             ranks=_ranks(run, stop),
             frozen=run.frozen,
         )
@@ -131,7 +129,7 @@ def _evaluate(run: TrainingRun, checkpoint: Path, stop: StopRequest) -> None:
             step=total_steps(run.phases),
             parts=frozen_parts(run.config.vision, run.config.llm),
             frozen=run.frozen,
-            examples=60,
+            examples=run.config.evaluation.examples,
             console=run.console,
         )
     log_scores(run.logger, results, total_steps(run.phases))

@@ -52,7 +52,6 @@ def vision_encoder(config: VisionConfig) -> VisionEncoder:
     Raises:
         UserError: settings that timm cannot build.
     """
-    dtype = torch_dtype("vision.dtype", config.dtype)
     try:
         encoder = VisionEncoder(
             backbone=config.backbone,
@@ -66,7 +65,7 @@ def vision_encoder(config: VisionConfig) -> VisionEncoder:
         )
     except ValueError as error:
         raise UserError(f"vision={config.name}: {error}") from None
-    return encoder.to(dtype)
+    return encoder.to(getattr(torch, config.dtype))
 
 
 def make_qformer(
@@ -123,7 +122,7 @@ def language_model_of_sizes(config: LLMConfig) -> Any:
     except (ValueError, TypeError) as error:
         raise UserError(f"llm.sizes of {config.name}: {str(error).partition(chr(10))[0]}") from None
     override_settings(settings, config.options)
-    model = AUTO_CLASSES[config.kind].from_config(settings, dtype=torch_dtype("llm.dtype", config.dtype))
+    model = AUTO_CLASSES[config.kind].from_config(settings, dtype=getattr(torch, config.dtype))
     if config.added_tokens:
         resize_vocabulary(model, settings.vocab_size + len(config.added_tokens))
     if config.kind == "encoder_decoder":
@@ -142,18 +141,6 @@ def override_settings(settings: Any, options: Mapping[str, Any]) -> None:
         if not hasattr(settings, name):
             raise UserError(f"llm.options.{name} is no setting of a {type(settings).__name__}; see its config.json")
         setattr(settings, name, value)
-
-
-def torch_dtype(key: str, name: str) -> torch.dtype:
-    """The floating-point dtype of that name.
-
-    Raises:
-        UserError: there is none; names the key.
-    """
-    dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise UserError(f"{key}={name} is no floating-point torch dtype; use float32, bfloat16 or float16")
-    return dtype
 
 
 def _sizes(part: str, name: str, sizes: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -16,7 +16,7 @@ from tests.kit.tiny import tiny_huggingface
 
 SETUP = ("pip install -r requirements.txt && python train.py", "pip install -r requirements.txt && python -m pytest")
 SCRIPTS = ("train.py", "evaluate.py", "prepare.py")
-ONE_PHASE = "recipe.phases=[{name: short, steps: 3, batch_size: 2, learning_rate: 1e-3}]"
+ONE_PHASE = ("~recipe.phases", "recipe.phases={short: {steps: 3, batch_size: 2, learning_rate: 1e-3}}")
 README = REPOSITORY / "README.md"
 
 
@@ -73,7 +73,7 @@ def _tiny_training(world: World, given: Mapping[str, str], folder: Path) -> tupl
     """What makes a command of train.py short: tiny parts and few steps. A run that is continued keeps its recipe."""
     if "plan" in given:
         return ()
-    short = (ONE_PHASE, "recipe.final_samples=1", "recipe.validation_samples=1")
+    short = (*ONE_PHASE, "recipe.final_samples=1", "recipe.validation_samples=1")
     if "experiment" in given:
         return (*(item for item in world.train if item.split(".")[0] in ("vision", "qformer", "llm")), *short)
     if "llm" in given:

@@ -16,7 +16,8 @@ from tests.kit.runs import World, read_lines, run, scores, signal_in_evaluation,
 
 STEPS = 24
 RECIPE = (
-    f"recipe.phases=[{{name: instruction, steps: {STEPS}, batch_size: 4, learning_rate: 1e-4}}]",
+    "~recipe.phases",
+    f"recipe.phases={{instruction: {{steps: {STEPS}, batch_size: 4, learning_rate: 1e-4}}}}",
     "recipe.checkpoint_every=4",
     "recipe.validate_every=50",
     "suite.held_in=[]",

@@ -37,7 +37,7 @@ SMALL = (
     "llm.added_tokens=[]",
     "llm.sizes.vocab_size=500",
     "recipe=paper",
-    "recipe.phases.0.batch_size=4",
+    "recipe.phases.instruction.batch_size=4",
     "parallel=single",
     "plan=true",
 )
@@ -220,7 +220,7 @@ def test_every_experiment_is_planned_and_nothing_is_opened(
     "overrides",
     [
         ("experiment=paper_vicuna_13b", "parallel=ddp", "plan_gpus=8"),
-        ("experiment=paper_vicuna_7b", "plan_gpus=2", "recipe.phases.0.micro_batch_size=64"),
+        ("experiment=paper_vicuna_7b", "plan_gpus=2", "recipe.phases.instruction.micro_batch_size=64"),
         ("experiment=paper_vicuna_7b", "plan_gpus=2", "plan_gpu=rtx_4090"),
         ("experiment=paper_vicuna_13b", "plan_gpus=1", "plan_gpu=rtx_4090"),
     ],
@@ -254,7 +254,7 @@ def test_only_the_first_of_torchruns_processes_prints(monkeypatch: pytest.Monkey
         ("plan_gpu=h300", "plan_gpu=h300 is none of a100_40"),
         ("plan_gpus=0", "plan_gpus=0 is too small"),
         ("plan_gpus=3", "does not divide among 3 processes"),
-        ("plan_mfu=1.5", "plan_mfu=1.5 must be"),
+        ("plan_mfu=1.5", "plan_mfu=1.5 is too large; give 1 or less"),
         ("parallel=single plan_gpus=2", "parallel=single, but there are 2"),
         ("parallel=fsdp parallel.shard_size=3", "parallel.shard_size=3 does not divide 8"),
         ("llm.sizes.model_type=lama", "llm.sizes of smollm2_135m"),
