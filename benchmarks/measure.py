@@ -95,7 +95,7 @@ def in_turns(variants: Sequence[str], rounds: int, *arguments: str) -> dict[str,
 def _measure(prepare: Prepare, folder: Path, parts: list[str], runs: int) -> dict[str, float]:
     work = prepare(folder, parts)
     result = work()
-    before, seconds = _resident_bytes(), []
+    before, seconds = resident_bytes(), []
     peak = _Peak()
     with peak:
         for _ in range(runs):
@@ -111,13 +111,13 @@ class _Peak:
     """Largest resident memory while a block runs, sampled every 2 ms."""
 
     def __init__(self) -> None:
-        self.bytes = _resident_bytes()
+        self.bytes = resident_bytes()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
     def _watch(self) -> None:
         while not self._stop.wait(0.002):
-            self.bytes = max(self.bytes, _resident_bytes())
+            self.bytes = max(self.bytes, resident_bytes())
 
     def __enter__(self) -> None:
         self._thread.start()
@@ -127,7 +127,8 @@ class _Peak:
         self._thread.join()
 
 
-def _resident_bytes() -> int:
+def resident_bytes() -> int:
+    """Memory that this process holds, bytes."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
 

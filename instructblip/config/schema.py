@@ -30,6 +30,7 @@ QFormerInit = Literal["bert", "blip2", "scratch"]
 QueryInit = Literal["normal", "cls"]
 LLMKind = Literal["decoder", "encoder_decoder"]
 Quantization = Literal["int8", "nf4"]
+LavisProjection = Literal["llm_proj", "t5_proj", "opt_proj"]
 Converter = Literal["gguf", "efficientnet_pth"]
 Weighting = Literal["sqrt", "proportional", "uniform", "temperature"]
 MixedPer = Literal["sample", "batch", "step"]
@@ -154,6 +155,7 @@ class LLMConfig(Section):
     answer_prefix: str = ""
     max_prompt_tokens: AtLeastOne = 128
     max_target_tokens: AtLeastOne = 256
+    lavis_projection: LavisProjection | None = None  # as LAVIS's files trained with this LLM call it
 
 
 @dataclass(kw_only=True)

@@ -366,13 +366,14 @@ class _Shards(Sequence[ShardReader]):
     The indexes of 14 million images would be gigabytes in every process.
     """
 
-    def __init__(self, paths: Sequence[Path], remote: RemoteTars | None) -> None:
-        self._paths = tuple(paths)
+    def __init__(self, folder: Path, entries: Sequence[Mapping[str, Any]], remote: RemoteTars | None) -> None:
+        self._folder = folder
+        self._entries = entries  # of the manifest
         self._remote = remote
         self._kept: OrderedDict[int, ShardReader] = OrderedDict()
 
     def __len__(self) -> int:
-        return len(self._paths)
+        return len(self._entries)
 
     @overload
     def __getitem__(self, number: int) -> ShardReader: ...
@@ -385,11 +386,17 @@ class _Shards(Sequence[ShardReader]):
             return [self[place] for place in range(len(self))[number]]
         place = range(len(self))[number]
         if place not in self._kept:
-            self._kept[place] = ShardReader(self._paths[place], self._remote)
+            self._kept[place] = self._open(self._entries[place])
             while len(self._kept) > _READERS_KEPT:
                 self._kept.popitem(last=False)
         self._kept.move_to_end(place)
         return self._kept[place]
+
+    def _open(self, entry: Mapping[str, Any]) -> ShardReader:
+        reader = ShardReader(self._folder / entry["name"], self._remote)
+        if reader.tar_sha256 != entry["sha256"]:
+            raise _broken(reader.path, "is not the one its manifest lists (another SHA-256 in the index)")
+        return reader
 
 
 @dataclass(frozen=True)
@@ -474,18 +481,26 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def open_split(folder: Path) -> PreparedSplit:
-    """Open a split folder; costs reading the heads of its indexes, not the tars.
+    """Open a split folder: costs a look at its list of files, however many records they hold.
+
+    An index is read, and compared with the manifest, when its shard is asked for.
 
     Raises:
-        UserError: the folder is not prepared, or a shard is missing, cut short, or not the one of the manifest.
+        UserError: the folder is not prepared, or a shard is missing or has not as many bytes as the manifest lists.
     """
     manifest = read_manifest(folder)
     remote = remote_tars(folder)
-    paths = [folder / entry["name"] for entry in manifest["shards"]]
-    for path, entry in zip(paths, manifest["shards"], strict=True):
-        metadata = _index_metadata(index_path(path))
-        if metadata["tar_sha256"] != entry["sha256"]:
-            raise _broken(path, "is not the one its manifest lists (another SHA-256 in the index)")
-        if remote is None:
-            _check_tar(path, int(metadata["tar_bytes"]))
-    return PreparedSplit(folder, manifest, _Shards(paths, remote))
+    shards = _Shards(folder, manifest["shards"], remote)
+    sizes = dict(_file_sizes(folder))
+    for number, entry in enumerate(manifest["shards"]):
+        tar_is_there = remote is not None or sizes.get(entry["name"]) == entry.get("bytes")
+        if not tar_is_there or index_path(folder / entry["name"]).name not in sizes:
+            shards[number]  # which says what is wrong with it
+    return PreparedSplit(folder, manifest, shards)
+
+
+def _file_sizes(folder: Path) -> Iterator[tuple[str, int]]:
+    with os.scandir(folder) as files:
+        for file in files:
+            with contextlib.suppress(OSError):  # a link to nowhere
+                yield file.name, file.stat().st_size

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from instructblip.data.coverage import RecordCounts
@@ -77,7 +78,7 @@ class TaskResult:
         scored = 0 if self.score is None else self.score.count
         return replace(self.task.records, failed=len(self.failures), answered=len(self.samples), scored=scored)
 
-    @property
+    @cached_property
     def per_sample(self) -> tuple[float | None, ...]:
         """The score of each of `samples`, on the scale of `value`; None for those that the metric leaves out."""
         if self.score is None:

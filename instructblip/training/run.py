@@ -180,6 +180,9 @@ def _check_unchanged(config: TrainConfig, folder: Path, console: Console) -> Non
     )
     old, new = to_dict(begun), to_dict(config)
     refused = differences(old, new, ignore=(*free, *config.resume_allow))
+    orders = [", ".join(recipe["phases"]) for recipe in (old["recipe"], new["recipe"])]
+    if orders[0] != orders[1] and sorted(old["recipe"]["phases"]) == sorted(new["recipe"]["phases"]):
+        refused.append(f"order of recipe.phases: {orders[0]} -> {orders[1]}")
     if refused:
         raise UserError(
             f"{folder} was begun with another configuration ({'; '.join(refused)}); undo the change, "

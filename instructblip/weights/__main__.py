@@ -5,7 +5,7 @@
     python -m instructblip.weights outputs/train/mine mine.pth --to lavis
 
 SOURCE is a run or a checkpoint of ours, a transformers folder or hub id, or a .pth file of LAVIS. Prints the largest
-absolute difference between SOURCE and the re-opened TARGET at four stages, on a fixed random input, in the types that they
+absolute difference between SOURCE and the re-opened TARGET at five stages, on a fixed random input, in the types that they
 are loaded in; of a model in half precision also in float32. Ends with status 1, and without TARGET, when one is above the
 bound; with 2 and one line when something has to be mended first.
 """
@@ -155,13 +155,14 @@ def _convert(options: argparse.Namespace, partial: Path) -> tuple[torch.dtype, T
     if options.to == "huggingface":
         save_huggingface(loaded.model, partial)
     elif options.to == "lavis":
-        save_lavis(loaded.model, partial)
+        projection = None if loaded.config is None else loaded.config.llm.lavis_projection
+        save_lavis(loaded.model, partial, projection=projection)
     else:
         config = _save_native(loaded, folder, options, partial)
     source = source or traces_native(loaded.model)
     del loaded  # two models would not fit where one does
     if options.to == "huggingface":
-        return dtype, source, traces_huggingface(partial)
+        return dtype, source, traces_huggingface(partial, pad_as_saved=True)
     if config is None:
         return dtype, source, traces_native(_with_lavis(partial, load().model))
     target = traces_native(load_run(partial, device="cpu").model)

@@ -18,7 +18,7 @@ from instructblip.errors import UserError
 from instructblip.files import atomic_path
 from instructblip.models.instructblip import InstructBLIP
 from instructblip.models.llm import EncoderDecoderLLM
-from instructblip.weights.names import PROJECTIONS, check_tensors, foreign_names, is_ignored
+from instructblip.weights.names import LAVIS_ALIASES, PROJECTIONS, check_tensors, foreign_names, is_ignored
 
 logger = logging.getLogger(__name__)
 
@@ -26,9 +26,23 @@ LN_VISION_EPS = 1e-5  # torch's default, which LAVIS leaves as it is
 _VISION = "visual_encoder."
 _PROJECTION = "llm_proj."  # the table's name; others are renamed to it
 
+_POSITION_IDS = "Qformer.bert.embeddings.position_ids"
+
 _TEXT_BRANCH = re.compile(
     r"Qformer\.bert\.(embeddings\.(word|position)_embeddings|encoder\.layer\.\d+\.(intermediate|output))\."
 )
+
+
+class Blip2Start(NamedTuple):
+    """What instruction tuning starts from.
+
+    Attributes:
+        tensors: under this code's names.
+        projection: its name in the second stage's file, one of `PROJECTIONS`; None without that stage.
+    """
+
+    tensors: dict[str, Tensor]
+    projection: str | None
 
 
 class LavisCheckpoint(NamedTuple):
@@ -38,18 +52,13 @@ class LavisCheckpoint(NamedTuple):
         path: the file.
         trained: Q-Former, query tokens, `ln_vision` and projection; the projection is called `llm_proj`.
         vision: the ViT; empty where it was frozen, as in the released files.
-        projection: the projection's original name, `llm_proj` or `t5_proj`, which tells the kind of language model.
+        projection: the projection's original name, one of `PROJECTIONS`, which tells the family of language models.
     """
 
     path: Path
     trained: dict[str, Tensor]
     vision: dict[str, Tensor]
     projection: str
-
-    @property
-    def llm_kind(self) -> str:
-        """`decoder` or `encoder_decoder`: the kind of language model that the projection was aligned to."""
-        return PROJECTIONS[self.projection]
 
     @property
     def llm_width(self) -> int:
@@ -92,7 +101,7 @@ def read_lavis(path: Path) -> LavisCheckpoint:
         UserError: not such a file, or no projection in it.
     """
     trained, vision = _split(_model_state(path))
-    projection = next((name for name in PROJECTIONS if f"{name}.weight" in trained), None)
+    projection = _projection(trained)
     if projection is None:
         raise UserError(
             f"{path} has no {' or '.join(PROJECTIONS)} and is no InstructBLIP checkpoint of LAVIS; a BLIP-2 checkpoint of "
@@ -143,20 +152,29 @@ def load_lavis(checkpoint: LavisCheckpoint, model: InstructBLIP) -> bool:
     return fits
 
 
-def save_lavis(model: InstructBLIP, path: Path) -> None:
+def save_lavis(model: InstructBLIP, path: Path, *, projection: str | None = None) -> None:
     """Write what is trained as a LAVIS checkpoint: Q-Former, query tokens, `ln_vision`, projection.
 
     The frozen ViT and language model are not in such a file. LAVIS computes `ln_vision` with an eps of 1e-5, whatever the
     model has.
 
+    Args:
+        model: the model.
+        path: of the file.
+        projection: its name there, one of `PROJECTIONS`; None takes that of InstructBLIP's models of this kind.
+
     Raises:
         UserError: a tensor that has no place there (of another vision norm than a LayerNorm, say), or a full disk.
     """
     state = model.trainable_state()
-    projection = "t5_proj." if isinstance(model.llm, EncoderDecoderLLM) else _PROJECTION
-    names = {native: name.replace(_PROJECTION, projection) for native, name in foreign_names(state, "lavis").items()}
+    projection = projection or ("t5_proj" if isinstance(model.llm, EncoderDecoderLLM) else "llm_proj")
+    names = {
+        native: name.replace(_PROJECTION, f"{projection}.") for native, name in foreign_names(state, "lavis").items()
+    }
+    positions = torch.arange(model.qformer.max_text_tokens)[None]  # a buffer, which LAVIS's own files have
     with atomic_path(path) as partial:
-        torch.save({"model": {names[native]: tensor.detach().cpu() for native, tensor in state.items()}}, partial)
+        content = {names[native]: tensor.detach().cpu() for native, tensor in state.items()}
+        torch.save({"model": content | {_POSITION_IDS: positions}}, partial)
     if isinstance(model.vision_norm, nn.LayerNorm) and model.vision_norm.eps != LN_VISION_EPS:
         logger.warning(
             "LAVIS computes ln_vision with an eps of %g, this model with %g: its outputs differ by that",
@@ -165,7 +183,7 @@ def save_lavis(model: InstructBLIP, path: Path) -> None:
         )
 
 
-def read_blip2(stage1: Path, stage2: Path | None, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def read_blip2(stage1: Path, stage2: Path | None, expected: Mapping[str, Tensor]) -> Blip2Start:
     """The start of instruction tuning: BLIP-2's first stage, overlaid by its second, under this code's names.
 
     The second stage has no text branch: its text embeddings and text feed-forwards are those of the first. It alone has a
@@ -178,16 +196,27 @@ def read_blip2(stage1: Path, stage2: Path | None, expected: Mapping[str, Tensor]
             the first stage's text branch out.
 
     Returns:
-        A tensor for each of `expected`; the projection is left out where the second stage has none of that shape.
+        With a tensor for each of `expected`; the projection is left out where the second stage has none of that shape.
 
     Raises:
-        UserError: another tensor is missing, unknown or of another shape.
+        UserError: a file of the other stage, or another tensor is missing, unknown or of another shape.
     """
     state, where = _split(_model_state(stage1))[0], str(stage1)
+    if (found := _projection(state)) is not None:
+        raise UserError(
+            f"{stage1} has a projection ({found}), so it is no file of BLIP-2's first stage; give blip2_pretrained.pth as "
+            "qformer.stage1 and the second stage's, blip2_pretrained_<llm>.pth, as qformer.stage2"
+        )
+    projection = None
     if stage2 is not None:
         second = _split(_model_state(stage2))[0]
-        projection = next((name for name in PROJECTIONS if f"{name}.weight" in second), None)
-        state |= second if projection is None else _with_one_projection(second, projection)
+        projection = _projection(second)
+        if projection is None:
+            raise UserError(
+                f"{stage2} has no {' or '.join(PROJECTIONS)}, so it is no file of BLIP-2's second stage; give "
+                "blip2_pretrained_<llm>.pth as qformer.stage2, or null to start from the first stage"
+            )
+        state |= _with_one_projection(second, projection)
         where = f"{stage1} overlaid by {stage2}"
     if "qformer.word_embeddings.weight" not in expected:
         state = {name: tensor for name, tensor in state.items() if not _TEXT_BRANCH.match(name)}
@@ -201,7 +230,12 @@ def read_blip2(stage1: Path, stage2: Path | None, expected: Mapping[str, Tensor]
         state = {name: tensor for name, tensor in state.items() if not name.startswith(_PROJECTION)}
         names = {native: name for native, name in names.items() if native not in fits}
     check_tensors({name: expected[native].shape for native, name in names.items()}, state, where)
-    return {native: state[name] for native, name in names.items()}
+    return Blip2Start({native: state[name] for native, name in names.items()}, projection)
+
+
+def _projection(state: Mapping[str, Tensor]) -> str | None:
+    """What the file of these tensors calls its projection; None where it has none."""
+    return next((name for name in PROJECTIONS if f"{name}.weight" in state), None)
 
 
 def _model_state(path: Path) -> dict[str, Tensor]:
@@ -214,6 +248,8 @@ def _model_state(path: Path) -> dict[str, Tensor]:
 
 def _split(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """What is trained, and the ViT; what means nothing here is left out."""
+    if aliases := [name for name in LAVIS_ALIASES if name in state]:
+        logger.info("passed over %d tensors of the frozen language model: %s", len(aliases), ", ".join(aliases))
     known = {name: tensor for name, tensor in state.items() if not is_ignored(name, "lavis")}
     vision = {name: tensor for name, tensor in known.items() if name.startswith(_VISION)}
     return {name: tensor for name, tensor in known.items() if name not in vision}, vision

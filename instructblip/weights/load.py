@@ -23,14 +23,6 @@ from instructblip.weights.transformers_read import is_huggingface_folder, load_h
 
 LAVIS_VISION, LAVIS_QFORMER = "eva_vit_g", "blip2"  # names in configs/vision and configs/qformer
 
-# The language models that the released LAVIS files were trained with, by kind and width.
-LAVIS_LLMS = {
-    ("decoder", 4096): "vicuna_7b",
-    ("decoder", 5120): "vicuna_13b",
-    ("encoder_decoder", 2048): "flan_t5_xl",
-    ("encoder_decoder", 4096): "flan_t5_xxl",
-}
-
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
 
@@ -259,8 +251,8 @@ def _load_lavis(found: Source, replaced: Replacements) -> LoadedModel:
     )
     model = build_model(config.vision, config.qformer, config.llm, seed=config.seed)
     fits = load_lavis(checkpoint, model)
-    trained_with = LAVIS_LLMS.get((checkpoint.llm_kind, checkpoint.llm_width), "another LLM")
-    if trained_with != config.llm.name:
+    if checkpoint.projection != config.llm.lavis_projection or not fits:
+        trained_with = f"an LLM of width {checkpoint.llm_width} (LAVIS's {checkpoint.projection})"
         warn_aligned(trained_with, config.llm.name, projection_fits=fits)
     return LoadedModel(model, found.name, str(path), 0, config, frozen_parts(config.vision, config.llm))
 

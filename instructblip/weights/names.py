@@ -99,8 +99,15 @@ TABLE = (
 # The language model: transformers' own names behind these prefixes. LAVIS never stores it.
 LLM_PREFIX, HUGGINGFACE_LLM_PREFIX = "llm.model.", "language_model."
 
-# LAVIS's name of the projection, and the kind of language model that it belongs to.
-PROJECTIONS = {"llm_proj": "decoder", "t5_proj": "encoder_decoder", "opt_proj": "decoder"}
+# LAVIS's names of the projection, one a family of language models: Vicuna, Flan-T5, OPT.
+PROJECTIONS = ("llm_proj", "t5_proj", "opt_proj")
+
+# LAVIS leaves frozen weights out of its files by their names, and a tied table has more names than one.
+LAVIS_ALIASES = (
+    "t5_model.encoder.embed_tokens.weight",
+    "t5_model.decoder.embed_tokens.weight",
+    "opt_model.lm_head.weight",
+)
 
 # Tensors that may stand in a file and mean nothing here.
 IGNORED: dict[Format, tuple[str, ...]] = {
@@ -112,6 +119,7 @@ IGNORED: dict[Format, tuple[str, ...]] = {
         "itm_head.*",
         "temp",
         "*.rotary_emb.inv_freq",  # computed from the configuration
+        *LAVIS_ALIASES,
     ),
     "huggingface": (
         "qformer.embeddings.position_ids",

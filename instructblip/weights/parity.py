@@ -17,6 +17,7 @@ from transformers import (
     AutoImageProcessor,
     AutoTokenizer,
     InstructBlipForConditionalGeneration,
+    InstructBlipProcessor,
     PreTrainedTokenizerBase,
 )
 
@@ -27,10 +28,12 @@ from instructblip.weights.names import SIDECAR
 from instructblip.weights.transformers_read import read_transformers_config
 
 INSTRUCTION = "Question: what color is the shape in the image? Short answer:"
+SHORT_INSTRUCTION = "what is it?"  # beside the other it has to be padded
 ANSWER = "it is a blue rectangle"
 _BATCH = 2
 _SEED = 0
 _ROUNDINGS = 8
+_UNEQUAL = (SHORT_INSTRUCTION, INSTRUCTION)
 
 
 class Trace(NamedTuple):
@@ -41,12 +44,14 @@ class Trace(NamedTuple):
         qformer: the queries' outputs (B, Q, D).
         projection: the soft prompt (B, Q, L).
         logits: at each position that predicts a token of the answer (S, W).
+        padded: at the first position of the answers to two instructions of unequal length, run together (B, W).
     """
 
     vision: Tensor
     qformer: Tensor
     projection: Tensor
     logits: Tensor
+    padded: Tensor
 
 
 class Traces(NamedTuple):
@@ -62,7 +67,9 @@ def stage_differences(source: Trace, target: Trace) -> dict[str, float]:
     Of two vocabularies only the words that both have are compared: a transformers folder may have got `<image>`.
     """
     words = min(source.logits.shape[-1], target.logits.shape[-1])
-    source, target = (trace._replace(logits=trace.logits[..., :words]) for trace in (source, target))
+    source, target = (
+        trace._replace(logits=trace.logits[..., :words], padded=trace.padded[..., :words]) for trace in (source, target)
+    )
     return {
         stage: float((ours - theirs).abs().max()) if ours.shape == theirs.shape else float("inf")
         for stage, ours, theirs in zip(Trace._fields, source, target, strict=True)
@@ -93,7 +100,8 @@ def traces_native(model: InstructBLIP) -> Traces:
 def trace_native(model: InstructBLIP) -> Trace:
     """Run this code's model in the types it has."""
     model = model.cpu().eval()
-    images = model.normalised(model.vision(_pixels(model.vision.image_size)))
+    tokens = model.vision(_pixels(model.vision.image_size))
+    images = model.normalised(tokens)
     text, mask = None, None
     if model.qformer.instruction_aware:
         encoded = model.qformer_tokenizer([INSTRUCTION] * _BATCH, return_tensors="pt")
@@ -102,26 +110,34 @@ def trace_native(model: InstructBLIP) -> Trace:
     projected = model.projection(queries)
     answers = [model.llm.prompt_format.target_ids(ANSWER)] * _BATCH
     states = model.llm.answer_states(model.llm.prefixes(projected, [INSTRUCTION] * len(projected)), answers)
-    return _trace(images, queries, projected, model.llm.logits(states.hidden_SL))
+    prefixes = model.llm.prefixes(model.visual_prompt(tokens[:, None], _UNEQUAL), _UNEQUAL)
+    padded = model.llm.prefill(prefixes).last_BL
+    return _trace(images, queries, projected, model.llm.logits(states.hidden_SL), model.llm.logits(padded))
 
 
-def traces_huggingface(folder: Path) -> Traces:
+def traces_huggingface(folder: Path, *, pad_as_saved: bool = False) -> Traces:
     """Run a folder's model through transformers' own classes, from its own tokenizers and image processor.
 
     It is opened in the type that transformers chooses.
+
+    Args:
+        folder: of the model.
+        pad_as_saved: batches are padded on the side that the folder's processor says. Not every published folder says the
+            right one, which is the left for a decoder-only language model.
 
     Raises:
         UserError: it is no InstructBLIP folder.
     """
     model = _open_huggingface(folder)
-    loaded = _trace_huggingface(model, folder)
-    exact = all(parameter.dtype == torch.float32 for parameter in model.parameters())
-    return Traces(loaded, loaded if exact else _trace_huggingface(model.float(), folder))
+    loaded = _trace_huggingface(model, folder, pad_as_saved=pad_as_saved)
+    if all(parameter.dtype == torch.float32 for parameter in model.parameters()):
+        return Traces(loaded, loaded)
+    return Traces(loaded, _trace_huggingface(model.float(), folder, pad_as_saved=pad_as_saved))
 
 
-def trace_huggingface(folder: Path) -> Trace:
+def trace_huggingface(folder: Path, *, pad_as_saved: bool = False) -> Trace:
     """The first of `traces_huggingface`."""
-    return _trace_huggingface(_open_huggingface(folder), folder)
+    return _trace_huggingface(_open_huggingface(folder), folder, pad_as_saved=pad_as_saved)
 
 
 def _open_huggingface(folder: Path) -> Any:
@@ -131,7 +147,7 @@ def _open_huggingface(folder: Path) -> Any:
 
 
 @torch.inference_mode()
-def _trace_huggingface(model: Any, folder: Path) -> Trace:
+def _trace_huggingface(model: Any, folder: Path, *, pad_as_saved: bool) -> Trace:
     with quiet_transformers():
         pictures = AutoImageProcessor.from_pretrained(folder)
     size = model.config.vision_config.image_size
@@ -140,7 +156,12 @@ def _trace_huggingface(model: Any, folder: Path) -> Trace:
     prompt, answer = _token_ids(folder, AutoTokenizer.from_pretrained(folder))
     decoder_only = model.config.use_decoder_only_language_model
     if model.config.image_token_index is None:  # the older form: any token that the text has not can mark the places
-        used = {*prompt, *answer}
+        used = {
+            *prompt,
+            *answer,
+            *AutoTokenizer.from_pretrained(folder)(SHORT_INSTRUCTION)["input_ids"],
+            model.config.text_config.pad_token_id,
+        }
         model.config.image_token_index = next(i for i in range(model.config.text_config.vocab_size) if i not in used)
     image = model.config.image_token_index
     before = [image if token is None else token for token in prompt]
@@ -155,7 +176,34 @@ def _trace_huggingface(model: Any, folder: Path) -> Trace:
     )
     queries = outputs.qformer_outputs[0][:, : model.config.num_query_tokens]
     logits = outputs.logits[:, -len(answer) :].flatten(0, 1)
-    return _trace(outputs.vision_outputs[0], queries, model.language_projection(queries), logits)
+    padded = _first_logits(model, folder, pad_as_saved=pad_as_saved)
+    return _trace(outputs.vision_outputs[0], queries, model.language_projection(queries), logits, padded)
+
+
+def _first_logits(model: Any, folder: Path, *, pad_as_saved: bool) -> Tensor:
+    """What `generate` takes its first token from, for two prompts of unequal length that the folder's processor pads."""
+    said, config = _said_of_text(folder), model.config
+    with quiet_transformers():
+        processor = InstructBlipProcessor.from_pretrained(folder)
+    processor.num_query_tokens = config.num_query_tokens  # which the older form does not tell it
+    processor.tokenizer.init_kwargs.pop("padding_side", None)  # which it would hand on to the Q-Former's tokenizer
+    if not pad_as_saved:
+        processor.tokenizer.padding_side = "left" if config.use_decoder_only_language_model else "right"
+    texts = [said.get("prompt_prefix", "") + text + said.get("prompt_suffix", "") for text in _UNEQUAL]
+    pixels = list(_pixels(config.vision_config.image_size))
+    inputs = processor(images=pixels, text=texts, do_resize=False, padding=True, return_tensors="pt")
+    heard = processor(text=list(_UNEQUAL), padding=True, return_tensors="pt")  # by the Q-Former: the instructions alone
+    inputs |= {name: heard[name] for name in ("qformer_input_ids", "qformer_attention_mask")}
+    ids = inputs["input_ids"]
+    mark = processor.tokenizer.convert_tokens_to_ids(processor.image_token.content)
+    before = processor.tokenizer(said.get("image_prefix", ""), add_special_tokens=False)["input_ids"]
+    inputs["input_ids"] = torch.cat([torch.tensor([before] * len(ids), dtype=ids.dtype).view(len(ids), -1), ids], dim=1)
+    inputs["input_ids"][inputs["input_ids"] == mark] = config.image_token_index
+    ones = ids.new_ones(len(ids), len(before))
+    inputs["attention_mask"] = torch.cat([ones, inputs["attention_mask"]], dim=1)
+    options = {"max_new_tokens": 1, "do_sample": False, "num_beams": 1}
+    found = model.generate(**inputs, **options, output_logits=True, return_dict_in_generate=True)
+    return found.logits[0]
 
 
 def _trace(*stages: Tensor) -> Trace:
@@ -168,12 +216,17 @@ def _pixels(size: int) -> Tensor:
     return torch.randint(0, 256, (_BATCH, 3, size, size), dtype=torch.uint8, generator=generator)
 
 
+def _said_of_text(folder: Path) -> dict[str, Any]:
+    """What a folder's sidecar says that its user has to write around the visual tokens and the prompt."""
+    return read_json(folder / SIDECAR)["llm"] if (folder / SIDECAR).is_file() else {}
+
+
 def _token_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int | None], list[int]]:
     """The prompt's ids, None in the places of the visual tokens, and the answer's, as a user of the folder writes them.
 
     `instructblip.json` tells what has to be written around the visual tokens and before the answer.
     """
-    said = read_json(folder / SIDECAR)["llm"] if (folder / SIDECAR).is_file() else {}
+    said = _said_of_text(folder)
     queries: list[int | None] = [None] * read_transformers_config(folder).num_query_tokens
     before = tokenizer(said.get("image_prefix", ""), add_special_tokens=False)["input_ids"]
     prompt = tokenizer(said.get("prompt_prefix", "") + INSTRUCTION + said.get("prompt_suffix", ""))["input_ids"]

@@ -58,7 +58,7 @@ def build_model(vision: VisionConfig, qformer: QFormerConfig, llm: LLMConfig, *,
     norm = VISION_NORMS[vision.norm](frozen_vision.width, vision.norm_eps)
     projection: dict[str, Tensor] = {}
     if qformer.init == "blip2":
-        projection = _start_from_blip2(qformer, trainable, norm, llm_width=frozen_llm.width, llm_name=llm.name)
+        projection = _start_from_blip2(qformer, trainable, norm, llm_width=frozen_llm.width, llm=llm)
     model = InstructBLIP(
         vision=frozen_vision,
         vision_norm=norm,
@@ -157,7 +157,7 @@ def load_qformer(config: QFormerConfig, *, vision_width: int) -> tuple[QFormer, 
 
 
 def _start_from_blip2(
-    config: QFormerConfig, qformer: QFormer, norm: nn.Module, *, llm_width: int, llm_name: str
+    config: QFormerConfig, qformer: QFormer, norm: nn.Module, *, llm_width: int, llm: LLMConfig
 ) -> dict[str, Tensor]:
     """Load BLIP-2's Q-Former and vision norm; return its projection, empty where it does not fit this language model."""
     if config.stage1 is None:
@@ -172,14 +172,21 @@ def _start_from_blip2(
     stage2 = None if config.stage2 is None else Path(config.stage2).expanduser()
     start = read_blip2(Path(config.stage1).expanduser(), stage2, expected)
     found = {
-        part: {name.removeprefix(f"{part}."): start[name] for name in start if name.startswith(f"{part}.")}
+        part: {
+            name.removeprefix(f"{part}."): tensor
+            for name, tensor in start.tensors.items()
+            if name.startswith(f"{part}.")
+        }
         for part in parts
     }
     qformer.load_state_dict(found["qformer"])
     norm.load_state_dict(found["vision_norm"])
     fits = bool(found["projection"])
-    if stage2 is not None and (config.aligned_to != llm_name or not fits):
-        warn_aligned(config.aligned_to or "another LLM", llm_name, projection_fits=fits)
+    trained_with = config.aligned_to or "another LLM"
+    if start.projection is not None and llm.lavis_projection not in (None, start.projection):
+        trained_with = f"an LLM of LAVIS's {start.projection}"
+    if stage2 is not None and (trained_with != llm.name or not fits):
+        warn_aligned(trained_with, llm.name, projection_fits=fits)
     return found["projection"]
 
 

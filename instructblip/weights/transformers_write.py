@@ -70,7 +70,10 @@ def save_huggingface(model: InstructBLIP, folder: Path, *, overwrite: bool = Fal
         config: Any = target.config
         target.generation_config = GenerationConfig.from_model_config(config.text_config)
         target.save_pretrained(partial)
-        _processor(model, tokenizer).save_pretrained(partial)
+        processor = _processor(model, tokenizer)
+        processor.save_pretrained(partial)
+        # InstructBlipVideoProcessor looks for it here, and does not find it in processor_config.json.
+        processor.image_processor.save_pretrained(partial)
         model.llm.prompt_format.tokenizer.save_pretrained(partial / LLM_TOKENIZER)
         write_json(partial / SIDECAR, _sidecar(model))
         _warn_about_text(model.llm, partial)
@@ -208,6 +211,11 @@ def _processor_tokenizer(llm: LLM) -> PreTrainedTokenizerBase:
         tokenizer.bos_token = vocabulary[llm.prompt_format.bos_ids[0]]
     decoder_only = not isinstance(llm, EncoderDecoderLLM)
     tokenizer.padding_side = "left" if decoder_only else "right"
+    # Of the side what stands in init_kwargs is saved; what a class does by itself (LLaMA's) need not stand there, and does
+    # better not: the processor hands it on to the Q-Former's tokenizer too.
+    tokenizer.init_kwargs.pop("padding_side", None)
+    if type(tokenizer).padding_side != tokenizer.padding_side:
+        tokenizer.init_kwargs["padding_side"] = tokenizer.padding_side
     if tokenizer("a photo")["input_ids"] != _plain_prompt_ids(llm):
         tokenizer.add_bos_token, tokenizer.add_eos_token = bool(llm.prompt_format.bos_ids), not decoder_only
     tokenizer.add_special_tokens({"additional_special_tokens": [_IMAGE_TOKEN]})
@@ -272,7 +280,13 @@ def _warn_about_text(llm: LLM, folder: Path) -> None:
             llm.prompt_format.prompt_prefix,
             llm.prompt_format.prompt_suffix,
         )
-    found = InstructBlipProcessor.from_pretrained(folder).tokenizer("a photo")["input_ids"]
+    processor = InstructBlipProcessor.from_pretrained(folder)
+    if processor(text=["a", "a photo"], padding=True)["qformer_attention_mask"][0][0] == 0:
+        logger.warning(
+            "transformers' processor pads the Q-Former's text on the left as it does the prompts, which moves its "
+            "positions: there, before prompts of unequal lengths, call processor.tokenizer.init_kwargs.pop('padding_side')"
+        )
+    found = processor.tokenizer("a photo")["input_ids"]
     if found != _plain_prompt_ids(llm):
         logger.warning(
             "transformers' processor gives a prompt the token ids %s where this model takes %s: there, set them yourself",

@@ -35,7 +35,7 @@ def validate_as_written_here() -> None:
         if event == "open" and str(arguments[0]).endswith("metrics.jsonl") and "a" not in (arguments[1] or ""):
             print(OPENED)
 
-    run_module.validate = lambda training, step, stop: {"easy_vqa_shape": SCORES[step]}
+    run_module.run_validation = lambda training, step, stop: {"easy_vqa_shape": SCORES[step]}
     sys.addaudithook(opened)
 
 

@@ -38,7 +38,7 @@ def formats(tmp_path_factory: pytest.TempPathFactory) -> Formats:
     sections = {
         "vision/eva_vit_g": dataclasses.replace(config.vision, name="eva_vit_g", norm_eps=1e-5),
         "qformer/blip2": dataclasses.replace(config.qformer, name="blip2", queries=9),
-        "llm/own": dataclasses.replace(config.llm, name="own"),
+        "llm/own": dataclasses.replace(config.llm, name="own", lavis_projection="llm_proj"),
         "llm/other": _language_model(folder / "other", config.llm, width=32),
         "llm/wide": _language_model(folder / "wide", config.llm, width=48),
     }

@@ -87,6 +87,7 @@ def test_the_language_model_it_was_aligned_to_is_no_reason_to_warn(
     load(formats.native)
     load(formats.huggingface)
     load(formats.native, llm="huggingface_llm")
+    load(formats.lavis, llm="own")
     assert not caplog.records
 
 
@@ -94,9 +95,11 @@ def test_the_language_model_it_was_aligned_to_is_no_reason_to_warn(
 @pytest.mark.parametrize("llm", ["other", "wide"])
 def test_another_language_model(source: str, llm: str, formats: Formats, caplog: pytest.LogCaptureFixture) -> None:
     own, (model, *_, parts) = load(formats.huggingface).model, load(getattr(formats, source), llm=llm)
-    trained_with = {"huggingface": "the LLM of huggingface", "native": "huggingface_llm", "lavis": "another LLM"}[
-        source
-    ]
+    trained_with = {
+        "huggingface": "the LLM of huggingface",
+        "native": "huggingface_llm",
+        "lavis": "an LLM of width 32 (LAVIS's llm_proj)",
+    }[source]
     remark = ", and the projection, into another width, starts anew" if llm == "wide" else ""
     assert [record.message for record in caplog.records] == [
         f"Q-Former and projection were aligned to {trained_with}; llm={llm} needs them trained{remark}"
@@ -109,6 +112,20 @@ def test_another_language_model(source: str, llm: str, formats: Formats, caplog:
             assert torch.equal(model.state_dict()[name], tensor), name
     scores = model.rank(torch.zeros(1, 1, 3, 28, 28, dtype=torch.uint8), ["what is it?"], [["red", "blue"]])
     assert bool(scores[0].isfinite().all())
+
+
+def test_of_two_language_models_of_one_width_the_projections_name_tells(
+    formats: Formats, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    state = torch.load(formats.lavis, weights_only=True)["model"]
+    torch.save({"model": {name.replace("llm_proj", "opt_proj"): state[name] for name in state}}, tmp_path / "opt.pth")
+    own = read_config(formats.configs / "llm/own.yaml", LLMConfig)
+    load(tmp_path / "opt.pth", llm=dataclasses.replace(own, lavis_projection="opt_proj"))
+    assert not caplog.records
+    load(tmp_path / "opt.pth", llm="own")
+    assert [record.message for record in caplog.records] == [
+        "Q-Former and projection were aligned to an LLM of width 32 (LAVIS's opt_proj); llm=own needs them trained"
+    ]
 
 
 def test_files_of_parts_from_elsewhere(formats: Formats, tmp_path: Path) -> None:

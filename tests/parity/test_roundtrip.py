@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import InstructBlipForConditionalGeneration, InstructBlipProcessor
+from transformers import InstructBlipForConditionalGeneration, InstructBlipProcessor, InstructBlipVideoProcessor
 
 from instructblip.errors import UserError
 from instructblip.models.instructblip import InstructBLIP
@@ -145,6 +145,35 @@ def test_transformers_answers_with_the_same_text(exported: tuple[InstructBLIP, P
     assert model.generate([image], [PROMPT], max_new_tokens=8) == [text]
 
 
+def test_two_prompts_together_get_the_answers_they_get_alone(exported: tuple[InstructBLIP, Path]) -> None:
+    _, folder = exported
+    theirs = InstructBlipForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    processor = InstructBlipProcessor.from_pretrained(folder)
+    processor.tokenizer.init_kwargs.pop("padding_side", None)  # as the export's warning says
+    decoder_only = theirs.config.use_decoder_only_language_model
+    assert processor.tokenizer.padding_side == ("left" if decoder_only else "right")
+    generator = torch.Generator().manual_seed(1)
+    pixels = torch.randint(0, 256, (2, 28, 28, 3), dtype=torch.uint8, generator=generator)
+    images, prompts = [Image.fromarray(picture.numpy()) for picture in pixels], [PROMPT, "is it red?"]
+
+    def answers(images: list[Image.Image], prompts: list[str]) -> list[list[int]]:
+        inputs = processor(images=images, text=prompts, padding=True, return_tensors="pt")
+        ids = theirs.generate(**inputs, max_new_tokens=6, min_new_tokens=6, do_sample=False)
+        return [row[-6:].tolist() for row in ids]
+
+    alone = [answers([image], [prompt])[0] for image, prompt in zip(images, prompts, strict=True)]
+    assert answers(images, prompts) == alone
+
+
+def test_the_processor_of_videos_opens(exported: tuple[InstructBLIP, Path]) -> None:
+    model, folder = exported
+    processor = InstructBlipVideoProcessor.from_pretrained(folder)
+    frames = torch.randint(0, 256, (1, 4, 3, 28, 28), dtype=torch.uint8)
+    seen = processor(images=frames, text=[PROMPT], return_tensors="pt", padding=True)["pixel_values"]
+    expected = (frames - model.vision.mean) / model.vision.std
+    torch.testing.assert_close(seen, expected, rtol=0, atol=1e-5)
+
+
 def test_transformers_computes_the_same(exported: tuple[InstructBLIP, Path]) -> None:
     model, folder = exported
     model.vision_norm.eps = 1e-6  # transformers has one eps for all norms of the vision part
@@ -183,6 +212,8 @@ def test_the_sidecar_says_what_transformers_cannot(tmp_path: Path, caplog: pytes
     assert [record.message for record in caplog.records] == [
         "transformers' processor puts no text around the visual tokens and the prompt: there, write '<|im_start|>user\\n' "
         "before and '\\n' after the image tokens and ' answer' after the prompt yourself",
+        "transformers' processor pads the Q-Former's text on the left as it does the prompts, which moves its positions: "
+        "there, before prompts of unequal lengths, call processor.tokenizer.init_kwargs.pop('padding_side')",
         "transformers computes ln_vision with an eps of 1e-06, this model with 1e-05: its outputs differ by that",
     ]
     assert json.loads((tmp_path / "exported/instructblip.json").read_text()) == {

@@ -1,6 +1,7 @@
 """`python -m instructblip.weights`: a certificate, an exit status, and a whole TARGET or none."""
 
 import itertools
+import json
 import re
 import runpy
 import shutil
@@ -17,12 +18,13 @@ from instructblip.weights.__main__ import main
 from instructblip.weights.lavis import save_lavis
 from instructblip.weights.load import load_model
 from instructblip.weights.parity import traces_huggingface, traces_native
+from instructblip.weights.transformers_write import save_huggingface
 from tests.kit.tiny import tiny_huggingface
 from tests.parity.conftest import Formats
 
 pytestmark = pytest.mark.usefixtures("named_parts")
 
-STAGES = ["vision", "qformer", "projection", "logits"]
+STAGES = ["vision", "qformer", "projection", "logits", "padded"]
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, list[tuple[str, float, str]], str]:
@@ -68,9 +70,9 @@ def test_each_side_is_run_by_its_own_code(
     calls: list[str] = []
 
     def recorded(name: str, function: Any) -> Any:
-        def call(source: Any) -> Any:
+        def call(source: Any, **options: Any) -> Any:
             calls.append(name)
-            return function(source)
+            return function(source, **options)
 
         return call
 
@@ -113,20 +115,34 @@ def test_with_a_named_language_model_its_weights_are_not_copied(formats: Formats
 def test_a_result_that_computes_something_else_is_not_written(
     wrong: float, formats: Formats, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def save_wrongly(model: InstructBLIP, path: Path) -> None:
+    def save_wrongly(model: InstructBLIP, path: Path, *, projection: str | None) -> None:
         kept = model.qformer.layers[2].query_ffn.down.bias.detach().clone()  # type: ignore[union-attr, operator]
         with torch.no_grad():
             model.qformer.layers[2].query_ffn.down.bias.add_(wrong * torch.arange(32))  # type: ignore[union-attr, operator]
-            save_lavis(model, path)
+            save_lavis(model, path, projection=projection)
             model.qformer.layers[2].query_ffn.down.bias.copy_(kept)  # type: ignore[union-attr, operator]
 
     monkeypatch.setattr(command, "save_lavis", save_wrongly)
     status, rows, _ = run(capsys, formats.native, tmp_path / "x.pth", "--to", "lavis")
     assert status == 1
     assert [(stage, verdict) for stage, _, verdict in rows] == list(
-        zip(STAGES, ["within", "ABOVE", "ABOVE", "ABOVE"], strict=True)
+        zip(STAGES, ["within", "ABOVE", "ABOVE", "ABOVE", "ABOVE"], strict=True)
     )
     assert not list(tmp_path.iterdir())
+
+
+def test_a_result_whose_prompts_are_padded_on_the_wrong_side_is_not_written(
+    formats: Formats, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def save_without_the_side(model: InstructBLIP, folder: Path) -> None:
+        save_huggingface(model, folder)
+        said = json.loads((folder / "tokenizer_config.json").read_text())
+        assert said.pop("padding_side") == "left"
+        (folder / "tokenizer_config.json").write_text(json.dumps(said))
+
+    monkeypatch.setattr(command, "save_huggingface", save_without_the_side)
+    status, rows, _ = run(capsys, formats.native, tmp_path / "x", "--to", "huggingface")
+    assert (status, [verdict for _, _, verdict in rows]) == (1, ["within"] * 4 + ["ABOVE"])
 
 
 @pytest.mark.parametrize("to", ["huggingface", "native", "lavis"])
@@ -135,7 +151,7 @@ def test_the_bound_holds_for_every_format(
 ) -> None:
     status, rows, _ = run(capsys, formats.native, tmp_path / "target", "--to", to, "--bound", "-1")
     assert status == 1
-    assert [verdict for _, _, verdict in rows] == ["ABOVE"] * 4
+    assert [verdict for _, _, verdict in rows] == ["ABOVE"] * 5
     assert not list(tmp_path.iterdir())
 
 

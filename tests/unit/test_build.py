@@ -355,6 +355,14 @@ def test_another_llm_than_it_was_aligned_to_is_said_in_one_line(
     assert ["flan_t5_xl" in lines[0], "vicuna_7b" in lines[0], "anew" in lines[0]] == [True, True, False]
     assert "starts anew" in lines[1]
     assert len(lines) == 2
+    caplog.clear()
+    opt = torch.load(folder / "stage2.pth", weights_only=True)["model"]
+    torch.save(
+        {"model": {name.replace("llm_proj", "opt_proj"): tensor for name, tensor in opt.items()}}, folder / "opt.pth"
+    )
+    build(compose("train", TrainConfig, [*overrides, f"qformer.stage2={folder}/opt.pth"]))
+    (line,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert "were aligned to an LLM of LAVIS's opt_proj; llm=vicuna_7b needs them trained" in line
     assert all("\n" not in line for line in lines)
 
 

@@ -23,6 +23,7 @@ from instructblip.models.ranking import RANKING_PRESETS
 from instructblip.tracking import LOGGERS
 from instructblip.training.parallel import PRECISIONS
 from instructblip.training.plan.flops import GPUS
+from instructblip.weights.names import PROJECTIONS
 from instructblip.weights.parts import VISION_NORMS
 from tests.kit.runs import REPOSITORY
 
@@ -41,6 +42,7 @@ COMMANDS: dict[str, tuple[Any, tuple[str, ...]]] = {
         (schema.Converter, CONVERTERS),
         (schema.GPUName, GPUS),
         (schema.LLMKind, LLM_KINDS),
+        (schema.LavisProjection, PROJECTIONS),
         (schema.LoggerKind, LOGGERS),
         (schema.OcrLibrary, RECOGNISERS),
         (schema.Precision, PRECISIONS),

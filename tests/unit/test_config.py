@@ -21,6 +21,7 @@ from instructblip.config.schema import (
     InspectConfig,
     LLMConfig,
     MixtureConfig,
+    MixtureDatasetConfig,
     ModelConfig,
     PrepareConfig,
     TrainConfig,
@@ -254,6 +255,33 @@ def test_a_broken_stored_configuration_is_named(tmp_path: Path, text: str | None
     with pytest.raises(UserError) as error:
         read_config(path, TrainConfig)
     assert [word for word in words if word not in str(error.value)] == []
+
+
+def test_nothing_in_a_stored_configuration_is_interpolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECRET_TOKEN", "s3cr3t")
+    config = compose_config("train", TrainConfig, [])
+    config.llm.name = "${oc.env:SECRET_TOKEN}"
+    path = tmp_path / "config.yaml"
+    path.write_text(to_yaml(config), encoding="utf-8")
+    assert read_config(path, TrainConfig).llm.name == read_model_config(path).llm.name == "${oc.env:SECRET_TOKEN}"
+
+
+def test_aliases_that_stand_for_millions_of_values_are_refused(tmp_path: Path) -> None:
+    levels = "".join(f"{b}: &{b} [{','.join(['*' + a] * 9)}]\n" for a, b in zip("abcdefg", "bcdefgh", strict=True))
+    path = tmp_path / "config.yaml"
+    path.write_text("a: &a [x,x,x,x,x,x,x,x,x]\n" + levels, encoding="utf-8")
+    for read in (read_model_config, lambda path: read_config(path, TrainConfig)):
+        with pytest.raises(UserError, match=r"config\.yaml: there are more than 100,000 values, by aliases perhaps"):
+            read(path)
+
+
+def test_a_key_that_stands_twice_and_numbers_without_a_point(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("seed: 1\nseed: 2\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"config\.yaml is not valid YAML: .*seed stands twice"):
+        read_config(path, TrainConfig)
+    path.write_text("name: mine\nmultiplier: 5e-1\n", encoding="utf-8")
+    assert read_config(path, MixtureDatasetConfig).multiplier == 0.5
 
 
 def test_differences() -> None:

@@ -1,5 +1,6 @@
 """LAVIS's files: what is read, what is passed over by name, what is refused; BLIP-2's two stages laid over each other."""
 
+import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -50,7 +51,9 @@ def test_what_a_file_holds(source: InstructBLIP, tmp_path: Path) -> None:
     content = torch.load(tmp_path / "model.pth", weights_only=True)
     assert content.keys() == {"model"}
     names = set(content["model"])
-    assert names == set(foreign_names(source.trainable_state(), "lavis").values())
+    positions = "Qformer.bert.embeddings.position_ids"  # a buffer, which LAVIS's own files have
+    assert names == {*foreign_names(source.trainable_state(), "lavis").values(), positions}
+    assert torch.equal(content["model"][positions], torch.arange(64)[None])
     assert {"query_tokens", "ln_vision.weight", "llm_proj.bias"} < names
     assert not [name for name in names if name.startswith(("visual_encoder", "llm_model"))]
     assert [path.name for path in tmp_path.iterdir()] == ["model.pth"]
@@ -72,7 +75,7 @@ def test_a_checkpoint_of_lavis_own_training(source: InstructBLIP, target: Instru
     torch.save(content, tmp_path / "checkpoint_3.pth")
     vision = {name: tensor.clone() for name, tensor in target.vision.state_dict().items()}
     checkpoint = read_lavis(tmp_path / "checkpoint_3.pth")
-    assert (checkpoint.llm_kind, checkpoint.llm_width, checkpoint.vision) == ("decoder", 32, {})
+    assert (checkpoint.projection, checkpoint.llm_width, checkpoint.vision) == ("llm_proj", 32, {})
     assert load_lavis(checkpoint, target)
     assert_equal(target.trainable_state(), source.trainable_state())
     assert_equal(target.vision.state_dict(), vision)
@@ -120,11 +123,32 @@ def test_the_projection_into_another_width_stays(source: InstructBLIP, tmp_path:
     assert_equal(target.qformer.state_dict(), source.qformer.state_dict())
 
 
-def test_the_projection_tells_the_kind_of_language_model(tmp_path: Path) -> None:
-    save_lavis(tiny_released_model(llm=tiny_encoder_decoder_llm()), tmp_path / "t5.pth")
-    checkpoint = read_lavis(tmp_path / "t5.pth")
-    assert "t5_proj.weight" in torch.load(tmp_path / "t5.pth", weights_only=True)["model"]
-    assert (checkpoint.projection, checkpoint.llm_kind) == ("t5_proj", "encoder_decoder")
+def test_the_projection_tells_the_family_of_language_models(source: InstructBLIP, tmp_path: Path) -> None:
+    t5 = tiny_released_model(llm=tiny_encoder_decoder_llm())
+    for model, given, name in ((t5, None, "t5_proj"), (source, None, "llm_proj"), (source, "opt_proj", "opt_proj")):
+        save_lavis(model, tmp_path / "model.pth", projection=given)
+        assert f"{name}.weight" in torch.load(tmp_path / "model.pth", weights_only=True)["model"]
+        checkpoint = read_lavis(tmp_path / "model.pth")
+        assert checkpoint.projection == name
+        assert torch.equal(checkpoint.trained["llm_proj.weight"], model.projection.weight)
+
+
+@pytest.mark.parametrize("aliases", [("t5_model.encoder", "t5_model.decoder"), ("opt_model.lm_head",)])
+def test_other_names_of_the_language_models_tied_table_are_passed_over(
+    aliases: tuple[str, ...],
+    source: InstructBLIP,
+    target: InstructBLIP,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO, "instructblip")
+    names = [f"{name}.weight" if "lm_head" in name else f"{name}.embed_tokens.weight" for name in aliases]
+    state = lavis_state(source, tmp_path) | dict.fromkeys(names, torch.ones(9, 32, dtype=torch.bfloat16))
+    torch.save({"model": state}, tmp_path / "runner.pth")
+    assert load_lavis(read_lavis(tmp_path / "runner.pth"), target)
+    assert_equal(target.trainable_state(), source.trainable_state())
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert f"passed over {len(names)} tensors of the frozen language model: {', '.join(names)}" in line
 
 
 def test_settings_that_only_the_tensors_tell(source: InstructBLIP, tmp_path: Path) -> None:
@@ -201,7 +225,8 @@ def test_stage_2_lies_over_stage_1(stages: tuple[Path, Path, dict[str, Tensor], 
     stage1, stage2, first, second = stages
     expected = tiny_released_model(3).trainable_state()
     names = foreign_names(expected, "lavis")
-    start = read_blip2(stage1, stage2, expected)
+    start, projection = read_blip2(stage1, stage2, expected)
+    assert projection == "opt_proj"
     assert start.keys() == expected.keys()
     from_first = []
     for native, name in names.items():
@@ -215,7 +240,8 @@ def test_stage_2_lies_over_stage_1(stages: tuple[Path, Path, dict[str, Tensor], 
 
 def test_stage_1_alone_has_no_projection(stages: tuple[Path, Path, dict[str, Tensor], dict[str, Tensor]]) -> None:
     expected = tiny_released_model(3).trainable_state()
-    start = read_blip2(stages[0], None, expected)
+    start, projection = read_blip2(stages[0], None, expected)
+    assert projection is None
     assert expected.keys() - start.keys() == {"projection.weight", "projection.bias"}
     assert torch.equal(start["qformer.query_tokens"], stages[2]["query_tokens"])
 
@@ -224,13 +250,26 @@ def test_a_projection_into_another_width_is_left_out(
     stages: tuple[Path, Path, dict[str, Tensor], dict[str, Tensor]],
 ) -> None:
     expected = tiny_released_model(3).trainable_state() | {"projection.weight": torch.zeros(48, 32)}
-    start = read_blip2(stages[0], stages[1], expected)
+    start, _ = read_blip2(stages[0], stages[1], expected)
     assert expected.keys() - start.keys() == {"projection.weight", "projection.bias"}
 
 
-def test_stage_2_alone_is_not_enough(stages: tuple[Path, Path, dict[str, Tensor], dict[str, Tensor]]) -> None:
-    with pytest.raises(UserError, match=r"stage2.pth lacks the tensor Qformer.bert.embeddings.word_embeddings.weight"):
-        read_blip2(stages[1], None, tiny_released_model(3).trainable_state())
+def test_a_file_of_the_other_stage_is_refused(
+    stages: tuple[Path, Path, dict[str, Tensor], dict[str, Tensor]],
+) -> None:
+    stage1, stage2, expected = stages[0], stages[1], tiny_released_model(3).trainable_state()
+    for given in ((stage2, stage1), (stage2, None), (stage2, stage2)):
+        with pytest.raises(
+            UserError, match=r"stage2.pth has a projection \(opt_proj\), so it is no file of BLIP-2's first"
+        ):
+            read_blip2(*given, expected)
+    with pytest.raises(UserError, match=r"stage1.pth has no llm_proj or .*, so it is no file of BLIP-2's second stage"):
+        read_blip2(stage1, stage1, expected)
+
+
+def test_tensors_of_the_stages_that_mean_nothing_here_are_named(
+    stages: tuple[Path, Path, dict[str, Tensor], dict[str, Tensor]],
+) -> None:
     torch.save({"model": stages[2] | {"Qformer.bert.pooler.weight": torch.ones(1)}}, stages[0])
     with pytest.raises(
         UserError, match=r"stage1.pth overlaid by .*stage2.pth has the unknown tensor Qformer.bert.pooler"

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from instructblip.errors import UserError
 from instructblip.progress import training_progress
-from instructblip.training import timer as meters
+from instructblip.training import metrics_log
 from instructblip.training.curves import draw_curves, smoothed
 from instructblip.training.metrics_log import BestStep, MetricsLog
 from instructblip.training.timer import StepTimer
@@ -95,10 +95,10 @@ def test_resuming_reads_what_is_forgotten_and_no_more(tmp_path: Path, monkeypatc
     """Lines longer and shorter than what is read at once, and one that the disk has zeroed."""
     lines = [json.dumps({"step": step, "ids": ["x" * (step % 7)] * 40}).encode() + b"\n" for step in range(1, 101)]
     parsed: list[bytes] = []
-    entry = meters._entry
-    monkeypatch.setattr(meters, "_entry", lambda line: parsed.append(line) or entry(line))
+    entry = metrics_log._entry
+    monkeypatch.setattr(metrics_log, "_entry", lambda line: parsed.append(line) or entry(line))
     for block in (1, 64, 1 << 16):
-        monkeypatch.setattr(meters, "_BLOCK", block)
+        monkeypatch.setattr(metrics_log, "_BLOCK", block)
         path = tmp_path / f"{block}.jsonl"
         path.write_bytes(b"".join(lines) + b"\0" * 50 + b"\n" + b'{"step": 101')
         parsed.clear()

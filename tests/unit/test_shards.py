@@ -48,7 +48,8 @@ def _write_split(folder: Path) -> Path:
     entries = []
     for shard, numbers in enumerate((range(3), range(3, 6))):
         path = _write(folder, numbers, shard)
-        entry = {"name": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+        content = path.read_bytes()
+        entry = {"name": path.name, "sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
         entries.append(entry | {"records_by_kind": ShardReader(path).records_by_kind()})
     manifest = {"format": 1, "dataset": "tiny", "split": "test", "shards": entries}
     manifest["records_by_kind"] = {"color": 6, "shape": 9}
@@ -279,6 +280,27 @@ def test_shards_are_opened_when_needed_and_the_last_ones_kept(tmp_path: Path, mo
         split.shards[2]
 
 
+def test_opening_a_split_reads_no_index_and_misses_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[Path] = []
+    read_index = shards._read_index
+    monkeypatch.setattr(shards, "_read_index", lambda path: read.append(path) or read_index(path))
+    open_split(_write_split(tmp_path)).record_counts()
+    read.clear()
+    open_split(tmp_path).record_counts()
+    assert read == []
+    tar = tmp_path / "shard-000001.tar"
+    os.truncate(tar, tar.stat().st_size - 512)
+    with pytest.raises(UserError, match=r"shard-000001.tar has [\d,]+ bytes where its index says"):
+        open_split(tmp_path)
+    tar.unlink()
+    tar.symlink_to(tmp_path / "gone.tar")
+    with pytest.raises(UserError, match=r"shard-000001.tar cannot be read"):
+        open_split(tmp_path)
+    index_path(tar).unlink()
+    with pytest.raises(UserError, match=r"shard-000001.index.safetensors is missing"):
+        open_split(tmp_path)
+
+
 def test_records_are_counted_by_shard_without_opening_one(tmp_path: Path) -> None:
     split = open_split(_write_split(tmp_path))
     for kinds in ((), ("color",), ("shape", "color")):
@@ -310,7 +332,7 @@ def test_open_split_refuses_what_its_manifest_does_not_list(tmp_path: Path) -> N
     _write_split(tmp_path)
     _write(tmp_path, range(2, 5), 1)
     with pytest.raises(UserError, match=r"shard-000001.tar is not the one its manifest lists"):
-        open_split(tmp_path)
+        open_split(tmp_path).shards[1]  # as many bytes as the one that is listed
     (tmp_path / "manifest.json").write_text('{"format": 2}')
     with pytest.raises(UserError, match="not a manifest of format 1"):
         open_split(tmp_path)
