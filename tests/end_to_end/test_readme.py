@@ -96,7 +96,7 @@ def test_a_command_runs(line: str, world: World, finished_run: Path, tmp_path: P
         "evaluate.py": ("samples=6",) if "data" in given else (*world.evaluate, "samples=3"),
         "prepare.py": (f"sources.easy_vqa.path={world.raw}",),
     }[script]
-    ordered = sorted([*tiny, *arguments], key=lambda word: "=" in word)  # flags come first
+    ordered = sorted([*tiny, *arguments], key=lambda word: "=" in word or word[0] == "~")  # flags come first
     printed = run(world, script, *ordered, cwd=tmp_path)
     assert printed.strip()
     assert "Traceback" not in printed
