@@ -47,7 +47,7 @@ from instructblip.data.mixture_dataset import MixtureDataset, TrainingSet, decod
 from instructblip.data.records import Record
 from instructblip.data.shards import ShardReader, ShardWriter, index_path, open_split, shard_path
 from instructblip.data.templates import TemplateSet
-from instructblip.distributed import Processes
+from instructblip.distributed import Ranks
 from instructblip.evaluation import runner
 from instructblip.evaluation.outcomes import score_task
 from instructblip.evaluation.protocol import make_task
@@ -126,7 +126,7 @@ def made_up_run(folder: Path, count: int) -> Any:
         ),
         folder=folder,
         console=console,
-        processes=Processes(),
+        ranks=Ranks(),
         model=model,
         optimizer=optimizer,
         names={parameter: name for name, parameter in model.named_parameters()},
@@ -137,7 +137,7 @@ def made_up_run(folder: Path, count: int) -> Any:
         lost=LostSamples(fraction=0.01, samples=10, say=print),
         validation=[True],
         frozen={"vision": "0", "llm": "0"},
-        shape=SimpleNamespace(total=lambda work, through_llm: 1e12),
+        shape=SimpleNamespace(total=lambda work, runs_llm: 1e12),
         peak_flops=1e15,
         metrics=MetricsLog(folder / "metrics.jsonl"),
         best=BestStep("mean"),

@@ -44,7 +44,7 @@ from instructblip.config.entry import compose_config
 from instructblip.config.schema import LLMConfig, TrainConfig
 from instructblip.data.batching import Batch, Batching
 from instructblip.data.records import Record, Sample
-from instructblip.distributed import Processes
+from instructblip.distributed import Ranks
 from instructblip.models.instructblip import InstructBLIP
 from instructblip.models.llm import LLM_KINDS
 from instructblip.objectives import make_objectives
@@ -198,7 +198,7 @@ def this_code(kind: str, *, compiled: bool = False, fp8: bool = False) -> Callab
         batches = batches_of(model, arguments, kind)
         if fp8:
             _to_fp8(model)
-        parallelize(model, Processes(), kind="single", compile_blocks=compiled)
+        parallelize(model, Ranks(), kind="single", compile_blocks=compiled)
         context = StepContext(autocast=torch.bfloat16 if arguments.device == "cuda" else None)
 
         def step() -> float:

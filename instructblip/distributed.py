@@ -1,7 +1,7 @@
-"""The processes of a run: which of them this is, and how all of them agree.
+"""The ranks of a run or an evaluation: which of them this process is, and how all of them agree.
 
-torchrun starts one process a GPU and says who is who in the environment; without it a run is one process. What processes
-tell each other beside gradients is small JSON over gloo, every rank at the same place of the program.
+torchrun starts one process a GPU and says who is who in the environment; without it there is one process. What the ranks
+of a training run tell each other beside gradients is small JSON over gloo, every rank at the same place of the program.
 """
 
 import contextlib
@@ -12,7 +12,7 @@ import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,27 +21,80 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from instructblip.errors import UserError
 
+_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")  # that torchrun sets for each process
+
+
+def _on() -> None:
+    """Nothing makes this process give up."""
+
+
+Item = TypeVar("Item")
+
 
 @dataclass(frozen=True)
-class Processes:
-    """One process among those of a run.
+class Ranks:
+    """One process among those of a run or of an evaluation.
 
     Attributes:
         rank: its number over all nodes.
-        local_rank: its number on this node, and that of its GPU.
         world_size: how many there are.
+        local_rank: its number on this node, and that of its GPU.
         timeout: seconds after which a rank that does not answer ends the others.
+        poll_stop: called between batches and while this process waits for the others; may raise to give up.
     """
 
     rank: int = 0
-    local_rank: int = 0
     world_size: int = 1
+    local_rank: int = 0
     timeout: float = 600.0
+    poll_stop: Callable[[], None] = _on
+
+    @classmethod
+    def from_environment(cls, timeout: float = 600.0) -> Self:
+        """Who this process is, by the variables that torchrun sets; alone without them.
+
+        Raises:
+            UserError: some of them are missing, or they contradict each other.
+        """
+        found = {name: os.environ[name] for name in _VARIABLES if name in os.environ}
+        if not found:
+            return cls(timeout=timeout)
+        if found.get("WORLD_SIZE") == "1":  # what starts one container a node leaves the others out, and may
+            found = {"RANK": "0", "LOCAL_RANK": "0"} | found
+        try:
+            rank, world_size, local_rank = (int(found[name]) for name in _VARIABLES)
+        except (KeyError, ValueError):
+            rank, world_size, local_rank = -1, 0, -1
+        if not 0 <= rank < world_size or not 0 <= local_rank < world_size:
+            says = ", ".join(f"{name}={found[name]}" if name in found else f"no {name}" for name in _VARIABLES)
+            raise UserError(
+                f"the environment says {says}, which is no rank of a group; start with torchrun, or unset them"
+            )
+        return cls(rank, world_size, local_rank, timeout)
 
     @property
     def is_first(self) -> bool:
-        """Whether this process prints and writes for all."""
+        """Whether this process scores, prints and writes for all."""
         return self.rank == 0
+
+    def device(self, wanted: str) -> str:
+        """The device for this process, where a configuration says `auto` or `cuda`: the GPU of its number.
+
+        Raises:
+            UserError: this node has fewer GPUs than processes.
+        """
+        if self.world_size == 1 or wanted not in ("auto", "cuda") or not torch.cuda.is_available():
+            return wanted
+        if self.local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"local rank {self.local_rank} has no GPU, this node has {torch.cuda.device_count()}; "
+                "give torchrun --nproc_per_node=NUMBER_OF_GPUS"
+            )
+        return f"cuda:{self.local_rank}"
+
+    def share(self, chunks: Sequence[Item]) -> Sequence[Item]:
+        """This rank's part of the work: every `world_size`-th piece. All pieces are somebody's, none is two ranks'."""
+        return chunks[self.rank :: self.world_size]
 
     def gather(self, value: Any) -> list[Any]:
         """The JSON value of every rank, in the order of the ranks; every rank calls this at the same place.
@@ -140,7 +193,7 @@ def _is_lost_rank(error: RuntimeError) -> bool:
 
 
 @contextlib.contextmanager
-def start_processes(device: torch.device, timeout: float) -> Iterator[Processes]:
+def start_ranks(device: torch.device, timeout: float) -> Iterator[Ranks]:
     """Join the processes that torchrun started, or be alone without it.
 
     Args:
@@ -148,25 +201,22 @@ def start_processes(device: torch.device, timeout: float) -> Iterator[Processes]
         timeout: seconds that a rank may be silent before the others end.
 
     Raises:
-        UserError: more processes than GPUs on this node, or the processes do not find each other.
+        UserError: half an environment, more processes than GPUs on this node, or the processes do not find each other.
     """
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if world_size == 1:
-        yield Processes(timeout=timeout)
+    ranks = Ranks.from_environment(timeout)
+    if ranks.world_size == 1:
+        yield ranks
         return
-    processes = Processes(int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"]), world_size, timeout)
     if device.type == "cuda":
-        if processes.local_rank >= torch.cuda.device_count():
-            raise UserError(
-                f"local rank {processes.local_rank} has no GPU, this node has {torch.cuda.device_count()}; "
-                "give torchrun --nproc_per_node=NUMBER_OF_GPUS"
-            )
-        torch.cuda.set_device(processes.local_rank)
+        torch.cuda.set_device(ranks.device("cuda"))
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    with processes.watched():
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    with ranks.watched():
+        try:
+            dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+        except ValueError as error:  # MASTER_ADDR or MASTER_PORT is missing, or no number
+            raise UserError(f"the ranks cannot meet: {error}; start them with torchrun") from None
     try:
-        yield processes
+        yield ranks
     except BaseException:
         # Exchanges that wait for a lost rank must not keep this one from its end: the kernel sees to that.
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
@@ -193,69 +243,4 @@ def choose_device(name: str) -> torch.device:
 # one batch takes; a process that torchrun started and that died ends all others at once anyway.
 SILENCE_SECONDS = 1800.0
 
-Item = TypeVar("Item")
-
-
-def _on() -> None:
-    """Nothing makes this process give up."""
-
-
-@dataclass(frozen=True)
-class Worker:
-    """One of the processes of an evaluation.
-
-    Attributes:
-        rank: its number, from 0.
-        count: how many there are.
-        local_rank: its number on its node, which is that of its GPU.
-        poll_stop: called between batches and while this process waits for the others; may raise to give up.
-    """
-
-    rank: int = 0
-    count: int = 1
-    local_rank: int = 0
-    poll_stop: Callable[[], None] = _on
-
-    @property
-    def is_first(self) -> bool:
-        """Whether this process scores, writes results and prints."""
-        return self.rank == 0
-
-    def device(self, wanted: str) -> str:
-        """The device for this process, where a configuration says `auto` or `cuda`: the GPU of its number."""
-        if self.count == 1 or wanted not in ("auto", "cuda") or not torch.cuda.is_available():
-            return wanted
-        if self.local_rank >= torch.cuda.device_count():
-            raise UserError(
-                f"process {self.local_rank} of this node has no GPU, there are {torch.cuda.device_count()}; "
-                "give torchrun --nproc_per_node=NUMBER_OF_GPUS"
-            )
-        return f"cuda:{self.local_rank}"
-
-    def share(self, chunks: Sequence[Item]) -> Sequence[Item]:
-        """This process's part of the work: every `count`-th piece. All pieces are somebody's, none is two processes'."""
-        return chunks[self.rank :: self.count]
-
-
-ALONE = Worker()
-
-
-def this_worker() -> Worker:
-    """Who this process is, by torchrun's environment variables; alone without them.
-
-    Raises:
-        UserError: they contradict each other.
-    """
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    if "WORLD_SIZE" not in os.environ:
-        return ALONE
-    try:
-        rank, count, local_rank = (int(os.environ[name]) for name in names)
-    except (KeyError, ValueError):
-        rank, count, local_rank = -1, 0, -1
-    if not 0 <= rank < count or local_rank < 0:
-        found = ", ".join(f"{name}={os.environ.get(name)}" for name in names)
-        raise UserError(
-            f"the environment says {found}, which is no process of a group; start with torchrun, or unset them"
-        )
-    return Worker(rank, count, local_rank)
+ALONE = Ranks()

@@ -1,4 +1,7 @@
-"""What the entry points share: compose with Hydra, validate, hand over, and say errors in one line.
+"""What the entry points share: compose with Hydra, validate, check, hand over, and say errors in one line.
+
+Hydra changes only keys that some YAML file writes, and wants `+` for others. Here every key of the schema can be set as
+`key=value`: Hydra is told `++key=value`, and what is no key is found when the whole is validated.
 
 Sweeps (`-m key=a,b`) are Hydra's: one job for each combination, one after the other, or on SLURM by a launcher. Each job's
 output folder is named after what is swept: `held_out-llm_vicuna_7b`.
@@ -24,12 +27,14 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from yaml import YAMLError
 
+from instructblip.config.checks import check
 from instructblip.config.schema import CONFIGS, Schema
-from instructblip.config.validate import unknown_choice, unknown_key, valid_keys, validate
+from instructblip.config.validate import unknown_choice, validate
 from instructblip.errors import UserError
 
 EXIT_USER_ERROR = 2
 _SWEEP_FLAGS = ("-m", "--multirun")
+_OTHER_CONFIGURATION = ("--config", "-cp", "-cn", "-cd")  # Hydra's options that name one
 _LONGEST_NAME = 180  # characters; file systems end at 255 bytes
 _SLURM = "hydra/launcher=slurm needs Hydra's launcher for it; pip install -r requirements-slurm.txt"
 
@@ -48,6 +53,7 @@ def main(name: str, schema: type[Schema], task: Callable[[Schema, Console], int 
         status = None
         try:
             config = validate(composed, schema)
+            check(config)
             status = task(_named_after(config, swept) if sweeping else config, Console())
         except UserError as error:  # here, since Hydra would print a traceback of whatever leaves this function
             if not sweeping or os.getpid() != process:  # a job of its own process, on SLURM, ends with it
@@ -62,6 +68,7 @@ def main(name: str, schema: type[Schema], task: Callable[[Schema, Console], int 
     try:
         check_overrides(name, schema, sys.argv[1:])
         sys.argv += _sweep_naming(sys.argv[1:])
+        sys.argv[1:] = _settable(sys.argv[1:])
         hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=name)(run)()
     except UserError as error:
         _fail(error)
@@ -72,19 +79,29 @@ def main(name: str, schema: type[Schema], task: Callable[[Schema, Console], int 
 
 
 def check_overrides(name: str, schema: Any, arguments: list[str]) -> None:
-    """Compose once before Hydra does, to say what is wrong in one line; of a sweep each swept value once.
+    """Compose and validate once before Hydra does, to say what is wrong in one line; of a sweep each swept value once.
 
-    Hydra's own options, but for `-m`, are left to Hydra.
+    With Hydra's options (`--cfg job`, `--help`), which only show something, required keys may be missing. Where they name
+    another configuration than ours it is left to Hydra.
 
     Raises:
-        UserError: an unknown key or an unknown choice of a group, with the nearest valid one.
+        UserError: an unknown key or an unknown choice of a group, with the nearest valid one; as `validate` and `check`.
     """
-    overrides = [argument for argument in arguments if argument not in _SWEEP_FLAGS]
-    if any(argument.startswith("-") for argument in overrides):
+    options = [argument for argument in arguments if argument.startswith("-") and argument not in _SWEEP_FLAGS]
+    if any(option.startswith(_OTHER_CONFIGURATION) for option in options):
         return
-    sweeping = len(overrides) < len(arguments)
-    for job in _jobs(overrides) if sweeping else [overrides]:
-        _compose(name, schema, job)
+    overrides = [argument for argument in arguments if not argument.startswith("-")]
+    if options:
+        overrides = [
+            argument for argument in overrides if "=" in argument or argument.startswith("~")
+        ]  # not their values
+    if set(arguments) & set(_SWEEP_FLAGS):
+        for job in _jobs(overrides):  # what goes together is checked in each job, for the others may run
+            validate(_compose(name, job), schema, missing_ok=bool(options))
+        return
+    config = validate(_compose(name, overrides), schema, missing_ok=bool(options))
+    if config is not None:
+        check(config)
 
 
 def compose_config(name: str, schema: type[Schema], overrides: list[str]) -> Schema:
@@ -96,9 +113,29 @@ def compose_config(name: str, schema: type[Schema], overrides: list[str]) -> Sch
         overrides: as on the command line, `llm=vicuna_7b`.
 
     Raises:
-        UserError: an unknown key or an unknown choice of a group, with the nearest valid one; a wrong type.
+        UserError: an unknown key or an unknown choice of a group, with the nearest valid one; as `validate` and `check`.
     """
-    return validate(_compose(name, schema, overrides), schema)
+    config = validate(_compose(name, overrides), schema)
+    check(config)
+    return config
+
+
+def _settable(arguments: list[str]) -> list[str]:
+    """The command line with `++` before every key that is set or added, so that no file has to write it first."""
+    return [_forced(argument) for argument in arguments]
+
+
+def _forced(argument: str) -> str:
+    if argument.startswith(("-", "~", "++")) or "=" not in argument:
+        return argument
+    try:
+        override = OverridesParser.create().parse_override(argument)
+    except HydraException:
+        return argument  # Hydra says what is wrong with it
+    group = override.package is not None or (CONFIGS / override.key_or_group).is_dir()
+    if override.key_or_group.startswith("hydra") or (group and not isinstance(override.value(), dict)):
+        return argument
+    return f"++{argument.lstrip('+')}"
 
 
 def _jobs(overrides: list[str]) -> Iterator[list[str]]:
@@ -124,7 +161,7 @@ def _parse(overrides: list[str]) -> list[Override]:
     try:
         return OverridesParser.create().parse_overrides(overrides)
     except HydraException as error:
-        raise UserError(_explain(error, None)) from None
+        raise UserError(_explain(error)) from None
 
 
 def _sweep_naming(arguments: list[str]) -> list[str]:
@@ -142,7 +179,8 @@ def _job() -> tuple[bool, str, int]:
     settings = HydraConfig.get()
     if settings.mode != RunMode.MULTIRUN:
         return False, "", 0
-    return True, str(settings.job.override_dirname), int(settings.job.num)
+    swept = re.sub(r"(^|,)\++", r"\1", str(settings.job.override_dirname))  # without what `_settable` has added
+    return True, swept, int(settings.job.num)
 
 
 def _named_after(config: Schema, swept: str) -> Schema:
@@ -157,23 +195,19 @@ def _named_after(config: Schema, swept: str) -> Schema:
     return config
 
 
-def _compose(name: str, schema: Any, overrides: list[str]) -> DictConfig:
+def _compose(name: str, overrides: list[str]) -> DictConfig:
     GlobalHydra.instance().clear()
     try:
         with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
-            return hydra.compose(name, overrides=overrides)
+            return hydra.compose(name, overrides=_settable(overrides))
     except (HydraException, OmegaConfBaseException, YAMLError, ValueError, TypeError) as error:
-        raise UserError(_explain(error, schema)) from None
+        raise UserError(_explain(error)) from None
     finally:
         GlobalHydra.instance().clear()
 
 
-def _explain(error: Exception, schema: Any) -> str:
+def _explain(error: Exception) -> str:
     message = str(error)
-    key = re.search(r"Could not override '([^']+)'", message)
-    if key:
-        name, known = key.group(1), valid_keys(schema)
-        return f"{name} is a section; add to it with +{name}.KEY=VALUE" if name in known else unknown_key(name, known)
     if "Could not load 'hydra/launcher/submitit_" in message:
         return _SLURM
     choice = re.search(r"Could not find '([^']+)/([^/']+)'", message)
@@ -181,10 +215,8 @@ def _explain(error: Exception, schema: Any) -> str:
         return unknown_choice(choice[1], choice[2])
     several = re.search(r"Ambiguous value for argument '([^']+)'", message)
     if several:
-        return f"{several[1]} are several values; give -m to run one job for each, or put a text with a comma in quotes"
-    group = re.search(r"Could not override '?([\w/]+)'?\. No match in the defaults list", message)
-    if group:
-        return unknown_key(group.group(1), valid_keys(schema))
+        values = several[1].lstrip("+")
+        return f"{values} are several values; give -m to run one job for each, or put a text with a comma in quotes"
     if isinstance(error, YAMLError):
         return f"a file in {CONFIGS} is not valid YAML: {message}"
     reason = ": ".join(str(part).splitlines()[0] for part in (error, error.__cause__) if part and str(part))

@@ -1,20 +1,251 @@
-"""Values read from YAML, checked against annotated dataclasses: a mistake is named with its file, key and nearest word."""
+"""The one engine that checks what is read from YAML or the command line against the annotated dataclasses.
+
+Configurations and dataset cards go through `build`. pydantic finds what is wrong; the line that a user reads is made here:
+the file, the key's place, what is wrong with the value and what to give instead.
+"""
 
 import dataclasses
 import difflib
+import functools
+import json
 import re
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
-from yaml import YAMLError
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
 
 from instructblip.config.schema import CONFIGS, ModelConfig, Schema
 from instructblip.errors import UserError
+
+_MOST_VALUES = 100_000  # that a file may hold, each alias counted as often as it is used
+_LONGEST_SHOWN = 80  # characters of a value in an error line
+Place = tuple[int | str, ...]  # the keys and numbers that lead to a value
+
+
+# --- the engine ------------------------------------------------------------------------------------------------------
+
+
+def build(kind: Any, values: Any, file: str = "", key: str = "", *, missing_ok: bool = False) -> Any:
+    """Turn values read from YAML into the annotated type, or say which key is wrong.
+
+    Nothing is converted but list to tuple and int to float: an unquoted `yes` (a bool in YAML) is an error, not "True".
+
+    Args:
+        kind: a dataclass below `schema.Section`.
+        values: plain values.
+        file: where they were read, which begins the error's line; none for the command line.
+        key: where they stand in it; none for all of it.
+        missing_ok: accept that required keys are missing, and return None then: for a look at a part of the whole.
+
+    Raises:
+        UserError: an unknown key, a missing one, a wrong type, a value that is not among the choices or out of bounds.
+    """
+    try:
+        _check_plain(values, key)
+        try:
+            # As JSON: its strict reading takes objects for dataclasses and arrays for tuples, and converts nothing else.
+            return _adapter(kind).validate_json(json.dumps(values))
+        except ValidationError as error:
+            found = _by_weight(error.errors(include_url=False), missing_ok=missing_ok)
+            if not found:
+                return None
+            line = _Mistake(kind, values, key, on_command_line=not file).line(found[0])
+            wrong = dict.fromkeys(_dotted(key, error["loc"]) for error in found[1:] if error["type"] != "missing")
+            raise UserError(line + (f" (also wrong: {', '.join(wrong)})" if wrong else "")) from None
+    except UserError as error:
+        raise UserError(f"{file}: {error}" if file else str(error)) from None
+
+
+@functools.cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
+
+
+def _by_weight(errors: Iterable[ErrorDetails], *, missing_ok: bool) -> list[ErrorDetails]:
+    """Unknown keys first, missing ones last: a misspelt key is both."""
+    order = {"unexpected_keyword_argument": 0, "missing": 2}
+    wanted = [error for error in errors if not (missing_ok and error["type"] == "missing")]
+    return sorted(wanted, key=lambda error: order.get(error["type"], 1))
+
+
+def _check_plain(values: Any, key: str) -> None:
+    """Values that JSON can hold, under keys that are text, and not too many of them.
+
+    Aliases of YAML let a short file stand for more values than memory holds.
+    """
+    left = _MOST_VALUES
+
+    def visit(value: Any, key: str) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise UserError(f"there are more than {_MOST_VALUES:,} values, by aliases perhaps; write what is meant")
+        if isinstance(value, dict):
+            for name, inner in value.items():
+                if not isinstance(name, str):
+                    raise UserError(f"{key or 'the file'} has the key {name!r}, which is not text; put it in quotes")
+                visit(inner, f"{key}.{name}" if key else name)
+        elif isinstance(value, list):
+            for number, inner in enumerate(value):
+                visit(inner, f"{key}.{number}")
+        elif value is not None and type(value) not in (str, int, float, bool):
+            raise UserError(f"{key} is {value!r}, which YAML reads as {type(value).__name__}; put it in quotes")
+
+    visit(values, key)
+
+
+def _dotted(key: str, place: Iterable[int | str]) -> str:
+    return ".".join([*([key] if key else []), *map(str, place)])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Mistake:
+    """Makes the line about one of pydantic's errors."""
+
+    kind: Any
+    values: Any
+    key: str  # where the values stand
+    on_command_line: bool
+
+    def line(self, error: ErrorDetails) -> str:
+        kind, place = error["type"], error["loc"]
+        name, limits = _dotted(self.key, place), error.get("ctx", {})
+        given = f"{name}={_shown(error['input'])}"
+        if kind == "unexpected_keyword_argument":
+            return self._unknown(place)
+        if kind == "missing":
+            return self._missing(place)
+        if kind == "literal_error":
+            return self._no_choice(place, error["input"])
+        if kind == "value_error":
+            return f"{given}: {limits['error']}"
+        bounds = {
+            "greater_than_equal": "{ge} or more",
+            "greater_than": "more than {gt}",
+            "less_than_equal": "{le} or less",
+            "less_than": "less than {lt}",
+        }
+        if kind in bounds:
+            wanted = bounds[kind].format_map({limit: f"{value:g}" for limit, value in limits.items()})
+            return f"{given} is too {'small' if kind.startswith('greater') else 'large'}; give {wanted}"
+        if kind in ("too_short", "too_long"):
+            least = limits.get("min_length", limits.get("max_length"))
+            return f"{given} has {limits['actual_length']} entries; give {'at least ' * (least == 1)}{least}"
+        return self._wrong_type(name, kind, error)
+
+    def _wrong_type(self, name: str, kind: str, error: ErrorDetails) -> str:
+        expected = {
+            "int_type": "a whole number",
+            "int_from_float": "a whole number",
+            "float_type": "a number",
+            "finite_number": "a finite number",
+            "bool_type": "true or false",
+            "string_type": "text",
+            "list_type": "a list",
+            "tuple_type": "a list",
+            "dict_type": "keys and values",
+            "dataclass_type": "keys and values",
+        }
+        value = error["input"]
+        hint = ""
+        if kind == "string_type" and value is not None and not isinstance(value, list | dict):
+            hint = f"; put it in quotes: {name}=\"'{_shown(value)}'\"" if self.on_command_line else "; put it in quotes"
+        return f"{name or 'the file'} must be {expected.get(kind, error['msg'])}, not {_shortened(repr(value))}{hint}"
+
+    def _no_choice(self, place: Place, value: Any) -> str:
+        annotation = _annotation(self.kind, place)
+        known = [_shown(choice) for choice in _choices(annotation)]
+        near = difflib.get_close_matches(str(value), known, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        return f"{_dotted(self.key, place)}={_shown(value)} is none of {', '.join(known)}{hint}"
+
+    def _unknown(self, place: Place) -> str:
+        """Said with the names that stand at this place for NAME and numbers of the schema's keys."""
+        prefix = f"{self.key}." if self.key else ""
+        wanted = ".".join(str(step) for step in _schematic(self.kind, place))
+        line = unknown_key(wanted, valid_keys(self.kind))
+        general, special = wanted.rpartition(".")[0], _dotted("", place).rpartition(".")[0]
+        line = line.replace(f"{general}.", f"{special}.") if general else line
+        return re.sub(r"(unknown key |did you mean )", rf"\g<1>{prefix}", line)
+
+    def _missing(self, place: Place) -> str:
+        """An entry of a section by name that lacks something may be another's name misspelt, or its number."""
+        name = _dotted(self.key, place)
+        parent = self.values
+        for step in place[:-2]:
+            parent = parent[step]
+        if len(place) > 1 and isinstance(parent, dict) and _schematic(self.kind, place)[-2] == "NAME":
+            entry, others = str(place[-2]), [other for other in parent if other != place[-2] and not other.isdigit()]
+            near = difflib.get_close_matches(entry, others, n=1)
+            if entry.isdigit() and int(entry) < len(others):
+                near = [others[int(entry)]]
+            if near:
+                section, keys = _dotted(self.key, place[:-2]), parent[entry] or {"...": 0}
+                meant = ", ".join(f"{section}.{near[0]}.{key}" for key in keys)
+                return f"{section} go by name, and {section}.{entry} is none of them; did you mean {meant}?"
+        return f"key {name} is missing; give {name}=..." if self.on_command_line else f"key {name} is missing"
+
+
+def _shown(value: Any) -> str:
+    """A value as it is written on the command line and in YAML."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return _shortened(str(value))
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[: _LONGEST_SHOWN - 3]}..."
+
+
+# --- annotations -----------------------------------------------------------------------------------------------------
+
+
+def _bare(annotation: Any) -> Any:
+    """Without bounds and without `| None`."""
+    if typing.get_origin(annotation) is Annotated:
+        return _bare(typing.get_args(annotation)[0])
+    if typing.get_origin(annotation) in (types.UnionType, typing.Union):
+        (inner,) = [part for part in typing.get_args(annotation) if part is not types.NoneType]
+        return _bare(inner)
+    return annotation
+
+
+def _annotation(kind: Any, place: Iterable[int | str]) -> Any:
+    """The annotation of what stands at a place; Any where there is none."""
+    for step in place:
+        bare = _bare(kind)
+        arguments = typing.get_args(bare)
+        if dataclasses.is_dataclass(bare):
+            kind = typing.get_type_hints(bare, include_extras=True).get(str(step), Any)
+        else:
+            kind = arguments[-1 if typing.get_origin(bare) is dict else 0] if arguments else Any
+    return kind
+
+
+def _choices(annotation: Any) -> list[Any]:
+    """Of a Literal, None among them where it may be left out."""
+    choices = list(typing.get_args(_bare(annotation)))
+    optional = typing.get_origin(annotation) in (types.UnionType, typing.Union)
+    return [*choices, None] if optional else choices
+
+
+def _schematic(kind: Any, place: Place) -> list[str]:
+    """A place in the words of `valid_keys`: 0 for any number, NAME for any name."""
+    steps = []
+    for depth, step in enumerate(place):
+        around = typing.get_origin(_bare(_annotation(kind, place[:depth])))
+        steps.append({list: "0", tuple: "0", dict: "NAME"}.get(around, str(step)))
+    return steps
+
+
+# --- words -----------------------------------------------------------------------------------------------------------
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -24,122 +255,21 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
 
 
-def build(kind: Any, value: Any, file: str, key: str) -> Any:
-    """Turn a value read from YAML into the annotated type, or say which key of which file is wrong.
-
-    Nothing is converted but list to tuple and int to float: an unquoted `yes` (a bool in YAML) is an error, not "True".
-    """
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if kind is Any:
-        return _plain(value, file, key)
-    if dataclasses.is_dataclass(kind):
-        return _build_dataclass(kind, value, file, key)
-    if origin in (types.UnionType, typing.Union):  # only "X | None" occurs
-        return None if value is None else build(arguments[0], value, file, key)
-    if origin is Literal:
-        if value not in arguments:
-            raise UserError(f"{file}: {key} is {value!r}{nearest(str(value), arguments)}")
-        return value
-    if origin is tuple and isinstance(value, list):
-        return tuple(build(arguments[0], item, file, f"{key}[{row}]") for row, item in enumerate(value))
-    if origin is dict and isinstance(value, dict):
-        _check_keys_are_text(value, file, key)
-        return {name: build(arguments[1], item, file, f"{key}.{name}") for name, item in value.items()}
-    if kind is float and type(value) is int:
-        return float(value)
-    if type(value) is not kind:
-        expected = {tuple: "a list", dict: "keys and values", str: "text", int: "a whole number"}.get(origin or kind)
-        hint = "; put it in quotes" if kind is str and value is not None and not isinstance(value, list | dict) else ""
-        raise UserError(f"{file}: {key} must be {expected or kind.__name__}, not {value!r}{hint}")
-    return value
-
-
-def _plain(value: Any, file: str, key: str) -> Any:
-    """A value that JSON can hold, as it is."""
-    if isinstance(value, dict):
-        _check_keys_are_text(value, file, key)
-        return {name: _plain(item, file, f"{key}.{name}") for name, item in value.items()}
-    if isinstance(value, list):
-        return [_plain(item, file, f"{key}[{row}]") for row, item in enumerate(value)]
-    if value is None or type(value) in (str, int, float, bool):
-        return value
-    raise UserError(f"{file}: {key} is {value!r}, which YAML reads as {type(value).__name__}; put it in quotes")
-
-
-def _build_dataclass(kind: Any, value: Any, file: str, key: str) -> Any:
-    if not isinstance(value, dict):
-        raise UserError(f"{file}: {key} must be keys and values, not {value!r}")
-    _check_keys_are_text(value, file, key)
-    hints = typing.get_type_hints(kind)
-    prefix = f"{key}." if key else ""
-    for name in value:
-        if name not in hints:
-            raise UserError(f"{file}: unknown key {prefix}{name}{nearest(name, hints)}")
-    for part in dataclasses.fields(kind):
-        required = part.default is dataclasses.MISSING and part.default_factory is dataclasses.MISSING
-        if required and part.name not in value:
-            raise UserError(f"{file}: key {prefix}{part.name} is missing")
-    return kind(**{name: build(hints[name], item, file, prefix + name) for name, item in value.items()})
-
-
-def _check_keys_are_text(value: Mapping[Any, Any], file: str, key: str) -> None:
-    for name in value:
-        if not isinstance(name, str):
-            raise UserError(f"{file}: {key or 'the card'} has the key {name!r}, which is not text; put it in quotes")
-
-
-def validate(config: DictConfig, schema: type[Schema]) -> Schema:
-    """Check a composed configuration against its dataclass and return it as one.
-
-    Raises:
-        UserError: an unknown key (with the nearest valid one), a wrong type, or a value that must be given.
-    """
-    try:
-        merged = OmegaConf.merge(OmegaConf.structured(schema), config)
-        result = OmegaConf.to_object(merged)
-    except ConfigKeyError as error:
-        raise UserError(unknown_key(_place(error, schema), valid_keys(schema))) from None
-    except MissingMandatoryValue as error:
-        key = _place(error, schema)
-        raise UserError(f"the configuration needs a value for {key}; give {key}=...") from None
-    except OmegaConfBaseException as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"configuration key {_place(error, schema)}: {reason}; give a value of the right type"
-        ) from None
-    assert isinstance(result, schema)
-    return result
-
-
-def check_at_least(minimum: int, values: Mapping[str, int | None]) -> None:
-    """Refuse numbers below a minimum; None is no number.
-
-    Raises:
-        UserError: names the first key.
-    """
-    for key, value in values.items():
-        if value is not None and value < minimum:
-            raise UserError(f"{key}={value} is too small; give {minimum} or more")
-
-
-def unknown_key(key: str, valid: list[str]) -> str:
+def unknown_key(key: str, valid: Sequence[str]) -> str:
     """The message for a key that does not exist, naming the nearest one that does, else its neighbours."""
-    wanted = re.sub(r"(\.\d+|\[\d*\])(?=\.)", ".0", key)
-    if wanted in valid:  # of a list's entry, which has only the keys that its file names
-        return f"{key} is left at its default there; set it with +{key}=VALUE"
 
     def likeness(name: str) -> tuple[float, float]:
-        last, whole = wanted.rpartition(".")[2], difflib.SequenceMatcher(None, wanted, name).ratio()
+        last, whole = key.rpartition(".")[2], difflib.SequenceMatcher(None, key, name).ratio()
         return difflib.SequenceMatcher(None, last, name.rpartition(".")[2]).ratio(), whole
 
-    nearest = max(valid, key=lambda name: sum(likeness(name)))
-    last, whole = likeness(nearest)
+    best = max(valid, key=lambda name: sum(likeness(name)))
+    last, whole = likeness(best)
     if last >= 0.7 or whole >= 0.8:
-        return f"unknown configuration key {key}; did you mean {nearest}?"
-    section = wanted.rpartition(".")[0]
+        return f"unknown key {key}; did you mean {best}?"
+    section = key.rpartition(".")[0]
     section = f"{section}." if any(name.startswith(f"{section}.") for name in valid) else ""
     neighbours = [name for name in valid if name.startswith(section) and "." not in name[len(section) :]]
-    return f"unknown configuration key {key}; the keys there are: {', '.join(neighbours)}"
+    return f"unknown key {key}; the keys there are: {', '.join(neighbours)}"
 
 
 def unknown_choice(group: str, wanted: str, configs: Path = CONFIGS) -> str:
@@ -150,48 +280,63 @@ def unknown_choice(group: str, wanted: str, configs: Path = CONFIGS) -> str:
     return f"there is no {group}={wanted}; {hint}configs/{group} has: {', '.join(known)}"
 
 
-def valid_keys(schema: Any, prefix: str = "") -> list[str]:
+@functools.cache
+def valid_keys(schema: Any, prefix: str = "") -> tuple[str, ...]:
     """Dotted names of every key of a dataclass schema, inner ones included.
 
-    The entries of a list are named by the first one, `recipe.phases.0.steps`; those of a dict by NAME.
+    The entries of a list are named by the first one, `mixture.datasets.0.name`; those of a dict by NAME.
     """
     names = []
-    for name, kind in typing.get_type_hints(schema).items():
+    for name, annotation in typing.get_type_hints(schema, include_extras=True).items():
+        if typing.get_origin(annotation) is typing.ClassVar:
+            continue
         names.append(prefix + name)
-        inner, step = _inner_schema(kind)
-        if inner is not None:
-            names += valid_keys(inner, f"{prefix}{name}.{step}")
-    return names
+        bare, step = _bare(annotation), ""
+        if typing.get_origin(bare) in (list, tuple, dict):
+            step = "NAME." if typing.get_origin(bare) is dict else "0."
+            bare = _bare(typing.get_args(bare)[-1 if step == "NAME." else 0])
+        if dataclasses.is_dataclass(bare):
+            names += valid_keys(typing.cast(type, bare), f"{prefix}{name}.{step}")
+    return tuple(names)
 
 
-def _inner_schema(kind: Any) -> tuple[Any, str]:
-    """The dataclass that a type annotation holds, if any, and what stands between its name and the inner keys."""
-    if dataclasses.is_dataclass(kind):
-        return kind, ""
-    step = {list: "0.", dict: "NAME."}.get(typing.get_origin(kind), "")
-    inner = [argument for argument in typing.get_args(kind) if dataclasses.is_dataclass(argument)]
-    return (inner[0] if inner else None), step
+# --- configurations --------------------------------------------------------------------------------------------------
 
 
-def _place(error: OmegaConfBaseException, schema: Any) -> str:
-    """The dotted name of the key an error is about; OmegaConf names what stands in a list from the list's entry on."""
-    key = str(error.full_key or error.key)
-    for section in [name.removesuffix(".0.name") for name in valid_keys(schema) if name.endswith(".0.name")]:
-        kind = schema
-        for name in section.split("."):
-            kind = typing.get_type_hints(kind)[name]
-        if error.object_type is _inner_schema(kind)[0] and not key.startswith(section):
-            return f"{section}[].{key}"
-    return key
+def validate(config: DictConfig, schema: type[Schema], *, missing_ok: bool = False) -> Schema:
+    """Check a composed configuration against its dataclass and return it as one.
+
+    Args:
+        config: as Hydra composed it; its interpolations are resolved, and `???` counts as left out.
+        schema: what it is checked against.
+        missing_ok: as in `build`.
+
+    Raises:
+        UserError: as `build`; an interpolation that leads nowhere.
+    """
+    try:
+        values = OmegaConf.to_container(config, resolve=True)
+    except OmegaConfBaseException as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"configuration key {error.full_key}: {reason}; correct it") from None
+    built: Schema = build(schema, _without_placeholders(values), missing_ok=missing_ok)
+    return built
+
+
+def _without_placeholders(values: Any) -> Any:
+    if isinstance(values, dict):
+        return {name: _without_placeholders(value) for name, value in values.items() if value != "???"}
+    return values
 
 
 def read_config(path: Path, schema: type[Schema]) -> Schema:
-    """Read a run's stored config.yaml.
+    """Read a stored config.yaml. It may come from somebody else: nothing in it is interpolated.
 
     Raises:
         UserError: missing, not YAML, or of another schema.
     """
-    return _validate_file(path, _read_yaml(path), schema)
+    built: Schema = build(schema, _read_stored(path), str(path))
+    return built
 
 
 def read_model_config(path: Path) -> ModelConfig:
@@ -201,32 +346,65 @@ def read_model_config(path: Path) -> ModelConfig:
         UserError: missing, not YAML, or of another schema.
     """
     wanted = {part.name for part in dataclasses.fields(ModelConfig)}
-    loaded = _read_yaml(path)
-    return _validate_file(path, OmegaConf.masked_copy(loaded, [key for key in loaded if key in wanted]), ModelConfig)
+    stored = _read_stored(path)
+    _check_whole(path, stored)
+    sections = {name: value for name, value in stored.items() if name in wanted}
+    built: ModelConfig = build(ModelConfig, sections, str(path))
+    return built
 
 
-def _read_yaml(path: Path) -> DictConfig:
-    if not path.is_file():
-        raise UserError(f"{path} is missing; a checkpoint is used inside the run folder that it was written to")
+def _check_whole(path: Path, stored: Mapping[str, Any]) -> None:
     try:
-        loaded = OmegaConf.load(path)
-    except YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {error}") from None
-    if not isinstance(loaded, DictConfig):
-        raise UserError(f"{path} is not a configuration; a run writes it and needs it unchanged")
-    return loaded
-
-
-def _validate_file(path: Path, loaded: DictConfig, schema: type[Schema]) -> Schema:
-    try:
-        return validate(loaded, schema)
+        _check_plain(stored, "")
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
 
 
+def _read_stored(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise UserError(f"{path} is missing; a checkpoint is used inside the run folder that it was written to")
+    values = read_yaml(path)
+    if not isinstance(values, dict):
+        raise UserError(f"{path} is not a configuration; a run writes it and needs it unchanged")
+    return values
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as Hydra reads it: `1e-4` is a number, and no key stands twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key.value} stands twice", key.start_mark)
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep=deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\d[\d_]*\.[\d_]*([eE][-+]?\d+)?|\.\d[\d_]*([eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+)$"),
+    list("-+.0123456789"),
+)
+
+
+def read_yaml(path: Path) -> Any:
+    """The plain values of a YAML file, nothing of it interpolated.
+
+    Raises:
+        UserError: it cannot be read, or is not valid YAML.
+    """
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror})") from None
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise UserError(f"{path} is not valid YAML: {error}") from None
+
+
 def to_yaml(config: Any) -> str:
     """A validated configuration as YAML that `read_config` reads back."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -234,7 +412,7 @@ def to_dict(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def differences(old: dict[str, Any], new: dict[str, Any], *, ignore: tuple[str, ...], prefix: str = "") -> list[str]:
+def differences(old: dict[str, Any], new: dict[str, Any], *, ignore: Collection[str], prefix: str = "") -> list[str]:
     """`key: old -> new` for every value that differs, except below the keys in `ignore`; entries of lists by number."""
     found = []
     for key in sorted(old.keys() | new.keys()):

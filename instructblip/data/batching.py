@@ -136,7 +136,7 @@ def collate(items: Sequence[Item], places: Sequence[int] | None = None) -> Batch
         found = ", ".join(f"{name} {count}" for name, count in sorted(frames.items()))
         raise UserError(
             f"a micro-batch needs one number of frames, but has {found}; "
-            "set recipe.phases[].batching=bucketed or packed, which keep pictures and videos apart"
+            "set recipe.phases.NAME.batching=bucketed or packed, which keep pictures and videos apart"
         )
     return Batch(
         ids=[sample.id for sample in samples],

@@ -9,14 +9,14 @@ import re
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
+from instructblip.config.schema import AtLeastOne, LLMKind, Mode, NotNegative, PositiveFloat, Preset, Section
 from instructblip.config.validate import build, nearest
 from instructblip.data.templates import FIELDS
 from instructblip.errors import UserError
 
-PRESETS = ("paper", "lavis")
-LLM_KINDS = ("decoder", "encoder_decoder")
+OTHER_PRESETS = tuple(preset for preset in get_args(Preset) if preset != "paper")
 
 # What a prompt of a card may name in braces: what a template may, without what would give the answer away.
 PROMPT_FIELDS = tuple(name for name in FIELDS if name not in ("answer", "caption"))
@@ -24,7 +24,7 @@ _FIELD = re.compile(r"\{([^{}]*)\}")
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class Evaluation(Section):
     """How a dataset is evaluated.
 
     Attributes:
@@ -57,25 +57,25 @@ class Evaluation:
 
     split: str
     prompt: str
-    mode: Literal["rank", "generate"]
+    mode: Mode
     normalize: Literal["sum", "mean"]
     include_eos: bool
-    max_new_tokens: int
-    num_beams: int
+    max_new_tokens: AtLeastOne
+    num_beams: AtLeastOne
     metric: str
     candidates: tuple[str, ...] = ()
     verbalizers: dict[str, tuple[str, ...]] = field(default_factory=dict)
     aggregate: Literal["sum", "max"] = "sum"
     candidates_from: Literal["choices", "train_answers"] | None = None
-    min_new_tokens: int = 1
+    min_new_tokens: NotNegative = 1
     length_penalty: float = 1.0
-    repetition_penalty: float = 1.0
+    repetition_penalty: PositiveFloat = 1.0
     beam_lengths: Literal["new_tokens", "transformers_4_33"] = "new_tokens"
     text_processor: Literal["none", "blip_caption", "blip_question"] = "none"
     may_be_empty: tuple[str, ...] = ()
     transform: Literal["resize_square", "center_crop"] = "resize_square"
     upright: bool = True
-    frames: int = 1
+    frames: AtLeastOne = 1
     ocr: Literal["own"] | None = None
     kinds: tuple[str, ...] = ()
     validation_split: str | None = None
@@ -98,16 +98,16 @@ def check_evaluation(evaluation: Evaluation, splits: Collection[str], path: Path
         UserError: names the file and the key.
     """
     for name in evaluation.presets:
-        if name not in PRESETS[1:]:
-            raise UserError(f"{path}: evaluation.presets has {name!r}{nearest(name, PRESETS[1:])}")
+        if name not in OTHER_PRESETS:
+            raise UserError(f"{path}: evaluation.presets has {name!r}{nearest(name, OTHER_PRESETS)}")
     for preset in ("paper", *evaluation.presets):
-        for llm_kind in LLM_KINDS:
+        for llm_kind in get_args(LLMKind):
             _check_rules(_with_preset(evaluation, preset, llm_kind, str(path)), splits, path)
 
 
 def _with_preset(evaluation: Evaluation, preset: str, llm_kind: str, file: str) -> Evaluation:
     overrides = dict(evaluation.presets.get(preset, {}))
-    by_kind = {kind: overrides.pop(kind, {}) for kind in LLM_KINDS}
+    by_kind = {kind: overrides.pop(kind, {}) for kind in get_args(LLMKind)}
     overrides |= by_kind[llm_kind]
     if "presets" in overrides:
         raise UserError(f"{file}: evaluation.presets.{preset} has presets of its own; remove them")
@@ -137,7 +137,5 @@ def _check_rules(evaluation: Evaluation, splits: Collection[str], path: Path) ->
     for name in evaluation.may_be_empty:
         if name not in PROMPT_FIELDS:
             raise UserError(f"{path}: evaluation.may_be_empty has {name!r}{nearest(name, PROMPT_FIELDS)}")
-    if evaluation.frames < 1:
-        raise UserError(f"{path}: evaluation.frames is {evaluation.frames}; it must be 1 or more")
     if evaluation.ocr is not None and "{ocr_tokens}" not in evaluation.prompt:
         raise UserError(f"{path}: evaluation.ocr is said where the prompt shows no {{ocr_tokens}}; remove it")

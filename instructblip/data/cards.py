@@ -13,9 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-import yaml
-
-from instructblip.config.validate import build, nearest
+from instructblip.config.schema import NotNegative, Section
+from instructblip.config.validate import build, nearest, read_yaml
 from instructblip.data.card_evaluation import Evaluation, check_evaluation
 from instructblip.errors import UserError
 from instructblip.files import shipped, write_atomically
@@ -42,7 +41,7 @@ TRAIN_SPLIT = "train"
 
 
 @dataclass(frozen=True)
-class SplitCounts:
+class SplitCounts(Section):
     """The raw files of a split and its expected numbers; None, or a kind left out: not known.
 
     Attributes:
@@ -52,14 +51,14 @@ class SplitCounts:
             lie, in the order they are tried.
     """
 
-    images: int | None
-    records: int | None
-    records_by_kind: dict[str, int] = field(default_factory=dict)
+    images: NotNegative | None
+    records: NotNegative | None
+    records_by_kind: dict[str, NotNegative] = field(default_factory=dict)
     files: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class Download:
+class Download(Section):
     """An official file that anybody may download.
 
     Attributes:
@@ -80,36 +79,19 @@ class Download:
     members: tuple[str, ...] = ()
     flat: bool = False
     splits: tuple[str, ...] = ()
-    bytes: int | None = None
+    bytes: NotNegative | None = None
     sha256: str | None = None
 
 
 @dataclass(frozen=True)
-class Training:
+class Training(Section):
     """What training on a dataset needs to know: `flip`, whether mirroring an image leaves its answers true."""
 
     flip: bool = True
 
 
-# What a card need not say.
-_DEFAULTS: dict[str, Any] = {
-    "view_of": None,
-    "kinds": [],
-    "reader_options": {},
-    "source_part": None,
-    "fetch": [],
-    "not_fetched": None,
-    "image_source": None,
-    "shared_images": {},
-    "templates": None,
-    "evaluation": None,
-    "training": {},
-    "paper": {},
-}
-
-
-@dataclass(frozen=True)
-class Card:
+@dataclass(frozen=True, kw_only=True)
+class Card(Section):
     """One dataset, or one view of a dataset (other records of the same prepared images).
 
     A view says what it is a view of and is given its parent's source facts (`SOURCE_KEYS`, `FETCH_KEYS`) on loading.
@@ -141,24 +123,24 @@ class Card:
     title: str
     task_group: str
     role: Literal["held-in", "held-out"]
-    view_of: str | None
-    kinds: tuple[str, ...]
+    view_of: str | None = None
+    kinds: tuple[str, ...] = ()
     reader: str
-    reader_options: dict[str, Any]
+    reader_options: dict[str, Any] = field(default_factory=dict)
     homepage: str
     licence: str
     how_to_get: str
-    source_part: str | None
-    fetch: tuple[Download, ...]
-    not_fetched: str | None
+    source_part: str | None = None
+    fetch: tuple[Download, ...] = ()
+    not_fetched: str | None = None
     splits: dict[str, SplitCounts]
     verified: bool
-    image_source: Literal["coco", "openimages", "youtube"] | None
-    shared_images: dict[str, str]
-    templates: str | None
-    evaluation: Evaluation | None
-    training: Training
-    paper: dict[str, float]
+    image_source: Literal["coco", "openimages", "youtube"] | None = None
+    shared_images: dict[str, str] = field(default_factory=dict)
+    templates: str | None = None
+    evaluation: Evaluation | None = None
+    training: Training = Training()
+    paper: dict[str, float] = field(default_factory=dict)
 
     @property
     def source(self) -> str:
@@ -193,7 +175,7 @@ def load_card(name_or_path: str | Path) -> Card:
             raise UserError(f"{path}: {said[0]} is the parent's to say; remove it, or view_of")
         parent = _load_parent(path, values["view_of"])
         values |= {key: parent[key] for key in SOURCE_KEYS + FETCH_KEYS if key in parent}
-    card: Card = build(Card, _DEFAULTS | values, str(path), "")
+    card: Card = build(Card, values, str(path))
     _check_card(card, path)
     return card
 
@@ -214,12 +196,7 @@ def source_sha256(card: Card) -> str:
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"card {path} cannot be read ({error.strerror})") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"card {path} is not valid YAML: {error}") from None
+    values = read_yaml(path)
     if not isinstance(values, dict):
         raise UserError(f"card {path} must hold keys and values at its top level")
     return values
@@ -272,7 +249,7 @@ def _check_fetch(card: Card, path: Path) -> None:
     if (card.source_part is not None) + bool(card.fetch) + (card.not_fetched is not None) != 1:
         raise UserError(f"{path}: say one of source_part, fetch, and not_fetched (why its files are not fetched)")
     for number, item in enumerate(card.fetch):
-        key = f"{path}: fetch[{number}]"
+        key = f"{path}: fetch.{number}"
         if not _URL.fullmatch(item.url):
             raise UserError(f"{key}.url {item.url!r} is no address of http or https")
         if item.sha256 is not None and not _SHA256.fullmatch(item.sha256):

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from instructblip.distributed import ALONE, SILENCE_SECONDS, Worker
+from instructblip.distributed import ALONE, SILENCE_SECONDS, Ranks
 from instructblip.errors import UserError
 from instructblip.evaluation.outcomes import Failure, Prediction
 from instructblip.evaluation.protocol import EvaluationSample, Task
@@ -40,22 +40,22 @@ class Journal:
     Args:
         folder: None keeps nothing on disk.
         keys: of the task's samples; others' answers in the files are passed over.
-        worker: whose file is appended to.
+        ranks: whose file is appended to.
 
     Attributes:
-        worker: see above.
+        ranks: see above.
         predictions, failures: what is known so far, by key.
     """
 
-    def __init__(self, folder: Path | None, keys: Sequence[str], worker: Worker = ALONE) -> None:
-        if folder is None and worker.count > 1:
+    def __init__(self, folder: Path | None, keys: Sequence[str], ranks: Ranks = ALONE) -> None:
+        if folder is None and ranks.world_size > 1:
             raise ValueError("several processes need a folder to put their answers together in")
         self.folder = folder
-        self.worker = worker
+        self.ranks = ranks
         self.predictions: dict[str, Prediction] = {}
         self.failures: dict[str, Failure] = {}
         self._keys = frozenset(keys)
-        self._path = None if folder is None else folder / f"journal-{worker.rank}.jsonl"
+        self._path = None if folder is None else folder / f"journal-{ranks.rank}.jsonl"
         self._read_to: dict[Path, int] = {}  # bytes of each journal that were read
         self.read()
 
@@ -102,7 +102,7 @@ class Journal:
         pause, since, before = _FIRST_PAUSE, time.monotonic(), self.missing
         while self.missing:
             time.sleep(pause)
-            self.worker.poll_stop()
+            self.ranks.poll_stop()
             self.read()
             pause = min(2 * pause, _LONGEST_PAUSE)
             if self.missing != before:
@@ -217,7 +217,7 @@ _SAME = ("preset", "mode", "split", "images")
 
 
 @contextlib.contextmanager
-def claimed(folder: Path, worker: Worker) -> Iterator[None]:
+def claimed(folder: Path, ranks: Ranks) -> Iterator[None]:
     """Make an evaluation's folder and keep other evaluations out of it; of several processes the first does that for all.
 
     Raises:
@@ -226,7 +226,7 @@ def claimed(folder: Path, worker: Worker) -> Iterator[None]:
     with errors_for_users(folder):
         folder.mkdir(parents=True, exist_ok=True)
     busy = f"another evaluation is writing to {folder}; wait until it has ended, or give another name="
-    lock = exclusive(folder / _LOCK, "evaluating", busy=busy) if worker.is_first else contextlib.nullcontext()
+    lock = exclusive(folder / _LOCK, "evaluating", busy=busy) if ranks.is_first else contextlib.nullcontext()
     with lock:
         yield
 

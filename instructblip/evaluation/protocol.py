@@ -10,7 +10,7 @@ from statistics import fmean
 from typing import Any
 
 from instructblip.config.validate import nearest
-from instructblip.data.card_evaluation import PRESETS, Evaluation, with_preset
+from instructblip.data.card_evaluation import Evaluation, with_preset
 from instructblip.data.cards import Card
 from instructblip.data.coverage import RecordCounts, prepared_counts
 from instructblip.data.records import Record
@@ -204,7 +204,6 @@ def make_task(
         UserError: the card says nothing of evaluation, the split (or the train split that candidates come from) is not
             prepared or has no public answers, or the mode or the number of samples does not suit the card's metric.
     """
-    check_choices(preset, mode)
     rules = _rules(card, preset, llm_kind)
     split, mode = split or rules.split, mode or rules.mode
     metric = METRICS[rules.metric]
@@ -240,18 +239,6 @@ def make_task(
         train = prepared_counts(card, open_split(shards / card.source / "train"), ())
         records = replace(records, vocabulary=replace(train, answered=train.prepared))
     return Task(card, protocol, tuple(chosen), records, vocabulary, public, is_made_up(opened.manifest))
-
-
-def check_choices(preset: str, mode: str | None) -> None:
-    """Refuse a preset or a mode that there is not, for no dataset in particular; None is the card's own mode.
-
-    Raises:
-        UserError: says which there are.
-    """
-    if preset not in PRESETS:
-        raise UserError(f"preset is {' or '.join(PRESETS)}, not {preset!r}")
-    if mode not in (None, "rank", "generate"):
-        raise UserError(f"mode is rank or generate, not {mode!r}")
 
 
 def make_validation_task(card: Card, shards: Path, *, samples: int | None) -> Task:

@@ -8,14 +8,13 @@ from rich.console import Console
 
 from instructblip.config import entry
 from instructblip.config.schema import EvaluateConfig
-from instructblip.config.validate import check_at_least, to_dict
+from instructblip.config.validate import to_dict
 from instructblip.data.cards import load_card
 from instructblip.data.prepare.command import shards_folder
 from instructblip.data.synthetic import NOTE
-from instructblip.distributed import Worker, choose_device, this_worker
-from instructblip.errors import UserError
+from instructblip.distributed import Ranks, choose_device
 from instructblip.evaluation.journal import claimed, refuse_others_results
-from instructblip.evaluation.protocol import Task, check_choices, make_task
+from instructblip.evaluation.protocol import Task, make_task
 from instructblip.evaluation.suite import evaluate_tasks, finish_evaluation, image_reader, log_scores
 from instructblip.fetch.parts import cache_folder
 from instructblip.models.fingerprint import fingerprint_tensors
@@ -34,18 +33,13 @@ def evaluate(config: EvaluateConfig, console: Console) -> None:
     Raises:
         UserError: no such checkpoint, card, split or device; unreadable shards; another evaluation's folder; disk full.
     """
-    check_at_least(1, {"samples": config.samples, "batch_size": config.batch_size})
-    check_at_least(0, {"examples": config.examples, "tolerance": config.tolerance})
-    check_choices(config.preset, config.mode)
     names = (*config.suite.held_in, *config.suite.held_out)
-    if not names:
-        raise UserError("there is nothing to evaluate; name a dataset in suite.held_in or suite.held_out")
-    worker = this_worker()
-    if not worker.is_first:
+    ranks = Ranks.from_environment()
+    if not ranks.is_first:
         console = Console(quiet=True)
     cards = [load_card(name) for name in names]
     source = find_source(config.checkpoint, config.llm)
-    device = str(choose_device(worker.device(config.device)))
+    device = str(choose_device(ranks.device(config.device)))
     shards = shards_folder(cards, config.data, console)
     tasks = [
         make_task(
@@ -61,13 +55,13 @@ def evaluate(config: EvaluateConfig, console: Console) -> None:
         for card in cards
     ]
     folder = Path(config.output) / config.name
-    with claimed(folder, worker):
+    with claimed(folder, ranks):
         refuse_others_results(folder, str(source.path), tasks)
         loaded = load_model(
             source, llm=config.llm, vision_path=config.vision_path, qformer_path=config.qformer_path, device=device
         )
         refuse_others_results(folder, loaded.source, tasks, llm=loaded.parts["llm"].name)
-        _evaluate(config, loaded, tasks, shards, folder, worker, console)
+        _evaluate(config, loaded, tasks, shards, folder, ranks, console)
 
 
 def _evaluate(
@@ -76,7 +70,7 @@ def _evaluate(
     tasks: Sequence[Task],
     shards: Path,
     folder: Path,
-    worker: Worker,
+    ranks: Ranks,
     console: Console,
 ) -> None:
     """Run the tasks, and write and log the results."""
@@ -96,9 +90,9 @@ def _evaluate(
         blind=config.blind_baseline and not config.withhold_images,
         **weights,
         tolerance=config.tolerance,
-        worker=worker,
+        ranks=ranks,
     )
-    if not worker.is_first:
+    if not ranks.is_first:
         return
     finish_evaluation(
         loaded.model,

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from instructblip.data.feature_cache import ReadImage, shard_pixels
-from instructblip.distributed import ALONE, Worker
+from instructblip.distributed import ALONE, Ranks
 from instructblip.errors import DamagedSample, UserError
 from instructblip.evaluation.journal import Journal, journal_keys
 from instructblip.evaluation.metrics.accuracy import normalize_answer
@@ -105,10 +105,10 @@ def run_task(
     model_fingerprint: str = "",
     folder: Path | None = None,
     tolerance: int = 0,
-    worker: Worker = ALONE,
+    ranks: Ranks = ALONE,
     show_progress: bool = True,
 ) -> TaskResult:
-    """Answer a task's samples, or the first worker's share of them, wait for the others' and score all answers.
+    """Answer a task's samples, or the first rank's share of them, wait for the others' and score all answers.
 
     Args:
         model: put into evaluation mode for the duration.
@@ -116,9 +116,9 @@ def run_task(
         read_image: gives image tokens or pixels; called from several threads.
         batch_size: questions at a time; the result does not depend on it.
         model_fingerprint: of the weights; part of the journal's keys.
-        folder: where answers are kept; None keeps nothing. All workers need the same one.
+        folder: where answers are kept; None keeps nothing. All ranks need the same one.
         tolerance: how many samples may fail, because their image is damaged.
-        worker: which of the processes this is; the others call `answer_share` at the same time.
+        ranks: which of the processes this is; the others call `answer_share` at the same time.
         show_progress: draw a progress bar.
 
     Raises:
@@ -126,7 +126,7 @@ def run_task(
     """
     started = time.perf_counter()
     keys = journal_keys(model_fingerprint, task)
-    journal = Journal(folder, keys, worker)
+    journal = Journal(folder, keys, ranks)
     _answer_chunks(
         model, task, read_image, journal, cut_work(task, keys, batch_size), batch_size, tolerance, show_progress
     )
@@ -150,12 +150,12 @@ def answer_share(
     batch_size: int,
     model_fingerprint: str,
     folder: Path,
-    worker: Worker,
+    ranks: Ranks,
     tolerance: int = 0,
 ) -> None:
-    """Answer the share of a worker that is not the first, into its journal; arguments and errors as `run_task`."""
+    """Answer the share of a rank that is not the first, into its journal; arguments and errors as `run_task`."""
     keys = journal_keys(model_fingerprint, task)
-    journal = Journal(folder, keys, worker)
+    journal = Journal(folder, keys, ranks)
     _answer_chunks(
         model, task, read_image, journal, cut_work(task, keys, batch_size), batch_size, tolerance, show=False
     )
@@ -217,20 +217,20 @@ def _answer_chunks(
     tolerance: int,
     show: bool,
 ) -> None:
-    """Ask whatever of the worker's share of the chunks the journal has no answer to."""
-    share = journal.worker.share(chunks)
+    """Ask whatever of the rank's share of the chunks the journal has no answer to."""
+    share = journal.ranks.share(chunks)
     left = [chunk for chunk in share if any(key not in journal for question in chunk for key in question.keys)]
     limit, training = BatchLimit(batch_size), model.training
     blind = task.protocol.images == "withheld"
     with progress_bar("questions", show=show) as progress:
-        bar = progress.add_task(_title(task, journal.worker), total=sum(map(_samples, left)))
+        bar = progress.add_task(_title(task, journal.ranks), total=sum(map(_samples, left)))
         model.eval()
         try:
             for chunk, pixels in _read_ahead(left, None if blind else read_image):
                 images = _blank(model, chunk) if blind else _images(model, chunk, pixels, journal, limit)
                 _check_failures(task, journal, tolerance)
                 for batch in cut_chunk(chunk, batch_size):
-                    journal.worker.poll_stop()
+                    journal.ranks.poll_stop()
                     asked = [question for question in batch if question.sample.image_key in images]
                     if any(key not in journal for question in asked for key in question.keys):
                         pairs = [(question, images[question.sample.image_key]) for question in asked]
@@ -241,9 +241,9 @@ def _answer_chunks(
             model.train(training)
 
 
-def _title(task: Task, worker: Worker) -> str:
+def _title(task: Task, ranks: Ranks) -> str:
     withheld = ", images withheld" if task.protocol.images == "withheld" else ""
-    shared = f", share of process 1 of {worker.count}" if worker.count > 1 else ""
+    shared = f", share of process 1 of {ranks.world_size}" if ranks.world_size > 1 else ""
     return f"evaluating {task.card.name}{withheld}{shared}"
 
 

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from instructblip.data.feature_cache import ReadImage, cached_images, feature_cache
-from instructblip.distributed import ALONE, Worker
+from instructblip.distributed import ALONE, Ranks
 from instructblip.errors import UserError
 from instructblip.evaluation.metrics import ModelOutput
 from instructblip.evaluation.outcomes import TaskResult
@@ -151,7 +151,7 @@ def evaluate_tasks(
     frozen: Mapping[str, str],
     trained: str,
     tolerance: int = 0,
-    worker: Worker = ALONE,
+    ranks: Ranks = ALONE,
 ) -> list[DatasetResult]:
     """Run tasks and their baselines; answers are kept below `folder/<dataset>`.
 
@@ -162,10 +162,10 @@ def evaluate_tasks(
         blind: also answer every question with the images withheld.
         frozen, trained: fingerprints of the frozen parts, and of what trains.
         tolerance: samples that may fail, for each task.
-        worker: which of several processes this is.
+        ranks: which of several processes this is.
 
     Returns:
-        The results; none to all workers but the first.
+        The results; none to all ranks but the first.
 
     Raises:
         UserError: as `run_task`.
@@ -184,12 +184,12 @@ def evaluate_tasks(
         runs = [(task, home), (blind_task(task), home / _WITHHELD)][: 1 + blind]
         found = []
         for asked, place in runs:
-            if not worker.is_first:
-                answer_share(model, asked, reader, folder=place, worker=worker, **options)
+            if not ranks.is_first:
+                answer_share(model, asked, reader, folder=place, ranks=ranks, **options)
                 continue
-            found.append(run_task(model, asked, reader, folder=place, worker=worker, **options))
+            found.append(run_task(model, asked, reader, folder=place, ranks=ranks, **options))
             (place / SUBMISSION).unlink(missing_ok=True)
-        if not worker.is_first:
+        if not ranks.is_first:
             continue
         if not blind and (home / _WITHHELD).exists():
             shutil.rmtree(home / _WITHHELD)

@@ -88,7 +88,40 @@ def part_folder(sources: Sources, *, progress: bool = True, setting: str = "path
         return _cached(sources) or _fetch(sources, progress, setting)
 
 
-__all__ = ["Sources", "WheelSource", "cache_folder", "part_folder"]
+def part_settings(sources: Sources, *, setting: str) -> dict[str, Any]:
+    """A part's config.json without its weights: of its folder, of the cache, or of the hub, which gives that file alone.
+
+    Args:
+        setting: how the user sets `path` on the command line, for error messages.
+
+    Raises:
+        UserError: it is in none of these places, or no JSON object.
+    """
+    if sources.path is not None:
+        file = _local_folder(sources.path, setting) / "config.json"
+    elif (cached := _cached(sources)) is not None:
+        file = cached / "config.json"
+    elif sources.hub is not None:
+        file = _hub_settings(sources.name, sources.hub, sources.hub_revision, setting)
+    else:
+        raise UserError(f"{sources.name} has no config.json at hand; set {setting}=FOLDER, or name its hub repository")
+    settings = read_json(file) if file.is_file() else None
+    if not isinstance(settings, dict):
+        raise UserError(f"{file} is {'missing' if settings is None else 'no JSON object'}; correct {setting}")
+    return settings
+
+
+def _hub_settings(name: str, repository: str, revision: str | None, setting: str) -> Path:
+    import huggingface_hub
+
+    try:
+        with _hub_errors(name, repository):
+            return Path(huggingface_hub.hf_hub_download(repository, "config.json", revision=revision))
+    except UnreachableError as error:
+        raise UserError(f"{name} has no config.json at hand ({error}); set {setting}=FOLDER") from None
+
+
+__all__ = ["Sources", "WheelSource", "cache_folder", "part_folder", "part_settings"]
 
 _FORMAT = 1  # to be raised when a converter's output changes: parts of another format are made anew
 
@@ -200,22 +233,16 @@ def _hub_recipe(sources: Sources) -> dict[str, Any]:
 def _fetch_hub(sources: Sources, repository: str, progress: bool) -> Path:
     """Snapshot of a hub repository, in Hugging Face's cache; without a connection, one already there."""
     import huggingface_hub
-    from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     patterns, were_disabled = list(sources.hub_files), are_progress_bars_disabled()
     if not progress:
         disable_progress_bars()
     try:
-        found = huggingface_hub.snapshot_download(repository, revision=sources.hub_revision, allow_patterns=patterns)
-    except HFValidationError as error:
-        raise UserError(f"{sources.name}: {error}") from None
-    except Exception as error:
-        # The hub's own errors are OSErrors; a connection that breaks half-way is an error of whichever httpx it uses.
-        from_network = isinstance(error, OSError) or type(error).__module__.startswith("httpx")
-        if _is_disk_error(error) or not from_network:
-            raise
-        raise UnreachableError(f"Hugging Face hub: no answer for {repository}, {type(error).__name__}") from error
+        with _hub_errors(sources.name, repository):
+            found = huggingface_hub.snapshot_download(
+                repository, revision=sources.hub_revision, allow_patterns=patterns
+            )
     finally:
         if not were_disabled:
             enable_progress_bars()
@@ -225,6 +252,22 @@ def _fetch_hub(sources: Sources, repository: str, progress: bool) -> Path:
         raise UserError(f"{sources.name}: hub repository {repository} has no file like {', '.join(patterns)}")
     write_json(_hub_record(sources), {"recipe": _hub_recipe(sources), "folder": str(folder), "files": files})
     return folder
+
+
+@contextlib.contextmanager
+def _hub_errors(name: str, repository: str) -> Iterator[None]:
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        yield
+    except HFValidationError as error:
+        raise UserError(f"{name}: {error}") from None
+    except Exception as error:
+        # The hub's own errors are OSErrors; a connection that breaks half-way is an error of whichever httpx it uses.
+        from_network = isinstance(error, OSError) or type(error).__module__.startswith("httpx")
+        if _is_disk_error(error) or not from_network:
+            raise
+        raise UnreachableError(f"Hugging Face hub: no answer for {repository}, {type(error).__name__}") from error
 
 
 @contextlib.contextmanager

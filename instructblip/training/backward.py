@@ -124,10 +124,10 @@ def _first_pass(
             parts.append(context.forward(model, part, {*names, *shared_names}, through_wrapper=False).tensors)
     own = {name: torch.cat([part[name].float() for part in parts]).requires_grad_() for name in names}
     shared = {name: parts[0][name].float().clone().requires_grad_() for name in shared_names}
-    everyone = {name: context.processes.gather_rows(rows) for name, rows in own.items()}
+    everyone = {name: context.ranks.gather_rows(rows) for name, rows in own.items()}
     total = torch.zeros((), device=model.device)
     for objective, scale in objectives:
-        first = context.processes.rank * sum(map(len, inputs))
+        first = context.ranks.rank * sum(map(len, inputs))
         term = objective.batch_term(own, everyone, shared, first)
         total = total + term.total * scale
         result.sums[objective.name] = [_sums(term)]

@@ -84,7 +84,7 @@ def train_step(
             samples are named. Another rank is lost.
     """
     optimizer.zero_grad()
-    ranks = context.processes
+    ranks = context.ranks
     inputs = [model.prepare(batch) for batch in batches]
     counts = ranks.gather({"passes": len(batches), "units": [sum(map(o.count, inputs)) for o in objectives]})
     units = [sum(column) for column in zip(*(count["units"] for count in counts), strict=True)]
@@ -101,7 +101,7 @@ def train_step(
         if context.skip_non_finite:
             return result._replace(skipped=True)
         raise UserError(
-            f"{what_is_not_finite(result)}; lower recipe.phases[].learning_rate, look at these samples, "
+            f"{what_is_not_finite(result)}; lower recipe.phases.NAME.learning_rate, look at these samples, "
             "or set recipe.non_finite=skip"
         )
     set_learning_rate(optimizer, rate, new_parts_scale, part_scales)
@@ -215,7 +215,7 @@ def run_steps(
     done = start_step
     for step, micro_batches in batches:
         place = locate(phases, step)
-        torch.manual_seed(_step_seed(seed, step, context.processes.rank))
+        torch.manual_seed(_step_seed(seed, step, context.ranks.rank))
         rate = place.phase.rate(place.step)
         result = train_step(
             model,

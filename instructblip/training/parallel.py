@@ -22,11 +22,10 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from instructblip.distributed import Processes
+from instructblip.distributed import Ranks
 from instructblip.errors import UserError
 from instructblip.models.base import Inputs, Model, Outputs, PartStructure
 
-KINDS = ("single", "ddp", "fsdp")
 _RECOMPILE_LIMIT = 64
 
 
@@ -35,7 +34,7 @@ class StepContext:
     """How a step is carried out.
 
     Attributes:
-        processes: this process among the run's.
+        ranks: this process among the run's.
         wrapped: the model inside DDP, where there are several processes.
         autocast: dtype that matrix products of the trainable part are computed in; None leaves float32.
         equal_passes: every rank must make equally many forward passes, since blocks are gathered in each.
@@ -43,7 +42,7 @@ class StepContext:
         stop_signal: number of the signal that asked this process to stop, else 0.
     """
 
-    processes: Processes = field(default_factory=Processes)
+    ranks: Ranks = field(default_factory=Ranks)
     wrapped: DistributedDataParallel | None = None
     autocast: torch.dtype | None = None
     equal_passes: bool = False
@@ -78,7 +77,7 @@ class StepContext:
 
 def parallelize(
     model: Model,
-    processes: Processes,
+    ranks: Ranks,
     *,
     kind: str,
     shard_size: int | None = None,
@@ -93,7 +92,7 @@ def parallelize(
     Args:
         model: on its device, but for parts that are to be sharded. The same object goes on being used for everything
             but training passes.
-        kind: one of `KINDS`; with one process all are the same.
+        kind: with one process all are the same.
         shard_size: processes that hold the sharded parts once together: all of them when None. A node's number of GPUs
             keeps the gathering inside nodes (hybrid sharding).
         activation_checkpointing: recompute, in the backward pass, blocks that gradients pass through.
@@ -103,7 +102,7 @@ def parallelize(
     Raises:
         UserError: `single` with several processes, or a shard size that does not divide them.
     """
-    check_layout(kind, shard_size, processes.world_size)
+    check_layout(kind, shard_size, ranks.world_size)
     parts = model.structure()
     if activation_checkpointing:
         for part, structure in parts.items():
@@ -117,13 +116,13 @@ def parallelize(
         for structure in parts.values():
             for block in structure.blocks:
                 block.compile()
-    if processes.world_size == 1:
+    if ranks.world_size == 1:
         return None
     if kind == "fsdp":
         for part, structure in parts.items():
             if structure.roots:
                 trains = part in model.trained_parts
-                _shard(structure, _shard_mesh(processes, shard_size, model.device.type, reduces=trains), trains=trains)
+                _shard(structure, _shard_mesh(ranks, shard_size, model.device.type, reduces=trains), trains=trains)
                 for module in model.part_modules(part):
                     module.to(model.device)  # tables, norms and heads
     return _replicate(model, some_unused=some_unused)
@@ -138,10 +137,8 @@ def check_layout(kind: str, shard_size: int | None, world_size: int) -> None:
     """Refuse a layout that so many processes cannot have.
 
     Raises:
-        UserError: an unknown kind, `single` with several processes, or a shard size that does not divide them.
+        UserError: `single` with several processes, or a shard size that does not divide them.
     """
-    if kind not in KINDS:
-        raise UserError(f"parallel.kind={kind} is none of {', '.join(KINDS)}")
     if kind == "single" and world_size > 1:
         raise UserError(f"parallel=single, but there are {world_size} processes; use parallel=ddp or fsdp")
     if is_sharded(kind, world_size) and shard_size is not None and world_size % shard_size:
@@ -162,26 +159,26 @@ def _recompute(block: nn.Module) -> None:
     block.forward = forward
 
 
-def _shard_mesh(processes: Processes, shard_size: int | None, device: str, *, reduces: bool) -> DeviceMesh:
+def _shard_mesh(ranks: Ranks, shard_size: int | None, device: str, *, reduces: bool) -> DeviceMesh:
     """The processes that hold a part once together, this one among them; with `reduces` also those that hold it again.
 
     What is frozen is never reduced, so nothing is exchanged between groups that each hold it whole.
     """
-    size = shard_size or processes.world_size
-    if size == processes.world_size:
+    size = shard_size or ranks.world_size
+    if size == ranks.world_size:
         assert dist.group.WORLD is not None
         return DeviceMesh.from_group(dist.group.WORLD, device)
-    bound = timedelta(seconds=processes.timeout)  # a mesh's own groups would have the library's
-    ranks = torch.arange(processes.world_size).view(-1, size)
+    bound = timedelta(seconds=ranks.timeout)  # a mesh's own groups would have the library's
+    places = torch.arange(ranks.world_size).view(-1, size)
     own = [
         dist.new_group(members, timeout=bound)  # every rank makes every group, in the same order
-        for groups in (ranks, ranks.T)
+        for groups in (places, places.T)
         for members in groups.tolist()
     ]
-    shard, replicate = own[processes.rank // size], own[len(ranks) + processes.rank % size]
+    shard, replicate = own[ranks.rank // size], own[len(places) + ranks.rank % size]
     if not reduces:
         return DeviceMesh.from_group(shard, device)
-    return DeviceMesh.from_group([replicate, shard], device, ranks, mesh_dim_names=("replicate", "shard"))
+    return DeviceMesh.from_group([replicate, shard], device, places, mesh_dim_names=("replicate", "shard"))
 
 
 def _shard(part: PartStructure, mesh: DeviceMesh, *, trains: bool) -> None:

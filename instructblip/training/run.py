@@ -10,17 +10,18 @@ from typing import Any
 from rich.console import Console
 
 from instructblip.config import entry
+from instructblip.config.checks import check_batches
 from instructblip.config.schema import TrainConfig
 from instructblip.config.validate import differences, read_config, to_dict, to_yaml, unknown_key, valid_keys
 from instructblip.data.batching import Batch
 from instructblip.data.loader import LoadedStep, load_batches
 from instructblip.data.lost import LostSample
-from instructblip.distributed import Processes, choose_device, start_processes, whole_tensors
+from instructblip.distributed import Ranks, choose_device, start_ranks, whole_tensors
 from instructblip.errors import UserError
 from instructblip.files import write_atomically
 from instructblip.models.fingerprint import fingerprint_tensors
 from instructblip.progress import TrainingProgress, training_progress
-from instructblip.training.checks import check_batches, check_numbers
+from instructblip.training.checks import check_objectives
 from instructblip.training.loop import StepResult, log_entry, run_steps, traced_steps, what_is_not_finite
 from instructblip.training.plan.tables import plan_summary, plan_table, shares_planned, shares_realised
 from instructblip.training.schedule import StepPosition, locate, rank_positions, step_batching, total_steps
@@ -48,6 +49,7 @@ _FREE_ON_RESUME = (
     "output",
     "logger",
     "parallel",
+    "evaluation",
     "profile_step",
     "plan",
     "plan_gpu",
@@ -79,19 +81,19 @@ def train(config: TrainConfig, console: Console) -> int:
     Raises:
         UserError: anything the user can mend: configuration, missing parts or data, another run in the folder, disk full.
     """
-    check_numbers(config)
+    check_objectives(config.recipe)
     if config.plan:
         return _print_plan(config, console)
     device = choose_device(config.device)
-    with StopRequest() as stop, start_processes(device, config.parallel.timeout) as processes:
-        check_batches(config, processes.world_size)
-        with _silent(processes):
-            return _train(config, processes, stop, console if processes.is_first else Console(quiet=True))
+    with StopRequest() as stop, start_ranks(device, config.parallel.timeout) as ranks:
+        check_batches(config.recipe.phases, ranks.world_size)
+        with _silent(ranks):
+            return _train(config, ranks, stop, console if ranks.is_first else Console(quiet=True))
 
 
 def _print_plan(config: TrainConfig, console: Console) -> int:
     plan = make_plan(config)
-    if os.environ.get("RANK", "0") == "0":
+    if Ranks.from_environment().is_first:
         console.print(plan_table(plan, config.name))
         for line in plan_summary(plan):
             console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -99,23 +101,23 @@ def _print_plan(config: TrainConfig, console: Console) -> int:
 
 
 @contextlib.contextmanager
-def _silent(processes: Processes) -> Iterator[None]:
+def _silent(ranks: Ranks) -> Iterator[None]:
     """Ranks other than the first print errors only."""
-    if processes.is_first:
+    if ranks.is_first:
         yield
         return
     with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stdout(nowhere):
         yield
 
 
-def _train(config: TrainConfig, processes: Processes, stop: StopRequest, console: Console) -> int:
+def _train(config: TrainConfig, ranks: Ranks, stop: StopRequest, console: Console) -> int:
     folder = Path(config.output) / config.name
     try:
         with stop.at_once():
-            checkpoint = _find_checkpoint(config, folder, processes, console)
+            checkpoint = _find_checkpoint(config, folder, ranks, console)
             if checkpoint:
                 _check_unchanged(config, folder, console)
-            run = set_up(config, folder, processes, console)
+            run = set_up(config, folder, ranks, console)
     except Stopped:
         console.print("stopped before the first step; run the same command again to begin", soft_wrap=True)
         return stop.exit_code
@@ -126,7 +128,7 @@ def _train(config: TrainConfig, processes: Processes, stop: StopRequest, console
     if checkpoint:
         _restore_optimisation(run, checkpoint)
     unvalidated = checkpoint.state.get("unvalidated") if checkpoint else None
-    if processes.is_first:
+    if ranks.is_first:
         write_atomically(folder / "config.yaml", to_yaml(config))
         run.metrics.truncate_after(start if unvalidated is None else start - 1)  # whose line is to be written anew
     console.print(shares_planned(run.mixture, run.phases))
@@ -152,12 +154,8 @@ def _stopped(run: TrainingRun, stop: StopRequest, done: int) -> int:
 # --- resuming --------------------------------------------------------------------------------------------------------
 
 
-def _find_checkpoint(
-    config: TrainConfig, folder: Path, processes: Processes, console: Console
-) -> LoadedCheckpoint | None:
+def _find_checkpoint(config: TrainConfig, folder: Path, ranks: Ranks, console: Console) -> LoadedCheckpoint | None:
     """The checkpoint that the run goes on from, which the first rank chooses for all."""
-    if config.resume not in (None, "auto"):
-        raise UserError(f"resume={config.resume} is not known; use resume=auto, or leave it out for a new run")
     existing = checkpoint_folders(folder / "checkpoints")
     if config.resume is None and existing:
         raise UserError(
@@ -165,14 +163,14 @@ def _find_checkpoint(
             "continue it with resume=auto, or choose another name="
         )
     chosen = None
-    if processes.is_first:
+    if ranks.is_first:
         remove_unfinished(folder / "checkpoints")
         if config.resume is not None:
             newest, complaints = newest_whole(folder / "checkpoints")
             for line in complaints:
                 console.print(line, markup=False, highlight=False, soft_wrap=True)
             chosen = None if newest is None else str(newest)
-    chosen = processes.gather(chosen)[0]
+    chosen = ranks.gather(chosen)[0]
     if chosen is not None:
         return load_checkpoint(Path(chosen))
     if config.resume is not None:
@@ -185,10 +183,15 @@ def _check_unchanged(config: TrainConfig, folder: Path, console: Console) -> Non
         if key not in (known := valid_keys(TrainConfig)):
             raise UserError(f"resume_allow: {unknown_key(key, known)}")
     begun = read_config(folder / "config.yaml", TrainConfig)
-    phases = range(max(len(begun.recipe.phases), len(config.recipe.phases)))
-    free = *_FREE_ON_RESUME, *(f"recipe.phases.{number}.{name}" for number in phases for name in _FREE_IN_PHASES)
+    free = (
+        *_FREE_ON_RESUME,
+        *(f"recipe.phases.{name}.{key}" for name in config.recipe.phases for key in _FREE_IN_PHASES),
+    )
     old, new = to_dict(begun), to_dict(config)
     refused = differences(old, new, ignore=(*free, *config.resume_allow))
+    orders = [", ".join(recipe["phases"]) for recipe in (old["recipe"], new["recipe"])]
+    if orders[0] != orders[1] and sorted(old["recipe"]["phases"]) == sorted(new["recipe"]["phases"]):
+        refused.append(f"order of recipe.phases: {orders[0]} -> {orders[1]}")
     if refused:
         raise UserError(
             f"{folder} was begun with another configuration ({'; '.join(refused)}); undo the change, "
@@ -217,21 +220,21 @@ def _restore_optimisation(run: TrainingRun, checkpoint: LoadedCheckpoint) -> Non
 
 def _find_best(run: TrainingRun, last: int) -> None:
     """Look for the best step up to the last that counts, where no checkpoint kept which it is."""
-    if run.processes.is_first:
+    if run.ranks.is_first:
         for entry in run.metrics.read():
             if entry["step"] <= last:
                 run.best.see(entry)
-    run.best.restore(run.processes.gather(run.best.state())[0])
+    run.best.restore(run.ranks.gather(run.best.state())[0])
 
 
 def _check_equal(run: TrainingRun) -> None:
     """Every rank starts from the same weights: other files, or another library, on one node would go unnoticed."""
     own = {"trained weights": fingerprint_tensors(run.model.trainable_state()), **run.frozen}
-    for rank, other in enumerate(run.processes.gather(own)):
+    for rank, other in enumerate(run.ranks.gather(own)):
         for part, value in own.items():
             if other[part] != value:
                 raise UserError(
-                    f"rank {rank} has other {part} than rank {run.processes.rank}; give all nodes the same files"
+                    f"rank {rank} has other {part} than rank {run.ranks.rank}; give all nodes the same files"
                 )
 
 
@@ -247,14 +250,14 @@ def _train_steps(run: TrainingRun, start: int, stop: StopRequest, unvalidated: d
     recipe, steps, optimisation = run.config.recipe, total_steps(run.phases), run.optimisation
     batches = load_batches(
         run.dataset,
-        rank_positions(run.phases, start, rank=run.processes.rank, world_size=run.processes.world_size),
+        rank_positions(run.phases, start, rank=run.ranks.rank, world_size=run.ranks.world_size),
         batching=partial(step_batching, run.phases),
         workers=run.config.data.workers,
     )
     timer = StepTimer()
     with (
         training_progress(f"training {run.config.name}", steps, first_step=start, console=run.console) as progress,
-        traced_steps(run.config.profile_step if run.processes.is_first else None, run.folder, progress.say) as trace,
+        traced_steps(run.config.profile_step if run.ranks.is_first else None, run.folder, progress.say) as trace,
     ):
 
         def after_step(step: int, place: StepPosition, rate: float, result: StepResult) -> bool:
@@ -296,7 +299,7 @@ def _train_steps(run: TrainingRun, start: int, stop: StopRequest, unvalidated: d
         )
     run.writer.wait()
     # None goes on while the first rank still writes: a launcher may end all processes with the first that ends.
-    run.processes.gather(None)
+    run.ranks.gather(None)
     return done
 
 
@@ -312,7 +315,7 @@ def _record(
         progress.say(f"step {entry['step']}: validation {shown}")
         entry["validation"] = scores
     run.best.see(entry)
-    if run.processes.is_first:
+    if run.ranks.is_first:
         run.metrics.append(entry)
         run.logger.log({key: value for key, value in entry.items() if key != "sample_ids"}, entry["step"])
     return True
@@ -321,7 +324,7 @@ def _record(
 def _counted(run: TrainingRun, steps: Iterator[LoadedStep]) -> Iterator[tuple[int, list[Batch]]]:
     """Count what each step has lost, over all ranks."""
     for step, batches, lost in steps:
-        of_ranks = run.processes.gather(lost)
+        of_ranks = run.ranks.gather(lost)
         if any(of_ranks):
             place = locate(run.phases, step)
             drawn = run.mixture.counts(place.position + place.phase.batch_size).tolist()
@@ -354,7 +357,7 @@ def _measures(timer: StepTimer, run: TrainingRun) -> dict[str, float]:
 
 def _save(run: TrainingRun, step: int, *, unvalidated: dict[str, Any] | None) -> None:
     # By all ranks: shards are put together by all, and what one does alone with a model laid over all can part them.
-    first, optimisation = run.processes.is_first, run.optimisation
+    first, optimisation = run.ranks.is_first, run.optimisation
     trainable = run.model.trainable_state()
     model = whole_tensors(trainable, keep=first)
     optimizer = whole_tensors(optimizer_tensors(optimisation.optimizer, optimisation.names), keep=first)

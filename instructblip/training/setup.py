@@ -10,8 +10,9 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from instructblip.config.checks import check_batches
 from instructblip.config.schema import TrainConfig
-from instructblip.config.validate import check_at_least, to_dict
+from instructblip.config.validate import to_dict
 from instructblip.data.batching import Batching, Length
 from instructblip.data.cards import load_card
 from instructblip.data.feature_cache import FeatureCache, ReadImage, cached_images, feature_cache
@@ -19,8 +20,7 @@ from instructblip.data.lost import LostSamples
 from instructblip.data.mixture import Mixture
 from instructblip.data.mixture_dataset import MixtureDataset, TrainingSet
 from instructblip.data.prepare.command import shards_folder
-from instructblip.distributed import Processes, choose_device
-from instructblip.errors import UserError
+from instructblip.distributed import Ranks, choose_device
 from instructblip.evaluation.protocol import Task, make_task, make_validation_task
 from instructblip.evaluation.runner import read_pixels
 from instructblip.fetch.parts import cache_folder
@@ -29,7 +29,6 @@ from instructblip.models.instructblip import InstructBLIP
 from instructblip.models.vision import ChannelNorm
 from instructblip.objectives import make_objectives
 from instructblip.tracking import Logger, make_logger
-from instructblip.training.checks import check_batches, trained_parts
 from instructblip.training.datasets import make_images, make_mixture, mixture_cards, open_sets
 from instructblip.training.metrics_log import BestStep, MetricsLog
 from instructblip.training.optim import WeightAverage, make_adamw
@@ -70,7 +69,7 @@ class TrainingRun:
     folder: Path
     shards: Path
     console: Console
-    processes: Processes
+    ranks: Ranks
     model: InstructBLIP
     phases: list[Phase]
     mixture: Mixture
@@ -93,15 +92,10 @@ def make_plan(config: TrainConfig) -> Plan:
     """What the run needs on the GPUs that are planned with; nothing is opened or loaded.
 
     Raises:
-        UserError: an unknown GPU, settings that no run can have, or a part whose YAML states no sizes.
+        UserError: GPUs that the run cannot be laid over, or a part whose YAML states no sizes.
     """
-    if config.plan_gpu not in GPUS:
-        raise UserError(f"plan_gpu={config.plan_gpu} is none of {', '.join(GPUS)}")
-    if not 0 < config.plan_mfu <= 1:
-        raise UserError(f"plan_mfu={config.plan_mfu} must be above 0 and at most 1, such as 0.4")
     check_layout(config.parallel.kind, config.parallel.shard_size, gpus := _planned_gpus(config))
-    check_at_least(1, {"plan_gpus": gpus})
-    check_batches(config, gpus)
+    check_batches(config.recipe.phases, gpus)
     layout = PlanLayout(
         gpu=GPUS[config.plan_gpu],
         gpus=gpus,
@@ -114,7 +108,7 @@ def make_plan(config: TrainConfig) -> Plan:
         quantization=config.llm.quantization,
         cached=config.data.cache_features,
         longest=(config.llm.max_prompt_tokens, config.llm.max_target_tokens),
-        trained=frozenset(trained_parts(config.train)),
+        trained=frozenset(config.train.parts()),
     )
     return plan_run(parts_without_weights(config), planned_phases(config.recipe.phases), layout)
 
@@ -122,11 +116,11 @@ def make_plan(config: TrainConfig) -> Plan:
 def _planned_gpus(config: TrainConfig) -> int:
     if config.plan_gpus is not None:
         return config.plan_gpus
-    sizes = [phase.batch_size for phase in config.recipe.phases]
+    sizes = [phase.batch_size for phase in config.recipe.phases.values()]
     return 1 if config.parallel.kind == "single" else math.gcd(16, *sizes)
 
 
-def set_up(config: TrainConfig, folder: Path, processes: Processes, console: Console) -> TrainingRun:
+def set_up(config: TrainConfig, folder: Path, ranks: Ranks, console: Console) -> TrainingRun:
     """Fetch, prepare and build everything; nothing of the run's folder but wandb's is written.
 
     Raises:
@@ -136,12 +130,10 @@ def set_up(config: TrainConfig, folder: Path, processes: Processes, console: Con
     held_in = [load_card(name) for name in config.suite.held_in]
     held_out = [load_card(name) for name in config.suite.held_out]
     shards = shards_folder([*cards, *held_in, *held_out], config.data, console)
-    model = build_model(
-        config.vision, config.qformer, config.llm, seed=config.seed, trained=trained_parts(config.train)
-    )
-    _place(model, choose_device(config.device), without_llm=is_sharded(config.parallel.kind, processes.world_size))
+    model = build_model(config.vision, config.qformer, config.llm, seed=config.seed, trained=config.train.parts())
+    _place(model, choose_device(config.device), without_llm=is_sharded(config.parallel.kind, ranks.world_size))
     sets = open_sets(cards, shards)
-    mixture = make_mixture(config.mixture, sets, config.recipe.phases, seed=config.seed)
+    mixture = make_mixture(config.mixture, sets, config.recipe.phases.values(), seed=config.seed)
     validation = [make_validation_task(card, shards, samples=config.recipe.validation_samples) for card in held_in]
     final = [make_task(card, shards, samples=config.recipe.final_samples) for card in (*held_in, *held_out)]
     cache = _feature_cache(config, model, sets, [*validation, *final])
@@ -153,7 +145,7 @@ def set_up(config: TrainConfig, folder: Path, processes: Processes, console: Con
         folder=folder,
         shards=shards,
         console=console,
-        processes=processes,
+        ranks=ranks,
         model=model,
         phases=_phases(config, model.sample_length()),
         mixture=mixture,
@@ -168,11 +160,11 @@ def set_up(config: TrainConfig, folder: Path, processes: Processes, console: Con
         read_image=read_pixels(model.vision.image_size) if cache is None else cache.tokens,
         frozen=frozen_fingerprints(model),
         shape=_shape(config, model),
-        peak_flops=processes.world_size * _peak_flops(config, model, processes),
+        peak_flops=ranks.world_size * _peak_flops(config, model, ranks),
         metrics=MetricsLog(folder / "metrics.jsonl"),
         best=BestStep(config.recipe.keep_best),
         logger=make_logger(
-            config.logger.kind if processes.is_first else "none",
+            config.logger.kind if ranks.is_first else "none",
             mode=config.logger.mode,
             project=config.logger.project,
             name=config.name,
@@ -192,7 +184,7 @@ def make_optimisation(run: TrainingRun, stop_signal: Callable[[], int]) -> Optim
     model, recipe, parallel = run.model, run.config.recipe, run.config.parallel
     wrapped = parallelize(
         model,
-        run.processes,
+        run.ranks,
         kind=parallel.kind,
         shard_size=parallel.shard_size,
         activation_checkpointing=parallel.activation_checkpointing,
@@ -200,10 +192,10 @@ def make_optimisation(run: TrainingRun, stop_signal: Callable[[], int]) -> Optim
         some_unused=not all(model.uses_every_weight(phase.outputs) for phase in run.phases),
     )
     context = StepContext(
-        processes=run.processes,
+        ranks=run.ranks,
         wrapped=wrapped,
         autocast=PRECISIONS[recipe.precision],
-        equal_passes=is_sharded(parallel.kind, run.processes.world_size),
+        equal_passes=is_sharded(parallel.kind, run.ranks.world_size),
         skip_non_finite=recipe.non_finite == "skip",
         stop_signal=stop_signal,
     )
@@ -250,16 +242,16 @@ def _shape(config: TrainConfig, model: InstructBLIP) -> ModelShape:
     return model_shape(vision, model.qformer, model.projection, model.llm.model, model.trained_parts)
 
 
-def _peak_flops(config: TrainConfig, model: InstructBLIP, processes: Processes) -> float:
+def _peak_flops(config: TrainConfig, model: InstructBLIP, ranks: Ranks) -> float:
     """The first rank's figure, which alone is read."""
     dtype = PRECISIONS[config.recipe.precision] or torch.float32
-    return device_peak(model.device, dtype) if processes.is_first else math.inf
+    return device_peak(model.device, dtype) if ranks.is_first else math.inf
 
 
 def _phases(config: TrainConfig, sample_length: Length) -> list[Phase]:
     return [
         Phase(
-            name=phase.name,
+            name=name,
             steps=phase.steps,
             batch_size=phase.batch_size,
             batching=Batching(
@@ -275,7 +267,7 @@ def _phases(config: TrainConfig, sample_length: Length) -> list[Phase]:
             new_parts_scale=phase.new_parts_scale,
             objectives=make_objectives(phase.objectives),
             plateau_steps=phase.plateau_steps,
-            part_rates=config.train.learning_rates,
+            part_rates=dict(config.train.learning_rates.items()),
         )
-        for phase in config.recipe.phases
+        for name, phase in config.recipe.phases.items()
     ]

@@ -1,6 +1,7 @@
 """Evaluation while a run trains and when it ends, shared among its processes."""
 
 import contextlib
+import dataclasses
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -10,9 +11,8 @@ from typing import Any
 
 import torch
 
-from instructblip.config.schema import EvaluateConfig
 from instructblip.data.synthetic import NOTE
-from instructblip.distributed import Processes, Worker, whole_tensors
+from instructblip.distributed import Ranks, whole_tensors
 from instructblip.evaluation.runner import answer_share, run_task
 from instructblip.evaluation.suite import evaluate_tasks, finish_evaluation, log_scores, model_identity
 from instructblip.models.fingerprint import fingerprint_tensors
@@ -23,8 +23,6 @@ from instructblip.training.setup import TrainingRun
 from instructblip.training.signals import Stopped, StopRequest
 from instructblip.weights.checkpoint import checkpoint_folders
 from instructblip.weights.load import frozen_parts
-
-_BATCH = EvaluateConfig.batch_size  # as evaluate.py
 
 
 def run_validation(run: TrainingRun, step: int, stop: StopRequest) -> dict[str, float] | None:
@@ -37,7 +35,7 @@ def run_validation(run: TrainingRun, step: int, stop: StopRequest) -> dict[str, 
     except Stopped:
         ended = True
     # A signal may have reached some ranks only, and some of them after their last answer.
-    reports = run.processes.gather({"ended": ended, "signal": stop.received or 0, "scores": scores})
+    reports = run.ranks.gather({"ended": ended, "signal": stop.received or 0, "scores": scores})
     stop.stop_signal = stop.stop_signal or max(report["signal"] for report in reports) or None
     if any(report["ended"] for report in reports):
         return None
@@ -47,7 +45,7 @@ def run_validation(run: TrainingRun, step: int, stop: StopRequest) -> dict[str, 
 
 def clear_stop_file(run: TrainingRun) -> None:
     """Before the ranks begin: what an earlier process of the run left."""
-    if run.processes.is_first and _stop_file(run).exists():
+    if run.ranks.is_first and _stop_file(run).exists():
         _stop_file(run).unlink()
 
 
@@ -65,19 +63,20 @@ def _stop_file(run: TrainingRun) -> Path:
 
 def _validation_scores(run: TrainingRun, step: int, stop: StopRequest) -> dict[str, float]:
     """On the first rank, which puts the answers of all together; nothing is left on disk."""
-    worker, scores, home = _worker(run, stop), {}, run.folder / "validation" / f"step_{step:08d}"
-    together = worker.count > 1
+    ranks, scores, home = _ranks(run, stop), {}, run.folder / "validation" / f"step_{step:08d}"
+    together = ranks.world_size > 1
     identity = model_identity(run.model, run.frozen, _fingerprint(run)) if together else ""
     for task in run.validation:
-        asked: dict[str, Any] = {"batch_size": _BATCH, "model_fingerprint": identity, "worker": worker}
-        if not worker.is_first:
+        size = run.config.evaluation.batch_size
+        asked: dict[str, Any] = {"batch_size": size, "model_fingerprint": identity, "ranks": ranks}
+        if not ranks.is_first:
             answer_share(run.model, task, run.read_image, folder=home / task.card.name, **asked)
             continue
         folder = home / task.card.name if together else None
         result = run_task(run.model, task, run.read_image, folder=folder, show_progress=False, **asked)
         if result.value is not None:  # answers that only a leaderboard has
             scores[task.card.name] = result.value
-    if together and worker.is_first:
+    if together and ranks.is_first:
         shutil.rmtree(home.parent)
     return scores
 
@@ -94,7 +93,7 @@ def finish(run: TrainingRun, stop: StopRequest) -> None:
 
 def _finish(run: TrainingRun, stop: StopRequest) -> None:
     run.metrics.close()
-    if run.processes.is_first:
+    if run.ranks.is_first:
         draw_curves(run.folder / "metrics.jsonl", run.folder / "curves.png", run.config.name)
     newest = checkpoint_folders(run.folder / "checkpoints")[0]
     if run.final:
@@ -107,7 +106,7 @@ def _finish(run: TrainingRun, stop: StopRequest) -> None:
 def _evaluate(run: TrainingRun, checkpoint: Path, stop: StopRequest) -> None:
     folder = run.folder / "evaluation"
     with tempfile.TemporaryDirectory() as elsewhere, _to_evaluate(run):
-        if _is_sharded(run) and run.processes.is_first:
+        if _is_sharded(run) and run.ranks.is_first:
             shutil.rmtree(folder, ignore_errors=True)  # what it keeps would leave this rank less to do than the others
         weights: dict[str, Any] = {"frozen": run.frozen, "trained": _fingerprint(run)}
         results = evaluate_tasks(
@@ -115,13 +114,13 @@ def _evaluate(run: TrainingRun, checkpoint: Path, stop: StopRequest) -> None:
             run.final,
             run.read_image,
             shards=run.shards,
-            folder=Path(elsewhere) if _is_sharded(run) and not run.processes.is_first else folder,
-            batch_size=_BATCH,
-            blind=True,
-            worker=_worker(run, stop),
+            folder=Path(elsewhere) if _is_sharded(run) and not run.ranks.is_first else folder,
+            batch_size=run.config.evaluation.batch_size,
+            blind=run.config.evaluation.blind_baseline,
+            ranks=_ranks(run, stop),
             **weights,
         )
-        if not run.processes.is_first:
+        if not run.ranks.is_first:
             return
         finish_evaluation(
             run.model,
@@ -132,7 +131,7 @@ def _evaluate(run: TrainingRun, checkpoint: Path, stop: StopRequest) -> None:
             step=total_steps(run.phases),
             parts=frozen_parts(run.config.vision, run.config.llm),
             **weights,
-            examples=60,
+            examples=run.config.evaluation.examples,
             console=run.console,
         )
     log_scores(run.logger, results, total_steps(run.phases))
@@ -140,27 +139,27 @@ def _evaluate(run: TrainingRun, checkpoint: Path, stop: StopRequest) -> None:
 
 def _fingerprint(run: TrainingRun) -> str:
     """Of what trains; all ranks call this. Where parts are sharded only the first has the whole, and it alone needs it."""
-    keep = run.processes.is_first or not _is_sharded(run)
+    keep = run.ranks.is_first or not _is_sharded(run)
     return fingerprint_tensors(whole_tensors(run.model.trainable_state(), keep=keep))
 
 
-def _worker(run: TrainingRun, stop: StopRequest) -> Worker:
+def _ranks(run: TrainingRun, stop: StopRequest) -> Ranks:
     """Who answers which share. Sharded blocks are gathered by all ranks in step, so all of them answer everything."""
-    processes = run.processes
+    ranks = run.ranks
     if _is_sharded(run):
-        return Worker(poll_stop=partial(_leave_together, processes, stop))
-    return Worker(processes.rank, processes.world_size, processes.local_rank, stop.poll_stop)
+        return Ranks(poll_stop=partial(_leave_together, ranks, stop))
+    return dataclasses.replace(ranks, poll_stop=stop.poll_stop)
 
 
-def _leave_together(processes: Processes, stop: StopRequest) -> None:
+def _leave_together(ranks: Ranks, stop: StopRequest) -> None:
     """Raise `Stopped` on all ranks once one of them was told to stop; all call this at the same place."""
-    if received := max(processes.gather(stop.received or 0)):
+    if received := max(ranks.gather(stop.received or 0)):
         stop.stop_signal = received
         raise Stopped
 
 
 def _is_sharded(run: TrainingRun) -> bool:
-    return is_sharded(run.config.parallel.kind, run.processes.world_size)
+    return is_sharded(run.config.parallel.kind, run.ranks.world_size)
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from instructblip.models.instructblip import InstructBLIP
 from instructblip.weights.checkpoint import checkpoint_folders, load_checkpoint, newest_whole
 from instructblip.weights.lavis import load_lavis, qformer_settings, read_lavis
 from instructblip.weights.names import check_tensors
-from instructblip.weights.parts import build_model, check_llm_kind, load_llm, warn_aligned
+from instructblip.weights.parts import build_model, load_llm, warn_aligned
 from instructblip.weights.transformers_read import is_huggingface_folder, load_huggingface, read_transformers_config
 
 LAVIS_VISION, LAVIS_QFORMER = "eva_vit_g", "blip2"  # names in configs/vision and configs/qformer
@@ -115,7 +115,6 @@ def find_source(source: str | Path, llm: str | LLMConfig | None = None) -> Sourc
         found = Source("run", checkpoint, checkpoint.absolute().parents[1].name, config.llm.kind)
     else:
         raise UserError(f"{source} is no run, transformers folder, hub id or .pth file; give one that is there")
-    check_llm_kind(found.llm_kind)
     return found
 
 

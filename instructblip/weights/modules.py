@@ -1,6 +1,7 @@
-"""A model's parts from their configuration alone: the modules in their sizes, no file opened, weights as constructed.
+"""A model's parts from their configuration alone: the modules in their sizes, weights as constructed.
 
-`build.py` fills them from files; under `torch.device("meta")` they hold no memory, and show what a run would need.
+Sizes stand in a part's YAML; a part without them has its config.json read. `parts.py` fills the modules from files; under
+`torch.device("meta")` they hold no memory, and show what a run would need.
 """
 
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from instructblip.config.schema import LLMConfig, ModelConfig, QFormerConfig, VisionConfig
 from instructblip.errors import UserError
+from instructblip.fetch.parts import part_settings, sources
 from instructblip.models.qformer import QFormer
 from instructblip.models.vision import VisionEncoder
 from instructblip.models.vocabulary import resize_vocabulary
@@ -32,10 +34,10 @@ class Parts:
 
 
 def parts_without_weights(config: ModelConfig) -> Parts:
-    """All parts on the meta device, the language model and BERT in the `sizes` of their YAML.
+    """All parts on the meta device, the language model and BERT in the `sizes` of their YAML, else of their config.json.
 
     Raises:
-        UserError: a part whose YAML states no sizes, or settings that do not fit.
+        UserError: a part without either, or settings that do not fit.
     """
     with torch.device("meta"):
         vision = vision_encoder(config.vision)
@@ -52,7 +54,6 @@ def vision_encoder(config: VisionConfig) -> VisionEncoder:
     Raises:
         UserError: settings that timm cannot build.
     """
-    dtype = torch_dtype("vision.dtype", config.dtype)
     try:
         encoder = VisionEncoder(
             backbone=config.backbone,
@@ -66,7 +67,7 @@ def vision_encoder(config: VisionConfig) -> VisionEncoder:
         )
     except ValueError as error:
         raise UserError(f"vision={config.name}: {error}") from None
-    return encoder.to(dtype)
+    return encoder.to(getattr(torch, config.dtype))
 
 
 def make_qformer(
@@ -101,33 +102,37 @@ def make_qformer(
 
 
 def qformer_of_sizes(config: QFormerConfig, *, vision_width: int) -> QFormer:
-    """The Q-Former over a BERT of the `sizes` in its YAML.
+    """The Q-Former over a BERT of the `sizes` in its YAML, else of its config.json.
 
     Raises:
-        UserError: the YAML states none, or more layers than they have.
+        UserError: there is neither, or it has fewer layers than are wanted.
     """
-    bert = _sizes("qformer", config.name, config.sizes)
+    bert = _sizes("qformer", config)
     rows = bert["vocab_size"] + len(config.extra_tokens)
     return make_qformer(config, bert, rows=rows, vision_width=vision_width, where="qformer.sizes")
 
 
 def language_model_of_sizes(config: LLMConfig) -> Any:
-    """The transformers model of the `sizes` in its YAML, with `options` and rows for the added tokens, in its dtype.
+    """The transformers model of the `sizes` in its YAML, else of its config.json, the text part alone where it has others.
+
+    It gets the `options`, rows for the added tokens, and its dtype.
 
     Raises:
-        UserError: the YAML states none, or sizes or options that transformers does not know.
+        UserError: there is neither, or transformers does not know its sizes or the options.
     """
-    sizes = dict(_sizes("llm", config.name, config.sizes))
+    sizes = dict(_sizes("llm", config))
     try:
         settings = AutoConfig.for_model(sizes.pop("model_type", ""), **sizes)
     except (ValueError, TypeError) as error:
         raise UserError(f"llm.sizes of {config.name}: {str(error).partition(chr(10))[0]}") from None
+    if config.kind == "decoder":
+        settings = settings.get_text_config()
     override_settings(settings, config.options)
-    model = AUTO_CLASSES[config.kind].from_config(settings, dtype=torch_dtype("llm.dtype", config.dtype))
+    model = AUTO_CLASSES[config.kind].from_config(settings, dtype=getattr(torch, config.dtype))
     if config.added_tokens:
         resize_vocabulary(model, settings.vocab_size + len(config.added_tokens))
-    if config.kind == "encoder_decoder":
-        # transformers ties T5's output head to its token table until a file says otherwise, as FlanT5's does.
+    if config.kind == "encoder_decoder" and not sizes.get("tie_word_embeddings", True):
+        # transformers ties T5's output head to its token table until a file's tensors say otherwise, as FlanT5's do.
         model.lm_head.weight = nn.Parameter(torch.empty_like(model.lm_head.weight).normal_(std=settings.d_model**-0.5))
     return model
 
@@ -144,19 +149,10 @@ def override_settings(settings: Any, options: Mapping[str, Any]) -> None:
         setattr(settings, name, value)
 
 
-def torch_dtype(key: str, name: str) -> torch.dtype:
-    """The floating-point dtype of that name.
-
-    Raises:
-        UserError: there is none; names the key.
-    """
-    dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise UserError(f"{key}={name} is no floating-point torch dtype; use float32, bfloat16 or float16")
-    return dtype
-
-
-def _sizes(part: str, name: str, sizes: Mapping[str, Any]) -> Mapping[str, Any]:
-    if not sizes:
-        raise UserError(f"{part}={name} states no sizes, so nothing can be planned; add {part}.sizes to its YAML")
-    return sizes
+def _sizes(part: str, config: LLMConfig | QFormerConfig) -> Mapping[str, Any]:
+    if config.sizes:
+        return config.sizes
+    try:
+        return part_settings(sources(config.name, config.sources), setting=f"{part}.sources.path")
+    except UserError as error:
+        raise UserError(f"{part}={config.name} states no {part}.sizes to plan with, and {error}") from None

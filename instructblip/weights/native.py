@@ -7,11 +7,13 @@ folder brings its own ViT, Q-Former sizes, tokenizers and language model: they a
 
 import dataclasses
 from pathlib import Path
+from typing import cast
 
+import torch
 from safetensors.torch import save_file
 
 from instructblip._transformers import quiet_transformers
-from instructblip.config.schema import LLMConfig, ModelConfig, QFormerConfig, SourcesConfig, VisionConfig
+from instructblip.config.schema import Dtype, LLMConfig, ModelConfig, QFormerConfig, SourcesConfig, VisionConfig
 from instructblip.config.validate import to_yaml
 from instructblip.files import write_atomically, write_json
 from instructblip.models.instructblip import InstructBLIP
@@ -91,7 +93,7 @@ def parts_config(
         vision=VisionConfig(
             name=f"{name}_vision",
             sources=SourcesConfig(path=str(folder / "vision")),
-            dtype=str(model.vision.dtype).removeprefix("torch."),
+            dtype=_dtype_name(model.vision.dtype),
             norm_eps=settings.vision_norm_eps,
             **settings.vision,
         ),
@@ -109,10 +111,14 @@ def parts_config(
             name=f"{name}_llm",
             sources=SourcesConfig(path=str(folder / "llm")),
             kind=settings.llm_kind,
-            dtype=str(model.llm.embeddings.weight.dtype).removeprefix("torch."),
+            dtype=_dtype_name(model.llm.embeddings.weight.dtype),
             **settings.llm,
         ),
     )
+
+
+def _dtype_name(dtype: torch.dtype) -> Dtype:
+    return cast(Dtype, str(dtype).removeprefix("torch."))
 
 
 def _absolute(sources: SourcesConfig) -> SourcesConfig:

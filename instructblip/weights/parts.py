@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from instructblip._transformers import quiet_transformers
-from instructblip.config.schema import LLMConfig, QFormerConfig, VisionConfig
+from instructblip.config.schema import LLMConfig, QFormerConfig, Quantization, VisionConfig, VisionNorm
 from instructblip.errors import UserError
 from instructblip.fetch.parts import part_folder, sources
 from instructblip.models.instructblip import InstructBLIP
 from instructblip.models.llm import LLM, LLM_KINDS
 from instructblip.models.qformer import QFormer
-from instructblip.models.quantized import QUANTIZATIONS, QuantizedLinear, quantize_linears
+from instructblip.models.quantized import QuantizedLinear, quantize_linears
 from instructblip.models.vision import ChannelNorm, VisionEncoder
 from instructblip.models.vocabulary import resize_vocabulary
 from instructblip.weights.bert import (
@@ -33,18 +33,16 @@ from instructblip.weights.bert import (
     qformer_state_from_bert,
 )
 from instructblip.weights.lavis import read_blip2, read_pth
-from instructblip.weights.modules import AUTO_CLASSES, make_qformer, override_settings, torch_dtype, vision_encoder
-from instructblip.weights.names import PROJECTIONS, check_tensors
+from instructblip.weights.modules import AUTO_CLASSES, make_qformer, override_settings, vision_encoder
+from instructblip.weights.names import check_tensors
 from instructblip.weights.position import resize_position_embedding
 
 logger = logging.getLogger(__name__)
 
-VISION_NORMS: dict[str, Callable[[int, float], nn.Module]] = {
+VISION_NORMS: dict[VisionNorm, Callable[[int, float], nn.Module]] = {
     "layer": lambda width, eps: nn.LayerNorm(width, eps=eps),
     "channel": lambda width, _eps: ChannelNorm(width),
 }
-INITS = ("bert", "blip2", "scratch")
-QUERY_INITS = ("normal", "cls")
 
 
 def build_model(
@@ -60,8 +58,6 @@ def build_model(
     Raises:
         UserError: a part cannot be fetched, or its settings do not fit its files.
     """
-    if vision.norm not in VISION_NORMS:
-        raise UserError(f"vision.norm={vision.norm} is none of {', '.join(VISION_NORMS)}")
     encoder = load_vision(vision)
     language = load_llm(llm)
     torch.manual_seed(seed)
@@ -167,12 +163,6 @@ def load_qformer(config: QFormerConfig, *, vision_width: int) -> tuple[QFormer, 
     tokens and the cross-attention are new; with `scratch` everything is drawn. With `blip2` it is left as constructed:
     those weights come together with the vision norm's and the projection's.
     """
-    if config.init not in INITS:
-        raise UserError(f"qformer.init={config.init} is none of {', '.join(INITS)}")
-    if config.query_init not in QUERY_INITS:
-        raise UserError(f"qformer.query_init={config.query_init} is none of {', '.join(QUERY_INITS)}")
-    if config.query_init == "cls" and config.init != "bert":
-        raise UserError(f"qformer.query_init=cls needs BERT's embeddings, which init={config.init} has not; use normal")
     folder = part_folder(sources(config.name, config.sources), setting="qformer.sources.path")
     bert = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     tokenizer = AutoTokenizer.from_pretrained(folder, truncation_side="left")
@@ -229,12 +219,6 @@ def _start_from_blip2(
 
 def load_llm(config: LLMConfig) -> LLM:
     """The frozen language model with its tokenizer and text conventions."""
-    check_llm_kind(config.kind)
-    if config.lavis_projection not in (None, *PROJECTIONS):
-        raise UserError(
-            f"llm.lavis_projection={config.lavis_projection} is none of {', '.join(PROJECTIONS)}; null where LAVIS has no "
-            "files for this LLM"
-        )
     folder = part_folder(sources(config.name, config.sources), setting="llm.sources.path")
     tokenizer = _llm_tokenizer(config, folder)
     model = _language_model(config, folder)
@@ -258,12 +242,6 @@ def load_llm(config: LLMConfig) -> LLM:
         )
     except ValueError as error:
         raise UserError(f"llm={config.name}: {error}") from None
-
-
-def check_llm_kind(kind: str) -> None:
-    """Refuse a kind of language model that there is not."""
-    if kind not in LLM_KINDS:
-        raise UserError(f"llm.kind={kind} is none of {', '.join(LLM_KINDS)}")
 
 
 def _llm_tokenizer(config: LLMConfig, folder: Path) -> Any:
@@ -298,7 +276,7 @@ def _language_model(config: LLMConfig, folder: Path) -> Any:
             model, found = AUTO_CLASSES[config.kind].from_pretrained(
                 folder,
                 config=settings,
-                dtype=torch_dtype("llm.dtype", config.dtype),
+                dtype=getattr(torch, config.dtype),
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # they are named below
             )
@@ -328,9 +306,7 @@ def _text_model(model: Any) -> Any:
     return text
 
 
-def _quantize(model: Any, kind: str) -> None:
-    if kind not in QUANTIZATIONS:
-        raise UserError(f"llm.quantization={kind} is none of {', '.join(QUANTIZATIONS)}; null keeps llm.dtype")
+def _quantize(model: Any, kind: Quantization) -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses a CPU kernel that is not used here
     try:
         quantize_linears(model, kind, keep=model.get_output_embeddings())

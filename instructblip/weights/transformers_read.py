@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from instructblip._transformers import quiet_transformers
+from instructblip.config.schema import LLMKind
 from instructblip.errors import UserError
 from instructblip.files import read_json
 from instructblip.models.instructblip import InstructBLIP
@@ -61,7 +62,7 @@ class Settings(NamedTuple):
             where LAVIS has 1e-5; a folder's weights were checked with the former, so it is kept.
         qformer: arguments of `QFormer`.
         max_instruction_tokens: limit of the Q-Former's text.
-        llm_kind: key of `LLM_KINDS`.
+        llm_kind: of the language model.
         llm: text conventions, arguments of that class.
         llm_rows: rows of the token table that belong to the language model; `<image>` may have been added behind them.
     """
@@ -70,7 +71,7 @@ class Settings(NamedTuple):
     vision_norm_eps: float
     qformer: dict[str, Any]
     max_instruction_tokens: int
-    llm_kind: str
+    llm_kind: LLMKind
     llm: dict[str, Any]
     llm_rows: int
 

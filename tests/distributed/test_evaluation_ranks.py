@@ -11,8 +11,6 @@ from typing import Any
 
 import pytest
 
-from instructblip.distributed import ALONE, Worker, this_worker
-from instructblip.errors import UserError
 from instructblip.evaluation import journal
 from tests.kit.runs import World, evaluate_here, predictions, run, start
 
@@ -112,22 +110,3 @@ def test_killed_processes_are_continued_by_another_number_of_them(
     assert_same(evaluate_with(world, untrained_run, tmp_path, 3), alone)
     run(world, "evaluate.py", *arguments(world, untrained_run, tmp_path / "copy"), cwd=tmp_path / "one")
     assert_same(tmp_path / "copy/demo", alone)
-
-
-def test_who_a_process_is_stands_in_its_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        monkeypatch.delenv(name, raising=False)
-    assert this_worker() == ALONE
-    for name, value in {"RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "1"}.items():
-        monkeypatch.setenv(name, value)
-    assert this_worker() == Worker(9, 16, 1)
-    for name, value in (("RANK", "16"), ("LOCAL_RANK", "x"), ("RANK", "")):
-        with monkeypatch.context() as patch, pytest.raises(UserError, match=f"{name}={value}.*start with torchrun"):
-            patch.setenv(name, value)
-            this_worker()
-
-
-def test_every_piece_of_work_is_somebodys_and_nobody_elses() -> None:
-    for count in (1, 2, 3, 7):
-        shares = [Worker(rank, count).share(range(10)) for rank in range(count)]
-        assert sorted(piece for share in shares for piece in share) == list(range(10))

@@ -12,10 +12,11 @@ from tests.kit.objectives import register
 from tests.kit.runs import World, read_lines, start_ranks
 
 RECIPE = (
-    "recipe.phases=["
-    "{name: alignment, steps: 2, batch_size: 8, micro_batch_size: 2, learning_rate: 1e-4, objectives: {alignment: 1.0}}, "
-    "{name: instruction, steps: 4, batch_size: 8, micro_batch_size: 2, learning_rate: 1e-4, "
-    "objectives: {language_modeling: 1.0, prompt_norm: 0.1, prompt_contrast: 0.5}}]",
+    "~recipe.phases",
+    "recipe.phases={"
+    "alignment: {steps: 2, batch_size: 8, micro_batch_size: 2, learning_rate: 1e-4, objectives: {alignment: 1.0}}, "
+    "instruction: {steps: 4, batch_size: 8, micro_batch_size: 2, learning_rate: 1e-4, "
+    "objectives: {language_modeling: 1.0, prompt_norm: 0.1, prompt_contrast: 0.5}}}",
     "recipe.validate_every=4",
     "recipe.checkpoint_every=3",
     "+recipe.average_decay=0.9",

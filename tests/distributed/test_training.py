@@ -19,9 +19,10 @@ STEPS = 20
 SAVED = (5, 10, 15, 20)
 ENCODING = "data.cache_features=false"
 RECIPE = (
-    "recipe.phases=["
-    "{name: alignment, steps: 5, batch_size: 8, micro_batch_size: null, learning_rate: 1e-4, objectives: {alignment: 1.0}}, "
-    "{name: instruction, steps: 15, batch_size: 8, batching: fixed, micro_batch_size: null, learning_rate: 1e-4}]",
+    "~recipe.phases",
+    "recipe.phases={"
+    "alignment: {steps: 5, batch_size: 8, micro_batch_size: null, learning_rate: 1e-4, objectives: {alignment: 1.0}}, "
+    "instruction: {steps: 15, batch_size: 8, batching: fixed, micro_batch_size: null, learning_rate: 1e-4}}",
     "recipe.validate_every=10",
     "recipe.checkpoint_every=5",
     "recipe.keep_checkpoints=4",
@@ -74,8 +75,8 @@ def assert_like(found: Path, expected: Path) -> None:
     "parallel",
     [
         ("parallel=fsdp",),
-        ("parallel=ddp", "recipe.phases.0.micro_batch_size=2", "recipe.phases.1.micro_batch_size=1"),
-        ("parallel=fsdp", "parallel.shard_size=1", "recipe.phases.1.batching=bucketed"),
+        ("parallel=ddp", "recipe.phases.alignment.micro_batch_size=2", "recipe.phases.instruction.micro_batch_size=1"),
+        ("parallel=fsdp", "parallel.shard_size=1", "recipe.phases.instruction.batching=bucketed"),
     ],
 )
 def test_two_ranks_are_like_one(world: World, alone: Path, tmp_path: Path, parallel: tuple[str, ...]) -> None:
@@ -138,8 +139,8 @@ def watch_the_sharding() -> None:
 
 @pytest.mark.parametrize("size", [1, 2])
 def test_sharding_leaves_no_whole_block(world: World, tmp_path: Path, size: int) -> None:
-    few = "recipe.phases=[{name: instruction, steps: 1, batch_size: 2, learning_rate: 1e-4}]"
-    options = ("parallel=fsdp", f"parallel.shard_size={size}", "parallel.timeout=77", "suite.held_in=[]", few)
+    few = "~recipe.phases", "recipe.phases={instruction: {steps: 1, batch_size: 2, learning_rate: 1e-4}}"
+    options = ("parallel=fsdp", f"parallel.shard_size={size}", "parallel.timeout=77", "suite.held_in=[]", *few)
     arguments = overrides(world, tmp_path, *options)
     commands = start_ranks(world, "train.py", *arguments, cwd=tmp_path, before=watch_the_sharding)
     ends = [command.wait() for command in commands]

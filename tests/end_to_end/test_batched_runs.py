@@ -13,9 +13,9 @@ STEPS = 3
 
 def phases(settings: str) -> tuple[str, ...]:
     """Overrides for a short run whose only phase is cut in this way."""
-    phase = f"{{name: only, steps: {STEPS}, batch_size: 12, learning_rate: 1e-3, {settings}}}"
+    phase = f"{{steps: {STEPS}, batch_size: 12, learning_rate: 1e-3, {settings}}}"
     every = ("recipe.final_samples=1", "recipe.validate_every=50", "qformer.dropout=0", "data.workers=1")
-    return (f"recipe.phases=[{phase}]", *every)
+    return ("~recipe.phases", f"recipe.phases={{only: {phase}}}", *every)
 
 
 def test_batching_changes_neither_samples_nor_losses(
@@ -48,9 +48,9 @@ def test_batching_changes_neither_samples_nor_losses(
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ("batching: rows", ["recipe.phases.0.batching=rows", "fixed, bucketed, packed"]),
+        ("batching: rows", ["recipe.phases.only.batching=rows", "fixed, bucketed, packed"]),
         ("micro_batch_tokens: 400", ["micro_batch_tokens", "fixed", "bucketed or packed"]),
-        ("batching: packed, micro_batch_tokens: 0", ["recipe.phases.0.micro_batch_tokens=0", "1 or more"]),
+        ("batching: packed, micro_batch_tokens: 0", ["recipe.phases.only.micro_batch_tokens=0", "1 or more"]),
     ],
 )
 def test_mistakes(world: World, tmp_path: Path, settings: str, words: list[str]) -> None:
@@ -64,7 +64,7 @@ def test_mistakes(world: World, tmp_path: Path, settings: str, words: list[str])
     ("override", "words"),
     [
         ("llm.kind=encoder_decoder", ["batching=packed needs a decoder-only LLM", "bucketed"]),
-        ("recipe.phases.0.objectives={alignment: 1.0}", ["batching=packed packs rows of the LLM", "fixed"]),
+        ("recipe.phases.only.objectives={alignment: 1.0}", ["batching=packed packs rows of the LLM", "fixed"]),
     ],
 )
 def test_where_nothing_can_be_packed(world: World, tmp_path: Path, override: str, words: list[str]) -> None:

@@ -14,7 +14,8 @@ from tests.kit.runs import REPOSITORY, World, read_lines
 SCRIPTS = sorted((REPOSITORY / "launch").iterdir())
 SECONDS = 180
 RECIPE = (
-    "recipe.phases=[{name: instruction, steps: 60, batch_size: 4, learning_rate: 1e-4}]",
+    "~recipe.phases",
+    "recipe.phases={instruction: {steps: 60, batch_size: 4, learning_rate: 1e-4}}",
     "recipe.checkpoint_every=5",
     "recipe.validate_every=500",
     "suite.held_in=[]",

@@ -16,7 +16,7 @@ from tests.kit.tiny import tiny_huggingface
 
 SETUP = ("pip install -r requirements.txt && python train.py", "pip install -r requirements.txt && python -m pytest")
 SCRIPTS = ("train.py", "evaluate.py", "prepare.py")
-ONE_PHASE = "recipe.phases=[{name: short, steps: 3, batch_size: 2, learning_rate: 1e-3}]"
+ONE_PHASE = ("~recipe.phases", "recipe.phases={short: {steps: 3, batch_size: 2, learning_rate: 1e-3}}")
 README = REPOSITORY / "README.md"
 DOCUMENTS = (README, REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").glob("*.md")))
 WEIGHTS, REPORTS, INSPECT, BENCHMARKS, ONE_TEST = KINDS = (
@@ -86,7 +86,7 @@ def _tiny_training(world: World, given: Mapping[str, str], folder: Path) -> tupl
     """What makes a command of train.py short: tiny parts and few steps. A run that is continued keeps its recipe."""
     if "plan" in given:
         return ()
-    short = (ONE_PHASE, "recipe.final_samples=1", "recipe.validation_samples=1")
+    short = (*ONE_PHASE, "recipe.final_samples=1", "recipe.validation_samples=1")
     if "experiment" in given:
         return (*(item for item in world.train if item.split(".")[0] in ("vision", "qformer", "llm")), *short)
     if "llm" in given:
@@ -109,7 +109,7 @@ def test_a_command_runs(line: str, world: World, finished_run: Path, tmp_path: P
         "evaluate.py": ("samples=6",) if "data" in given else (*world.evaluate, "samples=3"),
         "prepare.py": (f"sources.easy_vqa.path={world.raw}",),
     }[script]
-    ordered = sorted([*tiny, *arguments], key=lambda word: "=" in word)  # flags come first
+    ordered = sorted([*tiny, *arguments], key=lambda word: "=" in word or word[0] == "~")  # flags come first
     printed = run(world, script, *ordered, cwd=tmp_path)
     assert printed.strip()
     assert "Traceback" not in printed

@@ -78,7 +78,7 @@ def test_a_failing_job_is_one_line_and_the_others_run(world: World, arguments: l
     ("overrides", "expected"),
     [
         (["llm=vicuna_7b,vicuna_7"], "there is no llm=vicuna_7; did you mean vicuna_7b? configs/llm has: "),
-        (["batch_sise=1,2"], "unknown configuration key batch_sise; did you mean batch_size?"),
+        (["batch_sise=1,2"], "unknown key batch_sise; did you mean batch_size?"),
         (["samples=1,2", "suite=demmo"], "there is no suite=demmo; did you mean demo? "),
         (["samples=1,[2"], "the command line cannot be understood ("),
         pytest.param(

@@ -16,7 +16,7 @@ from packaging.requirements import Requirement
 from tests.kit.runs import REPOSITORY, SECONDS, World, read_lines
 
 FOLDERS = ("instructblip", "configs", "datasets")
-TWO_STEPS = "recipe.phases=[{name: short, steps: 2, batch_size: 2, learning_rate: 1e-3}]"
+TWO_STEPS = ("~recipe.phases", "recipe.phases={short: {steps: 2, batch_size: 2, learning_rate: 1e-3}}")
 TEST_TOOLS = {"pytest", "pytest-cov", "pytest-xdist", "webdataset", "datasets", "import-linter", "ruff", "mypy"}
 
 
@@ -79,7 +79,7 @@ def test_an_installed_package_trains_elsewhere(wheel: Path, world: World, tmp_pa
     found = _call(python, "-c", "import instructblip; print(instructblip.__file__)", cwd=elsewhere)
     assert Path(found.strip()).is_relative_to(packages)
 
-    short = (TWO_STEPS, "recipe.final_samples=1", "recipe.validation_samples=1", "name=elsewhere")
+    short = (*TWO_STEPS, "recipe.final_samples=1", "recipe.validation_samples=1", "name=elsewhere")
     with world.here():
         _call(environment / "bin/instructblip-train", *world.train, *short, cwd=elsewhere)
     losses = [

@@ -15,7 +15,8 @@ STEPS = 12
 SCORES = {2: 10.0, 4: 60.0, 6: 30.0, 8: 60.0, 10: 20.0}  # the best is step 4's, the first of equals
 KILLED_AFTER = 9
 OVERRIDES = (
-    f"recipe.phases=[{{name: instruction, steps: {STEPS}, batch_size: 2, learning_rate: 1e-4}}]",
+    "~recipe.phases",
+    f"recipe.phases={{instruction: {{steps: {STEPS}, batch_size: 2, learning_rate: 1e-4}}}}",
     "recipe.validate_every=2",
     "recipe.checkpoint_every=3",
     "recipe.keep_checkpoints=1",

@@ -30,8 +30,8 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["preset=papr"], "preset is paper or lavis, not 'papr'"),
-        (["mode=guess"], "mode is rank or generate, not 'guess'"),
+        (["preset=papr"], "preset=papr is none of paper, lavis; did you mean paper"),
+        (["mode=guess"], "mode=guess is none of rank, generate, null"),
         (["split=dev"], r"easy_vqa/dev is not a prepared split"),
         (["suite.held_in=[easy_vqa_shap]"], "no dataset card 'easy_vqa_shap'"),
         (["suite.held_in=[gqa]"], r"gqa is not prepared in .*; run python prepare\.py dataset=gqa"),
@@ -39,7 +39,7 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
             ["suite.held_in=[]", "suite.held_out=[]"],
             r"nothing to evaluate; name a dataset in suite\.held_in or suite\.h",
         ),
-        (["device=tpu9"], "device=tpu9 is none; use auto, cpu or cuda"),
+        (["device=tpu9"], "device=tpu9: use auto, cpu or cuda"),
     ],
 )
 def test_a_mistake_costs_no_model(

@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 
 from instructblip.evaluation import runner
-from instructblip.training import validation as scoring
 from instructblip.weights.checkpoint import checkpoint_folders
 from tests.kit.runs import STEPS as ALL_STEPS
 from tests.kit.runs import World, read_lines, run, scores, signal_in_evaluation, start_ranks
 
 STEPS = 24
 RECIPE = (
-    f"recipe.phases=[{{name: instruction, steps: {STEPS}, batch_size: 4, learning_rate: 1e-4}}]",
+    "~recipe.phases",
+    f"recipe.phases={{instruction: {{steps: {STEPS}, batch_size: 4, learning_rate: 1e-4}}}}",
     "recipe.checkpoint_every=4",
     "recipe.validate_every=50",
     "suite.held_in=[]",
@@ -50,7 +50,7 @@ def test_all_stop_at_one_step_and_one_goes_on_alone(world: World, tmp_path: Path
 
 def signal_to_the_second(number: int) -> None:
     """Rank 1 gets SIGTERM when it is to answer its n-th question; both have some in every dataset."""
-    scoring._BATCH, runner._BATCHES_PER_CHUNK = 1, 1
+    runner._BATCHES_PER_CHUNK = 1
     if os.environ["RANK"] == "1":
         signal_in_evaluation(number, signal.SIGTERM)
 
@@ -63,6 +63,7 @@ def test_all_stop_when_one_is_told_in_an_evaluation(
     if kind == "ddp":
         number = (number + 1) // 2  # rank 1 answers half of the questions
     arguments = [*world.train, f"parallel={kind}", "parallel.timeout=30", f"output={tmp_path}"]
+    arguments.append("evaluation.batch_size=1")
     before = partial(signal_to_the_second, number)
     began = time.monotonic()
     commands = start_ranks(world, "train.py", *arguments, cwd=tmp_path, before=before)

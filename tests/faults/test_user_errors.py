@@ -12,7 +12,8 @@ from instructblip.errors import UserError
 from tests.kit.runs import World, evaluate_here, start, train_here
 
 ONE_STEP = (
-    "recipe.phases=[{name: only, steps: 2, batch_size: 2, learning_rate: 1e-3}]",
+    "~recipe.phases",
+    "recipe.phases={only: {steps: 2, batch_size: 2, learning_rate: 1e-3}}",
     "recipe.checkpoint_every=1",
     "recipe.final_samples=2",
     "recipe.validation_samples=2",
@@ -61,12 +62,13 @@ def _copy(world: World, folder: Path) -> World:
         (
             "train.py",
             "recipe.lerning_rate=1",
-            ["key recipe.lerning_rate", "did you mean recipe.phases.0.learning_rate?"],
+            ["key recipe.lerning_rate", "did you mean recipe.phases.NAME.learning_rate?"],
         ),
         ("train.py", "llm=smollm", ["no llm=smollm", "did you mean smollm2_135m?", "configs/llm has: flan_t5_base, "]),
-        ("train.py", "seed=one", ["key seed", "'one'", "Integer", "right type"]),
-        ("evaluate.py", "suite=demo", ["needs a value for checkpoint", "checkpoint=..."]),
-        ("prepare.py", "workers=0", ["name a dataset", "dataset=NAME", "check=SHARDS"]),
+        ("train.py", "seed=one", ["seed must be a whole number, not 'one'"]),
+        ("evaluate.py", "suite=demo", ["key checkpoint is missing; give checkpoint=..."]),
+        ("prepare.py", "workers=2", ["name a dataset", "dataset=NAME", "check=SHARDS"]),
+        ("prepare.py", "workers=0", ["workers=0 is too small; give 1 or more"]),
     ],
 )
 def test_a_mistake_on_the_command_line(
@@ -84,27 +86,30 @@ def test_a_mistake_on_the_command_line(
             ["mixture demo", "easy_vqa_statements", "held out", "remove"],
         ),
         ("mixture.datasets=[{name: easy_vqa_shap}]", ["no dataset card 'easy_vqa_shap'", "'easy_vqa_shape'"]),
-        ("mixture.weights=squareroot", ["mixture demo", "'squareroot'", "sqrt, proportional, uniform"]),
-        ("mixture.datasets=[]", ["mixture demo", "at least one dataset"]),
-        ("vision.norm=batch", ["vision.norm=batch", "layer, channel"]),
+        ("mixture.weights=squareroot", ["mixture.weights=squareroot", "sqrt, proportional, uniform"]),
+        ("mixture.datasets=[]", ["mixture.datasets=[] has 0 entries; give at least 1"]),
+        ("vision.norm=batch", ["vision.norm=batch is none of layer, channel"]),
         ("vision.backbone=resnet5", ["vision=efficientnet_lite0", "no backbone 'resnet5'"]),
         ("vision.layers=[bn9]", ["vision=efficientnet_lite0", "no layer bn9"]),
         ("vision.sources.path=/nowhere", ["vision.sources.path=/nowhere is not a folder", "correct it"]),
-        ("llm.dtype=float33", ["llm.dtype=float33", "use float32"]),
+        ("llm.dtype=float33", ["llm.dtype=float33 is none of float32, bfloat16, float16; did you mean float32?"]),
         ("llm.eos_token=nothing", ["llm=smollm2_135m", "no token 'nothing'", "llm config"]),
         ("device=tpu9", ["device=tpu9", "auto, cpu or cuda"]),
-        ("logger.kind=tensorboard", ["logger 'tensorboard' is not known", "choose one of none, wandb"]),
-        ("recipe.phases.0.steps=0", ["recipe.phases.0.steps=0 is too small", "1 or more"]),
-        ("recipe.phases.1.micro_batch_size=0", ["recipe.phases.1.micro_batch_size=0", "1 or more"]),
-        ("recipe.phases=[]", ["recipe.phases is empty", "at least one phase"]),
-        ("recipe.betas=[0.9]", ["recipe.betas=[0.9]", "two numbers", "such as [0.9, 0.999]"]),
+        ("logger.kind=tensorboard", ["logger.kind=tensorboard is none of none, wandb"]),
+        ("recipe.phases.alignment.steps=0", ["recipe.phases.alignment.steps=0 is too small", "1 or more"]),
+        ("recipe.phases.instruction.micro_batch_size=0", ["recipe.phases.instruction.micro_batch_size=0", "1 or more"]),
+        ("~recipe.phases", ["key recipe.phases is missing"]),
+        ("recipe.betas=[0.9]", ["recipe.betas=[0.9] has 1 entries; give 2"]),
         ("recipe.validate_every=0", ["recipe.validate_every=0", "1 or more"]),
         ("data.workers=-1", ["data.workers=-1", "0 or more"]),
-        ("recipe.clip_norm=-1", ["recipe.clip_norm=-1", "above 0"]),
-        ("recipe.phases.1.learning_rate=-1e-4", ["recipe.phases.1.learning_rate=-0.0001", "above 0"]),
-        ("recipe.phases.0.warmup_steps=-3", ["recipe.phases.0.warmup_steps=-3", "not be below 0"]),
-        ("parallel.timeout=0", ["parallel.timeout=0", "above 0"]),
-        ("resume=yes_please", ["resume=yes_please is not known", "resume=auto"]),
+        ("recipe.clip_norm=-1", ["recipe.clip_norm=-1 is too small; give more than 0"]),
+        (
+            "recipe.phases.instruction.learning_rate=-1e-4",
+            ["recipe.phases.instruction.learning_rate=-0.0001 is too small"],
+        ),
+        ("recipe.phases.alignment.warmup_steps=-3", ["recipe.phases.alignment.warmup_steps=-3 is too small; give 0"]),
+        ("parallel.timeout=0", ["parallel.timeout=0 is too small; give more than 0"]),
+        ("resume=yes_please", ["resume=yes_please is none of auto, null"]),
     ],
 )
 def test_a_value_that_fits_its_type_but_not_its_place(
@@ -165,10 +170,10 @@ def test_an_existing_run_is_not_overwritten(world: World, finished_run: Path, tm
 
 def test_a_changed_configuration_does_not_resume(world: World, finished_run: Path, tmp_path: Path) -> None:
     before = (finished_run / "config.yaml").read_bytes()
-    changes = ("recipe.weight_decay=0.5", "recipe.phases.1.steps=30", "resume=auto", "data.workers=1")
+    changes = ("recipe.weight_decay=0.5", "recipe.phases.instruction.steps=30", "resume=auto", "data.workers=1")
     line = fail(world, "train.py", *world.train, f"output={finished_run.parent}", *changes, cwd=tmp_path)
     assert says(line, f"{finished_run} was begun with another configuration", "another name=", "undo the change")
-    assert says(line, "recipe.weight_decay: 0.05 -> 0.5", "recipe.phases.1.steps: 15 -> 30")
+    assert says(line, "recipe.weight_decay: 0.05 -> 0.5", "recipe.phases.instruction.steps: 15 -> 30")
     assert "workers" not in line
     assert (finished_run / "config.yaml").read_bytes() == before
 

@@ -18,12 +18,11 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
-import hydra
 import torch
 from rich.console import Console
 
-from instructblip.config.schema import CONFIGS, EvaluateConfig, Schema, TrainConfig
-from instructblip.config.validate import validate
+from instructblip.config.entry import compose_config
+from instructblip.config.schema import EvaluateConfig, Schema, TrainConfig
 from instructblip.data.cards import load_card
 from instructblip.data.prepare.convert import prepare_dataset
 from instructblip.evaluation import runner
@@ -38,10 +37,11 @@ FINAL_SAMPLES = 10
 SECONDS = 120  # a process that takes longer hangs
 
 _RECIPE = (
-    "recipe.phases=["
-    "{name: alignment, steps: 9, batch_size: 4, learning_rate: 3e-3, warmup_steps: 2, objectives: {alignment: 1.0}}, "
-    "{name: instruction, steps: 15, batch_size: 4, batching: fixed, micro_batch_size: 2, "
-    "learning_rate: 1e-3}]",
+    "~recipe.phases",
+    "recipe.phases={"
+    "alignment: {steps: 9, batch_size: 4, learning_rate: 3e-3, warmup_steps: 2, objectives: {alignment: 1.0}}, "
+    "instruction: {steps: 15, batch_size: 4, batching: fixed, micro_batch_size: 2, "
+    "learning_rate: 1e-3}}",
     "recipe.checkpoint_every=4",
     "recipe.validate_every=5",
     "recipe.validation_samples=3",
@@ -103,8 +103,7 @@ def make_world(folder: Path) -> World:
 
 def compose(name: str, schema: type[Schema], overrides: Sequence[str]) -> Schema:
     """A validated configuration, as an entry point makes it of its command line."""
-    with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        return validate(hydra.compose(name, overrides=list(overrides)), schema)
+    return compose_config(name, schema, list(overrides))
 
 
 def train_here(world: World, output: Path, *overrides: str) -> Path:

@@ -13,5 +13,6 @@ def write_untrained_run(world: World, folder: Path) -> Path:
     config = compose("train", TrainConfig, [*world.train, "vision.norm=layer"])
     with world.here():
         model = build_model(config.vision, config.qformer, config.llm, seed=config.seed)
-        save_native(model, ModelConfig(config.seed, config.vision, config.qformer, config.llm), folder)
+        parts = ModelConfig(seed=config.seed, vision=config.vision, qformer=config.qformer, llm=config.llm)
+        save_native(model, parts, folder)
     return folder

@@ -73,8 +73,6 @@ def test_a_source_is_found_without_its_weights(formats: Formats, tmp_path: Path)
     t5 = dataclasses.replace(read_config(file, LLMConfig), kind="encoder_decoder")
     for source in (formats.native, formats.huggingface, formats.lavis):
         assert find_source(source, llm=t5).llm_kind == "encoder_decoder"
-        with pytest.raises(UserError, match=r"llm\.kind=t5 is none of decoder, encoder_decoder"):
-            find_source(source, llm=dataclasses.replace(t5, kind="t5", name="mine"))
 
 
 def test_load_returns_the_model_alone(formats: Formats) -> None:
@@ -128,8 +126,6 @@ def test_of_two_language_models_of_one_width_the_projections_name_tells(
     assert [record.message for record in caplog.records] == [
         "Q-Former and projection were aligned to an LLM of width 32 (LAVIS's opt_proj); llm=own needs them trained"
     ]
-    with pytest.raises(UserError, match=r"llm.lavis_projection=lm_proj is none of llm_proj, t5_proj, opt_proj"):
-        load(tmp_path / "opt.pth", llm=dataclasses.replace(own, lavis_projection="lm_proj"))
 
 
 def test_files_of_parts_from_elsewhere(formats: Formats, tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ def test_a_real_process_ends_with_one_line_and_status_2() -> None:
     environment = {key: value for key, value in os.environ.items() if not key.startswith("HYDRA")}
     command = [sys.executable, "train.py", "recipe.lerning_rate=1"]
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
-    expected = "unknown configuration key recipe.lerning_rate; did you mean recipe.phases.0.learning_rate?"
+    expected = "unknown key recipe.lerning_rate; did you mean recipe.phases.NAME.learning_rate?"
     assert (done.returncode, done.stdout, done.stderr) == (2, "", f"error: {expected}\n")
 
 
@@ -106,18 +106,24 @@ def test_nothing_is_written_where_the_command_is_run(monkeypatch: pytest.MonkeyP
     [
         (
             "recipe.lerning_rate=1",
-            "unknown configuration key recipe.lerning_rate; did you mean recipe.phases.0.learning",
+            "unknown key recipe.lerning_rate; did you mean recipe.phases.NAME.learning_rate?",
         ),
-        ("recipe.phases.0.stepps=1", "key recipe.phases.0.stepps; did you mean recipe.phases.0.steps?"),
-        ("llms=smollm2_135m", "unknown configuration key llms; did you mean llm?"),
-        ("llm.options={a: 1}", "llm.options is a section; add to it with +llm.options.KEY=VALUE"),
+        (
+            "recipe.phases.alignment.stepps=1",
+            "unknown key recipe.phases.alignment.stepps; did you mean recipe.ph",
+        ),
+        ("llms=smollm2_135m", "unknown key llms; did you mean llm?"),
         ("llm=smollm", "there is no llm=smollm; did you mean smollm2_135m? configs/llm has: flan_t5_base, "),
         ("experiment=papr", "there is no experiment=papr; "),
-        ("zzz=1", "unknown configuration key zzz; the keys there are: seed, vision, qformer, llm, name"),
+        ("zzz=1", "unknown key zzz; the keys there are: seed, vision, qformer, llm, name"),
         ("seed", "cannot be understood (Error parsing override 'seed'"),
         ("a b", "cannot be understood ("),
-        ("recipe.phases.9.steps=1", "list index out of range"),
-        ("recipe.phases.x.steps=1", "Index 'x'"),
+        (
+            "recipe.phases.0.steps=1",
+            "recipe.phases.0 is none of them; did you mean recipe.phases.alignment.steps?",
+        ),
+        ("recipe.phases.aligment.steps=1", "did you mean recipe.phases.alignment.steps?"),
+        ("recipe.phases.9.steps=1", "key recipe.phases.9.batch_size is missing"),
         ("recipe=null", "must be a string or a list"),
     ],
 )

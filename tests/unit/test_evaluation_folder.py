@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from instructblip.data.cards import load_card
-from instructblip.distributed import ALONE, Worker
+from instructblip.distributed import ALONE, Ranks
 from instructblip.errors import UserError
 from instructblip.evaluation.journal import claimed, refuse_others_results
 from instructblip.evaluation.protocol import Task, as_json, blind_task
@@ -91,8 +91,8 @@ def test_one_evaluation_at_a_time(tmp_path: Path) -> None:
     busy = f"^another evaluation is writing to {folder}; wait until it has ended, or give another name=$"
     for _ in range(2):  # the lock's file stays, and is in nobody's way
         with (
-            claimed(folder, Worker(0, 2)),
-            claimed(folder, Worker(1, 2)),
+            claimed(folder, Ranks(0, 2)),
+            claimed(folder, Ranks(1, 2)),
             claimed(tmp_path / "other", ALONE),
             pytest.raises(UserError, match=busy),
             claimed(folder, ALONE),

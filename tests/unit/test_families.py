@@ -286,11 +286,7 @@ def test_quantised_weights_are_small(folders: dict[str, Path]) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"kind": "decoders"}, ["llm.kind=decoders", "decoder, encoder_decoder"]),
         ({"kind": "encoder_decoder"}, ["llm=vicuna_7b", "LlamaConfig"]),
-        ({"dtype": "int8"}, ["llm.dtype=int8", "float32, bfloat16"]),
-        ({"dtype": "fp16"}, ["llm.dtype=fp16"]),
-        ({"quantization": "int4"}, ["llm.quantization=int4", "int8, nf4"]),
         ({"options": {"hiden_act": "gelu"}}, ["llm.options.hiden_act", "LlamaConfig"]),
         ({"eos_token": "<end>"}, ["'<end>'"]),
         ({"unk_token": "<what>"}, ["'<what>'"]),

@@ -62,18 +62,18 @@ def test_the_sequence_is_that_of_training(shards: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "line"),
     [
-        (["data.transform=crop"], "data.transform=crop is none of resize_square, center_crop, blip_image_train"),
+        (["data.transform=crop"], "data.transform=crop is none of resize_square, center_crop, blip2_image_train"),
         (["data.cache_features=true"], "leaves nothing to decode"),
         (["mixture.per=epoch"], "mixture.per=epoch is none of sample, batch, step"),
         (
             ["mixture.per=batch", "micro_batch_size=3"],
-            "whole micro-batches, but recipe.phases.0 has a batch_size of 20",
+            "whole micro-batches, but there is a batch_size of 20",
         ),
-        (["mixture.weights=temperature"], "mixture demo: a temperature belongs to weights=temperature"),
+        (["mixture.weights=temperature"], "mixture.weights=temperature needs a mixture.temperature"),
         (["mixture.datasets=[{name: vsr}]"], "trains on vsr, which is held out"),
         (["mixture.datasets=[{name: easy_vqa_shape}, {name: easy_vqa_shape}]"], "names easy_vqa_shape twice"),
         (["samples=-1"], "samples=-1 is too small"),
-        (["data.tolerance.fraction=2"], "data.tolerance: fraction must be from 0 to 1"),
+        (["data.tolerance.fraction=2"], "data.tolerance.fraction=2 is too large; give 1 or less"),
     ],
 )
 def test_mistakes_are_one_line(shards: Path, overrides: list[str], line: str) -> None:

@@ -151,8 +151,6 @@ def test_a_library_that_is_not_there_is_one_line(tmp_path: Path, monkeypatch: py
         raise module.importlib.metadata.PackageNotFoundError(name)
 
     write_raw("ocr_vqa", tmp_path / "raw")
-    with pytest.raises(UserError, match="ocr=rapidoc is not known; choose among rapidocr"):
-        _prepare("ocr_vqa", tmp_path / "raw", tmp_path / "out", ocr="rapidoc")
     monkeypatch.setattr(module.importlib.metadata, "version", missing)
     with pytest.raises(
         UserError, match=r"ocr=rapidocr needs rapidocr; install it with: pip install -r requirements-ocr"

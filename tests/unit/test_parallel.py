@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from instructblip.data.batching import Batch
-from instructblip.distributed import Processes
+from instructblip.distributed import Ranks
 from instructblip.models.instructblip import InstructBLIP
 from instructblip.training import validation as scoring
 from instructblip.training.loop import train_step
@@ -78,7 +78,7 @@ def model_of(kind: str, dropout: float = 0.1) -> InstructBLIP:
 @pytest.mark.parametrize("kind", LLMS)
 def test_activation_checkpointing_gives_the_same_bits_with_less_memory(kind: str) -> None:
     plain, recomputing = model_of(kind), model_of(kind)
-    parallelize(recomputing, Processes(), kind="single", activation_checkpointing=True)
+    parallelize(recomputing, Ranks(), kind="single", activation_checkpointing=True)
     assert list(plain.state_dict()) == list(recomputing.state_dict())
     assert kept_values(recomputing) < 0.6 * kept_values(plain)
     losses, weights = steps(plain)
@@ -91,7 +91,7 @@ def test_activation_checkpointing_gives_the_same_bits_with_less_memory(kind: str
 @pytest.mark.parametrize(("kind", "recompute"), [("decoder", False), ("encoder_decoder", True)])
 def test_compiled_blocks_compute_the_same(kind: str, recompute: bool) -> None:
     plain, compiled = model_of(kind, dropout=0.0), model_of(kind, dropout=0.0)
-    parallelize(compiled, Processes(), kind="single", activation_checkpointing=recompute, compile_blocks=True)
+    parallelize(compiled, Ranks(), kind="single", activation_checkpointing=recompute, compile_blocks=True)
     losses, weights = steps(plain, count=1)
     again, others = steps(compiled, count=1)
     assert again == pytest.approx(losses, abs=1e-6)
@@ -104,7 +104,7 @@ def test_compiled_blocks_compute_the_same(kind: str, recompute: bool) -> None:
 def test_evaluations_compile_nothing(compiled: bool) -> None:
     """With a cache each layer would be compiled by itself, until nothing more is."""
     model = model_of("decoder")
-    parallelize(model, Processes(), kind="single", compile_blocks=True)
+    parallelize(model, Ranks(), kind="single", compile_blocks=True)
     run: Any = SimpleNamespace(
         optimisation=SimpleNamespace(average=None), config=SimpleNamespace(parallel=SimpleNamespace(compile=compiled))
     )

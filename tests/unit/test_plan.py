@@ -7,12 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from instructblip.config.schema import CONFIGS, TrainConfig, VisionConfig
+from instructblip.config.schema import CONFIGS, LLMConfig, TrainConfig, VisionConfig
+from instructblip.config.validate import read_config
 from instructblip.errors import UserError
 from instructblip.training.plan import flops
 from instructblip.training.plan.memory import Plan, what_fits
@@ -21,6 +23,8 @@ from instructblip.training.run import train
 from instructblip.training.setup import make_plan
 from instructblip.weights import modules as architecture
 from instructblip.weights.modules import language_model_of_sizes, qformer_of_sizes
+from instructblip.weights.parts import load_llm
+from tests.kit.families import llm_config, write_llm
 from tests.kit.runs import compose
 
 PAPER = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml"))
@@ -37,7 +41,7 @@ SMALL = (
     "llm.added_tokens=[]",
     "llm.sizes.vocab_size=500",
     "recipe=paper",
-    "recipe.phases.0.batch_size=4",
+    "recipe.phases.instruction.batch_size=4",
     "parallel=single",
     "plan=true",
 )
@@ -220,7 +224,7 @@ def test_every_experiment_is_planned_and_nothing_is_opened(
     "overrides",
     [
         ("experiment=paper_vicuna_13b", "parallel=ddp", "plan_gpus=8"),
-        ("experiment=paper_vicuna_7b", "plan_gpus=2", "recipe.phases.0.micro_batch_size=64"),
+        ("experiment=paper_vicuna_7b", "plan_gpus=2", "recipe.phases.instruction.micro_batch_size=64"),
         ("experiment=paper_vicuna_7b", "plan_gpus=2", "plan_gpu=rtx_4090"),
         ("experiment=paper_vicuna_13b", "plan_gpus=1", "plan_gpu=rtx_4090"),
     ],
@@ -242,7 +246,8 @@ def test_nothing_helps_a_gpu_that_is_too_small() -> None:
 
 @pytest.mark.usefixtures("encoders_once")
 def test_only_the_first_of_torchruns_processes_prints(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RANK", "1")
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
     assert printed("experiment=paper_vicuna_7b") == (0, "")
 
 
@@ -253,7 +258,7 @@ def test_only_the_first_of_torchruns_processes_prints(monkeypatch: pytest.Monkey
         ("plan_gpu=h300", "plan_gpu=h300 is none of a100_40"),
         ("plan_gpus=0", "plan_gpus=0 is too small"),
         ("plan_gpus=3", "does not divide among 3 processes"),
-        ("plan_mfu=1.5", "plan_mfu=1.5 must be"),
+        ("plan_mfu=1.5", "plan_mfu=1.5 is too large; give 1 or less"),
         ("parallel=single plan_gpus=2", "parallel=single, but there are 2"),
         ("parallel=fsdp parallel.shard_size=3", "parallel.shard_size=3 does not divide 8"),
         ("llm.sizes.model_type=lama", "llm.sizes of smollm2_135m"),
@@ -266,10 +271,58 @@ def test_a_mistake_is_one_line(override: str, says: str) -> None:
     assert "\n" not in str(error.value)
 
 
-def test_a_language_model_without_sizes_is_named() -> None:
-    config = compose("train", TrainConfig, ["plan=true"])
-    config.llm.sizes = {}
-    with pytest.raises(UserError, match="llm=smollm2_135m states no sizes"):
+OWN_LLM = """\
+name: mine
+sources: {path: FOLDER}
+dtype: float32
+eos_token: "</s>"
+pad_token: "</s>"
+image_prefix: "Look: "
+prompt_suffix: " Answer:"
+answer_prefix: " "
+"""
+
+
+def test_an_own_language_model_needs_eight_keys(tmp_path: Path) -> None:
+    write_llm("vicuna_7b", tmp_path / "llm")
+    (tmp_path / "mine.yaml").write_text(OWN_LLM.replace("FOLDER", str(tmp_path / "llm")), encoding="utf-8")
+    config = read_config(tmp_path / "mine.yaml", LLMConfig)
+    loaded = load_llm(config)
+    planned = language_model_of_sizes(config)
+    shapes = {name: tensor.shape for name, tensor in loaded.model.state_dict().items()}
+    assert {name: tensor.shape for name, tensor in planned.state_dict().items()} == shapes
+
+
+@pytest.mark.parametrize("name", ["flan_t5_xl", "gemma_3_4b", "qwen3_8b"])
+def test_sizes_that_no_yaml_states_are_read_from_the_models_config(name: str, tmp_path: Path) -> None:
+    write_llm(name, tmp_path)
+    config = replace(llm_config(name, tmp_path), sizes={}, added_tokens=[])
+    planned = sum(p.numel() for p in language_model_of_sizes(config).parameters())
+    assert planned == pytest.approx(sum(p.numel() for p in load_llm(config).model.parameters()), rel=1e-3)
+
+
+def test_the_hub_is_asked_for_the_config_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_llm("qwen3_8b", tmp_path)
+    asked = []
+
+    def download(repository: str, file: str, revision: str | None) -> str:
+        asked.append((repository, file, revision))
+        return str(tmp_path / file)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setenv("INSTRUCTBLIP_CACHE", str(tmp_path / "cache"))
+    config = compose("train", TrainConfig, ["llm=qwen3_8b", "~llm.sizes"]).llm
+    assert language_model_of_sizes(config).config.model_type == "qwen3"
+    assert asked == [("Qwen/Qwen3-8B", "config.json", None)]
+
+
+def test_a_language_model_whose_sizes_are_nowhere_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("INSTRUCTBLIP_CACHE", str(tmp_path / "cache"))
+    config = compose("train", TrainConfig, ["plan=true", "~llm.sizes", "llm.sources.hub=null"])
+    with pytest.raises(UserError, match=r"llm=smollm2_135m states no llm\.sizes .*set llm\.sources\.path=FOLDER"):
+        make_plan(config)
+    config = compose("train", TrainConfig, ["plan=true", "~llm.sizes", f"llm.sources.path={tmp_path}"])
+    with pytest.raises(UserError, match=r"config\.json is missing; correct llm\.sources\.path"):
         make_plan(config)
 
 

@@ -151,8 +151,6 @@ def test_the_majority_is_counted_on_training_images_question_by_question(yes_no:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"mode": "guess"}, "mode is rank or generate, not 'guess'"),
-        ({"preset": "papr"}, "preset is paper or lavis, not 'papr'"),
         ({"split": "dev"}, "not a prepared split"),
     ],
 )

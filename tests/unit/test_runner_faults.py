@@ -12,7 +12,7 @@ from torch import Tensor
 from instructblip.data.cards import load_card
 from instructblip.data.prepare.convert import prepare_dataset
 from instructblip.data.shards import ShardReader
-from instructblip.distributed import Worker
+from instructblip.distributed import Ranks
 from instructblip.errors import DamagedSample, UserError
 from instructblip.evaluation import journal
 from instructblip.evaluation.outcomes import TaskResult
@@ -144,7 +144,7 @@ def test_twenty_kills_at_random_moments_change_nothing(
         attempts += 1
         assert attempts < 20 * KILLS
         count = stream.randint(1, 3)
-        worker, left = Worker(stream.randrange(count), count), stream.randint(1, 2)
+        ranks, left = Ranks(stream.randrange(count), count), stream.randint(1, 2)
 
         def dying(path: Path, lines: Sequence[str]) -> None:
             nonlocal left
@@ -157,10 +157,10 @@ def test_twenty_kills_at_random_moments_change_nothing(
 
         monkeypatch.setattr(journal, "_append", dying)
         try:
-            if worker.is_first and count == 1:
+            if ranks.is_first and count == 1:
                 answer(model, task, folder=folder, **options)
             else:
-                answer_share(model, task, read_pixels(IMAGE_SIZE), folder=folder, worker=worker, **options)
+                answer_share(model, task, read_pixels(IMAGE_SIZE), folder=folder, ranks=ranks, **options)
         except Killed:
             kills += 1
     monkeypatch.setattr(journal, "_append", append)
@@ -178,14 +178,14 @@ def test_a_silent_process_is_given_up_with_one_line(
 ) -> None:
     monkeypatch.setattr(journal, "SILENCE_SECONDS", 0.05)
     with pytest.raises(UserError, match=r"answers of easy_vqa_yes_no are missing and none has come for .* minutes"):
-        answer(model, task, folder=tmp_path, worker=Worker(0, 2))
+        answer(model, task, folder=tmp_path, ranks=Ranks(0, 2))
     # Its own share stays, and alone it answers the rest.
     assert answer(model, task, folder=tmp_path).predictions == answer(model, task).predictions
 
 
 def test_several_processes_need_a_folder(model: InstructBLIP, task: Task) -> None:
     with pytest.raises(ValueError, match="need a folder"):
-        answer(model, task, worker=Worker(0, 2))
+        answer(model, task, ranks=Ranks(0, 2))
 
 
 @pytest.mark.parametrize(

@@ -158,5 +158,3 @@ def test_the_command_names_the_page(tmp_path: Path, cards: list[Card]) -> None:
     console = Console(file=io.StringIO(), width=300)
     assert prepare(PrepareConfig(show=str(tmp_path)), console) == 0
     assert console.file.getvalue() == f"wrote {tmp_path / 'samples.html'}\n"
-    with pytest.raises(UserError, match="check= and show= are different tasks"):
-        prepare(PrepareConfig(show="a", check="b"), console)

@@ -129,9 +129,6 @@ def prepare(config: PrepareConfig, console: Console) -> int:
     Raises:
         UserError: unknown dataset or split, raw files missing or broken, disk full.
     """
-    tasks = [name for name in ("check", "show", "audit") if getattr(config, name) is not None]
-    if len(tasks) > 1:
-        raise UserError(f"{tasks[0]}= and {tasks[1]}= are different tasks; give one of them")
     if config.check is not None:
         return _check(Path(config.check), console)
     if config.show is not None:

@@ -12,13 +12,14 @@ Shape legend of the names: L width of the LLM, D of the Q-Former, V of the visio
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from instructblip.config.schema import PhaseConfig
 from instructblip.models.base import blocks_of
 from instructblip.models.qformer import QFormerLayer
 from instructblip.objectives import make_objectives
@@ -37,6 +38,7 @@ _QUANTIZED = {"int8": 1.0, "nf4": 0.5 + 4 / 64}
 class PlannedPhase:
     """A phase of training as far as a plan goes; see `config.PhaseConfig`."""
 
+    name: str
     steps: int
     batch_size: int
     micro_batch_size: int | None
@@ -332,7 +334,8 @@ def _with_fewer_tokens(plan: Plan) -> Iterator[tuple[str, Plan]]:
         if tokens < largest and plan.phases[number].bounded:
             phases = [*plan.phases]
             phases[number] = dataclasses.replace(phases[number], micro_batch_tokens=tokens)
-            yield f"recipe.phases.{number}.micro_batch_tokens={tokens}", dataclasses.replace(plan, phases=tuple(phases))
+            setting = f"recipe.phases.{phases[number].name}.micro_batch_tokens={tokens}"
+            yield setting, dataclasses.replace(plan, phases=tuple(phases))
 
 
 def _parameter_bytes(model: nn.Module, quantization: str | None) -> dict[Tensor, float]:
@@ -354,10 +357,11 @@ def _is_linear(layer: Any) -> bool:
     return hasattr(layer, "in_features") and hasattr(layer, "out_features")
 
 
-def planned_phases(phases: Sequence[Any]) -> tuple[PlannedPhase, ...]:
+def planned_phases(phases: Mapping[str, PhaseConfig]) -> tuple[PlannedPhase, ...]:
     """What a plan takes of the phases of a recipe."""
     return tuple(
         PlannedPhase(
+            name=name,
             steps=phase.steps,
             batch_size=phase.batch_size,
             micro_batch_size=phase.micro_batch_size,
@@ -365,5 +369,5 @@ def planned_phases(phases: Sequence[Any]) -> tuple[PlannedPhase, ...]:
             runs_llm=any("answer_logits" in objective.outputs for objective in make_objectives(phase.objectives)),
             bounded=phase.batching != "fixed",
         )
-        for phase in phases
+        for name, phase in phases.items()
     )

@@ -1,0 +1,172 @@
+"""One verdict: the choices of the schema are those of the code, and the same wrong value gives the same line everywhere."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Collection
+from typing import Any, get_args
+
+import pytest
+
+from instructblip.config import schema
+from instructblip.config.entry import check_overrides, compose_config
+from instructblip.config.schema import EvaluateConfig, InspectConfig, PrepareConfig, TrainConfig
+from instructblip.data.batching import BATCHINGS
+from instructblip.data.mixture import WEIGHTINGS
+from instructblip.data.prepare.ocr import RECOGNISERS
+from instructblip.data.transforms import TRANSFORMS
+from instructblip.errors import UserError
+from instructblip.fetch.converters import CONVERTERS
+from instructblip.models.llm import LLM_KINDS
+from instructblip.models.quantized import QUANTIZATIONS
+from instructblip.models.ranking import RANKING_PRESETS
+from instructblip.tracking import LOGGERS
+from instructblip.training.parallel import PRECISIONS
+from instructblip.training.plan.flops import GPUS
+from instructblip.weights.names import PROJECTIONS
+from instructblip.weights.parts import VISION_NORMS
+from tests.kit.runs import REPOSITORY
+
+COMMANDS: dict[str, tuple[Any, tuple[str, ...]]] = {
+    "train": (TrainConfig, ()),
+    "evaluate": (EvaluateConfig, ("checkpoint=x",)),
+    "prepare": (PrepareConfig, ()),
+    "inspect": (InspectConfig, ()),
+}
+
+
+@pytest.mark.parametrize(
+    ("choices", "known"),
+    [
+        (schema.BatchingKind, BATCHINGS),
+        (schema.Converter, CONVERTERS),
+        (schema.GPUName, GPUS),
+        (schema.LLMKind, LLM_KINDS),
+        (schema.LavisProjection, PROJECTIONS),
+        (schema.LoggerKind, LOGGERS),
+        (schema.OcrLibrary, RECOGNISERS),
+        (schema.Precision, PRECISIONS),
+        (schema.Preset, RANKING_PRESETS),
+        (schema.Quantization, QUANTIZATIONS),
+        (schema.Transform, TRANSFORMS),
+        (schema.VisionNorm, VISION_NORMS),
+        (schema.Weighting, WEIGHTINGS),
+    ],
+)
+def test_what_may_be_chosen_is_what_the_code_can_do(choices: Any, known: Collection[str]) -> None:
+    assert set(get_args(choices)) == set(known)
+
+
+WRONG = [
+    ("train", "vision.norm=foo", "vision.norm=foo is none of layer, channel"),
+    ("train", "qformer.init=foo", "qformer.init=foo is none of bert, blip2, scratch"),
+    ("train", "qformer.query_init=foo", "qformer.query_init=foo is none of normal, cls"),
+    ("train", "llm.kind=foo", "llm.kind=foo is none of decoder, encoder_decoder"),
+    ("train", "llm.quantization=int4", "llm.quantization=int4 is none of int8, nf4, null; did you mean int8?"),
+    ("train", "vision.dtype=half", "vision.dtype=half is none of float32, bfloat16, float16"),
+    ("train", "mixture.weights=root", "mixture.weights=root is none of sqrt, proportional, uniform, temperature"),
+    ("train", "recipe.precision=bf", "recipe.precision=bf is none of fp32, bf16; did you mean bf16?"),
+    ("train", "recipe.full_disk=go", "recipe.full_disk=go is none of stop, continue"),
+    ("train", "parallel.kind=tp", "parallel.kind=tp is none of single, ddp, fsdp"),
+    ("train", "logger.mode=on", "logger.mode=on is none of offline, online"),
+    ("train", "device=tpu", "device=tpu: use auto, cpu or cuda"),
+    ("train", "plan_mfu=0", "plan_mfu=0 is too small; give more than 0"),
+    ("train", "name=7", "name must be text, not 7; put it in quotes: name=\"'7'\""),
+    ("train", "seed=1.5", "seed must be a whole number, not 1.5"),
+    ("train", "mixture.temperature=2", "mixture.weights=sqrt takes no mixture.temperature"),
+    ("evaluate", "preset=papers", "preset=papers is none of paper, lavis; did you mean paper?"),
+    ("evaluate", "mode=guess", "mode=guess is none of rank, generate, null"),
+    ("evaluate", "data.transform=crop", "data.transform=crop is none of resize_square, center_crop"),
+    ("evaluate", "suite.held_in=[] suite.held_out=[]", "there is nothing to evaluate; name a dataset"),
+    ("prepare", "ocr=tesseract", "ocr=tesseract is none of rapidocr, null"),
+    ("prepare", "workers=0", "workers=0 is too small; give 1 or more"),
+    ("prepare", "check=a show=b", "check= and show= are different tasks"),
+    ("inspect", "mixture.per=epoch", "mixture.per=epoch is none of sample, batch, step"),
+]
+
+
+@pytest.mark.parametrize(("command", "overrides", "line"), WRONG)
+def test_a_wrong_value_gives_the_same_line_to_every_use_of_a_command(command: str, overrides: str, line: str) -> None:
+    kind, needed = COMMANDS[command]
+    uses = [(), ("--cfg", "job"), ("--help",)]
+    uses += [("plan=true",)] if command == "train" else []
+    lines = set()
+    for use in uses:
+        with pytest.raises(UserError) as error:
+            check_overrides(command, kind, [*needed, *overrides.split(), *use])
+        lines.add(str(error.value))
+    with pytest.raises(UserError) as error:
+        compose_config(command, kind, [*needed, *overrides.split()])
+    assert lines == {str(error.value)}
+    assert str(error.value).startswith(line)
+    assert "\n" not in str(error.value)
+
+
+def test_several_wrong_values_are_all_named() -> None:
+    with pytest.raises(UserError) as error:
+        check_overrides("train", TrainConfig, ["vision.norm=foo", "qformer.init=foo", "llm.kind=foo"])
+    assert str(error.value).endswith("is none of layer, channel (also wrong: qformer.init, llm.kind)")
+
+
+@pytest.mark.parametrize("option", [("--help",), ("--cfg", "job"), ("--info", "config")])
+def test_hydras_options_need_no_required_key(option: tuple[str, ...]) -> None:
+    check_overrides("evaluate", EvaluateConfig, list(option))
+
+
+def test_what_hydra_only_shows_is_checked_in_a_real_process() -> None:
+    command = [sys.executable, "train.py", "--cfg", "job", "vision.norm=foo"]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("HYDRA")}
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (
+        2,
+        "",
+        "error: vision.norm=foo is none of layer, channel\n",
+    )
+
+
+# --- keys that no file writes ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("plus", ["", "+", "++"])
+def test_every_key_of_the_schema_can_be_set(plus: str) -> None:
+    overrides = {
+        "recipe.keep_best": "mean",
+        "recipe.phases.instruction.new_parts_scale": 2.5,
+        "llm.options.attention_dropout": 0.25,
+        "data.sources.mine.path": "/data/mine",
+        "vision.sources.hub_revision": "main",
+        "seed": 3,
+    }
+    config = compose_config("train", TrainConfig, [f"{plus}{key}={value}" for key, value in overrides.items()])
+    assert config.recipe.keep_best == "mean"
+    assert config.recipe.phases["instruction"].new_parts_scale == 2.5
+    assert config.llm.options["attention_dropout"] == 0.25
+    assert config.data.sources["mine"].path == "/data/mine"
+    assert (config.vision.sources.hub_revision, config.seed) == ("main", 3)
+
+
+def test_a_section_can_be_added_to_as_a_whole() -> None:
+    config = compose_config("train", TrainConfig, ["vision.options={drop_rate: 0.1}", "data.tolerance={samples: 3}"])
+    assert config.vision.options["drop_rate"] == 0.1
+    assert (config.data.tolerance.samples, config.data.tolerance.fraction) == (3, 0.001)
+
+
+def test_phases_are_replaced_by_leaving_out_those_of_the_recipe() -> None:
+    phase = "{steps: 5, batch_size: 2, learning_rate: 1e-4}"
+    config = compose_config(
+        "train", TrainConfig, ["~recipe.phases", f"recipe.phases={{second: {phase}, first: {phase}}}"]
+    )
+    assert list(config.recipe.phases) == ["second", "first"]
+
+
+def test_an_experiment_changes_one_number_of_one_phase() -> None:
+    paper, other = (
+        compose_config("train", TrainConfig, [f"experiment={name}"]).recipe.phases["instruction"]
+        for name in ("paper_vicuna_7b", "paper_flan_t5_xl")
+    )
+    assert (paper.batch_size, other.batch_size) == (128, 192)
+    assert (paper.steps, paper.learning_rate, paper.warmup_steps) == (
+        other.steps,
+        other.learning_rate,
+        other.warmup_steps,
+    )
