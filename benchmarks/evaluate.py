@@ -72,7 +72,7 @@ def transformers_model(model: InstructBLIP) -> InstructBlipForConditionalGenerat
     )
     found = InstructBlipForConditionalGeneration(config)
     found.vision_model, found.language_model = _Vision(model), model.llm.model  # type: ignore[assignment]
-    own = {name: tensor for name, tensor in model.trainable_state().items() if not name.startswith("vision_norm.")}
+    own = {name: tensor for name, tensor in model.held_state().items() if not name.startswith("vision_norm.")}
     names = foreign_names(own, "huggingface")
     missing = found.load_state_dict({names[name]: tensor for name, tensor in own.items()}, strict=False)
     if missing.unexpected_keys or [

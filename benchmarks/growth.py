@@ -112,7 +112,7 @@ def made_up_run(folder: Path, count: int) -> Any:
     """What the steps of a run share, with a model of one layer."""
     model = nn.Module()
     model.projection = nn.Linear(8, 8)
-    model.trainable_state = model.state_dict
+    model.held_state = model.state_dict
     optimizer = make_adamw(model.named_parameters(), weight_decay=0.05, betas=(0.9, 0.999))
     recipe = SimpleNamespace(
         validate_every=EVERY, checkpoint_every=EVERY, clip_norm=1.0, full_disk="stop", keep_best="mean"

@@ -78,7 +78,7 @@ def _evaluate(
     cache = cache_folder() / "features" if config.data.cache_features and not config.tolerance else None
     weights: dict[str, Any] = {
         "frozen": frozen_fingerprints(loaded.model),
-        "trained": fingerprint_tensors(loaded.model.trainable_state()),
+        "trained": fingerprint_tensors(loaded.model.held_state()),
     }
     results = evaluate_tasks(
         loaded.model,

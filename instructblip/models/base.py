@@ -99,10 +99,12 @@ class PartedModule(nn.Module):
 
     Attributes:
         PARTS: the children (modules or parameters) of each part.
+        HELD: parts that a checkpoint holds even where they are frozen, since they come from no file of their own.
         trained_parts: names of the parts that train; all others are frozen: no gradient, evaluation mode.
     """
 
     PARTS: ClassVar[Mapping[str, tuple[str, ...]]]
+    HELD: ClassVar[frozenset[str]] = frozenset()
     trained_parts: frozenset[str] = frozenset()
 
     def part_modules(self, part: str) -> list[nn.Module]:
@@ -156,12 +158,12 @@ class PartedModule(nn.Module):
             state |= child.state_dict(prefix=f"{name}.") if isinstance(child, nn.Module) else {name: child.detach()}
         return state
 
-    def trainable_state(self) -> dict[str, Tensor]:
-        """The state of all parts that train: what a checkpoint holds."""
+    def held_state(self) -> dict[str, Tensor]:
+        """What a checkpoint holds: the state of all parts that train, and of those that no other file has."""
         return {
             name: tensor
             for part in self.PARTS
-            if part in self.trained_parts
+            if part in self.trained_parts | self.HELD
             for name, tensor in self.part_state(part).items()
         }
 

@@ -130,6 +130,8 @@ class BLIP2(PartedModule):
         ),
     }
 
+    HELD = frozenset({"qformer"})
+
     def __init__(
         self,
         *,

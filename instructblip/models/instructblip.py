@@ -39,6 +39,7 @@ class InstructBLIP(Model):
     """
 
     PARTS = {"vision": ("vision",), "qformer": ("vision_norm", "qformer", "projection"), "llm": ("llm",)}  # noqa: RUF012
+    HELD = frozenset({"qformer"})
 
     def __init__(
         self,

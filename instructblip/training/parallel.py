@@ -209,6 +209,13 @@ def _end_without_gradient(root: FSDPModule, *_: object) -> None:
         root.reset_iter_state()
 
 
+def forget_gathered(model: nn.Module) -> None:
+    """Give back the blocks that are gathered: after a change of weights from outside, passes must gather them anew."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def _after_each_call(root: nn.Module, entry: str, sharded: FSDPModule) -> None:
     inner = getattr(root, entry)
 

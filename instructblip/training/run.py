@@ -229,7 +229,7 @@ def _find_best(run: TrainingRun, last: int) -> None:
 
 def _check_equal(run: TrainingRun) -> None:
     """Every rank starts from the same weights: other files, or another library, on one node would go unnoticed."""
-    own = {"trained weights": fingerprint_tensors(run.model.trainable_state()), **run.frozen}
+    own = {"trained weights": fingerprint_tensors(run.model.held_state()), **run.frozen}
     for rank, other in enumerate(run.ranks.gather(own)):
         for part, value in own.items():
             if other[part] != value:
@@ -358,7 +358,7 @@ def _measures(timer: StepTimer, run: TrainingRun) -> dict[str, float]:
 def _save(run: TrainingRun, step: int, *, unvalidated: dict[str, Any] | None) -> None:
     # By all ranks: shards are put together by all, and what one does alone with a model laid over all can part them.
     first, optimisation = run.ranks.is_first, run.optimisation
-    trainable = run.model.trainable_state()
+    trainable = run.model.held_state()
     model = whole_tensors(trainable, keep=first)
     optimizer = whole_tensors(optimizer_tensors(optimisation.optimizer, optimisation.names), keep=first)
     averaged = optimisation.average.state(trainable) if optimisation.average else None

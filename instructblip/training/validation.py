@@ -17,7 +17,7 @@ from instructblip.evaluation.runner import answer_share, run_task
 from instructblip.evaluation.suite import evaluate_tasks, finish_evaluation, log_scores, model_identity
 from instructblip.models.fingerprint import fingerprint_tensors
 from instructblip.training.curves import draw_curves
-from instructblip.training.parallel import is_sharded
+from instructblip.training.parallel import forget_gathered, is_sharded
 from instructblip.training.schedule import total_steps
 from instructblip.training.setup import TrainingRun
 from instructblip.training.signals import Stopped, StopRequest
@@ -140,7 +140,7 @@ def _evaluate(run: TrainingRun, checkpoint: Path, stop: StopRequest) -> None:
 def _fingerprint(run: TrainingRun) -> str:
     """Of what trains; all ranks call this. Where parts are sharded only the first has the whole, and it alone needs it."""
     keep = run.ranks.is_first or not _is_sharded(run)
-    return fingerprint_tensors(whole_tensors(run.model.trainable_state(), keep=keep))
+    return fingerprint_tensors(whole_tensors(run.model.held_state(), keep=keep))
 
 
 def _ranks(run: TrainingRun, stop: StopRequest) -> Ranks:
@@ -169,5 +169,7 @@ def _to_evaluate(run: TrainingRun) -> Iterator[None]:
         if run.config.parallel.compile:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         if average := run.optimisation.average:
+            stack.callback(forget_gathered, run.model)  # after the weights are back
             stack.enter_context(average.in_place())
+            forget_gathered(run.model)
         yield

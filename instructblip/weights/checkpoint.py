@@ -48,18 +48,22 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, s
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str], path: Path) -> None:
-    """Put saved state back.
+    """Put saved state back. Weights that never had a gradient have none: no objective reached them.
 
     Raises:
         UserError: the file is missing or belongs to other parameters.
     """
     tensors = _load_tensors(path / OPTIMIZER_FILE)
+    saved, known = {key.rpartition("|")[0] for key in tensors}, set(names.values())
+    if not saved & known or saved - known:
+        other = min(saved - known, default="none")
+        raise UserError(f"{path} has the optimiser state of other parameters ({other}); it is of another model")
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             prefix = f"{names[parameter]}|"
             values = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
             if not values:
-                raise UserError(f"{path} has no optimiser state for {names[parameter]}; it is of another model")
+                continue
             # The number of steps, too, is where fused AdamW reads it: beside its parameter.
             optimizer.state[parameter] = {
                 key: placed_like(value, parameter) if value.ndim else value.to(parameter.device)

@@ -34,7 +34,7 @@ def save_native(model: InstructBLIP, config: ModelConfig, folder: Path) -> None:
     save_checkpoint(
         folder / "checkpoints",
         step=0,
-        model=model.trainable_state(),
+        model=model.held_state(),
         optimizer={},
         state={"frozen": frozen_fingerprints(model), "seed": config.seed},
         keep=1,

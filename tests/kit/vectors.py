@@ -83,6 +83,6 @@ def stage1_model() -> BLIP2:
         feature_width=sizes["embed_dim"],
         max_text_tokens=sizes["max_txt_len"],
     )
-    names = foreign_names(model.trainable_state(), "lavis")
+    names = foreign_names(model.held_state(), "lavis")
     model.load_state_dict({name: weights[theirs] for name, theirs in names.items()}, strict=False)
     return model.eval()

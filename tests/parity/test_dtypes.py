@@ -81,7 +81,7 @@ def test_frozen_parts_are_held_in_the_folders_dtype(folder: Folder) -> None:
     kept = {name for name, tensor in llm.model.named_parameters() if tensor.dtype != folder.dtype}
     assert all(".wo." in name for name in kept)  # T5's, by transformers' own rule
     assert {tensor.dtype for tensor in llm.buffers()} == {torch.float32}
-    assert {tensor.dtype for tensor in folder.ours.trainable_state().values()} == {torch.float32}
+    assert {tensor.dtype for tensor in folder.ours.held_state().values()} == {torch.float32}
 
 
 def test_scores_are_float32s_within_rounding_at_any_batch_size(folder: Folder) -> None:

@@ -92,7 +92,7 @@ def model_of(kind: str) -> InstructBLIP:
         llm={"vicuna": vicuna, "t5": t5}[kind](state),
         max_instruction_tokens=CONFIG["max_txt_len"],
     )
-    native = model.trainable_state()
+    native = model.held_state()
     names = foreign_names(native, "lavis")
     projection = {"vicuna": "llm_proj", "t5": "t5_proj"}[kind]
     loaded = {name: state[theirs.replace("llm_proj", projection)] for name, theirs in names.items()}

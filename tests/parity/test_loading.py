@@ -107,7 +107,7 @@ def test_another_language_model(source: str, llm: str, formats: Formats, caplog:
     assert parts["llm"].name == llm
     assert model.llm.width == model.projection.out_features == {"other": 32, "wide": 48}[llm]
     assert torch.equal(model.projection.weight, own.projection.weight) is (llm == "other")
-    for name, tensor in own.trainable_state().items():
+    for name, tensor in own.held_state().items():
         if not name.startswith("projection."):
             assert torch.equal(model.state_dict()[name], tensor), name
     scores = model.rank(torch.zeros(1, 1, 3, 28, 28, dtype=torch.uint8), ["what is it?"], [["red", "blue"]])

@@ -292,7 +292,7 @@ def test_an_ablated_qformer_goes_through_lavis(tmp_path: Path) -> None:
     model, again = (tiny_model(seed, instruction_aware=False) for seed in (0, 1))
     save_lavis(model, tmp_path / "model.pth")
     load_lavis(read_lavis(tmp_path / "model.pth"), again)
-    assert_same_tensors(again.trainable_state(), model.trainable_state())
+    assert_same_tensors(again.held_state(), model.held_state())
 
 
 def test_only_what_is_released_goes_into_transformers_format(tmp_path: Path) -> None:
@@ -341,7 +341,7 @@ def test_a_folder_in_the_way(tmp_path: Path) -> None:
     model.save_huggingface(folder)
     other = tiny_released_model(5)
     save_huggingface(other, folder, overwrite=True)
-    assert_same_tensors(load_huggingface(folder).trainable_state(), other.trainable_state())
+    assert_same_tensors(load_huggingface(folder).held_state(), other.held_state())
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 

@@ -131,7 +131,7 @@ def test_every_trainable_parameter_trains_and_the_vision_encoder_does_not() -> N
     assert without == {f"vision.{name}" for name, _ in model.vision.named_parameters()}
     assert not model.vision.training
     assert all(torch.equal(before[name], tensor) for name, tensor in model.vision.state_dict().items())
-    assert model.trainable_state().keys() == {name for name in model.state_dict() if not name.startswith("vision.")}
+    assert model.held_state().keys() == {name for name in model.state_dict() if not name.startswith("vision.")}
 
 
 def test_vision_tokens_of_other_types_give_the_same_features(model: BLIP2) -> None:

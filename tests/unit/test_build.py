@@ -318,10 +318,10 @@ def blip2(parts: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> tu
     base += ["qformer=blip2", "vision.norm=layer", "llm.dtype=float32"]
     torch.manual_seed(5)
     model = build(compose("train", TrainConfig, [*base, "qformer.init=scratch", "seed=7"]))
-    for tensor in model.trainable_state().values():
+    for tensor in model.held_state().values():
         tensor.add_(torch.randn_like(tensor) * 0.02)
-    names = foreign_names(model.trainable_state(), "lavis")
-    state = {names[name]: tensor.clone() for name, tensor in model.trainable_state().items()}
+    names = foreign_names(model.held_state(), "lavis")
+    state = {names[name]: tensor.clone() for name, tensor in model.held_state().items()}
     text = [names[name] for name in names if "text_ffn" in name or ".word_" in name or ".position_" in name]
     first = {name: tensor if name in text else tensor + 1 for name, tensor in state.items() if "llm_proj" not in name}
     second = {name: tensor for name, tensor in state.items() if name not in text}
@@ -334,9 +334,9 @@ def blip2(parts: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> tu
 
 def test_stage_2_over_stage_1(blip2: tuple[InstructBLIP, list[str], Path], caplog: pytest.LogCaptureFixture) -> None:
     model, overrides, _ = blip2
-    found = build(compose("train", TrainConfig, overrides)).trainable_state()
-    assert found.keys() == model.trainable_state().keys()
-    for name, tensor in model.trainable_state().items():
+    found = build(compose("train", TrainConfig, overrides)).held_state()
+    assert found.keys() == model.held_state().keys()
+    for name, tensor in model.held_state().items():
         assert torch.equal(found[name], tensor), name
     assert caplog.records == []
 
@@ -374,7 +374,7 @@ def test_the_first_stage_alone_and_without_instructions(
     assert torch.equal(first.qformer.word_embeddings.weight, model.qformer.word_embeddings.weight)
     torch.testing.assert_close(first.qformer.query_tokens, model.qformer.query_tokens + 1)
     deaf = build(compose("train", TrainConfig, [*overrides, "qformer.instruction_aware=false"]))
-    assert not any("text_ffn" in name or "word_" in name for name in deaf.trainable_state())
+    assert not any("text_ffn" in name or "word_" in name for name in deaf.held_state())
     assert torch.equal(deaf.qformer.query_tokens, model.qformer.query_tokens)
     assert caplog.records == []
 
@@ -406,7 +406,7 @@ def test_a_run_needs_no_training_sections_and_not_what_it_started_from(parts: di
     model.vision_norm.calibrate(torch.randn(2, 5, model.vision.width))  # type: ignore[operator]
     state = {"frozen": frozen_fingerprints(model), "seed": 3}
     folder = tmp_path / "run/checkpoints"
-    save_checkpoint(folder, step=9, model=model.trainable_state(), optimizer={}, state=state, keep=1)
+    save_checkpoint(folder, step=9, model=model.held_state(), optimizer={}, state=state, keep=1)
     sections = ModelConfig(seed=config.seed, vision=config.vision, qformer=config.qformer, llm=config.llm)
     (tmp_path / "run/config.yaml").write_text(to_yaml(sections))
     (bert / "model.safetensors").unlink()

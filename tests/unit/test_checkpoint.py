@@ -261,5 +261,7 @@ def test_the_whole_state_goes_where_its_parameter_is(tmp_path: Path) -> None:
 def test_state_of_another_model_is_refused(tmp_path: Path) -> None:
     path = _save(tmp_path, 1)
     model = _model()
-    with pytest.raises(UserError, match=r"step_00000001 has no optimiser state for 0\.weight; it is of another model"):
+    with pytest.raises(
+        UserError, match=r"step_00000001 has the optimiser state of other parameters \(.*\); it is of another model"
+    ):
         restore_optimizer(_adamw(model), _names_of(model), path)

@@ -282,7 +282,7 @@ def test_visual_tokens_start_at_the_scale_of_the_embeddings(seed: int) -> None:
 @pytest.mark.parametrize("norm", ["layer", "channel"])
 def test_trainable_state_is_all_that_is_not_frozen(norm: str) -> None:
     model, other = tiny_model(0, vision_norm=norm), tiny_model(1, vision_norm=norm)
-    state = model.trainable_state()
+    state = model.held_state()
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     buffers = {"vision_norm.mean", "vision_norm.std"} if norm == "channel" else set()
     assert state.keys() == trainable | buffers | UNUSED
@@ -304,7 +304,7 @@ def test_trainable_state_leaves_the_frozen_parts_alone() -> None:
     for part in (model.vision, model.llm):
         for module in part.modules():
             module.register_state_dict_pre_hook(refuse)
-    assert "projection.weight" in model.trainable_state()
+    assert "projection.weight" in model.held_state()
 
 
 def test_a_seed_gives_the_same_model() -> None:

@@ -52,7 +52,7 @@ def test_what_a_file_holds(source: InstructBLIP, tmp_path: Path) -> None:
     assert content.keys() == {"model"}
     names = set(content["model"])
     positions = "Qformer.bert.embeddings.position_ids"  # a buffer, which LAVIS's own files have
-    assert names == {*foreign_names(source.trainable_state(), "lavis").values(), positions}
+    assert names == {*foreign_names(source.held_state(), "lavis").values(), positions}
     assert torch.equal(content["model"][positions], torch.arange(64)[None])
     assert {"query_tokens", "ln_vision.weight", "llm_proj.bias"} < names
     assert not [name for name in names if name.startswith(("visual_encoder", "llm_model"))]
@@ -77,7 +77,7 @@ def test_a_checkpoint_of_lavis_own_training(source: InstructBLIP, target: Instru
     checkpoint = read_lavis(tmp_path / "checkpoint_3.pth")
     assert (checkpoint.projection, checkpoint.llm_width, checkpoint.vision) == ("llm_proj", 32, {})
     assert load_lavis(checkpoint, target)
-    assert_equal(target.trainable_state(), source.trainable_state())
+    assert_equal(target.held_state(), source.held_state())
     assert_equal(target.vision.state_dict(), vision)
 
 
@@ -87,7 +87,7 @@ def test_a_vit_in_the_file_is_loaded(source: InstructBLIP, target: InstructBLIP,
     torch.save({"model": state}, tmp_path / "with_vit.pth")
     load_lavis(read_lavis(tmp_path / "with_vit.pth"), target)
     assert_equal(target.vision.state_dict(), source.vision.state_dict())
-    assert_equal(target.trainable_state(), source.trainable_state())
+    assert_equal(target.held_state(), source.held_state())
     del state["visual_encoder.blocks.1.norm2.weight"]
     torch.save({"model": state}, tmp_path / "without_norm.pth")
     with pytest.raises(UserError, match=r"lacks the tensor visual_encoder.blocks.1.norm2.weight"):
@@ -96,7 +96,7 @@ def test_a_vit_in_the_file_is_loaded(source: InstructBLIP, target: InstructBLIP,
 
 def test_tensors_that_do_not_fit_are_named(source: InstructBLIP, target: InstructBLIP, tmp_path: Path) -> None:
     state, name = lavis_state(source, tmp_path), "Qformer.bert.encoder.layer.1.attention.self.key.weight"
-    before = {name: tensor.clone() for name, tensor in target.trainable_state().items()}
+    before = {name: tensor.clone() for name, tensor in target.held_state().items()}
     cases = {
         f"lacks the tensor {name}": {key: tensor for key, tensor in state.items() if key != name},
         f"{name} is (3, 32), the model needs (32, 32)": state | {name: torch.zeros(3, 32)},
@@ -109,7 +109,7 @@ def test_tensors_that_do_not_fit_are_named(source: InstructBLIP, target: Instruc
         with pytest.raises(UserError, match=re.escape(message)) as error:
             load_lavis(read_lavis(tmp_path / "broken.pth"), target)
         assert "broken.pth" in str(error.value)
-        assert_equal(target.trainable_state(), before)
+        assert_equal(target.held_state(), before)
 
 
 def test_the_projection_into_another_width_stays(source: InstructBLIP, tmp_path: Path) -> None:
@@ -146,7 +146,7 @@ def test_other_names_of_the_language_models_tied_table_are_passed_over(
     state = lavis_state(source, tmp_path) | dict.fromkeys(names, torch.ones(9, 32, dtype=torch.bfloat16))
     torch.save({"model": state}, tmp_path / "runner.pth")
     assert load_lavis(read_lavis(tmp_path / "runner.pth"), target)
-    assert_equal(target.trainable_state(), source.trainable_state())
+    assert_equal(target.held_state(), source.held_state())
     (line,) = [record.getMessage() for record in caplog.records]
     assert f"passed over {len(names)} tensors of the frozen language model: {', '.join(names)}" in line
 
@@ -195,7 +195,7 @@ def test_nothing_is_unpickled(zipped: bool, source: InstructBLIP, target: Instru
     state, path = lavis_state(source, tmp_path), tmp_path / "model.pth"
     torch.save({"model": state}, path, _use_new_zipfile_serialization=zipped)
     load_lavis(read_lavis(path), target)
-    assert_equal(target.trainable_state(), source.trainable_state())
+    assert_equal(target.held_state(), source.held_state())
     torch.save({"model": state, "config": Harmful(tmp_path / "harm")}, path, _use_new_zipfile_serialization=zipped)
     with pytest.raises(UserError, match="could run foreign code; save its state dict alone"):
         read_pth(path)
@@ -223,7 +223,7 @@ def stages(tmp_path: Path) -> tuple[Path, Path, dict[str, Tensor], dict[str, Ten
 
 def test_stage_2_lies_over_stage_1(stages: tuple[Path, Path, dict[str, Tensor], dict[str, Tensor]]) -> None:
     stage1, stage2, first, second = stages
-    expected = tiny_released_model(3).trainable_state()
+    expected = tiny_released_model(3).held_state()
     names = foreign_names(expected, "lavis")
     start, projection = read_blip2(stage1, stage2, expected)
     assert projection == "opt_proj"
@@ -239,7 +239,7 @@ def test_stage_2_lies_over_stage_1(stages: tuple[Path, Path, dict[str, Tensor], 
 
 
 def test_stage_1_alone_has_no_projection(stages: tuple[Path, Path, dict[str, Tensor], dict[str, Tensor]]) -> None:
-    expected = tiny_released_model(3).trainable_state()
+    expected = tiny_released_model(3).held_state()
     start, projection = read_blip2(stages[0], None, expected)
     assert projection is None
     assert expected.keys() - start.keys() == {"projection.weight", "projection.bias"}
@@ -249,7 +249,7 @@ def test_stage_1_alone_has_no_projection(stages: tuple[Path, Path, dict[str, Ten
 def test_a_projection_into_another_width_is_left_out(
     stages: tuple[Path, Path, dict[str, Tensor], dict[str, Tensor]],
 ) -> None:
-    expected = tiny_released_model(3).trainable_state() | {"projection.weight": torch.zeros(48, 32)}
+    expected = tiny_released_model(3).held_state() | {"projection.weight": torch.zeros(48, 32)}
     start, _ = read_blip2(stages[0], stages[1], expected)
     assert expected.keys() - start.keys() == {"projection.weight", "projection.bias"}
 
@@ -257,7 +257,7 @@ def test_a_projection_into_another_width_is_left_out(
 def test_a_file_of_the_other_stage_is_refused(
     stages: tuple[Path, Path, dict[str, Tensor], dict[str, Tensor]],
 ) -> None:
-    stage1, stage2, expected = stages[0], stages[1], tiny_released_model(3).trainable_state()
+    stage1, stage2, expected = stages[0], stages[1], tiny_released_model(3).held_state()
     for given in ((stage2, stage1), (stage2, None), (stage2, stage2)):
         with pytest.raises(
             UserError, match=r"stage2.pth has a projection \(opt_proj\), so it is no file of BLIP-2's first"
@@ -274,4 +274,4 @@ def test_tensors_of_the_stages_that_mean_nothing_here_are_named(
     with pytest.raises(
         UserError, match=r"stage1.pth overlaid by .*stage2.pth has the unknown tensor Qformer.bert.pooler"
     ):
-        read_blip2(stages[0], stages[1], tiny_released_model(3).trainable_state())
+        read_blip2(stages[0], stages[1], tiny_released_model(3).held_state())

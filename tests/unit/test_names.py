@@ -85,7 +85,7 @@ def test_every_tensor_has_a_name_of_its_own(form: str) -> None:
 
 def test_a_tensor_without_a_place_is_named() -> None:
     with pytest.raises(UserError, match=r"^vision_norm.mean has no place in a LAVIS InstructBLIP file"):
-        foreign_names(tiny_model(vision_norm="channel").trainable_state(), "lavis")
+        foreign_names(tiny_model(vision_norm="channel").held_state(), "lavis")
     with pytest.raises(UserError, match=r"vision.backbone.blocks.0.attn.rope has no place in a transformers"):
         foreign_names(["vision.backbone.blocks.0.attn.rope"], "huggingface")
 

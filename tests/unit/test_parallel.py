@@ -67,7 +67,7 @@ def steps(model: InstructBLIP, count: int = 2) -> tuple[list[float], dict[str, T
         torch.manual_seed(number)
         result = train_step(model.train(), optimizer, batches(), objectives=LANGUAGE, rate=1e-3, clip_norm=1.0)
         losses.append(result.loss)
-    return losses, model.trainable_state()
+    return losses, model.held_state()
 
 
 def model_of(kind: str, dropout: float = 0.1) -> InstructBLIP:

@@ -43,7 +43,7 @@ def test_another_weight_is_another_model() -> None:
         next(models[1].llm.model.parameters()).add_(1)
         models[2].projection.bias.add_(1)
     first, frozen, trained = (
-        describe_model(model, PARTS, frozen_fingerprints(model), fingerprint_tensors(model.trainable_state()))
+        describe_model(model, PARTS, frozen_fingerprints(model), fingerprint_tensors(model.held_state()))
         for model in models
     )
     assert len({first["sha256"], frozen["sha256"], trained["sha256"]}) == 3

@@ -68,4 +68,4 @@ def test_the_published_model_is_built_from_its_sizes_on_a_gpu() -> None:
         model = benchmark.build(config, "meta")
     assert sum(parameter.numel() for parameter in model.vision.parameters()) == 985_894_528
     assert sum(parameter.numel() for parameter in model.llm.parameters()) == 6_738_423_808
-    assert sum(tensor.numel() for tensor in model.trainable_state().values()) == 188_837_376
+    assert sum(tensor.numel() for tensor in model.held_state().values()) == 188_837_376
