@@ -22,7 +22,7 @@ def test_batching_changes_neither_samples_nor_losses(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Rows as for a wide model: in the tiny one, longer rows would cost more in attention than they save.
-    monkeypatch.setattr("instructblip.models.packing.pack_rows", lambda lengths, width: pack_rows(lengths, width=4096))
+    monkeypatch.setattr("instructblip.models.llm.pack_rows", lambda lengths, width: pack_rows(lengths, width=4096))
     runs = {
         kind: train_here(world, tmp_path / kind, *phases(settings))
         for kind, settings in (
