@@ -19,7 +19,7 @@ from instructblip.images import resize_square
 from instructblip.models.frozen import FrozenModule
 from instructblip.models.llm import LLM
 from instructblip.models.qformer import QFormer
-from instructblip.models.ranking import TOKEN_BUDGET, for_each_object, rank_candidates
+from instructblip.models.ranking import TOKEN_BUDGET, deduplicated, rank_candidates
 from instructblip.models.vision import VisionEncoder
 
 # Tensors are frozen image tokens (B, F, P, V), or uint8 frames (B, F, 3, H, W); pictures are PIL images or lists of frames.
@@ -187,13 +187,12 @@ class InstructBLIP(nn.Module):
         `ranking.RANKING_PRESETS` has the values of `normalize` and `include_eos` of the paper and of the released code.
         """
         prefixes = self.llm.prefixes(self.visual_prompt(self.image_tokens(images), prompts), prompts)
-        # Texts are tokenised once; lists that are one and the same (a vocabulary) stay so, for ranking to share its work.
-        tokens = {
-            text: self.llm.prompt_format.target_ids(text, include_eos)
-            for text in {text for texts in candidates for text in texts}
-        }
-        ids = for_each_object(lambda texts: [tokens[text] for text in texts], candidates)
-        return rank_candidates(self.llm, prefixes, ids, normalize=normalize, token_budget=token_budget)
+        # Every text is tokenised once, and lists that are alike (a vocabulary) are worked on once.
+        lists, list_of = deduplicated([tuple(texts) for texts in candidates])
+        texts = {text for texts in lists for text in texts}
+        tokens = {text: self.llm.prompt_format.target_ids(text, include_eos) for text in texts}
+        ids = [[tokens[text] for text in texts] for texts in lists]
+        return rank_candidates(self.llm, prefixes, ids, list_of, normalize=normalize, token_budget=token_budget)
 
     @torch.inference_mode()
     def generate(
