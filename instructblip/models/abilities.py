@@ -1,8 +1,8 @@
 """What a language model's class can do, found by trying: its own plain forward against the ways this code saves work.
 
-A table of model names would be wrong for the next model. So each saving is tried once on short random rows, and the logits or
-log-likelihoods are compared with those of the class's own forward, one row at a time and without padding. ALiBi and biases in
-every layer break a tree of candidates; recurrent and convolutional layers let samples of one row see each other.
+A table of model names would be wrong for the next model. So each saving is tried once on short random rows, and logits or
+log-likelihoods are compared with those of the class's own forward, without padding. ALiBi and biases in every layer break
+a tree of candidates; recurrent and convolutional layers let samples of one row see each other.
 
 Shape legend: P positions of a prompt, S answer tokens, L language-model width, V vocabulary.
 """
@@ -51,8 +51,8 @@ def measure(llm: LLM) -> LLMAbilities:
     return LLMAbilities(**{name: getattr(found, name) and getattr(exact, name) for name in names})
 
 
-def limits(abilities: LLMAbilities) -> list[str]:
-    """One phrase for each saving that is not to be had, for the user."""
+def limits(llm: LLM) -> list[str]:
+    """One phrase for each saving that is not to be had with a measured model, for the user."""
     phrases = {
         "tree": "candidates are ranked one by one",
         "packed": "packed batches hold one sample a row",
@@ -60,7 +60,9 @@ def limits(abilities: LLMAbilities) -> list[str]:
         "shared_beams": "each beam runs its prompt",
         "generates": "it does not generate",
     }
-    return [phrase for name, phrase in phrases.items() if not getattr(abilities, name)]
+    if llm.kind != "decoder":
+        del phrases["packed"]  # which is refused where the configuration is checked
+    return [phrase for name, phrase in phrases.items() if not getattr(llm.abilities, name)]
 
 
 @dataclass
@@ -97,8 +99,8 @@ def _measure(llm: LLM) -> LLMAbilities:
     trial = _start(llm)
     if not _rows_are_right(trial):
         raise UserError(
-            f"{type(llm.model).__name__} gives other logits for its own hidden states, or for rows of different lengths, than "
-            "alone; such a language model cannot be used"
+            f"{type(llm.model).__name__} computes something else for rows that are padded than for one alone, or its logits "
+            "do not follow from its final hidden states; use another LLM"
         )
     padded, shared, generates = _generation(trial)
     return LLMAbilities(

@@ -16,6 +16,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from instructblip.images import resize_square
+from instructblip.models.arguments import (
+    check_candidates,
+    check_choice,
+    check_counts,
+    check_decoding,
+    check_images,
+    check_positions,
+    check_texts,
+)
 from instructblip.models.frozen import FrozenModule
 from instructblip.models.llm import LLM
 from instructblip.models.qformer import QFormer
@@ -147,8 +156,11 @@ class InstructBLIP(nn.Module):
             packed: several samples in a row of the LLM, each blind to the others: less padding, the same loss.
 
         Raises:
-            ValueError: packed, and the LLM is no decoder-only one.
+            ValueError: a wrong argument, by its name; packed, and the LLM is no decoder-only one.
         """
+        count = check_images(images)
+        check_texts("instructions", instructions, count)
+        check_texts("targets", targets, count)
         visual_BQL, text = self._visual_prompt(self.image_tokens(images), instructions)
         if not through_llm:
             return self._alignment_loss(visual_BQL, targets)._replace(text=text)
@@ -184,14 +196,21 @@ class InstructBLIP(nn.Module):
             include_eos: count the end of sequence, without which a candidate that begins another always wins over it.
             token_budget: tokens that one pass through the LLM may hold; bounds memory, changes no score.
 
-        `ranking.RANKING_PRESETS` has the values of `normalize` and `include_eos` of the paper and of the released code.
+        Raises:
+            ValueError: a wrong argument, by its name, before anything is computed.
         """
-        prefixes = self.llm.prefixes(self.visual_prompt(self.image_tokens(images), prompts), prompts)
+        count = check_images(images)
+        check_texts("prompts", prompts, count)
+        check_candidates(candidates, count)
+        check_choice("normalize", normalize, ("sum", "mean"))
+        check_counts({"token_budget": token_budget}, at_least=1)
         # Every text is tokenised once, and lists that are alike (a vocabulary) are worked on once.
         lists, list_of = deduplicated([tuple(texts) for texts in candidates])
         texts = {text for texts in lists for text in texts}
         tokens = {text: self.llm.prompt_format.target_ids(text, include_eos) for text in texts}
         ids = [[tokens[text] for text in texts] for texts in lists]
+        check_positions(self._prompt_lengths(images, prompts), max(map(len, tokens.values())), self.llm.max_positions)
+        prefixes = self.llm.prefixes(self.visual_prompt(self.image_tokens(images), prompts), prompts)
         return rank_candidates(self.llm, prefixes, ids, list_of, normalize=normalize, token_budget=token_budget)
 
     @torch.inference_mode()
@@ -214,7 +233,21 @@ class InstructBLIP(nn.Module):
         Lengths and the repetition penalty are over new tokens only. Greedy with one beam; with `do_sample` the next token
         is drawn (torch's global random stream) from the smallest set of probability `top_p`, after division of the logits
         by `temperature`. The released defaults are 5 beams, 256 tokens, a repetition penalty of 1.5.
+
+        Raises:
+            ValueError: a wrong argument, by its name, before anything is computed.
         """
+        check_texts("prompts", prompts, check_images(images))
+        check_decoding(
+            num_beams=num_beams,
+            max_new_tokens=max_new_tokens,
+            min_new_tokens=min_new_tokens,
+            length_penalty=length_penalty,
+            repetition_penalty=repetition_penalty,
+            temperature=temperature,
+            top_p=top_p,
+        )
+        check_positions(self._prompt_lengths(images, prompts), max_new_tokens, self.llm.max_positions)
         sampling = (
             {"do_sample": True, "temperature": temperature, "top_p": top_p} if do_sample else {"do_sample": False}
         )
@@ -227,6 +260,16 @@ class InstructBLIP(nn.Module):
             repetition_penalty=repetition_penalty,
             **sampling,
         )
+
+    def _prompt_lengths(self, images: Images, prompts: Sequence[str]) -> list[int]:
+        """Positions that each prompt fills in the LLM, with the visual tokens of its frames."""
+        texts, queries = self.llm.prompt_format, self.qformer.query_tokens.shape[1]
+        clips = [images.shape[1]] * len(images) if isinstance(images, Tensor) else images
+        frames = [
+            clip if isinstance(clip, int) else 1 if isinstance(clip, Image.Image) else len(clip) for clip in clips
+        ]
+        before = len(texts.image_prefix_ids)
+        return [before + n * queries + len(texts.prompt_ids(text)) for n, text in zip(frames, prompts, strict=True)]
 
     def save_huggingface(self, folder: str | Path) -> None:
         """Write a folder that transformers' `InstructBlipForConditionalGeneration` and `InstructBlipProcessor` open.

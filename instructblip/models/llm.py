@@ -28,7 +28,6 @@ from transformers import (
     PreTrainedTokenizerBase,
     RepetitionPenaltyLogitsProcessor,
 )
-
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import ModelOutput
 
@@ -250,10 +249,11 @@ class LLM(FrozenModule):
         forward is called, on hidden states that are there already.
         """
         model = copy.copy(self.model)
-        model._modules = {
-            name: _Computed(module, hidden_1NL) if any(module is part for part in parts) else module
-            for name, module in self.model._modules.items()
-        }
+        children: dict[str, Any] = dict(self.model._modules)
+        for name, module in children.items():
+            if any(module is part for part in parts):
+                children[name] = _Computed(module, hidden_1NL)
+        model._modules = children
         return model
 
 
@@ -277,7 +277,6 @@ class _FinalStates(BaseModelOutput):
     def __getattr__(self, name: str) -> None:
         if name.startswith("__"):
             raise AttributeError(name)
-        return None
 
 
 class DecoderLLM(LLM):

@@ -9,15 +9,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers import AutoConfig
 
 from instructblip.config.schema import LLMConfig, ModelConfig, QFormerConfig, VisionConfig
 from instructblip.errors import UserError
+from instructblip.models.llm import LLM_KINDS
 from instructblip.models.qformer import QFormer
 from instructblip.models.vision import VisionEncoder
 from instructblip.models.vocabulary import resize_vocabulary
-
-AUTO_CLASSES: dict[str, Any] = {"decoder": AutoModelForCausalLM, "encoder_decoder": AutoModelForSeq2SeqLM}
 
 
 @dataclass(frozen=True)
@@ -123,7 +122,8 @@ def language_model_of_sizes(config: LLMConfig) -> Any:
     except (ValueError, TypeError) as error:
         raise UserError(f"llm.sizes of {config.name}: {str(error).partition(chr(10))[0]}") from None
     override_settings(settings, config.options)
-    model = AUTO_CLASSES[config.kind].from_config(settings, dtype=torch_dtype("llm.dtype", config.dtype))
+    dtype = torch_dtype("llm.dtype", config.dtype)
+    model = LLM_KINDS[config.kind].auto_class.from_config(settings, dtype=dtype, trust_remote_code=False)
     if config.added_tokens:
         resize_vocabulary(model, settings.vocab_size + len(config.added_tokens))
     if config.kind == "encoder_decoder":
