@@ -55,7 +55,7 @@ def shared(parts: list[str]) -> Work:
 
     def work() -> list[Tensor]:
         with torch.inference_mode():
-            return rank_candidates(llm, prefixes, [candidates] * SAMPLES)
+            return rank_candidates(llm, prefixes, [candidates], [0] * SAMPLES)
 
     return work
 

@@ -27,13 +27,15 @@ def convert_gguf(source: Path, target: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     with quiet_transformers():
-        tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=file.name)
-        loaded = AutoModelForCausalLM.from_pretrained(source, gguf_file=file.name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=file.name, trust_remote_code=False)
+        loaded = AutoModelForCausalLM.from_pretrained(
+            source, gguf_file=file.name, dtype=torch.float32, trust_remote_code=False
+        )
         # A model that came from a GGUF file refuses to be saved, though its weights are plain fp32 by now.
         config = loaded.config
         del config.quantization_config
         with torch.device("meta"):
-            plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
         plain.load_state_dict(loaded.state_dict(), assign=True)
         plain.tie_weights()
         plain.save_pretrained(target)

@@ -9,6 +9,8 @@ from), `hub/<name>.json` (which snapshot was fetched), `wheels/` (put there by t
 import contextlib
 import dataclasses
 import errno
+import hashlib
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -121,7 +123,41 @@ def _hub_settings(name: str, repository: str, revision: str | None, setting: str
         raise UserError(f"{name} has no config.json at hand ({error}); set {setting}=FOLDER") from None
 
 
-__all__ = ["Sources", "WheelSource", "cache_folder", "part_folder", "part_settings"]
+def converted_gguf(file: Path, *, progress: bool = True) -> Path:
+    """The transformers folder that a GGUF file is converted to, once, in the cache (`parts/<its name>-<12 digits>/`).
+
+    Raises:
+        UserError: no GGUF file of a model that transformers reads, the disk is full, or the cache may not be written.
+    """
+    state = file.stat()
+    source = [str(file.absolute()), state.st_size, state.st_mtime_ns]
+    digest = hashlib.sha256(json.dumps([_FORMAT, source]).encode()).hexdigest()
+    final = cache_folder() / "parts" / f"{file.stem}-{digest[:12]}"
+    lock = cache_folder() / "locks" / f"{final.name}.lock"
+    with _disk_errors_for_users(), exclusive(lock, f"converting {file.name}", show=progress):
+        if not (final / "source.json").is_file():
+            with _whole_folder(final) as work, _status(f"converting {file.name} to safetensors (once)", progress):
+                (work / "original").mkdir()
+                (work / "original" / file.name).symlink_to(file.absolute())
+                _convert_gguf(work / "original", work / "ready", file)
+                write_json(work / "ready" / "source.json", {"file": source, "files": _file_sizes(work / "ready")})
+    return final
+
+
+def _convert_gguf(original: Path, ready: Path, file: Path) -> None:
+    with open(file, "rb") as opened:
+        if opened.read(4) != b"GGUF":
+            raise UserError(f"{file} is no GGUF file (a pointer of Git LFS, or a web page?); fetch it again")
+    try:
+        CONVERTERS["gguf"](original, ready)
+    except (ValueError, KeyError, IndexError, TypeError) as error:  # cut short, or of a model that transformers lacks
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise UserError(
+            f"{file} cannot be converted ({reason}); fetch it again, or use a transformers folder"
+        ) from None
+
+
+__all__ = ["Sources", "WheelSource", "cache_folder", "converted_gguf", "part_folder", "part_settings"]
 
 _FORMAT = 1  # to be raised when a converter's output changes: parts of another format are made anew
 

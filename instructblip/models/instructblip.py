@@ -10,14 +10,24 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from instructblip.models import generation
+from instructblip.models.arguments import (
+    check_candidates,
+    check_choice,
+    check_counts,
+    check_decoding,
+    check_images,
+    check_positions,
+    check_texts,
+)
 from instructblip.models.base import Images, Inputs, Model, Outputs, PartStructure, PassWorkload, Samples, blocks_of
 from instructblip.models.llm import LLM
 from instructblip.models.qformer import QFormer
-from instructblip.models.ranking import TOKEN_BUDGET, for_each_object, rank_candidates
+from instructblip.models.ranking import TOKEN_BUDGET, deduplicated, rank_candidates
 from instructblip.models.vision import VisionEncoder, as_frames
 
 
@@ -172,16 +182,22 @@ class InstructBLIP(Model):
             include_eos: count the end of sequence, without which a candidate that begins another always wins over it.
             token_budget: tokens that one pass through the LLM may hold; bounds memory, changes no score.
 
-        `ranking.RANKING_PRESETS` has the values of `normalize` and `include_eos` of the paper and of the released code.
+        Raises:
+            ValueError: a wrong argument, by its name, before anything is computed.
         """
+        count = check_images(images)
+        check_texts("prompts", prompts, count)
+        check_candidates(candidates, count)
+        check_choice("normalize", normalize, ("sum", "mean"))
+        check_counts({"token_budget": token_budget}, at_least=1)
+        # Every text is tokenised once, and lists that are alike (a vocabulary) are worked on once.
+        lists, list_of = deduplicated([tuple(texts) for texts in candidates])
+        texts = {text for texts in lists for text in texts}
+        tokens = {text: self.llm.prompt_format.target_ids(text, include_eos) for text in texts}
+        ids = [[tokens[text] for text in texts] for texts in lists]
+        check_positions(self._prompt_lengths(images, prompts), max(map(len, tokens.values())), self.llm.max_positions)
         prefixes = self.llm.prefixes(self.visual_prompt(self.image_tokens(images), prompts), prompts)
-        # Texts are tokenised once; lists that are one and the same (a vocabulary) stay so, for ranking to share its work.
-        tokens = {
-            text: self.llm.prompt_format.target_ids(text, include_eos)
-            for text in {text for texts in candidates for text in texts}
-        }
-        ids = for_each_object(lambda texts: [tokens[text] for text in texts], candidates)
-        return rank_candidates(self.llm, prefixes, ids, normalize=normalize, token_budget=token_budget)
+        return rank_candidates(self.llm, prefixes, ids, list_of, normalize=normalize, token_budget=token_budget)
 
     @torch.inference_mode()
     def generate(
@@ -207,8 +223,20 @@ class InstructBLIP(Model):
         of `generation.BEAM_LENGTHS`.
 
         Raises:
+            ValueError: a wrong argument, by its name, before anything is computed.
             UserError: logits that are not finite.
         """
+        check_texts("prompts", prompts, check_images(images))
+        check_decoding(
+            num_beams=num_beams,
+            max_new_tokens=max_new_tokens,
+            min_new_tokens=min_new_tokens,
+            length_penalty=length_penalty,
+            repetition_penalty=repetition_penalty,
+            temperature=temperature,
+            top_p=top_p,
+        )
+        check_positions(self._prompt_lengths(images, prompts), max_new_tokens, self.llm.max_positions)
         sampling = (
             {"do_sample": True, "temperature": temperature, "top_p": top_p} if do_sample else {"do_sample": False}
         )
@@ -222,6 +250,16 @@ class InstructBLIP(Model):
                 repetition_penalty=repetition_penalty,
                 **sampling,
             )
+
+    def _prompt_lengths(self, images: Images, prompts: Sequence[str]) -> list[int]:
+        """Positions that each prompt fills in the LLM, with the visual tokens of its frames."""
+        texts, queries = self.llm.prompt_format, self.qformer.query_tokens.shape[1]
+        clips = [images.shape[1]] * len(images) if isinstance(images, Tensor) else images
+        frames = [
+            clip if isinstance(clip, int) else 1 if isinstance(clip, Image.Image) else len(clip) for clip in clips
+        ]
+        before = len(texts.image_prefix_ids)
+        return [before + n * queries + len(texts.prompt_ids(text)) for n, text in zip(frames, prompts, strict=True)]
 
     def save_huggingface(self, folder: str | Path) -> None:
         """Write a folder that transformers' `InstructBlipForConditionalGeneration` and `InstructBlipProcessor` open.

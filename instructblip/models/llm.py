@@ -7,15 +7,18 @@ Shape legend: B batch, R rows of one sample or of several, T tokens, Q visual to
 in the batch, V vocabulary, N nodes of a candidate tree, K keys a node may attend to.
 """
 
+import copy
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     DynamicCache,
     EncoderDecoderCache,
     GenerationConfig,
@@ -25,10 +28,32 @@ from transformers import (
     PreTrainedTokenizerBase,
     RepetitionPenaltyLogitsProcessor,
 )
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.utils import ModelOutput
 
+from instructblip.errors import UserError
 from instructblip.models.exact_buffers import ExactBuffers
 from instructblip.models.packing import RowLayout, block_causal_mask, pack_rows, packed_layout
 from instructblip.models.prompt_format import DecoderPromptFormat, EncoderDecoderPromptFormat, PromptFormat
+
+
+@dataclass(frozen=True)
+class LLMAbilities:
+    """Which savings one language model allows; `abilities.measure` finds out. What it does not allow is done the plain way.
+
+    Attributes:
+        tree: all candidates of a prompt in one pass (`prefill`, `decode_tree`); else each candidate in a row of its own.
+        packed: several samples in a row; else one.
+        padded_prompts: prompts of different lengths are continued together; else one by one.
+        shared_beams: the beams of a prompt share its keys and values; else each beam runs the prompt.
+        generates: its class generates from embeddings at all.
+    """
+
+    tree: bool = True
+    packed: bool = True
+    padded_prompts: bool = True
+    shared_beams: bool = True
+    generates: bool = True
 
 
 @dataclass
@@ -69,11 +94,19 @@ class LLM(ExactBuffers):
         model: a `...ForCausalLM` or `...ForConditionalGeneration` of text.
         tokenizer, conventions: its text conventions, as `PromptFormat` takes them.
 
+    Attributes:
+        kind: key of `LLM_KINDS`.
+        auto_class: what transformers opens such a model with.
+        abilities: all of them, until they are measured.
+
     Raises:
-        ValueError: a token that the tokenizer does not know, or a model that this kind cannot run.
+        ValueError: a token that the tokenizer does not know.
     """
 
-    prompt_format_kind: type[PromptFormat]
+    kind: ClassVar[str]
+    auto_class: ClassVar[Any]
+    prompt_format_kind: ClassVar[type[PromptFormat]]
+    abilities: LLMAbilities = LLMAbilities()
     frozen_norms: Tensor  # (V,), see `embedding_norms`
     embedding_scale: Tensor  # (1,), what the embedding layer multiplies its table by
 
@@ -112,6 +145,11 @@ class LLM(ExactBuffers):
         return self.embeddings.weight.shape[1]
 
     @property
+    def max_positions(self) -> int | None:
+        """Positions that the model was made for; None where it sets no limit."""
+        return getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+
+    @property
     def embeddings(self) -> nn.Embedding:
         """The input embedding table."""
         table = self.model.get_input_embeddings()
@@ -133,7 +171,7 @@ class LLM(ExactBuffers):
         Args:
             prefixes: B embedded prompts, each (T_i, L).
             answers: B token sequences, none of them empty.
-            packed: several samples in a row, each blind to the others.
+            packed: several samples in a row, each blind to the others, where `abilities` allow it.
 
         Raises:
             ValueError: packed, and the model is no decoder-only one.
@@ -155,11 +193,34 @@ class LLM(ExactBuffers):
         """
 
     @abstractmethod
-    def generate(self, prefixes: Sequence[Tensor], *, repetition_penalty: float = 1.0, **options: Any) -> list[str]:
-        """Continue each embedded prompt (T_i, L); return the new text only, stripped.
+    def continue_rows(self, prefixes: Sequence[Tensor], *, repetition_penalty: float = 1.0, **options: Any) -> Any:
+        """Continue embedded prompts (T_i, L) in one batch by transformers' generation; what that returns.
 
         `options` are transformers' generation options. Length limits and the repetition penalty count new tokens only.
         """
+
+    @abstractmethod
+    def new_tokens(self, ids_BT: Tensor) -> Tensor:
+        """Those of the token ids that `continue_rows` returned which are new."""
+
+    @torch.inference_mode()
+    def generate(self, prefixes: Sequence[Tensor], **options: Any) -> list[str]:
+        """Continue each embedded prompt (T_i, L); return the new text only, stripped.
+
+        Args:
+            prefixes: B embedded prompts.
+            options: as `continue_rows` takes them.
+
+        Raises:
+            UserError: transformers' class cannot generate from embeddings.
+        """
+        if not self.abilities.generates:
+            raise UserError(f"{type(self.model).__name__} does not generate from embeddings; rank candidates instead")
+        together = self.abilities.padded_prompts or len({len(prefix) for prefix in prefixes}) == 1
+        batches = [prefixes] if together else [[prefix] for prefix in prefixes]
+        ids = [self.new_tokens(self.continue_rows(batch, **options)) for batch in batches]
+        decode = self.prompt_format.tokenizer.batch_decode
+        return [text.strip() for ids_BT in ids for text in decode(ids_BT, skip_special_tokens=True)]
 
     def embed(self, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
         """Embeddings (T_i, L) of sequences of token ids, which go to the device together."""
@@ -184,18 +245,54 @@ class LLM(ExactBuffers):
         return self.embeddings.weight.float().std() * self.embedding_scale
 
     def logits(self, hidden_NL: Tensor) -> Tensor:
-        """Vocabulary logits in float32 for the given rows of hidden states only."""
-        logits_NV = self.model.get_output_embeddings()(hidden_NL).float()
-        cap = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
-        return logits_NV if cap is None else cap * (logits_NV / cap).tanh()
+        """Vocabulary logits in float32 for the given rows of final hidden states only, as the model's class makes them."""
+        return self._logits(hidden_NL[None])[0].float()
 
-    def _decode(self, ids_BT: Tensor) -> list[str]:
-        return [text.strip() for text in self.prompt_format.tokenizer.batch_decode(ids_BT, skip_special_tokens=True)]
+    @abstractmethod
+    def _logits(self, hidden_1NL: Tensor) -> Tensor: ...
+
+    def _with_states(self, parts: Sequence[nn.Module], hidden_1NL: Tensor) -> Any:
+        """The model with `parts` of it replaced by what returns these hidden states.
+
+        Some classes scale hidden states before their output head, some scale or cap the logits behind it. So the class's own
+        forward is called, on hidden states that are there already.
+        """
+        model = copy.copy(self.model)
+        children: dict[str, Any] = dict(self.model._modules)
+        for name, module in children.items():
+            if any(module is part for part in parts):
+                children[name] = _Computed(module, hidden_1NL)
+        model._modules = children
+        return model
+
+
+class _Computed:
+    """Stands for a module that was run: a call returns its final hidden states, anything else is asked of the module."""
+
+    def __init__(self, module: nn.Module, hidden_BTL: Tensor) -> None:
+        self._module, self._hidden_BTL = module, hidden_BTL
+
+    def __call__(self, *_: Any, **__: Any) -> ModelOutput:
+        return _FinalStates(last_hidden_state=self._hidden_BTL)
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._module, name)  # OPT calls its base model's decoder
+        return _Computed(found, self._hidden_BTL) if isinstance(found, nn.Module) else found
+
+
+class _FinalStates(BaseModelOutput):
+    """The output of a base model that has nothing but final hidden states, whatever a class looks for in it."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
 
 
 class DecoderLLM(LLM):
     """Decoder-only: the answer continues the prompt."""
 
+    kind = "decoder"
+    auto_class = AutoModelForCausalLM
     prompt_format_kind = DecoderPromptFormat
 
     def roots(self) -> list[nn.Module]:
@@ -211,14 +308,15 @@ class DecoderLLM(LLM):
         mask: Tensor | dict[str, Tensor] | None = None,
     ) -> Tensor:
         """Final hidden states (B, T, L). Without a mask attention is causal; a cache is read and extended in place."""
-        outputs = self.model.base_model(
-            inputs_embeds=embeddings_BTL,
-            past_key_values=cache,
-            position_ids=positions_BT,
-            attention_mask=mask,
-            use_cache=cache is not None,
-        )
+        given = {"past_key_values": cache, "position_ids": positions_BT, "attention_mask": mask}
+        # Not every class takes every argument; one that is needed and not taken shows when abilities are measured.
+        given = {name: value for name, value in given.items() if value is not None}
+        outputs = self.model.base_model(inputs_embeds=embeddings_BTL, use_cache=cache is not None, **given)
         return outputs.last_hidden_state
+
+    def _logits(self, hidden_1NL: Tensor) -> Tensor:
+        model = self._with_states([self.model.base_model], hidden_1NL)
+        return model.forward(inputs_embeds=hidden_1NL, use_cache=False).logits
 
     def answer_states(
         self, prefixes: Sequence[Tensor], answers: Sequence[Sequence[int]], *, packed: bool = False
@@ -230,6 +328,7 @@ class DecoderLLM(LLM):
         heard = self.embed([ids[:-1] for ids in answers])
         samples = [torch.cat([prefix, answer]) for prefix, answer in zip(prefixes, heard, strict=True)]
         lengths = [len(sample) for sample in samples]
+        packed = packed and self.abilities.packed
         rows = pack_rows(lengths, width=self.width) if packed else [[sample] for sample in range(len(samples))]
         embeddings_RTL = pad_sequence([torch.cat([samples[k] for k in row]) for row in rows], batch_first=True)
         if len(rows) < len(samples):
@@ -290,26 +389,29 @@ class DecoderLLM(LLM):
         return {"full_attention": full_B1NK, "sliding_attention": sliding_B1NK}
 
     @torch.inference_mode()
-    def generate(self, prefixes: Sequence[Tensor], *, repetition_penalty: float = 1.0, **options: Any) -> list[str]:
+    def continue_rows(self, prefixes: Sequence[Tensor], *, repetition_penalty: float = 1.0, **options: Any) -> Any:
         """Rows are padded on the left, so that all of them continue at the same place; beams share a prompt's keys."""
         longest = max(len(prefix) for prefix in prefixes)
         (padding,) = self.embed([[self.prompt_format.pad_id]])
         rows_BTL = torch.stack([torch.cat([padding.expand(longest - len(prefix), -1), prefix]) for prefix in prefixes])
         mask_BT = torch.tensor([[0] * (longest - len(prefix)) + [1] * len(prefix) for prefix in prefixes])
         mask_BT = mask_BT.to(padding.device)
-        if (beams := options.get("num_beams", 1)) > 1:
+        if (beams := options.get("num_beams", 1)) > 1 and self.abilities.shared_beams:
             options["past_key_values"] = self._repeated_prompts(rows_BTL, mask_BT, beams)
         # The embeddings enter without token ids, so transformers counts new tokens only, with one exception: left to
         # itself it exempts as many of them from the penalty as a row has padding (5.23), and an answer would depend on
         # its neighbours in the batch.
-        ids_BT = self.model.generate(  # type: ignore[operator]
+        return self.model.generate(  # type: ignore[operator]
             inputs_embeds=rows_BTL,
             attention_mask=mask_BT,
             repetition_penalty=1.0,
             logits_processor=_penalty(repetition_penalty, skipped=0),
             **options,
         )
-        return self._decode(ids_BT)
+
+    def new_tokens(self, ids_BT: Tensor) -> Tensor:
+        """All of them: the prompts entered as embeddings."""
+        return ids_BT
 
     def _repeated_prompts(self, rows_BTL: Tensor, mask_BT: Tensor, times: int) -> DynamicCache:
         """Keys and values of all but the last place of each row, computed once and repeated for its beams.
@@ -325,8 +427,10 @@ class DecoderLLM(LLM):
 
 
 class EncoderDecoderLLM(LLM):
-    """Encoder-decoder with T5's relative positions: the prompt is encoded, the answer decoded beside it."""
+    """Encoder-decoder: the prompt is encoded, the answer decoded beside it."""
 
+    kind = "encoder_decoder"
+    auto_class = AutoModelForSeq2SeqLM
     prompt_format_kind = EncoderDecoderPromptFormat
 
     def roots(self) -> list[nn.Module]:
@@ -335,10 +439,9 @@ class EncoderDecoderLLM(LLM):
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, **conventions: Any) -> None:
         super().__init__(model, tokenizer, **conventions)
-        biases = [m for m in model.get_decoder().modules() if getattr(m, "has_relative_attention_bias", False)]
-        if not biases or not hasattr(biases[0], "compute_bias"):
-            raise ValueError(f"{type(model).__name__} has no relative position bias as T5's, which ranking needs")
-        self._relative: Any = biases[0]
+        modules = model.get_decoder().modules()
+        # T5's relative positions, which a tree needs; its first layer has them for all.
+        self._relative: Any = next((m for m in modules if getattr(m, "has_relative_attention_bias", False)), None)
         self.start_id: int = model.config.decoder_start_token_id
 
     def answer_states(
@@ -364,7 +467,7 @@ class EncoderDecoderLLM(LLM):
         return Prefill(hidden_B1L[:, 0], [1] * len(prefixes), cache, encoded)
 
     def decode_tree(self, prompts: Prefill, tokens_BN: Tensor, depths_BN: Tensor, visible_BNN: Tensor) -> Tensor:
-        """A node's place after the start token is its depth; what the model adds for its index is taken back."""
+        """A node's place after the start token is its depth; what T5 adds for its index is taken back."""
         dtype, nodes = self.embeddings.weight.dtype, tokens_BN.shape[1]
         visible_BNK = torch.cat([visible_BNN.new_ones(len(tokens_BN), nodes, 1), visible_BNN], dim=2)
         place_BK = torch.cat([depths_BN.new_zeros(len(tokens_BN), 1), depths_BN + 1], dim=1)
@@ -378,22 +481,27 @@ class EncoderDecoderLLM(LLM):
         return hidden_BNL
 
     @torch.inference_mode()
-    def generate(self, prefixes: Sequence[Tensor], *, repetition_penalty: float = 1.0, **options: Any) -> list[str]:
+    def continue_rows(self, prefixes: Sequence[Tensor], *, repetition_penalty: float = 1.0, **options: Any) -> Any:
         """The decoder's start token counts neither as new nor for the penalty."""
         mask_BT = _row_mask(prefixes)
-        ids_BT = self.model.generate(  # type: ignore[operator]
+        return self.model.generate(  # type: ignore[operator]
             inputs_embeds=pad_sequence(list(prefixes), batch_first=True),
             attention_mask=mask_BT,
             repetition_penalty=1.0,
             logits_processor=_penalty(repetition_penalty, skipped=1),
             **options,
         )
-        return self._decode(ids_BT[:, 1:])
 
-    def logits(self, hidden_NL: Tensor) -> Tensor:
-        """As the model: hidden states are scaled first where its output head is its embedding table."""
-        scaled = getattr(self.model.config, "scale_decoder_outputs", False)
-        return super().logits(hidden_NL * hidden_NL.shape[-1] ** -0.5 if scaled else hidden_NL)
+    def new_tokens(self, ids_BT: Tensor) -> Tensor:
+        """All but the start token."""
+        return ids_BT[:, 1:]
+
+    def _logits(self, hidden_1NL: Tensor) -> Tensor:
+        base = self.model.base_model
+        parts = [self.model.get_encoder(), self.model.get_decoder()] if base is self.model else [base]
+        model = self._with_states(parts, hidden_1NL)
+        encoded = BaseModelOutput(last_hidden_state=hidden_1NL)
+        return model.forward(encoder_outputs=encoded, decoder_inputs_embeds=hidden_1NL, use_cache=False).logits
 
     def _encode(self, prefixes: Sequence[Tensor]) -> dict[str, Tensor]:
         mask_BT = _row_mask(prefixes)
@@ -411,7 +519,7 @@ class EncoderDecoderLLM(LLM):
         return outputs.last_hidden_state
 
 
-LLM_KINDS: dict[str, type[LLM]] = {"decoder": DecoderLLM, "encoder_decoder": EncoderDecoderLLM}
+LLM_KINDS: dict[str, type[LLM]] = {llm.kind: llm for llm in (DecoderLLM, EncoderDecoderLLM)}
 
 
 class _NewTokensPenalty(LogitsProcessor):

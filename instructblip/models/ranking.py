@@ -3,12 +3,12 @@
 The prompt (soft visual prompt and text) is run once and its keys and values are kept; an encoder-decoder model encodes it
 once. All candidates of a sample are then laid out in one row as a tree: candidates that begin alike share their beginning,
 every token attends to the prompt and to its own ancestors only, and its position is its depth. So the scores are those of
-one full forward per candidate.
+one full forward per candidate. A language model whose class cannot do that (`LLMAbilities.tree`) gets the full forwards.
 
 Shape legend: B samples, N tree nodes, L language-model width.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -17,8 +17,7 @@ from torch import Tensor
 
 from instructblip.models.llm import LLM, Prefill
 
-Item = TypeVar("Item")
-Result = TypeVar("Result")
+Item = TypeVar("Item", bound=Hashable)
 
 _LOGIT_ROWS = 256  # vocabulary rows in memory at a time
 TOKEN_BUDGET = 8192  # tokens of one forward pass
@@ -86,6 +85,7 @@ def rank_candidates(
     llm: LLM,
     prefixes: Sequence[Tensor],
     candidates: Sequence[Sequence[Sequence[int]]],
+    list_of: Sequence[int] | None = None,
     *,
     normalize: str = "sum",
     token_budget: int = TOKEN_BUDGET,
@@ -95,7 +95,9 @@ def rank_candidates(
     Args:
         llm: the language model.
         prefixes: B embedded prompts, each (T_i, L).
-        candidates: B lists of token sequences, of any lengths.
+        candidates: lists of token sequences, of any lengths.
+        list_of: which of the lists each prefix is scored with; prefixes of one list share the work on it. None: the i-th
+            prefix has the i-th list.
         normalize: `sum` or `mean` over a candidate's tokens.
         token_budget: tokens, padding included, that one forward pass may hold; bounds memory, changes no score. A single
             prompt or candidate that is longer is run alone.
@@ -106,22 +108,37 @@ def rank_candidates(
     Raises:
         ValueError: a sample without candidates, a candidate without tokens, an unknown normalisation.
     """
+    list_of = range(len(candidates)) if list_of is None else list_of
     if normalize not in ("sum", "mean"):
         raise ValueError(f"normalize is 'sum' or 'mean', not {normalize!r}")
-    if len(prefixes) != len(candidates):
-        raise ValueError(f"{len(prefixes)} prompts and {len(candidates)} lists of candidates; each prompt needs one")
-    _check(candidates)
+    if len(prefixes) != len(list_of):
+        raise ValueError(f"{len(prefixes)} prompts and {len(list_of)} lists of candidates; each prompt needs one")
+    _check(candidates, list_of)
+    if not llm.abilities.tree:
+        rows = zip(prefixes, list_of, strict=True)
+        return [_score_rows(llm, prefix, candidates[number], normalize, token_budget) for prefix, number in rows]
     scores: list[Tensor] = [torch.empty(0)] * len(prefixes)
     for group in _groups([len(prefix) for prefix in prefixes], token_budget):
         prompts = llm.prefill([prefixes[row] for row in group])
-        lists = [candidates[row] for row in group]
-        for row, row_scores in zip(group, _rank_group(llm, prompts, lists, normalize, token_budget), strict=True):
+        numbers, inverse = deduplicated([list_of[row] for row in group])
+        lists = [candidates[number] for number in numbers]
+        for row, row_scores in zip(
+            group, _rank_group(llm, prompts, lists, inverse, normalize, token_budget), strict=True
+        ):
             scores[row] = row_scores
     return scores
 
 
-def _check(candidates: Sequence[Sequence[Sequence[int]]]) -> None:
-    for row, sequences in enumerate(candidates):
+def deduplicated(items: Sequence[Item]) -> tuple[list[Item], list[int]]:
+    """The distinct items in the order of their first appearance, and for each item the place of its like among them."""
+    places: dict[Item, int] = {}
+    inverse = [places.setdefault(item, len(places)) for item in items]
+    return list(places), inverse
+
+
+def _check(candidates: Sequence[Sequence[Sequence[int]]], list_of: Sequence[int]) -> None:
+    for list_number, sequences in enumerate(candidates):
+        row = list_of.index(list_number)
         if not sequences:
             raise ValueError(f"sample {row} has no candidates to rank")
         for number, tokens in enumerate(sequences):
@@ -143,35 +160,48 @@ def _groups(lengths: list[int], token_budget: int) -> Iterator[list[int]]:
         yield group
 
 
-def _rank_group(
-    llm: LLM, prompts: Prefill, candidates: list[Sequence[Sequence[int]]], normalize: str, token_budget: int
-) -> list[Tensor]:
-    """Scores of each row's candidates, in passes whose trees hold together as many tokens as the budget allows."""
-    room = max(token_budget // len(candidates), 1)
-    # In the order of their tokens, candidates that begin alike come into the same tree. Rows that were given one and the
-    # same list, such as a vocabulary, share order and trees.
-    orders = for_each_object(_token_order, candidates)
-    scores = [torch.empty(len(sequences)) for sequences in candidates]
-    places = [0] * len(candidates)
-    while any(place < len(order) for place, order in zip(places, orders, strict=True)):
-        trees, taken = [], []
-        made: dict[int, tuple[CandidateTree, int]] = {}
-        for row, sequences in enumerate(candidates):
-            start = places[row]  # the same for all rows of one list
-            if id(sequences) not in made:
-                made[id(sequences)] = _fill_tree(sequences, orders[row], start, room)
-            tree, places[row] = made[id(sequences)]
-            trees.append(tree)
-            taken.append(orders[row][start : places[row]])
-        for row, values in enumerate(_score_trees(llm, prompts, trees, normalize)):
-            scores[row][taken[row]] = values
+def _score_rows(
+    llm: LLM, prefix: Tensor, candidates: Sequence[Sequence[int]], normalize: str, token_budget: int
+) -> Tensor:
+    """Scores of one prompt's candidates, each in a row of its own."""
+    scores = torch.empty(len(candidates))
+    for group in _groups([len(prefix) + len(tokens) for tokens in candidates], token_budget):
+        answers = [candidates[number] for number in group]
+        hidden_SL = llm.answer_states([prefix] * len(answers), answers).hidden_SL
+        tokens_S = torch.tensor([token for answer in answers for token in answer], device=hidden_SL.device)
+        rows_S = torch.arange(len(hidden_SL), device=hidden_SL.device)
+        log_probs_S = _log_probs(llm, hidden_SL, rows_S, tokens_S)
+        scores[group] = _reduced(log_probs_S, [len(answer) for answer in answers], normalize)
     return scores
 
 
-def for_each_object(work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
-    """The work's result for each item, done once, and shared, where several items are one and the same object."""
-    results = {number: work(item) for number, item in {id(item): item for item in items}.items()}
-    return [results[id(item)] for item in items]
+def _rank_group(
+    llm: LLM,
+    prompts: Prefill,
+    lists: Sequence[Sequence[Sequence[int]]],
+    list_of: Sequence[int],
+    normalize: str,
+    token_budget: int,
+) -> list[Tensor]:
+    """Scores of each prompt's candidates, in passes whose trees hold together as many tokens as the budget allows.
+
+    Prompts of one list of candidates, such as a vocabulary, share its order and its trees.
+    """
+    room = max(token_budget // len(list_of), 1)
+    # In the order of their tokens, candidates that begin alike come into the same tree.
+    orders = [_token_order(sequences) for sequences in lists]
+    scores = [torch.empty(len(lists[number])) for number in list_of]
+    places = [0] * len(lists)
+    while any(place < len(order) for place, order in zip(places, orders, strict=True)):
+        trees, taken = [], []
+        for number, (sequences, order) in enumerate(zip(lists, orders, strict=True)):
+            start = places[number]
+            tree, places[number] = _fill_tree(sequences, order, start, room)
+            trees.append(tree)
+            taken.append(order[start : places[number]])
+        for row, values in enumerate(_score_trees(llm, prompts, trees, list_of, normalize)):
+            scores[row][taken[list_of[row]]] = values
+    return scores
 
 
 def _fill_tree(
@@ -188,18 +218,23 @@ def _token_order(sequences: Sequence[Sequence[int]]) -> list[int]:
     return sorted(range(len(sequences)), key=lambda number: tuple(sequences[number]))
 
 
-def _score_trees(llm: LLM, prompts: Prefill, trees: list[CandidateTree], normalize: str) -> list[Tensor]:
+def _score_trees(
+    llm: LLM, prompts: Prefill, trees: Sequence[CandidateTree], tree_of: Sequence[int], normalize: str
+) -> list[Tensor]:
+    """Scores of each prompt's tree, `trees[tree_of[i]]`."""
     nodes, node_BNL = max(len(tree.tokens) for tree in trees), prompts.last_BL[:, None]
     if nodes:
-        device = node_BNL.device
-        tokens_BN = torch.tensor(
-            [tree.tokens + [llm.prompt_format.pad_id] * (nodes - len(tree.tokens)) for tree in trees]
-        )
-        depths_BN = torch.tensor([tree.depths + [0] * (nodes - len(tree.tokens)) for tree in trees])
-        visible_BNN = torch.stack(for_each_object(lambda tree: _visible(tree, nodes), trees))
-        hidden_BNL = llm.decode_tree(prompts, tokens_BN.to(device), depths_BN.to(device), visible_BNN.to(device))
+        device, filler = node_BNL.device, [[0] * (nodes - len(tree.tokens)) for tree in trees]
+        pad_id = llm.prompt_format.pad_id
+        tokens = [tree.tokens + [pad_id] * len(rest) for tree, rest in zip(trees, filler, strict=True)]
+        depths = [tree.depths + rest for tree, rest in zip(trees, filler, strict=True)]
+        of_row_B = torch.tensor(tree_of, device=device)
+        tokens_BN = torch.tensor(tokens, device=device)[of_row_B]
+        depths_BN = torch.tensor(depths, device=device)[of_row_B]
+        visible_BNN = torch.stack([_visible(tree, nodes) for tree in trees]).to(device)[of_row_B]
+        hidden_BNL = llm.decode_tree(prompts, tokens_BN, depths_BN, visible_BNN)
         node_BNL = torch.cat([node_BNL, hidden_BNL], dim=1)
-    return [_score(llm, tree, node_NL, normalize) for tree, node_NL in zip(trees, node_BNL, strict=True)]
+    return [_score(llm, trees[number], node_NL, normalize) for number, node_NL in zip(tree_of, node_BNL, strict=True)]
 
 
 def _visible(tree: CandidateTree, nodes: int) -> Tensor:
@@ -218,11 +253,20 @@ def _score(llm: LLM, tree: CandidateTree, node_NL: Tensor, normalize: str) -> Te
     # Row 0 of node_NL is the prompt's last token, row n + 1 is node n.
     rows = torch.tensor([node + 1 for path in tree.paths for node, _ in path], device=node_NL.device)
     tokens = torch.tensor([token for path in tree.paths for _, token in path], device=node_NL.device)
-    needed, place = rows.unique(return_inverse=True)
-    log_probs = torch.empty(len(rows), device=node_NL.device)
+    return _reduced(_log_probs(llm, node_NL, rows, tokens), [len(path) for path in tree.paths], normalize)
+
+
+def _log_probs(llm: LLM, hidden_NL: Tensor, rows_S: Tensor, tokens_S: Tensor) -> Tensor:
+    """The log-probability (S,) of each token by the hidden state of its row; each row's logits are computed once."""
+    needed, place_S = rows_S.unique(return_inverse=True)
+    log_probs_S = torch.empty(len(rows_S), device=hidden_NL.device)
     for start in range(0, len(needed), _LOGIT_ROWS):
-        chunk = llm.logits(node_NL[needed[start : start + _LOGIT_ROWS]]).log_softmax(-1)
-        inside = (place >= start) & (place < start + _LOGIT_ROWS)
-        log_probs[inside] = chunk[place[inside] - start, tokens[inside]]
-    lengths = torch.tensor([len(path) for path in tree.paths])
-    return torch.segment_reduce(log_probs.cpu(), normalize, lengths=lengths)
+        chunk_NV = llm.logits(hidden_NL[needed[start : start + _LOGIT_ROWS]]).log_softmax(-1)
+        inside = (place_S >= start) & (place_S < start + _LOGIT_ROWS)
+        log_probs_S[inside] = chunk_NV[place_S[inside] - start, tokens_S[inside]]
+    return log_probs_S
+
+
+def _reduced(log_probs_S: Tensor, lengths: Sequence[int], normalize: str) -> Tensor:
+    """Sum or mean over the tokens of each candidate, on the CPU."""
+    return torch.segment_reduce(log_probs_S.cpu(), normalize, lengths=torch.tensor(lengths))

@@ -16,6 +16,7 @@ from instructblip.fetch.parts import Sources, part_folder
 from instructblip.models.fingerprint import fingerprint, fingerprint_tensors
 from instructblip.models.instructblip import InstructBLIP
 from instructblip.weights.checkpoint import checkpoint_folders, load_checkpoint, newest_whole
+from instructblip.weights.gatekeeper import refuse_other_model
 from instructblip.weights.lavis import load_lavis, qformer_settings, read_lavis
 from instructblip.weights.names import check_tensors
 from instructblip.weights.parts import build_model, load_llm, warn_aligned
@@ -99,6 +100,7 @@ def find_source(source: str | Path, llm: str | LLMConfig | None = None) -> Sourc
     """
     path = Path(source).expanduser()
     if path.is_file():
+        refuse_other_model(path)
         if llm is None:
             known = ", ".join(sorted(file.stem for file in (CONFIGS / "llm").glob("*.yaml")))
             raise UserError(
@@ -110,6 +112,7 @@ def find_source(source: str | Path, llm: str | LLMConfig | None = None) -> Sourc
         kind = own_kind if llm is None else llm_config(llm, None).kind
         found = Source("huggingface", folder, path.absolute().name, kind)
     elif path.is_dir():
+        refuse_other_model(path)
         checkpoint = find_checkpoint(path)
         config = _replace_parts(read_model_config(checkpoint.parents[1] / "config.yaml"), Replacements(llm))
         found = Source("run", checkpoint, checkpoint.absolute().parents[1].name, config.llm.kind)

@@ -10,16 +10,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers import AutoConfig
 
 from instructblip.config.schema import LLMConfig, ModelConfig, QFormerConfig, VisionConfig
 from instructblip.errors import UserError
 from instructblip.fetch.parts import part_settings, sources
+from instructblip.models.llm import LLM_KINDS
 from instructblip.models.qformer import QFormer
 from instructblip.models.vision import VisionEncoder
 from instructblip.models.vocabulary import resize_vocabulary
-
-AUTO_CLASSES: dict[str, Any] = {"decoder": AutoModelForCausalLM, "encoder_decoder": AutoModelForSeq2SeqLM}
 
 
 @dataclass(frozen=True)
@@ -128,7 +127,8 @@ def language_model_of_sizes(config: LLMConfig) -> Any:
     if config.kind == "decoder":
         settings = settings.get_text_config()
     override_settings(settings, config.options)
-    model = AUTO_CLASSES[config.kind].from_config(settings, dtype=getattr(torch, config.dtype))
+    dtype = getattr(torch, config.dtype)
+    model = LLM_KINDS[config.kind].auto_class.from_config(settings, dtype=dtype, trust_remote_code=False)
     if config.added_tokens:
         resize_vocabulary(model, settings.vocab_size + len(config.added_tokens))
     if config.kind == "encoder_decoder" and not sizes.get("tie_word_embeddings", True):

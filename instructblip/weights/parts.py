@@ -14,14 +14,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tokenizers import AddedToken
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from instructblip._transformers import quiet_transformers
 from instructblip.config.schema import LLMConfig, QFormerConfig, Quantization, VisionConfig, VisionNorm
 from instructblip.errors import UserError
-from instructblip.fetch.parts import part_folder, sources
+from instructblip.fetch.parts import converted_gguf, part_folder, sources
 from instructblip.models.instructblip import InstructBLIP
-from instructblip.models.llm import LLM, LLM_KINDS
+from instructblip.models.llm import LLM
 from instructblip.models.qformer import QFormer
 from instructblip.models.quantized import QuantizedLinear, quantize_linears
 from instructblip.models.vision import ChannelNorm, VisionEncoder
@@ -32,8 +30,10 @@ from instructblip.weights.bert import (
     names_unknown_to_bert,
     qformer_state_from_bert,
 )
+from instructblip.weights.gatekeeper import check_kind, check_language_model, first_line, open_config, open_tokenizer
+from instructblip.weights.language_model import finished_llm, load_language_model
 from instructblip.weights.lavis import read_blip2, read_pth
-from instructblip.weights.modules import AUTO_CLASSES, make_qformer, override_settings, vision_encoder
+from instructblip.weights.modules import make_qformer, override_settings, vision_encoder
 from instructblip.weights.names import check_tensors
 from instructblip.weights.position import resize_position_embedding
 
@@ -124,7 +124,7 @@ def _vision_weights(file: Path) -> dict[str, Tensor]:
         try:
             return load_file(file)
         except (OSError, SafetensorError) as error:
-            raise UserError(f"{file} cannot be read ({_first_line(error)}); give a .safetensors or .pth file") from None
+            raise UserError(f"{file} cannot be read ({first_line(error)}); give a .safetensors or .pth file") from None
     found = read_pth(file)
     if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
         raise UserError(f"{file} is no state dict; give the weights alone, under timm's names")
@@ -165,7 +165,7 @@ def load_qformer(config: QFormerConfig, *, vision_width: int) -> tuple[QFormer, 
     """
     folder = part_folder(sources(config.name, config.sources), setting="qformer.sources.path")
     bert = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    tokenizer = AutoTokenizer.from_pretrained(folder, truncation_side="left")
+    tokenizer = open_tokenizer(folder, f"qformer={config.name}: ", truncation_side="left")
     _add_tokens(tokenizer, config.extra_tokens)
     rows = max(bert["vocab_size"], _rows_needed(tokenizer))
     qformer = make_qformer(config, bert, rows=rows, vision_width=vision_width, where=str(folder))
@@ -218,37 +218,53 @@ def _start_from_blip2(
 
 
 def load_llm(config: LLMConfig) -> LLM:
-    """The frozen language model with its tokenizer and text conventions."""
-    folder = part_folder(sources(config.name, config.sources), setting="llm.sources.path")
+    """The frozen language model with its tokenizer and text conventions, measured.
+
+    Raises:
+        UserError: a folder that is no whole, plain language model of that kind, or settings that do not fit it.
+    """
+    where = f"llm={config.name}: "
+    folder = _llm_folder(config)
+    check_language_model(folder, where)
+    settings = open_config(folder, where)
+    check_kind(settings, config.kind, where)
+    override_settings(settings.get_text_config(), config.options)
+    dtype = getattr(torch, config.dtype)
     tokenizer = _llm_tokenizer(config, folder)
-    model = _language_model(config, folder)
+    model = load_language_model(config.kind, settings, dtype=dtype, folder=folder, where=where)
     if _rows_needed(tokenizer) > len(model.get_input_embeddings().weight):
         resize_vocabulary(model, _rows_needed(tokenizer))
     if config.quantization is not None:
         _quantize(model, config.quantization)
-    try:
-        return LLM_KINDS[config.kind](
-            model,
-            tokenizer,
-            eos_token=config.eos_token,
-            pad_token=config.pad_token,
-            bos_token=config.bos_token,
-            image_prefix=config.image_prefix,
-            prompt_prefix=config.prompt_prefix,
-            prompt_suffix=config.prompt_suffix,
-            answer_prefix=config.answer_prefix,
-            max_prompt_tokens=config.max_prompt_tokens,
-            max_target_tokens=config.max_target_tokens,
-        )
-    except ValueError as error:
-        raise UserError(f"llm={config.name}: {error}") from None
+    conventions = {
+        "eos_token": config.eos_token,
+        "pad_token": config.pad_token,
+        "bos_token": config.bos_token,
+        "image_prefix": config.image_prefix,
+        "prompt_prefix": config.prompt_prefix,
+        "prompt_suffix": config.prompt_suffix,
+        "answer_prefix": config.answer_prefix,
+        "max_prompt_tokens": config.max_prompt_tokens,
+        "max_target_tokens": config.max_target_tokens,
+    }
+    return finished_llm(config.kind, model, tokenizer, conventions, where)
+
+
+def _llm_folder(config: LLMConfig) -> Path:
+    """The folder with its files; a GGUF file, or a folder with nothing but one, is converted once."""
+    path = None if config.sources.path is None else Path(config.sources.path).expanduser()
+    if path is not None and path.is_dir() and not (path / "config.json").is_file():
+        files = sorted(path.glob("*.gguf"))
+        if len(files) > 1:
+            raise UserError(f"llm.sources.path={path} holds {len(files)} GGUF files; give the path of one of them")
+        path = files[0] if files else path
+    if path is not None and path.suffix == ".gguf" and path.is_file():
+        return converted_gguf(path)
+    return part_folder(sources(config.name, config.sources), setting="llm.sources.path")
 
 
 def _llm_tokenizer(config: LLMConfig, folder: Path) -> Any:
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise UserError(f"llm={config.name}: {folder} has no tokenizer ({_first_line(error)})") from None
+    tokenizer = open_tokenizer(folder, f"llm={config.name}: ")
     _add_tokens(tokenizer, config.added_tokens)
     tokens = {
         "bos_token": config.bos_token,
@@ -265,45 +281,6 @@ def _llm_tokenizer(config: LLMConfig, folder: Path) -> Any:
             )
         setattr(tokenizer, role, token)
     return tokenizer
-
-
-def _language_model(config: LLMConfig, folder: Path) -> Any:
-    """The transformers model, its text part alone where it has others, with every weight from its files."""
-    try:
-        settings = AutoConfig.from_pretrained(folder)
-        override_settings(settings.get_text_config(), config.options)
-        with quiet_transformers():
-            model, found = AUTO_CLASSES[config.kind].from_pretrained(
-                folder,
-                config=settings,
-                dtype=getattr(torch, config.dtype),
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # they are named below
-            )
-    except (OSError, ValueError) as error:
-        raise UserError(f"llm={config.name}: {_first_line(error)}") from None
-    for name, theirs, ours in sorted(found["mismatched_keys"]):
-        raise UserError(f"llm={config.name}: {folder}: {name} is {tuple(theirs)}, the model needs {tuple(ours)}")
-    for name in sorted(found["missing_keys"]):
-        raise UserError(f"llm={config.name}: {folder} lacks the tensor {name}; it is of another model")
-    for name in sorted(found["unexpected_keys"]):
-        raise UserError(f"llm={config.name}: {folder} has the unknown tensor {name}; it is of another model")
-    return _text_model(model) if config.kind == "decoder" else model
-
-
-def _text_model(model: Any) -> Any:
-    """The causal language model inside a multimodal one (which has a `text_config`); any other as it is."""
-    settings = model.config.get_text_config()
-    if settings is model.config:
-        return model
-    with torch.device("meta"):
-        text = AutoModelForCausalLM.from_config(settings, dtype=model.dtype)
-    setattr(text, text.base_model_prefix, model.get_decoder())
-    text.set_output_embeddings(model.get_output_embeddings())
-    for name, tensor in text.state_dict().items():
-        if tensor.is_meta:
-            raise UserError(f"{type(model).__name__} has no weights for {name} of its text model")
-    return text
 
 
 def _quantize(model: Any, kind: Quantization) -> None:
@@ -325,10 +302,6 @@ def _add_tokens(tokenizer: Any, tokens: list[str]) -> None:
 
 def _rows_needed(tokenizer: Any) -> int:
     return max(tokenizer.get_vocab().values()) + 1
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]
 
 
 def warn_aligned(trained_with: str, llm: str, *, projection_fits: bool) -> None:

@@ -17,17 +17,27 @@ import torch
 from safetensors import SafetensorError, safe_open
 from timm.models.eva import EvaAttention
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from instructblip._transformers import quiet_transformers
 from instructblip.config.schema import LLMKind
 from instructblip.errors import UserError
 from instructblip.files import read_json
 from instructblip.models.instructblip import InstructBLIP
-from instructblip.models.llm import LLM, LLM_KINDS
+from instructblip.models.llm import LLM
 from instructblip.models.qformer import QFormer
 from instructblip.models.vision import VisionEncoder
 from instructblip.models.vocabulary import resize_vocabulary
+from instructblip.weights.gatekeeper import (
+    WEIGHT_FILES,
+    check_kind,
+    check_settings,
+    check_weights,
+    config_json,
+    open_config,
+    open_tokenizer,
+    weight_files,
+)
+from instructblip.weights.language_model import finished_llm, language_model_class, load_language_model
 from instructblip.weights.lavis import read_pth
 from instructblip.weights.names import (
     HUGGINGFACE_LLM_PREFIX,
@@ -45,12 +55,6 @@ logger = logging.getLogger(__name__)
 BACKBONE = "eva_giant_patch14_clip_224"  # the architecture; sizes come from the folder
 _QFORMER_TOKENIZER = "qformer_tokenizer"
 _MAX_INSTRUCTION_TOKENS = 128  # as released
-_WEIGHT_FILES = (
-    "model.safetensors.index.json",
-    "model.safetensors",
-    "pytorch_model.bin.index.json",
-    "pytorch_model.bin",
-)
 
 
 class Settings(NamedTuple):
@@ -78,7 +82,7 @@ class Settings(NamedTuple):
 
 def is_huggingface_folder(folder: Path) -> bool:
     """Whether a folder holds an InstructBLIP model of transformers."""
-    return (folder / "config.json").is_file() and read_json(folder / "config.json").get("model_type") == "instructblip"
+    return (folder / "config.json").is_file() and config_json(folder).get("model_type") == "instructblip"
 
 
 def load_huggingface(folder: Path, *, llm: LLM | None = None) -> InstructBLIP:
@@ -122,16 +126,12 @@ def read_transformers_config(folder: Path) -> Any:
     """A folder's config.json.
 
     Raises:
-        UserError: it is missing, of another model, or quantised.
+        UserError: it is missing, of another model, or of a folder that is not whole and plain.
     """
     if not is_huggingface_folder(folder):
         raise UserError(f"{folder} has no config.json of an InstructBLIP model; give a transformers folder or a hub id")
-    raw = read_json(folder / "config.json")
-    if "quantization_config" in raw or "quantization_config" in raw.get("text_config", {}):
-        raise UserError(
-            f"{folder} holds quantised weights; use the unquantised folder, and llm.quantization= in training"
-        )
-    return AutoConfig.from_pretrained(folder)
+    check_settings(folder)
+    return open_config(folder)
 
 
 def read_settings(folder: Path) -> Settings:
@@ -166,20 +166,15 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     Raises:
         UserError: no weights, a file that is missing or damaged, or one that lacks what the index says it has.
     """
-    name = next((name for name in _WEIGHT_FILES if (folder / name).is_file()), None)
-    if name is None:
-        raise UserError(f"{folder} has no weights ({', '.join(_WEIGHT_FILES)}); fetch the whole model")
-    wanted: Mapping[str, str] | None = None
-    files = [name]
-    if name.endswith(".index.json"):
-        wanted = read_json(folder / name)["weight_map"]
-        files = sorted(set(wanted.values()))
+    check_weights(folder)
     weights: dict[str, Tensor] = {}
-    for file in files:
-        weights |= _read_file(folder / file)
-    lost = [tensor for tensor in wanted or () if tensor not in weights]
+    for file in weight_files(folder):
+        weights |= _read_file(file)
+    index = next(folder / name for name in WEIGHT_FILES if (folder / name).is_file())
+    wanted = read_json(index)["weight_map"] if index.suffix == ".json" else {}
+    lost = [tensor for tensor in wanted if tensor not in weights]
     if lost:
-        raise UserError(f"{folder}: {name} names the tensor {lost[0]}, which no file has; fetch the whole model")
+        raise UserError(f"{folder}: {index.name} names the tensor {lost[0]}, which no file has; fetch the whole model")
     return unpack_qkv_bias({name: tensor for name, tensor in weights.items() if not is_ignored(name, "huggingface")})
 
 
@@ -187,18 +182,16 @@ def load_qformer_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The Q-Former's tokenizer, which cuts long instructions on the left."""
     if not (folder / _QFORMER_TOKENIZER).is_dir():
         raise UserError(f"{folder} has no {_QFORMER_TOKENIZER}/; fetch the whole model, subfolders too")
-    return AutoTokenizer.from_pretrained(folder / _QFORMER_TOKENIZER, truncation_side="left")
+    return open_tokenizer(folder / _QFORMER_TOKENIZER, truncation_side="left")
 
 
 def load_llm_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The language model's tokenizer: without the `<image>` token where that was added by `save_huggingface`."""
     own = folder / LLM_TOKENIZER
-    return AutoTokenizer.from_pretrained(own if own.is_dir() else folder)
+    return open_tokenizer(own if own.is_dir() else folder)
 
 
 def _read_file(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise UserError(f"{path} is missing; fetch the whole model")
     if path.suffix == ".bin":
         return read_pth(path)
     try:
@@ -280,7 +273,7 @@ def _qformer_arguments(config: Any, folder: Path) -> dict[str, Any]:
 
 def _llm_conventions(folder: Path, config: Any) -> dict[str, Any]:
     """Special tokens as the folder's own tokenizer sets them: `</s>` before a text for Vicuna, none for T5."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = open_tokenizer(folder)
     plain = tokenizer("a photo", add_special_tokens=False)["input_ids"]
     whole = tokenizer("a photo")["input_ids"]
     start = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), None)
@@ -325,25 +318,18 @@ def _load_llm(config: Any, settings: Settings, weights: Mapping[str, Tensor], fo
     }
     if not state:
         raise UserError(f"{folder} has no {HUGGINGFACE_LLM_PREFIX}* tensors; fetch the whole model")
-    auto = AutoModelForCausalLM if config.use_decoder_only_language_model else AutoModelForSeq2SeqLM
-    with quiet_transformers():
-        with torch.device("meta"):
-            kind = type(auto.from_config(config.text_config))
-        model, info = kind.from_pretrained(
-            None,
-            config=config.text_config,
-            state_dict=state,
-            dtype=_llm_dtype(kind, state),
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are named below
-        )
-        _check_loaded(info, folder)
-        if settings.llm_rows < model.get_input_embeddings().weight.shape[0]:
-            resize_vocabulary(model, settings.llm_rows)
-    try:
-        return LLM_KINDS[settings.llm_kind](model, load_llm_tokenizer(folder), **settings.llm)
-    except ValueError as error:
-        raise UserError(f"{folder}: {error}") from None
+    check_kind(config.text_config, settings.llm_kind, f"{folder}: ")
+    model = load_language_model(
+        settings.llm_kind,
+        config.text_config,
+        state,
+        dtype=_llm_dtype(language_model_class(settings.llm_kind, config.text_config), state),
+        folder=folder,
+        prefix=HUGGINGFACE_LLM_PREFIX,
+    )
+    if settings.llm_rows < model.get_input_embeddings().weight.shape[0]:
+        resize_vocabulary(model, settings.llm_rows)
+    return finished_llm(settings.llm_kind, model, load_llm_tokenizer(folder), settings.llm, f"{folder}: ")
 
 
 def _llm_dtype(kind: Any, state: Mapping[str, Tensor]) -> torch.dtype:
@@ -364,17 +350,3 @@ def _widest(tensors: Iterable[Tensor]) -> torch.dtype:
     return reduce(
         torch.promote_types, {tensor.dtype for tensor in tensors if tensor.is_floating_point()} or {torch.float32}
     )
-
-
-def _check_loaded(info: Mapping[str, Any], folder: Path) -> None:
-    problems = [
-        *(f"lacks the tensor {HUGGINGFACE_LLM_PREFIX}{name}" for name in sorted(info["missing_keys"])),
-        *(
-            f"has {HUGGINGFACE_LLM_PREFIX}{name} of shape {tuple(found)} in place of {tuple(wanted)}"
-            for name, found, wanted in sorted(info["mismatched_keys"])
-        ),
-        *(f"has the unknown tensor {HUGGINGFACE_LLM_PREFIX}{name}" for name in sorted(info["unexpected_keys"])),
-    ]
-    if problems:
-        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise UserError(f"{folder} {problems[0]}{more}; it is of another model, or incomplete")

@@ -1,0 +1,174 @@
+"""A transformers language model with every weight from its files, and the `LLM` around it, measured."""
+
+import contextlib
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from instructblip._transformers import quiet_transformers
+from instructblip.errors import UserError
+from instructblip.fetch.parts import cache_folder
+from instructblip.files import exclusive, read_json, write_json
+from instructblip.models.abilities import limits, measure
+from instructblip.models.llm import LLM, LLM_KINDS, LLMAbilities
+from instructblip.weights.gatekeeper import first_line
+
+logger = logging.getLogger(__name__)
+_MEASURED = 1  # to be raised when what is measured, or how, changes
+_SAMPLED = 64  # values of each tensor that tell one model from another
+
+
+def load_language_model(
+    kind: str,
+    settings: Any,
+    tensors: Mapping[str, Tensor] | None = None,
+    *,
+    dtype: torch.dtype,
+    folder: Path,
+    where: str = "",
+    prefix: str = "",
+) -> Any:
+    """transformers' model, its text part alone where it has others.
+
+    Args:
+        kind: key of `LLM_KINDS`.
+        settings: its configuration, of that kind.
+        tensors: by name; None: those of the folder's files.
+        dtype: to hold it in.
+        folder: where its files lie.
+        where: begins messages.
+        prefix: of the tensors' names in the file that they came from, for messages.
+
+    Raises:
+        UserError: a file that cannot be read, a tensor that is missing, unknown or of another shape.
+    """
+    options = {"config": settings, "dtype": dtype, "output_loading_info": True, "trust_remote_code": False}
+    options["ignore_mismatched_sizes"] = True  # they are named below
+    try:
+        with quiet_transformers():
+            if tensors is None:
+                model, found = LLM_KINDS[kind].auto_class.from_pretrained(folder, **options)
+            else:
+                class_ = language_model_class(kind, settings)
+                model, found = class_.from_pretrained(None, state_dict=tensors, **options)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"{where}{first_line(error)}") from None
+    _check_loaded(found, f"{where}{folder}", prefix)
+    return _text_model(model) if kind == "decoder" else model
+
+
+def language_model_class(kind: str, settings: Any) -> Any:
+    """transformers' class of a configuration."""
+    found = LLM_KINDS[kind].auto_class._model_mapping[type(settings)]
+    return found[0] if isinstance(found, list | tuple) else found
+
+
+def finished_llm(kind: str, model: Any, tokenizer: Any, conventions: Mapping[str, Any], where: str) -> LLM:
+    """The `LLM` of a transformers model; what its class cannot do is measured, and said in one line.
+
+    Args:
+        kind: key of `LLM_KINDS`.
+        model, tokenizer, conventions: arguments of that class.
+        where: begins messages (`llm=vicuna_7b: `).
+
+    Raises:
+        UserError: a token that the tokenizer does not know, or a model that gives wrong results whatever is done.
+    """
+    try:
+        llm = LLM_KINDS[kind](model, tokenizer, **conventions)
+    except ValueError as error:
+        raise UserError(f"{where}{error}") from None
+    try:
+        llm.abilities = _measured(llm)
+    except UserError as error:
+        raise UserError(f"{where}{error}") from None
+    if lacking := limits(llm):
+        logger.warning("%s%s allows no shortcuts here: %s", where, type(model).__name__, ", ".join(lacking))
+    return llm
+
+
+def _check_loaded(found: Mapping[str, Any], where: str, prefix: str) -> None:
+    problems = [
+        *(f"lacks the tensor {prefix}{name}" for name in sorted(found["missing_keys"])),
+        *(
+            f"has {prefix}{name} of {tuple(theirs)}, the model needs {tuple(ours)}"
+            for name, theirs, ours in sorted(found["mismatched_keys"])
+        ),
+        *(f"has the unknown tensor {prefix}{name}" for name in sorted(found["unexpected_keys"])),
+    ]
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise UserError(f"{where} {problems[0]}{more}; it is of another model, or incomplete")
+
+
+def _text_model(model: Any) -> Any:
+    """The causal language model inside a multimodal one (which has a `text_config`); any other as it is."""
+    settings = model.config.get_text_config()
+    if settings is model.config:
+        return model
+    with torch.device("meta"):
+        text = AutoModelForCausalLM.from_config(settings, dtype=model.dtype, trust_remote_code=False)
+    setattr(text, text.base_model_prefix, model.get_decoder())
+    text.set_output_embeddings(model.get_output_embeddings())
+    for name, tensor in text.state_dict().items():
+        if tensor.is_meta:
+            raise UserError(f"{type(model).__name__} has no weights for {name} of its text model")
+    return text
+
+
+# --- abilities -------------------------------------------------------------------------------------------------------
+
+
+def _measured(llm: LLM) -> LLMAbilities:
+    """Its abilities, from the cache where it was measured before (`abilities/<digest>.json`)."""
+    file = cache_folder() / "abilities" / f"{_digest(llm)}.json"
+    if (stored := _stored(file)) is not None:
+        return stored
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lock: Any = exclusive(file.with_suffix(".lock"), "measuring the language model", show=False)
+    except OSError:  # a cache that cannot be written saves no time, and is no error
+        lock = contextlib.nullcontext()
+    with lock:  # of several processes on a machine one measures
+        abilities = _stored(file) or measure(llm)
+        with contextlib.suppress(OSError):
+            write_json(file, asdict(abilities))
+    return abilities
+
+
+def _stored(file: Path) -> LLMAbilities | None:
+    if not file.is_file():
+        return None
+    try:
+        found = read_json(file)
+        assert all(isinstance(value, bool) for value in found.values())
+        return LLMAbilities(**found)
+    except (UserError, TypeError, AttributeError, AssertionError):
+        return None  # damaged, or of other code: it is measured anew
+
+
+def _digest(llm: LLM) -> str:
+    """SHA-256 of what the abilities depend on: libraries, configuration, names, shapes and types of tensors.
+
+    Of the weights themselves a few values of each tensor count: to hash all of them takes longer than to measure.
+    """
+    settings = llm.model.config.to_dict()
+    for name in ("_name_or_path", "transformers_version"):
+        settings.pop(name, None)
+    versions = [_MEASURED, torch.__version__, transformers.__version__, type(llm.model).__name__]
+    digest = hashlib.sha256(json.dumps([versions, settings], sort_keys=True, default=str).encode())
+    for name, tensor in sorted(llm.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        few = tensor.detach().flatten()[:_SAMPLED].cpu().contiguous()
+        digest.update(few.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
