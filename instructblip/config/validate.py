@@ -262,7 +262,11 @@ def unknown_key(key: str, valid: Sequence[str]) -> str:
         last, whole = key.rpartition(".")[2], difflib.SequenceMatcher(None, key, name).ratio()
         return difflib.SequenceMatcher(None, last, name.rpartition(".")[2]).ratio(), whole
 
-    best = max(valid, key=lambda name: sum(likeness(name)))
+    def nearness(name: str) -> tuple[bool, float]:
+        last, whole = likeness(name)
+        return last == 1, last + whole  # a key of the same name elsewhere comes before one of a like name
+
+    best = max(valid, key=nearness)
     last, whole = likeness(best)
     if last >= 0.7 or whole >= 0.8:
         return f"unknown key {key}; did you mean {best}?"

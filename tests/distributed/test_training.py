@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
-from instructblip.training import parallel as parallel_module
+from instructblip.models.base import blocks_of
 from instructblip.training import run as run_module
+from instructblip.training import setup as run_setup
 from tests.kit.runs import World, read_lines, run, run_ranks, scores, start_ranks
 
 STEPS = 20
@@ -106,11 +107,7 @@ def watch_the_passes() -> None:
     def watched(training: Any, step: int, **options: Any) -> None:
         model = training.model
         for root in (model.vision.backbone, model.llm.model.base_model):
-            assert all(
-                isinstance(parameter, DTensor)
-                for block in parallel_module.blocks_of(root)
-                for parameter in block.parameters()
-            )
+            assert all(isinstance(parameter, DTensor) for block in blocks_of(root) for parameter in block.parameters())
             assert not getattr(root._get_fsdp_state()._comm_ctx, "post_forward_order", [])  # none before the first pass
         save(training, step, **options)
 
@@ -119,10 +116,10 @@ def watch_the_passes() -> None:
 
 def watch_the_sharding() -> None:
     """What the run holds after sharding: no whole block of the LLM; groups that wait as long as the run says."""
-    original = run_module.parallelize
+    original = run_setup.parallelize
 
     def watched(model: Any, *arguments: Any, **options: Any) -> Any:
-        blocks = parallel_module.blocks_of(model.llm.model)
+        blocks = blocks_of(model.llm.model)
         whole = [weakref.ref(parameter) for block in blocks for parameter in block.parameters()]
         wrapped = original(model, *arguments, **options)
         gc.collect()
@@ -134,7 +131,7 @@ def watch_the_sharding() -> None:
         assert backend.options._timeout == timedelta(seconds=77)
         return wrapped
 
-    run_module.parallelize = watched  # type: ignore[assignment]
+    run_setup.parallelize = watched  # type: ignore[assignment]
 
 
 @pytest.mark.parametrize("size", [1, 2])

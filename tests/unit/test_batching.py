@@ -137,7 +137,7 @@ def test_nothing_drawn_is_no_batch() -> None:
 def test_pictures_and_videos_come_apart(batching: Batching) -> None:
     drawn = [item(0, 20), item(1, 45, frames=4), item(2, 21), item(3, 47, frames=4)]
     assert places(batching.split(drawn)) == [[3, 1], [2, 0]]
-    with pytest.raises(UserError, match=r"clips 4, set 1; set recipe\.phases\[\]\.batching=bucketed or packed"):
+    with pytest.raises(UserError, match=r"clips 4, set 1; set recipe\.phases\.NAME\.batching=bucketed or packed"):
         Batching().split(drawn)
 
 

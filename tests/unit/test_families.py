@@ -81,9 +81,8 @@ def test_rank_is_the_plain_way_in_any_batch(name: str, folders: dict[str, Path])
     alone = [model.rank(images[row : row + 1], [PROMPTS[row]], [CANDIDATES[row]])[0] for row in range(3)]
     for row, candidates in enumerate(CANDIDATES):
         count = len(candidates)
-        plain = -model(
-            images[row : row + 1].expand(count, -1, -1, -1, -1), [PROMPTS[row]] * count, candidates
-        ).per_sample
+        repeated = images[row : row + 1].expand(count, -1, -1, -1, -1)
+        plain = -term_of(model, repeated, [PROMPTS[row]] * count, candidates).per_sample
         torch.testing.assert_close(ranked[row], plain, atol=1e-4, rtol=0)
         torch.testing.assert_close(ranked[row], alone[row], atol=1e-4, rtol=0)
     together = model.generate(images, PROMPTS, max_new_tokens=6)

@@ -1,6 +1,6 @@
 """Objectives of different units mix; those over the whole batch have the same gradient however it is cut."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from instructblip.data.batching import Batch
 from instructblip.models.base import Inputs, Outputs
 from instructblip.models.instructblip import InstructBLIP
 from instructblip.objectives import Objective, make_objectives
-from instructblip.objectives.base import BatchObjective
+from instructblip.objectives.base import BatchObjective, Term
 from instructblip.objectives.language_modeling import LanguageModeling
 from instructblip.training.loop import StepResult, train_step
 from instructblip.training.optim import make_adamw
@@ -119,7 +119,9 @@ def test_dropout_draws_the_same_in_both_passes() -> None:
     seen: list[Tensor] = []
 
     class Watched(PromptContrast):
-        def batch_term(self, own, everyone, shared, first):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN202
+        def batch_term(
+            self, own: Mapping[str, Tensor], everyone: Mapping[str, Tensor], shared: Mapping[str, Tensor], first: int
+        ) -> Term:
             seen.append(own["visual_prompt"].detach())
             return super().batch_term(own, everyone, shared, first)
 
