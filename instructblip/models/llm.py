@@ -219,8 +219,10 @@ class LLM(ExactBuffers):
         together = self.abilities.padded_prompts or len({len(prefix) for prefix in prefixes}) == 1
         batches = [prefixes] if together else [[prefix] for prefix in prefixes]
         ids = [self.new_tokens(self.continue_rows(batch, **options)) for batch in batches]
-        decode = self.prompt_format.tokenizer.batch_decode
-        return [text.strip() for ids_BT in ids for text in decode(ids_BT, skip_special_tokens=True)]
+        return [text for ids_BT in ids for text in self._decode(ids_BT)]
+
+    def _decode(self, ids_BT: Tensor) -> list[str]:
+        return [text.strip() for text in self.prompt_format.tokenizer.batch_decode(ids_BT, skip_special_tokens=True)]
 
     def embed(self, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
         """Embeddings (T_i, L) of sequences of token ids, which go to the device together."""
