@@ -55,6 +55,7 @@ from instructblip.evaluation.report.table import as_text, score_table
 from instructblip.evaluation.results_file import read_run
 from instructblip.evaluation.suite import DatasetResult, results_json, write_results
 from instructblip.files import write_json
+from instructblip.objectives import make_objectives
 from instructblip.tracking import NoLogger
 from instructblip.training import run as training
 from instructblip.training.curves import draw_curves
@@ -112,12 +113,12 @@ def made_up_run(folder: Path, count: int) -> Any:
     """What the steps of a run share, with a model of one layer."""
     model = nn.Module()
     model.projection = nn.Linear(8, 8)
-    model.held_state = model.state_dict
+    model.held_state, model.device = model.state_dict, torch.device("cpu")
     optimizer = make_adamw(model.named_parameters(), weight_decay=0.05, betas=(0.9, 0.999))
     recipe = SimpleNamespace(
         validate_every=EVERY, checkpoint_every=EVERY, clip_norm=1.0, full_disk="stop", keep_best="mean"
     )
-    phase = Phase("instruction", count, BATCH, None, 1e-5, 10, 1e-8, 0.0, 1.0, through_llm=True)  # type: ignore[arg-type]
+    phase = Phase("instruction", count, BATCH, None, 1e-5, 10, 1e-8, 0.0, 1.0, make_objectives({}))  # type: ignore[arg-type]
     console = Console(file=open(os.devnull, "w"))
     entries = [MixtureEntry(f"dataset_{number}", 10_000 * (number + 1)) for number in range(DATASETS)]
     return SimpleNamespace(
@@ -128,9 +129,12 @@ def made_up_run(folder: Path, count: int) -> Any:
         console=console,
         ranks=Ranks(),
         model=model,
-        optimizer=optimizer,
-        names={parameter: name for name, parameter in model.named_parameters()},
-        average=None,
+        optimisation=SimpleNamespace(
+            context=StepContext(),
+            optimizer=optimizer,
+            names={parameter: name for name, parameter in model.named_parameters()},
+            average=None,
+        ),
         phases=[phase],
         mixture=Mixture(entries, segments=[MixtureSegment(count * BATCH, 1)]),
         dataset=None,
@@ -168,7 +172,10 @@ def take_steps(run: Any, count: int) -> tuple[Sequence[float], Sequence[float], 
                 return count
             step, place = loaded[0], locate(run.phases, loaded[0])
             ids = [f"{names[row % DATASETS]}/{(step * BATCH + row) * 1000}" for row in range(BATCH)]
-            result = StepResult(2.0 + 1 / (step + 1), dict.fromkeys(names, 2.0), 0.5, BATCH, 10 * BATCH, ids)
+            loss = 2.0 + 1 / (step + 1)
+            result = StepResult(
+                loss, dict.fromkeys(names, 2.0), {"language_modeling": loss}, 0.5, BATCH, 10 * BATCH, ids
+            )
             after_step(step, place, place.phase.rate(place.step), result)
             run.writer.wait()  # the disk's part belongs to the step that began it
             saved = (step + 1) % EVERY == 0
@@ -179,7 +186,7 @@ def take_steps(run: Any, count: int) -> tuple[Sequence[float], Sequence[float], 
     training.load_batches = lambda dataset, positions, **_: (LoadedStep(step, [], []) for step, _ in positions)
     training.run_validation = lambda run, step, stop: {"a": 50 + step % 7, "b": 40 + step % 11}
     with StopRequest() as stop:
-        training._train_steps(run, 0, stop, StepContext(), None)
+        training._train_steps(run, 0, stop, None)
     added = resident_bytes() - memory
     run.metrics.close()
     return plain, saving, added

@@ -26,7 +26,7 @@ from instructblip.errors import UserError
 
 _MOST_VALUES = 100_000  # that a file may hold, each alias counted as often as it is used
 _LONGEST_SHOWN = 80  # characters of a value in an error line
-Place = tuple[int | str, ...]  # the keys and numbers that lead to a value
+KeyPath = tuple[int | str, ...]  # the keys and numbers that lead to a value
 
 
 # --- the engine ------------------------------------------------------------------------------------------------------
@@ -159,14 +159,14 @@ class _Mistake:
             hint = f"; put it in quotes: {name}=\"'{_shown(value)}'\"" if self.on_command_line else "; put it in quotes"
         return f"{name or 'the file'} must be {expected.get(kind, error['msg'])}, not {_shortened(repr(value))}{hint}"
 
-    def _no_choice(self, place: Place, value: Any) -> str:
+    def _no_choice(self, place: KeyPath, value: Any) -> str:
         annotation = _annotation(self.kind, place)
         known = [_shown(choice) for choice in _choices(annotation)]
         near = difflib.get_close_matches(str(value), known, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         return f"{_dotted(self.key, place)}={_shown(value)} is none of {', '.join(known)}{hint}"
 
-    def _unknown(self, place: Place) -> str:
+    def _unknown(self, place: KeyPath) -> str:
         """Said with the names that stand at this place for NAME and numbers of the schema's keys."""
         prefix = f"{self.key}." if self.key else ""
         wanted = ".".join(str(step) for step in _schematic(self.kind, place))
@@ -175,7 +175,7 @@ class _Mistake:
         line = line.replace(f"{general}.", f"{special}.") if general else line
         return re.sub(r"(unknown key |did you mean )", rf"\g<1>{prefix}", line)
 
-    def _missing(self, place: Place) -> str:
+    def _missing(self, place: KeyPath) -> str:
         """An entry of a section by name that lacks something may be another's name misspelt, or its number."""
         name = _dotted(self.key, place)
         parent = self.values
@@ -236,7 +236,7 @@ def _choices(annotation: Any) -> list[Any]:
     return [*choices, None] if optional else choices
 
 
-def _schematic(kind: Any, place: Place) -> list[str]:
+def _schematic(kind: Any, place: KeyPath) -> list[str]:
     """A place in the words of `valid_keys`: 0 for any number, NAME for any name."""
     steps = []
     for depth, step in enumerate(place):

@@ -1,0 +1,15 @@
+"""The benchmark of what grows drives the run's own functions; it must still fit them."""
+
+import json
+import subprocess
+import sys
+
+from tests.kit.runs import REPOSITORY, SECONDS
+
+
+def test_steps_are_measured() -> None:
+    command = [sys.executable, str(REPOSITORY / "benchmarks/growth.py"), "--variant", "steps=100"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=True)
+    figures = json.loads(done.stdout.splitlines()[-1])
+    assert figures
+    assert all(isinstance(value, float) for value in figures.values())
