@@ -81,7 +81,8 @@ def test_kills_leave_no_trace(caption_world: World, finished: Path, tmp_path: Pa
 def test_two_ranks_and_other_micro_batches_are_like_one_process(caption_world: World, tmp_path: Path) -> None:
     steady = ("qformer.dropout=0", "recipe.phases.align.steps=4")
     alone = train_here(caption_world, tmp_path / "alone", *steady)
-    options = [*caption_world.train, *steady, f"output={tmp_path}/two", "recipe.phases.align.micro_batch_size=1"]
+    other = ("recipe.phases.align.micro_batch_size=1", "parallel=fsdp")
+    options = [*caption_world.train, *steady, f"output={tmp_path}/two", *other]
     run_ranks(caption_world, "train.py", *options, cwd=tmp_path)
     lines, others = (read_lines(folder / "metrics.jsonl") for folder in (tmp_path / "two/blip2_stage1", alone))
     for line, other in zip(lines, others, strict=True):
@@ -89,6 +90,11 @@ def test_two_ranks_and_other_micro_batches_are_like_one_process(caption_world: W
         assert line["loss_by_objective"] == pytest.approx(other["loss_by_objective"], rel=2e-5)
         assert line["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
         assert line.get("validation") == other.get("validation")
+
+
+def test_an_empty_suite_validates_nothing(caption_world: World, tmp_path: Path) -> None:
+    folder = train_here(caption_world, tmp_path, "suite=none", "recipe.phases.align.steps=1", "recipe.validate_every=1")
+    assert ["validation" in line for line in read_lines(folder / "metrics.jsonl")] == [False]
 
 
 def test_a_run_is_loaded_and_matches_and_captions(caption_world: World, finished: Path) -> None:
