@@ -44,7 +44,7 @@ ParallelKind = Literal["single", "ddp", "fsdp"]
 LoggerKind = Literal["none", "wandb"]
 LoggerMode = Literal["offline", "online"]
 GPUName = Literal["a100_40", "a100_80", "h100", "h200", "l40s", "rtx_4090"]
-Mode = Literal["rank", "generate"]
+Mode = Literal["rank", "generate", "retrieve"]
 Preset = Literal["paper", "lavis"]
 OcrLibrary = Literal["rapidocr"]
 

@@ -181,7 +181,7 @@ def evaluate_tasks(
         reader = read_image
         if not takes_cached_images(task):
             reader = read_pixels(model.vision.image_size, protocol.transform, upright=protocol.upright)
-        runs = [(task, home), (blind_task(task), home / _WITHHELD)][: 1 + blind]
+        runs = [(task, home), (blind_task(task), home / _WITHHELD)][: 1 + (blind and protocol.mode != "retrieve")]
         found = []
         for asked, place in runs:
             if not ranks.is_first:
@@ -193,7 +193,7 @@ def evaluate_tasks(
             continue
         if not blind and (home / _WITHHELD).exists():
             shutil.rmtree(home / _WITHHELD)
-        results.append(DatasetResult(found[0], baselines(task, shards, found[1] if blind else None)))
+        results.append(DatasetResult(found[0], baselines(task, shards, found[1] if len(found) > 1 else None)))
     return results
 
 

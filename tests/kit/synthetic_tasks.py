@@ -66,6 +66,8 @@ def _record(rules: Evaluation, kind: str, number: int, stream: random.Random) ->
     if rules.metric == "cider":
         # Words that no other image has: a perfect caption scores 10, and none of the others' words help.
         return Record(**fields, captions=(" ".join(f"{word}{number}" for word in WORDS[:6]),) * 5)
+    if rules.metric == "retrieval_recall":
+        return Record(**fields, captions=tuple(" ".join(stream.sample(WORDS, 3)) for _ in range(stream.randint(1, 4))))
     if rules.verbalizers:
         label = stream.randrange(len(rules.verbalizers))
         return Record(**fields, label=label, answers=(list(rules.verbalizers)[label],))

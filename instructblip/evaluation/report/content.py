@@ -12,6 +12,7 @@ from instructblip.evaluation.statistics import score_interval
 
 _FULL = 100 - 1e-6  # on the tables' scale
 _FAILURES_SHOWN = 5
+_MODES = {"rank": "ranking", "generate": "open generation", "retrieve": "retrieval"}
 
 
 def report_row(result: TaskResult, baselines: Mapping[str, float]) -> ReportRow:
@@ -21,14 +22,14 @@ def report_row(result: TaskResult, baselines: Mapping[str, float]) -> ReportRow:
         dataset=card.name,
         title=card.title,
         task=card.task_group + (", held out" if card.role == "held-out" else ""),
-        mode="ranking" if protocol.mode == "rank" else "open generation",
+        mode=_MODES[protocol.mode],
         metric=result.task.metric.title,
         count=len(result.samples) if result.score is None else result.score.count,
         value=result.value,
         low=result.low,
         high=result.high,
         baselines=dict(baselines),
-        paper=card.paper,
+        paper=card.published,
         marks=_marks(result),
     )
 
