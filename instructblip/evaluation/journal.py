@@ -270,7 +270,7 @@ def _difference(held: StoredRun, checkpoint: str, tasks: Sequence[Task], llm: st
     """Why the stored results must stay, or None."""
     if Path(held.checkpoint).resolve() != Path(checkpoint).resolve():
         return f"asked for is {checkpoint}"
-    if llm not in (None, held.llm):
+    if llm is not None and llm != held.llm:
         return f"with LLM {held.llm}, asked for is {llm}"
     if left_out := sorted(held.scores.keys() - {task.card.name for task in tasks}):
         return f"with {', '.join(left_out)}, now left out"

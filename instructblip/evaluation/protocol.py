@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
@@ -20,7 +20,9 @@ from instructblip.data.templates import MAX_OCR_TOKENS, render_prompt
 from instructblip.data.text_processors import TEXT_PROCESSORS
 from instructblip.errors import UserError
 from instructblip.evaluation.metrics import METRICS, Metric
+from instructblip.evaluation.metrics.metric import captions_of_record
 from instructblip.evaluation.metrics.retrieval import chance_of_recall
+from instructblip.models.base import Skill
 from instructblip.models.ranking import RANKING_PRESETS
 
 
@@ -181,6 +183,15 @@ class Task:
         """What scores it, with all that is particular to it."""
         return METRICS[self.protocol.metric]
 
+    def needs(self, skills: Collection[Skill]) -> Skill:
+        """What a model of these skills is asked: a model that takes no prompt can still caption."""
+        if self.protocol.mode == "retrieve":
+            return "retrieve"
+        if self.protocol.mode == "rank":
+            return "rank"
+        captions = self.metric.references is captions_of_record
+        return "caption" if captions and "generate" not in skills else "generate"
+
     def processed(self, texts: Iterable[str]) -> list[str]:
         """Texts as the model is shown them."""
         return [TEXT_PROCESSORS[self.protocol.text_processor](text) for text in texts]
@@ -307,6 +318,29 @@ def chance_level(task: Task) -> float | None:
         return chance_of_recall([len(sample.record.captions) for sample in task.samples])
     classes = set(task.protocol.classes or task.vocabulary)
     return task.metric.chance(len(classes)) if classes else None
+
+
+def refuse_unable(tasks: Iterable[Task], skills: Collection[Skill], what: str) -> None:
+    """Refuse tasks that a model cannot be asked.
+
+    Args:
+        skills: the model's.
+        what: it is, for the message.
+
+    Raises:
+        UserError: names all of them.
+    """
+    for need, reason in _LACKS.items():
+        if asked := [task.card.name for task in tasks if task.needs(skills) == need and need not in skills]:
+            raise UserError(f"{what} {reason}, which {', '.join(asked)} asks for; take it out of the suite")
+
+
+_LACKS: dict[Skill, str] = {
+    "rank": "has no language model to rank candidates with",
+    "generate": "has no language model to answer a prompt with",
+    "caption": "writes no captions",
+    "retrieve": "has no matching head to retrieve with",
+}
 
 
 def as_json(protocol: Protocol) -> dict[str, Any]:

@@ -53,17 +53,17 @@ class StoredScore:
 
 @dataclass(frozen=True)
 class StoredRun:
-    """An evaluation's folder, what was evaluated, and the scores in it, by dataset."""
+    """An evaluation's folder, what was evaluated, and the scores in it, by dataset; `llm` is None where there is none."""
 
     folder: Path
     checkpoint: str
-    llm: str
+    llm: str | None
     scores: dict[str, StoredScore]
 
     @property
     def about(self) -> str:
         """Where the scores come from, in a line."""
-        return f"{self.folder}, checkpoint {self.checkpoint}, LLM {self.llm}"
+        return f"{self.folder}, checkpoint {self.checkpoint}" + (f", LLM {self.llm}" if self.llm else "")
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def read_run(place: str | Path) -> StoredRun:
     if not isinstance(checkpoint, dict):
         raise UserError(f"{file} names no checkpoint; {_HINT}")
     llm = _at(values, "model", "llm", "name")
-    if not isinstance(llm, str):
+    if not isinstance(llm, str) and ("llm" in values.get("model", {}) or "vision" not in values.get("model", {})):
         raise UserError(f"{file} names no model: model.llm.name is {llm!r}; {_HINT}")
     scores = {name: _stored_score(entry, name, file) for name, entry in values["datasets"].items()}
     return StoredRun(file.parent, str(checkpoint.get("path")), llm, scores)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby, repeat
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,19 +23,18 @@ from instructblip.errors import DamagedSample, UserError
 from instructblip.evaluation.journal import Journal, journal_keys
 from instructblip.evaluation.metrics.accuracy import normalize_answer
 from instructblip.evaluation.outcomes import Failure, Prediction, TaskResult, class_scores, score_task
-from instructblip.evaluation.protocol import EvaluationSample, Task
+from instructblip.evaluation.protocol import EvaluationSample, Task, refuse_unable
 from instructblip.evaluation.results_file import PREDICTIONS
 from instructblip.evaluation.retrieval import answer_pairs, remove_images
 from instructblip.evaluation.work import BatchLimit, read_ahead
 from instructblip.files import sha256_file
-from instructblip.models.instructblip import InstructBLIP
+from instructblip.models.base import Model
 from instructblip.progress import progress_bar
 
 logger = logging.getLogger(__name__)
 Answer = tuple[str, tuple[float, ...], tuple[int, ...]]  # text, scores and what they are of, as in `Prediction`
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
+_DECODING = ("num_beams", "max_new_tokens", "min_new_tokens", "length_penalty", "repetition_penalty")
 _GREY = 127  # of a withheld image: near the middle of the range that encoders expect
 _BATCHES_PER_CHUNK = 4
 _READERS = 4  # threads that read and decode the next chunk's images meanwhile
@@ -60,7 +59,7 @@ Chunk = Sequence[Question]
 
 
 def run_task(
-    model: InstructBLIP,
+    model: Model,
     task: Task,
     read_image: ReadImage,
     *,
@@ -106,7 +105,7 @@ def run_task(
 
 
 def answer_share(
-    model: InstructBLIP,
+    model: Model,
     task: Task,
     read_image: ReadImage,
     *,
@@ -169,7 +168,7 @@ def cut_chunk(chunk: Chunk, batch_size: int) -> Iterator[Chunk]:
 
 
 def _answer(
-    model: InstructBLIP,
+    model: Model,
     task: Task,
     read_image: ReadImage,
     journal: Journal,
@@ -180,11 +179,7 @@ def _answer(
     show: bool,
 ) -> None:
     """Answer the rank's share of the task, with the model in evaluation mode for the duration."""
-    if task.protocol.mode == "retrieve" and not hasattr(model, "encode_pairs"):
-        raise UserError(
-            f"{task.card.name}: {type(model).__name__} has no matching head, which retrieval ranks by; evaluate a "
-            "checkpoint of BLIP-2's first stage or of BLIP, or leave it out of the suite"
-        )
+    refuse_unable([task], model.SKILLS, type(model).__name__)
     training = model.training
     model.eval()
     try:
@@ -198,7 +193,7 @@ def _answer(
 
 
 def _answer_chunks(
-    model: InstructBLIP,
+    model: Model,
     task: Task,
     read_image: ReadImage,
     journal: Journal,
@@ -239,14 +234,14 @@ def _samples(questions: Chunk) -> int:
     return sum(len(question.keys) for question in questions)
 
 
-def _blank(model: InstructBLIP, chunk: Chunk) -> dict[str, Tensor]:
+def _blank(model: Model, chunk: Chunk) -> dict[str, Tensor]:
     """The tokens of a grey picture for every image of the chunk."""
     tokens = model.image_tokens(blank_image(model.vision.image_size)[None, None])[0]
     return {question.sample.image_key: tokens for question in chunk}
 
 
 def _images(
-    model: InstructBLIP, chunk: Chunk, pixels: dict[str, Future[Tensor]], journal: Journal, limit: BatchLimit
+    model: Model, chunk: Chunk, pixels: dict[str, Future[Tensor]], journal: Journal, limit: BatchLimit
 ) -> dict[str, Tensor]:
     """Tokens (F, P, V) of the chunk's images by key; the questions on damaged ones are noted as failures."""
     read: dict[str, Tensor] = {}
@@ -267,21 +262,15 @@ def _images(
 
 
 @torch.inference_mode()
-def _ask(model: InstructBLIP, task: Task, batch: Sequence[tuple[Question, Tensor]]) -> list[Answer]:
+def _ask(model: Any, task: Task, batch: Sequence[tuple[Question, Tensor]]) -> list[Answer]:
     """The model's answers to questions, from image tokens."""
     protocol, samples = task.protocol, [question.sample for question, _ in batch]
     images, prompts = torch.stack([tokens for _, tokens in batch]), [sample.prompt for sample in samples]
     if protocol.mode == "generate":
-        texts = model.generate(
-            images,
-            prompts,
-            num_beams=protocol.num_beams,
-            max_new_tokens=protocol.max_new_tokens,
-            min_new_tokens=protocol.min_new_tokens,
-            length_penalty=protocol.length_penalty,
-            repetition_penalty=protocol.repetition_penalty,
-            beam_lengths=protocol.beam_lengths,
-        )
+        decoding = {name: getattr(protocol, name) for name in _DECODING}
+        if task.needs(model.SKILLS) == "caption":
+            return [(text, (), ()) for text in model.generate(images, **decoding)]
+        texts = model.generate(images, prompts, beam_lengths=protocol.beam_lengths, **decoding)
         classes = {normalize_answer(text): label for text, label in protocol.verbalizers}
         return [(classes.get(normalize_answer(text), text), (), ()) for text in texts]
     candidates = [task.candidates(sample.record) for sample in samples]

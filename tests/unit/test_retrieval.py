@@ -322,5 +322,7 @@ def test_modes_and_metrics_that_do_not_go_together_are_refused(task: Task) -> No
 
 
 def test_a_model_without_a_matching_head_says_so(task: Task) -> None:
-    with pytest.raises(UserError, match="InstructBLIP has no matching head"):
+    with pytest.raises(
+        UserError, match="InstructBLIP has no matching head to retrieve with, which flickr30k_retrieval asks for"
+    ):
         run_task(tiny_model(), task, read_tokens, batch_size=16, show_progress=False)

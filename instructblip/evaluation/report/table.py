@@ -283,12 +283,14 @@ HELD_IN = {
     "ocr_vqa": "OCR-VQA",
 }
 RETRIEVAL = {"coco_retrieval": "COCO", "flickr30k_retrieval": "Flickr30K"}  # of table 5 of BLIP-2's paper
-# Keys of a card's `paper` and `paper_parts`, and the names of the papers' rows.
-MODELS = {
+# Keys of a card's `paper`, and the names of Table 1's rows.
+INSTRUCTBLIP = {
     "flan_t5_xl": "InstructBLIP FlanT5-XL",
     "flan_t5_xxl": "InstructBLIP FlanT5-XXL",
     "vicuna_7b": "InstructBLIP Vicuna-7B",
     "vicuna_13b": "InstructBLIP Vicuna-13B",
+}
+RETRIEVERS = {  # keys of `paper_parts`
     "blip_14m": "BLIP 14M",
     "blip_129m": "BLIP 129M",
     "blip_capfilt_l": "BLIP CapFilt-L",
@@ -296,6 +298,7 @@ MODELS = {
     "blip2_vit_l": "BLIP-2 ViT-L",
     "blip2_vit_g": "BLIP-2 ViT-g",
 }
+MODELS = INSTRUCTBLIP | RETRIEVERS
 # Where the paper's numbers are of another split than the one that its card can score.
 PAPER_SPLITS = {"vizwiz": "test-dev"}
 
