@@ -66,14 +66,18 @@ def answer_pairs(
         UserError: an image is damaged, has two entries, or its files do not come from another rank.
     """
     _refuse_repeated_images(task)
+    if all(key in journal for key in keys):
+        return
     limit = BatchLimit(batch_size)
     images = _EncodedImages(None if journal.folder is None else _images_folder(journal.folder, keys))
     images.fill(model, task, read_image, journal.ranks, limit, show=show)
-    gallery = _gallery(model, task, images, limit)
-    chunks = [
-        range(start, min(start + _IMAGES_PER_CHUNK, len(keys))) for start in range(0, len(keys), _IMAGES_PER_CHUNK)
-    ]
+    starts = range(0, len(keys), _IMAGES_PER_CHUNK)
+    chunks = [range(start, min(start + _IMAGES_PER_CHUNK, len(keys))) for start in starts]
     left = [chunk for chunk in journal.ranks.share(chunks) if any(keys[number] not in journal for number in chunk)]
+    if not left:  # then the first rank may end, and remove the files, before this one has seen all of them
+        return
+    images.wait(len(keys), journal.ranks, task.card.name)
+    gallery = _gallery(model, task, images, limit)
     with progress_bar("images", show=show) as progress:
         bar = progress.add_task(f"ranking {task.card.name}", total=sum(map(len, left)))
         for chunk in left:
@@ -130,7 +134,7 @@ class _EncodedImages:
     def fill(
         self, model: Any, task: Task, read_image: ReadImage, ranks: Ranks, limit: BatchLimit, *, show: bool
     ) -> None:
-        """Encode this rank's share, and wait for the others'."""
+        """Encode this rank's share."""
         starts = range(0, len(task.samples), _IMAGES_PER_FILE)
         parts = [task.samples[start : start + _IMAGES_PER_FILE] for start in starts]
         own = [number for number in ranks.share(range(len(parts))) if not self._holds(number)]
@@ -141,7 +145,25 @@ class _EncodedImages:
                 read = [_read(sample, pixels[sample.image_key].result) for sample in parts[number]]
                 self._keep(number, _encode(model, read, limit))
                 progress.advance(bar, len(read))
-        self._wait(len(parts), ranks, task.card.name)
+
+    def wait(self, images: int, ranks: Ranks, what: str) -> None:
+        """Return when the other ranks' shares are there too.
+
+        Raises:
+            UserError: nothing new has come for `SILENCE_SECONDS`.
+        """
+        count = -(-images // _IMAGES_PER_FILE)
+        since, before = time.monotonic(), -1
+        while missing := sum(not self._holds(number) for number in range(count)):
+            ranks.poll_stop()
+            time.sleep(_PAUSE)
+            if missing != before:
+                since, before = time.monotonic(), missing
+            elif time.monotonic() - since > SILENCE_SECONDS:
+                raise UserError(
+                    f"{missing} files of {what}'s images are missing and none has come for {SILENCE_SECONDS / 60:g} "
+                    "minutes: another process must have died; run the same command again"
+                )
 
     def tokens(self, numbers: Sequence[int]) -> Tensor:
         """Image tokens (B, P, U) as `model.image_tokens` gave them."""
@@ -164,19 +186,6 @@ class _EncodedImages:
             path.parent.mkdir(parents=True, exist_ok=True)
             with atomic_path(path) as partial:
                 save_file(dict(tensors), str(partial))
-
-    def _wait(self, count: int, ranks: Ranks, what: str) -> None:
-        since, before = time.monotonic(), -1
-        while missing := sum(not self._holds(number) for number in range(count)):
-            ranks.poll_stop()
-            time.sleep(_PAUSE)
-            if missing != before:
-                since, before = time.monotonic(), missing
-            elif time.monotonic() - since > SILENCE_SECONDS:
-                raise UserError(
-                    f"{missing} files of {what}'s images are missing and none has come for {SILENCE_SECONDS / 60:g} "
-                    "minutes: another process must have died; run the same command again"
-                )
 
     def _file(self, number: int) -> Any:
         if number not in self._files:

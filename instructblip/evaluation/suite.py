@@ -116,7 +116,11 @@ def baselines(task: Task, shards: Path, blind: TaskResult | None) -> dict[str, f
     found = {}
     if blind is not None and blind.value is not None:
         found[BLIND] = blind.value
-    asked = task.card.role == "held-in" and task.protocol.candidates_from != "choices" and task.answers_public
+    asked = (
+        task.card.role == "held-in"
+        and task.protocol.candidates_from not in ("choices", "captions")
+        and task.answers_public
+    )
     if majority := majority_answers(task.card, shards) if asked else {}:
         records = [sample.record for sample in task.samples]
         guesses = [ModelOutput(majority.get(record.question or "", majority[""])) for record in records]

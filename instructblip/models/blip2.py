@@ -373,7 +373,7 @@ class BLIP2(Model):
             eos_id=self.tokenizer.sep_token_id,
             pad_id=self.tokenizer.pad_token_id,
             num_beams=1 if do_sample else num_beams,
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=min(max_new_tokens, self.qformer.max_text_tokens - 1),  # the start token takes a place
             min_new_tokens=min_new_tokens,
             length_penalty=length_penalty,
             repetition_penalty=repetition_penalty,
