@@ -409,6 +409,21 @@ class PrepareConfig(Section):
 
 
 @dataclass(kw_only=True)
+class FeaturesConfig(Section):
+    """Everything `python -m instructblip.features` reads."""
+
+    checkpoint: str
+    images: str | None = None
+    texts: str | None = None
+    out: str = "features.safetensors"
+    device: Device = "auto"
+    batch_size: AtLeastOne = 64
+    tolerance: NotNegative = 0  # damaged pictures that are left out
+    vision_path: str | None = None
+    qformer_path: str | None = None
+
+
+@dataclass(kw_only=True)
 class InspectConfig(Section):
     """Everything `python -m instructblip.training.inspect` reads."""
 

@@ -22,7 +22,11 @@ def run(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of BLIP-2's first stage that was never trained."""
     folder = tmp_path_factory.mktemp("stage1") / "run"
     parts = [override for override in world.train if not override.startswith("llm")]
-    config = compose("train", TrainConfig, ["model=blip2_stage1", "~llm", "qformer.extra_tokens=['[DEC]']", *parts, "vision.norm=layer"])
+    config = compose(
+        "train",
+        TrainConfig,
+        ["model=blip2_stage1", "~llm", "qformer.extra_tokens=['[DEC]']", *parts, "vision.norm=layer"],
+    )
     with world.here():
         model = build_model(config)
         described = ModelConfig(
