@@ -133,7 +133,7 @@ class InstructBLIP(Model):
                 f"{sizes[0]} images, {sizes[1]} instructions and {sizes[2]} targets; each sample needs one"
             )
         answers = [self.llm.prompt_format.target_ids(text) for text in samples.targets]
-        return Inputs(samples.images, samples.instructions, answers)
+        return Inputs(samples.images, samples.instructions, answers, samples.image_ids, samples.positions)
 
     def forward(self, inputs: Inputs, wanted: Collection[str], *, packed: bool = False) -> Outputs:
         """See the class for the outputs. Of the LLM, only `answer_logits` needs its layers."""
