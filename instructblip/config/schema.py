@@ -59,6 +59,7 @@ NotNegative = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NotNegativeFloat = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+LayerDecay = Annotated[float, Field(gt=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Channels = Annotated[list[float], Field(min_length=3, max_length=3)]
 
@@ -307,6 +308,7 @@ class TrainedPartsConfig(Section):
     learning_rates: dict[PartName, PositiveFloat] = field(
         default_factory=dict
     )  # of a part: peak, in place of its phase's
+    layer_decay: LayerDecay = 1.0  # of the vision encoder's learning rate, from each block to the one before
 
     def parts(self) -> tuple[str, ...]:
         """The names of the parts that train."""
