@@ -94,6 +94,11 @@ def _check_training(config: TrainConfig) -> None:
 def _check_trained(config: TrainConfig) -> None:
     if not config.train.parts():
         raise UserError("train has no part that is full, so nothing would be learned; set train.qformer=full")
+    if config.train.vision != "full" and config.train.layer_decay != 1.0:
+        raise UserError(
+            f"train.layer_decay={config.train.layer_decay:g} is of the vision encoder's layers, which are frozen; set "
+            "train.vision=full, or leave it out"
+        )
     if config.train.vision == "full" and config.data.cache_features:
         raise UserError(
             "data.cache_features=true keeps what a frozen vision encoder gives, and train.vision=full trains it; "

@@ -48,7 +48,7 @@ ParallelKind = Literal["single", "ddp", "fsdp"]
 LoggerKind = Literal["none", "wandb"]
 LoggerMode = Literal["offline", "online"]
 GPUName = Literal["a100_40", "a100_80", "h100", "h200", "l40s", "rtx_4090"]
-Mode = Literal["rank", "generate"]
+Mode = Literal["rank", "generate", "retrieve"]
 Preset = Literal["paper", "lavis"]
 OcrLibrary = Literal["rapidocr"]
 
@@ -59,6 +59,7 @@ NotNegative = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NotNegativeFloat = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+LayerDecay = Annotated[float, Field(gt=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Channels = Annotated[list[float], Field(min_length=3, max_length=3)]
 
@@ -307,6 +308,7 @@ class TrainedPartsConfig(Section):
     learning_rates: dict[PartName, PositiveFloat] = field(
         default_factory=dict
     )  # of a part: peak, in place of its phase's
+    layer_decay: LayerDecay = 1.0  # of the vision encoder's learning rate, from each block to the one before
 
     def parts(self) -> tuple[str, ...]:
         """The names of the parts that train."""
@@ -411,6 +413,21 @@ class PrepareConfig(Section):
     seed: int = 0
     audit: list[str] | None = None
     sources: dict[str, SourcesConfig] = field(default_factory=dict)
+
+
+@dataclass(kw_only=True)
+class FeaturesConfig(Section):
+    """Everything `python -m instructblip.features` reads."""
+
+    checkpoint: str
+    images: str | None = None
+    texts: str | None = None
+    out: str = "features.safetensors"
+    device: Device = "auto"
+    batch_size: AtLeastOne = 64
+    tolerance: NotNegative = 0  # damaged pictures that are left out
+    vision_path: str | None = None
+    qformer_path: str | None = None
 
 
 @dataclass(kw_only=True)

@@ -39,7 +39,8 @@ class Evaluation(Section):
     Attributes:
         split: the split that is scored.
         prompt: instruction, with fields of the record in braces.
-        mode: `rank` scores given answers by log-likelihood, `generate` writes one.
+        mode: `rank` scores given answers by log-likelihood, `generate` writes one, `retrieve` looks for each image's
+            captions among those of all images, and for each caption's image.
         normalize: log-likelihood of a candidate as the sum or the mean over its tokens.
         include_eos: whether the end-of-sequence token counts as one of them.
         max_new_tokens, num_beams: decoding in `generate` mode (tokens; beam size).
@@ -59,6 +60,8 @@ class Evaluation(Section):
         frames: pictures of a sample, 1 but for videos. This and `ocr` the prepared shards settle; a score on shards that
             were prepared otherwise is marked.
         ocr: whose tokens a prompt with `{ocr_tokens}` shows: `own`, those that come with the dataset; None: not known.
+        rerank: in `retrieve` mode, how many of the nearest by contrast the matching head ranks anew.
+        max_text_tokens: of a caption in `retrieve` mode, with [CLS] and [SEP]; longer ones lose their end.
         kinds: the record kinds that are scored; empty: the card's own.
         validation_split: the split that training watches; None: the scored one.
         presets: name of a preset -> the keys that differ there.
@@ -86,6 +89,8 @@ class Evaluation(Section):
     upright: bool = True
     frames: AtLeastOne = 1
     ocr: Literal["own"] | None = None
+    rerank: AtLeastOne = 128
+    max_text_tokens: AtLeastOne = 35
     kinds: tuple[str, ...] = ()
     validation_split: str | None = None
     presets: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -137,7 +142,7 @@ def _check_rules(evaluation: Evaluation, splits: Collection[str], path: Path) ->
     stated = bool(evaluation.candidates) + bool(evaluation.verbalizers) + (evaluation.candidates_from is not None)
     if stated != (evaluation.mode == "rank"):
         ways = "candidates, verbalizers and candidates_from"
-        raise UserError(f"{path}: evaluation needs one of {ways} to rank, none of them to generate")
+        raise UserError(f"{path}: evaluation needs one of {ways} to rank, none of them to generate or retrieve")
     if set("{}") & set(_FIELD.sub("", evaluation.prompt)):
         raise UserError(f"{path}: evaluation.prompt {evaluation.prompt!r} has a brace without its partner")
     for name in _FIELD.findall(evaluation.prompt):

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from statistics import fmean
 from typing import Any, Literal
 
 from instructblip.config.schema import NotNegative, Section
@@ -117,6 +118,7 @@ class Card(Section):
         evaluation: see there; None: never evaluated.
         training: see there.
         paper: model -> the paper's score in percent, where it gives one.
+        paper_parts: model -> part of the score -> the same, where a paper gives the parts of which the score is the mean.
     """
 
     name: str
@@ -141,6 +143,12 @@ class Card(Section):
     evaluation: Evaluation | None = None
     training: Training = Training()
     paper: dict[str, float] = field(default_factory=dict)
+    paper_parts: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    @property
+    def published(self) -> dict[str, float]:
+        """Model -> the published score; where a paper gives its parts, their mean."""
+        return self.paper | {model: fmean(parts.values()) for model, parts in self.paper_parts.items()}
 
     @property
     def source(self) -> str:

@@ -11,12 +11,13 @@ import json
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from instructblip.distributed import ALONE, SILENCE_SECONDS, Ranks
 from instructblip.errors import UserError
-from instructblip.evaluation.outcomes import Failure, Prediction
+from instructblip.evaluation.outcomes import Failure, Prediction, Ranking
 from instructblip.evaluation.protocol import EvaluationSample, Task
 from instructblip.evaluation.results_file import PREDICTIONS, RESULTS, StoredRun, read_run
 from instructblip.files import errors_for_users, exclusive, write_atomically
@@ -165,7 +166,13 @@ class Journal:
             return
         self.failures.pop(key, None)
         scores, ranked = tuple(entry.get("scores", ())), tuple(entry.get("ranked", ()))
-        self.predictions[key] = Prediction(key, entry["id"], entry["prediction"], scores, ranked)
+        captions = tuple(
+            Ranking(tuple(found["ranked"]), tuple(found["scores"]), found["rank"])
+            for found in entry.get("captions", ())
+        )
+        self.predictions[key] = Prediction(
+            key, entry["id"], entry["prediction"], scores, ranked, entry.get("rank"), captions
+        )
 
 
 def _refuse_constant(name: str) -> float:
@@ -182,7 +189,10 @@ def _is_answer(entry: Any) -> bool:
 
 def _answer_fields(prediction: Prediction) -> dict[str, Any]:
     answer: dict[str, Any] = {"prediction": prediction.prediction, "scores": list(prediction.scores)}
-    return answer | ({"ranked": list(prediction.ranked)} if prediction.ranked else {})
+    answer |= {"ranked": list(prediction.ranked)} if prediction.ranked else {}
+    if prediction.captions:
+        answer |= {"rank": prediction.rank, "captions": [asdict(found) for found in prediction.captions]}
+    return answer
 
 
 def _prediction_line(prediction: Prediction) -> str:
@@ -260,7 +270,7 @@ def _difference(held: StoredRun, checkpoint: str, tasks: Sequence[Task], llm: st
     """Why the stored results must stay, or None."""
     if Path(held.checkpoint).resolve() != Path(checkpoint).resolve():
         return f"asked for is {checkpoint}"
-    if llm not in (None, held.llm):
+    if llm is not None and llm != held.llm:
         return f"with LLM {held.llm}, asked for is {llm}"
     if left_out := sorted(held.scores.keys() - {task.card.name for task in tasks}):
         return f"with {', '.join(left_out)}, now left out"

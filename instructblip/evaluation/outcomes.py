@@ -14,6 +14,21 @@ from instructblip.evaluation.statistics import score_interval
 
 
 @dataclass(frozen=True)
+class Ranking:
+    """What an image or a caption found in `retrieve` mode.
+
+    Attributes:
+        ranked: numbers of the best captions (or images) of the split, best first; equal ones in their order.
+        scores: theirs.
+        rank: place of the first that is right, 0 for the best; None where it was not among those that were ranked anew.
+    """
+
+    ranked: tuple[int, ...]
+    scores: tuple[float, ...]
+    rank: int | None
+
+
+@dataclass(frozen=True)
 class Prediction:
     """The model's answer to one sample.
 
@@ -24,6 +39,7 @@ class Prediction:
         scores: log-likelihoods of candidates, in nats.
         ranked: numbers of the candidates that `scores` are of, best first, where only the best were kept; empty: of all, in
             their order.
+        rank, captions: in `retrieve` mode, where `ranked` are numbers of captions: see `Ranking`, and the image's captions'.
     """
 
     key: str
@@ -31,6 +47,8 @@ class Prediction:
     prediction: str
     scores: tuple[float, ...] = ()
     ranked: tuple[int, ...] = ()
+    rank: int | None = None
+    captions: tuple[Ranking, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -167,6 +185,10 @@ def model_outputs(
     """Predictions as metrics read them: the log-likelihoods of several texts of one class become the class's."""
     outputs = []
     for sample, prediction in zip(samples, predictions, strict=True):
+        if task.protocol.mode == "retrieve":
+            ranks = (prediction.rank, *(ranking.rank for ranking in prediction.captions))
+            outputs.append(ModelOutput(prediction.prediction, ranks=ranks))
+            continue
         if not prediction.scores or prediction.ranked:
             outputs.append(ModelOutput(prediction.prediction))
             continue

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
@@ -20,6 +20,9 @@ from instructblip.data.templates import MAX_OCR_TOKENS, render_prompt
 from instructblip.data.text_processors import TEXT_PROCESSORS
 from instructblip.errors import UserError
 from instructblip.evaluation.metrics import METRICS, Metric
+from instructblip.evaluation.metrics.metric import captions_of_record
+from instructblip.evaluation.metrics.retrieval import chance_of_recall
+from instructblip.models.base import Skill
 from instructblip.models.ranking import RANKING_PRESETS
 
 
@@ -29,8 +32,9 @@ class Protocol:
 
     Attributes:
         preset: `paper`, or `lavis` for what the released code computes.
-        candidates_from: where ranked texts come from: `card`, each record's `choices`, or `train_answers`, a vocabulary of
-            `vocabulary_size` texts with the hash `vocabulary_sha256`; `none` when the model writes freely.
+        candidates_from: where ranked texts come from: `card`, each record's `choices`, or a vocabulary of `vocabulary_size`
+            texts with the hash `vocabulary_sha256`: `train_answers`, or the `captions` of the chosen samples; `none` when
+            the model writes freely.
         candidates: the card's texts to rank; `classes` beside them names the class each text stands for (itself, without
             verbalizers).
         aggregate: a class's log-likelihood is that of any of its texts (`sum` of likelihoods) or of the best (`max`).
@@ -38,7 +42,9 @@ class Protocol:
         normalize, include_eos: of a candidate's token log-likelihoods.
         max_new_tokens, min_new_tokens, num_beams, length_penalty, repetition_penalty: of generation.
         beam_lengths: how lengths of beams are counted, one of `generation.BEAM_LENGTHS`.
-        text_processor: what is done to a question first, one of `text_processors.TEXT_PROCESSORS`.
+        rerank, max_text_tokens: of retrieval, see `card_evaluation.Evaluation`; 0 otherwise.
+        text_processor: what is done to a question, or to a caption that is looked for, one of
+            `text_processors.TEXT_PROCESSORS`.
         may_be_empty: fields that the prompt shows even where a record has none of them.
         transform: how an image becomes a square, one of `transforms.FITS`.
         upright: whether pictures are turned as their EXIF orientation says.
@@ -70,6 +76,8 @@ class Protocol:
     length_penalty: float
     repetition_penalty: float
     beam_lengths: str
+    rerank: int
+    max_text_tokens: int
     text_processor: str
     may_be_empty: tuple[str, ...]
     transform: str
@@ -104,6 +112,11 @@ class Protocol:
             shown["OCR tokens"] = self.ocr
         if self.mode == "rank":
             shown |= self._describe_ranking()
+        elif self.mode == "retrieve":
+            shown["ranking"] = (
+                f"the {self.rerank} nearest by contrast, by logit of a match plus cosine; equal ones in order"
+            )
+            shown["captions"] = f"{self.vocabulary_size:,}, of {self.max_text_tokens} tokens at most"
         else:
             tokens = f"{self.min_new_tokens} to {self.max_new_tokens} new tokens"
             penalties = f"length penalty {self.length_penalty:g}, repetition penalty {self.repetition_penalty:g}"
@@ -152,7 +165,7 @@ class Task:
     Attributes:
         card, protocol, samples: what is run.
         records: how many there should be and are in the prepared split.
-        vocabulary: the texts to rank where they come from the train split.
+        vocabulary: the texts to rank where they come from the train split, or the captions of all samples.
         answers_public: whether the samples can be scored here; a leaderboard's server does it otherwise.
         made_up: whether the prepared split holds made-up data, on which no score means anything.
     """
@@ -169,6 +182,19 @@ class Task:
     def metric(self) -> Metric:
         """What scores it, with all that is particular to it."""
         return METRICS[self.protocol.metric]
+
+    def needs(self, skills: Collection[Skill]) -> Skill:
+        """What a model of these skills is asked: a model that takes no prompt can still caption."""
+        if self.protocol.mode == "retrieve":
+            return "retrieve"
+        if self.protocol.mode == "rank":
+            return "rank"
+        captions = self.metric.references is captions_of_record
+        return "caption" if captions and "generate" not in skills else "generate"
+
+    def processed(self, texts: Iterable[str]) -> list[str]:
+        """Texts as the model is shown them."""
+        return [TEXT_PROCESSORS[self.protocol.text_processor](text) for text in texts]
 
     def candidates(self, record: Record) -> tuple[str, ...]:
         """The texts to rank for a record; none where the model writes freely."""
@@ -207,11 +233,7 @@ def make_task(
     rules = _rules(card, preset, llm_kind)
     split, mode = split or rules.split, mode or rules.mode
     metric = METRICS[rules.metric]
-    if mode == "generate" and metric.needs_scores:
-        raise UserError(
-            f"{card.name}: {metric.name} needs the scores of candidates, which mode=generate does not give; "
-            "rank, or take it out of the suite"
-        )
+    _check_mode(card, metric, mode)
     opened = open_split(shards / card.source / split)
     chosen = _choose(card, opened, rules, samples)
     public = _answers_public(card, split, metric, chosen)
@@ -220,7 +242,7 @@ def make_task(
     choices = protocol_fields(rules, mode)
     if choices["candidates_from"] == "card" and not choices["candidates"]:
         raise UserError(f"{card.name} has no candidates to rank; evaluate it with mode=generate")
-    vocabulary = train_answers(card, shards) if choices["candidates_from"] == "train_answers" else ()
+    vocabulary = _vocabulary(card, shards, choices["candidates_from"], chosen)
     protocol = Protocol(
         dataset=card.name,
         split=split,
@@ -235,7 +257,7 @@ def make_task(
         **choices,
     )
     records = prepared_counts(card, opened, rules.kinds)
-    if vocabulary:
+    if choices["candidates_from"] == "train_answers":
         train = prepared_counts(card, open_split(shards / card.source / "train"), ())
         records = replace(records, vocabulary=replace(train, answered=train.prepared))
     return Task(card, protocol, tuple(chosen), records, vocabulary, public, is_made_up(opened.manifest))
@@ -292,8 +314,33 @@ def chance_level(task: Task) -> float | None:
     """The expected score of drawing evenly among the candidates, on the scale of papers' tables; None: not known."""
     if task.protocol.candidates_from == "choices":
         return fmean(task.metric.chance(len(sample.record.choices)) for sample in task.samples)
+    if task.protocol.candidates_from == "captions":
+        return chance_of_recall([len(sample.record.captions) for sample in task.samples])
     classes = set(task.protocol.classes or task.vocabulary)
     return task.metric.chance(len(classes)) if classes else None
+
+
+def refuse_unable(tasks: Iterable[Task], skills: Collection[Skill], what: str) -> None:
+    """Refuse tasks that a model cannot be asked.
+
+    Args:
+        skills: the model's.
+        what: it is, for the message.
+
+    Raises:
+        UserError: names all of them.
+    """
+    for need, reason in _LACKS.items():
+        if asked := [task.card.name for task in tasks if task.needs(skills) == need and need not in skills]:
+            raise UserError(f"{what} {reason}, which {', '.join(asked)} asks for; take it out of the suite")
+
+
+_LACKS: dict[Skill, str] = {
+    "rank": "has no language model to rank candidates with",
+    "generate": "has no language model to answer a prompt with",
+    "caption": "writes no captions",
+    "retrieve": "has no matching head to retrieve with",
+}
 
 
 def as_json(protocol: Protocol) -> dict[str, Any]:
@@ -338,6 +385,27 @@ def released_lengths(max_len: int, min_len: int, llm_kind: str) -> tuple[int, in
     model is given `max_new_tokens`, but its `min_length` counts the decoder's start token.
     """
     return max_len - 1 if llm_kind == "decoder" else max_len, max(0, min_len - 1)
+
+
+def _check_mode(card: Card, metric: Metric, mode: str) -> None:
+    """Refuse a way of answering that gives the metric nothing to score."""
+    if metric.needs_ranks != (mode == "retrieve"):
+        raise UserError(
+            f"{card.name}: {metric.title} is {'' if metric.needs_ranks else 'not '}made of what mode=retrieve finds, and "
+            f"mode={mode} was asked for; leave mode to the card, or take it out of the suite"
+        )
+    if mode == "generate" and metric.needs_scores:
+        raise UserError(
+            f"{card.name}: {metric.name} needs the scores of candidates, which mode=generate does not give; "
+            "rank, or take it out of the suite"
+        )
+
+
+def _vocabulary(card: Card, shards: Path, source: str, samples: Sequence[EvaluationSample]) -> tuple[str, ...]:
+    """The texts that all samples are ranked among."""
+    if source == "train_answers":
+        return train_answers(card, shards)
+    return tuple(text for sample in samples for text in sample.record.captions) if source == "captions" else ()
 
 
 def _answers_public(card: Card, split: str, metric: Metric, samples: Sequence[EvaluationSample]) -> bool:
@@ -442,7 +510,7 @@ _FROM_CARD = (
 
 def protocol_fields(rules: Evaluation, mode: str) -> dict[str, Any]:
     """The choices of a `Protocol`, by name, that follow from a card's evaluation in this mode."""
-    source = (rules.candidates_from or "card") if mode == "rank" else "none"
+    source = {"rank": rules.candidates_from or "card", "retrieve": "captions"}.get(mode, "none")
     verbalizers = tuple((text, label) for label, synonyms in rules.verbalizers.items() for text in synonyms)
     ranked = source == "card"
     return {name: getattr(rules, name) for name in _FROM_CARD} | {
@@ -451,6 +519,8 @@ def protocol_fields(rules: Evaluation, mode: str) -> dict[str, Any]:
         "candidates": rules.candidates + tuple(text for text, _ in verbalizers) if ranked else (),
         "classes": rules.candidates + tuple(label for _, label in verbalizers) if ranked else (),
         "verbalizers": verbalizers,
+        "rerank": rules.rerank if mode == "retrieve" else 0,
+        "max_text_tokens": rules.max_text_tokens if mode == "retrieve" else 0,
     }
 
 

@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,9 @@ PREDICTIONS = "predictions.jsonl"
 FORMAT = 3  # of results.json; 1 had accuracies only, 2 neither the model nor what ties it to its predictions.jsonl
 
 _HINT = "give the folder of an evaluation that ended, or evaluate again"
+
+
+Numbers = tuple[float | None, float | None, float | None]  # value, low, high
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,7 @@ class StoredScore:
         predictions_sha256: of the predictions.jsonl that was scored.
         tokenizer: of captions, by the name that their metric gives; None for other metrics.
         made_up: whether the samples are made up, so that the score means nothing.
+        parts: further scores by name: value and interval.
     """
 
     value: float | None
@@ -44,21 +48,22 @@ class StoredScore:
     predictions_sha256: str
     tokenizer: str | None
     made_up: bool = False
+    parts: Mapping[str, Numbers] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class StoredRun:
-    """An evaluation's folder, what was evaluated, and the scores in it, by dataset."""
+    """An evaluation's folder, what was evaluated, and the scores in it, by dataset; `llm` is None where there is none."""
 
     folder: Path
     checkpoint: str
-    llm: str
+    llm: str | None
     scores: dict[str, StoredScore]
 
     @property
     def about(self) -> str:
         """Where the scores come from, in a line."""
-        return f"{self.folder}, checkpoint {self.checkpoint}, LLM {self.llm}"
+        return f"{self.folder}, checkpoint {self.checkpoint}" + (f", LLM {self.llm}" if self.llm else "")
 
 
 @dataclass(frozen=True)
@@ -91,7 +96,7 @@ def read_run(place: str | Path) -> StoredRun:
     if not isinstance(checkpoint, dict):
         raise UserError(f"{file} names no checkpoint; {_HINT}")
     llm = _at(values, "model", "llm", "name")
-    if not isinstance(llm, str):
+    if not isinstance(llm, str) and ("llm" in values.get("model", {}) or "vision" not in values.get("model", {})):
         raise UserError(f"{file} names no model: model.llm.name is {llm!r}; {_HINT}")
     scores = {name: _stored_score(entry, name, file) for name, entry in values["datasets"].items()}
     return StoredRun(file.parent, str(checkpoint.get("path")), llm, scores)
@@ -147,14 +152,6 @@ def _stored_score(entry: Any, name: str, file: Path) -> StoredScore:
     if not isinstance(entry, dict):
         raise UserError(f"{file}: datasets.{name} is not a score; {_HINT}")
 
-    def number(key: str) -> float | None:
-        value = entry.get(key)
-        if value is None and key in entry:
-            return None
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise UserError(f"{file}: datasets.{name}.{key} is {value!r}, not a number; {_HINT}")
-        return float(value)
-
     count, metric, protocol = entry.get("count"), entry.get("metric"), entry.get("protocol")
     if not isinstance(count, int) or isinstance(count, bool):
         raise UserError(f"{file}: datasets.{name}.count is {count!r}, not a number of samples; {_HINT}")
@@ -171,8 +168,29 @@ def _stored_score(entry: Any, name: str, file: Path) -> StoredScore:
         raise UserError(f"{file}: datasets.{name}.predictions_sha256 is {digest!r}, not a hash; {_HINT}")
     if not isinstance(tokenizer, str | None):
         raise UserError(f"{file}: datasets.{name}.metric_details.tokenizer is {tokenizer!r}, not a name; {_HINT}")
+    value, low, high = _numbers(entry, f"{file}: datasets.{name}")
+    parts = entry.get("parts", {})  # results of before this key and the next were written have none
+    made_up = entry.get("made_up") is True
+    if not isinstance(parts, dict):
+        raise UserError(f"{file}: datasets.{name}.parts are not scores by name; {_HINT}")
+    found = {part: _numbers(numbers, f"{file}: datasets.{name}.parts.{part}") for part, numbers in parts.items()}
+    return StoredScore(value, low, high, count, metric, protocol, records, digest, tokenizer, made_up, found)
+
+
+def _numbers(entry: Any, where: str) -> Numbers:
+    """Value and interval of a score or a part."""
+    if not isinstance(entry, dict):
+        raise UserError(f"{where} is not a score; {_HINT}")
+
+    def number(key: str) -> float | None:
+        value = entry.get(key)
+        if value is None and key in entry:
+            return None
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise UserError(f"{where}.{key} is {value!r}, not a number; {_HINT}")
+        return float(value)
+
     value, low, high = number("value"), number("low"), number("high")
     if (low is None) != (high is None) or (value is None and low is not None):
-        raise UserError(f"{file}: datasets.{name} has half an interval, or one without a value; {_HINT}")
-    made_up = entry.get("made_up") is True  # results of before the key was written have none
-    return StoredScore(value, low, high, count, metric, protocol, records, digest, tokenizer, made_up)
+        raise UserError(f"{where} has half an interval, or one without a value; {_HINT}")
+    return value, low, high

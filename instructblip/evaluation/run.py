@@ -13,14 +13,13 @@ from instructblip.data.cards import load_card
 from instructblip.data.prepare.command import shards_folder
 from instructblip.data.synthetic import NOTE
 from instructblip.distributed import Ranks, choose_device
-from instructblip.errors import UserError
 from instructblip.evaluation.journal import claimed, refuse_others_results
-from instructblip.evaluation.protocol import Task, make_task
+from instructblip.evaluation.protocol import Task, make_task, refuse_unable
 from instructblip.evaluation.suite import evaluate_tasks, finish_evaluation, image_reader, log_scores
 from instructblip.fetch.parts import cache_folder
 from instructblip.models.fingerprint import fingerprint_tensors
 from instructblip.tracking import make_logger
-from instructblip.weights.load import LoadedModel, as_instructblip, find_source, frozen_fingerprints, load_model
+from instructblip.weights.load import LoadedModel, find_source, frozen_fingerprints, load_model
 
 
 def main() -> None:
@@ -40,8 +39,6 @@ def evaluate(config: EvaluateConfig, console: Console) -> None:
         console = Console(quiet=True)
     cards = [load_card(name) for name in names]
     source = find_source(config.checkpoint, config.llm)
-    if source.llm_kind is None:
-        raise UserError(f"{config.checkpoint} has no language model to ask; give a run of model=instructblip")
     device = str(choose_device(ranks.device(config.device)))
     shards = shards_folder(cards, config.data, console)
     tasks = [
@@ -53,17 +50,20 @@ def evaluate(config: EvaluateConfig, console: Console) -> None:
             mode=config.mode,
             withhold_images=config.withhold_images,
             preset=config.preset,
-            llm_kind=source.llm_kind,
+            llm_kind=source.llm_kind or "decoder",
         )
         for card in cards
     ]
+    refuse_unable(tasks, source.skills, str(source.path))
     folder = Path(config.output) / config.name
     with claimed(folder, ranks):
         refuse_others_results(folder, str(source.path), tasks)
         loaded = load_model(
             source, llm=config.llm, vision_path=config.vision_path, qformer_path=config.qformer_path, device=device
         )
-        refuse_others_results(folder, loaded.source, tasks, llm=loaded.parts["llm"].name)
+        refuse_others_results(
+            folder, loaded.source, tasks, llm=loaded.parts["llm"].name if "llm" in loaded.parts else None
+        )
         _evaluate(config, loaded, tasks, shards, folder, ranks, console)
 
 
@@ -79,7 +79,7 @@ def _evaluate(
     """Run the tasks, and write and log the results."""
     # A cache of features has no place for images that cannot be read.
     cache = cache_folder() / "features" if config.data.cache_features and not config.tolerance else None
-    model = as_instructblip(loaded.model, loaded.source)
+    model = loaded.model
     weights: dict[str, Any] = {
         "frozen": frozen_fingerprints(model),
         "trained": fingerprint_tensors(model.held_state()),

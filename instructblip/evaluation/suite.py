@@ -29,8 +29,9 @@ from instructblip.evaluation.results_file import FORMAT, PREDICTIONS, RESULTS
 from instructblip.evaluation.runner import answer_share, read_pixels, run_task
 from instructblip.evaluation.submissions import SUBMISSION, write_submission
 from instructblip.files import errors_for_users, exclusive, write_json
+from instructblip.models.base import Model
 from instructblip.models.instructblip import InstructBLIP
-from instructblip.models.llm import LLM_KINDS
+from instructblip.models.llm import LLM, LLM_KINDS
 from instructblip.models.quantized import QuantizedLinear
 from instructblip.tracking import Logger
 from instructblip.weights.load import FrozenPart
@@ -38,7 +39,7 @@ from instructblip.weights.load import FrozenPart
 _WITHHELD = "images_withheld"  # folder of a dataset's blind answers, below its others
 
 
-def image_reader(model: InstructBLIP, tasks: Sequence[Task], cache_folder: Path | None) -> ReadImage:
+def image_reader(model: Model, tasks: Sequence[Task], cache_folder: Path | None) -> ReadImage:
     """How evaluation gets its images: from a feature cache when a folder for one is given, else decoded each time."""
     if cache_folder is None:
         return read_pixels(model.vision.image_size)
@@ -54,7 +55,7 @@ def takes_cached_images(task: Task) -> bool:
     return task.protocol.transform == "resize_square" and task.protocol.upright
 
 
-def model_identity(model: InstructBLIP, frozen: Mapping[str, str], trained: str) -> str:
+def model_identity(model: Model, frozen: Mapping[str, str], trained: str) -> str:
     """SHA-256 of all that a model's answers depend on: every weight, frozen or not, and how texts and images enter.
 
     Args:
@@ -62,14 +63,9 @@ def model_identity(model: InstructBLIP, frozen: Mapping[str, str], trained: str)
         frozen: fingerprints of the frozen parts: computing them takes a while, and all of the weights.
         trained: fingerprint of what trains.
     """
-    llm, vision = model.llm, model.vision
+    vision = model.vision
     conventions = [
-        [
-            llm.prompt_format.image_prefix_ids,
-            llm.prompt_format.prompt_ids("A word?"),
-            llm.prompt_format.target_ids("A word."),
-        ],
-        [model.max_instruction_tokens, model.qformer.instruction_aware],
+        *model.conventions(),
         [vision.image_size, vision.mean.tolist(), vision.std.tolist(), str(vision.layers), str(vision.grid)],
     ]
     parts = [trained, *frozen.values()]
@@ -77,32 +73,32 @@ def model_identity(model: InstructBLIP, frozen: Mapping[str, str], trained: str)
 
 
 def describe_model(
-    model: InstructBLIP, parts: Mapping[str, FrozenPart], frozen: Mapping[str, str], trained: str
+    model: Model, parts: Mapping[str, FrozenPart], frozen: Mapping[str, str], trained: str
 ) -> dict[str, Any]:
     """What results.json says of a model: its large parts by name, how they are held, and fingerprints.
 
     Args:
         model: what was evaluated.
-        parts: its `llm` and `vision`.
+        parts: its `vision`, and `llm` where there is one.
         frozen: fingerprints of the parts that are frozen.
         trained: fingerprint of what trains.
     """
-    rounded = {module.kind for module in model.llm.modules() if isinstance(module, QuantizedLinear)}
     held: dict[str, dict[str, Any]] = {
-        "llm": {
-            "kind": llm_kind(model),
-            "dtype": _dtype_name(model.llm.embeddings.weight.dtype),
-            "quantization": min(rounded, default=None),  # all layers have one kind
-        },
-        "vision": {"dtype": _dtype_name(model.vision.dtype), "image_size": model.vision.image_size},
+        "vision": {"dtype": _dtype_name(model.vision.dtype), "image_size": model.vision.image_size}
     }
+    if isinstance(model, InstructBLIP):
+        held["llm"] = _describe_llm(model.llm)
     described = {name: {**parts[name]._asdict(), **held[name], "sha256": frozen.get(name, "trained")} for name in held}
-    return {"sha256": model_identity(model, frozen, trained), **described}
+    return {"kind": type(model).__name__, "sha256": model_identity(model, frozen, trained), **described}
 
 
-def llm_kind(model: InstructBLIP) -> str:
-    """`decoder` or `encoder_decoder`."""
-    return next(name for name, kind in LLM_KINDS.items() if isinstance(model.llm, kind))
+def _describe_llm(llm: LLM) -> dict[str, Any]:
+    rounded = {module.kind for module in llm.modules() if isinstance(module, QuantizedLinear)}
+    return {
+        "kind": next(name for name, kind in LLM_KINDS.items() if isinstance(llm, kind)),
+        "dtype": _dtype_name(llm.embeddings.weight.dtype),
+        "quantization": min(rounded, default=None),  # all layers have one kind
+    }
 
 
 def _dtype_name(dtype: torch.dtype) -> str:
@@ -120,7 +116,11 @@ def baselines(task: Task, shards: Path, blind: TaskResult | None) -> dict[str, f
     found = {}
     if blind is not None and blind.value is not None:
         found[BLIND] = blind.value
-    asked = task.card.role == "held-in" and task.protocol.candidates_from != "choices" and task.answers_public
+    asked = (
+        task.card.role == "held-in"
+        and task.protocol.candidates_from not in ("choices", "captions")
+        and task.answers_public
+    )
     if majority := majority_answers(task.card, shards) if asked else {}:
         records = [sample.record for sample in task.samples]
         guesses = [ModelOutput(majority.get(record.question or "", majority[""])) for record in records]
@@ -140,7 +140,7 @@ class DatasetResult:
 
 
 def evaluate_tasks(
-    model: InstructBLIP,
+    model: Model,
     tasks: Sequence[Task],
     read_image: ReadImage,
     *,
@@ -181,7 +181,7 @@ def evaluate_tasks(
         reader = read_image
         if not takes_cached_images(task):
             reader = read_pixels(model.vision.image_size, protocol.transform, upright=protocol.upright)
-        runs = [(task, home), (blind_task(task), home / _WITHHELD)][: 1 + blind]
+        runs = [(task, home), (blind_task(task), home / _WITHHELD)][: 1 + (blind and protocol.mode != "retrieve")]
         found = []
         for asked, place in runs:
             if not ranks.is_first:
@@ -193,12 +193,12 @@ def evaluate_tasks(
             continue
         if not blind and (home / _WITHHELD).exists():
             shutil.rmtree(home / _WITHHELD)
-        results.append(DatasetResult(found[0], baselines(task, shards, found[1] if blind else None)))
+        results.append(DatasetResult(found[0], baselines(task, shards, found[1] if len(found) > 1 else None)))
     return results
 
 
 def finish_evaluation(
-    model: InstructBLIP,
+    model: Model,
     results: Sequence[DatasetResult],
     folder: Path,
     *,
@@ -290,9 +290,11 @@ def write_results(
 
 def _model_line(model: Mapping[str, Any]) -> str:
     """The frozen parts of `results_json`'s model."""
-    llm, vision = model["llm"], model["vision"]
-    held = ", ".join(filter(None, (llm["dtype"], llm["quantization"])))
-    return f"LLM {llm['name']} ({held}), image encoder {vision['name']} ({vision['dtype']}, {vision['image_size']} px)"
+    vision = model["vision"]
+    parts = [f"image encoder {vision['name']} ({vision['dtype']}, {vision['image_size']} px)"]
+    if llm := model.get("llm"):
+        parts.insert(0, f"LLM {llm['name']} ({', '.join(filter(None, (llm['dtype'], llm['quantization'])))})")
+    return ", ".join(parts)
 
 
 def has_submission(result: TaskResult) -> bool:

@@ -9,7 +9,7 @@ Shape legend: B batch, F frames, P image tokens, V vision width, N rows of any k
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, NamedTuple, Protocol, Self
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -194,16 +194,22 @@ class PartedModule(nn.Module):
         return [getattr(self, name) for name in self.PARTS[part]]
 
 
+Skill = Literal["rank", "generate", "caption", "retrieve"]
+
+
 class Model(PartedModule, ABC):
     """What training drives: samples in, named outputs out.
 
     Attributes:
         OUTPUTS: names of all outputs that it gives.
+        SKILLS: what evaluation may ask of it: to `rank` candidates, to `generate` an answer to a prompt, to `caption` a
+            picture without one, to `retrieve` by contrast and matching.
         vision: image encoder, a part of its own.
         vision_norm: normalisation between the encoder and what reads its tokens.
     """
 
     OUTPUTS: ClassVar[frozenset[str]]
+    SKILLS: ClassVar[frozenset[Skill]]
     vision: VisionEncoder
     vision_norm: nn.Module
 
@@ -211,6 +217,10 @@ class Model(PartedModule, ABC):
     @abstractmethod
     def device(self) -> torch.device:
         """Where the model's inputs go."""
+
+    @abstractmethod
+    def conventions(self) -> list[Any]:
+        """How texts enter, as JSON values: beside weights and the vision encoder's settings, what an answer depends on."""
 
     def image_tokens(self, images: Images) -> Tensor:
         """Image tokens (B, F, P, V) of pictures or uint8 frames; tokens (from a feature cache) pass through."""

@@ -9,7 +9,7 @@ of the projected features, N rows of any kind, S supervised tokens in the batch,
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -139,6 +139,7 @@ class BLIP2(Model):
 
     HELD = frozenset({"qformer"})
     OUTPUTS = frozenset({"image_projected", "text_projected", "temperature", "answer_logits", "match_logits"})
+    SKILLS = frozenset({"caption", "retrieve"})
 
     def __init__(
         self,
@@ -176,6 +177,10 @@ class BLIP2(Model):
     def device(self) -> torch.device:
         """That of the temperature; all parts lie together."""
         return self.temperature.device
+
+    def conventions(self) -> list[Any]:
+        """Tokens of a text, and of a caption's beginning."""
+        return [self._token_ids(["A word."], self.max_text_tokens), self.max_text_tokens, self.start_id]
 
     def structure(self) -> dict[str, PartStructure]:
         """The vision encoder may be sharded; the Q-Former is small."""
@@ -390,7 +395,7 @@ class BLIP2(Model):
             eos_id=self.tokenizer.sep_token_id,
             pad_id=self.tokenizer.pad_token_id,
             num_beams=1 if do_sample else num_beams,
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=min(max_new_tokens, self.qformer.max_text_tokens - 1),  # the start token takes a place
             min_new_tokens=min_new_tokens,
             length_penalty=length_penalty,
             repetition_penalty=repetition_penalty,

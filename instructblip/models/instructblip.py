@@ -7,6 +7,7 @@ L language-model width, S supervised tokens in the batch.
 from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -51,6 +52,7 @@ class InstructBLIP(Model):
     PARTS = {"vision": ("vision",), "qformer": ("vision_norm", "qformer", "projection"), "llm": ("llm",)}  # noqa: RUF012
     HELD = frozenset({"qformer"})
     OUTPUTS = frozenset({"visual_prompt", "visual_cosines", "embedding_length", "answer_logits"})
+    SKILLS = frozenset({"rank", "generate"})
 
     def __init__(
         self,
@@ -79,6 +81,15 @@ class InstructBLIP(Model):
     def device(self) -> torch.device:
         """That of the projection, which stands between all parts."""
         return self.projection.weight.device
+
+    def conventions(self) -> list[Any]:
+        """Tokens around image, prompt and answer, and how the Q-Former reads instructions."""
+        prompt_format = self.llm.prompt_format
+        texts = [prompt_format.prompt_ids("A word?"), prompt_format.target_ids("A word.")]
+        return [
+            [prompt_format.image_prefix_ids, *texts],
+            [self.max_instruction_tokens, self.qformer.instruction_aware],
+        ]
 
     def structure(self) -> dict[str, PartStructure]:
         """The vision encoder and the LLM may be sharded; the Q-Former is small."""

@@ -35,7 +35,7 @@ from instructblip.objectives import make_objectives
 from instructblip.tracking import Logger, make_logger
 from instructblip.training.datasets import make_images, make_mixture, mixture_cards, open_sets
 from instructblip.training.metrics_log import BestStep, MetricsLog
-from instructblip.training.optim import WeightAverage, make_adamw
+from instructblip.training.optim import WeightAverage, layer_decay, make_adamw
 from instructblip.training.parallel import PRECISIONS, StepContext, check_layout, is_sharded, parallelize
 from instructblip.training.plan.flops import GPUS, ModelShape, SampleLengths, device_peak, model_shape
 from instructblip.training.plan.memory import Plan, PlanLayout, plan_run, planned_phases
@@ -210,7 +210,11 @@ def make_optimisation(run: TrainingRun, stop_signal: Callable[[], int]) -> Optim
     return Optimisation(
         context=context,
         optimizer=make_adamw(
-            model.named_parameters(), weight_decay=recipe.weight_decay, betas=recipe.betas, part_of=model.part_of
+            model.named_parameters(),
+            weight_decay=recipe.weight_decay,
+            betas=recipe.betas,
+            part_of=model.part_of,
+            layer_scales=layer_decay(model, run.config.train.layer_decay),
         ),
         names={parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad},
         average=None if recipe.average_decay is None else WeightAverage(model, recipe.average_decay),

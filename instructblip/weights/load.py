@@ -13,7 +13,7 @@ from instructblip.config.validate import read_config, read_model_config, unknown
 from instructblip.distributed import choose_device
 from instructblip.errors import UserError
 from instructblip.fetch.parts import Sources, part_folder
-from instructblip.models.base import Model
+from instructblip.models.base import Model, Skill
 from instructblip.models.fingerprint import fingerprint, fingerprint_tensors
 from instructblip.models.instructblip import InstructBLIP
 from instructblip.weights.checkpoint import checkpoint_folders, load_checkpoint, newest_whole
@@ -46,12 +46,14 @@ class Source(NamedTuple):
         path: the checkpoint folder of a run, the transformers folder, the file.
         name: of the run, folder, hub repository or file.
         llm_kind: `decoder` or `encoder_decoder`; None where there is no language model.
+        skills: what evaluation may ask of it.
     """
 
     format: Literal["run", "huggingface", "lavis"]
     path: Path
     name: str
     llm_kind: LLMKind | None
+    skills: frozenset[Skill] = InstructBLIP.SKILLS
 
 
 class LoadedModel(NamedTuple):
@@ -117,7 +119,8 @@ def find_source(source: str | Path, llm: str | LLMConfig | None = None) -> Sourc
         checkpoint = find_checkpoint(path)
         config = _replace_parts(read_model_config(checkpoint.parents[1] / "config.yaml"), Replacements(llm))
         own_kind = None if config.llm is None else config.llm.kind
-        found = Source("run", checkpoint, checkpoint.absolute().parents[1].name, own_kind)
+        skills = MODELS[config.model.kind].SKILLS
+        found = Source("run", checkpoint, checkpoint.absolute().parents[1].name, own_kind, skills)
     else:
         raise UserError(f"{source} is no run, transformers folder, hub id or .pth file; give one that is there")
     return found

@@ -1,7 +1,7 @@
 """Helpers of the tests. What is where:
 
 tiny             parts and models with random weights, pictures, questions; milliseconds, nothing fetched
-vectors          numbers that LAVIS computed, and models with the weights it computed them from
+vectors          numbers that LAVIS computed, models with the weights it computed them from, a like one of random weights
 families         tiny language models of every family in configs/llm, as transformers folders
 runs             the entry points on tiny parts and data: in this process, or as real processes that start fast
 ranks            a function on several ranks that meet over gloo

@@ -10,7 +10,7 @@ import pytest
 
 from instructblip.config import schema
 from instructblip.config.entry import check_overrides, compose_config
-from instructblip.config.schema import EvaluateConfig, InspectConfig, PrepareConfig, TrainConfig
+from instructblip.config.schema import EvaluateConfig, FeaturesConfig, InspectConfig, PrepareConfig, TrainConfig
 from instructblip.data.batching import BATCHINGS
 from instructblip.data.mixture import WEIGHTINGS
 from instructblip.data.prepare.ocr import RECOGNISERS
@@ -33,6 +33,7 @@ COMMANDS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "evaluate": (EvaluateConfig, ("checkpoint=x",)),
     "prepare": (PrepareConfig, ()),
     "inspect": (InspectConfig, ()),
+    "features": (FeaturesConfig, ("checkpoint=x",)),
 }
 
 

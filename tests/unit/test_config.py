@@ -18,6 +18,7 @@ from instructblip.config.entry import compose_config
 from instructblip.config.schema import (
     CONFIGS,
     EvaluateConfig,
+    FeaturesConfig,
     InspectConfig,
     LLMConfig,
     MixtureConfig,
@@ -43,6 +44,7 @@ SCHEMAS: dict[str, Any] = {
     "evaluate": EvaluateConfig,
     "prepare": PrepareConfig,
     "inspect": InspectConfig,
+    "features": FeaturesConfig,
 }
 PARTS = ("vision", "qformer", "llm")
 # Launchers need optional plugins: tests/end_to_end/test_sweep.py.
@@ -50,8 +52,8 @@ FILES = sorted(
     str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml") if path.relative_to(CONFIGS).parts[0] != "hydra"
 )
 COMMAND = re.compile(
-    r"# (?:(?:torchrun [^ ]+ |python )(?=\w+\.py)|python -m instructblip\.training\.)"
-    r"(train|evaluate|prepare|inspect)(?:\.py)?(.*)"
+    r"# (?:(?:torchrun [^ ]+ |python )(?=\w+\.py)|python -m instructblip\.(?:training\.)?)"
+    r"(train|evaluate|prepare|inspect|features)(?:\.py)?(.*)"
 )
 
 

@@ -106,7 +106,10 @@ def test_entries_agree_with_their_functions() -> None:
         assert metric.name == name
         assert metric.fewest_annotators <= (metric.annotators or 1)
         assert metric.title and metric.best > 0 and metric.higher_is_better
-    assert {name for name, metric in METRICS.items() if metric.interval is Interval.PAIRS} == {"auroc"}
+    assert {name for name, metric in METRICS.items() if metric.interval is Interval.PAIRS} == {
+        "auroc",
+        "retrieval_recall",
+    }
     assert METRICS["visdial"].chance(3) == pytest.approx(100 * (1 + 1 / 2 + 1 / 3) / 3)
 
 

@@ -27,11 +27,14 @@ class ModelOutput:
         classes: what it chose from: the record's choices in their order, or the names of the classes; empty when it wrote
             freely.
         scores: log-likelihood of each of `classes`, in nats (of a class with several texts: of any of them).
+        ranks: in retrieval, the place of the image's first right caption, then that of the image for each of its captions;
+            0 is the best, None was not found.
     """
 
     text: str
     classes: tuple[str, ...] = ()
     scores: tuple[float, ...] = ()
+    ranks: tuple[int | None, ...] = ()
 
 
 Outputs = Sequence[ModelOutput]
@@ -100,6 +103,7 @@ class Metric:
         higher_is_better: whether larger scores are better ones.
         chance: number of candidates -> the expected score of drawing evenly among them, on the tables' scale.
         needs_scores: a text alone is not enough, candidates must be ranked.
+        needs_ranks: it scores what `retrieve` mode finds, and nothing else does.
         needs_both_labels: it is not defined over samples of one label.
         annotators: how many people's answers to a question its official scorer counts on; None: it does not count people.
         fewest_annotators: a record with fewer of them is refused, for a right answer could not get full marks.
@@ -118,6 +122,7 @@ class Metric:
     higher_is_better: bool = True
     chance: Callable[[int], float] = one_of
     needs_scores: bool = False
+    needs_ranks: bool = False
     needs_both_labels: bool = False
     annotators: int | None = None
     fewest_annotators: int = 1

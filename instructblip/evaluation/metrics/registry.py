@@ -20,6 +20,7 @@ from instructblip.evaluation.metrics.metric import (
     captions_of_record,
     label_of_record,
 )
+from instructblip.evaluation.metrics.retrieval import recall_of_records
 from instructblip.evaluation.metrics.visdial import chance_of_options, visdial_of_records
 from instructblip.evaluation.metrics.vqa import (
     FEWEST_ANNOTATORS,
@@ -121,6 +122,15 @@ _ALL = (
         chance=lambda _: 50.0,  # whatever the classes
         needs_scores=True,
         needs_both_labels=True,
+        outcome=Outcome.CHOICE,
+    ),
+    Metric(
+        "retrieval_recall",
+        "mean recall",
+        recall_of_records,
+        references=captions_of_record,
+        interval=Interval.PAIRS,
+        needs_ranks=True,
         outcome=Outcome.CHOICE,
     ),
     Metric(

@@ -11,6 +11,7 @@ import sys
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -96,12 +97,13 @@ class ScoreTable:
 def score_table(runs: Sequence[StoredRun]) -> ScoreTable:
     """The table of some evaluations, the paper's rows below them, of the datasets that at least one of them has."""
     cards = {card.name: card for card in all_cards()}
-    datasets = in_table_order(name for run in runs for name in run.scores)
+    scored = in_table_order(name for run in runs for name in run.scores)
+    datasets = [column for name in scored for column in (name, *_part_columns(cards.get(name)))]
     rows = [
         Row(
             name,
             run.about,
-            {dataset: _cell(score, cards.get(dataset)) for dataset, score in run.scores.items()},
+            _cells(run.scores, cards),
         )
         for name, run in zip(_row_names(runs), runs, strict=True)
     ]
@@ -112,11 +114,12 @@ def score_table(runs: Sequence[StoredRun]) -> ScoreTable:
         if score.tokenizer is not None
     }
     for key, model in MODELS.items():
-        numbers = {
-            name: Cell(cards[name].paper[key]) for name in datasets if name in cards and key in cards[name].paper
-        }
+        numbers: dict[str, Cell] = {}
+        for card in (cards[name] for name in scored if name in cards and key in cards[name].published):
+            numbers[card.name] = Cell(card.published[key])
+            numbers |= {_part_column(card.name, part): Cell(n) for part, n in card.paper_parts.get(key, {}).items()}
         if numbers:
-            rows.append(Row(model, "the paper, zero-shot", numbers, is_paper=True))
+            rows.append(Row(model, "the paper", numbers, is_paper=True))
     metrics = {dataset: METRICS.get(score.metric) for run in runs for dataset, score in run.scores.items()}
     lower = frozenset(name for name, metric in metrics.items() if metric is not None and not metric.higher_is_better)
     return ScoreTable(datasets, rows, tokenizers, lower)
@@ -200,6 +203,28 @@ def _cell(score: StoredScore, card: Card | None) -> Cell:
     return Cell(score.value, score.low, score.high, tuple(marks.items()))
 
 
+def _cells(scores: Mapping[str, StoredScore], cards: Mapping[str, Card]) -> dict[str, Cell]:
+    """A run's cell of each dataset, and of those parts of it that papers give."""
+    cells: dict[str, Cell] = {}
+    for dataset, score in scores.items():
+        cells[dataset] = cell = _cell(score, cards.get(dataset))
+        for part, numbers in score.parts.items():
+            if (column := _part_column(dataset, part)) in _part_columns(cards.get(dataset)):
+                cells[column] = Cell(*numbers, cell.marks)
+    return cells
+
+
+def _part_columns(card: Card | None) -> list[str]:
+    """The columns of the parts that papers give of a dataset's score."""
+    if card is None:
+        return []
+    return [_part_column(card.name, part) for part in dict.fromkeys(chain(*card.paper_parts.values()))]
+
+
+def _part_column(dataset: str, part: str) -> str:
+    return f"{dataset} {part}"
+
+
 def _row_names(runs: Sequence[StoredRun]) -> list[str]:
     """The folders' own names, with as many parents as it takes to tell them apart."""
     for length in range(1, 1 + max(len(run.folder.parts) for run in runs)):
@@ -257,13 +282,23 @@ HELD_IN = {
     "aokvqa_multiple_choice": "A-OKVQA MC",
     "ocr_vqa": "OCR-VQA",
 }
-# Keys of a card's `paper` and the names of Table 1's rows.
-MODELS = {
+RETRIEVAL = {"coco_retrieval": "COCO", "flickr30k_retrieval": "Flickr30K"}  # of table 5 of BLIP-2's paper
+# Keys of a card's `paper`, and the names of Table 1's rows.
+INSTRUCTBLIP = {
     "flan_t5_xl": "InstructBLIP FlanT5-XL",
     "flan_t5_xxl": "InstructBLIP FlanT5-XXL",
     "vicuna_7b": "InstructBLIP Vicuna-7B",
     "vicuna_13b": "InstructBLIP Vicuna-13B",
 }
+RETRIEVERS = {  # keys of `paper_parts`
+    "blip_14m": "BLIP 14M",
+    "blip_129m": "BLIP 129M",
+    "blip_capfilt_l": "BLIP CapFilt-L",
+    "blip_vit_l": "BLIP ViT-L",
+    "blip2_vit_l": "BLIP-2 ViT-L",
+    "blip2_vit_g": "BLIP-2 ViT-g",
+}
+MODELS = INSTRUCTBLIP | RETRIEVERS
 # Where the paper's numbers are of another split than the one that its card can score.
 PAPER_SPLITS = {"vizwiz": "test-dev"}
 
@@ -278,13 +313,14 @@ MARKS = (SUBSET, OTHER_SPLIT, OTHER_PROTOCOL, MADE_UP_DATA)
 def in_table_order(datasets: Iterable[str]) -> list[str]:
     """Held-out datasets in Table 1's order, then held-in ones, then all others as they came; each once."""
     given = dict.fromkeys(datasets)
-    known = [name for name in (*HELD_OUT, *HELD_IN) if name in given]
+    known = [name for name in (*HELD_OUT, *HELD_IN, *RETRIEVAL) if name in given]
     return known + [name for name in given if name not in known]
 
 
 def heading(dataset: str) -> str:
-    """What a dataset's column is called; its own name where the paper has no column for it."""
-    return {**HELD_OUT, **HELD_IN}.get(dataset, dataset)
+    """What the column of a dataset, or of a part of its score, is called; its own name where the paper has none."""
+    name, _, part = dataset.partition(" ")
+    return " ".join(filter(None, ({**HELD_OUT, **HELD_IN, **RETRIEVAL}.get(name, name), part)))
 
 
 def comparison_marks(
