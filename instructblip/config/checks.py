@@ -59,6 +59,7 @@ def _check_training(config: TrainConfig) -> None:
             f"recipe.keep_best={recipe.keep_best} is no dataset of suite.held_in; name one of them, or mean"
         )
     _check_trained(config)
+    _check_start(config)
     if config.parallel.kind == "fsdp" and config.llm.quantization is not None:
         raise UserError(
             f"parallel=fsdp shards parameters, and the weights of an {config.llm.quantization} LLM are none; "
@@ -79,6 +80,12 @@ def _check_trained(config: TrainConfig) -> None:
             f"train.llm=full trains weights, and those of an {config.llm.quantization} LLM are rounded; "
             "leave llm.quantization out"
         )
+
+
+def _check_start(config: TrainConfig) -> None:
+    files = [path for path in (config.qformer.stage1, config.qformer.stage2) if path is not None]
+    if files and config.init_from:
+        raise UserError(f"qformer.stage1 and stage2 mean init_from=[{', '.join(files)}]; give init_from= alone")
 
 
 def _check_phase(key: str, phase: PhaseConfig, config: TrainConfig) -> None:

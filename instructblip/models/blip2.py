@@ -130,7 +130,7 @@ class BLIP2(PartedModule):
         ),
     }
 
-    HELD = frozenset({"qformer"})
+    held_parts = frozenset({"qformer"})
 
     def __init__(
         self,

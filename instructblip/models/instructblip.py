@@ -49,7 +49,7 @@ class InstructBLIP(Model):
     """
 
     PARTS = {"vision": ("vision",), "qformer": ("vision_norm", "qformer", "projection"), "llm": ("llm",)}  # noqa: RUF012
-    HELD = frozenset({"qformer"})
+    held_parts = frozenset({"qformer"})
 
     def __init__(
         self,

@@ -21,6 +21,7 @@ from instructblip.data.mixture import Mixture
 from instructblip.data.mixture_dataset import MixtureDataset, TrainingSet
 from instructblip.data.prepare.command import shards_folder
 from instructblip.distributed import Ranks, choose_device
+from instructblip.errors import UserError
 from instructblip.evaluation.protocol import Task, make_task, make_validation_task
 from instructblip.evaluation.runner import read_pixels
 from instructblip.fetch.parts import cache_folder
@@ -37,9 +38,13 @@ from instructblip.training.plan.flops import GPUS, ModelShape, device_peak, mode
 from instructblip.training.plan.memory import Plan, PlanLayout, plan_run, planned_phases
 from instructblip.training.schedule import Phase
 from instructblip.training.writer import CheckpointWriter
-from instructblip.weights.load import frozen_fingerprints
+from instructblip.weights.checkpoint import LoadedCheckpoint
+from instructblip.weights.init_from import NOTHING_GIVEN, VISION_NORM, start_from, start_new
+from instructblip.weights.init_sources import check_pinned, find_start, given_weights, read_start, save_text_branch
+from instructblip.weights.load import frozen_fingerprints, restore_model
 from instructblip.weights.modules import parts_without_weights, vision_encoder
 from instructblip.weights.parts import build_model
+from instructblip.weights.start import Start
 
 _CALIBRATION_IMAGES = 256
 
@@ -78,6 +83,7 @@ class TrainingRun:
     validation: list[Task]
     final: list[Task]
     read_image: ReadImage
+    start: Start
     frozen: dict[str, str]
     shape: ModelShape
     peak_flops: float  # of all processes' devices together
@@ -120,17 +126,22 @@ def _planned_gpus(config: TrainConfig) -> int:
     return 1 if config.parallel.kind == "single" else math.gcd(16, *sizes)
 
 
-def set_up(config: TrainConfig, folder: Path, ranks: Ranks, console: Console) -> TrainingRun:
-    """Fetch, prepare and build everything; nothing of the run's folder but wandb's is written.
+def set_up(
+    config: TrainConfig, folder: Path, ranks: Ranks, console: Console, checkpoint: LoadedCheckpoint | None = None
+) -> TrainingRun:
+    """Fetch, prepare and build everything, with the weights of a checkpoint where the run goes on from one.
+
+    Of the run's folder nothing is written but wandb's files and a text branch that is kept for others.
 
     Raises:
-        UserError: data or parts are missing and cannot be fetched, or do not fit together.
+        UserError: data, parts or weights to start from are missing and cannot be fetched, or do not fit together.
     """
     cards = mixture_cards(config.mixture)
     held_in = [load_card(name) for name in config.suite.held_in]
     held_out = [load_card(name) for name in config.suite.held_out]
     shards = shards_folder([*cards, *held_in, *held_out], config.data, console)
     model = build_model(config.vision, config.qformer, config.llm, seed=config.seed, trained=config.train.parts())
+    start = restore_model(model, checkpoint) if checkpoint else _start(config, model, folder, ranks, console)
     _place(model, choose_device(config.device), without_llm=is_sharded(config.parallel.kind, ranks.world_size))
     sets = open_sets(cards, shards)
     mixture = make_mixture(config.mixture, sets, config.recipe.phases.values(), seed=config.seed)
@@ -138,7 +149,7 @@ def set_up(config: TrainConfig, folder: Path, ranks: Ranks, console: Console) ->
     final = [make_task(card, shards, samples=config.recipe.final_samples) for card in (*held_in, *held_out)]
     cache = _feature_cache(config, model, sets, [*validation, *final])
     dataset = MixtureDataset(mixture, sets, make_images(config.data, model.vision.image_size, cache))
-    if isinstance(model.vision_norm, ChannelNorm):
+    if isinstance(model.vision_norm, ChannelNorm) and VISION_NORM in start.new and not checkpoint:
         _calibrate(model, model.vision_norm, dataset)
     return TrainingRun(
         config=config,
@@ -158,6 +169,7 @@ def set_up(config: TrainConfig, folder: Path, ranks: Ranks, console: Console) ->
         validation=validation,
         final=final,
         read_image=read_pixels(model.vision.image_size) if cache is None else cache.tokens,
+        start=start,
         frozen=frozen_fingerprints(model),
         shape=_shape(config, model),
         peak_flops=ranks.world_size * _peak_flops(config, model, ranks),
@@ -207,6 +219,27 @@ def make_optimisation(run: TrainingRun, stop_signal: Callable[[], int]) -> Optim
         names={parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad},
         average=None if recipe.average_decay is None else WeightAverage(model, recipe.average_decay),
     )
+
+
+def _start(config: TrainConfig, model: InstructBLIP, folder: Path, ranks: Ranks, console: Console) -> Start:
+    """Put the weights of `init_from` into a new model, and say what they are; the source is not needed again.
+
+    Raises:
+        UserError: none are given where the Q-Former has none of its own, or they do not fit.
+    """
+    given = given_weights(config.init_from, config.qformer)
+    if not given:
+        if config.qformer.init == "given":
+            raise UserError(NOTHING_GIVEN)
+        return start_new(model)
+    weights = [read_start(find_start(source)) for source in given]
+    check_pinned(weights, config.init_sha256)
+    begun = start_from(model, weights, config.qformer, config.llm)
+    for line in begun.lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    if begun.text_branch and ranks.is_first:
+        save_text_branch(folder, begun.text_branch)
+    return begun.start
 
 
 def _place(model: InstructBLIP, device: torch.device, *, without_llm: bool) -> None:

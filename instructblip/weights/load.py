@@ -364,11 +364,23 @@ def frozen_fingerprints(model: InstructBLIP) -> dict[str, str]:
 def check_frozen(model: InstructBLIP, expected: Mapping[str, str], checkpoint: Path) -> None:
     """Refuse a checkpoint that was trained beside other frozen weights than the model's, but for those that it holds."""
     for part, found in frozen_fingerprints(model).items():
-        if part not in model.HELD and expected.get(part) != found:
+        if part not in model.held_parts and expected.get(part) != found:
             raise UserError(
                 f"the frozen {part} weights are not those {checkpoint} was trained with; "
                 f"use the same {part}= and the same files, or train anew under another name="
             )
+
+
+def restore_model(model: InstructBLIP, checkpoint: LoadedCheckpoint) -> Start:
+    """Put a checkpoint's weights into a model that was built as its run's was; what it holds beyond, the model holds then.
+
+    Raises:
+        UserError: other frozen weights than it was trained with, or other trained ones.
+    """
+    model.held_parts |= {model.part_of(name) for name in checkpoint.model}
+    check_frozen(model, checkpoint.state["frozen"], checkpoint.path)
+    restore_trainable(model, checkpoint.model, checkpoint.path)
+    return Start.from_json(checkpoint.state.get("start"))
 
 
 def restore_trainable(model: InstructBLIP, state: Mapping[str, Tensor], checkpoint: Path) -> None:
