@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 
+from instructblip.errors import UserError
 from instructblip.files import shipped
 
 Schema = TypeVar("Schema")
@@ -29,6 +30,7 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 VisionNorm = Literal["layer", "channel"]
 QFormerInit = Literal["bert", "given", "scratch"]
 QueryInit = Literal["normal", "cls"]
+ModelKind = Literal["instructblip", "blip2_stage1"]
 LLMKind = Literal["decoder", "encoder_decoder"]
 TrainMode = Literal["frozen", "full"]
 PartName = Literal["vision", "qformer", "llm"]
@@ -167,13 +169,35 @@ class LLMConfig(Section):
 
 
 @dataclass(kw_only=True)
+class ArchitectureConfig(Section):
+    """Which model the parts are put together to."""
+
+    kind: ModelKind = "instructblip"
+    # Of BLIP-2's first stage alone:
+    feature_width: AtLeastOne = 256  # of the features that image and text are contrasted by
+    max_text_tokens: AtLeastOne = 32
+    temperature: PositiveFloat = 0.07  # that similarities are divided by; trained from here on
+
+
+@dataclass(kw_only=True)
 class ModelConfig(Section):
     """All that a model is built from."""
 
     seed: int = 0
+    model: ArchitectureConfig = field(default_factory=ArchitectureConfig)
     vision: VisionConfig
     qformer: QFormerConfig
-    llm: LLMConfig
+    llm: LLMConfig | None = None  # BLIP-2's first stage has none
+
+    def language_model(self) -> LLMConfig:
+        """The language model, of a model that has one.
+
+        Raises:
+            UserError: it is missing.
+        """
+        if self.llm is None:
+            raise UserError(f"model={self.model.kind} needs a language model; give llm=NAME, one of configs/llm")
+        return self.llm
 
 
 @dataclass(kw_only=True)
@@ -325,8 +349,8 @@ class TrainConfig(ModelConfig):
     name: str
     output: str = "outputs/train"
     device: Device = "auto"
-    # Weights to start from at step 0: a run or one of its checkpoints, a transformers folder or hub id, a .pth of LAVIS. Later
-    # ones lie over earlier ones.
+    # Weights to start from at step 0: a run or one of its checkpoints, a transformers folder or hub id, a .pth of LAVIS.
+    # Later ones lie over earlier ones.
     init_from: OneOrMore = field(default_factory=list)
     init_sha256: OneOrMore = field(default_factory=list)  # their fingerprints; a run writes them, others are refused
     resume: Literal["auto"] | None = None
@@ -344,6 +368,7 @@ class TrainConfig(ModelConfig):
     evaluation: TrainEvaluationConfig = field(default_factory=TrainEvaluationConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
+
 
 @dataclass(kw_only=True)
 class EvaluateConfig(Section):

@@ -20,7 +20,7 @@ from instructblip.evaluation.suite import evaluate_tasks, finish_evaluation, ima
 from instructblip.fetch.parts import cache_folder
 from instructblip.models.fingerprint import fingerprint_tensors
 from instructblip.tracking import make_logger
-from instructblip.weights.load import LoadedModel, find_source, frozen_fingerprints, load_model
+from instructblip.weights.load import LoadedModel, as_instructblip, find_source, frozen_fingerprints, load_model
 
 
 def main() -> None:
@@ -40,6 +40,8 @@ def evaluate(config: EvaluateConfig, console: Console) -> None:
         console = Console(quiet=True)
     cards = [load_card(name) for name in names]
     source = find_source(config.checkpoint, config.llm)
+    if source.llm_kind is None:
+        raise UserError(f"{config.checkpoint} has no language model to ask; give a run of model=instructblip")
     device = str(choose_device(ranks.device(config.device)))
     shards = shards_folder(cards, config.data, console)
     tasks = [
@@ -69,8 +71,9 @@ def evaluate(config: EvaluateConfig, console: Console) -> None:
 def _refuse_untrained(loaded: LoadedModel, *, allowed: bool) -> None:
     """Scores of a model that cannot see say nothing of its parts, and look like any others in a table."""
     if loaded.standing.untrained and not allowed:
+        untrained, llm = ", ".join(loaded.standing.untrained), loaded.parts["llm"].name
         raise UserError(
-            f"{', '.join(loaded.standing.untrained)} of {loaded.name} with llm={loaded.parts['llm'].name} was never trained; "
+            f"{untrained} of {loaded.name} with llm={llm} was never trained; "
             f"train it first (train.py init_from={loaded.source}), or evaluate it as it is with allow_untrained=true"
         )
 
@@ -87,14 +90,15 @@ def _evaluate(
     """Run the tasks, and write and log the results."""
     # A cache of features has no place for images that cannot be read.
     cache = cache_folder() / "features" if config.data.cache_features and not config.tolerance else None
+    model = as_instructblip(loaded.model, loaded.source)
     weights: dict[str, Any] = {
-        "frozen": frozen_fingerprints(loaded.model),
-        "trained": fingerprint_tensors(loaded.model.held_state()),
+        "frozen": frozen_fingerprints(model),
+        "trained": fingerprint_tensors(model.held_state()),
     }
     results = evaluate_tasks(
-        loaded.model,
+        model,
         tasks,
-        image_reader(loaded.model, tasks, cache),
+        image_reader(model, tasks, cache),
         shards=shards,
         folder=folder,
         batch_size=config.batch_size,
@@ -106,7 +110,7 @@ def _evaluate(
     if not ranks.is_first:
         return
     finish_evaluation(
-        loaded.model,
+        model,
         results,
         folder,
         title=f"{config.suite.name} with {loaded.name}{NOTE if config.data.synthetic else ''}",

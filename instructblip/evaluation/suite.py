@@ -34,7 +34,7 @@ from instructblip.models.llm import LLM_KINDS
 from instructblip.models.quantized import QuantizedLinear
 from instructblip.tracking import Logger
 from instructblip.weights.load import FrozenPart
-from instructblip.weights.start import Standing
+from instructblip.weights.start import PLAIN, Standing
 
 _WITHHELD = "images_withheld"  # folder of a dataset's blind answers, below its others
 
@@ -82,7 +82,7 @@ def describe_model(
     parts: Mapping[str, FrozenPart],
     frozen: Mapping[str, str],
     trained: str,
-    standing: Standing = Standing(),
+    standing: Standing = PLAIN,
 ) -> dict[str, Any]:
     """What results.json says of a model: its large parts by name, how they are held, and fingerprints.
 

@@ -26,7 +26,7 @@ from instructblip.training.checks import check_objectives
 from instructblip.training.loop import StepResult, log_entry, run_steps, traced_steps, what_is_not_finite
 from instructblip.training.plan.tables import plan_summary, plan_table, shares_planned, shares_realised
 from instructblip.training.schedule import StepPosition, locate, rank_positions, step_batching, total_steps
-from instructblip.training.setup import TrainingRun, make_optimisation, make_plan, set_up
+from instructblip.training.setup import TrainingRun, make_optimisation, make_plan, plan_start, set_up
 from instructblip.training.signals import Stopped, StopRequest
 from instructblip.training.timer import StepTimer, peak_memory
 from instructblip.training.validation import clear_stop_file, finish, run_validation
@@ -96,7 +96,7 @@ def _print_plan(config: TrainConfig, console: Console) -> int:
     plan = make_plan(config)
     if Ranks.from_environment().is_first:
         console.print(plan_table(plan, config.name))
-        for line in plan_summary(plan):
+        for line in (*plan_summary(plan), *plan_start(config, plan)):
             console.print(line, markup=False, highlight=False, soft_wrap=True)
     return 0 if plan.fits else 1
 

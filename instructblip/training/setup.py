@@ -26,6 +26,7 @@ from instructblip.evaluation.protocol import Task, make_task, make_validation_ta
 from instructblip.evaluation.runner import read_pixels
 from instructblip.fetch.parts import cache_folder
 from instructblip.files import exclusive
+from instructblip.models.base import Model
 from instructblip.models.instructblip import InstructBLIP
 from instructblip.models.vision import ChannelNorm
 from instructblip.objectives import make_objectives
@@ -39,9 +40,17 @@ from instructblip.training.plan.memory import Plan, PlanLayout, plan_run, planne
 from instructblip.training.schedule import Phase
 from instructblip.training.writer import CheckpointWriter
 from instructblip.weights.checkpoint import LoadedCheckpoint
-from instructblip.weights.init_from import NOTHING_GIVEN, VISION_NORM, start_from, start_new
+from instructblip.weights.init_from import (
+    NOTHING_GIVEN,
+    VISION_NORM,
+    Begun,
+    differing_parts,
+    plan_alignment,
+    start_from,
+    start_new,
+)
 from instructblip.weights.init_sources import check_pinned, find_start, given_weights, read_start, save_text_branch
-from instructblip.weights.load import frozen_fingerprints, restore_model
+from instructblip.weights.load import as_instructblip, frozen_fingerprints, restore_model
 from instructblip.weights.modules import parts_without_weights, vision_encoder
 from instructblip.weights.parts import build_model
 from instructblip.weights.start import Start
@@ -102,6 +111,7 @@ def make_plan(config: TrainConfig) -> Plan:
     """
     check_layout(config.parallel.kind, config.parallel.shard_size, gpus := _planned_gpus(config))
     check_batches(config.recipe.phases, gpus)
+    llm = config.language_model()
     layout = PlanLayout(
         gpu=GPUS[config.plan_gpu],
         gpus=gpus,
@@ -111,12 +121,23 @@ def make_plan(config: TrainConfig) -> Plan:
         activation_checkpointing=config.parallel.activation_checkpointing,
         autocast=PRECISIONS[config.recipe.precision] is not None,
         average=config.recipe.average_decay is not None,
-        quantization=config.llm.quantization,
+        quantization=llm.quantization,
         cached=config.data.cache_features,
-        longest=(config.llm.max_prompt_tokens, config.llm.max_target_tokens),
+        longest=(llm.max_prompt_tokens, llm.max_target_tokens),
         trained=frozenset(config.train.parts()),
     )
     return plan_run(parts_without_weights(config), planned_phases(config.recipe.phases), layout)
+
+
+def plan_start(config: TrainConfig, plan: Plan) -> list[str]:
+    """A line where Q-Former and LLM are not aligned to each other at the start.
+
+    Raises:
+        UserError: weights to start from that are here and cannot be opened.
+    """
+    given, llm = given_weights(config.init_from, config.qformer), config.language_model()
+    line = plan_alignment(given, config.qformer, llm, plan.parts.heads["projection"].out_features)
+    return [] if line is None else [f"At the start: {line}."]
 
 
 def _planned_gpus(config: TrainConfig) -> int:
@@ -140,8 +161,11 @@ def set_up(
     held_in = [load_card(name) for name in config.suite.held_in]
     held_out = [load_card(name) for name in config.suite.held_out]
     shards = shards_folder([*cards, *held_in, *held_out], config.data, console)
-    model = build_model(config.vision, config.qformer, config.llm, seed=config.seed, trained=config.train.parts())
-    start = restore_model(model, checkpoint) if checkpoint else _start(config, model, folder, ranks, console)
+    model = as_instructblip(build_model(config, trained=config.train.parts()), f"model={config.model.kind}")
+    begun = Begun(restore_model(model, checkpoint)) if checkpoint else _begin(config, model)
+    _say(begun.lines, console)
+    if begun.text_branch and ranks.is_first:
+        save_text_branch(folder, begun.text_branch)
     _place(model, choose_device(config.device), without_llm=is_sharded(config.parallel.kind, ranks.world_size))
     sets = open_sets(cards, shards)
     mixture = make_mixture(config.mixture, sets, config.recipe.phases.values(), seed=config.seed)
@@ -149,8 +173,10 @@ def set_up(
     final = [make_task(card, shards, samples=config.recipe.final_samples) for card in (*held_in, *held_out)]
     cache = _feature_cache(config, model, sets, [*validation, *final])
     dataset = MixtureDataset(mixture, sets, make_images(config.data, model.vision.image_size, cache))
-    if isinstance(model.vision_norm, ChannelNorm) and VISION_NORM in start.new and not checkpoint:
+    if isinstance(model.vision_norm, ChannelNorm) and VISION_NORM in begun.start.new and not checkpoint:
         _calibrate(model, model.vision_norm, dataset)
+    frozen = frozen_fingerprints(model)
+    _say(differing_parts(begun, frozen), console)
     return TrainingRun(
         config=config,
         folder=folder,
@@ -169,8 +195,8 @@ def set_up(
         validation=validation,
         final=final,
         read_image=read_pixels(model.vision.image_size) if cache is None else cache.tokens,
-        start=start,
-        frozen=frozen_fingerprints(model),
+        start=begun.start,
+        frozen=frozen,
         shape=_shape(config, model),
         peak_flops=ranks.world_size * _peak_flops(config, model, ranks),
         metrics=MetricsLog(folder / "metrics.jsonl"),
@@ -221,8 +247,8 @@ def make_optimisation(run: TrainingRun, stop_signal: Callable[[], int]) -> Optim
     )
 
 
-def _start(config: TrainConfig, model: InstructBLIP, folder: Path, ranks: Ranks, console: Console) -> Start:
-    """Put the weights of `init_from` into a new model, and say what they are; the source is not needed again.
+def _begin(config: TrainConfig, model: Model) -> Begun:
+    """Put the weights of `init_from` into a new model; they are not needed again.
 
     Raises:
         UserError: none are given where the Q-Former has none of its own, or they do not fit.
@@ -231,15 +257,15 @@ def _start(config: TrainConfig, model: InstructBLIP, folder: Path, ranks: Ranks,
     if not given:
         if config.qformer.init == "given":
             raise UserError(NOTHING_GIVEN)
-        return start_new(model)
+        return Begun(start_new(model))
     weights = [read_start(find_start(source)) for source in given]
     check_pinned(weights, config.init_sha256)
-    begun = start_from(model, weights, config.qformer, config.llm)
-    for line in begun.lines:
+    return start_from(model, weights, config.qformer, config.llm)
+
+
+def _say(lines: Sequence[str], console: Console) -> None:
+    for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
-    if begun.text_branch and ranks.is_first:
-        save_text_branch(folder, begun.text_branch)
-    return begun.start
 
 
 def _place(model: InstructBLIP, device: torch.device, *, without_llm: bool) -> None:

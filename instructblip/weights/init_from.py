@@ -5,6 +5,7 @@ the run's configuration, so that resuming needs the source no more.
 """
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -52,11 +53,13 @@ class Begun:
         start: for the record.
         lines: for the user, one a fact.
         text_branch: tensors of the Q-Former that a later stage needs, and this model has no place for.
+        frozen: fingerprints of the frozen parts that the weights were trained with, as far as a run names them by that.
     """
 
     start: Start
     lines: list[str] = field(default_factory=list)
     text_branch: dict[str, Tensor] = field(default_factory=dict)
+    frozen: dict[str, str] = field(default_factory=dict)
 
 
 def start_from(model: Model, weights: Sequence[StartWeights], qformer: QFormerConfig, llm: LLMConfig | None) -> Begun:
@@ -90,7 +93,7 @@ def start_from(model: Model, weights: Sequence[StartWeights], qformer: QFormerCo
         aligned_to=aligned_to,
         text_branch=fingerprint_tensors(text_branch) if text_branch else None,
     )
-    return Begun(start, lines, text_branch)
+    return Begun(start, lines, text_branch, last.frozen)
 
 
 def start_new(model: Model) -> Start:
@@ -137,12 +140,12 @@ def _laid_over(weights: Sequence[StartWeights]) -> dict[str, Tensor]:
     for found in weights:
         if "qformer.query_tokens" not in found.tensors:
             raise UserError(f"init_from={found.source.given} holds no Q-Former; give weights of one")
-    for lower, upper in zip(weights, weights[1:], strict=False):
+    for lower, upper in itertools.pairwise(weights):
         tensors |= lower.tensors
         if "projection.weight" in tensors and "projection.weight" not in upper.tensors:
             raise UserError(
-                f"init_from: {upper.source.given} holds no projection, as BLIP-2's first stage, and would lie over the second "
-                f"stage of {lower.source.given}; give the first stage first: init_from=[STAGE1, STAGE2]"
+                f"init_from: {upper.source.given} holds no projection, as BLIP-2's first stage, and would lie over the "
+                f"second stage of {lower.source.given}; give the first stage first: init_from=[STAGE1, STAGE2]"
             )
         if tensors.keys() <= upper.tensors.keys():
             raise UserError(
@@ -167,9 +170,7 @@ class _Fitted:
     new: dict[str, str]
 
 
-def _fit_qformer(
-    model: Model, tensors: Mapping[str, Tensor], config: QFormerConfig, last: StartWeights
-) -> _Fitted:
+def _fit_qformer(model: Model, tensors: Mapping[str, Tensor], config: QFormerConfig, last: StartWeights) -> _Fitted:
     """What of the tensors fits the model's part `qformer`, and what of that part they do not hold."""
     expected = model.part_state("qformer")
     taken, new = {}, {}
@@ -282,15 +283,12 @@ def _take_own(model: Model, part: str, tensors: Mapping[str, Tensor], last: Star
     return [f"taken too: the {_TITLES[part]} of {last.source.given}, which differs from {part}='s; checkpoints hold it"]
 
 
-def said_of_frozen(last: StartWeights, frozen: Mapping[str, str]) -> list[str]:
-    """A line for each frozen part of a run that another run, which it starts from, names by another fingerprint."""
-    partner = last.partner.frozen if last.partner is not None else None
-    known = {"vision": last.vision, "llm": partner}
+def differing_parts(begun: Begun, frozen: Mapping[str, str]) -> list[str]:
+    """A line for each frozen part of a run that is another than its weights to start from were trained with."""
     return [
-        f"the {_TITLES[part]} differs from the one that {last.source.given} was trained with: other files, another type or "
-        "image size"
-        for part, sha256 in known.items()
-        if sha256 is not None and frozen.get(part, sha256) != sha256
+        f"the {_TITLES[part]} is not the one that these weights were trained with: other files, type or image size"
+        for part, sha256 in begun.frozen.items()
+        if frozen.get(part, sha256) != sha256
     ]
 
 

@@ -21,9 +21,9 @@ from instructblip.files import atomic_path
 from instructblip.models.fingerprint import fingerprint_tensors
 from instructblip.weights.checkpoint import MODEL_FILE, load_checkpoint
 from instructblip.weights.gatekeeper import check_settings, config_json, open_config, refuse_other_model
-from instructblip.weights.lavis import read_pth, read_tensors
+from instructblip.weights.lavis import read_tensors
 from instructblip.weights.load import find_checkpoint, hub_folder
-from instructblip.weights.names import LLM_PREFIX, PROJECTIONS, Format, native_names
+from instructblip.weights.names import LLM_PREFIX, Format, native_names
 from instructblip.weights.start import PROJECTION, Start
 from instructblip.weights.transformers_read import read_weights
 
@@ -59,14 +59,12 @@ class Partner:
         projection: LAVIS's name of the projection, which tells the family.
         width: of its embeddings, which the projection leads into.
         weights: tensors of it under this code's names; empty where the source has none.
-        frozen: fingerprint of them, where a run names them by that.
     """
 
     name: str | None = None
     projection: str | None = None
     width: int | None = None
     weights: Mapping[str, Tensor] = field(default_factory=dict)
-    frozen: str | None = None
 
     def other_than(self, llm: LLMConfig, width: int) -> str | None:
         """What it is called where it cannot be `llm`, whose embeddings are of that width; None where it may be."""
@@ -86,7 +84,7 @@ class StartWeights:
         tensors: under this code's names; an LLM's only where the source is a run that trained it.
         sha256: fingerprint of the tensors.
         partner: the language model they were trained beside; None for a model without one.
-        vision: fingerprint of the vision encoder that they were trained behind, where a run names it by that.
+        frozen: fingerprints of the vision encoder and the LLM that they were trained with, where a run names them by that.
         untrained: parts among them that were drawn and never trained.
     """
 
@@ -94,7 +92,7 @@ class StartWeights:
     tensors: dict[str, Tensor]
     sha256: str
     partner: Partner | None
-    vision: str | None = None
+    frozen: dict[str, str] = field(default_factory=dict)
     untrained: tuple[str, ...] = ()
 
 
@@ -120,7 +118,9 @@ def find_start(given: str) -> StartSource:
         checkpoint = find_checkpoint(path)
         return StartSource(given, "run", checkpoint, checkpoint.absolute().parents[1].name)
     if path.exists() or path.suffix in _PTH or not _HUB_ID.fullmatch(given):
-        raise UserError(f"init_from={given} is no run, transformers folder, hub id or .pth file; give one that is there")
+        raise UserError(
+            f"init_from={given} is no run, transformers folder, hub id or .pth file; give one that is there"
+        )
     return StartSource(given, "transformers", hub_folder(given), given)
 
 
@@ -141,10 +141,8 @@ def find_partner(source: StartSource) -> Partner | None:
     if source.format == "transformers":
         text = open_config(source.path).text_config
         return Partner(width=text.hidden_size)
-    state = read_pth(source.path)
-    state = state.get("model") if isinstance(state, dict) else None
-    found = next((name for name in PROJECTIONS if f"{name}.weight" in (state or {})), None)
-    return None if found is None else Partner(projection=found, width=len(state[f"{found}.weight"]))
+    tensors, projection = read_tensors(source.path)  # mapped into memory, where they stay on the disk
+    return None if projection is None else Partner(projection=projection, width=len(tensors["projection.weight"]))
 
 
 def read_start(source: StartSource) -> StartWeights:
@@ -164,7 +162,9 @@ def check_pinned(weights: Sequence[StartWeights], sha256: Sequence[str]) -> None
         UserError: says which, and their own fingerprint.
     """
     if sha256 and len(sha256) != len(weights):
-        raise UserError(f"init_sha256 has {len(sha256)} entries for {len(weights)} of init_from; give one each, or none")
+        raise UserError(
+            f"init_sha256 has {len(sha256)} entries for {len(weights)} of init_from; give one each, or none"
+        )
     for found, wanted in zip(weights, sha256, strict=False):
         if found.sha256 != wanted:
             raise UserError(
@@ -185,7 +185,7 @@ def save_text_branch(folder: Path, tensors: Mapping[str, Tensor]) -> None:
 
 def _read_run(source: StartSource) -> StartWeights:
     loaded = load_checkpoint(source.path)
-    folder, frozen = source.path.parents[1], loaded.state["frozen"]
+    folder = source.path.parents[1]
     llm = read_model_config(folder / "config.yaml").llm
     tensors = loaded.model | _text_branch(folder, Start.from_json(loaded.state.get("start")).text_branch)
     width = tensors["projection.weight"].shape[0] if "projection.weight" in tensors else None
@@ -193,8 +193,9 @@ def _read_run(source: StartSource) -> StartWeights:
     untrained = tuple(loaded.state.get("untrained", ()))
     partner = None
     if llm is not None and PROJECTION not in untrained:
-        partner = Partner(llm.name, width=width, weights=own, frozen=frozen.get("llm"))
-    return StartWeights(source, tensors, fingerprint_tensors(tensors), partner, frozen.get("vision"), untrained)
+        partner = Partner(llm.name, width=width, weights=own)
+    frozen = {part: sha256 for part, sha256 in loaded.state["frozen"].items() if part in ("vision", "llm")}
+    return StartWeights(source, tensors, fingerprint_tensors(tensors), partner, frozen, untrained)
 
 
 def _text_branch(folder: Path, sha256: str | None) -> dict[str, Tensor]:

@@ -57,9 +57,14 @@ class Standing(NamedTuple):
     untrained: tuple[str, ...] = ()
 
 
+PLAIN = Standing()
+
+
 def not_aligned(aligned_to: str, llm: str, *, projection_fits: bool) -> str:
     """Says in one line that Q-Former and projection speak to another language model than `llm`."""
     if aligned_to == NO_LLM:
-        return f"the Q-Former was aligned to no language model; llm={llm} needs it trained, and a projection that starts anew"
+        return (
+            f"the Q-Former was aligned to no language model; llm={llm} needs it trained, and the projection starts anew"
+        )
     remark = "" if projection_fits else ", and the projection, into another width, starts anew"
     return f"Q-Former and projection were aligned to {aligned_to}; llm={llm} needs them trained{remark}"
