@@ -136,7 +136,8 @@ def plan_start(config: TrainConfig, plan: Plan) -> list[str]:
         UserError: weights to start from that are here and cannot be opened.
     """
     given, llm = given_weights(config.init_from, config.qformer), config.language_model()
-    line = plan_alignment(given, config.qformer, llm, plan.parts.heads["projection"].out_features)
+    width = plan.parts.llm.get_input_embeddings().weight.shape[1]
+    line = plan_alignment(given, config.qformer, llm, width)
     return [] if line is None else [f"At the start: {line}."]
 
 
