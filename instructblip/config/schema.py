@@ -155,7 +155,10 @@ class LLMConfig(Section):
     image_prefix: str = ""  # text in front of the visual tokens
     prompt_prefix: str = ""  # text between them and the prompt
     prompt_suffix: str = ""  # text after the prompt
-    answer_prefix: str = ""
+    answer_prefix: str = ""  # text before an answer that follows a text
+    supervise_bos: bool = (
+        False  # without a prompt BOS is learned as the answer's first token, as in BLIP-2's OPT models
+    )
     max_prompt_tokens: AtLeastOne = 128
     max_target_tokens: AtLeastOne = 256
     lavis_projection: LavisProjection | None = None  # as LAVIS's files trained with this LLM call it

@@ -69,7 +69,8 @@ def save_parts(model: InstructBLIP, settings: Settings, folder: Path, *, with_ll
         "layer_norm_eps": sizes["norm_eps"],
     }
     with quiet_transformers():
-        model.qformer_tokenizer.save_pretrained(folder / "qformer")
+        if model.qformer_tokenizer is not None:
+            model.qformer_tokenizer.save_pretrained(folder / "qformer")
         if with_llm:
             model.llm.model.save_pretrained(folder / "llm")
             model.llm.prompt_format.tokenizer.save_pretrained(folder / "llm")

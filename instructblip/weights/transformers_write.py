@@ -132,7 +132,7 @@ def _check_holdable(model: InstructBLIP) -> None:
 
 
 def _huggingface_config(model: InstructBLIP, rows: int, image_token: int) -> Any:
-    llm, qformer = model.llm, model.qformer
+    llm, qformer, reader = model.llm, model.qformer, model.qformer_tokenizer
     text = copy.deepcopy(llm.model.config)
     text.vocab_size = rows
     text.eos_token_id, text.pad_token_id = llm.prompt_format.eos_id, llm.prompt_format.pad_id
@@ -140,7 +140,7 @@ def _huggingface_config(model: InstructBLIP, rows: int, image_token: int) -> Any
         text.bos_token_id = llm.prompt_format.bos_ids[0]
     return InstructBlipConfig(
         vision_config=_vision_config(model.vision),
-        qformer_config=qformer_config(qformer, model.qformer_tokenizer.pad_token_id),
+        qformer_config=qformer_config(qformer, None if reader is None else reader.pad_token_id),
         text_config=text.to_dict() | {"decoder_start_token_id": text.decoder_start_token_id}
         if isinstance(llm, EncoderDecoderLLM)
         else text.to_dict(),
@@ -265,6 +265,7 @@ def _sidecar(model: InstructBLIP) -> dict[str, Any]:
             "prompt_prefix": llm.prompt_format.prompt_prefix,
             "prompt_suffix": llm.prompt_format.prompt_suffix,
             "answer_prefix": llm.prompt_format.answer_prefix,
+            "supervise_bos": llm.prompt_format.supervise_bos,
             "max_prompt_tokens": llm.prompt_format.max_prompt_tokens,
             "max_target_tokens": llm.prompt_format.max_target_tokens,
         },
