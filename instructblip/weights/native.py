@@ -105,7 +105,7 @@ def parts_config(
             queries=qformer["queries"],
             cross_attention_every=qformer["cross_attention_every"],
             dropout=qformer["dropout"],
-            max_instruction_tokens=settings.max_instruction_tokens,
+            max_instruction_tokens=settings.max_text_tokens,
         ),
         llm=llm
         or LLMConfig(
