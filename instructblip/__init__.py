@@ -4,11 +4,12 @@
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from instructblip._torchvision import declare_missing_operators
 
 if TYPE_CHECKING:
+    from instructblip.models.blip2 import BLIP2
     from instructblip.models.instructblip import InstructBLIP
 
 declare_missing_operators()  # before anything imports torchvision: transformers and timm both do
@@ -24,7 +25,7 @@ def load(
     vision_path: str | None = None,
     qformer_path: str | None = None,
     device: str = "auto",
-) -> "InstructBLIP":
+) -> "InstructBLIP | BLIP2":
     """Load a trained model: what `instructblip.weights.load.load_model` does and documents, the model alone.
 
     Args:
@@ -39,4 +40,4 @@ def load(
     from instructblip.weights.load import load_model
 
     parts = {"llm": llm, "llm_path": llm_path, "vision_path": vision_path, "qformer_path": qformer_path}
-    return load_model(source, device=device, **parts).model
+    return cast("InstructBLIP | BLIP2", load_model(source, device=device, **parts).model)

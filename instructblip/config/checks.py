@@ -1,12 +1,15 @@
 """What well-typed settings must keep among each other: one verdict for every command, before anything is loaded."""
 
+from dataclasses import asdict
 from typing import Any
 
 from instructblip.config.schema import (
+    ArchitectureConfig,
     DataConfig,
     EvaluateConfig,
     InspectConfig,
     MixtureConfig,
+    ModelConfig,
     PhaseConfig,
     PrepareConfig,
     QFormerConfig,
@@ -45,8 +48,29 @@ def check_batches(phases: dict[str, PhaseConfig], world_size: int) -> None:
             )
 
 
+def check_model(config: ModelConfig) -> None:
+    """Refuse parts that the wanted model cannot be made of, or settings that it does not read.
+
+    Raises:
+        UserError: names the key.
+    """
+    if config.model.kind == "instructblip":
+        config.language_model()
+        plain = asdict(ArchitectureConfig())
+        if other := [name for name, value in asdict(config.model).items() if value != plain[name]]:
+            raise UserError(f"model.{other[0]} is of BLIP-2's first stage; leave it out, or set model=blip2_stage1")
+        return
+    if config.llm is not None:
+        raise UserError(f"model=blip2_stage1 has no language model, and llm={config.llm.name} is one; set llm=null")
+    if not config.qformer.instruction_aware:
+        raise UserError("model=blip2_stage1 reads texts with the Q-Former; set qformer.instruction_aware=true")
+    if config.qformer.init == "blip2":
+        raise UserError("qformer.init=blip2 is where InstructBLIP starts; set qformer=bert_base for model=blip2_stage1")
+
+
 def _check_training(config: TrainConfig) -> None:
     recipe = config.recipe
+    check_model(config)
     for name, phase in recipe.phases.items():
         _check_phase(f"recipe.phases.{name}", phase, config)
     _check_data(config.data)
@@ -59,9 +83,10 @@ def _check_training(config: TrainConfig) -> None:
             f"recipe.keep_best={recipe.keep_best} is no dataset of suite.held_in; name one of them, or mean"
         )
     _check_trained(config)
-    if config.parallel.kind == "fsdp" and config.llm.quantization is not None:
+    quantization = None if config.llm is None else config.llm.quantization
+    if config.parallel.kind == "fsdp" and quantization is not None:
         raise UserError(
-            f"parallel=fsdp shards parameters, and the weights of an {config.llm.quantization} LLM are none; "
+            f"parallel=fsdp shards parameters, and the weights of an {quantization} LLM are none; "
             "use parallel=ddp, or leave llm.quantization out"
         )
 
@@ -74,7 +99,10 @@ def _check_trained(config: TrainConfig) -> None:
             "data.cache_features=true keeps what a frozen vision encoder gives, and train.vision=full trains it; "
             "set data.cache_features=false"
         )
-    if config.train.llm == "full" and config.llm.quantization is not None:
+    if config.llm is None:
+        if config.train.llm == "full" or "llm" in config.train.learning_rates:
+            raise UserError(f"model={config.model.kind} has no LLM to train; leave train.llm and its learning rate out")
+    elif config.train.llm == "full" and config.llm.quantization is not None:
         raise UserError(
             f"train.llm=full trains weights, and those of an {config.llm.quantization} LLM are rounded; "
             "leave llm.quantization out"
@@ -84,10 +112,9 @@ def _check_trained(config: TrainConfig) -> None:
 def _check_phase(key: str, phase: PhaseConfig, config: TrainConfig) -> None:
     if phase.batching == "fixed" and phase.micro_batch_tokens is not None:
         raise UserError(f"{key}.micro_batch_tokens limits no fixed batches; set {key}.batching=bucketed or packed")
-    if phase.batching == "packed" and config.llm.kind != "decoder":
-        raise UserError(
-            f"{key}.batching=packed needs a decoder-only LLM, llm={config.llm.name} is none; set it to bucketed"
-        )
+    if phase.batching == "packed" and (config.llm is None or config.llm.kind != "decoder"):
+        found = f"model={config.model.kind} has none" if config.llm is None else f"llm={config.llm.name} is none"
+        raise UserError(f"{key}.batching=packed needs a decoder-only LLM, {found}; set it to bucketed")
 
 
 def _check_mixture(config: MixtureConfig) -> None:

@@ -121,7 +121,10 @@ def compose_config(name: str, schema: type[Schema], overrides: list[str]) -> Sch
 
 
 def _settable(arguments: list[str]) -> list[str]:
-    """The command line with `++` before every key that is set or added, so that no file has to write it first."""
+    """The command line with `++` before every key that is set or added, so that no file has to write it first.
+
+    A group is left out by `GROUP=null`, as a key is.
+    """
     return [_forced(argument) for argument in arguments]
 
 
@@ -133,6 +136,8 @@ def _forced(argument: str) -> str:
     except HydraException:
         return argument  # Hydra says what is wrong with it
     group = override.package is not None or (CONFIGS / override.key_or_group).is_dir()
+    if group and override.value() is None:
+        return f"~{override.key_or_group}"  # Hydra's way to leave a group out
     if override.key_or_group.startswith("hydra") or (group and not isinstance(override.value(), dict)):
         return argument
     return f"++{argument.lstrip('+')}"

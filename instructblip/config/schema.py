@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
 from pydantic import AfterValidator, ConfigDict, Field
 
+from instructblip.errors import UserError
 from instructblip.files import shipped
 
 Schema = TypeVar("Schema")
@@ -166,13 +167,35 @@ class LLMConfig(Section):
 
 
 @dataclass(kw_only=True)
+class ArchitectureConfig(Section):
+    """Which model the parts are put together to."""
+
+    kind: ModelKind = "instructblip"
+    # Of BLIP-2's first stage alone:
+    feature_width: AtLeastOne = 256  # of the features that image and text are contrasted by
+    max_text_tokens: AtLeastOne = 32
+    temperature: PositiveFloat = 0.07  # that similarities are divided by; trained from here on
+
+
+@dataclass(kw_only=True)
 class ModelConfig(Section):
     """All that a model is built from."""
 
     seed: int = 0
+    model: ArchitectureConfig = field(default_factory=ArchitectureConfig)
     vision: VisionConfig
     qformer: QFormerConfig
-    llm: LLMConfig
+    llm: LLMConfig | None = None  # BLIP-2's first stage has none
+
+    def language_model(self) -> LLMConfig:
+        """The language model, of a model that has one.
+
+        Raises:
+            UserError: it is missing.
+        """
+        if self.llm is None:
+            raise UserError(f"model={self.model.kind} needs a language model; give llm=NAME, one of configs/llm")
+        return self.llm
 
 
 @dataclass(kw_only=True)

@@ -21,8 +21,8 @@ from instructblip.data.shards import ShardReader
 from instructblip.errors import UserError
 from instructblip.files import atomic_path
 from instructblip.images import fit_frames
+from instructblip.models.base import Model
 from instructblip.models.fingerprint import fingerprint
-from instructblip.models.instructblip import InstructBLIP
 from instructblip.progress import progress_bar
 
 Encode = Callable[[Tensor], Tensor]  # uint8 (B, 3, H, W) -> tokens (B, P, V)
@@ -111,14 +111,14 @@ class FeatureCache:
 ReadImage = Callable[[ShardReader, int], Tensor]  # image tokens (F, P, V) or uint8 pixels (F, 3, H, W) of F frames
 
 
-def feature_cache(model: InstructBLIP, folder: Path) -> FeatureCache:
+def feature_cache(model: Model, folder: Path) -> FeatureCache:
     """The cache of this model's frozen image tokens below `folder`."""
     vision = model.vision
     identity = f"{fingerprint(vision)} {vision.layers} {vision.grid} {vision.mean.tolist()} {vision.std.tolist()}"
     return FeatureCache(folder, encoder_fingerprint=identity, image_size=vision.image_size)
 
 
-def cached_images(model: InstructBLIP, cache: FeatureCache, shards: Sequence[ShardReader], title: str) -> ReadImage:
+def cached_images(model: Model, cache: FeatureCache, shards: Sequence[ShardReader], title: str) -> ReadImage:
     """Encode the images of these shards once and return a reader of their tokens."""
     device = model.device
 

@@ -13,13 +13,14 @@ from instructblip.data.cards import load_card
 from instructblip.data.prepare.command import shards_folder
 from instructblip.data.synthetic import NOTE
 from instructblip.distributed import Ranks, choose_device
+from instructblip.errors import UserError
 from instructblip.evaluation.journal import claimed, refuse_others_results
 from instructblip.evaluation.protocol import Task, make_task
 from instructblip.evaluation.suite import evaluate_tasks, finish_evaluation, image_reader, log_scores
 from instructblip.fetch.parts import cache_folder
 from instructblip.models.fingerprint import fingerprint_tensors
 from instructblip.tracking import make_logger
-from instructblip.weights.load import LoadedModel, find_source, frozen_fingerprints, load_model
+from instructblip.weights.load import LoadedModel, as_instructblip, find_source, frozen_fingerprints, load_model
 
 
 def main() -> None:
@@ -39,6 +40,8 @@ def evaluate(config: EvaluateConfig, console: Console) -> None:
         console = Console(quiet=True)
     cards = [load_card(name) for name in names]
     source = find_source(config.checkpoint, config.llm)
+    if source.llm_kind is None:
+        raise UserError(f"{config.checkpoint} has no language model to ask; give a run of model=instructblip")
     device = str(choose_device(ranks.device(config.device)))
     shards = shards_folder(cards, config.data, console)
     tasks = [
@@ -76,14 +79,15 @@ def _evaluate(
     """Run the tasks, and write and log the results."""
     # A cache of features has no place for images that cannot be read.
     cache = cache_folder() / "features" if config.data.cache_features and not config.tolerance else None
+    model = as_instructblip(loaded.model, loaded.source)
     weights: dict[str, Any] = {
-        "frozen": frozen_fingerprints(loaded.model),
-        "trained": fingerprint_tensors(loaded.model.held_state()),
+        "frozen": frozen_fingerprints(model),
+        "trained": fingerprint_tensors(model.held_state()),
     }
     results = evaluate_tasks(
-        loaded.model,
+        model,
         tasks,
-        image_reader(loaded.model, tasks, cache),
+        image_reader(model, tasks, cache),
         shards=shards,
         folder=folder,
         batch_size=config.batch_size,
@@ -95,7 +99,7 @@ def _evaluate(
     if not ranks.is_first:
         return
     finish_evaluation(
-        loaded.model,
+        model,
         results,
         folder,
         title=f"{config.suite.name} with {loaded.name}{NOTE if config.data.synthetic else ''}",

@@ -3,7 +3,7 @@
 A model is made of named parts, each frozen or trained. It turns samples into `Inputs` (texts as tokens) and those into
 named outputs: features, hidden states, logits. Objectives (`instructblip/objectives`) make losses of the outputs.
 
-Shape legend: B batch, F frames, P image tokens, V vision width.
+Shape legend: B batch, F frames, P image tokens, V vision width, N rows of any kind.
 """
 
 from abc import ABC, abstractmethod
@@ -12,12 +12,10 @@ from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple, Protocol, Self
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-# Tensors are image tokens (B, F, P, V), or uint8 frames (B, F, 3, H, W); pictures are PIL images or lists of frames.
-Images = Tensor | Sequence[Image.Image | Sequence[Image.Image]]
+from instructblip.models.vision import Images, VisionEncoder, as_frames
 
 
 class Samples(Protocol):
@@ -172,12 +170,40 @@ class PartedModule(nn.Module):
 
 
 class Model(PartedModule, ABC):
-    """What training drives: samples in, named outputs out."""
+    """What training drives: samples in, named outputs out.
+
+    Attributes:
+        OUTPUTS: names of all outputs that it gives.
+        vision: image encoder, a part of its own.
+        vision_norm: normalisation between the encoder and what reads its tokens.
+    """
+
+    OUTPUTS: ClassVar[frozenset[str]]
+    vision: VisionEncoder
+    vision_norm: nn.Module
 
     @property
     @abstractmethod
     def device(self) -> torch.device:
         """Where the model's inputs go."""
+
+    def image_tokens(self, images: Images) -> Tensor:
+        """Image tokens (B, F, P, V) of pictures or uint8 frames; tokens (from a feature cache) pass through."""
+        images = as_frames(images, self.vision.image_size).to(self.device)
+        if images.dtype != torch.uint8:
+            return images
+        return self.vision(images.flatten(0, 1)).unflatten(0, images.shape[:2])
+
+    def vision_structure(self) -> PartStructure:
+        """That of the vision encoder, which may be sharded."""
+        backbone = self.vision.backbone
+        return PartStructure(
+            blocks_of(backbone),
+            [backbone],
+            entry="forward_features",
+            ends_early=bool(self.vision.layers),
+            recompute=False,  # frozen, its passes have no gradient
+        )
 
     @abstractmethod
     def structure(self) -> dict[str, PartStructure]:

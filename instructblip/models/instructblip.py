@@ -27,11 +27,11 @@ from instructblip.models.arguments import (
     check_positions,
     check_texts,
 )
-from instructblip.models.base import Images, Inputs, Model, Outputs, PartStructure, PassWorkload, Samples, blocks_of
+from instructblip.models.base import Inputs, Model, Outputs, PartStructure, PassWorkload, Samples, blocks_of
 from instructblip.models.llm import LLM
 from instructblip.models.qformer import QFormer
 from instructblip.models.ranking import TOKEN_BUDGET, deduplicated, rank_candidates
-from instructblip.models.vision import VisionEncoder, as_frames
+from instructblip.models.vision import Images, VisionEncoder
 
 
 class InstructBLIP(Model):
@@ -56,6 +56,7 @@ class InstructBLIP(Model):
 
     PARTS = {"vision": ("vision",), "qformer": ("vision_norm", "qformer", "projection"), "llm": ("llm",)}  # noqa: RUF012
     HELD = frozenset({"qformer"})
+    OUTPUTS = frozenset({"visual_prompt", "visual_cosines", "embedding_length", "answer_logits"})
 
     def __init__(
         self,
@@ -89,15 +90,8 @@ class InstructBLIP(Model):
 
     def structure(self) -> dict[str, PartStructure]:
         """The vision encoder and the LLM may be sharded; the Q-Former is small."""
-        backbone = self.vision.backbone
         return {
-            "vision": PartStructure(
-                blocks_of(backbone),
-                [backbone],
-                entry="forward_features",
-                ends_early=bool(self.vision.layers),
-                recompute=False,  # frozen, its passes have no gradient
-            ),
+            "vision": self.vision_structure(),
             "qformer": PartStructure(list(self.qformer.layers)),
             "llm": PartStructure(blocks_of(self.llm.model), self.llm.roots()),
         }
@@ -105,13 +99,6 @@ class InstructBLIP(Model):
     def fixed_parameters(self) -> Iterator[nn.Parameter]:
         """Those of the Q-Former that it was built with as fixed: text layers that nothing reads, embeddings by choice."""
         return iter(self._fixed)
-
-    def image_tokens(self, images: Images) -> Tensor:
-        """Frozen image tokens (B, F, P, V) of pictures or uint8 frames; tokens (from a feature cache) pass through."""
-        images = as_frames(images, self.vision.image_size).to(self.device)
-        if images.dtype != torch.uint8:
-            return images
-        return self.vision(images.flatten(0, 1)).unflatten(0, images.shape[:2])
 
     def normalised(self, tokens_NPV: Tensor) -> Tensor:
         """Image tokens (N, P, V) behind `ln_vision`, in the type of what trains: float32, unless the model was cast."""

@@ -15,8 +15,10 @@ from timm.layers import pos_embed_sincos
 from torch import Tensor, nn
 
 from instructblip.images import resize_square, to_rgb
-from instructblip.models.base import Images
 from instructblip.models.exact_buffers import ExactBuffers
+
+# Tensors are image tokens (B, F, P, V), or uint8 frames (B, F, 3, H, W); pictures are PIL images or lists of frames.
+Images = Tensor | Sequence[Image.Image | Sequence[Image.Image]]
 
 # Their buffers are angles, or frequencies that become angles: in half precision those of far patches would run together.
 _ROTARY = tuple(value for name, value in vars(pos_embed_sincos).items() if name.startswith("RotaryEmbedding"))

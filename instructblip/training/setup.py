@@ -37,7 +37,7 @@ from instructblip.training.plan.flops import GPUS, ModelShape, device_peak, mode
 from instructblip.training.plan.memory import Plan, PlanLayout, plan_run, planned_phases
 from instructblip.training.schedule import Phase
 from instructblip.training.writer import CheckpointWriter
-from instructblip.weights.load import frozen_fingerprints
+from instructblip.weights.load import as_instructblip, frozen_fingerprints
 from instructblip.weights.modules import parts_without_weights, vision_encoder
 from instructblip.weights.parts import build_model
 
@@ -96,6 +96,7 @@ def make_plan(config: TrainConfig) -> Plan:
     """
     check_layout(config.parallel.kind, config.parallel.shard_size, gpus := _planned_gpus(config))
     check_batches(config.recipe.phases, gpus)
+    llm = config.language_model()
     layout = PlanLayout(
         gpu=GPUS[config.plan_gpu],
         gpus=gpus,
@@ -105,9 +106,9 @@ def make_plan(config: TrainConfig) -> Plan:
         activation_checkpointing=config.parallel.activation_checkpointing,
         autocast=PRECISIONS[config.recipe.precision] is not None,
         average=config.recipe.average_decay is not None,
-        quantization=config.llm.quantization,
+        quantization=llm.quantization,
         cached=config.data.cache_features,
-        longest=(config.llm.max_prompt_tokens, config.llm.max_target_tokens),
+        longest=(llm.max_prompt_tokens, llm.max_target_tokens),
         trained=frozenset(config.train.parts()),
     )
     return plan_run(parts_without_weights(config), planned_phases(config.recipe.phases), layout)
@@ -130,7 +131,7 @@ def set_up(config: TrainConfig, folder: Path, ranks: Ranks, console: Console) ->
     held_in = [load_card(name) for name in config.suite.held_in]
     held_out = [load_card(name) for name in config.suite.held_out]
     shards = shards_folder([*cards, *held_in, *held_out], config.data, console)
-    model = build_model(config.vision, config.qformer, config.llm, seed=config.seed, trained=config.train.parts())
+    model = as_instructblip(build_model(config, trained=config.train.parts()), f"model={config.model.kind}")
     _place(model, choose_device(config.device), without_llm=is_sharded(config.parallel.kind, ranks.world_size))
     sets = open_sets(cards, shards)
     mixture = make_mixture(config.mixture, sets, config.recipe.phases.values(), seed=config.seed)

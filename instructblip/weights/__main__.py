@@ -27,7 +27,7 @@ from instructblip.errors import UserError
 from instructblip.files import atomic_folder, atomic_path
 from instructblip.models.instructblip import InstructBLIP
 from instructblip.weights.lavis import LN_VISION_EPS, load_lavis, read_lavis, save_lavis
-from instructblip.weights.load import LoadedModel, huggingface_source, llm_config, load_model, load_run
+from instructblip.weights.load import LoadedModel, as_instructblip, huggingface_source, llm_config, load_model, load_run
 from instructblip.weights.names import SIDECAR
 from instructblip.weights.native import CONFIG, parts_config, save_native, save_parts, write_config
 from instructblip.weights.parity import (
@@ -138,8 +138,8 @@ def _convert(options: argparse.Namespace, partial: Path) -> tuple[torch.dtype, T
         The coarsest type of the source's parts, what the source computes, and what the result computes.
     """
 
-    def load() -> LoadedModel:
-        return load_model(
+    def load() -> tuple[LoadedModel, InstructBLIP]:
+        loaded = load_model(
             options.source,
             llm=options.llm,
             llm_path=options.llm_path,
@@ -147,43 +147,46 @@ def _convert(options: argparse.Namespace, partial: Path) -> tuple[torch.dtype, T
             qformer_path=options.qformer_path,
             device="cpu",
         )
+        return loaded, as_instructblip(loaded.model, options.source)
 
     folder = huggingface_source(options.source)
     source = None if folder is None or options.llm else traces_huggingface(folder)
-    loaded = load()
-    dtype, config = model_dtype(loaded.model), None
+    loaded, model = load()
+    dtype, config = model_dtype(model), None
     if options.to == "huggingface":
-        save_huggingface(loaded.model, partial)
+        save_huggingface(model, partial)
     elif options.to == "lavis":
-        projection = None if loaded.config is None else loaded.config.llm.lavis_projection
-        save_lavis(loaded.model, partial, projection=projection)
+        projection = None if loaded.config is None else loaded.config.language_model().lavis_projection
+        save_lavis(model, partial, projection=projection)
     else:
-        config = _save_native(loaded, folder, options, partial)
-    source = source or traces_native(loaded.model)
-    del loaded  # two models would not fit where one does
+        config = _save_native(loaded, model, folder, options, partial)
+    source = source or traces_native(model)
+    del loaded, model  # two models would not fit where one does
     if options.to == "huggingface":
         return dtype, source, traces_huggingface(partial, pad_as_saved=True)
     if config is None:
-        return dtype, source, traces_native(_with_lavis(partial, load().model))
-    target = traces_native(load_run(partial, device="cpu").model)
+        return dtype, source, traces_native(_with_lavis(partial, load()[1]))
+    target = traces_native(as_instructblip(load_run(partial, device="cpu").model, str(partial)))
     write_config(config, partial)
     return dtype, source, target
 
 
-def _save_native(loaded: LoadedModel, folder: Path | None, options: argparse.Namespace, partial: Path) -> ModelConfig:
+def _save_native(
+    loaded: LoadedModel, model: InstructBLIP, folder: Path | None, options: argparse.Namespace, partial: Path
+) -> ModelConfig:
     """Write a run whose paths lead to `partial`; return the configuration whose paths lead to TARGET."""
     if folder is None:
         assert loaded.config is not None
-        save_native(loaded.model, loaded.config, partial)
+        save_native(model, loaded.config, partial)
         return loaded.config
     settings = read_settings(folder)
     llm = None if options.llm is None else llm_config(options.llm, options.llm_path)
-    save_parts(loaded.model, settings, partial, with_llm=llm is None)
+    save_parts(model, settings, partial, with_llm=llm is None)
     here, there = (
-        parts_config(loaded.model, settings, place, loaded.name, llm=llm)
+        parts_config(model, settings, place, loaded.name, llm=llm)
         for place in (partial, Path(options.target).absolute())
     )
-    save_native(loaded.model, here, partial)
+    save_native(model, here, partial)
     return there
 
 

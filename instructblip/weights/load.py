@@ -8,18 +8,19 @@ from typing import Literal, NamedTuple, TypeVar
 
 from torch import Tensor
 
-from instructblip.config.schema import CONFIGS, LLMConfig, ModelConfig, QFormerConfig, VisionConfig
+from instructblip.config.schema import CONFIGS, LLMConfig, LLMKind, ModelConfig, QFormerConfig, VisionConfig
 from instructblip.config.validate import read_config, read_model_config, unknown_choice
 from instructblip.distributed import choose_device
 from instructblip.errors import UserError
 from instructblip.fetch.parts import Sources, part_folder
+from instructblip.models.base import Model
 from instructblip.models.fingerprint import fingerprint, fingerprint_tensors
 from instructblip.models.instructblip import InstructBLIP
 from instructblip.weights.checkpoint import checkpoint_folders, load_checkpoint, newest_whole
 from instructblip.weights.gatekeeper import refuse_other_model
 from instructblip.weights.lavis import load_lavis, qformer_settings, read_lavis
 from instructblip.weights.names import check_tensors
-from instructblip.weights.parts import build_model, load_llm, warn_aligned
+from instructblip.weights.parts import MODELS, build_instructblip, build_model, load_llm, warn_aligned
 from instructblip.weights.transformers_read import is_huggingface_folder, load_huggingface, read_transformers_config
 
 LAVIS_VISION, LAVIS_QFORMER = "eva_vit_g", "blip2"  # names in configs/vision and configs/qformer
@@ -44,13 +45,13 @@ class Source(NamedTuple):
         format: `run`, `huggingface` or `lavis`.
         path: the checkpoint folder of a run, the transformers folder, the file.
         name: of the run, folder, hub repository or file.
-        llm_kind: `decoder` or `encoder_decoder`.
+        llm_kind: `decoder` or `encoder_decoder`; None where there is no language model.
     """
 
     format: Literal["run", "huggingface", "lavis"]
     path: Path
     name: str
-    llm_kind: str
+    llm_kind: LLMKind | None
 
 
 class LoadedModel(NamedTuple):
@@ -62,10 +63,10 @@ class LoadedModel(NamedTuple):
         source: that checkpoint folder, folder or file; of a run the checkpoint that was taken.
         step: optimiser steps that its checkpoint has seen; 0 where the source does not say.
         config: the sections it was built from; None for a transformers folder, which is its own configuration.
-        parts: `llm` and `vision`.
+        parts: `vision`, and `llm` where there is one.
     """
 
-    model: InstructBLIP
+    model: Model
     name: str
     source: str
     step: int
@@ -108,14 +109,15 @@ def find_source(source: str | Path, llm: str | LLMConfig | None = None) -> Sourc
             )
         found = Source("lavis", path, path.stem, llm_config(llm, None).kind)
     elif folder := huggingface_source(source):
-        own_kind = "decoder" if read_transformers_config(folder).use_decoder_only_language_model else "encoder_decoder"
-        kind = own_kind if llm is None else llm_config(llm, None).kind
+        decoder_only = read_transformers_config(folder).use_decoder_only_language_model
+        kind = ("decoder" if decoder_only else "encoder_decoder") if llm is None else llm_config(llm, None).kind
         found = Source("huggingface", folder, path.absolute().name, kind)
     elif path.is_dir():
         refuse_other_model(path)
         checkpoint = find_checkpoint(path)
         config = _replace_parts(read_model_config(checkpoint.parents[1] / "config.yaml"), Replacements(llm))
-        found = Source("run", checkpoint, checkpoint.absolute().parents[1].name, config.llm.kind)
+        own_kind = None if config.llm is None else config.llm.kind
+        found = Source("run", checkpoint, checkpoint.absolute().parents[1].name, own_kind)
     else:
         raise UserError(f"{source} is no run, transformers folder, hub id or .pth file; give one that is there")
     return found
@@ -153,6 +155,19 @@ def load_model(
     return loaded._replace(model=loaded.model.to(place).eval())
 
 
+def as_instructblip(model: Model, source: str) -> InstructBLIP:
+    """The model, which came from `source`, where it is an InstructBLIP.
+
+    Raises:
+        UserError: it is another.
+    """
+    if not isinstance(model, InstructBLIP):
+        raise UserError(
+            f"{source} is a {type(model).__name__}, wanted is an InstructBLIP; give a run of model=instructblip"
+        )
+    return model
+
+
 def huggingface_source(source: str | Path) -> Path | None:
     """The folder of a transformers model: the one given, or that of a hub id, which is fetched; None for other sources.
 
@@ -187,9 +202,10 @@ def hub_folder(repository: str) -> Path:
     return folder
 
 
-def frozen_parts(vision: VisionConfig, llm: LLMConfig) -> dict[str, FrozenPart]:
+def frozen_parts(vision: VisionConfig, llm: LLMConfig | None) -> dict[str, FrozenPart]:
     """The frozen parts as they are configured."""
-    return {"vision": _frozen_part(vision), "llm": _frozen_part(llm)}
+    parts: dict[str, VisionConfig | LLMConfig | None] = {"vision": vision, "llm": llm}
+    return {name: _frozen_part(part) for name, part in parts.items() if part is not None}
 
 
 def part_config(group: str, name: str, schema: type[Section]) -> Section:
@@ -243,30 +259,36 @@ def _load_huggingface(found: Source, replaced: Replacements) -> LoadedModel:
 def _load_lavis(found: Source, replaced: Replacements) -> LoadedModel:
     assert replaced.llm is not None  # `find_source` refuses a file without one
     path, checkpoint = found.path, read_lavis(found.path)
+    llm = llm_config(replaced.llm, None)
     config = ModelConfig(
         vision=part_config("vision", LAVIS_VISION, VisionConfig),
         qformer=part_config("qformer", LAVIS_QFORMER, QFormerConfig),
-        llm=llm_config(replaced.llm, None),
+        llm=llm,
     )
     config = _replace_parts(config, replaced._replace(llm=None))
     config.qformer = dataclasses.replace(
         config.qformer, init="scratch", query_init="normal", **qformer_settings(checkpoint)
     )
-    model = build_model(config.vision, config.qformer, config.llm, seed=config.seed)
+    model = build_instructblip(config)
     fits = load_lavis(checkpoint, model)
-    if checkpoint.projection != config.llm.lavis_projection or not fits:
+    if checkpoint.projection != llm.lavis_projection or not fits:
         trained_with = f"an LLM of width {checkpoint.llm_width} (LAVIS's {checkpoint.projection})"
-        warn_aligned(trained_with, config.llm.name, projection_fits=fits)
+        warn_aligned(trained_with, llm.name, projection_fits=fits)
     return LoadedModel(model, found.name, str(path), 0, config, frozen_parts(config.vision, config.llm))
 
 
 def _replace_parts(config: ModelConfig, replaced: Replacements) -> ModelConfig:
-    own = replaced.llm is None or replaced.llm == config.llm.name
+    llm = config.llm
+    if llm is not None:
+        own = replaced.llm is None or replaced.llm == llm.name
+        llm = llm_config(llm if own or replaced.llm is None else replaced.llm, replaced.llm_path)
+    elif replaced.llm or replaced.llm_path:
+        raise UserError(f"model={config.model.kind} has no language model to replace; leave llm= and llm_path= out")
     return dataclasses.replace(
         config,
         vision=_with_path(config.vision, replaced.vision_path),
         qformer=_with_path(config.qformer, replaced.qformer_path),
-        llm=llm_config(config.llm if own or replaced.llm is None else replaced.llm, replaced.llm_path),
+        llm=llm,
     )
 
 
@@ -289,7 +311,7 @@ def _with_path(section: Section, path: str | None) -> Section:
 class LoadedRun(NamedTuple):
     """A model restored from a run, what it was built from, and where it came from."""
 
-    model: InstructBLIP
+    model: Model
     config: ModelConfig
     checkpoint: Path
     step: int
@@ -316,21 +338,31 @@ def load_run(source: Path, *, device: str = "auto", config: ModelConfig | None =
     config = config or own
     # Every trainable tensor comes from the checkpoint: whatever the run started from need not be there any more.
     qformer = dataclasses.replace(config.qformer, init="scratch", query_init="normal")
+    built = dataclasses.replace(config, qformer=qformer)
     state, frozen = dict(loaded.model), dict(loaded.state["frozen"])
-    trained = InstructBLIP.PARTS.keys() - frozen.keys()  # what a checkpoint does not hold it names by a fingerprint
-    if config.llm.name != own.llm.name:
+    # What a checkpoint does not hold it names by a fingerprint.
+    trained = MODELS[config.model.kind].PARTS.keys() - frozen.keys()
+    if own.llm is not None and config.language_model().name != own.llm.name:
         trained -= {"llm"}
         state = {name: tensor for name, tensor in state.items() if not name.startswith("llm.")}
-    model = build_model(config.vision, qformer, config.llm, seed=config.seed, trained=trained)
-    if config.llm.name != own.llm.name:
-        projection = {f"projection.{name}": tensor for name, tensor in model.projection.state_dict().items()}
-        fits = state["projection.weight"].shape == projection["projection.weight"].shape
-        state |= {} if fits else projection
+        model: Model = build_model(built, trained=trained)
+        assert isinstance(model, InstructBLIP)
         frozen["llm"] = fingerprint(model.llm)
-        warn_aligned(own.llm.name, config.llm.name, projection_fits=fits)
+        fits = _fit_projection(model, state)
+        warn_aligned(own.llm.name, config.language_model().name, projection_fits=fits)
+    else:
+        model = build_model(built, trained=trained)
     check_frozen(model, frozen, checkpoint)
     restore_trainable(model, state, checkpoint)
     return LoadedRun(model.to(choose_device(device)).eval(), config, checkpoint, loaded.step)
+
+
+def _fit_projection(model: InstructBLIP, state: dict[str, Tensor]) -> bool:
+    """Whether a checkpoint's projection leads into this model's LLM; where it does not the model's own takes its place."""
+    projection = {f"projection.{name}": tensor for name, tensor in model.projection.state_dict().items()}
+    fits = state["projection.weight"].shape == projection["projection.weight"].shape
+    state |= {} if fits else projection
+    return fits
 
 
 def find_checkpoint(source: Path) -> Path:
@@ -352,7 +384,7 @@ def find_checkpoint(source: Path) -> Path:
     return checkpoint
 
 
-def frozen_fingerprints(model: InstructBLIP) -> dict[str, str]:
+def frozen_fingerprints(model: Model) -> dict[str, str]:
     """What a checkpoint remembers of the weights that it does not hold."""
     found = {}
     for part in sorted(model.PARTS.keys() - model.trained_parts, reverse=True):
@@ -361,7 +393,7 @@ def frozen_fingerprints(model: InstructBLIP) -> dict[str, str]:
     return found
 
 
-def check_frozen(model: InstructBLIP, expected: Mapping[str, str], checkpoint: Path) -> None:
+def check_frozen(model: Model, expected: Mapping[str, str], checkpoint: Path) -> None:
     """Refuse a checkpoint that was trained beside other frozen weights than the model's, but for those that it holds."""
     for part, found in frozen_fingerprints(model).items():
         if part not in model.HELD and expected.get(part) != found:
@@ -371,7 +403,7 @@ def check_frozen(model: InstructBLIP, expected: Mapping[str, str], checkpoint: P
             )
 
 
-def restore_trainable(model: InstructBLIP, state: Mapping[str, Tensor], checkpoint: Path) -> None:
+def restore_trainable(model: Model, state: Mapping[str, Tensor], checkpoint: Path) -> None:
     """Load trainable weights; every one must be there, with the right shape."""
     check_tensors({name: tensor.shape for name, tensor in model.held_state().items()}, state, str(checkpoint))
     model.load_state_dict(dict(state), strict=False)

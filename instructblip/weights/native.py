@@ -16,6 +16,7 @@ from instructblip._transformers import quiet_transformers
 from instructblip.config.schema import Dtype, LLMConfig, ModelConfig, QFormerConfig, SourcesConfig, VisionConfig
 from instructblip.config.validate import to_yaml
 from instructblip.files import write_atomically, write_json
+from instructblip.models.base import Model
 from instructblip.models.instructblip import InstructBLIP
 from instructblip.weights.checkpoint import save_checkpoint
 from instructblip.weights.load import frozen_fingerprints
@@ -24,7 +25,7 @@ from instructblip.weights.transformers_read import Settings
 CONFIG = "config.yaml"
 
 
-def save_native(model: InstructBLIP, config: ModelConfig, folder: Path) -> None:
+def save_native(model: Model, config: ModelConfig, folder: Path) -> None:
     """Write config.yaml and `checkpoints/step_00000000` into a folder.
 
     Raises:
@@ -47,7 +48,7 @@ def write_config(config: ModelConfig, folder: Path) -> None:
         config,
         vision=dataclasses.replace(config.vision, sources=_absolute(config.vision.sources)),
         qformer=dataclasses.replace(config.qformer, sources=_absolute(config.qformer.sources)),
-        llm=dataclasses.replace(config.llm, sources=_absolute(config.llm.sources)),
+        llm=None if config.llm is None else dataclasses.replace(config.llm, sources=_absolute(config.llm.sources)),
     )
     write_atomically(folder / CONFIG, to_yaml(absolute))
 

@@ -1,6 +1,7 @@
-"""From a validated configuration to a model: three parts by name, put together in the open.
+"""From a validated configuration to a model: parts by name, put together in the open.
 
-The only place that reads the `vision`, `qformer` and `llm` sections.
+The only place that reads the `model`, `vision`, `qformer` and `llm` sections. A kind of model is a function here and a class
+in `MODELS`.
 """
 
 import json
@@ -15,9 +16,19 @@ from safetensors.torch import load_file
 from tokenizers import AddedToken
 from torch import Tensor, nn
 
-from instructblip.config.schema import LLMConfig, QFormerConfig, Quantization, VisionConfig, VisionNorm
+from instructblip.config.schema import (
+    LLMConfig,
+    ModelConfig,
+    ModelKind,
+    QFormerConfig,
+    Quantization,
+    VisionConfig,
+    VisionNorm,
+)
 from instructblip.errors import UserError
 from instructblip.fetch.parts import converted_gguf, part_folder, sources
+from instructblip.models.base import Model
+from instructblip.models.blip2 import BLIP2
 from instructblip.models.instructblip import InstructBLIP
 from instructblip.models.llm import LLM
 from instructblip.models.qformer import QFormer
@@ -26,6 +37,7 @@ from instructblip.models.vision import ChannelNorm, VisionEncoder
 from instructblip.models.vocabulary import resize_vocabulary
 from instructblip.weights.bert import (
     draw_query_tokens_near,
+    has_language_model_head,
     initialize_like_bert,
     names_unknown_to_bert,
     qformer_state_from_bert,
@@ -45,51 +57,80 @@ VISION_NORMS: dict[VisionNorm, Callable[[int, float], nn.Module]] = {
 }
 
 
-def build_model(
-    vision: VisionConfig,
-    qformer: QFormerConfig,
-    llm: LLMConfig,
-    *,
-    seed: int,
-    trained: Collection[str] = ("qformer",),
-) -> InstructBLIP:
-    """Fetch the three parts and assemble them; what is new starts from `seed`, and `trained` parts are to train.
+def build_model(config: ModelConfig, *, trained: Collection[str] = ("qformer",)) -> Model:
+    """Fetch the parts and assemble them; what is new starts from the seed, and `trained` parts are to train.
 
     Raises:
         UserError: a part cannot be fetched, or its settings do not fit its files.
     """
-    encoder = load_vision(vision)
+    model = _BUILDERS[config.model.kind](config)
+    train_parts(model, trained)
+    return model
+
+
+def build_instructblip(config: ModelConfig) -> InstructBLIP:
+    """InstructBLIP, its Q-Former trained and the rest frozen; as `build_model`."""
+    encoder, llm = load_vision(config.vision), config.language_model()
     language = load_llm(llm)
-    torch.manual_seed(seed)
-    trainable, tokenizer = load_qformer(qformer, vision_width=encoder.width)
-    norm = VISION_NORMS[vision.norm](encoder.width, vision.norm_eps)
+    torch.manual_seed(config.seed)
+    trainable, tokenizer = load_qformer(config.qformer, vision_width=encoder.width)
+    norm = VISION_NORMS[config.vision.norm](encoder.width, config.vision.norm_eps)
     projection: dict[str, Tensor] = {}
-    if qformer.init == "blip2":
-        projection = _start_from_blip2(qformer, trainable, norm, llm_width=language.width, llm=llm)
+    if config.qformer.init == "blip2":
+        projection = _start_from_blip2(config.qformer, trainable, norm, llm_width=language.width, llm=llm)
     model = InstructBLIP(
         vision=encoder,
         vision_norm=norm,
         qformer=trainable,
         qformer_tokenizer=tokenizer,
         llm=language,
-        max_instruction_tokens=qformer.max_instruction_tokens,
+        max_instruction_tokens=config.qformer.max_instruction_tokens,
     )
-    train_parts(model, trained)
     if projection:
         model.projection.load_state_dict(projection)
     return model
 
 
-def train_parts(model: InstructBLIP, trained: Collection[str]) -> None:
+def build_blip2_stage1(config: ModelConfig) -> BLIP2:
+    """BLIP-2's first stage, its Q-Former and heads trained and the vision encoder frozen; as `build_model`."""
+    encoder = load_vision(config.vision)
+    torch.manual_seed(config.seed)
+    trainable, tokenizer = load_qformer(config.qformer, vision_width=encoder.width, reads_and_writes=True)
+    try:
+        return BLIP2(
+            vision=encoder,
+            vision_norm=VISION_NORMS[config.vision.norm](encoder.width, config.vision.norm_eps),
+            qformer=trainable,
+            tokenizer=tokenizer,
+            feature_width=config.model.feature_width,
+            max_text_tokens=config.model.max_text_tokens,
+            temperature=config.model.temperature,
+        )
+    except ValueError as error:
+        raise UserError(f"qformer={config.qformer.name} does not fit model=blip2_stage1: {error}") from None
+
+
+# By kind of model: its class, and the function that builds it.
+MODELS: dict[ModelKind, type[Model]] = {"instructblip": InstructBLIP, "blip2_stage1": BLIP2}
+_BUILDERS: dict[ModelKind, Callable[[ModelConfig], Model]] = {
+    "instructblip": build_instructblip,
+    "blip2_stage1": build_blip2_stage1,
+}
+
+
+def train_parts(model: Model, trained: Collection[str]) -> None:
     """Choose what trains. It is held in float32: half precision would round small updates away.
 
     Raises:
-        UserError: a language model whose weights are rounded is to train.
+        UserError: a part that the model has not, a language model whose weights are rounded.
     """
-    if "llm" in trained and any(isinstance(module, QuantizedLinear) for module in model.llm.modules()):
-        raise UserError(
-            "train.llm=full needs the LLM's own weights; leave llm.quantization out, or set train.llm=frozen"
-        )
+    if missing := sorted(set(trained) - model.PARTS.keys()):
+        raise UserError(f"train.{missing[0]}=full: the model has no such part, only {', '.join(model.PARTS)}")
+    for module in model.part_modules("llm") if "llm" in trained else ():
+        if any(isinstance(layer, QuantizedLinear) for layer in module.modules()):
+            raise UserError(
+                "train.llm=full needs the LLM's own weights; leave llm.quantization out, or set train.llm=frozen"
+            )
     model.choose_trained(trained)
     for part in trained:
         for module in model.part_modules(part):
@@ -156,23 +197,33 @@ def _not_built(backbone: Any, config: VisionConfig) -> tuple[str, ...]:
 # --- Q-Former --------------------------------------------------------------------------------------------------------
 
 
-def load_qformer(config: QFormerConfig, *, vision_width: int) -> tuple[QFormer, Any]:
-    """The trainable Q-Former and its tokenizer.
+def load_qformer(config: QFormerConfig, *, vision_width: int, reads_and_writes: bool = False) -> tuple[QFormer, Any]:
+    """The trainable Q-Former and its tokenizer; `reads_and_writes` as in `make_qformer`.
 
     With `init=bert` the text branch and both feed-forwards of each layer start from BERT's weights, and only the query
     tokens and the cross-attention are new; with `scratch` everything is drawn. With `blip2` it is left as constructed:
-    those weights come together with the vision norm's and the projection's.
+    those weights come together with the vision norm's and the projection's. Where a file lacks the language-model head, as
+    those of sentence embeddings do, that starts as BERT's did before it was trained.
     """
     folder = part_folder(sources(config.name, config.sources), setting="qformer.sources.path")
     bert = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     tokenizer = open_tokenizer(folder, f"qformer={config.name}: ", truncation_side="left")
     _add_tokens(tokenizer, config.extra_tokens)
     rows = max(bert["vocab_size"], _rows_needed(tokenizer))
-    qformer = make_qformer(config, bert, rows=rows, vision_width=vision_width, where=str(folder))
+    qformer = make_qformer(
+        config,
+        bert,
+        rows=rows,
+        vision_width=vision_width,
+        where=str(folder),
+        reads_and_writes=reads_and_writes,
+    )
     if config.init == "bert":
         weights = load_file(folder / "model.safetensors")
+        if qformer.lm_head is not None and not has_language_model_head(weights):
+            initialize_like_bert(qformer.lm_head)
         state = qformer_state_from_bert(weights, qformer)
-        load_exactly(qformer, state, f"{folder}/model.safetensors", new=names_unknown_to_bert(qformer))
+        load_exactly(qformer, state, f"{folder}/model.safetensors", new=names_unknown_to_bert(weights, qformer))
         if config.query_init == "cls":
             draw_query_tokens_near(qformer, weights, token=tokenizer.cls_token_id)
     elif config.init == "scratch":

@@ -46,7 +46,7 @@ def test_published_models(name: str) -> None:
     parts = parts_without_weights(compose_config("train", TrainConfig, [f"experiment=paper_{name}"]))
     assert parts.vision.tokens == 257
     assert parameters(parts.vision) == 985_894_528
-    trainable = nn.ModuleList([parts.norm, parts.qformer, parts.projection])
+    trainable = nn.ModuleList([parts.norm, parts.qformer, parts.heads])
     assert parameters(trainable) == TRAINED[name]
     assert parameters(trainable, trained=True) == TRAINED[name] - LAST_TEXT_FFN
 

@@ -93,7 +93,7 @@ def test_pictures_are_those_pixels(model: BLIP2) -> None:
     assert images.shape[-1] == side
     pictures = [Image.fromarray(image[0].permute(1, 2, 0).numpy()) for image in images]
     close(model.features(pictures).image, model.features(images).image)
-    close(model.features(model.image_tokens(images)[:, None]).image, model.features(images).image)
+    close(model.features(model.image_tokens(images)).image, model.features(images).image)
 
 
 def test_sampled_captions_follow_the_random_stream(model: BLIP2) -> None:
@@ -135,7 +135,7 @@ def test_every_trainable_parameter_trains_and_the_vision_encoder_does_not() -> N
 
 
 def test_vision_tokens_of_other_types_give_the_same_features(model: BLIP2) -> None:
-    tokens = model.image_tokens(tiny_images(4))[:, None]
+    tokens = model.image_tokens(tiny_images(4))
     expected = model.features(tokens).image
     for dtype in (torch.float16, torch.bfloat16):
         found = model.features(tokens.to(dtype)).image

@@ -22,7 +22,7 @@ from instructblip.weights.bert import qformer_state_from_bert
 from instructblip.weights.checkpoint import save_checkpoint
 from instructblip.weights.load import frozen_fingerprints, load_run
 from instructblip.weights.names import foreign_names
-from instructblip.weights.parts import build_model, load_qformer, load_vision
+from instructblip.weights.parts import build_instructblip, load_qformer, load_vision
 from instructblip.weights.position import resize_position_embedding
 from tests.kit.families import write_llm
 from tests.kit.runs import compose
@@ -225,7 +225,7 @@ def model_config(parts: dict[str, str], *overrides: str) -> TrainConfig:
 
 
 def build(config: ModelConfig) -> InstructBLIP:
-    return build_model(config.vision, config.qformer, config.llm, seed=config.seed)
+    return build_instructblip(config)
 
 
 def qformer_config(parts: dict[str, str], *overrides: str) -> QFormerConfig:

@@ -145,7 +145,7 @@ class ModelShape:
 def model_shape(
     vision: VisionEncoder,
     qformer: QFormer,
-    projection: nn.Linear,
+    projection: nn.Module,
     llm: Any,
     trained: Collection[str] = ("qformer",),
 ) -> ModelShape:
@@ -165,7 +165,7 @@ def model_shape(
         image_tokens=vision.tokens,
         queries=qformer.query_tokens.shape[1],
         qformer=qformer,
-        projection=_size(projection),
+        projection=_matrices(projection),
         decoder=decoder,
         encoder=encoder,
         head=_size(head),

@@ -125,7 +125,7 @@ class Plan:
 
     def loading(self) -> float:
         """Bytes of main memory that each process needs to build the model before it goes to its GPU."""
-        parts = (self.parts.vision.backbone, self.parts.llm, self.parts.qformer, self.parts.projection)
+        parts = (self.parts.vision.backbone, self.parts.llm, self.parts.qformer, self.parts.heads)
         return sum(sum(_parameter_bytes(part, None).values()) for part in parts)
 
     def sample_flops(self) -> list[PartFlops]:
@@ -176,7 +176,7 @@ class Plan:
 
     def _static(self) -> Iterator[tuple[str, float]]:
         parts = self.parts
-        qformer = nn.ModuleList([parts.norm, parts.qformer, parts.projection])
+        qformer = nn.ModuleList([parts.norm, parts.qformer, parts.heads])
         trained, layers = 0.0, list[nn.Module]()
         for title, part, module in (
             ("vision encoder", "vision", parts.vision.backbone),
@@ -296,7 +296,7 @@ class Plan:
 
 def plan_run(parts: Parts, phases: Sequence[PlannedPhase], layout: PlanLayout) -> Plan:
     """The plan of a run of these parts, which may be on the meta device."""
-    shape = model_shape(parts.vision, parts.qformer, parts.projection, parts.llm, layout.trained)
+    shape = model_shape(parts.vision, parts.qformer, parts.heads, parts.llm, layout.trained)
     return Plan(parts, shape, tuple(phases), layout)
 
 
