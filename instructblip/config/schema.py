@@ -30,7 +30,7 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 VisionNorm = Literal["layer", "channel"]
 QFormerInit = Literal["bert", "given", "scratch"]
 QueryInit = Literal["normal", "cls"]
-ModelKind = Literal["instructblip", "blip2_stage1"]
+ModelKind = Literal["instructblip", "blip2", "blip2_stage1"]
 LLMKind = Literal["decoder", "encoder_decoder"]
 TrainMode = Literal["frozen", "full"]
 PartName = Literal["vision", "qformer", "llm"]
@@ -162,7 +162,10 @@ class LLMConfig(Section):
     image_prefix: str = ""  # text in front of the visual tokens
     prompt_prefix: str = ""  # text between them and the prompt
     prompt_suffix: str = ""  # text after the prompt
-    answer_prefix: str = ""
+    answer_prefix: str = ""  # text before an answer that follows a text
+    supervise_bos: bool = (
+        False  # without a prompt BOS is learned as the answer's first token, as in BLIP-2's OPT models
+    )
     max_prompt_tokens: AtLeastOne = 128
     max_target_tokens: AtLeastOne = 256
     lavis_projection: LavisProjection | None = None  # as LAVIS's files trained with this LLM call it

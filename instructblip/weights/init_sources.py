@@ -20,16 +20,16 @@ from instructblip.errors import UserError
 from instructblip.files import atomic_path
 from instructblip.models.fingerprint import fingerprint_tensors
 from instructblip.weights.checkpoint import MODEL_FILE, load_checkpoint
-from instructblip.weights.gatekeeper import check_settings, config_json, open_config, refuse_other_model
+from instructblip.weights.gatekeeper import check_settings, open_config, refuse_other_model
 from instructblip.weights.lavis import read_tensors
 from instructblip.weights.load import find_checkpoint, hub_folder
-from instructblip.weights.names import LLM_PREFIX, Format, native_names
+from instructblip.weights.names import LLM_PREFIX, native_names
 from instructblip.weights.start import PROJECTION, Start
-from instructblip.weights.transformers_read import read_weights
+from instructblip.weights.transformers_layout import layout_of
+from instructblip.weights.transformers_read import is_huggingface_folder, read_side_tensors, read_weights
 
 TEXT_BRANCH_FILE = "text_branch.safetensors"
 
-_TRANSFORMERS: dict[str, Format] = {"instructblip": "huggingface", "blip-2": "huggingface_blip2"}  # by model_type
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _PTH = (".pth", ".pt", ".bin")
 
@@ -110,7 +110,7 @@ def find_start(given: str) -> StartSource:
     path = Path(given).expanduser()
     if path.is_file() and path.suffix in _PTH:
         return StartSource(given, "lavis", path, path.stem)
-    if path.is_dir() and (path / "config.json").is_file() and config_json(path).get("model_type") in _TRANSFORMERS:
+    if is_huggingface_folder(path):
         return StartSource(given, "transformers", path, path.absolute().name)
     if path.exists():
         refuse_other_model(path)
@@ -217,9 +217,8 @@ def _text_branch(folder: Path, sha256: str | None) -> dict[str, Tensor]:
 def _read_transformers(source: StartSource) -> StartWeights:
     check_settings(source.path)
     weights = read_weights(source.path)
-    form = _TRANSFORMERS[config_json(source.path)["model_type"]]
-    names = native_names(weights, form, str(source.path))
-    tensors = {native: weights[name] for name, native in names.items()}
+    names = native_names(weights, layout_of(source.path).names, str(source.path))
+    tensors = {native: weights[name] for name, native in names.items()} | read_side_tensors(source.path)
     llm = {name: tensors.pop(name) for name in list(tensors) if name.startswith(LLM_PREFIX)}
     partner = Partner(width=tensors["projection.weight"].shape[0], weights=llm) if llm else None
     return StartWeights(source, tensors, fingerprint_tensors(tensors), partner)

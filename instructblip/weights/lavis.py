@@ -1,10 +1,11 @@
-"""LAVIS's checkpoints: InstructBLIP's and BLIP-2's read, InstructBLIP's written.
+"""LAVIS's checkpoints of InstructBLIP and of both stages of BLIP-2, read and written.
 
 A `.pth` file is a pickle. It is read with torch's `weights_only` loader, which builds tensors and plain values and nothing
 else, and is mapped into memory rather than read where its container allows.
 """
 
 import logging
+import math
 import pickle
 import re
 from collections.abc import Mapping
@@ -14,13 +15,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from instructblip.config.schema import ModelKind
 from instructblip.errors import UserError
 from instructblip.files import atomic_path
+from instructblip.models.blip2 import BLIP2
 from instructblip.models.instructblip import InstructBLIP
 from instructblip.models.llm import EncoderDecoderLLM
 from instructblip.weights.names import (
     LAVIS_ALIASES,
+    LAVIS_TIED,
     PROJECTIONS,
+    backbone_state,
     check_tensors,
     foreign_names,
     is_ignored,
@@ -34,6 +39,9 @@ _VISION = "visual_encoder."
 _PROJECTION = "llm_proj."  # the table's name; others are renamed to it
 
 _POSITION_IDS = "Qformer.bert.embeddings.position_ids"
+_WORDS, _HEAD_BIAS = "Qformer.bert.embeddings.word_embeddings.weight", "Qformer.cls.predictions.bias"
+_MATCHING_HEAD = "itm_head.weight"
+_STAGE1_HEADS = ("Qformer.cls.", "vision_proj.", "text_proj.", "itm_head.", "temp")
 
 
 class LavisTensors(NamedTuple):
@@ -49,24 +57,38 @@ class LavisTensors(NamedTuple):
 
 
 class LavisCheckpoint(NamedTuple):
-    """What an InstructBLIP checkpoint of LAVIS holds, still under its own names.
+    """What a checkpoint of LAVIS holds, still under its own names.
 
     Attributes:
         path: the file.
-        trained: Q-Former, query tokens, `ln_vision` and projection; the projection is called `llm_proj`.
-        vision: the ViT; empty where it was frozen, as in the released files.
-        projection: the projection's original name, one of `PROJECTIONS`, which tells the family of language models.
+        kind: the model that it is of.
+        trained: Q-Former, query tokens, `ln_vision`, heads or projection; the projection is called `llm_proj`.
+        vision: the ViT; empty where it was frozen, as in most released files.
+        projection: the projection's original name, one of `PROJECTIONS`, which tells the family of language models; None in
+            BLIP-2's first stage.
     """
 
     path: Path
+    kind: ModelKind
     trained: dict[str, Tensor]
     vision: dict[str, Tensor]
-    projection: str
+    projection: str | None
 
     @property
-    def llm_width(self) -> int:
-        """Width of the embeddings of the language model that the projection was aligned to."""
-        return self.trained[f"{_PROJECTION}weight"].shape[0]
+    def llm_width(self) -> int | None:
+        """Width of the embeddings of the language model that the projection was aligned to; None without one."""
+        return self.trained[f"{_PROJECTION}weight"].shape[0] if self.projection else None
+
+    @property
+    def vision_width(self) -> int:
+        """Width of the image tokens that the Q-Former reads."""
+        return self.trained["ln_vision.weight"].shape[0]
+
+    @property
+    def image_patches(self) -> int | None:
+        """Patches on a side of the images that the ViT takes; None where the file has none."""
+        positions = self.vision.get(f"{_VISION}pos_embed")
+        return None if positions is None else math.isqrt(positions.shape[1] - 1)
 
 
 def read_pth(path: Path) -> Any:
@@ -96,21 +118,29 @@ def read_pth(path: Path) -> Any:
 
 
 def read_lavis(path: Path) -> LavisCheckpoint:
-    """Read an InstructBLIP checkpoint of LAVIS: a released one, or one of LAVIS's own training.
+    """Read a checkpoint of LAVIS, released or of LAVIS's own training: InstructBLIP's, or one of BLIP-2's two stages.
 
     What stands beside the weights (optimizer, config, scaler, epoch) is left alone.
 
     Raises:
-        UserError: not such a file, or no projection in it.
+        UserError: not such a file.
     """
     trained, vision = _split(_model_state(path))
     projection = _projection(trained)
-    if projection is None:
+    if projection is None and _MATCHING_HEAD not in trained:
         raise UserError(
-            f"{path} has no {' or '.join(PROJECTIONS)} and is no InstructBLIP checkpoint of LAVIS; a BLIP-2 checkpoint of "
-            "stage 1 or 2 is a start for training"
+            f"{path} has no projection ({' or '.join(PROJECTIONS)}) and no matching head (itm_head), so it is no checkpoint "
+            "of InstructBLIP or BLIP-2"
         )
-    return LavisCheckpoint(path, _with_one_projection(trained, projection), vision, projection)
+    if "ln_vision.weight" not in trained:
+        raise UserError(f"{path} lacks the tensor ln_vision.weight; it is of another model, or incomplete")
+    if projection is None:
+        return LavisCheckpoint(path, "blip2_stage1", trained, vision, None)
+    if heads := [name for name in trained if name.startswith(_STAGE1_HEADS)]:
+        logger.info("passed over %d tensors of BLIP-2's first stage: %s", len(heads), ", ".join(heads))
+    trained = {name: tensor for name, tensor in trained.items() if name not in heads}
+    kind: ModelKind = "instructblip" if _WORDS in trained else "blip2"
+    return LavisCheckpoint(path, kind, _with_one_projection(trained, projection), vision, projection)
 
 
 def qformer_settings(checkpoint: LavisCheckpoint) -> dict[str, Any]:
@@ -127,12 +157,12 @@ def qformer_settings(checkpoint: LavisCheckpoint) -> dict[str, Any]:
     return {
         "queries": checkpoint.trained["query_tokens"].shape[1],
         "cross_attention_every": crossed[1] if len(crossed) > 1 else 1 + max(int(match[1]) for match in found),
-        "instruction_aware": "Qformer.bert.embeddings.word_embeddings.weight" in checkpoint.trained,
+        "instruction_aware": _WORDS in checkpoint.trained,
     }
 
 
-def load_lavis(checkpoint: LavisCheckpoint, model: InstructBLIP) -> bool:
-    """Load a checkpoint into a model: its trained tensors, and its ViT where it has one.
+def load_lavis(checkpoint: LavisCheckpoint, model: InstructBLIP | BLIP2) -> bool:
+    """Load a checkpoint into a model of its kind: its trained tensors, and its ViT where it has one.
 
     Returns:
         Whether the projection is the checkpoint's: one into another width is left as it is in the model.
@@ -141,13 +171,12 @@ def load_lavis(checkpoint: LavisCheckpoint, model: InstructBLIP) -> bool:
         UserError: a tensor is missing, unknown or of another shape.
     """
     expected, found = model.part_state("qformer"), checkpoint.trained
-    fits = model.llm.width == checkpoint.llm_width
+    fits = not isinstance(model, InstructBLIP) or model.llm.width == checkpoint.llm_width
     if not fits:
         expected = {name: tensor for name, tensor in expected.items() if not name.startswith("projection.")}
         found = {name: tensor for name, tensor in found.items() if not name.startswith(_PROJECTION)}
     if checkpoint.vision:
-        own = {f"vision.backbone.{name}": tensor for name, tensor in model.vision.backbone.state_dict().items()}
-        expected, found = {**expected, **own}, {**found, **checkpoint.vision}
+        expected, found = {**expected, **backbone_state(model.vision)}, {**found, **checkpoint.vision}
     names = foreign_names(expected, "lavis")
     shapes = {names[name]: tensor.shape for name, tensor in expected.items()}
     check_tensors(shapes, found, str(checkpoint.path))
@@ -155,38 +184,49 @@ def load_lavis(checkpoint: LavisCheckpoint, model: InstructBLIP) -> bool:
     return fits
 
 
-def save_lavis(model: InstructBLIP, path: Path, *, projection: str | None = None) -> None:
-    """Write what is trained as a LAVIS checkpoint: Q-Former, query tokens, `ln_vision`, projection.
+def save_lavis(model: InstructBLIP | BLIP2, path: Path, *, projection: str | None = None) -> None:
+    """Write what is trained as a LAVIS checkpoint: Q-Former, query tokens, `ln_vision`, projection or heads; a trained ViT.
 
-    The frozen ViT and language model are not in such a file. LAVIS computes `ln_vision` with an eps of 1e-5, whatever the
+    A frozen ViT and the language model are not in such a file. LAVIS computes `ln_vision` with an eps of 1e-5, whatever the
     model has.
 
     Args:
         model: the model.
         path: of the file.
-        projection: its name there, one of `PROJECTIONS`; None takes that of InstructBLIP's models of this kind.
+        projection: its name there, one of `PROJECTIONS`; None takes that of the released models of this kind.
 
     Raises:
-        UserError: other parts were trained, a tensor has no place there (of another vision norm than a LayerNorm, say),
-            or the disk is full.
+        UserError: the language model was trained, a tensor has no place there (of another vision norm than a LayerNorm,
+            say), or the disk is full.
     """
-    if others := sorted(model.trained_parts - {"qformer"}):
-        raise UserError(f"{others[0]} was trained too, and a LAVIS file has no place for it; write --to huggingface")
+    if "llm" in model.trained_parts:
+        raise UserError("llm was trained too, and a LAVIS file has no place for it; write --to huggingface")
     state = model.part_state("qformer")
-    projection = projection or ("t5_proj" if isinstance(model.llm, EncoderDecoderLLM) else "llm_proj")
-    names = {
-        native: name.replace(_PROJECTION, f"{projection}.") for native, name in foreign_names(state, "lavis").items()
-    }
-    positions = torch.arange(model.qformer.max_text_tokens)[None]  # a buffer, which LAVIS's own files have
+    if "vision" in model.trained_parts:
+        state |= backbone_state(model.vision)
+    names = foreign_names(state, "lavis")
+    if isinstance(model, InstructBLIP):
+        projection = projection or _usual_projection(model)
+        names = {native: name.replace(_PROJECTION, f"{projection}.") for native, name in names.items()}
+    content = {names[native]: tensor.detach().cpu() for native, tensor in state.items()}
+    # What LAVIS's own files have too: a buffer, and under their second names the tensors of a tied head.
+    content[_POSITION_IDS] = torch.arange(model.qformer.max_text_tokens)[None]
+    if model.qformer.lm_head is not None:
+        content |= {copy: content[name] for copy, name in zip(LAVIS_TIED, (_WORDS, _HEAD_BIAS), strict=True)}
     with atomic_path(path) as partial:
-        content = {names[native]: tensor.detach().cpu() for native, tensor in state.items()}
-        torch.save({"model": content | {_POSITION_IDS: positions}}, partial)
+        torch.save({"model": content}, partial)
     if isinstance(model.vision_norm, nn.LayerNorm) and model.vision_norm.eps != LN_VISION_EPS:
         logger.warning(
             "LAVIS computes ln_vision with an eps of %g, this model with %g: its outputs differ by that",
             LN_VISION_EPS,
             model.vision_norm.eps,
         )
+
+
+def _usual_projection(model: InstructBLIP) -> str:
+    if isinstance(model.llm, EncoderDecoderLLM):
+        return "t5_proj"
+    return "llm_proj" if model.qformer.instruction_aware else "opt_proj"
 
 
 def read_tensors(path: Path) -> LavisTensors:

@@ -70,7 +70,8 @@ def save_parts(model: InstructBLIP, settings: Settings, folder: Path, *, with_ll
         "layer_norm_eps": sizes["norm_eps"],
     }
     with quiet_transformers():
-        model.qformer_tokenizer.save_pretrained(folder / "qformer")
+        if model.qformer_tokenizer is not None:
+            model.qformer_tokenizer.save_pretrained(folder / "qformer")
         if with_llm:
             model.llm.model.save_pretrained(folder / "llm")
             model.llm.prompt_format.tokenizer.save_pretrained(folder / "llm")
@@ -105,7 +106,7 @@ def parts_config(
             queries=qformer["queries"],
             cross_attention_every=qformer["cross_attention_every"],
             dropout=qformer["dropout"],
-            max_instruction_tokens=settings.max_instruction_tokens,
+            max_instruction_tokens=settings.max_text_tokens,
         ),
         llm=llm
         or LLMConfig(

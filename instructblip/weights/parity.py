@@ -104,6 +104,7 @@ def trace_native(model: InstructBLIP) -> Trace:
     images = model.normalised(tokens)
     text, mask = None, None
     if model.qformer.instruction_aware:
+        assert model.qformer_tokenizer is not None
         encoded = model.qformer_tokenizer([INSTRUCTION] * _BATCH, return_tensors="pt")
         text, mask = encoded["input_ids"], encoded["attention_mask"]
     queries = model.qformer(images, text, mask).query_BQD

@@ -255,6 +255,7 @@ def load_llm(config: LLMConfig) -> LLM:
         "prompt_prefix": config.prompt_prefix,
         "prompt_suffix": config.prompt_suffix,
         "answer_prefix": config.answer_prefix,
+        "supervise_bos": config.supervise_bos,
         "max_prompt_tokens": config.max_prompt_tokens,
         "max_target_tokens": config.max_target_tokens,
     }

@@ -94,8 +94,8 @@ def test_ours_to_transformers_to_ours(exported: tuple[InstructBLIP, Path]) -> No
     assert again.max_instruction_tokens == 32
     assert type(again.llm) is type(model.llm)
     for text in (PROMPT, "a literal <image> in a prompt"):
-        assert again.llm.prompt_format.prompt_ids(text, truncate=True) == model.llm.prompt_format.prompt_ids(
-            text, truncate=True
+        assert again.llm.prompt_format.prompt_ids(text, training=True) == model.llm.prompt_format.prompt_ids(
+            text, training=True
         )
         assert again.llm.prompt_format.target_ids(text) == model.llm.prompt_format.target_ids(text)
     assert again.llm.prompt_format.image_prefix_ids == model.llm.prompt_format.image_prefix_ids
@@ -229,6 +229,7 @@ def test_the_sidecar_says_what_transformers_cannot(tmp_path: Path, caplog: pytes
             "prompt_prefix": "\n",
             "prompt_suffix": " answer",
             "answer_prefix": " ",
+            "supervise_bos": False,
             "max_prompt_tokens": 128,
             "max_target_tokens": 256,
         },

@@ -144,7 +144,7 @@ def test_text_conventions(name: str, folders: dict[str, Path]) -> None:
     assert tokens(llm.prompt_format.prompt_ids("red")) == prompt
     assert tokens(llm.prompt_format.target_ids("red")) == answer
     assert llm.prompt_format.target_ids("red", include_eos=False) == llm.prompt_format.target_ids("red")[:-1]
-    assert len(llm.prompt_format.prompt_ids("red " * 400, truncate=True)) == 128
+    assert len(llm.prompt_format.prompt_ids("red " * 400, training=True)) == 128
     longest = {"decoder": 256 - len(llm.prompt_format.bos_ids), "encoder_decoder": 256}[
         llm_config(name, folders[name]).kind
     ]
