@@ -193,18 +193,12 @@ def _fit_qformer(model: Model, tensors: Mapping[str, Tensor], config: QFormerCon
     for name in left:
         if _place(name) == QFORMER:
             raise UserError(_other_qformer(name, None, tensors[name], last, QFORMER))
-    return _whole_places(_Fitted(taken, left, new))
-
-
-def _whole_places(fitted: _Fitted) -> _Fitted:
-    """A place that is new in part is new as a whole, but for the layers of cross-attention that are not changed."""
-    taken = {
-        name: tensor
-        for name, tensor in fitted.taken.items()
-        if _place(name) not in fitted.new or _place(name) == _CROSS_ATTENTION
-    }
-    left = {name: tensor for name, tensor in fitted.left.items() if _place(name) not in fitted.new}
-    return dataclasses.replace(fitted, taken=taken, left=left)
+    # A place that is new in part is new as a whole.
+    return _Fitted(
+        {name: tensor for name, tensor in taken.items() if _place(name) not in new},
+        {name: tensor for name, tensor in left.items() if _place(name) not in new},
+        new,
+    )
 
 
 def _place(name: str) -> str:
@@ -274,7 +268,9 @@ def _take_own(model: Model, part: str, tensors: Mapping[str, Tensor], last: Star
     own = model.part_state(part)
     if part == "vision":
         _fit_positions(model.vision.backbone, found)
-    if any(name not in own or own[name].shape != tensor.shape for name, tensor in found.items()):
+    needed = {name for name in own if part != "vision" or name.startswith("vision.backbone.")}  # not image statistics
+    misfit = [name for name, tensor in found.items() if name not in own or own[name].shape != tensor.shape]
+    if misfit or not needed <= found.keys():
         return [f"left out: the {_TITLES[part]} of {last.source.given}, which has other sizes than {part}= has"]
     if all(torch.equal(own[name], tensor.to(own[name].dtype)) for name, tensor in found.items()):
         return []
