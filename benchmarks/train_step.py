@@ -158,6 +158,8 @@ def samples(count: int, long: int, image_size: int) -> list[tuple[Sample, Tensor
             record=Record(str(number), "question", answers=(answer,)),
             frames=(),
             image_location=(0, number),
+            image_id=str(number),
+            position=number,
             instruction=prompt,
             target=answer,
             template=prompt,

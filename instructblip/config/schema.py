@@ -41,6 +41,7 @@ Weighting = Literal["sqrt", "proportional", "uniform", "temperature"]
 MixedPer = Literal["sample", "batch", "step"]
 Transform = Literal["resize_square", "center_crop", "blip2_image_train", "blip_image_train", "clip_image_train"]
 BatchingKind = Literal["fixed", "bucketed", "packed"]
+Gather = Literal["gradient", "detached"]
 Precision = Literal["fp32", "bf16"]
 ParallelKind = Literal["single", "ddp", "fsdp"]
 LoggerKind = Literal["none", "wandb"]
@@ -272,6 +273,8 @@ class PhaseConfig(Section):
     new_parts_scale: PositiveFloat = 1.0
     # What is trained for, by name, with its weight in the loss; 0 leaves one out. Empty: language_modeling alone.
     objectives: dict[str, NotNegativeFloat] = field(default_factory=dict)
+    # Of objectives over the whole batch. detached: what they compare a sample with has no gradient, as in the released code.
+    gather: Gather = "gradient"
     plateau_steps: AtLeastOne | None = None  # None: a cosine of every step; 3000: the released code's staircase
 
 

@@ -157,6 +157,8 @@ class MixtureDataset(Dataset[Item]):
             record=record,
             frames=frames,
             image_location=(number, row),
+            image_id=f"{chosen.split.dataset}/{shard.keys[row]}",
+            position=draw.position,
             instruction=instruction,
             target=target,
             template=template,

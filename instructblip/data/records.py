@@ -142,6 +142,8 @@ class Sample:
         record: the annotation it was rendered from.
         frames: encoded image bytes, as stored: one image, or the frames of a video.
         image_location: (shard number within the dataset split, row of the image in the shard).
+        image_id: the same for all samples of one image, in all views of a dataset.
+        position: where it was drawn in the run.
         instruction, target: text in and text out; `target` is None where the answer is not public.
         template: the template that made them.
     """
@@ -151,6 +153,8 @@ class Sample:
     record: Record
     frames: tuple[bytes, ...]
     image_location: tuple[int, int]
+    image_id: str
+    position: int
     instruction: str
     target: str | None
     template: str

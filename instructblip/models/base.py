@@ -35,6 +35,26 @@ class Samples(Protocol):
     def targets(self) -> Sequence[str]:
         """B answers."""
 
+    @property
+    def image_ids(self) -> Sequence[str]:
+        """Of B images, equal where they are the same."""
+
+    @property
+    def positions(self) -> Sequence[int]:
+        """B places in the run."""
+
+
+class Partners(NamedTuple):
+    """For each sample of a micro-batch another one's image, and another one's answer, which do not belong to it.
+
+    Attributes:
+        images: as in `Samples`.
+        answers: as in `Inputs`.
+    """
+
+    images: Tensor
+    answers: Sequence[Sequence[int]]
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -44,11 +64,16 @@ class Inputs:
         images: as in `Samples`.
         prompts: B prompts.
         answers: B token sequences with their end, none of them empty.
+        image_ids, positions: as in `Samples`; read by objectives over the whole batch.
+        partners: drawn for an objective that needs them.
     """
 
     images: Images
     prompts: Sequence[str]
     answers: Sequence[Sequence[int]]
+    image_ids: Sequence[str] = ()
+    positions: Sequence[int] = ()
+    partners: Partners | None = None
 
     def __len__(self) -> int:
         return len(self.prompts)

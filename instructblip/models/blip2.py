@@ -106,7 +106,9 @@ class BLIP2(Model):
     """A vision encoder and a Q-Former with its heads.
 
     Outputs by name: `image_projected` (B, Q, E) and `text_projected` (B, E), unit length, and `temperature` (), which their
-    scalar products are divided by; `answer_logits` (S, W), for each token of each caption, sample after sample.
+    scalar products are divided by; `answer_logits` (S, W), for each token of each caption, sample after sample;
+    `match_logits` (3, B, 2): no match, match, of each sample's own pair, of its text with its partner's image, of its image
+    with its partner's text.
 
     Args:
         vision: image encoder.
@@ -137,7 +139,7 @@ class BLIP2(Model):
     }
 
     HELD = frozenset({"qformer"})
-    OUTPUTS = frozenset({"image_projected", "text_projected", "temperature", "answer_logits"})
+    OUTPUTS = frozenset({"image_projected", "text_projected", "temperature", "answer_logits", "match_logits"})
 
     def __init__(
         self,
@@ -209,28 +211,44 @@ class BLIP2(Model):
         if len(set(sizes)) > 1:
             raise ValueError(f"{sizes[0]} images and {sizes[1]} texts do not make pairs")
         answers = [ids[1:] for ids in self._token_ids(samples.targets, self.max_text_tokens)]
-        return Inputs(samples.images, samples.instructions, answers)
+        return Inputs(samples.images, samples.instructions, answers, samples.image_ids, samples.positions)
 
     def forward(self, inputs: Inputs, wanted: Collection[str], *, packed: bool = False) -> Outputs:
-        """See the class for the outputs.
+        """See the class for the outputs. `match_logits` needs partners.
 
         Raises:
             ValueError: packed: there is no LLM. Clips of several frames.
         """
         if packed:
             raise ValueError("BLIP-2's first stage has no LLM whose rows samples could share")
-        ids_BT, mask_BT = self._padded([[self.tokenizer.cls_token_id, *answer] for answer in inputs.answers])
-        image = self.encode_images(self.image_tokens(inputs.images))
-        tensors = {"image_projected": image.projected_BQE, "temperature": self.temperature}
+        ids_BT, mask_BT = self._captions(inputs.answers)
+        tokens_B1PU = self.image_tokens(inputs.images)
+        tensors: dict[str, Tensor] = {"temperature": self.temperature}
+        # The first two come first, so that dropout draws the same in a pass for them alone.
+        image = self.encode_images(tokens_B1PU) if {"image_projected", "answer_logits"} & set(wanted) else None
         if "text_projected" in wanted:
             tensors["text_projected"] = self.encode_texts(ids_BT, mask_BT).projected_BE
-        if "answer_logits" in wanted:
-            tensors["answer_logits"] = self.encode_captions(image.cache, ids_BT, mask_BT).logits_NW
-        return Outputs({name: tensors[name] for name in wanted}, PassWorkload(text=sum(map(len, inputs.answers))))
+        if image is not None:
+            tensors["image_projected"] = image.projected_BQE
+            if "answer_logits" in wanted:
+                tensors["answer_logits"] = self.encode_captions(image.cache, ids_BT, mask_BT).logits_NW
+        if "match_logits" in wanted:
+            image_BPU = self.normalised(tokens_B1PU) if image is None else image.tokens_BPU
+            tensors["match_logits"] = self._match_logits(image_BPU, inputs)
+        workload = PassWorkload(text=sum(map(len, inputs.answers)) + len(inputs))
+        return Outputs({name: tensors[name] for name in wanted}, workload)
+
+    def _match_logits(self, image_BPU: Tensor, inputs: Inputs) -> Tensor:
+        assert inputs.partners is not None
+        other_BPU = self.normalised(self.image_tokens(inputs.partners.images))
+        ids_NT, mask_NT = self._captions([*inputs.answers, *inputs.answers, *inputs.partners.answers])
+        pairs = self.encode_pairs(torch.cat([image_BPU, other_BPU, image_BPU]), ids_NT, mask_NT)
+        return pairs.logits_B2.unflatten(0, (3, -1))
 
     def uses_every_weight(self, wanted: Collection[str]) -> bool:
-        """No output alone comes from all heads; a vision encoder may end early."""
-        return False
+        """The three tasks together use all of the Q-Former and its heads; a vision encoder may end early."""
+        tasks = {"image_projected", "text_projected", "temperature", "answer_logits", "match_logits"}
+        return self.trained_parts <= {"qformer"} and tasks <= set(wanted)
 
     def sample_length(self) -> Callable[[str, str, int], int]:
         """A picklable function: queries and tokens of a sample's pair, from its (prompt, target, frames)."""
@@ -249,6 +267,9 @@ class BLIP2(Model):
         # Not the tokenizer's own truncation: InstructBLIP's loses the beginning.
         rows = self.tokenizer(list(texts), truncation=False)["input_ids"]
         return [ids if len(ids) <= limit else [*ids[: limit - 1], ids[-1]] for ids in rows]
+
+    def _captions(self, answers: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        return self._padded([[self.tokenizer.cls_token_id, *answer] for answer in answers])
 
     def _padded(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         tensors = [torch.tensor(ids, device=self.device) for ids in rows]

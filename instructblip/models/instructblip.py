@@ -135,7 +135,7 @@ class InstructBLIP(Model):
             )
         pairs = zip(samples.instructions, samples.targets, strict=True)
         answers = [self.llm.prompt_format.answer_ids(prompt, target) for prompt, target in pairs]
-        return Inputs(samples.images, samples.instructions, answers)
+        return Inputs(samples.images, samples.instructions, answers, samples.image_ids, samples.positions)
 
     def forward(self, inputs: Inputs, wanted: Collection[str], *, packed: bool = False) -> Outputs:
         """See the class for the outputs. Of the LLM, only `answer_logits` needs its layers."""

@@ -50,6 +50,8 @@ def passed(
         targets=ANSWERS[:count],
         images=images,
         places=list(range(count)),
+        image_ids=[str(number) for number in range(count)],
+        positions=list(range(count)),
     )
     optimizer = make_adamw(model.named_parameters(), weight_decay=0.0, betas=(0.9, 0.999))
     with counted() as counter:
