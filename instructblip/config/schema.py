@@ -181,6 +181,7 @@ class ArchitectureConfig(Section):
     feature_width: AtLeastOne = 256  # of the features that image and text are contrasted by
     max_text_tokens: AtLeastOne = 32
     temperature: PositiveFloat = 0.07  # that similarities are divided by; trained from here on
+    language_model_head: bool = True  # false: it does not caption, as transformers' retrieval models
 
 
 @dataclass(kw_only=True)

@@ -9,7 +9,6 @@ L language-model width, S supervised tokens in the batch.
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -82,6 +81,11 @@ class InstructBLIP(Model):
         self._match_embedding_scale()
         self._fixed = [parameter for parameter in qformer.parameters() if not parameter.requires_grad]
         self.choose_trained(trained)
+
+    @property
+    def title(self) -> str:
+        """InstructBLIP, or BLIP-2's second stage."""
+        return "InstructBLIP" if self.qformer.instruction_aware else "BLIP-2's second stage"
 
     @property
     def device(self) -> torch.device:
@@ -270,16 +274,6 @@ class InstructBLIP(Model):
         ]
         before = len(texts.image_prefix_ids)
         return [before + n * queries + len(texts.prompt_ids(text)) for n, text in zip(frames, prompts, strict=True)]
-
-    def save_huggingface(self, folder: str | Path) -> None:
-        """Write a folder that transformers' `InstructBlipForConditionalGeneration` and `InstructBlipProcessor` open.
-
-        Raises:
-            UserError: parts that their format cannot hold.
-        """
-        from instructblip.weights.transformers_write import save_huggingface  # which knows this class
-
-        save_huggingface(self, Path(folder))
 
     @torch.no_grad()
     def _match_embedding_scale(self) -> None:

@@ -85,10 +85,12 @@ class LavisCheckpoint(NamedTuple):
         return self.trained["ln_vision.weight"].shape[0]
 
     @property
-    def image_patches(self) -> int | None:
-        """Patches on a side of the images that the ViT takes; None where the file has none."""
-        positions = self.vision.get(f"{_VISION}pos_embed")
-        return None if positions is None else math.isqrt(positions.shape[1] - 1)
+    def image_size(self) -> int | None:
+        """Side of the images that the file's ViT takes, pixels; None where it has none."""
+        positions, patches = (self.vision.get(f"{_VISION}{name}") for name in ("pos_embed", "patch_embed.proj.weight"))
+        if positions is None or patches is None:
+            return None
+        return math.isqrt(positions.shape[1] - 1) * patches.shape[-1]
 
 
 def read_pth(path: Path) -> Any:
@@ -132,8 +134,9 @@ def read_lavis(path: Path) -> LavisCheckpoint:
             f"{path} has no projection ({' or '.join(PROJECTIONS)}) and no matching head (itm_head), so it is no checkpoint "
             "of InstructBLIP or BLIP-2"
         )
-    if "ln_vision.weight" not in trained:
-        raise UserError(f"{path} lacks the tensor ln_vision.weight; it is of another model, or incomplete")
+    for needed in ("ln_vision.weight", *(["vision_proj.bias"] if projection is None else [])):
+        if needed not in trained:
+            raise UserError(f"{path} lacks the tensor {needed}; it is of another model, or incomplete")
     if projection is None:
         return LavisCheckpoint(path, "blip2_stage1", trained, vision, None)
     if heads := [name for name in trained if name.startswith(_STAGE1_HEADS)]:
@@ -158,6 +161,16 @@ def qformer_settings(checkpoint: LavisCheckpoint) -> dict[str, Any]:
         "queries": checkpoint.trained["query_tokens"].shape[1],
         "cross_attention_every": crossed[1] if len(crossed) > 1 else 1 + max(int(match[1]) for match in found),
         "instruction_aware": _WORDS in checkpoint.trained,
+    }
+
+
+def architecture_settings(checkpoint: LavisCheckpoint) -> dict[str, Any]:
+    """What the tensors of BLIP-2's first stage say of its heads; nothing for another model."""
+    if checkpoint.kind != "blip2_stage1":
+        return {}
+    return {
+        "feature_width": checkpoint.trained["vision_proj.bias"].shape[0],
+        "language_model_head": _HEAD_BIAS in checkpoint.trained,
     }
 
 

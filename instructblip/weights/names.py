@@ -1,7 +1,7 @@
 """The names of tensors: this code's, LAVIS's, transformers'. One table, read in both directions.
 
-A state dict of this code (`InstructBLIP.state_dict()`, `BLIP2.state_dict()`) is compared with the formats in which the two were
-released. timm's EVA uses LAVIS's names without their prefix. The language model's own tensors differ by their prefix only.
+A state dict of this code (`InstructBLIP.state_dict()`, `BLIP2.state_dict()`) is compared with the formats in which the two
+were released. timm's EVA uses LAVIS's names without their prefix. A language model's tensors differ by their prefix only.
 """
 
 import fnmatch

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tokenizers import AddedToken
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from instructblip.config.schema import (
     LLMConfig,
@@ -70,7 +71,7 @@ def build_model(config: ModelConfig, *, trained: Collection[str] = ("qformer",))
 
 
 def build_instructblip(config: ModelConfig) -> InstructBLIP:
-    """InstructBLIP, its Q-Former trained and the rest frozen; as `build_model`."""
+    """InstructBLIP or BLIP-2's second stage, its Q-Former trained and the rest frozen; as `build_model`."""
     encoder = load_vision(config.vision)
     language = load_llm(config.language_model())
     torch.manual_seed(config.seed)
@@ -91,6 +92,9 @@ def build_blip2_stage1(config: ModelConfig) -> BLIP2:
     encoder = load_vision(config.vision)
     torch.manual_seed(config.seed)
     trainable, tokenizer = load_qformer(config.qformer, vision_width=encoder.width, reads_and_writes=True)
+    assert tokenizer is not None
+    if not config.model.language_model_head:
+        trainable.lm_head = None
     try:
         return BLIP2(
             vision=encoder,
@@ -106,9 +110,10 @@ def build_blip2_stage1(config: ModelConfig) -> BLIP2:
 
 
 # By kind of model: its class, and the function that builds it.
-MODELS: dict[ModelKind, type[Model]] = {"instructblip": InstructBLIP, "blip2_stage1": BLIP2}
+MODELS: dict[ModelKind, type[Model]] = {"instructblip": InstructBLIP, "blip2": InstructBLIP, "blip2_stage1": BLIP2}
 _BUILDERS: dict[ModelKind, Callable[[ModelConfig], Model]] = {
     "instructblip": build_instructblip,
+    "blip2": build_instructblip,
     "blip2_stage1": build_blip2_stage1,
 }
 
@@ -192,8 +197,10 @@ def _not_built(backbone: Any, config: VisionConfig) -> tuple[str, ...]:
 # --- Q-Former --------------------------------------------------------------------------------------------------------
 
 
-def load_qformer(config: QFormerConfig, *, vision_width: int, reads_and_writes: bool = False) -> tuple[QFormer, Any]:
-    """The trainable Q-Former and its tokenizer; `reads_and_writes` as in `make_qformer`.
+def load_qformer(
+    config: QFormerConfig, *, vision_width: int, reads_and_writes: bool = False
+) -> tuple[QFormer, PreTrainedTokenizerBase | None]:
+    """The trainable Q-Former and its tokenizer, None where it reads no text; `reads_and_writes` as in `make_qformer`.
 
     With `init=bert` the text branch and both feed-forwards of each layer start from BERT's weights, and only the query
     tokens and the cross-attention are new; with `scratch` and `given` everything is drawn. Where a file lacks the
@@ -201,9 +208,11 @@ def load_qformer(config: QFormerConfig, *, vision_width: int, reads_and_writes: 
     """
     folder = part_folder(sources(config.name, config.sources), setting="qformer.sources.path")
     bert = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    tokenizer = open_tokenizer(folder, f"qformer={config.name}: ", truncation_side="left")
-    _add_tokens(tokenizer, config.extra_tokens)
-    rows = max(bert["vocab_size"], _rows_needed(tokenizer))
+    tokenizer, rows = None, bert["vocab_size"]
+    if config.instruction_aware or config.query_init == "cls":
+        tokenizer = open_tokenizer(folder, f"qformer={config.name}: ", truncation_side="left")
+        _add_tokens(tokenizer, config.extra_tokens)
+        rows = max(rows, _rows_needed(tokenizer))
     qformer = make_qformer(
         config,
         bert,
@@ -219,6 +228,7 @@ def load_qformer(config: QFormerConfig, *, vision_width: int, reads_and_writes: 
         state = qformer_state_from_bert(weights, qformer)
         load_exactly(qformer, state, f"{folder}/model.safetensors", new=names_unknown_to_bert(weights, qformer))
         if config.query_init == "cls":
+            assert tokenizer is not None
             draw_query_tokens_near(qformer, weights, token=tokenizer.cls_token_id)
     else:
         initialize_like_bert(qformer)

@@ -1,9 +1,9 @@
 """All that a transformers folder says of a model besides its weights.
 
 It cannot say everything: one eps serves all norms of its vision part, its processor knows no text around the visual tokens
-and no limits, its token table may have grown by `<image>`. A folder that `transformers_write.py` wrote has `instructblip.json`
-and the plain tokenizers beside transformers' files, so that it is read back as it was, tensor for tensor. One without them
-is read with the released models' values.
+and no limits, its token table may have grown by `<image>`. A folder that `transformers_write.py` wrote has
+`instructblip.json` and the plain tokenizers beside transformers' files, so that it is read back as it was, tensor for
+tensor. One without them is read with the released models' values.
 """
 
 import math

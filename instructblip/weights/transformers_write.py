@@ -24,6 +24,7 @@ from transformers import (
 from instructblip._transformers import quiet_transformers
 from instructblip.errors import UserError
 from instructblip.files import atomic_folder, write_json
+from instructblip.models.base import Model
 from instructblip.models.blip2 import BLIP2
 from instructblip.models.instructblip import InstructBLIP
 from instructblip.models.llm import LLM, EncoderDecoderLLM
@@ -50,7 +51,7 @@ logger = logging.getLogger(__name__)
 _IMAGE_TOKEN = "<image>"
 
 
-def save_huggingface(model: InstructBLIP | BLIP2, folder: Path, *, overwrite: bool = False) -> None:
+def save_huggingface(model: Model, folder: Path, *, overwrite: bool = False) -> None:
     """Write a folder that transformers' class of this model and its processor open (`transformers_layout.py`).
 
     transformers marks the places of the visual tokens by an `<image>` token. Where the language model's table has no row to
@@ -69,6 +70,7 @@ def save_huggingface(model: InstructBLIP | BLIP2, folder: Path, *, overwrite: bo
     Raises:
         UserError: a part that transformers' format cannot hold, something else in the folder's place, or a full disk.
     """
+    assert isinstance(model, InstructBLIP | BLIP2)
     _check_holdable(model)
     with atomic_folder(folder, overwrite_if=SIDECAR if overwrite else None) as partial, quiet_transformers():
         if isinstance(model, BLIP2):

@@ -58,13 +58,13 @@ def test_every_format_is_the_same_model(formats: Formats) -> None:
 
 def test_a_source_is_found_without_its_weights(formats: Formats, tmp_path: Path) -> None:
     (checkpoint,) = checkpoint_folders(formats.native / "checkpoints")
-    assert find_source(formats.native) == ("run", checkpoint, "native", "decoder")
-    assert find_source(checkpoint, llm="huggingface_llm") == ("run", checkpoint, "native", "decoder")
-    assert find_source(formats.lavis, llm="own") == ("lavis", formats.lavis, "model", "decoder")
+    assert find_source(formats.native) == ("run", checkpoint, "native", "instructblip", "decoder")
+    assert find_source(checkpoint, llm="huggingface_llm") == ("run", checkpoint, "native", "instructblip", "decoder")
+    assert find_source(formats.lavis, llm="own") == ("lavis", formats.lavis, "model", "instructblip", "decoder")
     folder = Path(
         shutil.copytree(formats.huggingface, tmp_path / "mine", ignore=shutil.ignore_patterns("*.safetensors"))
     )
-    assert find_source(folder) == Source("huggingface", folder, "mine", "decoder")
+    assert find_source(folder) == Source("huggingface", folder, "mine", "instructblip", "decoder")
     said = folder / "config.json"
     said.write_text(json.dumps(json.loads(said.read_text()) | {"text_config": {"model_type": "t5"}}))
     assert find_source(folder).llm_kind == "encoder_decoder"
