@@ -396,7 +396,9 @@ def load_run(source: Path, *, device: str = "auto", config: ModelConfig | None =
     # What a checkpoint does not hold it names by a fingerprint.
     trained = MODELS[config.model.kind].PARTS.keys() - frozen.keys()
     start = Start.from_json(loaded.state.get("start"))
-    standing = Standing(start, untrained=tuple(loaded.state.get("untrained", ())))
+    # Steps align what they train to the run's own LLM.
+    aligned_to = start.aligned_to if loaded.step == 0 else None
+    standing = Standing(start, aligned_to, tuple(loaded.state.get("untrained", ())))
     if own.llm is not None and config.language_model().name != own.llm.name:
         trained -= {"llm"}
         state = {name: tensor for name, tensor in state.items() if not name.startswith("llm.")}
