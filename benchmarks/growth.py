@@ -141,7 +141,7 @@ def made_up_run(folder: Path, count: int) -> Any:
         lost=LostSamples(fraction=0.01, samples=10, say=print),
         validation=[True],
         frozen={"vision": "0", "llm": "0"},
-        shape=SimpleNamespace(total=lambda work, runs_llm: 1e12),
+        shape=SimpleNamespace(total=lambda work, outputs: 1e12),
         peak_flops=1e15,
         metrics=MetricsLog(folder / "metrics.jsonl"),
         best=BestStep("mean"),

@@ -40,6 +40,7 @@ Converter = Literal["gguf", "efficientnet_pth"]
 Weighting = Literal["sqrt", "proportional", "uniform", "temperature"]
 MixedPer = Literal["sample", "batch", "step"]
 Transform = Literal["resize_square", "center_crop", "blip2_image_train", "blip_image_train", "clip_image_train"]
+TextProcessor = Literal["none", "blip_caption", "blip_question"]
 BatchingKind = Literal["fixed", "bucketed", "packed"]
 Gather = Literal["gradient", "detached"]
 Precision = Literal["fp32", "bf16"]
@@ -250,6 +251,7 @@ class DataConfig(Section):
     workers: NotNegative = 0
     cache_features: bool = False
     transform: Transform = "resize_square"  # of training images
+    text_processor: TextProcessor = "none"  # of the texts that training teaches; blip_caption: as the released code's
     tolerance: ToleranceConfig = field(default_factory=ToleranceConfig)
 
 

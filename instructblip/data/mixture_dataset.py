@@ -9,12 +9,14 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from instructblip.config.schema import TextProcessor
 from instructblip.data.batching import Item
 from instructblip.data.lost import LostSample
 from instructblip.data.mixture import Draw, Mixture, position_generator
 from instructblip.data.records import Sample
 from instructblip.data.shards import PreparedSplit, ShardReader
 from instructblip.data.templates import TemplateSet, render_training
+from instructblip.data.text_processors import TEXT_PROCESSORS
 from instructblip.data.transforms import AUGMENTATIONS, augment_frames
 from instructblip.errors import DamagedSample, UserError
 from instructblip.images import fit_frames
@@ -111,12 +113,20 @@ class MixtureDataset(Dataset[Item]):
         mixture: the plan.
         sets: the datasets, in the order of the mixture's entries.
         make_image: gives the image tokens or pixels of a drawn image.
+        text_processor: what is done to each target, one of `text_processors.TEXT_PROCESSORS`.
     """
 
-    def __init__(self, mixture: Mixture, sets: Sequence[TrainingSet], make_image: MakeImage) -> None:
+    def __init__(
+        self,
+        mixture: Mixture,
+        sets: Sequence[TrainingSet],
+        make_image: MakeImage,
+        text_processor: TextProcessor = "none",
+    ) -> None:
         self.mixture = mixture
         self.sets = list(sets)
         self.make_image = make_image
+        self.text_processor = text_processor
 
     def __getitem__(self, position: int) -> Item:
         return self.read(position)[0]
@@ -160,7 +170,7 @@ class MixtureDataset(Dataset[Item]):
             image_id=f"{chosen.split.dataset}/{shard.keys[row]}",
             position=draw.position,
             instruction=instruction,
-            target=target,
+            target=TEXT_PROCESSORS[self.text_processor](target),
             template=template,
         )
         return sample, self.make_image(DrawnImage(shard, row, frames, random, chosen.flip))

@@ -44,6 +44,8 @@ class Objective(ABC):
     unit: ClassVar[str]
     outputs: ClassVar[frozenset[str]]
     """The model's outputs that it needs."""
+    validated: ClassVar[bool] = True
+    """Whether what it teaches shows in a validation."""
 
     def __init__(self, weight: float = 1.0) -> None:
         self.weight = weight

@@ -5,6 +5,7 @@ Shape legend: B samples of a rank, N of the global batch.
 
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -52,12 +53,13 @@ class Matching(PairedObjective):
         to_images_BN = similarities(everyone["image_projected"], own["text_projected"]).T / temperature
         to_texts_BN = similarities(own["image_projected"], everyone["text_projected"]) / temperature
         positions = batch.positions_N[batch.own_rows_B].tolist()
-        numbers_B2 = torch.tensor([seeded_generator(seed, "matching", place).random(2) for place in positions])
+        streams = [seeded_generator(seed, "matching", place) for place in positions]
+        numbers_2B = torch.from_numpy(np.stack([stream.random(2) for stream in streams], axis=1))
         images_B, answers_B = (
-            _draw(scores_BN.masked_fill(same_BN, -torch.inf), batch.positions_N, numbers_B2[:, column]).tolist()
-            for column, scores_BN in enumerate((to_images_BN, to_texts_BN))
+            _draw(scores_BN.masked_fill(same_BN, -torch.inf), batch.positions_N, numbers_B)
+            for scores_BN, numbers_B in zip((to_images_BN, to_texts_BN), numbers_2B, strict=True)
         )
-        return PartnerRows(images_B, answers_B)
+        return PartnerRows(images_B.tolist(), answers_B.tolist())
 
     def term(self, outputs: Mapping[str, Tensor], inputs: Inputs) -> Term:
         """From `match_logits` (3, B, 2): no match, match; the own pairs come first."""

@@ -36,7 +36,8 @@ def inspect(config: InspectConfig, console: Console) -> None:
     sets = open_sets(cards, shards_folder(cards, config.data, console))
     mixture = make_mixture(config.mixture, sets, [config], seed=config.seed)
     console.print(shares_planned(mixture, [config]))
-    dataset = MixtureDataset(mixture, sets, decoded(config.data.transform, config.image_size))
+    images = decoded(config.data.transform, config.image_size)
+    dataset = MixtureDataset(mixture, sets, images, config.data.text_processor)
     for position in range(config.samples):
         _show(dataset, position, console)
     console.print(_timing(dataset, config))

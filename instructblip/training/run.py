@@ -81,7 +81,7 @@ def train(config: TrainConfig, console: Console) -> int:
     Raises:
         UserError: anything the user can mend: configuration, missing parts or data, another run in the folder, disk full.
     """
-    check_objectives(config.recipe)
+    check_objectives(config.recipe, config.model.kind)
     if config.plan:
         return _print_plan(config, console)
     device = choose_device(config.device)
@@ -266,15 +266,14 @@ def _train_steps(run: TrainingRun, start: int, stop: StopRequest, unvalidated: d
                 optimisation.average.update()
             if result.skipped:
                 progress.say(f"step {done} is skipped: {what_is_not_finite(result)}")
-            timer.step(result.samples, result.tokens, run.shape.total(result.work, runs_llm=place.phase.trains_answers))
+            timer.step(result.samples, result.tokens, run.shape.total(result.work, place.phase.outputs))
             entry = log_entry(step, place, rate, result, _measures(timer, run))
             stop.stop_signal = result.stop_signal or None
             trace(done)
-            # Alignment does not teach the LLM's layers to listen: its answers would say nothing yet.
             due = (
-                bool(run.validation and place.phase.trains_answers)
+                bool(run.validation and place.phase.is_validated)
                 and done % recipe.validate_every == 0
-                and done < steps
+                and (done < steps or not run.final)
             )
             stopping = not _record(run, progress, entry, stop, due=due) or stop.stop_signal is not None
             progress.update(done, result.loss, timer.samples_per_second)

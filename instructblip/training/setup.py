@@ -8,23 +8,27 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from torch import Tensor
+from torch import Tensor, nn
 
 from instructblip.config.checks import check_batches
 from instructblip.config.schema import TrainConfig
 from instructblip.config.validate import to_dict
 from instructblip.data.batching import Batching, Length
-from instructblip.data.cards import load_card
+from instructblip.data.cards import Card, load_card
 from instructblip.data.feature_cache import FeatureCache, ReadImage, cached_images, feature_cache
 from instructblip.data.lost import LostSamples
 from instructblip.data.mixture import Mixture
 from instructblip.data.mixture_dataset import MixtureDataset, TrainingSet
 from instructblip.data.prepare.command import shards_folder
 from instructblip.distributed import Ranks, choose_device
+from instructblip.errors import UserError
+from instructblip.evaluation.pairs import caption_pairs
 from instructblip.evaluation.protocol import Task, make_task, make_validation_task
 from instructblip.evaluation.runner import read_pixels
 from instructblip.fetch.parts import cache_folder
 from instructblip.files import exclusive
+from instructblip.models.base import Model
+from instructblip.models.blip2 import BLIP2
 from instructblip.models.instructblip import InstructBLIP
 from instructblip.models.vision import ChannelNorm
 from instructblip.objectives import make_objectives
@@ -33,11 +37,11 @@ from instructblip.training.datasets import make_images, make_mixture, mixture_ca
 from instructblip.training.metrics_log import BestStep, MetricsLog
 from instructblip.training.optim import WeightAverage, make_adamw
 from instructblip.training.parallel import PRECISIONS, StepContext, check_layout, is_sharded, parallelize
-from instructblip.training.plan.flops import GPUS, ModelShape, device_peak, model_shape
+from instructblip.training.plan.flops import GPUS, ModelShape, SampleLengths, device_peak, model_shape
 from instructblip.training.plan.memory import Plan, PlanLayout, plan_run, planned_phases
 from instructblip.training.schedule import Phase
 from instructblip.training.writer import CheckpointWriter
-from instructblip.weights.load import as_instructblip, frozen_fingerprints
+from instructblip.weights.load import frozen_fingerprints
 from instructblip.weights.modules import parts_without_weights, vision_encoder
 from instructblip.weights.parts import build_model
 
@@ -70,7 +74,7 @@ class TrainingRun:
     shards: Path
     console: Console
     ranks: Ranks
-    model: InstructBLIP
+    model: Model
     phases: list[Phase]
     mixture: Mixture
     dataset: MixtureDataset
@@ -96,7 +100,7 @@ def make_plan(config: TrainConfig) -> Plan:
     """
     check_layout(config.parallel.kind, config.parallel.shard_size, gpus := _planned_gpus(config))
     check_batches(config.recipe.phases, gpus)
-    llm = config.language_model()
+    llm = config.llm
     layout = PlanLayout(
         gpu=GPUS[config.plan_gpu],
         gpus=gpus,
@@ -106,9 +110,11 @@ def make_plan(config: TrainConfig) -> Plan:
         activation_checkpointing=config.parallel.activation_checkpointing,
         autocast=PRECISIONS[config.recipe.precision] is not None,
         average=config.recipe.average_decay is not None,
-        quantization=llm.quantization,
+        quantization=None if llm is None else llm.quantization,
         cached=config.data.cache_features,
-        longest=(llm.max_prompt_tokens, llm.max_target_tokens),
+        longest=SampleLengths(0, config.model.max_text_tokens)
+        if llm is None
+        else SampleLengths(llm.max_prompt_tokens, llm.max_target_tokens),
         trained=frozenset(config.train.parts()),
     )
     return plan_run(parts_without_weights(config), planned_phases(config.recipe.phases), layout)
@@ -131,14 +137,15 @@ def set_up(config: TrainConfig, folder: Path, ranks: Ranks, console: Console) ->
     held_in = [load_card(name) for name in config.suite.held_in]
     held_out = [load_card(name) for name in config.suite.held_out]
     shards = shards_folder([*cards, *held_in, *held_out], config.data, console)
-    model = as_instructblip(build_model(config, trained=config.train.parts()), f"model={config.model.kind}")
+    validation = [make_validation_task(card, shards, samples=config.recipe.validation_samples) for card in held_in]
+    final = _final_tasks(config, validation, [*held_in, *held_out], shards)
+    model = build_model(config, trained=config.train.parts())
     _place(model, choose_device(config.device), without_llm=is_sharded(config.parallel.kind, ranks.world_size))
     sets = open_sets(cards, shards)
     mixture = make_mixture(config.mixture, sets, config.recipe.phases.values(), seed=config.seed)
-    validation = [make_validation_task(card, shards, samples=config.recipe.validation_samples) for card in held_in]
-    final = [make_task(card, shards, samples=config.recipe.final_samples) for card in (*held_in, *held_out)]
     cache = _feature_cache(config, model, sets, [*validation, *final])
-    dataset = MixtureDataset(mixture, sets, make_images(config.data, model.vision.image_size, cache))
+    images = make_images(config.data, model.vision.image_size, cache)
+    dataset = MixtureDataset(mixture, sets, images, config.data.text_processor)
     if isinstance(model.vision_norm, ChannelNorm):
         _calibrate(model, model.vision_norm, dataset)
     return TrainingRun(
@@ -210,15 +217,36 @@ def make_optimisation(run: TrainingRun, stop_signal: Callable[[], int]) -> Optim
     )
 
 
-def _place(model: InstructBLIP, device: torch.device, *, without_llm: bool) -> None:
+def _place(model: Model, device: torch.device, *, without_llm: bool) -> None:
     """Move a built model to its device; where its language model is to be sharded that goes there block by block, later."""
-    for part in model.children():
-        if part is not model.llm or not without_llm:
+    left = set(model.PARTS.get("llm", ())) if without_llm else set()
+    for name, part in model.named_children():
+        if name not in left:
             part.to(device)
+    for parameter in model.parameters(recurse=False):
+        parameter.data = parameter.data.to(device)
+
+
+def _final_tasks(config: TrainConfig, validation: Sequence[Task], cards: Sequence[Card], shards: Path) -> list[Task]:
+    """What a run is evaluated on when it ends: nothing without a language model, which questions are for.
+
+    Raises:
+        UserError: a suite that cannot be asked of the model.
+    """
+    if config.llm is not None:
+        return [make_task(card, shards, samples=config.recipe.final_samples) for card in cards]
+    for task in validation:
+        caption_pairs(task)
+    if config.suite.held_out:
+        raise UserError(
+            f"suite.held_out asks questions on {config.suite.held_out[0]}, and model={config.model.kind} answers none; "
+            "set suite.held_out=[]"
+        )
+    return []
 
 
 def _feature_cache(
-    config: TrainConfig, model: InstructBLIP, sets: Sequence[TrainingSet], tasks: Sequence[Task]
+    config: TrainConfig, model: Model, sets: Sequence[TrainingSet], tasks: Sequence[Task]
 ) -> FeatureCache | None:
     """The image tokens of all that a run reads, encoded once; None where they are not kept."""
     if not config.data.cache_features:
@@ -231,19 +259,22 @@ def _feature_cache(
     return cache
 
 
-def _calibrate(model: InstructBLIP, norm: ChannelNorm, dataset: MixtureDataset) -> None:
+def _calibrate(model: Model, norm: ChannelNorm, dataset: MixtureDataset) -> None:
     """Measure the channel statistics on the images of the run's first draws, whatever rank asks."""
     images = torch.stack([dataset[position][1] for position in range(_CALIBRATION_IMAGES)])
     norm.calibrate(model.image_tokens(images).flatten(0, 1))
 
 
-def _shape(config: TrainConfig, model: InstructBLIP) -> ModelShape:
+def _shape(config: TrainConfig, model: Model) -> ModelShape:
+    assert isinstance(model, InstructBLIP | BLIP2)
+    llm = model.llm.model if isinstance(model, InstructBLIP) else None
+    heads = [part for part in model.part_modules("qformer") if part not in (model.qformer, model.vision_norm)]
     with torch.device("meta"):
         vision = vision_encoder(config.vision)
-    return model_shape(vision, model.qformer, model.projection, model.llm.model, model.trained_parts)
+    return model_shape(vision, model.qformer, nn.ModuleList(heads), llm, model.trained_parts)
 
 
-def _peak_flops(config: TrainConfig, model: InstructBLIP, ranks: Ranks) -> float:
+def _peak_flops(config: TrainConfig, model: Model, ranks: Ranks) -> float:
     """The first rank's figure, which alone is read."""
     dtype = PRECISIONS[config.recipe.precision] or torch.float32
     return device_peak(model.device, dtype) if ranks.is_first else math.inf
@@ -266,7 +297,7 @@ def _phases(config: TrainConfig, sample_length: Length) -> list[Phase]:
             warmup_learning_rate=phase.warmup_learning_rate,
             final_learning_rate=phase.final_learning_rate,
             new_parts_scale=phase.new_parts_scale,
-            objectives=make_objectives(phase.objectives),
+            objectives=make_objectives(phase.objectives, phase.gather),
             plateau_steps=phase.plateau_steps,
             part_rates=dict(config.train.learning_rates.items()),
         )

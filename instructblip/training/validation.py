@@ -13,16 +13,19 @@ import torch
 
 from instructblip.data.synthetic import NOTE
 from instructblip.distributed import Ranks, whole_tensors
+from instructblip.evaluation.pairs import caption_pairs, pair_recall
 from instructblip.evaluation.runner import answer_share, run_task
 from instructblip.evaluation.suite import evaluate_tasks, finish_evaluation, log_scores, model_identity
+from instructblip.models.blip2 import BLIP2
 from instructblip.models.fingerprint import fingerprint_tensors
+from instructblip.models.instructblip import InstructBLIP
 from instructblip.training.curves import draw_curves
 from instructblip.training.parallel import forget_gathered, is_sharded
 from instructblip.training.schedule import total_steps
 from instructblip.training.setup import TrainingRun
 from instructblip.training.signals import Stopped, StopRequest
 from instructblip.weights.checkpoint import checkpoint_folders
-from instructblip.weights.load import frozen_parts
+from instructblip.weights.load import as_instructblip, frozen_parts
 
 
 def run_validation(run: TrainingRun, step: int, stop: StopRequest) -> dict[str, float] | None:
@@ -52,9 +55,11 @@ def clear_stop_file(run: TrainingRun) -> None:
 def _stoppable(run: TrainingRun, stop: StopRequest) -> contextlib.AbstractContextManager[None]:
     """Where a signal ends an evaluation at once, on all ranks.
 
-    Not where blocks are sharded: all ranks gather them in step, none may leave before the others; see `_leave_together`.
+    Not where blocks are sharded: all ranks gather them in step, none may leave before the others; see `_leave_together`. Nor
+    where ranks exchange features.
     """
-    return contextlib.nullcontext() if _is_sharded(run) else stop.at_once(_stop_file(run))
+    exchanging = isinstance(run.model, BLIP2) and run.ranks.world_size > 1
+    return contextlib.nullcontext() if exchanging or _is_sharded(run) else stop.at_once(_stop_file(run))
 
 
 def _stop_file(run: TrainingRun) -> Path:
@@ -63,6 +68,9 @@ def _stop_file(run: TrainingRun) -> Path:
 
 def _validation_scores(run: TrainingRun, step: int, stop: StopRequest) -> dict[str, float]:
     """On the first rank, which puts the answers of all together; nothing is left on disk."""
+    if isinstance(run.model, BLIP2):
+        return _pair_scores(run, run.model)
+    assert isinstance(run.model, InstructBLIP)
     ranks, scores, home = _ranks(run, stop), {}, run.folder / "validation" / f"step_{step:08d}"
     together = ranks.world_size > 1
     identity = model_identity(run.model, run.frozen, _fingerprint(run)) if together else ""
@@ -79,6 +87,20 @@ def _validation_scores(run: TrainingRun, step: int, stop: StopRequest) -> dict[s
     if together and ranks.is_first:
         shutil.rmtree(home.parent)
     return scores
+
+
+def _pair_scores(run: TrainingRun, model: BLIP2) -> dict[str, float]:
+    """Of a model that answers no questions; on all ranks."""
+    size, ranks = run.config.evaluation.batch_size, Ranks() if _is_sharded(run) else run.ranks
+    was_training = model.training
+    model.eval()
+    try:
+        return {
+            task.card.name: pair_recall(model, caption_pairs(task), run.read_image, batch_size=size, ranks=ranks)
+            for task in run.validation
+        }
+    finally:
+        model.train(was_training)
 
 
 def finish(run: TrainingRun, stop: StopRequest) -> None:
@@ -104,13 +126,13 @@ def _finish(run: TrainingRun, stop: StopRequest) -> None:
 
 
 def _evaluate(run: TrainingRun, checkpoint: Path, stop: StopRequest) -> None:
-    folder = run.folder / "evaluation"
+    folder, model = run.folder / "evaluation", as_instructblip(run.model, run.config.name)
     with tempfile.TemporaryDirectory() as elsewhere, _to_evaluate(run):
         if _is_sharded(run) and run.ranks.is_first:
             shutil.rmtree(folder, ignore_errors=True)  # what it keeps would leave this rank less to do than the others
         weights: dict[str, Any] = {"frozen": run.frozen, "trained": _fingerprint(run)}
         results = evaluate_tasks(
-            run.model,
+            model,
             run.final,
             run.read_image,
             shards=run.shards,
@@ -123,7 +145,7 @@ def _evaluate(run: TrainingRun, checkpoint: Path, stop: StopRequest) -> None:
         if not run.ranks.is_first:
             return
         finish_evaluation(
-            run.model,
+            model,
             results,
             folder,
             title=f"{run.config.name}: what was learned{NOTE if run.config.data.synthetic else ''}",

@@ -6,7 +6,7 @@ from rich.table import Table
 
 from instructblip.data.mixture import Mixture, share_table
 from instructblip.training.datasets import Steps
-from instructblip.training.plan.memory import ANSWER_TOKENS, GIB, PROMPT_TOKENS, USABLE, Plan, what_fits
+from instructblip.training.plan.memory import GIB, USABLE, Plan, what_fits
 
 
 def shares_planned(mixture: Mixture, phases: Sequence[Steps]) -> Table:
@@ -67,11 +67,11 @@ def plan_summary(plan: Plan) -> list[str]:
     """What the table counts on, how long the run takes, and whether it fits, in a line each."""
     layout, needed = plan.layout, plan.needed()
     samples, steps = sum(p.steps * p.batch_size for p in plan.phases), sum(p.steps for p in plan.phases)
-    rate = samples / plan.hours() / 3600
+    rate, usual, longest = samples / plan.hours() / 3600, plan.shape.usual, layout.longest
     lines = [
         "GiB on each GPU, in a usual forward pass and in the largest; GFLOP of a usual sample, without padding. "
-        f"A usual sample has {plan.shape.queries} visual tokens, a prompt of {PROMPT_TOKENS} and an answer of "
-        f"{ANSWER_TOKENS}; the largest pass is full of prompts of {layout.longest[0]} and answers of {layout.longest[1]}.",
+        f"A usual sample has {plan.shape.queries} visual tokens, a prompt of {usual.prompt} and an answer of "
+        f"{usual.answer}; the largest pass is full of prompts of {longest.prompt} and answers of {longest.answer}.",
         f"{rate:,.0f} samples/s at {100 * layout.mfu:.0f}% of {layout.gpu.flops / 1e12:,.0f} bf16 TFLOP/s a GPU: "
         f"{steps:,} steps of {samples:,} samples in {plan.hours():,.1f} hours.",
     ]
