@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
-from pydantic import AfterValidator, ConfigDict, Field
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 
 from instructblip.errors import UserError
 from instructblip.files import shipped
@@ -28,7 +28,7 @@ class Section:
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 VisionNorm = Literal["layer", "channel"]
-QFormerInit = Literal["bert", "blip2", "scratch"]
+QFormerInit = Literal["bert", "given", "scratch"]
 QueryInit = Literal["normal", "cls"]
 ModelKind = Literal["instructblip", "blip2", "blip2_stage1"]
 LLMKind = Literal["decoder", "encoder_decoder"]
@@ -69,7 +69,12 @@ def _check_device(name: str) -> str:
     return name
 
 
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else [] if value is None else value
+
+
 Device = Annotated[str, AfterValidator(_check_device)]
+OneOrMore = Annotated[list[str], BeforeValidator(_as_list)]  # a text alone is a list of one, null of none
 
 # --- sections --------------------------------------------------------------------------------------------------------
 
@@ -122,10 +127,10 @@ class QFormerConfig(Section):
 
     name: str
     sources: SourcesConfig = field(default_factory=SourcesConfig)  # BERT: sizes, tokenizer and, for init=bert, weights
-    init: QFormerInit = "bert"
-    stage1: str | None = None  # init=blip2: LAVIS files of BLIP-2's two stages
+    init: QFormerInit = "bert"  # given: it has no weights of its own, init_from= must give them
+    stage1: str | None = None  # the same as init_from=[stage1, stage2]: files of BLIP-2's two stages
     stage2: str | None = None
-    aligned_to: str | None = None  # name of the LLM that stage 2 was trained with
+    aligned_to: str | None = None  # name of the LLM that init_from's weights were trained with, where they do not say
     sizes: dict[str, Any] = field(default_factory=dict)  # as in BERT's config.json, for what opens no file: a plan
     extra_tokens: list[str] = field(default_factory=list)
     layers: AtLeastOne | None = None  # the first ones of BERT's; null: all
@@ -353,6 +358,10 @@ class TrainConfig(ModelConfig):
     name: str
     output: str = "outputs/train"
     device: Device = "auto"
+    # Weights to start from at step 0: a run or one of its checkpoints, a transformers folder or hub id, a .pth of LAVIS.
+    # Later ones lie over earlier ones.
+    init_from: OneOrMore = field(default_factory=list)
+    init_sha256: OneOrMore = field(default_factory=list)  # their fingerprints; a run writes them, others are refused
     resume: Literal["auto"] | None = None
     resume_allow: list[str] = field(default_factory=list)  # keys that a resumed run may change
     profile_step: NotNegative | None = None  # trace the five steps after this one into trace.json.gz
@@ -387,6 +396,7 @@ class EvaluateConfig(Section):
     samples: AtLeastOne | None = None  # per dataset; None is all of them
     withhold_images: bool = False
     blind_baseline: bool = False
+    allow_untrained: bool = False  # evaluate a model of which a part was drawn and never trained
     batch_size: AtLeastOne = 64
     tolerance: NotNegative = 0  # damaged samples, per dataset, that are counted and left out
     examples: NotNegative = 60

@@ -63,8 +63,19 @@ def evaluate(config: EvaluateConfig, console: Console) -> None:
         loaded = load_model(
             source, llm=config.llm, vision_path=config.vision_path, qformer_path=config.qformer_path, device=device
         )
+        _refuse_untrained(loaded, allowed=config.allow_untrained)
         refuse_others_results(folder, loaded.source, tasks, llm=loaded.parts["llm"].name)
         _evaluate(config, loaded, tasks, shards, folder, ranks, console)
+
+
+def _refuse_untrained(loaded: LoadedModel, *, allowed: bool) -> None:
+    """Scores of a model that cannot see say nothing of its parts, and look like any others in a table."""
+    if loaded.standing.untrained and not allowed:
+        untrained, llm = ", ".join(loaded.standing.untrained), loaded.parts["llm"].name
+        raise UserError(
+            f"{untrained} of {loaded.name} with llm={llm} was never trained; "
+            f"train it first (train.py init_from={loaded.source}), or evaluate it as it is with allow_untrained=true"
+        )
 
 
 def _evaluate(
@@ -107,6 +118,7 @@ def _evaluate(
         step=loaded.step,
         parts=loaded.parts,
         **weights,
+        standing=loaded.standing,
         examples=config.examples,
         console=console,
     )

@@ -34,6 +34,7 @@ from instructblip.models.llm import LLM_KINDS
 from instructblip.models.quantized import QuantizedLinear
 from instructblip.tracking import Logger
 from instructblip.weights.load import FrozenPart
+from instructblip.weights.start import PLAIN, Standing
 
 _WITHHELD = "images_withheld"  # folder of a dataset's blind answers, below its others
 
@@ -77,7 +78,11 @@ def model_identity(model: InstructBLIP, frozen: Mapping[str, str], trained: str)
 
 
 def describe_model(
-    model: InstructBLIP, parts: Mapping[str, FrozenPart], frozen: Mapping[str, str], trained: str
+    model: InstructBLIP,
+    parts: Mapping[str, FrozenPart],
+    frozen: Mapping[str, str],
+    trained: str,
+    standing: Standing = PLAIN,
 ) -> dict[str, Any]:
     """What results.json says of a model: its large parts by name, how they are held, and fingerprints.
 
@@ -86,6 +91,7 @@ def describe_model(
         parts: its `llm` and `vision`.
         frozen: fingerprints of the parts that are frozen.
         trained: fingerprint of what trains.
+        standing: what of it was never trained or is aligned to another LLM; both are said where it is so.
     """
     rounded = {module.kind for module in model.llm.modules() if isinstance(module, QuantizedLinear)}
     held: dict[str, dict[str, Any]] = {
@@ -97,7 +103,12 @@ def describe_model(
         "vision": {"dtype": _dtype_name(model.vision.dtype), "image_size": model.vision.image_size},
     }
     described = {name: {**parts[name]._asdict(), **held[name], "sha256": frozen.get(name, "trained")} for name in held}
-    return {"sha256": model_identity(model, frozen, trained), **described}
+    remarks = {
+        "aligned_to": standing.aligned_to,
+        "untrained": list(standing.untrained),
+        "allow_untrained": bool(standing.untrained),  # which asks for it
+    }
+    return {"sha256": model_identity(model, frozen, trained), **described, **remarks}
 
 
 def llm_kind(model: InstructBLIP) -> str:
@@ -208,6 +219,7 @@ def finish_evaluation(
     parts: Mapping[str, FrozenPart],
     frozen: Mapping[str, str],
     trained: str,
+    standing: Standing,
     examples: int,
     console: Console,
 ) -> None:
@@ -220,14 +232,18 @@ def finish_evaluation(
         checkpoint, step: where the trained weights come from.
         parts, frozen: names of the large parts, and fingerprints of those that are frozen.
         trained: fingerprint of what trains.
+        standing: what the model started from, and what of it was never trained or is aligned to another LLM.
         examples: samples shown for each dataset.
         console: for the table.
 
     Raises:
         UserError: as `write_results`.
     """
-    described = describe_model(model, parts, frozen, trained)
-    summary = results_json(results, checkpoint=checkpoint, fingerprint=trained, step=step, model=described)
+    described = describe_model(model, parts, frozen, trained, standing)
+    started_from = standing.start.weights
+    summary = results_json(
+        results, checkpoint=checkpoint, fingerprint=trained, step=step, model=described, started_from=started_from
+    )
     written = write_results(folder, title, results, summary, examples)
     console.print(console_table(title, results))
     for path in written:
@@ -241,13 +257,20 @@ CHANCE = "chance"
 
 
 def results_json(
-    results: Sequence[DatasetResult], *, checkpoint: str, fingerprint: str, step: int, model: Mapping[str, Any]
+    results: Sequence[DatasetResult],
+    *,
+    checkpoint: str,
+    fingerprint: str,
+    step: int,
+    model: Mapping[str, Any],
+    started_from: Sequence[Mapping[str, str]] = (),
 ) -> dict[str, Any]:
     """Everything a score needs to be trusted: the model, the machine, the versions, and each frozen protocol."""
     return {
         "format": FORMAT,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "checkpoint": {"path": checkpoint, "trainable_sha256": fingerprint, "step": step},
+        "started_from": list(started_from),
         "model": dict(model),
         "machine": {"platform": platform.platform(), "torch_threads": torch.get_num_threads()},
         "versions": {"python": platform.python_version(), **{name: version(name) for name in _VERSIONS}},
@@ -292,7 +315,10 @@ def _model_line(model: Mapping[str, Any]) -> str:
     """The frozen parts of `results_json`'s model."""
     llm, vision = model["llm"], model["vision"]
     held = ", ".join(filter(None, (llm["dtype"], llm["quantization"])))
-    return f"LLM {llm['name']} ({held}), image encoder {vision['name']} ({vision['dtype']}, {vision['image_size']} px)"
+    remarks = [f"Q-Former aligned to {model['aligned_to']}"] if model.get("aligned_to") else []
+    remarks += [f"never trained: {', '.join(model['untrained'])}"] if model.get("untrained") else []
+    line = f"LLM {llm['name']} ({held}), image encoder {vision['name']} ({vision['dtype']}, {vision['image_size']} px)"
+    return "; ".join([line, *remarks])
 
 
 def has_submission(result: TaskResult) -> bool:

@@ -124,12 +124,12 @@ class PartedModule(nn.Module):
 
     Attributes:
         PARTS: the children (modules or parameters) of each part.
-        HELD: parts that a checkpoint holds even where they are frozen, since they come from no file of their own.
+        held_parts: parts that a checkpoint holds even where they are frozen, since they come from no file of their own.
         trained_parts: names of the parts that train; all others are frozen: no gradient, evaluation mode.
     """
 
     PARTS: ClassVar[Mapping[str, tuple[str, ...]]]
-    HELD: ClassVar[frozenset[str]] = frozenset()
+    held_parts: frozenset[str] = frozenset()
     trained_parts: frozenset[str] = frozenset()
 
     def part_modules(self, part: str) -> list[nn.Module]:
@@ -188,7 +188,7 @@ class PartedModule(nn.Module):
         return {
             name: tensor
             for part in self.PARTS
-            if part in self.trained_parts | self.HELD
+            if part in self.trained_parts | self.held_parts
             for name, tensor in self.part_state(part).items()
         }
 

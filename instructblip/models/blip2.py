@@ -138,7 +138,7 @@ class BLIP2(Model):
         ),
     }
 
-    HELD = frozenset({"qformer"})
+    held_parts = frozenset({"qformer"})
     OUTPUTS = frozenset({"image_projected", "text_projected", "temperature", "answer_logits", "match_logits"})
 
     def __init__(

@@ -54,7 +54,7 @@ class InstructBLIP(Model):
     """
 
     PARTS = {"vision": ("vision",), "qformer": ("vision_norm", "qformer", "projection"), "llm": ("llm",)}  # noqa: RUF012
-    HELD = frozenset({"qformer"})
+    held_parts = frozenset({"qformer"})
     OUTPUTS = frozenset({"visual_prompt", "visual_cosines", "embedding_length", "answer_logits"})
 
     def __init__(

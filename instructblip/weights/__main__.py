@@ -189,7 +189,7 @@ def _save_native(
     """Write a run whose paths lead to `partial`; return the configuration whose paths lead to TARGET."""
     if folder is None:
         assert loaded.config is not None
-        save_native(model, loaded.config, partial)
+        save_native(model, loaded.config, partial, loaded.standing)
         return loaded.config
     settings = read_settings(folder)
     llm = None if options.llm is None else llm_config(options.llm, options.llm_path)
@@ -198,7 +198,7 @@ def _save_native(
         parts_config(model, settings, place, loaded.name, llm=llm)
         for place in (partial, Path(options.target).absolute())
     )
-    save_native(model, here, partial)
+    save_native(model, here, partial, loaded.standing)
     return there
 
 

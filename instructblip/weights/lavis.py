@@ -29,6 +29,7 @@ from instructblip.weights.names import (
     check_tensors,
     foreign_names,
     is_ignored,
+    native_names,
 )
 
 logger = logging.getLogger(__name__)
@@ -42,17 +43,13 @@ _WORDS, _HEAD_BIAS = "Qformer.bert.embeddings.word_embeddings.weight", "Qformer.
 _MATCHING_HEAD = "itm_head.weight"
 _STAGE1_HEADS = ("Qformer.cls.", "vision_proj.", "text_proj.", "itm_head.", "temp")
 
-_TEXT_BRANCH = re.compile(
-    r"Qformer\.bert\.(embeddings\.(word|position)_embeddings|encoder\.layer\.\d+\.(intermediate|output))\."
-)
 
-
-class Blip2Start(NamedTuple):
-    """What instruction tuning starts from.
+class LavisTensors(NamedTuple):
+    """All that means something in a file of LAVIS's Q-Former models: BLIP-2's stages, InstructBLIP.
 
     Attributes:
         tensors: under this code's names.
-        projection: its name in the second stage's file, one of `PROJECTIONS`; None without that stage.
+        projection: what the file calls its projection, one of `PROJECTIONS`; None where it has none, as in stage 1.
     """
 
     tensors: dict[str, Tensor]
@@ -245,55 +242,17 @@ def _usual_projection(model: InstructBLIP) -> str:
     return "llm_proj" if model.qformer.instruction_aware else "opt_proj"
 
 
-def read_blip2(stage1: Path, stage2: Path | None, expected: Mapping[str, Tensor]) -> Blip2Start:
-    """The start of instruction tuning: BLIP-2's first stage, overlaid by its second, under this code's names.
-
-    The second stage has no text branch: its text embeddings and text feed-forwards are those of the first. It alone has a
-    projection, into the language model it was aligned to.
-
-    Args:
-        stage1: `blip2_pretrained.pth`.
-        stage2: such as `blip2_pretrained_flant5xl.pth`; None starts from the first stage.
-        expected: the tensors to be filled, such as `model.part_state("qformer")`. A Q-Former that takes no instructions
-            leaves the first stage's text branch out.
-
-    Returns:
-        With a tensor for each of `expected`; the projection is left out where the second stage has none of that shape.
+def read_tensors(path: Path) -> LavisTensors:
+    """Read a file of any of LAVIS's Q-Former models under this code's names.
 
     Raises:
-        UserError: a file of the other stage, or another tensor is missing, unknown or of another shape.
+        UserError: no state dict of LAVIS's in it, or an unknown tensor.
     """
-    state, where = _split(_model_state(stage1))[0], str(stage1)
-    if (found := _projection(state)) is not None:
-        raise UserError(
-            f"{stage1} has a projection ({found}), so it is no file of BLIP-2's first stage; give blip2_pretrained.pth as "
-            "qformer.stage1 and the second stage's, blip2_pretrained_<llm>.pth, as qformer.stage2"
-        )
-    projection = None
-    if stage2 is not None:
-        second = _split(_model_state(stage2))[0]
-        projection = _projection(second)
-        if projection is None:
-            raise UserError(
-                f"{stage2} has no {' or '.join(PROJECTIONS)}, so it is no file of BLIP-2's second stage; give "
-                "blip2_pretrained_<llm>.pth as qformer.stage2, or null to start from the first stage"
-            )
-        state |= _with_one_projection(second, projection)
-        where = f"{stage1} overlaid by {stage2}"
-    state = {name: tensor for name, tensor in state.items() if not name.startswith(_STAGE1_HEADS)}
-    if "qformer.word_embeddings.weight" not in expected:
-        state = {name: tensor for name, tensor in state.items() if not _TEXT_BRANCH.match(name)}
-    names = foreign_names(expected, "lavis")
-    fits = {
-        name: names[name] in state and state[names[name]].shape == tensor.shape
-        for name, tensor in expected.items()
-        if names[name].startswith(_PROJECTION)
-    }
-    if not all(fits.values()):
-        state = {name: tensor for name, tensor in state.items() if not name.startswith(_PROJECTION)}
-        names = {native: name for native, name in names.items() if native not in fits}
-    check_tensors({name: expected[native].shape for native, name in names.items()}, state, where)
-    return Blip2Start({native: state[name] for native, name in names.items()}, projection)
+    state = _model_state(path)
+    if (projection := _projection(state)) is not None:
+        state = _with_one_projection(state, projection)
+    names = native_names(state, "lavis", str(path))
+    return LavisTensors({native: state[name] for name, native in names.items()}, projection)
 
 
 def _projection(state: Mapping[str, Tensor]) -> str | None:

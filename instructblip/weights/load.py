@@ -26,7 +26,7 @@ from instructblip.models.base import Model
 from instructblip.models.blip2 import BLIP2
 from instructblip.models.fingerprint import fingerprint, fingerprint_tensors
 from instructblip.models.instructblip import InstructBLIP
-from instructblip.weights.checkpoint import checkpoint_folders, load_checkpoint, newest_whole
+from instructblip.weights.checkpoint import LoadedCheckpoint, checkpoint_folders, load_checkpoint, newest_whole
 from instructblip.weights.gatekeeper import refuse_other_model
 from instructblip.weights.lavis import (
     LavisCheckpoint,
@@ -37,6 +37,7 @@ from instructblip.weights.lavis import (
 )
 from instructblip.weights.names import check_tensors
 from instructblip.weights.parts import MODELS, build_model, load_llm, warn_aligned
+from instructblip.weights.start import PLAIN, PROJECTION, Standing, Start
 from instructblip.weights.transformers_layout import layout_of
 from instructblip.weights.transformers_read import is_huggingface_folder, load_huggingface
 from instructblip.weights.transformers_settings import read_transformers_config
@@ -86,6 +87,7 @@ class LoadedModel(NamedTuple):
         step: optimiser steps that its checkpoint has seen; 0 where the source does not say.
         config: the sections it was built from; None for a transformers folder, which is its own configuration.
         parts: `vision`, and `llm` where there is one.
+        standing: what it started from, and what of it was never trained or is aligned to another LLM.
     """
 
     model: Model
@@ -94,6 +96,7 @@ class LoadedModel(NamedTuple):
     step: int
     config: ModelConfig | None
     parts: dict[str, FrozenPart]
+    standing: Standing = PLAIN
 
 
 class Replacements(NamedTuple):
@@ -268,7 +271,7 @@ def _load_run(found: Source, replaced: Replacements) -> LoadedModel:
     config = read_model_config(found.path.parents[1] / "config.yaml")
     run = load_run(found.path, device="cpu", config=_replace_parts(config, replaced))
     parts = frozen_parts(run.config.vision, run.config.llm)
-    return LoadedModel(run.model, found.name, str(found.path), run.step, run.config, parts)
+    return LoadedModel(run.model, found.name, str(found.path), run.step, run.config, parts, run.standing)
 
 
 def _load_huggingface(found: Source, replaced: Replacements) -> LoadedModel:
@@ -287,8 +290,8 @@ def _load_huggingface(found: Source, replaced: Replacements) -> LoadedModel:
     config = llm_config(replaced.llm, replaced.llm_path)
     model = as_instructblip(load_huggingface(folder, llm=load_llm(config)), name)
     fits = language.hidden_size == model.llm.width
-    warn_aligned(f"the LLM of {name}", config.name, projection_fits=fits)
-    return LoadedModel(model, name, str(folder), 0, None, parts | {"llm": _frozen_part(config)})
+    standing = _beside(f"the LLM of {name}", config.name, projection_fits=fits)
+    return LoadedModel(model, name, str(folder), 0, None, parts | {"llm": _frozen_part(config)}, standing)
 
 
 def _load_lavis(found: Source, replaced: Replacements) -> LoadedModel:
@@ -299,12 +302,11 @@ def _load_lavis(found: Source, replaced: Replacements) -> LoadedModel:
     )
     model = build_model(config)
     assert isinstance(model, InstructBLIP | BLIP2)
-    fits = load_lavis(checkpoint, model)
-    llm = config.llm
+    fits, standing, llm = load_lavis(checkpoint, model), PLAIN, config.llm
     if llm is not None and (checkpoint.projection != llm.lavis_projection or not fits):
         trained_with = f"an LLM of width {checkpoint.llm_width} (LAVIS's {checkpoint.projection})"
-        warn_aligned(trained_with, llm.name, projection_fits=fits)
-    return LoadedModel(model, found.name, str(found.path), 0, config, frozen_parts(config.vision, llm))
+        standing = _beside(trained_with, llm.name, projection_fits=fits)
+    return LoadedModel(model, found.name, str(found.path), 0, config, frozen_parts(config.vision, llm), standing)
 
 
 def _lavis_config(checkpoint: LavisCheckpoint, llm: str | LLMConfig | None) -> ModelConfig:
@@ -319,6 +321,12 @@ def _lavis_config(checkpoint: LavisCheckpoint, llm: str | LLMConfig | None) -> M
         qformer=part_config("qformer", LAVIS_QFORMER, QFormerConfig),
         llm=None if llm is None else llm_config(llm, None),
     )
+
+
+def _beside(trained_with: str, llm: str, *, projection_fits: bool, start: Start = PLAIN.start) -> Standing:
+    """A model beside another language model than its Q-Former was trained with, which is warned about."""
+    warn_aligned(trained_with, llm, projection_fits=projection_fits)
+    return Standing(start, trained_with, () if projection_fits else (PROJECTION,))
 
 
 def _replace_parts(config: ModelConfig, replaced: Replacements) -> ModelConfig:
@@ -359,6 +367,7 @@ class LoadedRun(NamedTuple):
     config: ModelConfig
     checkpoint: Path
     step: int
+    standing: Standing
 
 
 # --- checkpoints -----------------------------------------------------------------------------------------------------
@@ -386,6 +395,10 @@ def load_run(source: Path, *, device: str = "auto", config: ModelConfig | None =
     state, frozen = dict(loaded.model), dict(loaded.state["frozen"])
     # What a checkpoint does not hold it names by a fingerprint.
     trained = MODELS[config.model.kind].PARTS.keys() - frozen.keys()
+    start = Start.from_json(loaded.state.get("start"))
+    # Steps align what they train to the run's own LLM.
+    aligned_to = start.aligned_to if loaded.step == 0 else None
+    standing = Standing(start, aligned_to, tuple(loaded.state.get("untrained", ())))
     if own.llm is not None and config.language_model().name != own.llm.name:
         trained -= {"llm"}
         state = {name: tensor for name, tensor in state.items() if not name.startswith("llm.")}
@@ -393,12 +406,11 @@ def load_run(source: Path, *, device: str = "auto", config: ModelConfig | None =
         assert isinstance(model, InstructBLIP)
         frozen["llm"] = fingerprint(model.llm)
         fits = _fit_projection(model, state)
-        warn_aligned(own.llm.name, config.language_model().name, projection_fits=fits)
+        standing = _beside(own.llm.name, config.language_model().name, projection_fits=fits, start=start)
     else:
         model = build_model(built, trained=trained)
-    check_frozen(model, frozen, checkpoint)
-    restore_trainable(model, state, checkpoint)
-    return LoadedRun(model.to(choose_device(device)).eval(), config, checkpoint, loaded.step)
+    restore_model(model, loaded._replace(model=state, state={**loaded.state, "frozen": frozen}))
+    return LoadedRun(model.to(choose_device(device)).eval(), config, checkpoint, loaded.step, standing)
 
 
 def _fit_projection(model: InstructBLIP, state: dict[str, Tensor]) -> bool:
@@ -440,11 +452,23 @@ def frozen_fingerprints(model: Model) -> dict[str, str]:
 def check_frozen(model: Model, expected: Mapping[str, str], checkpoint: Path) -> None:
     """Refuse a checkpoint that was trained beside other frozen weights than the model's, but for those that it holds."""
     for part, found in frozen_fingerprints(model).items():
-        if part not in model.HELD and expected.get(part) != found:
+        if part not in model.held_parts and expected.get(part) != found:
             raise UserError(
                 f"the frozen {part} weights are not those {checkpoint} was trained with; "
                 f"use the same {part}= and the same files, or train anew under another name="
             )
+
+
+def restore_model(model: Model, checkpoint: LoadedCheckpoint) -> Start:
+    """Put a checkpoint's weights into a model that was built as its run's was; what it holds beyond, the model holds then.
+
+    Raises:
+        UserError: other frozen weights than it was trained with, or other trained ones.
+    """
+    model.held_parts |= {model.part_of(name) for name in checkpoint.model}
+    check_frozen(model, checkpoint.state["frozen"], checkpoint.path)
+    restore_trainable(model, checkpoint.model, checkpoint.path)
+    return Start.from_json(checkpoint.state.get("start"))
 
 
 def restore_trainable(model: Model, state: Mapping[str, Tensor], checkpoint: Path) -> None:

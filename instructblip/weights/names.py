@@ -183,6 +183,9 @@ def _blip2_name(huggingface: str) -> str:
 
 
 _BY_NATIVE = _expand()
+_BY_FOREIGN: dict[Format, dict[str, str]] = {
+    form: {names[form]: native for native, names in _BY_NATIVE.items() if form in names} for form in _PLACES
+}
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
@@ -199,6 +202,32 @@ def foreign_names(native: Iterable[str], to: Format) -> dict[str, str]:
         if row is None or to not in row:
             raise UserError(f"{name} has no place in {_PLACES[to]} file; its parts are EVA-CLIP ViT and Q-Former")
         names[name] = row[to].replace("{i}", layer.group()) if layer else row[to]
+    return names
+
+
+def native_names(foreign: Iterable[str], of: Format, where: str) -> dict[str, str]:
+    """The tensor names of another format -> this code's, in the same order; those that mean nothing here are left out.
+
+    Args:
+        foreign: names; LAVIS's projection is called `llm_proj` whatever the family.
+        of: their format. A language model's have a place in transformers' only.
+        where: they were read, for the message.
+
+    Raises:
+        UserError: an unknown name.
+    """
+    names, unknown = {}, []
+    for name in foreign:
+        layer = _NUMBER.search(name)
+        native = _BY_FOREIGN[of].get(_NUMBER.sub("{i}", name))
+        if native is not None:
+            names[name] = native.replace("{i}", layer.group()) if layer else native
+        elif of != "lavis" and name.startswith(HUGGINGFACE_LLM_PREFIX):
+            names[name] = LLM_PREFIX + name.removeprefix(HUGGINGFACE_LLM_PREFIX)
+        elif not is_ignored(name, of):
+            unknown.append(name)
+    if unknown:
+        raise UserError(f"{where} has the unknown tensor {_first(unknown)}; it is of another model")
     return names
 
 

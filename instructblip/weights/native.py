@@ -29,13 +29,19 @@ from instructblip.models.blip2 import BLIP2
 from instructblip.models.instructblip import InstructBLIP
 from instructblip.weights.checkpoint import save_checkpoint
 from instructblip.weights.load import frozen_fingerprints
+from instructblip.weights.start import PLAIN, Standing
 from instructblip.weights.transformers_settings import Settings
 
 CONFIG = "config.yaml"
 
 
-def save_native(model: Model, config: ModelConfig, folder: Path) -> None:
+def save_native(model: Model, config: ModelConfig, folder: Path, standing: Standing = PLAIN) -> None:
     """Write config.yaml and `checkpoints/step_00000000` into a folder.
+
+    Args:
+        model, config: what is written.
+        folder: where.
+        standing: what the model started from, and what of it was never trained or is aligned to another LLM.
 
     Raises:
         UserError: a full disk.
@@ -46,7 +52,12 @@ def save_native(model: Model, config: ModelConfig, folder: Path) -> None:
         step=0,
         model=model.held_state(),
         optimizer={},
-        state={"frozen": frozen_fingerprints(model), "seed": config.seed},
+        state={
+            "frozen": frozen_fingerprints(model),
+            "start": dataclasses.replace(standing.start, aligned_to=standing.aligned_to).to_json(),
+            "untrained": standing.untrained,
+            "seed": config.seed,
+        },
         keep=1,
     )
 
