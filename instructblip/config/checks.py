@@ -54,11 +54,14 @@ def check_model(config: ModelConfig) -> None:
     Raises:
         UserError: names the key.
     """
-    if config.model.kind == "instructblip":
+    kind = config.model.kind
+    if kind != "blip2_stage1":
         config.language_model()
-        plain = asdict(ArchitectureConfig())
+        plain = asdict(ArchitectureConfig(kind=kind))
         if other := [name for name, value in asdict(config.model).items() if value != plain[name]]:
             raise UserError(f"model.{other[0]} is of BLIP-2's first stage; leave it out, or set model=blip2_stage1")
+        if kind == "blip2" and config.qformer.instruction_aware:
+            raise UserError("model=blip2 has a Q-Former that reads no text; set qformer.instruction_aware=false")
         return
     if config.llm is not None:
         raise UserError(f"model=blip2_stage1 has no language model, and llm={config.llm.name} is one; set llm=null")

@@ -195,6 +195,10 @@ class ModelConfig(Section):
     qformer: QFormerConfig
     llm: LLMConfig | None = None  # BLIP-2's first stage has none
 
+    def reads_prefixes(self) -> bool:
+        """Whether captions are cut for prefix language modelling: BLIP-2's second stage with an encoder-decoder."""
+        return self.model.kind == "blip2" and self.llm is not None and self.llm.kind == "encoder_decoder"
+
     def language_model(self) -> LLMConfig:
         """The language model, of a model that has one.
 
@@ -224,6 +228,7 @@ class MixtureConfig(Section):
     weights: Weighting = "sqrt"
     temperature: PositiveFloat | None = None  # T of p_d ~ n_d ** (1 / T), for weights=temperature
     per: MixedPer = "sample"  # what comes from one dataset
+    templates: str | None = None  # in place of those of the cards: a name in datasets/templates
 
 
 @dataclass(kw_only=True)

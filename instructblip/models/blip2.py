@@ -223,7 +223,8 @@ class BLIP2(Model):
             raise ValueError("BLIP-2's first stage has no LLM whose rows samples could share")
         ids_BT, mask_BT = self._captions(inputs.answers)
         tokens_B1PU = self.image_tokens(inputs.images)
-        tensors: dict[str, Tensor] = {"temperature": self.temperature}
+        # Not the parameter itself: DDP looks for what is used by walking back from the outputs.
+        tensors: dict[str, Tensor] = {"temperature": self.temperature.clone()}
         # The first two come first, so that dropout draws the same in a pass for them alone.
         image = self.encode_images(tokens_B1PU) if {"image_projected", "answer_logits"} & set(wanted) else None
         if "text_projected" in wanted:

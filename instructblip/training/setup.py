@@ -151,11 +151,11 @@ def set_up(
     final = _final_tasks(config, validation, [*held_in, *held_out], shards)
     model, begun = _model(config, folder, ranks, console, checkpoint)
     _place(model, choose_device(config.device), without_llm=is_sharded(config.parallel.kind, ranks.world_size))
-    sets = open_sets(cards, shards)
+    sets = open_sets(cards, shards, config.mixture.templates)
     mixture = make_mixture(config.mixture, sets, config.recipe.phases.values(), seed=config.seed)
     cache = _feature_cache(config, model, sets, [*validation, *final])
     images = make_images(config.data, model.vision.image_size, cache)
-    dataset = MixtureDataset(mixture, sets, images, config.data.text_processor)
+    dataset = MixtureDataset(mixture, sets, images, config.data.text_processor, cut_prefixes=config.reads_prefixes())
     if isinstance(model.vision_norm, ChannelNorm) and VISION_NORM in begun.start.new and not checkpoint:
         _calibrate(model, model.vision_norm, dataset)
     frozen = frozen_fingerprints(model)

@@ -175,7 +175,7 @@ def architecture_settings(checkpoint: LavisCheckpoint) -> dict[str, Any]:
 
 
 def load_lavis(checkpoint: LavisCheckpoint, model: InstructBLIP | BLIP2) -> bool:
-    """Load a checkpoint into a model of its kind: its trained tensors, and its ViT where it has one.
+    """Load a checkpoint into a model of its kind: its trained tensors, and its ViT where it has one, held from then on.
 
     Returns:
         Whether the projection is the checkpoint's: one into another width is left as it is in the model.
@@ -190,6 +190,7 @@ def load_lavis(checkpoint: LavisCheckpoint, model: InstructBLIP | BLIP2) -> bool
         found = {name: tensor for name, tensor in found.items() if not name.startswith(_PROJECTION)}
     if checkpoint.vision:
         expected, found = {**expected, **backbone_state(model.vision)}, {**found, **checkpoint.vision}
+        model.held_parts |= {"vision"}  # which no file of its configuration has
     names = foreign_names(expected, "lavis")
     shapes = {names[name]: tensor.shape for name, tensor in expected.items()}
     check_tensors(shapes, found, str(checkpoint.path))
@@ -198,9 +199,9 @@ def load_lavis(checkpoint: LavisCheckpoint, model: InstructBLIP | BLIP2) -> bool
 
 
 def save_lavis(model: InstructBLIP | BLIP2, path: Path, *, projection: str | None = None) -> None:
-    """Write what is trained as a LAVIS checkpoint: Q-Former, query tokens, `ln_vision`, projection or heads; a trained ViT.
+    """Write what a checkpoint holds as one of LAVIS: Q-Former, query tokens, `ln_vision`, projection or heads; a trained ViT.
 
-    A frozen ViT and the language model are not in such a file. LAVIS computes `ln_vision` with an eps of 1e-5, whatever the
+    A frozen ViT, unless it is of no file of its own, and the language model are not in such a file. LAVIS computes `ln_vision` with an eps of 1e-5, whatever the
     model has.
 
     Args:
@@ -212,10 +213,11 @@ def save_lavis(model: InstructBLIP | BLIP2, path: Path, *, projection: str | Non
         UserError: the language model was trained, a tensor has no place there (of another vision norm than a LayerNorm,
             say), or the disk is full.
     """
-    if "llm" in model.trained_parts:
+    held = model.trained_parts | model.held_parts
+    if "llm" in held:
         raise UserError("llm was trained too, and a LAVIS file has no place for it; write --to huggingface")
     state = model.part_state("qformer")
-    if "vision" in model.trained_parts:
+    if "vision" in held:
         state |= backbone_state(model.vision)
     names = foreign_names(state, "lavis")
     if isinstance(model, InstructBLIP):

@@ -76,7 +76,7 @@ def load_huggingface(folder: Path, *, llm: LLM | None = None) -> InstructBLIP | 
         vision=vision,
         vision_norm=nn.LayerNorm(vision.width, eps=settings.vision_norm_eps),
         qformer=QFormer(vision_width=vision.width, **settings.qformer),
-        qformer_tokenizer=load_qformer_tokenizer(folder, settings.kind) if settings.kind == "instructblip" else None,
+        qformer_tokenizer=load_qformer_tokenizer(folder, settings),
         llm=own_llm,
         max_instruction_tokens=settings.max_text_tokens,
     )
@@ -92,7 +92,8 @@ def load_huggingface(folder: Path, *, llm: LLM | None = None) -> InstructBLIP | 
 def _load_stage1(settings: Settings, vision: VisionEncoder, weights: Mapping[str, Tensor], folder: Path) -> BLIP2:
     """BLIP-2's first stage; without its side file it has no language-model head, and the temperature of a new model."""
     side = read_side_tensors(folder)
-    tokenizer = load_qformer_tokenizer(folder, settings.kind)
+    tokenizer = load_qformer_tokenizer(folder, settings)
+    assert tokenizer is not None
     head = any(name.startswith(_LM_HEAD) for name in side)
     try:
         model = BLIP2(

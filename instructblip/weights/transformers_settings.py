@@ -6,13 +6,15 @@ and no limits, its token table may have grown by `<image>`. A folder that `trans
 tensor. One without them is read with the released models' values.
 """
 
+import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from instructblip.config.schema import LLMKind, ModelKind
 from instructblip.errors import UserError
@@ -96,13 +98,34 @@ def read_settings(folder: Path) -> Settings:
     )
 
 
-def load_qformer_tokenizer(folder: Path, kind: ModelKind) -> PreTrainedTokenizerBase:
-    """The Q-Former's tokenizer: InstructBLIP's cuts long instructions on the left, BLIP-2's is the folder's own."""
+def load_qformer_tokenizer(folder: Path, settings: Settings) -> PreTrainedTokenizerBase | None:
+    """The Q-Former's tokenizer; None where it reads no text.
+
+    InstructBLIP's cuts long instructions on the left. That of BLIP-2's first stage is the folder's own, unless
+    `save_huggingface` wrote another.
+
+    Raises:
+        UserError: there is none.
+    """
     inside = folder / QFORMER_TOKENIZER
-    if kind == "instructblip" and not inside.is_dir():
+    if settings.kind == "blip2":
+        return None
+    if settings.kind == "instructblip" and not inside.is_dir():
         raise UserError(f"{folder} has no {QFORMER_TOKENIZER}/; fetch the whole model, subfolders too")
-    side = {"truncation_side": "left"} if kind == "instructblip" else {}
-    return open_tokenizer(inside if inside.is_dir() else folder, **side)
+    if settings.kind == "instructblip":
+        return open_tokenizer(inside, truncation_side="left")
+    return _of_rows(open_tokenizer(inside if inside.is_dir() else folder), settings.qformer["vocab_size"])
+
+
+def _of_rows(tokenizer: Any, rows: int) -> PreTrainedTokenizerBase:
+    """Without the tokens that a table of so many rows has none for: `Blip2Processor` adds `<image>` to any tokenizer."""
+    surplus = {token for token, token_id in tokenizer.get_vocab().items() if token_id >= rows}
+    if not surplus:
+        return tokenizer
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    backend["added_tokens"] = [token for token in backend["added_tokens"] if token["content"] not in surplus]
+    roles = {role: token for role, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(backend)), **roles)
 
 
 def load_llm_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

@@ -82,7 +82,7 @@ def tiny_stage2(seed: int = 0, *, llm: LLM | None = None, norm_eps: float = 1e-5
 
 
 def write_retrieval(folder: Path, *, image_token: bool = False) -> Blip2ForImageTextRetrieval:
-    """Write a folder as `Salesforce/blip2-itm-vit-g`; with `image_token` texts begin with marks, as newer processors do it."""
+    """Write a folder as `Salesforce/blip2-itm-vit-g`; with `image_token` its class reads texts behind marks of queries."""
     tokenizer = bert_tokenizer()
     rows = len(tokenizer)
     processor = Blip2Processor(BlipImageProcessor(size={"height": SIDE, "width": SIDE}), tokenizer)  # adds <image>

@@ -120,7 +120,8 @@ CONVENTIONS: dict[str, tuple[list[str], list[str], list[str]]] = {
     "smollm2_135m": (["<|im_start|>", "user", "Ċ"], ["Ċ", "redĠAnswer:"], ["Ġred", "<|im_end|>"]),
     "mistral_7b": (["<s>"], ["▁red"], ["▁red", "</s>"]),
     "gemma_3_4b": (["<bos>"], ["red"], ["▁red", "<end_of_turn>"]),
-    "opt_2_7b": ([], ["</s>", "red"], ["Ġred", "</s>"]),
+    "opt_2_7b": ([], ["</s>", "red"], ["Ġred", "Ċ"]),
+    "opt_6_7b": ([], ["</s>", "red"], ["Ġred", "Ċ"]),
 }
 
 

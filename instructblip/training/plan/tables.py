@@ -6,6 +6,7 @@ from rich.table import Table
 
 from instructblip.data.mixture import Mixture, share_table
 from instructblip.training.datasets import Steps
+from instructblip.training.plan.flops import SampleLengths
 from instructblip.training.plan.memory import GIB, USABLE, Plan, what_fits
 
 
@@ -70,8 +71,8 @@ def plan_summary(plan: Plan) -> list[str]:
     rate, usual, longest = samples / plan.hours() / 3600, plan.shape.usual, layout.longest
     lines = [
         "GiB on each GPU, in a usual forward pass and in the largest; GFLOP of a usual sample, without padding. "
-        f"A usual sample has {plan.shape.queries} visual tokens, a prompt of {usual.prompt} and an answer of "
-        f"{usual.answer}; the largest pass is full of prompts of {longest.prompt} and answers of {longest.answer}.",
+        f"A usual sample has {plan.shape.queries} visual tokens and {_texts(usual, 'a prompt', 'an answer', 'a caption')}; "
+        f"the largest pass is full of {_texts(longest, 'prompts', 'answers', 'captions')}.",
         f"{rate:,.0f} samples/s at {100 * layout.mfu:.0f}% of {layout.gpu.flops / 1e12:,.0f} bf16 TFLOP/s a GPU: "
         f"{steps:,} steps of {samples:,} samples in {plan.hours():,.1f} hours.",
     ]
@@ -90,3 +91,10 @@ def plan_summary(plan: Plan) -> list[str]:
     change, other = found
     after = f"{other.needed().largest / GIB:.1f} GiB, {other.hours():,.1f} hours"
     return [*lines, f"It does not fit: {says}; with {change} it does ({after})."]
+
+
+def _texts(lengths: SampleLengths, prompt: str, answer: str, caption: str) -> str:
+    """What a sample's texts are called, with their lengths."""
+    if not lengths.prompt:
+        return f"{caption} of {lengths.answer}"
+    return f"{prompt} of {lengths.prompt} and {answer} of {lengths.answer}"
