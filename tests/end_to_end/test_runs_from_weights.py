@@ -48,6 +48,9 @@ TEN_STEPS = (
 )
 
 
+THREE = ("recipe.phases.instruction.steps=3", "qformer.dropout=0")
+
+
 @dataclass(frozen=True)
 class Source:
     """The same weights in several formats, and a configuration whose parts they fit.
@@ -217,23 +220,31 @@ def test_what_was_taken_and_what_is_new_is_printed_and_planned(
     assert f"At the start: {aligned_to}, and the projection, into another width, starts anew." in printed("plan=true")
 
 
+@pytest.fixture(scope="module")
+def tuned_llm(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of three steps that trained its LLM too."""
+    return train_here(world, tmp_path_factory.mktemp("tuned"), *TEN_STEPS, *THREE, "train.llm=full")
+
+
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_two_ranks_start_alike(parallel: str, world: World, finished_run: Path, tmp_path: Path) -> None:
-    few = ("recipe.phases.instruction.steps=3", "qformer.dropout=0", "train.llm=full")
-    arguments = (*TEN_STEPS, f"init_from={finished_run}", *few)
+def test_two_ranks_start_alike_and_hold_what_no_other_file_has(
+    parallel: str, world: World, tuned_llm: Path, tmp_path: Path
+) -> None:
+    """The LLM that another run trained is frozen here; each checkpoint holds it, whole, though its blocks are sharded."""
+    arguments = (*TEN_STEPS, *THREE, f"init_from={tuned_llm}")
     alone = train_here(world, tmp_path / "alone", *arguments)
-    run_ranks(
-        world,
-        "train.py",
-        *world.train,
-        *arguments,
-        f"parallel={parallel}",
-        f"output={tmp_path / 'ranks'}",
-        cwd=tmp_path,
+    ranks = (f"parallel={parallel}", f"output={tmp_path / 'ranks'}")
+    run_ranks(world, "train.py", *world.train, *arguments, *ranks, cwd=tmp_path)
+    found, expected = (
+        [line["loss"] for line in read_lines(run / "metrics.jsonl")] for run in (tmp_path / "ranks/demo", alone)
     )
-    expected = [line["loss"] for line in read_lines(alone / "metrics.jsonl")]
-    found = [line["loss"] for line in read_lines(tmp_path / "ranks/demo/metrics.jsonl")]
     assert found == pytest.approx(expected, rel=5e-6)
+    place = "checkpoints/step_00000003/model.safetensors"
+    held, source = load_file(tmp_path / "ranks/demo" / place), load_file(tuned_llm / place)
+    assert held.keys() == source.keys()
+    llm = {name for name in source if name.startswith("llm.")}
+    assert len(llm) > 10 and not [name for name in llm if not torch.equal(held[name], source[name])]
+    assert [name for name in source.keys() - llm if not torch.equal(held[name], source[name])]
 
 
 # --- evaluation ------------------------------------------------------------------------------------------------------
