@@ -273,7 +273,7 @@ def transformers_batch(model: InstructBLIP, image_token: int, batch: Batch) -> d
     text = model.qformer_tokenizer(batch.instructions, padding=True, return_tensors="pt")
     visual = [image_token] * model.qformer.query_tokens.shape[1]
     rows = [
-        (visual + model.llm.prompt_format.prompt_ids(prompt, truncate=True), model.llm.prompt_format.target_ids(answer))
+        (visual + model.llm.prompt_format.prompt_ids(prompt, training=True), model.llm.prompt_format.target_ids(answer))
         for prompt, answer in zip(batch.instructions, batch.targets, strict=True)
     ]
     together = not model.llm.model.config.is_encoder_decoder

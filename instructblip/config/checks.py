@@ -54,18 +54,19 @@ def check_model(config: ModelConfig) -> None:
     Raises:
         UserError: names the key.
     """
-    if config.model.kind == "instructblip":
+    kind = config.model.kind
+    if kind != "blip2_stage1":
         config.language_model()
-        plain = asdict(ArchitectureConfig())
+        plain = asdict(ArchitectureConfig(kind=kind))
         if other := [name for name, value in asdict(config.model).items() if value != plain[name]]:
             raise UserError(f"model.{other[0]} is of BLIP-2's first stage; leave it out, or set model=blip2_stage1")
+        if kind == "blip2" and config.qformer.instruction_aware:
+            raise UserError("model=blip2 has a Q-Former that reads no text; set qformer.instruction_aware=false")
         return
     if config.llm is not None:
         raise UserError(f"model=blip2_stage1 has no language model, and llm={config.llm.name} is one; set llm=null")
     if not config.qformer.instruction_aware:
         raise UserError("model=blip2_stage1 reads texts with the Q-Former; set qformer.instruction_aware=true")
-    if config.qformer.init == "blip2":
-        raise UserError("qformer.init=blip2 is where InstructBLIP starts; set qformer=bert_base for model=blip2_stage1")
 
 
 def _check_training(config: TrainConfig) -> None:
@@ -83,6 +84,7 @@ def _check_training(config: TrainConfig) -> None:
             f"recipe.keep_best={recipe.keep_best} is no dataset of suite.held_in; name one of them, or mean"
         )
     _check_trained(config)
+    _check_start(config)
     quantization = None if config.llm is None else config.llm.quantization
     if config.parallel.kind == "fsdp" and quantization is not None:
         raise UserError(
@@ -112,6 +114,12 @@ def _check_trained(config: TrainConfig) -> None:
             f"train.llm=full trains weights, and those of an {config.llm.quantization} LLM are rounded; "
             "leave llm.quantization out"
         )
+
+
+def _check_start(config: TrainConfig) -> None:
+    files = [path for path in (config.qformer.stage1, config.qformer.stage2) if path is not None]
+    if files and config.init_from:
+        raise UserError(f"qformer.stage1 and stage2 mean init_from=[{', '.join(files)}]; give init_from= alone")
 
 
 def _check_phase(key: str, phase: PhaseConfig, config: TrainConfig) -> None:

@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
-from pydantic import AfterValidator, ConfigDict, Field
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 
 from instructblip.errors import UserError
 from instructblip.files import shipped
@@ -28,9 +28,9 @@ class Section:
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 VisionNorm = Literal["layer", "channel"]
-QFormerInit = Literal["bert", "blip2", "scratch"]
+QFormerInit = Literal["bert", "given", "scratch"]
 QueryInit = Literal["normal", "cls"]
-ModelKind = Literal["instructblip", "blip2_stage1"]
+ModelKind = Literal["instructblip", "blip2", "blip2_stage1"]
 LLMKind = Literal["decoder", "encoder_decoder"]
 TrainMode = Literal["frozen", "full"]
 PartName = Literal["vision", "qformer", "llm"]
@@ -70,7 +70,12 @@ def _check_device(name: str) -> str:
     return name
 
 
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else [] if value is None else value
+
+
 Device = Annotated[str, AfterValidator(_check_device)]
+OneOrMore = Annotated[list[str], BeforeValidator(_as_list)]  # a text alone is a list of one, null of none
 
 # --- sections --------------------------------------------------------------------------------------------------------
 
@@ -123,10 +128,10 @@ class QFormerConfig(Section):
 
     name: str
     sources: SourcesConfig = field(default_factory=SourcesConfig)  # BERT: sizes, tokenizer and, for init=bert, weights
-    init: QFormerInit = "bert"
-    stage1: str | None = None  # init=blip2: LAVIS files of BLIP-2's two stages
+    init: QFormerInit = "bert"  # given: it has no weights of its own, init_from= must give them
+    stage1: str | None = None  # the same as init_from=[stage1, stage2]: files of BLIP-2's two stages
     stage2: str | None = None
-    aligned_to: str | None = None  # name of the LLM that stage 2 was trained with
+    aligned_to: str | None = None  # name of the LLM that init_from's weights were trained with, where they do not say
     sizes: dict[str, Any] = field(default_factory=dict)  # as in BERT's config.json, for what opens no file: a plan
     extra_tokens: list[str] = field(default_factory=list)
     layers: AtLeastOne | None = None  # the first ones of BERT's; null: all
@@ -160,7 +165,10 @@ class LLMConfig(Section):
     image_prefix: str = ""  # text in front of the visual tokens
     prompt_prefix: str = ""  # text between them and the prompt
     prompt_suffix: str = ""  # text after the prompt
-    answer_prefix: str = ""
+    answer_prefix: str = ""  # text before an answer that follows a text
+    supervise_bos: bool = (
+        False  # without a prompt BOS is learned as the answer's first token, as in BLIP-2's OPT models
+    )
     max_prompt_tokens: AtLeastOne = 128
     max_target_tokens: AtLeastOne = 256
     lavis_projection: LavisProjection | None = None  # as LAVIS's files trained with this LLM call it
@@ -175,6 +183,7 @@ class ArchitectureConfig(Section):
     feature_width: AtLeastOne = 256  # of the features that image and text are contrasted by
     max_text_tokens: AtLeastOne = 32
     temperature: PositiveFloat = 0.07  # that similarities are divided by; trained from here on
+    language_model_head: bool = True  # false: it does not caption, as transformers' retrieval models
 
 
 @dataclass(kw_only=True)
@@ -186,6 +195,10 @@ class ModelConfig(Section):
     vision: VisionConfig
     qformer: QFormerConfig
     llm: LLMConfig | None = None  # BLIP-2's first stage has none
+
+    def reads_prefixes(self) -> bool:
+        """Whether captions are cut for prefix language modelling: BLIP-2's second stage with an encoder-decoder."""
+        return self.model.kind == "blip2" and self.llm is not None and self.llm.kind == "encoder_decoder"
 
     def language_model(self) -> LLMConfig:
         """The language model, of a model that has one.
@@ -216,6 +229,7 @@ class MixtureConfig(Section):
     weights: Weighting = "sqrt"
     temperature: PositiveFloat | None = None  # T of p_d ~ n_d ** (1 / T), for weights=temperature
     per: MixedPer = "sample"  # what comes from one dataset
+    templates: str | None = None  # in place of those of the cards: a name in datasets/templates
 
 
 @dataclass(kw_only=True)
@@ -351,6 +365,10 @@ class TrainConfig(ModelConfig):
     name: str
     output: str = "outputs/train"
     device: Device = "auto"
+    # Weights to start from at step 0: a run or one of its checkpoints, a transformers folder or hub id, a .pth of LAVIS.
+    # Later ones lie over earlier ones.
+    init_from: OneOrMore = field(default_factory=list)
+    init_sha256: OneOrMore = field(default_factory=list)  # their fingerprints; a run writes them, others are refused
     resume: Literal["auto"] | None = None
     resume_allow: list[str] = field(default_factory=list)  # keys that a resumed run may change
     profile_step: NotNegative | None = None  # trace the five steps after this one into trace.json.gz
@@ -385,6 +403,7 @@ class EvaluateConfig(Section):
     samples: AtLeastOne | None = None  # per dataset; None is all of them
     withhold_images: bool = False
     blind_baseline: bool = False
+    allow_untrained: bool = False  # evaluate a model of which a part was drawn and never trained
     batch_size: AtLeastOne = 64
     tolerance: NotNegative = 0  # damaged samples, per dataset, that are counted and left out
     examples: NotNegative = 60

@@ -15,7 +15,7 @@ from instructblip.data.lost import LostSample
 from instructblip.data.mixture import Draw, Mixture, position_generator
 from instructblip.data.records import Sample
 from instructblip.data.shards import PreparedSplit, ShardReader
-from instructblip.data.templates import TemplateSet, render_training
+from instructblip.data.templates import TemplateSet, cut_prefix, render_training
 from instructblip.data.text_processors import TEXT_PROCESSORS
 from instructblip.data.transforms import AUGMENTATIONS, augment_frames
 from instructblip.errors import DamagedSample, UserError
@@ -114,6 +114,7 @@ class MixtureDataset(Dataset[Item]):
         sets: the datasets, in the order of the mixture's entries.
         make_image: gives the image tokens or pixels of a drawn image.
         text_processor: what is done to each target, one of `text_processors.TEXT_PROCESSORS`.
+        cut_prefixes: a target without an instruction gives its beginning to it (`templates.cut_prefix`).
     """
 
     def __init__(
@@ -122,11 +123,14 @@ class MixtureDataset(Dataset[Item]):
         sets: Sequence[TrainingSet],
         make_image: MakeImage,
         text_processor: TextProcessor = "none",
+        *,
+        cut_prefixes: bool = False,
     ) -> None:
         self.mixture = mixture
         self.sets = list(sets)
         self.make_image = make_image
         self.text_processor = text_processor
+        self.cut_prefixes = cut_prefixes
 
     def __getitem__(self, position: int) -> Item:
         return self.read(position)[0]
@@ -161,6 +165,9 @@ class MixtureDataset(Dataset[Item]):
             instruction, target, template = render_training(record, chosen.templates, random)
         except ValueError as error:
             raise DamagedSample(f"{error} (image {shard.keys[row]} of {shard.path})") from None
+        target = TEXT_PROCESSORS[self.text_processor](target)
+        if self.cut_prefixes and not instruction:
+            instruction, target = cut_prefix(target, random)
         sample = Sample(
             id=f"{chosen.name}/{record.id}",
             dataset=chosen.name,
@@ -170,7 +177,7 @@ class MixtureDataset(Dataset[Item]):
             image_id=f"{chosen.split.dataset}/{shard.keys[row]}",
             position=draw.position,
             instruction=instruction,
-            target=TEXT_PROCESSORS[self.text_processor](target),
+            target=target,
             template=template,
         )
         return sample, self.make_image(DrawnImage(shard, row, frames, random, chosen.flip))

@@ -38,6 +38,7 @@ TELLING_FIELDS = {
 }
 
 _FIELD = re.compile(r"\{([a-z_]+)\}")
+_WORD = re.compile(r"\S+")
 _PART = re.compile(r"\[([^\[\]]*\{[a-z_]+\}[^\[\]]*)\]")
 
 
@@ -124,6 +125,19 @@ def render_training(record: Record, templates: TemplateSet, random: np.random.Ge
     answer, target = _draw_target(record, templates.target, random)
     instruction = render_prompt(template, record, answer=answer, max_ocr_tokens=templates.max_ocr_tokens)
     return instruction, target, template
+
+
+def cut_prefix(target: str, random: np.random.Generator) -> tuple[str, str]:
+    """A text's beginning and the rest, for prefix language modelling (BLIP-2, section 3.2): (prefix, suffix).
+
+    The cut is drawn evenly between the end of the first word and the middle, which is the authors' rule (LAVIS, issue 139) with
+    words for tokens. A text of one word has no prefix.
+    """
+    words = list(_WORD.finditer(target))
+    if len(words) < 2:
+        return "", target
+    count = int(random.integers(1, len(words) // 2, endpoint=True))
+    return target[: words[count - 1].end()], target[words[count].start() :]
 
 
 def _draw_target(record: Record, target: str, random: np.random.Generator) -> tuple[str | None, str]:

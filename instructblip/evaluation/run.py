@@ -13,6 +13,7 @@ from instructblip.data.cards import load_card
 from instructblip.data.prepare.command import shards_folder
 from instructblip.data.synthetic import NOTE
 from instructblip.distributed import Ranks, choose_device
+from instructblip.errors import UserError
 from instructblip.evaluation.journal import claimed, refuse_others_results
 from instructblip.evaluation.protocol import Task, make_task, refuse_unable
 from instructblip.evaluation.suite import evaluate_tasks, finish_evaluation, image_reader, log_scores
@@ -61,10 +62,21 @@ def evaluate(config: EvaluateConfig, console: Console) -> None:
         loaded = load_model(
             source, llm=config.llm, vision_path=config.vision_path, qformer_path=config.qformer_path, device=device
         )
+        _refuse_untrained(loaded, allowed=config.allow_untrained)
         refuse_others_results(
             folder, loaded.source, tasks, llm=loaded.parts["llm"].name if "llm" in loaded.parts else None
         )
         _evaluate(config, loaded, tasks, shards, folder, ranks, console)
+
+
+def _refuse_untrained(loaded: LoadedModel, *, allowed: bool) -> None:
+    """Scores of a model that cannot see say nothing of its parts, and look like any others in a table."""
+    if loaded.standing.untrained and not allowed:
+        untrained, llm = ", ".join(loaded.standing.untrained), loaded.parts["llm"].name
+        raise UserError(
+            f"{untrained} of {loaded.name} with llm={llm} was never trained; "
+            f"train it first (train.py init_from={loaded.source}), or evaluate it as it is with allow_untrained=true"
+        )
 
 
 def _evaluate(
@@ -107,6 +119,7 @@ def _evaluate(
         step=loaded.step,
         parts=loaded.parts,
         **weights,
+        standing=loaded.standing,
         examples=config.examples,
         console=console,
     )

@@ -35,6 +35,7 @@ from instructblip.models.llm import LLM, LLM_KINDS
 from instructblip.models.quantized import QuantizedLinear
 from instructblip.tracking import Logger
 from instructblip.weights.load import FrozenPart
+from instructblip.weights.start import PLAIN, Standing
 
 _WITHHELD = "images_withheld"  # folder of a dataset's blind answers, below its others
 
@@ -73,7 +74,11 @@ def model_identity(model: Model, frozen: Mapping[str, str], trained: str) -> str
 
 
 def describe_model(
-    model: Model, parts: Mapping[str, FrozenPart], frozen: Mapping[str, str], trained: str
+    model: Model,
+    parts: Mapping[str, FrozenPart],
+    frozen: Mapping[str, str],
+    trained: str,
+    standing: Standing = PLAIN,
 ) -> dict[str, Any]:
     """What results.json says of a model: its large parts by name, how they are held, and fingerprints.
 
@@ -82,6 +87,7 @@ def describe_model(
         parts: its `vision`, and `llm` where there is one.
         frozen: fingerprints of the parts that are frozen.
         trained: fingerprint of what trains.
+        standing: what of it was never trained or is aligned to another LLM; both are said where it is so.
     """
     held: dict[str, dict[str, Any]] = {
         "vision": {"dtype": _dtype_name(model.vision.dtype), "image_size": model.vision.image_size}
@@ -89,7 +95,13 @@ def describe_model(
     if isinstance(model, InstructBLIP):
         held["llm"] = _describe_llm(model.llm)
     described = {name: {**parts[name]._asdict(), **held[name], "sha256": frozen.get(name, "trained")} for name in held}
-    return {"kind": type(model).__name__, "sha256": model_identity(model, frozen, trained), **described}
+    remarks = {
+        "aligned_to": standing.aligned_to,
+        "untrained": list(standing.untrained),
+        "allow_untrained": bool(standing.untrained),  # which asks for it
+    }
+    kind = type(model).__name__
+    return {"kind": kind, "sha256": model_identity(model, frozen, trained), **described, **remarks}
 
 
 def _describe_llm(llm: LLM) -> dict[str, Any]:
@@ -208,6 +220,7 @@ def finish_evaluation(
     parts: Mapping[str, FrozenPart],
     frozen: Mapping[str, str],
     trained: str,
+    standing: Standing,
     examples: int,
     console: Console,
 ) -> None:
@@ -220,14 +233,18 @@ def finish_evaluation(
         checkpoint, step: where the trained weights come from.
         parts, frozen: names of the large parts, and fingerprints of those that are frozen.
         trained: fingerprint of what trains.
+        standing: what the model started from, and what of it was never trained or is aligned to another LLM.
         examples: samples shown for each dataset.
         console: for the table.
 
     Raises:
         UserError: as `write_results`.
     """
-    described = describe_model(model, parts, frozen, trained)
-    summary = results_json(results, checkpoint=checkpoint, fingerprint=trained, step=step, model=described)
+    described = describe_model(model, parts, frozen, trained, standing)
+    started_from = standing.start.weights
+    summary = results_json(
+        results, checkpoint=checkpoint, fingerprint=trained, step=step, model=described, started_from=started_from
+    )
     written = write_results(folder, title, results, summary, examples)
     console.print(console_table(title, results))
     for path in written:
@@ -241,13 +258,20 @@ CHANCE = "chance"
 
 
 def results_json(
-    results: Sequence[DatasetResult], *, checkpoint: str, fingerprint: str, step: int, model: Mapping[str, Any]
+    results: Sequence[DatasetResult],
+    *,
+    checkpoint: str,
+    fingerprint: str,
+    step: int,
+    model: Mapping[str, Any],
+    started_from: Sequence[Mapping[str, str]] = (),
 ) -> dict[str, Any]:
     """Everything a score needs to be trusted: the model, the machine, the versions, and each frozen protocol."""
     return {
         "format": FORMAT,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "checkpoint": {"path": checkpoint, "trainable_sha256": fingerprint, "step": step},
+        "started_from": list(started_from),
         "model": dict(model),
         "machine": {"platform": platform.platform(), "torch_threads": torch.get_num_threads()},
         "versions": {"python": platform.python_version(), **{name: version(name) for name in _VERSIONS}},
@@ -294,7 +318,9 @@ def _model_line(model: Mapping[str, Any]) -> str:
     parts = [f"image encoder {vision['name']} ({vision['dtype']}, {vision['image_size']} px)"]
     if llm := model.get("llm"):
         parts.insert(0, f"LLM {llm['name']} ({', '.join(filter(None, (llm['dtype'], llm['quantization'])))})")
-    return ", ".join(parts)
+    remarks = [f"Q-Former aligned to {model['aligned_to']}"] if model.get("aligned_to") else []
+    remarks += [f"never trained: {', '.join(model['untrained'])}"] if model.get("untrained") else []
+    return "; ".join([", ".join(parts), *remarks])
 
 
 def has_submission(result: TaskResult) -> bool:

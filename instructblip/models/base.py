@@ -9,12 +9,14 @@ Shape legend: B batch, F frames, P image tokens, V vision width, N rows of any k
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from instructblip.errors import UserError
 from instructblip.models.vision import Images, VisionEncoder, as_frames
 
 
@@ -122,12 +124,12 @@ class PartedModule(nn.Module):
 
     Attributes:
         PARTS: the children (modules or parameters) of each part.
-        HELD: parts that a checkpoint holds even where they are frozen, since they come from no file of their own.
+        held_parts: parts that a checkpoint holds even where they are frozen, since they come from no file of their own.
         trained_parts: names of the parts that train; all others are frozen: no gradient, evaluation mode.
     """
 
     PARTS: ClassVar[Mapping[str, tuple[str, ...]]]
-    HELD: ClassVar[frozenset[str]] = frozenset()
+    held_parts: frozenset[str] = frozenset()
     trained_parts: frozenset[str] = frozenset()
 
     def part_modules(self, part: str) -> list[nn.Module]:
@@ -186,7 +188,7 @@ class PartedModule(nn.Module):
         return {
             name: tensor
             for part in self.PARTS
-            if part in self.trained_parts | self.HELD
+            if part in self.trained_parts | self.held_parts
             for name, tensor in self.part_state(part).items()
         }
 
@@ -198,7 +200,7 @@ Skill = Literal["rank", "generate", "caption", "retrieve"]
 
 
 class Model(PartedModule, ABC):
-    """What training drives: samples in, named outputs out.
+    """What training drives: samples in, named outputs out. What a user calls is in it too, as far as it has the head.
 
     Attributes:
         OUTPUTS: names of all outputs that it gives.
@@ -272,6 +274,51 @@ class Model(PartedModule, ABC):
     @abstractmethod
     def sample_length(self) -> Callable[[str, str, int], int]:
         """A picklable function: how many positions of the largest pass a sample fills, from (prompt, target, frames)."""
+
+    @property
+    @abstractmethod
+    def title(self) -> str:
+        """What it is called in messages."""
+
+    # A class overrides those of these calls that it has a head for.
+
+    def generate(self, *_: Any, **__: Any) -> list[str]:
+        """Text for each image.
+
+        Raises:
+            UserError: the model has no head for it; the same of the calls below.
+        """
+        raise self._has_no("head to generate text with")
+
+    def rank(self, *_: Any, **__: Any) -> list[Tensor]:
+        """Log-likelihoods of candidate answers."""
+        raise self._has_no("language model to rank answers with")
+
+    def match(self, *_: Any, **__: Any) -> Tensor:
+        """How well each image and its text match."""
+        raise self._has_no("head to match images and texts with")
+
+    def features(self, *_: Any, **__: Any) -> Any:
+        """Features of images and texts."""
+        raise self._has_no("projections to make features with")
+
+    def save_huggingface(self, folder: str | Path) -> None:
+        """Write a folder that transformers' class of this model and its processor open.
+
+        Raises:
+            UserError: parts that their format cannot hold.
+        """
+        from instructblip.weights.transformers_write import save_huggingface  # which knows the models
+
+        save_huggingface(self, Path(folder))
+
+    def _has_no(self, head: str) -> UserError:
+        return UserError(f"{self.title} has no {head}; it can {', '.join(self.calls())}")
+
+    def calls(self) -> list[str]:
+        """Those of the calls that it has a head for."""
+        calls = ("generate", "rank", "match", "features")
+        return [name for name in calls if getattr(type(self), name) is not getattr(Model, name)]
 
 
 def blocks_of(module: nn.Module) -> list[nn.Module]:

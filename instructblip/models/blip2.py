@@ -113,7 +113,8 @@ class BLIP2(Model):
     Args:
         vision: image encoder.
         vision_norm: normalisation between the encoder and the Q-Former (`ln_vision`).
-        qformer: with text outputs and language-model head.
+        qformer: with text outputs; without a language-model head, which transformers' format has no place for, it does not
+            caption.
         tokenizer: the Q-Former's (BERT's).
         feature_width: E.
         max_text_tokens: longer texts lose their end, but for [SEP]. 32 in training; retrieval is evaluated with 35.
@@ -122,7 +123,7 @@ class BLIP2(Model):
         trained: the parts that train; the others are frozen.
 
     Raises:
-        ValueError: a Q-Former without its language-model head, or a tokenizer without the start token.
+        ValueError: a Q-Former without text outputs, or a tokenizer without the start token.
     """
 
     PARTS = {  # noqa: RUF012
@@ -137,7 +138,7 @@ class BLIP2(Model):
         ),
     }
 
-    HELD = frozenset({"qformer"})
+    held_parts = frozenset({"qformer"})
     OUTPUTS = frozenset({"image_projected", "text_projected", "temperature", "answer_logits", "match_logits"})
     SKILLS = frozenset({"caption", "retrieve"})
 
@@ -155,8 +156,8 @@ class BLIP2(Model):
         trained: Collection[str] = ("qformer",),
     ) -> None:
         super().__init__()
-        if qformer.lm_head is None:
-            raise ValueError("BLIP-2's first stage needs a Q-Former with a language-model head")
+        if not qformer.text_outputs:
+            raise ValueError("BLIP-2's first stage needs a Q-Former with text outputs")
         if start_token not in tokenizer.get_vocab():
             raise ValueError(f"the tokenizer has no {start_token}, which begins a caption; add it")
         self.vision = vision
@@ -172,6 +173,15 @@ class BLIP2(Model):
         self.temperature = nn.Parameter(torch.tensor(temperature))
         self._fixed = [parameter for parameter in qformer.parameters() if not parameter.requires_grad]
         self.choose_trained(trained)
+
+    @property
+    def title(self) -> str:
+        """BLIP-2's first stage."""
+        return "BLIP-2's first stage"
+
+    def calls(self) -> list[str]:
+        """All but ranking, and captions where there is a language-model head."""
+        return [name for name in super().calls() if name != "generate" or self.qformer.lm_head is not None]
 
     @property
     def device(self) -> torch.device:
@@ -383,7 +393,10 @@ class BLIP2(Model):
 
         Raises:
             ValueError: prompts.
+            UserError: there is no language-model head.
         """
+        if self.qformer.lm_head is None:
+            raise self._has_no("language-model head to caption with")
         if prompts is not None:
             raise ValueError("BLIP-2's first stage captions without a prompt: prompts=None")
         cache = self.encode_images(self.image_tokens(images)).cache

@@ -1,4 +1,7 @@
-"""InstructBLIP: image tokens and instruction -> Q-Former -> projection -> frozen LLM (paper, section 2).
+"""InstructBLIP: image tokens and instruction -> Q-Former -> projection -> LLM (paper, section 2).
+
+With a Q-Former that has no text branch it is BLIP-2's second stage, in which the instruction reaches the LLM alone (BLIP-2,
+section 3.2).
 
 Shape legend: B batch, F frames, P image tokens, V vision width, Q queries, D Q-Former width, T text tokens,
 L language-model width, S supervised tokens in the batch.
@@ -6,7 +9,6 @@ L language-model width, S supervised tokens in the batch.
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,7 +35,7 @@ from instructblip.models.vision import Images, VisionEncoder
 
 
 class InstructBLIP(Model):
-    """A vision encoder, a Q-Former with its projection, and a language model.
+    """A vision encoder, a Q-Former with its projection, and a language model: InstructBLIP, or BLIP-2's second stage.
 
     Outputs by name: `visual_prompt` (B, F * Q, L), the soft prompt; `visual_cosines` (B, V), cosines of its mean direction
     with the LLM's input embeddings; `embedding_length` (), their mean length; `answer_logits` (S, V), for each token of each
@@ -42,15 +44,18 @@ class InstructBLIP(Model):
     Args:
         vision: image encoder.
         vision_norm: trainable or calibrated normalisation between the encoder and the Q-Former (`ln_vision`).
-        qformer: the Q-Former.
-        qformer_tokenizer: its tokenizer (BERT's).
+        qformer: the Q-Former; with its text branch (`instruction_aware`) the model is InstructBLIP, else BLIP-2.
+        qformer_tokenizer: its tokenizer (BERT's); None where it reads no text.
         llm: the language model; the projection's width follows it.
         max_instruction_tokens: longer instructions lose their beginning on the way into the Q-Former (128 as released).
         trained: the parts that train; the others are frozen.
+
+    Raises:
+        ValueError: a Q-Former that reads instructions, without a tokenizer.
     """
 
     PARTS = {"vision": ("vision",), "qformer": ("vision_norm", "qformer", "projection"), "llm": ("llm",)}  # noqa: RUF012
-    HELD = frozenset({"qformer"})
+    held_parts = frozenset({"qformer"})
     OUTPUTS = frozenset({"visual_prompt", "visual_cosines", "embedding_length", "answer_logits"})
     SKILLS = frozenset({"rank", "generate"})
 
@@ -60,12 +65,14 @@ class InstructBLIP(Model):
         vision: VisionEncoder,
         vision_norm: nn.Module,
         qformer: QFormer,
-        qformer_tokenizer: PreTrainedTokenizerBase,
+        qformer_tokenizer: PreTrainedTokenizerBase | None,
         llm: LLM,
         max_instruction_tokens: int = 128,
         trained: Collection[str] = ("qformer",),
     ) -> None:
         super().__init__()
+        if qformer.instruction_aware and qformer_tokenizer is None:
+            raise ValueError("a Q-Former that reads instructions needs its tokenizer")
         self.vision = vision
         self.vision_norm = vision_norm
         self.qformer = qformer
@@ -76,6 +83,11 @@ class InstructBLIP(Model):
         self._match_embedding_scale()
         self._fixed = [parameter for parameter in qformer.parameters() if not parameter.requires_grad]
         self.choose_trained(trained)
+
+    @property
+    def title(self) -> str:
+        """InstructBLIP, or BLIP-2's second stage."""
+        return "InstructBLIP" if self.qformer.instruction_aware else "BLIP-2's second stage"
 
     @property
     def device(self) -> torch.device:
@@ -132,7 +144,8 @@ class InstructBLIP(Model):
             raise ValueError(
                 f"{sizes[0]} images, {sizes[1]} instructions and {sizes[2]} targets; each sample needs one"
             )
-        answers = [self.llm.prompt_format.target_ids(text) for text in samples.targets]
+        pairs = zip(samples.instructions, samples.targets, strict=True)
+        answers = [self.llm.prompt_format.answer_ids(prompt, target) for prompt, target in pairs]
         return Inputs(samples.images, samples.instructions, answers, samples.image_ids, samples.positions)
 
     def forward(self, inputs: Inputs, wanted: Collection[str], *, packed: bool = False) -> Outputs:
@@ -145,7 +158,7 @@ class InstructBLIP(Model):
         if "embedding_length" in wanted:
             tensors["embedding_length"] = self.llm.embedding_norms.mean()
         if "answer_logits" in wanted:
-            prefixes = self.llm.prefixes(visual_BQL, inputs.prompts, truncate=True)
+            prefixes = self.llm.prefixes(visual_BQL, inputs.prompts, training=True)
             states = self.llm.answer_states(prefixes, inputs.answers, packed=packed)
             tensors["answer_logits"] = self.llm.logits(states.hidden_SL)
             workload = PassWorkload(states.positions, states.padding, text)
@@ -189,10 +202,16 @@ class InstructBLIP(Model):
         check_choice("normalize", normalize, ("sum", "mean"))
         check_counts({"token_budget": token_budget}, at_least=1)
         # Every text is tokenised once, and lists that are alike (a vocabulary) are worked on once.
-        lists, list_of = deduplicated([tuple(texts) for texts in candidates])
-        texts = {text for texts in lists for text in texts}
-        tokens = {text: self.llm.prompt_format.target_ids(text, include_eos) for text in texts}
-        ids = [[tokens[text] for text in texts] for texts in lists]
+        form = self.llm.prompt_format
+        follows = [bool(form.text_before(prompt)) for prompt in prompts]
+        lists, list_of = deduplicated(
+            [(follow, tuple(texts)) for follow, texts in zip(follows, candidates, strict=True)]
+        )
+        tokens = {
+            (follow, text): form.target_ids(text, include_eos, follows_text=follow)
+            for follow, text in {(follow, text) for follow, texts in lists for text in texts}
+        }
+        ids = [[tokens[follow, text] for text in texts] for follow, texts in lists]
         check_positions(self._prompt_lengths(images, prompts), max(map(len, tokens.values())), self.llm.max_positions)
         prefixes = self.llm.prefixes(self.visual_prompt(self.image_tokens(images), prompts), prompts)
         return rank_candidates(self.llm, prefixes, ids, list_of, normalize=normalize, token_budget=token_budget)
@@ -201,7 +220,7 @@ class InstructBLIP(Model):
     def generate(
         self,
         images: Images,
-        prompts: Sequence[str],
+        prompts: Sequence[str] | None = None,
         *,
         num_beams: int = 1,
         max_new_tokens: int = 10,
@@ -213,7 +232,7 @@ class InstructBLIP(Model):
         top_p: float = 1.0,
         beam_lengths: str = "new_tokens",
     ) -> list[str]:
-        """Answer each prompt freely; the returned text never holds the prompt.
+        """Answer each prompt freely; the returned text never holds the prompt. Without prompts BLIP-2 captions the images.
 
         Lengths and the repetition penalty are over new tokens only. Greedy with one beam; with `do_sample` the next token
         is drawn (torch's global random stream) from the smallest set of probability `top_p`, after division of the logits
@@ -224,7 +243,10 @@ class InstructBLIP(Model):
             ValueError: a wrong argument, by its name, before anything is computed.
             UserError: logits that are not finite.
         """
-        check_texts("prompts", prompts, check_images(images))
+        count = check_images(images)
+        if prompts is None:
+            prompts = self._no_prompts(count)
+        check_texts("prompts", prompts, count)
         check_decoding(
             num_beams=num_beams,
             max_new_tokens=max_new_tokens,
@@ -249,6 +271,11 @@ class InstructBLIP(Model):
                 **sampling,
             )
 
+    def _no_prompts(self, count: int) -> list[str]:
+        if self.qformer.instruction_aware:
+            raise ValueError("prompts is None, and this Q-Former reads them; give a list of strings")
+        return [""] * count
+
     def _prompt_lengths(self, images: Images, prompts: Sequence[str]) -> list[int]:
         """Positions that each prompt fills in the LLM, with the visual tokens of its frames."""
         texts, queries = self.llm.prompt_format, self.qformer.query_tokens.shape[1]
@@ -258,16 +285,6 @@ class InstructBLIP(Model):
         ]
         before = len(texts.image_prefix_ids)
         return [before + n * queries + len(texts.prompt_ids(text)) for n, text in zip(frames, prompts, strict=True)]
-
-    def save_huggingface(self, folder: str | Path) -> None:
-        """Write a folder that transformers' `InstructBlipForConditionalGeneration` and `InstructBlipProcessor` open.
-
-        Raises:
-            UserError: parts that their format cannot hold.
-        """
-        from instructblip.weights.transformers_write import save_huggingface  # which knows this class
-
-        save_huggingface(self, Path(folder))
 
     @torch.no_grad()
     def _match_embedding_scale(self) -> None:
@@ -282,6 +299,7 @@ class InstructBLIP(Model):
 
     def _tokenize_instructions(self, instructions: Sequence[str]) -> tuple[Tensor, Tensor]:
         # [CLS] and [SEP] stay, as in the released model; what is too long loses its beginning.
+        assert self.qformer_tokenizer is not None
         encoded = self.qformer_tokenizer(
             list(instructions),
             padding="longest",

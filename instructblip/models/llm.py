@@ -230,9 +230,9 @@ class LLM(ExactBuffers):
         embedded = self.embeddings(torch.tensor(ids, dtype=torch.long, device=self.embeddings.weight.device))
         return list(embedded.split([len(sequence) for sequence in sequences]))
 
-    def prefixes(self, visual_BQL: Tensor, prompts: Sequence[str], *, truncate: bool = False) -> list[Tensor]:
+    def prefixes(self, visual_BQL: Tensor, prompts: Sequence[str], *, training: bool = False) -> list[Tensor]:
         """The embedded prompts (T_i, L): image prefix, visual tokens, prompt."""
-        texts = [self.prompt_format.prompt_ids(prompt, truncate=truncate) for prompt in prompts]
+        texts = [self.prompt_format.prompt_ids(prompt, training=training) for prompt in prompts]
         first, *rest = self.embed([self.prompt_format.image_prefix_ids, *texts])
         visual_BQL = visual_BQL.to(first.dtype)
         return [torch.cat([first, visual_QL, text]) for visual_QL, text in zip(visual_BQL, rest, strict=True)]

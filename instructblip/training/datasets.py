@@ -45,13 +45,15 @@ def mixture_cards(config: MixtureConfig) -> list[Card]:
                 f"mixture {config.name} trains on {card.name}, which is held out; remove it, or set mixture.finetuning=true "
                 "and take its scores for no zero-shot ones"
             )
-        if card.templates is None:
-            raise UserError(f"card {card.name} names no templates and cannot be trained on")
+        if card.templates is None and config.templates is None:
+            raise UserError(f"card {card.name} names no templates and cannot be trained on; set mixture.templates")
     return cards
 
 
-def open_sets(cards: Sequence[Card], shards: Path) -> list[TrainingSet]:
+def open_sets(cards: Sequence[Card], shards: Path, templates: str | None = None) -> list[TrainingSet]:
     """Open the training splits of these cards; views of one dataset share it.
+
+    `templates` names a set in place of the cards' own.
 
     Raises:
         UserError: a split is not prepared, or damaged.
@@ -61,9 +63,8 @@ def open_sets(cards: Sequence[Card], shards: Path) -> list[TrainingSet]:
     for card in cards:
         if card.source not in splits:
             splits[card.source] = open_split(shards / card.source / TRAIN_SPLIT)
-        assert card.templates is not None
-        templates = load_templates(card.templates)
-        sets.append(TrainingSet(card.name, splits[card.source], card.kinds, templates, card.training.flip))
+        wanted = load_templates(str(templates or card.templates))
+        sets.append(TrainingSet(card.name, splits[card.source], card.kinds, wanted, card.training.flip))
     return sets
 
 

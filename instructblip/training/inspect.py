@@ -33,7 +33,7 @@ def inspect(config: InspectConfig, console: Console) -> None:
         UserError: data that is missing or damaged.
     """
     cards = mixture_cards(config.mixture)
-    sets = open_sets(cards, shards_folder(cards, config.data, console))
+    sets = open_sets(cards, shards_folder(cards, config.data, console), config.mixture.templates)
     mixture = make_mixture(config.mixture, sets, [config], seed=config.seed)
     console.print(shares_planned(mixture, [config]))
     images = decoded(config.data.transform, config.image_size)

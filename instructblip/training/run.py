@@ -3,6 +3,7 @@
 import contextlib
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from instructblip.training.plan.tables import plan_summary, plan_table, shares_p
 from instructblip.training.schedule import StepPosition, locate, rank_positions, step_batching, total_steps
 from instructblip.training.setup import TrainingRun, make_optimisation, make_plan, set_up
 from instructblip.training.signals import Stopped, StopRequest
+from instructblip.training.start import plan_start
 from instructblip.training.timer import StepTimer, peak_memory
 from instructblip.training.validation import clear_stop_file, finish, run_validation
 from instructblip.weights.checkpoint import (
@@ -38,13 +40,13 @@ from instructblip.weights.checkpoint import (
     remove_unfinished,
     restore_optimizer,
 )
-from instructblip.weights.load import check_frozen, restore_trainable
 
 _SAVE_FAILED = 255  # instead of a signal's number: rank 0 could not write a checkpoint
 # Settings that a resumed run may change: they decide how a run is carried out, not what it computes.
 _FREE_ON_RESUME = (
     "resume",
     "resume_allow",
+    "init_sha256",
     "device",
     "output",
     "logger",
@@ -95,7 +97,7 @@ def _print_plan(config: TrainConfig, console: Console) -> int:
     plan = make_plan(config)
     if Ranks.from_environment().is_first:
         console.print(plan_table(plan, config.name))
-        for line in plan_summary(plan):
+        for line in (*plan_summary(plan), *plan_start(config, plan)):
             console.print(line, markup=False, highlight=False, soft_wrap=True)
     return 0 if plan.fits else 1
 
@@ -117,7 +119,7 @@ def _train(config: TrainConfig, ranks: Ranks, stop: StopRequest, console: Consol
             checkpoint = _find_checkpoint(config, folder, ranks, console)
             if checkpoint:
                 _check_unchanged(config, folder, console)
-            run = set_up(config, folder, ranks, console)
+            run = set_up(config, folder, ranks, console, checkpoint)
     except Stopped:
         console.print("stopped before the first step; run the same command again to begin", soft_wrap=True)
         return stop.exit_code
@@ -129,7 +131,8 @@ def _train(config: TrainConfig, ranks: Ranks, stop: StopRequest, console: Consol
         _restore_optimisation(run, checkpoint)
     unvalidated = checkpoint.state.get("unvalidated") if checkpoint else None
     if ranks.is_first:
-        write_atomically(folder / "config.yaml", to_yaml(config))
+        started = replace(config, init_sha256=[weights["sha256"] for weights in run.start.weights])
+        write_atomically(folder / "config.yaml", to_yaml(started))
         run.metrics.truncate_after(start if unvalidated is None else start - 1)  # whose line is to be written anew
     console.print(shares_planned(run.mixture, run.phases))
     done = _train_steps(run, start, stop, unvalidated)
@@ -202,9 +205,7 @@ def _check_unchanged(config: TrainConfig, folder: Path, console: Console) -> Non
 
 
 def _restore(run: TrainingRun, checkpoint: LoadedCheckpoint) -> int:
-    check_frozen(run.model, checkpoint.state["frozen"], checkpoint.path)
     run.lost.restore(checkpoint.state["lost"])
-    restore_trainable(run.model, checkpoint.model, checkpoint.path)
     if not run.best.restore(checkpoint.state.get("best")):
         _find_best(run, checkpoint.step)
     run.console.print(f"continuing {checkpoint.path} after step {checkpoint.step}", highlight=False, soft_wrap=True)
@@ -374,7 +375,14 @@ def _save(run: TrainingRun, step: int, *, unvalidated: dict[str, Any] | None) ->
         model=model,
         optimizer=optimizer,
         average=average,
-        state={"frozen": run.frozen, "seed": run.config.seed, "lost": run.lost.state(), "best": run.best.state()}
+        state={
+            "frozen": run.frozen,
+            "start": run.start.to_json(),
+            "untrained": run.start.untrained(run.model.trained_parts),
+            "seed": run.config.seed,
+            "lost": run.lost.state(),
+            "best": run.best.state(),
+        }
         | ({"unvalidated": unvalidated} if unvalidated else {}),
         spare=[] if run.best.step is None else [run.best.step],
     )

@@ -40,10 +40,15 @@ from instructblip.training.parallel import PRECISIONS, StepContext, check_layout
 from instructblip.training.plan.flops import GPUS, ModelShape, SampleLengths, device_peak, model_shape
 from instructblip.training.plan.memory import Plan, PlanLayout, plan_run, planned_phases
 from instructblip.training.schedule import Phase
+from instructblip.training.start import begin_run
 from instructblip.training.writer import CheckpointWriter
-from instructblip.weights.load import frozen_fingerprints
+from instructblip.weights.checkpoint import LoadedCheckpoint
+from instructblip.weights.init_from import VISION_NORM, Begun, differing_parts
+from instructblip.weights.init_sources import save_text_branch
+from instructblip.weights.load import frozen_fingerprints, restore_model
 from instructblip.weights.modules import parts_without_weights, vision_encoder
 from instructblip.weights.parts import build_model
+from instructblip.weights.start import Start
 
 _CALIBRATION_IMAGES = 256
 
@@ -82,6 +87,7 @@ class TrainingRun:
     validation: list[Task]
     final: list[Task]
     read_image: ReadImage
+    start: Start
     frozen: dict[str, str]
     shape: ModelShape
     peak_flops: float  # of all processes' devices together
@@ -127,11 +133,15 @@ def _planned_gpus(config: TrainConfig) -> int:
     return 1 if config.parallel.kind == "single" else math.gcd(16, *sizes)
 
 
-def set_up(config: TrainConfig, folder: Path, ranks: Ranks, console: Console) -> TrainingRun:
-    """Fetch, prepare and build everything; nothing of the run's folder but wandb's is written.
+def set_up(
+    config: TrainConfig, folder: Path, ranks: Ranks, console: Console, checkpoint: LoadedCheckpoint | None = None
+) -> TrainingRun:
+    """Fetch, prepare and build everything, with the weights of a checkpoint where the run goes on from one.
+
+    Of the run's folder nothing is written but wandb's files and a text branch that is kept for others.
 
     Raises:
-        UserError: data or parts are missing and cannot be fetched, or do not fit together.
+        UserError: data, parts or weights to start from are missing and cannot be fetched, or do not fit together.
     """
     cards = mixture_cards(config.mixture)
     held_in = [load_card(name) for name in config.suite.held_in]
@@ -139,15 +149,17 @@ def set_up(config: TrainConfig, folder: Path, ranks: Ranks, console: Console) ->
     shards = shards_folder([*cards, *held_in, *held_out], config.data, console)
     validation = [make_validation_task(card, shards, samples=config.recipe.validation_samples) for card in held_in]
     final = _final_tasks(config, validation, [*held_in, *held_out], shards)
-    model = build_model(config, trained=config.train.parts())
+    model, begun = _model(config, folder, ranks, console, checkpoint)
     _place(model, choose_device(config.device), without_llm=is_sharded(config.parallel.kind, ranks.world_size))
-    sets = open_sets(cards, shards)
+    sets = open_sets(cards, shards, config.mixture.templates)
     mixture = make_mixture(config.mixture, sets, config.recipe.phases.values(), seed=config.seed)
     cache = _feature_cache(config, model, sets, [*validation, *final])
     images = make_images(config.data, model.vision.image_size, cache)
-    dataset = MixtureDataset(mixture, sets, images, config.data.text_processor)
-    if isinstance(model.vision_norm, ChannelNorm):
+    dataset = MixtureDataset(mixture, sets, images, config.data.text_processor, cut_prefixes=config.reads_prefixes())
+    if isinstance(model.vision_norm, ChannelNorm) and VISION_NORM in begun.start.new and not checkpoint:
         _calibrate(model, model.vision_norm, dataset)
+    frozen = frozen_fingerprints(model)
+    _say(differing_parts(begun, frozen), console)
     return TrainingRun(
         config=config,
         folder=folder,
@@ -166,7 +178,8 @@ def set_up(config: TrainConfig, folder: Path, ranks: Ranks, console: Console) ->
         validation=validation,
         final=final,
         read_image=read_pixels(model.vision.image_size) if cache is None else cache.tokens,
-        frozen=frozen_fingerprints(model),
+        start=begun.start,
+        frozen=frozen,
         shape=_shape(config, model),
         peak_flops=ranks.world_size * _peak_flops(config, model, ranks),
         metrics=MetricsLog(folder / "metrics.jsonl"),
@@ -219,6 +232,25 @@ def make_optimisation(run: TrainingRun, stop_signal: Callable[[], int]) -> Optim
         names={parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad},
         average=None if recipe.average_decay is None else WeightAverage(model, recipe.average_decay),
     )
+
+
+def _model(
+    config: TrainConfig, folder: Path, ranks: Ranks, console: Console, checkpoint: LoadedCheckpoint | None
+) -> tuple[Model, Begun]:
+    """The model on the CPU, with a checkpoint's weights or those that the run starts from."""
+    model = build_model(config, trained=config.train.parts())
+    if checkpoint:
+        return model, Begun(restore_model(model, checkpoint))
+    begun = begin_run(model, config)
+    _say(begun.lines, console)
+    if begun.text_branch and ranks.is_first:
+        save_text_branch(folder, begun.text_branch)
+    return model, begun
+
+
+def _say(lines: Sequence[str], console: Console) -> None:
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _place(model: Model, device: torch.device, *, without_llm: bool) -> None:

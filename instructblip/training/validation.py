@@ -26,6 +26,7 @@ from instructblip.training.setup import TrainingRun
 from instructblip.training.signals import Stopped, StopRequest
 from instructblip.weights.checkpoint import checkpoint_folders
 from instructblip.weights.load import as_instructblip, frozen_parts
+from instructblip.weights.start import Standing
 
 
 def run_validation(run: TrainingRun, step: int, stop: StopRequest) -> dict[str, float] | None:
@@ -153,6 +154,7 @@ def _evaluate(run: TrainingRun, checkpoint: Path, stop: StopRequest) -> None:
             step=total_steps(run.phases),
             parts=frozen_parts(run.config.vision, run.config.llm),
             **weights,
+            standing=Standing(run.start, untrained=run.start.untrained(run.model.trained_parts)),
             examples=run.config.evaluation.examples,
             console=run.console,
         )

@@ -8,22 +8,43 @@ from typing import Literal, NamedTuple, TypeVar
 
 from torch import Tensor
 
-from instructblip.config.schema import CONFIGS, LLMConfig, LLMKind, ModelConfig, QFormerConfig, VisionConfig
+from instructblip.config.schema import (
+    CONFIGS,
+    ArchitectureConfig,
+    LLMConfig,
+    LLMKind,
+    ModelConfig,
+    ModelKind,
+    QFormerConfig,
+    VisionConfig,
+)
 from instructblip.config.validate import read_config, read_model_config, unknown_choice
 from instructblip.distributed import choose_device
 from instructblip.errors import UserError
 from instructblip.fetch.parts import Sources, part_folder
 from instructblip.models.base import Model, Skill
+from instructblip.models.blip2 import BLIP2
 from instructblip.models.fingerprint import fingerprint, fingerprint_tensors
 from instructblip.models.instructblip import InstructBLIP
-from instructblip.weights.checkpoint import checkpoint_folders, load_checkpoint, newest_whole
+from instructblip.weights.checkpoint import LoadedCheckpoint, checkpoint_folders, load_checkpoint, newest_whole
 from instructblip.weights.gatekeeper import refuse_other_model
-from instructblip.weights.lavis import load_lavis, qformer_settings, read_lavis
+from instructblip.weights.lavis import (
+    LavisCheckpoint,
+    architecture_settings,
+    load_lavis,
+    qformer_settings,
+    read_lavis,
+)
 from instructblip.weights.names import check_tensors
-from instructblip.weights.parts import MODELS, build_instructblip, build_model, load_llm, warn_aligned
-from instructblip.weights.transformers_read import is_huggingface_folder, load_huggingface, read_transformers_config
+from instructblip.weights.parts import MODELS, build_model, load_llm, warn_aligned
+from instructblip.weights.start import PLAIN, PROJECTION, Standing, Start
+from instructblip.weights.transformers_layout import layout_of
+from instructblip.weights.transformers_read import is_huggingface_folder, load_huggingface
+from instructblip.weights.transformers_settings import read_transformers_config
 
-LAVIS_VISION, LAVIS_QFORMER = "eva_vit_g", "blip2"  # names in configs/vision and configs/qformer
+LAVIS_QFORMER = "blip2"  # in configs/qformer
+# In configs/vision, by the width of image tokens; any other width is of an EVA-CLIP that was shrunk.
+_LAVIS_VISIONS, _LAVIS_VISION = {1024: "clip_vit_l"}, "eva_vit_g"
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
@@ -45,15 +66,20 @@ class Source(NamedTuple):
         format: `run`, `huggingface` or `lavis`.
         path: the checkpoint folder of a run, the transformers folder, the file.
         name: of the run, folder, hub repository or file.
+        kind: of the model.
         llm_kind: `decoder` or `encoder_decoder`; None where there is no language model.
-        skills: what evaluation may ask of it.
     """
 
     format: Literal["run", "huggingface", "lavis"]
     path: Path
     name: str
+    kind: ModelKind
     llm_kind: LLMKind | None
-    skills: frozenset[Skill] = InstructBLIP.SKILLS
+
+    @property
+    def skills(self) -> frozenset[Skill]:
+        """What evaluation may ask of it."""
+        return MODELS[self.kind].SKILLS
 
 
 class LoadedModel(NamedTuple):
@@ -66,6 +92,7 @@ class LoadedModel(NamedTuple):
         step: optimiser steps that its checkpoint has seen; 0 where the source does not say.
         config: the sections it was built from; None for a transformers folder, which is its own configuration.
         parts: `vision`, and `llm` where there is one.
+        standing: what it started from, and what of it was never trained or is aligned to another LLM.
     """
 
     model: Model
@@ -74,6 +101,7 @@ class LoadedModel(NamedTuple):
     step: int
     config: ModelConfig | None
     parts: dict[str, FrozenPart]
+    standing: Standing = PLAIN
 
 
 class Replacements(NamedTuple):
@@ -104,26 +132,38 @@ def find_source(source: str | Path, llm: str | LLMConfig | None = None) -> Sourc
     path = Path(source).expanduser()
     if path.is_file():
         refuse_other_model(path)
-        if llm is None:
-            known = ", ".join(sorted(file.stem for file in (CONFIGS / "llm").glob("*.yaml")))
-            raise UserError(
-                f"{path} has no language model in it; say which one it was trained with: llm= one of {known}"
-            )
-        found = Source("lavis", path, path.stem, llm_config(llm, None).kind)
-    elif folder := huggingface_source(source):
-        decoder_only = read_transformers_config(folder).use_decoder_only_language_model
-        kind = ("decoder" if decoder_only else "encoder_decoder") if llm is None else llm_config(llm, None).kind
-        found = Source("huggingface", folder, path.absolute().name, kind)
-    elif path.is_dir():
+        return _find_lavis(path, llm)
+    if folder := huggingface_source(source):
+        return _find_huggingface(folder, path.absolute().name, llm)
+    if path.is_dir():
         refuse_other_model(path)
         checkpoint = find_checkpoint(path)
         config = _replace_parts(read_model_config(checkpoint.parents[1] / "config.yaml"), Replacements(llm))
         own_kind = None if config.llm is None else config.llm.kind
-        skills = MODELS[config.model.kind].SKILLS
-        found = Source("run", checkpoint, checkpoint.absolute().parents[1].name, own_kind, skills)
-    else:
-        raise UserError(f"{source} is no run, transformers folder, hub id or .pth file; give one that is there")
-    return found
+        return Source("run", checkpoint, checkpoint.absolute().parents[1].name, config.model.kind, own_kind)
+    raise UserError(f"{source} is no run, transformers folder, hub id or .pth file; give one that is there")
+
+
+def _find_lavis(path: Path, llm: str | LLMConfig | None) -> Source:
+    kind = read_lavis(path).kind
+    if kind == "blip2_stage1":
+        if llm is not None:
+            raise UserError(f"{path} is of BLIP-2's first stage, which has no language model; leave llm= out")
+        return Source("lavis", path, path.stem, kind, None)
+    if llm is None:
+        known = ", ".join(sorted(file.stem for file in (CONFIGS / "llm").glob("*.yaml")))
+        raise UserError(f"{path} has no language model in it; say which one it was trained with: llm= one of {known}")
+    return Source("lavis", path, path.stem, kind, llm_config(llm, None).kind)
+
+
+def _find_huggingface(folder: Path, name: str, llm: str | LLMConfig | None) -> Source:
+    kind, config = layout_of(folder).kind, read_transformers_config(folder)
+    if kind == "blip2_stage1":
+        if llm is not None:
+            raise UserError(f"{folder} is BLIP-2's first stage, which has no language model; leave llm= out")
+        return Source("huggingface", folder, name, kind, None)
+    own_kind: LLMKind = "decoder" if config.use_decoder_only_language_model else "encoder_decoder"
+    return Source("huggingface", folder, name, kind, own_kind if llm is None else llm_config(llm, None).kind)
 
 
 def load_model(
@@ -236,7 +276,7 @@ def _load_run(found: Source, replaced: Replacements) -> LoadedModel:
     config = read_model_config(found.path.parents[1] / "config.yaml")
     run = load_run(found.path, device="cpu", config=_replace_parts(config, replaced))
     parts = frozen_parts(run.config.vision, run.config.llm)
-    return LoadedModel(run.model, found.name, str(found.path), run.step, run.config, parts)
+    return LoadedModel(run.model, found.name, str(found.path), run.step, run.config, parts, run.standing)
 
 
 def _load_huggingface(found: Source, replaced: Replacements) -> LoadedModel:
@@ -245,39 +285,53 @@ def _load_huggingface(found: Source, replaced: Replacements) -> LoadedModel:
         raise UserError(
             f"{folder} has its own ViT, Q-Former and LLM; only llm= (with llm_path=) can take another's place"
         )
+    vision = {"vision": FrozenPart(f"ViT of {name}", str(folder))}
+    if found.llm_kind is None:
+        return LoadedModel(load_huggingface(folder), name, str(folder), 0, None, vision)
     language = read_transformers_config(folder).text_config
-    parts = {
-        "vision": FrozenPart(f"ViT of {name}", str(folder)),
-        "llm": FrozenPart(f"{language.model_type} of {name}", str(folder)),
-    }
+    parts = vision | {"llm": FrozenPart(f"{language.model_type} of {name}", str(folder))}
     if replaced.llm is None:
         return LoadedModel(load_huggingface(folder), name, str(folder), 0, None, parts)
     config = llm_config(replaced.llm, replaced.llm_path)
-    model = load_huggingface(folder, llm=load_llm(config))
+    model = as_instructblip(load_huggingface(folder, llm=load_llm(config)), name)
     fits = language.hidden_size == model.llm.width
-    warn_aligned(f"the LLM of {name}", config.name, projection_fits=fits)
-    return LoadedModel(model, name, str(folder), 0, None, parts | {"llm": _frozen_part(config)})
+    standing = _beside(f"the LLM of {name}", config.name, projection_fits=fits)
+    return LoadedModel(model, name, str(folder), 0, None, parts | {"llm": _frozen_part(config)}, standing)
 
 
 def _load_lavis(found: Source, replaced: Replacements) -> LoadedModel:
-    assert replaced.llm is not None  # `find_source` refuses a file without one
-    path, checkpoint = found.path, read_lavis(found.path)
-    llm = llm_config(replaced.llm, None)
-    config = ModelConfig(
-        vision=part_config("vision", LAVIS_VISION, VisionConfig),
-        qformer=part_config("qformer", LAVIS_QFORMER, QFormerConfig),
-        llm=llm,
-    )
-    config = _replace_parts(config, replaced._replace(llm=None))
+    checkpoint = read_lavis(found.path)
+    config = _replace_parts(_lavis_config(checkpoint, replaced.llm), replaced._replace(llm=None))
     config.qformer = dataclasses.replace(
         config.qformer, init="scratch", query_init="normal", **qformer_settings(checkpoint)
     )
-    model = build_instructblip(config)
-    fits = load_lavis(checkpoint, model)
-    if checkpoint.projection != llm.lavis_projection or not fits:
+    model = build_model(config)
+    assert isinstance(model, InstructBLIP | BLIP2)
+    fits, standing, llm = load_lavis(checkpoint, model), PLAIN, config.llm
+    if llm is not None and (checkpoint.projection != llm.lavis_projection or not fits):
         trained_with = f"an LLM of width {checkpoint.llm_width} (LAVIS's {checkpoint.projection})"
-        warn_aligned(trained_with, llm.name, projection_fits=fits)
-    return LoadedModel(model, found.name, str(path), 0, config, frozen_parts(config.vision, config.llm))
+        standing = _beside(trained_with, llm.name, projection_fits=fits)
+    return LoadedModel(model, found.name, str(found.path), 0, config, frozen_parts(config.vision, llm), standing)
+
+
+def _lavis_config(checkpoint: LavisCheckpoint, llm: str | LLMConfig | None) -> ModelConfig:
+    """What a checkpoint says, and LAVIS's own configuration where it does not."""
+    name = _LAVIS_VISIONS.get(checkpoint.vision_width, _LAVIS_VISION)
+    vision = part_config("vision", name, VisionConfig)
+    if checkpoint.image_size is not None:
+        vision = dataclasses.replace(vision, image_size=checkpoint.image_size)
+    return ModelConfig(
+        model=ArchitectureConfig(kind=checkpoint.kind, **architecture_settings(checkpoint)),
+        vision=vision,
+        qformer=part_config("qformer", LAVIS_QFORMER, QFormerConfig),
+        llm=None if llm is None else llm_config(llm, None),
+    )
+
+
+def _beside(trained_with: str, llm: str, *, projection_fits: bool, start: Start = PLAIN.start) -> Standing:
+    """A model beside another language model than its Q-Former was trained with, which is warned about."""
+    warn_aligned(trained_with, llm, projection_fits=projection_fits)
+    return Standing(start, trained_with, () if projection_fits else (PROJECTION,))
 
 
 def _replace_parts(config: ModelConfig, replaced: Replacements) -> ModelConfig:
@@ -318,6 +372,7 @@ class LoadedRun(NamedTuple):
     config: ModelConfig
     checkpoint: Path
     step: int
+    standing: Standing
 
 
 # --- checkpoints -----------------------------------------------------------------------------------------------------
@@ -345,6 +400,10 @@ def load_run(source: Path, *, device: str = "auto", config: ModelConfig | None =
     state, frozen = dict(loaded.model), dict(loaded.state["frozen"])
     # What a checkpoint does not hold it names by a fingerprint.
     trained = MODELS[config.model.kind].PARTS.keys() - frozen.keys()
+    start = Start.from_json(loaded.state.get("start"))
+    # Steps align what they train to the run's own LLM.
+    aligned_to = start.aligned_to if loaded.step == 0 else None
+    standing = Standing(start, aligned_to, tuple(loaded.state.get("untrained", ())))
     if own.llm is not None and config.language_model().name != own.llm.name:
         trained -= {"llm"}
         state = {name: tensor for name, tensor in state.items() if not name.startswith("llm.")}
@@ -352,12 +411,11 @@ def load_run(source: Path, *, device: str = "auto", config: ModelConfig | None =
         assert isinstance(model, InstructBLIP)
         frozen["llm"] = fingerprint(model.llm)
         fits = _fit_projection(model, state)
-        warn_aligned(own.llm.name, config.language_model().name, projection_fits=fits)
+        standing = _beside(own.llm.name, config.language_model().name, projection_fits=fits, start=start)
     else:
         model = build_model(built, trained=trained)
-    check_frozen(model, frozen, checkpoint)
-    restore_trainable(model, state, checkpoint)
-    return LoadedRun(model.to(choose_device(device)).eval(), config, checkpoint, loaded.step)
+    restore_model(model, loaded._replace(model=state, state={**loaded.state, "frozen": frozen}))
+    return LoadedRun(model.to(choose_device(device)).eval(), config, checkpoint, loaded.step, standing)
 
 
 def _fit_projection(model: InstructBLIP, state: dict[str, Tensor]) -> bool:
@@ -399,11 +457,23 @@ def frozen_fingerprints(model: Model) -> dict[str, str]:
 def check_frozen(model: Model, expected: Mapping[str, str], checkpoint: Path) -> None:
     """Refuse a checkpoint that was trained beside other frozen weights than the model's, but for those that it holds."""
     for part, found in frozen_fingerprints(model).items():
-        if part not in model.HELD and expected.get(part) != found:
+        if part not in model.held_parts and expected.get(part) != found:
             raise UserError(
                 f"the frozen {part} weights are not those {checkpoint} was trained with; "
                 f"use the same {part}= and the same files, or train anew under another name="
             )
+
+
+def restore_model(model: Model, checkpoint: LoadedCheckpoint) -> Start:
+    """Put a checkpoint's weights into a model that was built as its run's was; what it holds beyond, the model holds then.
+
+    Raises:
+        UserError: other frozen weights than it was trained with, or other trained ones.
+    """
+    model.held_parts |= {model.part_of(name) for name in checkpoint.model}
+    check_frozen(model, checkpoint.state["frozen"], checkpoint.path)
+    restore_trainable(model, checkpoint.model, checkpoint.path)
+    return Start.from_json(checkpoint.state.get("start"))
 
 
 def restore_trainable(model: Model, state: Mapping[str, Tensor], checkpoint: Path) -> None:

@@ -104,6 +104,8 @@ def test_a_command_runs(line: str, world: World, finished_run: Path, tmp_path: P
         shutil.copytree(world.shards, tmp_path / "data/shards")
     if "checkpoint" in given or "resume" in given:
         shutil.copytree(finished_run, tmp_path / given.get("checkpoint", "outputs/train/demo"))
+    if "init_from" in given:
+        shutil.copytree(finished_run, tmp_path / given["init_from"])
     tiny = {
         "train.py": _tiny_training(world, given, tmp_path),
         "evaluate.py": ("samples=6",) if "data" in given else (*world.evaluate, "samples=3"),

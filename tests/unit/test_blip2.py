@@ -136,7 +136,7 @@ def test_wrong_arguments(model: BLIP2) -> None:
         ("head='itg' is none of itm, itc", lambda: model.match(images, TEXTS[:2], head="itg")),  # type: ignore[arg-type]
         ("captions without a prompt", lambda: model.generate(images, ["a", "b"])),  # type: ignore[arg-type]
         ("one picture a sample, not 3 frames", lambda: model.match(tiny_images(2, frames=3), TEXTS[:2])),
-        ("language-model head", lambda: BLIP2(**parts, qformer=qformer, tokenizer=model.tokenizer)),
+        ("text outputs", lambda: BLIP2(**parts, qformer=qformer, tokenizer=model.tokenizer)),
         (
             r"no \[BOS\], which begins a caption",
             lambda: BLIP2(**parts, qformer=model.qformer, tokenizer=model.tokenizer, start_token="[BOS]"),

@@ -186,7 +186,7 @@ def test_alignment_loss_is_a_likelihood_over_the_vocabulary(
     model: InstructBLIP, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     size = len(model.llm.prompt_format.tokenizer)
-    monkeypatch.setattr(model.llm.prompt_format, "target_ids", lambda target: [int(target), 0])
+    monkeypatch.setattr(model.llm.prompt_format, "target_ids", lambda target, **_: [int(target), 0])
     tokens = model.image_tokens(tiny_images(1)).expand(size, -1, -1, -1)
     loss = term_of(model, tokens, ["shape"] * size, [str(token) for token in range(size)], objective="alignment")
     torch.testing.assert_close(loss.per_sample.neg().exp().sum(), torch.tensor(1.0), rtol=1e-5, atol=0)
@@ -195,7 +195,7 @@ def test_alignment_loss_is_a_likelihood_over_the_vocabulary(
 def test_prompts_lose_their_beginning_and_targets_their_end() -> None:
     whole, short = tiny_llm(), tiny_llm(max_prompt_tokens=3, max_target_tokens=3)
     prompt, target = whole.prompt_format.prompt_ids(PROMPTS[1]), whole.prompt_format.target_ids(TARGETS[1])
-    assert short.prompt_format.prompt_ids(PROMPTS[1], truncate=True) == prompt[-3:]
+    assert short.prompt_format.prompt_ids(PROMPTS[1], training=True) == prompt[-3:]
     assert short.prompt_format.prompt_ids(PROMPTS[1]) == prompt  # only training cuts, as released
     assert short.prompt_format.target_ids(TARGETS[1]) == target[:3]
     assert whole.prompt_format.eos_id == target[-1]
@@ -209,7 +209,7 @@ def test_prompts_lose_their_beginning_and_targets_their_end() -> None:
 def test_begin_of_sequence_stays_on_a_cut_prompt() -> None:
     llm = tiny_llm(bos_token=BOS, max_prompt_tokens=3)
     bos = llm.prompt_format.tokenizer.get_vocab()[BOS]
-    assert llm.prompt_format.prompt_ids(PROMPTS[1], truncate=True) == [
+    assert llm.prompt_format.prompt_ids(PROMPTS[1], training=True) == [
         bos,
         *tiny_llm().prompt_format.prompt_ids(PROMPTS[1])[-2:],
     ]
@@ -230,7 +230,7 @@ def test_an_encoder_decoder_ends_prompts_and_cut_texts_with_eos() -> None:
         tiny_llm().prompt_format.target_ids(TARGETS[1], include_eos=False),
     )
     assert llm.prompt_format.prompt_ids(PROMPTS[1]) == [*words, llm.prompt_format.eos_id]
-    assert llm.prompt_format.prompt_ids(PROMPTS[1], truncate=True) == [*words[-3:], llm.prompt_format.eos_id]
+    assert llm.prompt_format.prompt_ids(PROMPTS[1], training=True) == [*words[-3:], llm.prompt_format.eos_id]
     assert llm.prompt_format.target_ids(TARGETS[1]) == [*target[:2], llm.prompt_format.eos_id]
     assert llm.prompt_format.target_ids(TARGETS[1], include_eos=False) == target[:2]
 
