@@ -11,11 +11,13 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from instructblip.config.schema import NotNegative, Section
 from instructblip.config.validate import build, nearest, read_yaml
 from instructblip.data.card_evaluation import Evaluation, check_evaluation
+from instructblip.data.readers.base import OWN_READERS, is_remote
+from instructblip.data.readers.columns import COLUMNS, Task
 from instructblip.errors import UserError
 from instructblip.files import shipped, write_atomically
 
@@ -35,8 +37,11 @@ SOURCE_KEYS = (
     "verified",
     "image_source",
 )
+# Of own data, whose reader is told more than where its files lie.
+OWN_KEYS = ("task", "columns")
 # And how its files come to the disk, which says nothing about what is in them.
 FETCH_KEYS = ("fetch", "not_fetched")
+PLACE_KEYS = ("records", "images", "folder", "shards")  # of a split of own data: the places that its reader calls so
 TRAIN_SPLIT = "train"
 
 
@@ -48,7 +53,8 @@ class SplitCounts(Section):
         images, records: how many images (or videos) and records, of all kinds together.
         records_by_kind: record kind -> number of records.
         files: role (`questions`, `images`, as the reader calls it) -> places below `raw=` where that file or folder may
-            lie, in the order they are tried.
+            lie, in the order they are tried. Own data have all that is in their places; a split of such a card may say
+            `records: train.csv` (`images`, `folder`, `shards` alike) and leaves out the counts.
     """
 
     images: NotNegative | None
@@ -104,6 +110,8 @@ class Card(Section):
         kinds: the record kinds this card is about, which training draws from; empty: all.
         reader: name of the raw format's reader in `instructblip.data.readers.READERS`.
         reader_options: what else that reader is told.
+        task: of own data, what is asked about an image; decides which columns are read.
+        columns: of own data, column -> what it is called there, where that is another name.
         homepage, licence, how_to_get: where it comes from, on which terms, and how a person gets the raw files.
         source_part: the part of `instructblip.fetch.parts` that fetches the raw files by itself, if one does.
         fetch: the official files, where they are public and their licence lets anybody download them.
@@ -127,6 +135,8 @@ class Card(Section):
     kinds: tuple[str, ...] = ()
     reader: str
     reader_options: dict[str, Any] = field(default_factory=dict)
+    task: Task | None = None
+    columns: dict[str, str] = field(default_factory=dict)
     homepage: str
     licence: str
     how_to_get: str
@@ -146,6 +156,12 @@ class Card(Section):
     def source(self) -> str:
         """Name of the dataset whose shards hold this card's records: the parent's for a view."""
         return self.view_of or self.name
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """What its reader is told beside the places of files."""
+        own = {"dataset": self.source, "task": self.task, "columns": self.columns}
+        return self.reader_options | own if self.reader in OWN_READERS else self.reader_options
 
     def expected_records(self, split: str, kinds: Sequence[str] = ()) -> int | None:
         """Expected number of records in a split of these kinds (none given: the card's own); None: not known."""
@@ -169,12 +185,12 @@ def load_card(name_or_path: str | Path) -> Card:
             known = [card.stem for card in sorted(CARDS_FOLDER.glob("*.yaml"))]
             near = nearest(str(name_or_path), known)
             raise UserError(f"no dataset card {str(name_or_path)!r} in {CARDS_FOLDER}{near}")
-    values = _read_yaml(path)
+    values = _with_places(_read_yaml(path))
     if values.get("view_of") is not None:
-        if said := [key for key in SOURCE_KEYS + FETCH_KEYS if key in values]:
+        if said := [key for key in SOURCE_KEYS + OWN_KEYS + FETCH_KEYS if key in values]:
             raise UserError(f"{path}: {said[0]} is the parent's to say; remove it, or view_of")
         parent = _load_parent(path, values["view_of"])
-        values |= {key: parent[key] for key in SOURCE_KEYS + FETCH_KEYS if key in parent}
+        values |= {key: parent[key] for key in SOURCE_KEYS + OWN_KEYS + FETCH_KEYS if key in parent}
     card: Card = build(Card, values, str(path))
     _check_card(card, path)
     return card
@@ -188,7 +204,8 @@ def all_cards() -> list[Card]:
 def source_sha256(card: Card) -> str:
     """Hash of what a card says about its source; the same for a dataset and all its views."""
     facts = dataclasses.asdict(card)
-    text = json.dumps([card.source, *(facts[key] for key in SOURCE_KEYS)], sort_keys=True)
+    own = [facts[key] for key in OWN_KEYS if facts[key]]
+    text = json.dumps([card.source, *(facts[key] for key in SOURCE_KEYS), *own], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -202,6 +219,25 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
+def _with_places(values: dict[str, Any]) -> dict[str, Any]:
+    """A card as read, the splits of own data in the form of all others: places below `files`, counts not known."""
+    splits = values.get("splits")
+    if values.get("reader") not in OWN_READERS or not isinstance(splits, dict):
+        return values
+    return values | {"splits": {name: _split_with_places(said) for name, said in splits.items()}}
+
+
+def _split_with_places(said: Any) -> Any:
+    if not isinstance(said, dict):
+        return said
+    places = {key: said[key] for key in PLACE_KEYS if isinstance(said.get(key), str | list)}
+    if not places:
+        return said
+    files = {key: [place] if isinstance(place, str) else place for key, place in places.items()}
+    rest = {key: value for key, value in said.items() if key not in places and key != "files"}
+    return {"images": None, "records": None, "files": said.get("files", {}) | files} | rest
+
+
 def _load_parent(path: Path, name: Any) -> dict[str, Any]:
     """The parent's keys as written, from the folder of the view; the parent itself is validated first."""
     folder = path.parent
@@ -210,7 +246,7 @@ def _load_parent(path: Path, name: Any) -> dict[str, Any]:
         raise UserError(f"{path}: view_of names no card: {name!r}{nearest(str(name), known)}")
     if load_card(folder / f"{name}.yaml").view_of is not None:
         raise UserError(f"{path}: view_of must name a dataset of its own, but {name} is a view too")
-    return _read_yaml(folder / f"{name}.yaml")
+    return _with_places(_read_yaml(folder / f"{name}.yaml"))
 
 
 def _check_card(card: Card, path: Path) -> None:
@@ -225,9 +261,26 @@ def _check_card(card: Card, path: Path) -> None:
         raise UserError(f"{path}: a held-out dataset needs the key evaluation")
     for split, counts in card.splits.items():
         _check_files(counts.files, f"{path}: splits.{split}.files")
+    _check_own(card, path)
     _check_fetch(card, path)
     if card.evaluation is not None:
         check_evaluation(card.evaluation, card.splits, path)
+
+
+def _check_own(card: Card, path: Path) -> None:
+    """Own data say what is asked and where it lies; no other card does."""
+    if card.reader not in OWN_READERS:
+        if said := [key for key in OWN_KEYS if getattr(card, key)]:
+            raise UserError(f"{path}: {said[0]} is for reader {', '.join(OWN_READERS)} to say; remove it")
+        return
+    if card.task is None:
+        raise UserError(f"{path}: key task is missing; give one of {', '.join(get_args(Task))}")
+    for name, counts in card.splits.items():
+        if OWN_READERS[card.reader] not in counts.files:
+            raise UserError(f"{path}: splits.{name} needs the key {OWN_READERS[card.reader]}")
+    for column in card.columns:
+        if column not in COLUMNS:
+            raise UserError(f"{path}: columns has {column!r}{nearest(column, COLUMNS)}")
 
 
 def _check_files(files: Mapping[str, Sequence[str]], key: str) -> None:
@@ -236,7 +289,8 @@ def _check_files(files: Mapping[str, Sequence[str]], key: str) -> None:
         if not places:
             raise UserError(f"{key}.{role} names no place; give one, or remove it")
         for place in places:
-            _check_place(place, f"{key}.{role}")
+            if not (role == "records" and is_remote(place)):
+                _check_place(place, f"{key}.{role}")
 
 
 def _check_place(place: str, key: str) -> None:
