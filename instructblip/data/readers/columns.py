@@ -10,6 +10,7 @@ import re
 import string
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -95,9 +96,17 @@ class Columns:
     split: str
     names: Mapping[str, str]
 
-    def wanted(self) -> set[str]:
+    @cached_property
+    def _columns_of(self) -> dict[str, list[str]]:
+        """Name in the table -> the columns that it stands for: mostly one, the same."""
+        found: dict[str, list[str]] = {}
+        for column in (*COLUMNS, *LETTERS):
+            found.setdefault(self.names.get(column, column), []).append(column)
+        return found
+
+    def wanted(self) -> Collection[str]:
         """The names in the table of all columns that are read."""
-        return {self.names.get(column, column) for column in (*COLUMNS, *LETTERS)}
+        return self._columns_of.keys()
 
     def check(self, known: Collection[str], path: Path, losses: Losses) -> None:
         """Refuse a table without a column that the task needs; note one that the card names and nothing needs.
@@ -119,8 +128,14 @@ class Columns:
 
     def example(self, row: Row, losses: Losses) -> Example | None:
         """The images and records of a row; None where it cannot be used, which is counted."""
-        values = {column: row.values.get(self.names.get(column, column)) for column in (*COLUMNS, *LETTERS)}
-        fields = Fields({column: value for column, value in values.items() if not _is_empty(value)})
+        fields = Fields(
+            {
+                column: value
+                for name, value in row.values.items()
+                for column in self._columns_of.get(name, ())
+                if not _is_empty(value)
+            }
+        )
         with losses.counting(row.place, records=_expected(fields, self.task)):
             media, video = _media(fields)
             records = _RECORDS[self.task](fields, row, media, self, losses)
