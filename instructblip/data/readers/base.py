@@ -129,5 +129,22 @@ class Losses:
         return [self.reasons[reason] for reason in sorted(self.reasons)]
 
 
-# (raw files of a split, losses) -> images in an order that depends on the raw files alone
-Reader = Callable[[RawSplit, Losses], Iterator[MediaRecords]]
+@dataclass(frozen=True)
+class Reader:
+    """A raw format: the function that reads it, and what a card says to that function.
+
+    Attributes:
+        read: (raw files of a split, losses) -> images in an order that depends on the raw files alone.
+        needs: the roles of files that every split names.
+        may_name: those that a split may name besides.
+        options: what `reader_options` may hold; `prefix`, of the images' keys, is the dataset's name where a card says none.
+    """
+
+    read: Callable[[RawSplit, Losses], Iterator[MediaRecords]]
+    needs: tuple[str, ...] = ()
+    may_name: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
+
+    def __call__(self, source: RawSplit, losses: Losses) -> Iterator[MediaRecords]:
+        """The images of a split with their records."""
+        return self.read(source, losses)

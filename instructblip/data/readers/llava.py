@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from instructblip.data.readers.base import Losses, MediaRecords, RawSplit
+from instructblip.data.readers.base import Losses, MediaRecords, RawSplit, Reader
 from instructblip.data.readers.common import (
     coco_images,
     coco_media,
@@ -90,4 +90,4 @@ def _answers(conversation: Any) -> int:
     return sum(isinstance(turn, dict) and turn.get("from") == "gpt" for turn in turns)
 
 
-READERS = {"llava": read_llava}
+READERS = {"llava": Reader(read_llava, needs=("annotations", "images"), options=("prefix", "first_turn_only"))}
