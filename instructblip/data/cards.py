@@ -61,7 +61,7 @@ class SplitCounts(Section):
         images, records: how many images (or videos) and records, of all kinds together.
         records_by_kind: record kind -> number of records.
         files: role (`questions`, `images`, as the reader calls it) -> places below `raw=` where that file or folder may
-            lie, in the order they are tried.
+            lie, in the order they are tried. Readers of people's own data read all of them.
     """
 
     images: NotNegative | None
@@ -172,8 +172,8 @@ class Card(Section):
 
     @property
     def told(self) -> dict[str, Any]:
-        """What the reader is told besides the places of files."""
-        return {"prefix": self.source, **self.reader_options}
+        """What the reader is told besides the places of files: its options, and the dataset's name."""
+        return {"prefix": self.source, "dataset": self.source, "columns": {}, **self.reader_options}
 
     def template_set(self) -> TemplateSet:
         """What it is trained with.
@@ -228,8 +228,8 @@ class OwnCard(Card):
 
     @property
     def told(self) -> dict[str, Any]:
-        """The reader's options, and what a reader of any table needs: name, task and columns."""
-        return super().told | {"dataset": self.source, "task": self.read_as, "columns": self.columns}
+        """Its options, the dataset's name, and what a reader of people's own data goes by: task and columns."""
+        return super().told | {"task": self.read_as, "columns": self.columns}
 
 
 def load_card(name_or_path: str | Path) -> Card:
@@ -474,6 +474,10 @@ def _check_reader(card: Card, path: Path) -> None:
             raise UserError(f"{path}: key splits.{split}.{missing[0]} is missing; reader {card.reader} needs it")
         _check_told(counts.files, (*reader.needs, *reader.may_name), f"{path}: splits.{split}", card.reader)
     _check_told(card.reader_options, reader.options, f"{path}: reader_options", card.reader)
+    _check_told(card.told["columns"], reader.columns, f"{path}: columns", card.reader)
+    if reader.tasks and (task := card.told.get("task")) not in reader.tasks:
+        given = "key task is missing" if task is None else f"task={task} is not what reader {card.reader} reads for"
+        raise UserError(f"{path}: {given}; give {' or '.join(reader.tasks)}")
 
 
 def _check_told(said: Iterable[str], known: Sequence[str], key: str, reader: str) -> None:

@@ -15,7 +15,7 @@ from PIL import Image
 
 from instructblip.data.cards import load_card
 from instructblip.data.readers import READERS, Losses, MediaRecords, RawSplit
-from instructblip.data.readers.video_qa import EXTENSIONS
+from instructblip.data.readers.files import VIDEO_EXTENSIONS
 from tests.kit.videos import write_video
 
 CASES = sorted(path.parent for path in (Path(__file__).parents[1] / "data/readers").glob("*/*/expected.json"))
@@ -31,7 +31,7 @@ def write_case(case: Path, raw: Path) -> None:
     shutil.copytree(case / "raw", raw, dirs_exist_ok=True)
     names = yaml.safe_load((case / "images.yaml").read_text(encoding="utf-8")) or []
     for name in names:
-        if name.rpartition(".")[2].lower() in EXTENSIONS:
+        if name.rpartition(".")[2].lower() in VIDEO_EXTENSIONS:
             write_video(raw / name, ["red", "green", "blue", "white"] * 2)
     write_images(raw, *(name for name in names if not (raw / name).exists()))
 

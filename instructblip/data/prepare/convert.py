@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -30,7 +31,17 @@ from instructblip.data.cards import (
 )
 from instructblip.data.prepare.media import JPEG_QUALITY, MediaError, MediaOptions, read_media, stored_frames
 from instructblip.data.prepare.ocr import OcrOptions, ocr_options, ocr_tokens
-from instructblip.data.readers import MEDIA_ROLES, OCR_ROLE, READERS, Losses, MediaRecords, RawSplit, unpack_hint
+from instructblip.data.readers import (
+    MEDIA_ROLES,
+    OCR_ROLE,
+    READERS,
+    FileSlice,
+    Losses,
+    MediaRecords,
+    RawSplit,
+    is_there,
+    unpack_hint,
+)
 from instructblip.data.records import Record
 from instructblip.data.shards import (
     KEY,
@@ -43,7 +54,7 @@ from instructblip.data.shards import (
     shard_path,
 )
 from instructblip.errors import UserError
-from instructblip.files import exclusive, sha256_file, write_json
+from instructblip.files import errors_for_users, exclusive, sha256_file, write_json
 from instructblip.images import decode_image
 from instructblip.progress import progress_bar
 
@@ -123,7 +134,7 @@ def _present_splits(card: Card, raw: Path) -> list[str]:
     for split, counts in card.splits.items():
         files = {role: places for role, places in counts.files.items() if role not in MEDIA_ROLES}
         own = {role: places for role, places in files.items() if shared[role, places] == 1} or files
-        if own and not any((raw / place).exists() for places in own.values() for place in places):
+        if own and not any(is_there(raw, place) for places in own.values() for place in places):
             absent[split] = next(iter(own.values()))[0]
     if isinstance(card, OwnCard):
         absent = {}
@@ -161,10 +172,10 @@ def _prepare_split(job: _Job, split: str, pool: _Pool | None, progress: bool) ->
     name = f"{job.card.source}/{split}"
     losses = Losses()
     _note_other_card(job, split)
-    with progress_bar("images", show=progress) as bar:
+    with _scratch(job) as scratch, progress_bar("images", show=progress) as bar:
         bar_task = bar.add_task(name, total=job.card.splits[split].images)
         shards = []
-        for shard in _convert(_plans(job, split, losses), pool):
+        for shard in _convert(_plans(job, split, scratch, losses), pool):
             shards.append(shard)
             bar.advance(bar_task, len(shard) + _lost_images(shard))
     return _finish(job, split, shards, losses)
@@ -177,12 +188,25 @@ def _note_other_card(job: _Job, split: str) -> None:
         logger.warning("%s/%s: replaces what another card gave (%s)", job.card.source, split, "; ".join(changed))
 
 
-def _plans(job: _Job, split: str, losses: Losses) -> Iterator[ShardPlan]:
+@contextlib.contextmanager
+def _scratch(job: _Job) -> Iterator[Path]:
+    """An empty folder for what a reader sets aside, gone at the end; what a killed run left in it goes first."""
+    folder = job.out / f".{job.card.source}.scratch"
+    shutil.rmtree(folder, ignore_errors=True)
+    with errors_for_users(folder):
+        folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _plans(job: _Job, split: str, scratch: Path, losses: Losses) -> Iterator[ShardPlan]:
     """Cut the reader's stream into shards; only a few plans exist at a time, so memory stays flat."""
     files = job.card.splits[split].files
     if job.options.ocr is not None:
         files = {role: places for role, places in files.items() if role != OCR_ROLE}
-    source = RawSplit(job.raw, split, files, job.card.told)
+    source = RawSplit(job.raw, split, files, job.card.told, scratch)
     images = _without_repeats(READERS[job.card.reader](source, losses), losses)
     folder = job.out / job.card.source / split
     number = 0
@@ -293,10 +317,10 @@ def convert_shard(plan: ShardPlan) -> ShardReader:
     losses, notes, digest = Losses(), Losses(), _plan_digest(plan.options)
     with ShardWriter.open(plan.path) as writer:
         for image in plan.images:
-            content = None
+            contents = None
             try:
-                content = read_media(image, plan.raw)
-                frames, said = stored_frames(content, image.video, plan.options)
+                contents = read_media(image, plan.raw)
+                frames, said = stored_frames(contents, image.video, plan.options)
                 writer.add(image.key, frames, image.media_id, _with_ocr(image, frames, plan.options.ocr))
                 for note in said:
                     notes.add(note, _name(image, plan.raw), records=len(image.records))
@@ -304,7 +328,7 @@ def convert_shard(plan: ShardPlan) -> ShardReader:
                 losses.add(str(error), _name(image, plan.raw), records=len(image.records))
             except UnicodeEncodeError:
                 losses.add("record holds half a Unicode pair", _name(image, plan.raw), records=len(image.records))
-            digest.update(_plan_line(image, content))
+            digest.update(_plan_line(image, contents))
         writer.notes = {"plan_sha256": digest.hexdigest(), "lost": json.dumps(losses.to_list(), ensure_ascii=False)}
         if notes.reasons:
             writer.notes["noted"] = json.dumps(notes.to_list(), ensure_ascii=False)
@@ -321,9 +345,13 @@ def _with_ocr(image: MediaRecords, frames: Mapping[str, bytes], options: OcrOpti
 
 def _name(image: MediaRecords, raw: Path) -> str:
     """The image as a loss names it: its path below the raw folder, wherever that folder is."""
-    if isinstance(image.media, Path) and image.media.is_relative_to(raw):
-        return image.media.relative_to(raw).as_posix()
-    return image.key
+    several = image.media if isinstance(image.media, tuple) else (image.media,)
+    names = [media.name if isinstance(media, FileSlice) else _below(media, raw) for media in several]
+    return " + ".join(name or image.key for name in names)
+
+
+def _below(path: Path, raw: Path) -> str | None:
+    return path.relative_to(raw).as_posix() if path.is_relative_to(raw) else None
 
 
 def _plan_digest(options: MediaOptions) -> "hashlib._Hash":
@@ -331,10 +359,11 @@ def _plan_digest(options: MediaOptions) -> "hashlib._Hash":
     return hashlib.sha256(json.dumps([asdict(options), JPEG_QUALITY]).encode() + b"\n")
 
 
-def _plan_line(image: MediaRecords, content: bytes | None) -> bytes:
-    content_sha256 = None if content is None else hashlib.sha256(content).hexdigest()
+def _plan_line(image: MediaRecords, contents: Sequence[bytes] | None) -> bytes:
+    hashes = [hashlib.sha256(content).hexdigest() for content in contents or ()]
     records = [record.to_dict() for record in image.records]
-    return json.dumps([image.key, image.media_id, image.video, content_sha256, records]).encode() + b"\n"
+    read = hashes[0] if len(hashes) == 1 else hashes or None
+    return json.dumps([image.key, image.media_id, image.video, read, records]).encode() + b"\n"
 
 
 def _finished_shard(plan: ShardPlan) -> ShardReader | None:
@@ -349,10 +378,10 @@ def _finished_shard(plan: ShardPlan) -> ShardReader | None:
     digest = _plan_digest(plan.options)
     for image in plan.images:
         try:
-            content = read_media(image, plan.raw)
+            contents = read_media(image, plan.raw)
         except MediaError:
-            content = None
-        digest.update(_plan_line(image, content))
+            contents = None
+        digest.update(_plan_line(image, contents))
     return shard if shard.metadata.get("plan_sha256") == digest.hexdigest() else None
 
 

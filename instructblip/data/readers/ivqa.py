@@ -19,10 +19,11 @@ from instructblip.data.readers.common import (
     weigh_answers,
 )
 from instructblip.data.readers.files import (
+    VIDEO_EXTENSIONS,
     find_image,
     table_rows,
 )
-from instructblip.data.readers.video_qa import EXTENSIONS, video_media
+from instructblip.data.readers.video_qa import video_media
 from instructblip.data.records import Record
 from instructblip.data.typed import (
     Fields,
@@ -55,9 +56,9 @@ def read_ivqa(source: RawSplit, losses: Losses) -> Iterator[MediaRecords]:
 def _find(video_id: str, row: dict[str, str], folders: list[Path], losses: Losses) -> Path | None:
     start, end = _seconds(row.get("start", "")), _seconds(row.get("end", ""))
     span = f"{video_id}_{start}_{end}" if start and end else None
-    if span and (clip := find_image(folders, [f"{span}.{extension}" for extension in EXTENSIONS])):
+    if span and (clip := find_image(folders, [f"{span}.{extension}" for extension in VIDEO_EXTENSIONS])):
         return clip
-    whole = find_image(folders, [f"{video_id}.{extension}" for extension in EXTENSIONS])
+    whole = find_image(folders, [f"{video_id}.{extension}" for extension in VIDEO_EXTENSIONS])
     if whole and span:
         losses.add("clip is not named by its start and end (kept, taken to be cut already)", whole.name, records=0)
     return whole

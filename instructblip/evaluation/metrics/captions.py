@@ -69,7 +69,7 @@ def cider(
     details: dict[str, Any] = {"tokenizer": name}
     details |= {f"Bleu_{n}": value for n, (value, _) in enumerate(bleu(hypotheses, given_words), start=1)}
     details["ROUGE_L"] = sum(rouge_l(texts, given_texts)) / len(predictions)
-    details["METEOR"] = tokenizers.meteor(texts, given_texts)[0] if tokenize is TOKENIZERS["java"][1] else None
+    details["METEOR"] = tokenizers.meteor(texts, given_texts)[0] if name == TOKENIZERS["java"][0] else None
     parts = {} if groups is None else _cider_of_groups(hypotheses, given_words, groups)
     if groups is not None:
         details["groups"] = {name: {"CIDEr": part.value, "count": part.count} for name, part in parts.items()}
