@@ -14,22 +14,25 @@ from instructblip.config.checks import check_batches
 from instructblip.config.schema import TrainConfig
 from instructblip.config.validate import to_dict
 from instructblip.data.batching import Batching, Length
-from instructblip.data.cards import load_card
+from instructblip.data.cards import TRAIN_SPLIT, Card
 from instructblip.data.feature_cache import FeatureCache, ReadImage, cached_images, feature_cache
 from instructblip.data.lost import LostSamples
 from instructblip.data.mixture import Mixture
 from instructblip.data.mixture_dataset import MixtureDataset, TrainingSet
-from instructblip.data.prepare.command import shards_folder
+from instructblip.data.prepare.command import Needed, find_shards
 from instructblip.distributed import Ranks, choose_device
-from instructblip.evaluation.protocol import Task, make_task, make_validation_task
+from instructblip.errors import UserError
+from instructblip.evaluation.protocol import Task, make_task, make_validation_task, needed_splits, watched_split
+from instructblip.evaluation.results_file import NotEvaluated
 from instructblip.evaluation.runner import read_pixels
+from instructblip.evaluation.suite_tasks import split_missing, suite_cards
 from instructblip.fetch.parts import cache_folder
 from instructblip.files import exclusive
 from instructblip.models.instructblip import InstructBLIP
 from instructblip.models.vision import ChannelNorm
 from instructblip.objectives import make_objectives
 from instructblip.tracking import Logger, make_logger
-from instructblip.training.datasets import make_images, make_mixture, mixture_cards, open_sets
+from instructblip.training.datasets import best_by, make_images, make_mixture, mixture_cards, open_sets
 from instructblip.training.metrics_log import BestStep, MetricsLog
 from instructblip.training.optim import WeightAverage, make_adamw
 from instructblip.training.parallel import PRECISIONS, StepContext, check_layout, is_sharded, parallelize
@@ -77,6 +80,7 @@ class TrainingRun:
     lost: LostSamples
     validation: list[Task]
     final: list[Task]
+    absent: list[NotEvaluated]
     read_image: ReadImage
     frozen: dict[str, str]
     shape: ModelShape
@@ -126,16 +130,21 @@ def set_up(config: TrainConfig, folder: Path, ranks: Ranks, console: Console) ->
     Raises:
         UserError: data or parts are missing and cannot be fetched, or do not fit together.
     """
-    cards = mixture_cards(config.mixture)
-    held_in = [load_card(name) for name in config.suite.held_in]
-    held_out = [load_card(name) for name in config.suite.held_out]
-    shards = shards_folder([*cards, *held_in, *held_out], config.data, console)
+    cards, suite = mixture_cards(config.mixture), suite_cards(config.suite)
+    watched = best_by(config.recipe.keep_best, suite[0])
+    found = find_shards(_needed(cards, *suite), config.data, console)
+    scored, absent = split_missing([*suite[0], *suite[1]], found, config.suite.missing, *(card.name for card in cards))
+    for item in absent:
+        console.print(f"not evaluated: {item.reason}", markup=False, highlight=False, soft_wrap=True)
+    if watched in {item.name for item in absent}:
+        raise UserError(f"recipe.keep_best={config.recipe.keep_best} is not prepared, so no step can be best by it")
+    held_in, shards = scored[: len(scored) - sum(card in scored for card in suite[1])], found.folder
     model = build_model(config.vision, config.qformer, config.llm, seed=config.seed, trained=config.train.parts())
     _place(model, choose_device(config.device), without_llm=is_sharded(config.parallel.kind, ranks.world_size))
     sets = open_sets(cards, shards)
     mixture = make_mixture(config.mixture, sets, config.recipe.phases.values(), seed=config.seed)
     validation = [make_validation_task(card, shards, samples=config.recipe.validation_samples) for card in held_in]
-    final = [make_task(card, shards, samples=config.recipe.final_samples) for card in (*held_in, *held_out)]
+    final = [make_task(card, shards, samples=config.recipe.final_samples) for card in scored]
     cache = _feature_cache(config, model, sets, [*validation, *final])
     dataset = MixtureDataset(mixture, sets, make_images(config.data, model.vision.image_size, cache))
     if isinstance(model.vision_norm, ChannelNorm):
@@ -157,12 +166,13 @@ def set_up(config: TrainConfig, folder: Path, ranks: Ranks, console: Console) ->
         ),
         validation=validation,
         final=final,
+        absent=absent,
         read_image=read_pixels(model.vision.image_size) if cache is None else cache.tokens,
         frozen=frozen_fingerprints(model),
         shape=_shape(config, model),
         peak_flops=ranks.world_size * _peak_flops(config, model, ranks),
         metrics=MetricsLog(folder / "metrics.jsonl"),
-        best=BestStep(config.recipe.keep_best),
+        best=BestStep(watched),
         logger=make_logger(
             config.logger.kind if ranks.is_first else "none",
             mode=config.logger.mode,
@@ -173,6 +183,15 @@ def set_up(config: TrainConfig, folder: Path, ranks: Ranks, console: Console) ->
         ),
         writer=CheckpointWriter(folder / "checkpoints", config.recipe.keep_checkpoints),
     )
+
+
+def _needed(trained: Sequence[Card], held_in: Sequence[Card], held_out: Sequence[Card]) -> list[Needed]:
+    """The splits that a run opens of what it trains on, and of what it watches and scores."""
+    return [
+        *(Needed(card, frozenset({TRAIN_SPLIT})) for card in trained),
+        *(Needed(card, needed_splits(card) | {watched_split(card)}) for card in held_in),
+        *(Needed(card, needed_splits(card)) for card in held_out),
+    ]
 
 
 def make_optimisation(run: TrainingRun, stop_signal: Callable[[], int]) -> Optimisation:

@@ -13,8 +13,10 @@ import torch
 
 from instructblip.data.synthetic import NOTE
 from instructblip.distributed import Ranks, whole_tensors
+from instructblip.evaluation.journal import forget_given_up
+from instructblip.evaluation.results_file import NotEvaluated
 from instructblip.evaluation.runner import answer_share, run_task
-from instructblip.evaluation.suite import evaluate_tasks, finish_evaluation, log_scores, model_identity
+from instructblip.evaluation.suite import evaluate_tasks, finish_evaluation, log_scores, model_identity, refuse_failed
 from instructblip.models.fingerprint import fingerprint_tensors
 from instructblip.training.curves import draw_curves
 from instructblip.training.parallel import forget_gathered, is_sharded
@@ -23,6 +25,8 @@ from instructblip.training.setup import TrainingRun
 from instructblip.training.signals import Stopped, StopRequest
 from instructblip.weights.checkpoint import checkpoint_folders
 from instructblip.weights.load import frozen_parts
+
+_EVALUATION = "evaluation"  # folder of what a run scores at its end, below its own
 
 
 def run_validation(run: TrainingRun, step: int, stop: StopRequest) -> dict[str, float] | None:
@@ -86,6 +90,7 @@ def finish(run: TrainingRun, stop: StopRequest) -> None:
 
     Raises:
         Stopped: this process, or another that has a part in it, was told to stop.
+        UserError: a dataset of the suite could not be evaluated; the others' results are written.
     """
     with _stoppable(run, stop):
         _finish(run, stop)
@@ -96,20 +101,24 @@ def _finish(run: TrainingRun, stop: StopRequest) -> None:
     if run.ranks.is_first:
         draw_curves(run.folder / "metrics.jsonl", run.folder / "curves.png", run.config.name)
     newest = checkpoint_folders(run.folder / "checkpoints")[0]
-    if run.final:
-        _evaluate(run, newest, stop)
+    failed = _evaluate(run, newest, stop) if run.final else []
     run.logger.finish()
     for path in (*(run.folder / name for name in ("config.yaml", "metrics.jsonl", "curves.png")), newest):
         run.console.print(f"wrote {path}", highlight=False, soft_wrap=True)
+    refuse_failed(failed, run.folder / _EVALUATION, "the same command with resume=auto")
 
 
-def _evaluate(run: TrainingRun, checkpoint: Path, stop: StopRequest) -> None:
-    folder = run.folder / "evaluation"
+def _evaluate(run: TrainingRun, checkpoint: Path, stop: StopRequest) -> list[NotEvaluated]:
+    """Score what was learned; to the first rank, the datasets that failed."""
+    folder = run.folder / _EVALUATION
     with tempfile.TemporaryDirectory() as elsewhere, _to_evaluate(run):
         if _is_sharded(run) and run.ranks.is_first:
             shutil.rmtree(folder, ignore_errors=True)  # what it keeps would leave this rank less to do than the others
+        if run.ranks.is_first:
+            forget_given_up(folder)
+        run.ranks.gather(None)  # none answers before that
         weights: dict[str, Any] = {"frozen": run.frozen, "trained": _fingerprint(run)}
-        results = evaluate_tasks(
+        results, failed = evaluate_tasks(
             run.model,
             run.final,
             run.read_image,
@@ -118,10 +127,11 @@ def _evaluate(run: TrainingRun, checkpoint: Path, stop: StopRequest) -> None:
             batch_size=run.config.evaluation.batch_size,
             blind=run.config.evaluation.blind_baseline,
             ranks=_ranks(run, stop),
+            go_on=not _is_sharded(run),
             **weights,
         )
         if not run.ranks.is_first:
-            return
+            return []
         finish_evaluation(
             run.model,
             results,
@@ -133,8 +143,10 @@ def _evaluate(run: TrainingRun, checkpoint: Path, stop: StopRequest) -> None:
             **weights,
             examples=run.config.evaluation.examples,
             console=run.console,
+            not_evaluated=[*run.absent, *failed],
         )
     log_scores(run.logger, results, total_steps(run.phases))
+    return failed
 
 
 def _fingerprint(run: TrainingRun) -> str:

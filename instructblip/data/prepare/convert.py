@@ -20,7 +20,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from instructblip.data.cards import Card, SplitCounts, source_sha256
+from instructblip.data.cards import (
+    Card,
+    OwnCard,
+    SplitCounts,
+    changed_source,
+    check_prepared_from,
+    source_facts,
+    source_sha256,
+)
 from instructblip.data.prepare.media import JPEG_QUALITY, MediaError, MediaOptions, read_media, stored_frames
 from instructblip.data.prepare.ocr import OcrOptions, ocr_options, ocr_tokens
 from instructblip.data.readers import (
@@ -84,7 +92,8 @@ def prepare_dataset(
     are whole and hold what they should. Bytes depend on the raw files and the options, not on `workers`.
 
     Args:
-        splits: which to convert; None: all of the card, but those that the raw folder has no files of (a line names them).
+        splits: which to convert; None: all of the card, but those of an official one that the raw folder has no files of (a
+            line names them).
         workers: number of processes.
         images_per_shard: images or videos.
         image_size: pictures and frames whose shorter side is longer are reduced to it, pixels; None: never.
@@ -112,6 +121,8 @@ def prepare_dataset(
 def _present_splits(card: Card, raw: Path) -> list[str]:
     """The splits that the raw folder has any annotation file of; all of them where it has none at all.
 
+    All of a card of one's own too: what that names is meant to be there.
+
     Files that several splits share say nothing about a split, unless it has no others. Images do not either: a split
     whose annotations are there without its images is an error, and said before an hour is spent on the others.
 
@@ -125,7 +136,9 @@ def _present_splits(card: Card, raw: Path) -> list[str]:
         own = {role: places for role, places in files.items() if shared[role, places] == 1} or files
         if own and not any(is_there(raw, place) for places in own.values() for place in places):
             absent[split] = next(iter(own.values()))[0]
-    if len(absent) == len(card.splits):
+    if isinstance(card, OwnCard):
+        absent = {}
+    elif len(absent) == len(card.splits):
         return list(card.splits)
     for split, place in absent.items():
         logger.warning("%s/%s: skipped, %s has no file of it, such as %s", card.source, split, raw, place)
@@ -158,6 +171,7 @@ class _Pool:
 def _prepare_split(job: _Job, split: str, pool: _Pool | None, progress: bool) -> Path:
     name = f"{job.card.source}/{split}"
     losses = Losses()
+    _note_other_card(job, split)
     with _scratch(job) as scratch, progress_bar("images", show=progress) as bar:
         bar_task = bar.add_task(name, total=job.card.splits[split].images)
         shards = []
@@ -165,6 +179,13 @@ def _prepare_split(job: _Job, split: str, pool: _Pool | None, progress: bool) ->
             shards.append(shard)
             bar.advance(bar_task, len(shard) + _lost_images(shard))
     return _finish(job, split, shards, losses)
+
+
+def _note_other_card(job: _Job, split: str) -> None:
+    """Say so where the shards of another card of the same name, or of this one as it was, are replaced."""
+    folder = job.out / job.card.source / split
+    if (folder / MANIFEST_NAME).is_file() and (changed := changed_source(job.card, read_manifest(folder))):
+        logger.warning("%s/%s: replaces what another card gave (%s)", job.card.source, split, "; ".join(changed))
 
 
 @contextlib.contextmanager
@@ -434,7 +455,7 @@ def _manifest(card: Card, split: str, shards: list[ShardReader], losses: Losses)
         "differences": _differences(expected, images, by_kind, card.verified),
         "lost": losses.to_list(),
         "shards": [_shard_entry(shard) for shard in shards],
-        "source": {"homepage": card.homepage, "how_to_get": card.how_to_get, "reader": card.reader},
+        "source": {"homepage": card.homepage, "how_to_get": card.how_to_get, **source_facts(card, split)},
         "licence": card.licence,
     }
 
@@ -470,9 +491,13 @@ def _foreign_files(folder: Path, shards: set[Path]) -> list[Path]:
 # --- checking --------------------------------------------------------------------------------------------------------
 
 
-def check_prepared(folder: Path) -> list[str]:
+def check_prepared(folder: Path, card: Card | None = None, split: str | None = None) -> list[str]:
     """Compare every shard and index below a split, dataset or output folder with its manifest, byte by byte, and read every
     record and picture as training does.
+
+    Args:
+        folder: see above.
+        card, split: look at this dataset only, which must be prepared from this card, and at this split.
 
     Returns:
         One line for each problem; empty when all is well.
@@ -480,10 +505,24 @@ def check_prepared(folder: Path) -> list[str]:
     Raises:
         UserError: there is no manifest at all.
     """
-    manifests = sorted(folder.rglob(MANIFEST_NAME))
+    found = {path.parent: read_manifest(path.parent) for path in sorted(folder.rglob(MANIFEST_NAME))}
+    manifests = {
+        path: manifest
+        for path, manifest in found.items()
+        if (card is None or manifest["dataset"] == card.source) and split in (None, manifest["split"])
+    }
     if not manifests:
-        raise UserError(f"no {MANIFEST_NAME} below {folder}; give the folder that prepare.py wrote to")
-    return [problem for manifest in manifests for problem in _check_split(manifest.parent)]
+        of = "" if card is None else f" of {card.name}"
+        raise UserError(f"no {MANIFEST_NAME}{of} below {folder}; give the folder that prepare.py wrote to")
+    problems = []
+    for path, manifest in manifests.items():
+        if card is not None:
+            try:
+                check_prepared_from(card, manifest)
+            except UserError as error:
+                problems.append(str(error))
+        problems += _check_split(path, manifest)
+    return problems
 
 
 def _unreadable(shard: ShardReader) -> list[str]:
@@ -502,8 +541,7 @@ def _unreadable(shard: ShardReader) -> list[str]:
     return problems
 
 
-def _check_split(folder: Path) -> list[str]:
-    manifest = read_manifest(folder)
+def _check_split(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
     problems = []
     for entry in manifest["shards"]:
         path = folder / entry["name"]

@@ -6,7 +6,6 @@ import pkgutil
 from instructblip.data.readers.base import (
     MEDIA_ROLES,
     OCR_ROLE,
-    OWN_READERS,
     FileSlice,
     Losses,
     MediaRecords,
@@ -23,7 +22,6 @@ for _module in pkgutil.iter_modules(__path__):
 __all__ = [
     "MEDIA_ROLES",
     "OCR_ROLE",
-    "OWN_READERS",
     "READERS",
     "FileSlice",
     "Losses",

@@ -14,8 +14,6 @@ from instructblip.data.typed import WrongValueError
 from instructblip.errors import UserError
 
 MEDIA_ROLES = ("images", "videos")  # what a card calls folders of images or videos; all other files are annotations
-# Readers of data of one's own -> the role of their files, all of which are read.
-OWN_READERS = {"records": "records", "folders": "folder", "webdataset": "shards"}
 REMOTE = "hf://datasets/"  # begins the address of a dataset of the Hugging Face hub, as everywhere in its libraries
 OCR_ROLE = "ocr"  # a dataset's own OCR tokens; a split is read without them where its files name none
 ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".7z", ".rar")
@@ -210,5 +208,27 @@ class Losses:
         return [self.reasons[reason] for reason in sorted(self.reasons)]
 
 
-# (raw files of a split, losses) -> images in an order that depends on the raw files alone
-Reader = Callable[[RawSplit, Losses], Iterator[MediaRecords]]
+@dataclass(frozen=True)
+class Reader:
+    """A raw format: the function that reads it, and what a card says to that function.
+
+    Attributes:
+        read: (raw files of a split, losses) -> images in an order that depends on the raw files alone.
+        needs: the roles of files that every split names.
+        may_name: those that a split may name besides.
+        options: what `reader_options` may hold; `prefix`, of the images' keys, is the dataset's name where a card says none.
+        tasks: of a reader of people's own data, the tasks that it reads records for, one of which it is told; all of the
+            files that a card names are read by it. None of a reader of a published format.
+        columns: those of its tables, which a card may say are called otherwise.
+    """
+
+    read: Callable[[RawSplit, Losses], Iterator[MediaRecords]]
+    needs: tuple[str, ...] = ()
+    may_name: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
+    tasks: tuple[str, ...] = ()
+    columns: tuple[str, ...] = ()
+
+    def __call__(self, source: RawSplit, losses: Losses) -> Iterator[MediaRecords]:
+        """The images of a split with their records."""
+        return self.read(source, losses)

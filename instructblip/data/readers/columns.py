@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from instructblip.data.readers.base import FileSlice, Losses
 from instructblip.data.readers.common import annotators, given_answers, weigh_answers
@@ -29,8 +29,6 @@ from instructblip.data.typed import (
     whole_number,
 )
 from instructblip.errors import UserError
-
-Task = Literal["vqa", "captioning", "multiple_choice", "classification", "statement", "conversation"]
 
 # The letters hold choices one by one, as benchmarks' tables do: A, B, C, ...
 LETTERS = tuple(string.ascii_uppercase)

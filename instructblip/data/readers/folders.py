@@ -8,7 +8,7 @@ import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 
-from instructblip.data.readers.base import Losses, MediaRecords, RawSplit
+from instructblip.data.readers.base import Losses, MediaRecords, RawSplit, Reader
 from instructblip.data.readers.common import media_key
 from instructblip.data.readers.files import PICTURE_EXTENSIONS, VIDEO_EXTENSIONS
 from instructblip.data.readers.records import own_files
@@ -65,4 +65,4 @@ def _media(path: Path, name: str, dataset: str) -> MediaRecords:
     return MediaRecords(media_key(dataset, media_id), media_id, path, [record], extension in VIDEO_EXTENSIONS)
 
 
-READERS = {"folders": read_folders}
+READERS = {"folders": Reader(read_folders, needs=("folder",), options=("task",), tasks=("classification",))}

@@ -11,10 +11,11 @@ import itertools
 import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from instructblip.data.readers.base import FileSlice, Losses, MediaRecords, RawSplit
-from instructblip.data.readers.columns import Columns, Row
+from instructblip.config.schema import CardTask
+from instructblip.data.readers.base import FileSlice, Losses, MediaRecords, RawSplit, Reader
+from instructblip.data.readers.columns import COLUMNS, Columns, Row
 from instructblip.data.readers.common import media_key
 from instructblip.data.readers.files import PICTURE_EXTENSIONS, VIDEO_EXTENSIONS, check_not_packed
 from instructblip.data.readers.records import own_files
@@ -166,4 +167,8 @@ def _one_or_numbered(media: dict[str, FileSlice], column: str) -> FileSlice | li
     raise WrongValueError(f"sample has several files for {column}", ", ".join(media))
 
 
-READERS = {"webdataset": read_foreign_tars}
+READERS = {
+    "webdataset": Reader(
+        read_foreign_tars, needs=("shards",), options=("task", "columns"), tasks=get_args(CardTask), columns=COLUMNS
+    )
+}

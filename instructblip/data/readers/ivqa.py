@@ -10,7 +10,7 @@ Cells are text and nothing else: an empty one is an answer that was not given, "
 from collections.abc import Iterator
 from pathlib import Path
 
-from instructblip.data.readers.base import Losses, MediaRecords, RawSplit
+from instructblip.data.readers.base import Losses, MediaRecords, RawSplit, Reader
 from instructblip.data.readers.common import (
     given_answers,
     image_folders,
@@ -70,4 +70,4 @@ def _seconds(cell: str) -> str | None:
     return cell if cell.isdecimal() and cell.isascii() else None
 
 
-READERS = {"ivqa": read_ivqa}
+READERS = {"ivqa": Reader(read_ivqa, needs=("questions", "videos"))}

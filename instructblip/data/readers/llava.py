@@ -10,7 +10,7 @@ Reader options:
 
 from collections.abc import Iterator
 
-from instructblip.data.readers.base import Losses, MediaRecords, RawSplit
+from instructblip.data.readers.base import Losses, MediaRecords, RawSplit, Reader
 from instructblip.data.readers.common import (
     coco_images,
     coco_media,
@@ -53,4 +53,6 @@ def read_llava(source: RawSplit, losses: Losses) -> Iterator[MediaRecords]:
     yield from coco_media(source.options["prefix"], records, coco_images(folders), losses)
 
 
-READERS = {"llava": read_llava}
+READERS = {
+    "llava": Reader(read_llava, needs=("annotations", "images"), options=("prefix", "first_turn_only")),
+}

@@ -9,10 +9,21 @@ Reader options, which the card gives: dataset (its name), task, columns.
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
-from instructblip.data.readers.base import REMOTE, Losses, MediaRecords, RawSplit, found, is_remote, unpack_hint
+from instructblip.config.schema import CardTask
+from instructblip.data.readers.base import (
+    REMOTE,
+    Losses,
+    MediaRecords,
+    RawSplit,
+    Reader,
+    found,
+    is_remote,
+    unpack_hint,
+)
 from instructblip.data.readers.by_image import ImageRows, RowsByImage
-from instructblip.data.readers.columns import Columns, Example, Row
+from instructblip.data.readers.columns import COLUMNS, Columns, Example, Row
 from instructblip.data.readers.common import MISSING_IMAGE, MISSING_VIDEO, media_key
 from instructblip.data.readers.files import BROKEN, find_image
 from instructblip.data.readers.tables import open_table
@@ -81,4 +92,13 @@ def _media(image: ImageRows, folders: list[Path], source: RawSplit, losses: Loss
     yield MediaRecords(key, image.media_id, media, list(image.records), image.video)
 
 
-READERS = {"records": read_records}
+READERS = {
+    "records": Reader(
+        read_records,
+        needs=("records",),
+        may_name=("images",),
+        options=("task", "columns"),
+        tasks=get_args(CardTask),
+        columns=COLUMNS,
+    )
+}

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from instructblip.data.readers.base import Losses, MediaRecords, RawSplit
+from instructblip.data.readers.base import Losses, MediaRecords, RawSplit, Reader
 from instructblip.data.readers.common import (
     MISSING_VIDEO,
     image_folders,
@@ -131,4 +131,7 @@ def _tags(question: str, fields: Fields) -> dict[str, str]:
     return tags
 
 
-READERS = {"msrvtt_qa": read_msrvtt_qa, "msvd_qa": read_msvd_qa}
+READERS = {
+    "msrvtt_qa": Reader(read_msrvtt_qa, needs=("questions", "videos")),
+    "msvd_qa": Reader(read_msvd_qa, needs=("questions", "mapping", "videos")),
+}

@@ -17,7 +17,7 @@ from instructblip.evaluation.metrics.accuracy import (
     vsr_accuracy,
 )
 from instructblip.evaluation.metrics.auroc import auroc, probability_of_class
-from instructblip.evaluation.metrics.captions import cider
+from instructblip.evaluation.metrics.captions import cider, rouge
 from instructblip.evaluation.metrics.metric import Interval, Metric, ModelOutput, Outcome
 from instructblip.evaluation.metrics.registry import METRICS
 from instructblip.evaluation.metrics.score import Score, group_means
@@ -44,6 +44,7 @@ __all__ = [
     "multiple_choice_accuracy",
     "ocr_vqa_accuracy",
     "probability_of_class",
+    "rouge",
     "scienceqa_choice",
     "visdial",
     "vqa_accuracy",
