@@ -270,6 +270,7 @@ def _workers(number: int) -> Iterator[_Pool | None]:
         return
     # Not forks of this process: it may hold threads of torch, which they would copy in an unknown state.
     context = get_context("forkserver")
+    context.set_forkserver_preload([__name__])  # imported once, not by each worker
     with ProcessPoolExecutor(number, mp_context=context, initializer=_end_with_parent) as executor:
         try:
             yield _Pool(executor, number)

@@ -262,15 +262,15 @@ def _answers(fields: Fields, row: Row, losses: Losses) -> dict[str, Any]:
         return {"answers": (_said(fields, "answer"),)}
     value = _maybe_listed(fields.get("answers"))
     if not isinstance(value, list):
-        return {"answers": (_said(fields, "answers"),)}
+        return {"answers": (_said(fields, "answers" if fields.has("answers") else "answer"),)}
     people = [item.get("answer") if isinstance(item, dict) else item for item in _listed(fields, "answers")]
     people = [None if isinstance(item, float) and math.isnan(item) else item for item in people]
     given = given_answers(people, row.place, losses)
     if not given:
         raise WrongValueError("answers hold no answer with text")
     answers, weights = weigh_answers(given)
-    # A single list without repeats is a list of accepted answers, not a count of people.
-    equal = len(set(weights)) == 1 and annotators(people, given) is None
+    # A list without repeats says which answers are accepted, and no number of people.
+    equal = set(weights) == {1.0} and annotators(people, given) is None
     return (
         {"answers": answers}
         if equal
@@ -359,7 +359,7 @@ def _chosen(fields: Fields, choices: tuple[str, ...]) -> int:
     """The choice that an answer says: by its number from 0, its letter, or its text.
 
     Raises:
-        WrongValueError: it says none of them, or two different ones, such as 1 for [2, 1, 3].
+        WrongValueError: it says none of them, or two different ones, such as 1 for [1, 2, 3].
     """
     column = "label" if fields.has("label") else "answer"
     text = " ".join(_said(fields, column).split())

@@ -24,7 +24,7 @@ from instructblip.data.readers.base import (
 )
 from instructblip.data.readers.by_image import ImageRows, RowsByImage
 from instructblip.data.readers.columns import COLUMNS, Columns, Example, Row
-from instructblip.data.readers.common import MISSING_IMAGE, MISSING_VIDEO, media_key
+from instructblip.data.readers.common import MISSING_IMAGE, MISSING_VIDEO, image_folders, media_key
 from instructblip.data.readers.files import BROKEN, find_image
 from instructblip.data.readers.tables import open_table
 from instructblip.errors import UserError
@@ -39,9 +39,10 @@ def read_records(source: RawSplit, losses: Losses) -> Iterator[MediaRecords]:
     """
     tables = own_files(source, "records")
     columns = Columns(source.options["task"], source.split, source.options["columns"])
+    beside = [source.raw, *dict.fromkeys(path.parent for path in tables)]
+    folders = image_folders(source) if "images" in source.files else beside
     with RowsByImage.open(source.scratch) as rows:
         rows.add(_examples(tables, columns, losses))
-        folders = source.paths("images") or [source.raw, *dict.fromkeys(path.parent for path in tables)]
         for image in rows.images():
             yield from _media(image, folders, source, losses)
 
