@@ -111,6 +111,11 @@ def _members(path: Path, losses: Losses) -> Iterator[Sample]:
                 read = extension in _TEXTS and member.size <= MAX_TEXT_BYTES
                 file = tar.extractfile(member) if read else None
                 yield {"fname": name, "data": None if file is None else file.read(), "__url__": str(path)}
+        end = tar.offset
+    with open(path, "rb") as whole:
+        whole.seek(end)
+        if whole.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # tarfile takes a broken header for the end
+            raise tarfile.ReadError(f"it is cut short or damaged at byte {end:,}")
 
 
 @contextlib.contextmanager
