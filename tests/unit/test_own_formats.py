@@ -13,6 +13,7 @@ from PIL import Image
 from instructblip.data.cards import Card
 from instructblip.data.prepare.convert import check_prepared, prepare_dataset
 from instructblip.data.shards import open_split
+from instructblip.errors import UserError
 from tests.kit.own_data import (
     RowOf,
     as_dialogue,
@@ -249,6 +250,21 @@ def test_a_second_run_keeps_the_shards_and_removes_what_a_killed_one_left(raw: P
     _prepare(card, raw, tmp_path / "out")
     assert {path: path.stat().st_ino for path in (tmp_path / "out/mine/train").glob("shard-*")} == before
     assert not (tmp_path / "out/.mine.scratch").exists()
+
+
+@pytest.mark.parametrize("reader", ["records", "folders", "webdataset"])
+def test_what_is_wrong_with_one_split_is_said_before_another_is_converted(
+    reader: str, raw: Path, tmp_path: Path
+) -> None:
+    good = {"records": _as_table, "folders": _as_folders, "webdataset": _as_tars}[reader](raw)["splits"]["train"]
+    write_csv(raw / "bad.csv", [{"image": NAMES[0], "class": "hat"}])
+    write_tar(raw / "bad.tar", {"1.jpg": b"x"})
+    ((role, _), *_) = good.items()
+    bad = good | {role: {"records": "bad.csv", "folder": "photos/straße", "shards": "bad.tar"}[role]}
+    card = own_card(tmp_path, {"train": good, "val": bad}, reader, "classification")
+    with pytest.raises(UserError, match=r"has no column label|must be a folder with a folder for each class"):
+        prepare_dataset(card, raw, tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("form", ["csv", "jsonl"])

@@ -111,6 +111,9 @@ def prepare_dataset(
         raise UserError(f"{card.source} has no split {unknown[0]!r}; choose among {', '.join(card.splits)}")
     if not raw.is_dir():
         raise UserError(f"raw={raw} is not a folder; {card.how_to_get}")
+    if (look := READERS[card.reader].look) is not None:
+        for split in chosen:
+            look(RawSplit(raw, split, card.splits[split].files, card.told))
     options = MediaOptions(image_size, frames, None if ocr is None else ocr_options(ocr))
     with exclusive(out / f".{card.source}.lock", f"preparing {card.source}", show=progress):
         job = _Job(card, raw, out, images_per_shard, options)

@@ -39,12 +39,8 @@ def read_foreign_tars(source: RawSplit, losses: Losses) -> Iterator[MediaRecords
     Raises:
         UserError: a tar is missing, packed or cut short; a column that the task needs is nowhere; no webdataset library.
     """
-    tars = own_files(source, "shards")
-    columns = Columns(source.options["task"], source.split, source.options["columns"])
-    rows = (row for path in tars for row in _rows(path, source.raw, losses))
-    first = list(itertools.islice(rows, _LOOKED_AT))
-    columns.check({name for row in first for name in row.values}, tars[0], losses)
-    for row in itertools.chain(first, rows):
+    columns, rows = _opened(source, losses)
+    for row in rows:
         example = columns.example(row, losses)
         if example is not None:
             media = tuple(part for part in example.media if isinstance(part, FileSlice))
@@ -52,6 +48,24 @@ def read_foreign_tars(source: RawSplit, losses: Losses) -> Iterator[MediaRecords
             yield MediaRecords(
                 key, row.name, media if len(media) > 1 else media[0], list(example.records), example.video
             )
+
+
+def look_at_tars(source: RawSplit) -> None:
+    """Look at the first samples for the columns that the task needs.
+
+    Raises:
+        UserError: as `read_foreign_tars`, apart from what is wrong further on.
+    """
+    _opened(source, Losses())
+
+
+def _opened(source: RawSplit, losses: Losses) -> tuple[Columns, Iterator[Row]]:
+    tars = own_files(source, "shards")
+    columns = Columns(source.options["task"], source.split, source.options["columns"])
+    rows = (row for path in tars for row in _rows(path, source.raw, losses))
+    first = list(itertools.islice(rows, _LOOKED_AT))
+    columns.check({name for row in first for name in row.values}, tars[0], losses)
+    return columns, itertools.chain(first, rows)
 
 
 def _rows(path: Path, raw: Path, losses: Losses) -> Iterator[Row]:
@@ -174,6 +188,11 @@ def _one_or_numbered(media: dict[str, FileSlice], column: str) -> FileSlice | li
 
 READERS = {
     "webdataset": Reader(
-        read_foreign_tars, needs=("shards",), options=("task", "columns"), tasks=get_args(CardTask), columns=COLUMNS
+        read_foreign_tars,
+        needs=("shards",),
+        options=("task", "columns"),
+        tasks=get_args(CardTask),
+        columns=COLUMNS,
+        look=look_at_tars,
     )
 }

@@ -47,6 +47,17 @@ def read_records(source: RawSplit, losses: Losses) -> Iterator[MediaRecords]:
             yield from _media(image, folders, source, losses)
 
 
+def look_at_records(source: RawSplit) -> None:
+    """Open all tables of a split and look for the columns that the task needs.
+
+    Raises:
+        UserError: as `read_records`, apart from what is wrong further on.
+    """
+    columns = Columns(source.options["task"], source.split, source.options["columns"])
+    for path in own_files(source, "records"):
+        columns.check(open_table(path, source.split, columns.wanted(), Losses()).columns, path, Losses())
+
+
 def own_files(source: RawSplit, role: str) -> list[Path]:
     """All files and folders that the places of a role name.
 
@@ -101,5 +112,6 @@ READERS = {
         options=("task", "columns"),
         tasks=get_args(CardTask),
         columns=COLUMNS,
+        look=look_at_records,
     )
 }
