@@ -4,6 +4,7 @@ import base64
 import csv
 import json
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,13 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from instructblip.data.readers.base import FileSlice
+from instructblip.data.cards import load_card
+from instructblip.data.readers import READERS, FileSlice
+from instructblip.data.readers.columns import COLUMNS, NEEDED
 from instructblip.data.records import Record
 from instructblip.errors import UserError
 from tests.kit.own_data import read_own, write_csv, write_jsonl, write_parquet
+from tests.kit.runs import REPOSITORY
 
 PICTURES = ("a.png", "b.png", "ü.png")
 ASKED = {"image": "a.png", "question": "what?", "answer": "this"}
@@ -567,3 +571,25 @@ def test_without_pyarrow_parquet_is_one_line(raw: Path, monkeypatch: pytest.Monk
         UserError, match=r"a\.parquet needs pyarrow; install it with: pip install -r requirements-records\.txt"
     ):
         read_own(raw, {"records": "a.parquet"})
+
+
+# --- what is written of it -------------------------------------------------------------------------------------------
+
+
+def test_the_documentation_lists_every_column_task_and_reader() -> None:
+    text = (REPOSITORY / "docs/data.md").read_text(encoding="utf-8")
+    section = text.partition("\n## Own data\n")[2].partition("\n## ")[0]
+    listed = {
+        name for row in re.findall(r"^\| (`[^|]*) \|", section, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)
+    }
+    own = {name for name, reader in READERS.items() if reader.tasks}
+    assert listed == {*COLUMNS, *NEEDED, *own}
+
+
+def test_the_card_of_the_documentation_is_one(tmp_path: Path) -> None:
+    text = (REPOSITORY / "docs/data.md").read_text(encoding="utf-8")
+    (tmp_path / "my_photos.yaml").write_text(
+        text.partition("\n## Own data\n")[2].partition("```yaml\n")[2].partition("```")[0]
+    )
+    card = load_card(tmp_path / "my_photos.yaml")
+    assert (card.reader, card.splits["val"].files) == ("records", {"records": ("val.csv",), "images": ("photos",)})

@@ -25,7 +25,7 @@ from instructblip.errors import UserError
 MAX_TEXT_BYTES = 1 << 24  # of a member of text or JSON
 _TEXTS = ("txt", "text", "caption", "cls", "json")
 _COLUMN_OF_TEXT = {"txt": "caption", "text": "caption", "cls": "label"}
-_LOOKED_AT = 1000  # samples whose members are the columns
+_LOOKED_AT = 100  # samples whose members are the columns
 
 Sample = dict[str, Any]  # extension -> content, beside `__key__` and `__url__` as the library calls them
 
