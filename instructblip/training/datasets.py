@@ -47,7 +47,9 @@ def mixture_cards(config: MixtureConfig) -> list[Card]:
                 "and take its scores for no zero-shot ones"
             )
         if not has_train:
-            raise UserError(f"card {card.reference} has no split {TRAIN_SPLIT} to train on, but {', '.join(card.splits)}")
+            raise UserError(
+                f"card {card.reference} has no split {TRAIN_SPLIT} to train on, but {', '.join(card.splits)}"
+            )
         card.template_set()  # or says that there is none
     return cards
 

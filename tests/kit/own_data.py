@@ -1,7 +1,7 @@
 """A small dataset of one's own: pictures of one colour, questions about them as JSON lines, and a short card beside them.
 
-    card = write_own_data(tmp_path / "data")            # data/mine.yaml, data/train.jsonl, data/val.jsonl, data/photos/
-    card = write_own_data(tmp_path / "data", name="other", evaluation={"metric": "./my_metric.py:score"})
+card = write_own_data(tmp_path / "data")            # data/mine.yaml, data/train.jsonl, data/val.jsonl, data/photos/
+card = write_own_data(tmp_path / "data", name="other", evaluation={"metric": "./my_metric.py:score"})
 """
 
 import json

@@ -39,6 +39,7 @@ VALID: dict[str, Any] = {
     "training": {"flip": True},
 }
 
+
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder in place of that of the official cards."""
@@ -210,7 +211,10 @@ def test_a_view_takes_the_source_from_its_parent(folder: Path) -> None:
             "'tests' is not among splits; did you mean 'test'?",
         ),
         ({"not_fetched": ..., "fetch": [GOOD | {"size": 3}]}, "unknown key fetch.0.size"),
-        ({"reader_options": {"prefix": "a"}}, "reader_options has 'prefix', which reader easy_vqa does not take; remove"),
+        (
+            {"reader_options": {"prefix": "a"}},
+            "reader_options has 'prefix', which reader easy_vqa does not take; remove",
+        ),
         ({"reader_options": ["a"]}, "reader_options must be keys and values, not ['a']"),
         ({"reader_options": {"a": {1: 2}}}, "reader_options.a has the key 1, which is not text"),
         (
@@ -259,7 +263,9 @@ def test_whole_numbers_serve_as_scores(folder: Path) -> None:
 
 
 def test_a_name_that_there_is_not_names_the_nearest_one_and_the_way_to_ones_own() -> None:
-    with pytest.raises(UserError, match=r"no dataset card 'easy_vga' .*did you mean 'easy_vqa'.* path, ./easy_vga.yaml"):
+    with pytest.raises(
+        UserError, match=r"no dataset card 'easy_vga' .*did you mean 'easy_vqa'.* path, ./easy_vga.yaml"
+    ):
         load_card("easy_vga")
 
 

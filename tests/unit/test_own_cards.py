@@ -38,7 +38,13 @@ def own(path: Path) -> OwnCard:
 
 def test_the_short_card_is_whole(tmp_path: Path) -> None:
     card = own(write_card(tmp_path))
-    assert (card.name, card.title, card.role, card.templates, card.verified) == ("mine", "mine", "held-in", "vqa", False)
+    assert (card.name, card.title, card.role, card.templates, card.verified) == (
+        "mine",
+        "mine",
+        "held-in",
+        "vqa",
+        False,
+    )
     assert card.splits["train"].files == {"records": ("train.jsonl",), "images": ("photos",)}
     assert (card.splits["val"].images, card.splits["val"].records) == (None, None)
     assert card.told == {"prefix": "mine", "dataset": "mine", "task": "vqa", "columns": {}}
@@ -62,7 +68,9 @@ def test_a_card_may_choose_the_other_mode(task: str, mode: str, tmp_path: Path) 
     """What is ranked goes with ranking; a task without anything to rank says so."""
     path = write_card(tmp_path, task=task, evaluation={"mode": mode})
     if mode == "rank" and task in ("captioning", "conversation"):
-        with pytest.raises(UserError, match="evaluation needs one of candidates, verbalizers and candidates_from to rank"):
+        with pytest.raises(
+            UserError, match="evaluation needs one of candidates, verbalizers and candidates_from to rank"
+        ):
             load_card(path)
         return
     rules = own(path).evaluation
@@ -76,7 +84,9 @@ def test_there_is_a_file_for_each_task_and_no_other() -> None:
 
 def test_what_the_card_says_goes_before_what_the_task_does(tmp_path: Path) -> None:
     evaluation = {"candidates": ["red", "blue"], "num_beams": 2, "prompt": "{question}"}
-    card = own(write_card(tmp_path, templates="bare", training={"flip": True}, title="My photos", evaluation=evaluation))
+    card = own(
+        write_card(tmp_path, templates="bare", training={"flip": True}, title="My photos", evaluation=evaluation)
+    )
     rules = card.evaluation
     assert rules is not None
     assert (card.templates, card.training.flip, card.title) == ("bare", True, "My photos")
@@ -134,7 +144,9 @@ def test_what_is_a_default_is_told_from_what_the_card_says(tmp_path: Path) -> No
 # --- paths -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["./mine.yaml", "mine.yaml", "../data/mine.yaml", "~/data/mine.yaml", "{folder}/mine.yaml"])
+@pytest.mark.parametrize(
+    "name", ["./mine.yaml", "mine.yaml", "../data/mine.yaml", "~/data/mine.yaml", "{folder}/mine.yaml"]
+)
 def test_a_path_may_be_written_in_any_way(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_card(tmp_path / "data")
     monkeypatch.chdir(tmp_path / "data")
@@ -173,7 +185,12 @@ def test_a_view_takes_files_and_task_of_reading_from_its_parent(tmp_path: Path) 
     kept = {"reader": ..., "splits": ..., "view_of": "photos", "name": "view", "task": "conversation"}
     for parent in ("photos", "./photos.yaml"):
         view = own(write_card(tmp_path, "view.yaml", **(kept | {"view_of": parent})))
-        assert (view.source, view.task, view.read_as, view.columns) == ("my_photos", "conversation", "vqa", {"question": "q"})
+        assert (view.source, view.task, view.read_as, view.columns) == (
+            "my_photos",
+            "conversation",
+            "vqa",
+            {"question": "q"},
+        )
         assert source_facts(view, "train") == source_facts(own(tmp_path / "photos.yaml"), "train")
     with pytest.raises(UserError, match="view_of must name a dataset of its own"):
         load_card(write_card(tmp_path, "third.yaml", **(kept | {"view_of": "view", "name": "third"})))
@@ -195,7 +212,9 @@ def test_two_cards_of_one_name_cannot_stand_together(tmp_path: Path) -> None:
 
 
 def test_all_cards_that_are_wrong_are_told_at_once(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no dataset card 'vrs'.*; there is no card at .*none.yaml; .* reader=x is none of"):
+    with pytest.raises(
+        UserError, match=r"no dataset card 'vrs'.*; there is no card at .*none.yaml; .* reader=x is none of"
+    ):
         load_cards(["vsr", "vrs", tmp_path / "none.yaml", write_card(tmp_path, reader="x")])
 
 
@@ -231,7 +250,10 @@ TRAIN = {"records": "train.jsonl"}
         ({"splits": {"train": {"records": "../a.csv"}}}, "'../a.csv' must be a path below the raw folder; put a link"),
         ({"splits": {"train": {"records": "/data/a.csv"}}}, "'/data/a.csv' must be a path below the raw folder"),
         ({"splits": {"a": TRAIN, "b": TRAIN}}, "key evaluation.split is missing; name the split that is scored: a, b"),
-        ({"columns": {"qestion": "q"}}, "columns has 'qestion', which reader records does not take; did you mean 'question'"),
+        (
+            {"columns": {"qestion": "q"}},
+            "columns has 'qestion', which reader records does not take; did you mean",
+        ),
         ({"columns": ["q"]}, "columns must be keys and values"),
         ({"reader_options": {"prefix": "a"}}, "reader_options has 'prefix', which reader records does not take"),
         ({"templates": "vqua"}, "templates: there is no template set 'vqua'"),
@@ -319,7 +341,9 @@ def test_code_that_comes_with_a_checkpoint_is_refused(tmp_path: Path, around: tu
         home.mkdir(exist_ok=True)
     (homes["metric"] / "score.py").write_text("import pathlib\npathlib.Path('ran').touch()\n")
     card = write_card(homes["card"], evaluation={"metric": f"{homes['metric']}/score.py:score"})
-    with pytest.raises(UserError, match=r"lies in .*/run, which holds a checkpoint: code that comes with weights is not run"):
+    with pytest.raises(
+        UserError, match=r"lies in .*/run, which holds a checkpoint: code that comes with weights is not run"
+    ):
         load_card(card)
     shutil.rmtree(checkpoint / "below")
     assert not (tmp_path / "ran").exists()

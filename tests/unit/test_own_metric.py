@@ -57,7 +57,12 @@ def test_a_metric_with_facts_of_its_own_is_taken_as_it_is(tmp_path: Path) -> Non
 
 def test_what_is_compared_with_is_whatever_a_record_has(tmp_path: Path) -> None:
     references = find_metric(write(tmp_path, EQUAL)).references
-    records = [Record("1", "q", answers=("a",)), Record("2", "c", captions=("b",)), Record("3", "m", label=0), Record("4", "q")]
+    records = [
+        Record("1", "q", answers=("a",)),
+        Record("2", "c", captions=("b",)),
+        Record("3", "m", label=0),
+        Record("4", "q"),
+    ]
     assert [references(record) for record in records] == [("a",), ("b",), (0,), ()]
 
 
@@ -73,7 +78,10 @@ def test_a_changed_file_is_run_anew_and_an_unchanged_one_is_not(tmp_path: Path) 
     ("text", "words"),
     [
         ("def score(:\n", "my_metric.py cannot be run (SyntaxError: "),
-        ("import nothing_of_this_name\n", "cannot be run (ModuleNotFoundError: No module named 'nothing_of_this_name', line 1)"),
+        (
+            "import nothing_of_this_name\n",
+            "cannot be run (ModuleNotFoundError: No module named 'nothing_of_this_name', line 1)",
+        ),
         ("\n\n1 / 0\n", "cannot be run (ZeroDivisionError: division by zero, line 3)"),
         ("raise SystemExit('bye')\n", "cannot be run (SystemExit: bye, line 1)"),
         ("def scores(outputs, records): ...\n", "has no score; define a function of that name"),
@@ -124,5 +132,5 @@ def test_a_score_whose_value_is_not_finite_is_refused_as_of_any_metric(tmp_path:
 
 def test_a_name_is_looked_up() -> None:
     assert find_metric("cider") is METRICS["cider"]
-    with pytest.raises(UserError, match="evaluation.metric is 'sider'; did you mean 'cider'"):
+    with pytest.raises(UserError, match=r"evaluation.metric is 'sider'; did you mean 'cider'"):
         find_metric("sider")

@@ -126,9 +126,7 @@ def _title(used: UsedImages) -> str:
     return used.title
 
 
-def audit_prepared(
-    folders: Sequence[Path], cards: Iterable[Card] | None = None, *, own: Iterable[Card] = ()
-) -> Audit:
+def audit_prepared(folders: Sequence[Path], cards: Iterable[Card] | None = None, *, own: Iterable[Card] = ()) -> Audit:
     """Compare all prepared datasets below some folders.
 
     Args:
