@@ -113,7 +113,7 @@ def _places(value: Any, key: str) -> list[str]:
 
 def _about(said: Mapping[str, Any], defaults: TaskDefaults | None) -> dict[str, Any]:
     """What an official card says about its dataset, as far as anybody knows it of another."""
-    found: dict[str, Any] = {"task_group": defaults.task_group if defaults else "own data"}
+    found: dict[str, Any] = {"task_group": defaults.task_group if defaults else "own data", "role": "held-out"}
     if "name" in said:
         found["title"] = said["name"]
     if said.get("view_of") is None:

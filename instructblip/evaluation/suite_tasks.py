@@ -9,7 +9,7 @@ from instructblip.errors import UserError
 from instructblip.evaluation.protocol import Task, unfit
 from instructblip.evaluation.results_file import NotEvaluated
 
-WITHOUT_THEM = "; or evaluate the others without it: suite.missing=skip"
+ALONE = "; or evaluate the others alone: suite.missing=skip"
 
 
 def suite_cards(suite: SuiteConfig) -> tuple[list[Card], list[Card]]:
@@ -62,7 +62,7 @@ def split_missing(
     lacking = [card.name for card in cards if card.name in found.missing]
     needed = [name for name in needed_anyway if name in found.missing]
     if needed or (lacking and missing == "stop"):
-        raise found.refusal(hint=WITHOUT_THEM if lacking and not needed else "")
+        raise found.refusal(hint=ALONE if lacking and not needed else "")
     if lacking and len(lacking) == len(cards):
         raise found.refusal()
     absent = [NotEvaluated(name, "missing", str(found.refusal(name))) for name in lacking]

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Protocol
 
 from instructblip.config.schema import DataConfig, MixtureConfig, TrainConfig
-from instructblip.data.cards import TRAIN_SPLIT, Card, check_prepared_from, is_path, load_cards
+from instructblip.data.cards import TRAIN_SPLIT, Card, OwnCard, check_prepared_from, is_path, load_cards
 from instructblip.data.feature_cache import FeatureCache
 from instructblip.data.mixture import Mixture, MixtureEntry, MixtureSegment
 from instructblip.data.mixture_dataset import MakeImage, TrainingSet, cached, decoded
@@ -40,14 +40,15 @@ def mixture_cards(config: MixtureConfig) -> list[Card]:
     for number, card in enumerate(cards):
         if card.name in [other.name for other in cards[:number]]:
             raise UserError(f"mixture {config.name} names {card.name} twice; give it one multiplier")
-        if TRAIN_SPLIT not in card.splits:
-            raise UserError(
-                f"card {card.reference} has no split {TRAIN_SPLIT} to train on, but {', '.join(card.splits)}"
-            )
-        if card.role == "held-out" and not config.finetuning:
+        has_train = TRAIN_SPLIT in card.splits
+        if card.role == "held-out" and not config.finetuning and (has_train or not isinstance(card, OwnCard)):
             raise UserError(
                 f"mixture {config.name} trains on {card.name}, which is held out; remove it, or set mixture.finetuning=true "
                 "and take its scores for no zero-shot ones"
+            )
+        if not has_train:
+            raise UserError(
+                f"card {card.reference} has no split {TRAIN_SPLIT} to train on, but {', '.join(card.splits)}"
             )
         card.template_set()  # or says that there is none
     return cards

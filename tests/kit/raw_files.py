@@ -18,7 +18,7 @@ from instructblip.data.cards import load_card
 from instructblip.data.readers import READERS, FileSlice, Losses, MediaRecords, RawSplit
 from instructblip.data.readers.base import Media
 from instructblip.data.readers.files import VIDEO_EXTENSIONS
-from tests.kit.own_data import write_tar
+from tests.kit.own_tables import write_tar
 from tests.kit.videos import write_video
 
 CASES = sorted(path.parent for path in (Path(__file__).parents[1] / "data/readers").glob("*/*/expected.json"))

@@ -17,7 +17,7 @@ from instructblip.data.prepare.convert import prepare_dataset
 from instructblip.data.readers.base import FileSlice, MediaRecords
 from instructblip.data.shards import open_split
 from instructblip.errors import UserError
-from tests.kit.own_data import own_card, read_own, write_tar
+from tests.kit.own_tables import own_card, read_own, write_tar
 
 
 def _picture(color: str = "red", form: str = "JPEG") -> bytes:

@@ -10,7 +10,7 @@ from instructblip.data.cards import load_card
 from instructblip.data.prepare.convert import prepare_dataset
 from instructblip.errors import UserError
 from instructblip.fetch.hub_datasets import hub_files
-from tests.kit.own_data import own_card, write_parquet
+from tests.kit.own_tables import own_card, write_parquet
 from tests.kit.raw_files import write_images
 
 

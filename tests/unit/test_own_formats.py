@@ -14,7 +14,7 @@ from instructblip.data.cards import Card
 from instructblip.data.prepare.convert import check_prepared, prepare_dataset
 from instructblip.data.shards import open_split
 from instructblip.errors import UserError
-from tests.kit.own_data import (
+from tests.kit.own_tables import (
     RowOf,
     as_dialogue,
     as_messages,

@@ -17,7 +17,7 @@ from instructblip.data.readers import READERS, FileSlice
 from instructblip.data.readers.columns import COLUMNS, NEEDED
 from instructblip.data.records import Record
 from instructblip.errors import UserError
-from tests.kit.own_data import read_own, write_csv, write_jsonl, write_parquet
+from tests.kit.own_tables import read_own, write_csv, write_jsonl, write_parquet
 from tests.kit.runs import REPOSITORY
 
 PICTURES = ("a.png", "b.png", "ü.png")

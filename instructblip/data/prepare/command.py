@@ -8,7 +8,7 @@ from rich.console import Console
 
 from instructblip.config import entry
 from instructblip.config.schema import DataConfig, PrepareConfig, SourcesConfig
-from instructblip.data.cards import Card, OwnCard, all_cards, load_cards
+from instructblip.data.cards import Card, OwnCard, load_cards
 from instructblip.data.prepare.audit import audit_prepared, audit_table
 from instructblip.data.prepare.convert import check_prepared, prepare_dataset
 from instructblip.data.prepare.fetch import fetch_raw
@@ -40,8 +40,8 @@ class FoundShards:
     Attributes:
         folder: to open them from, wherever data.shards is.
         place: as data.shards has it.
-        missing: what of the needed is not there, by the name of its card; with why it could not be fetched, if that was
-            tried.
+        missing: what of the needed is not there, by the name of its card; and why, where there is more to say: it could not
+            be fetched, or the card has no such split.
     """
 
     folder: Path
@@ -100,7 +100,8 @@ def find_shards(needed: Sequence[Needed], data: DataConfig, console: Console) ->
     missing = {}
     for item in needed:
         if lacking := frozenset(split for split in item.splits if (item.card.source, split) not in found):
-            missing[item.card.name] = Needed(item.card, lacking), failed.get(item.card.source, "")
+            why = _no_such_split(item.card, lacking) or failed.get(item.card.source, "")
+            missing[item.card.name] = Needed(item.card, lacking), why
     return FoundShards(root, data.shards, missing)
 
 
@@ -142,6 +143,11 @@ def ensure_prepared(
         except UserError as error:
             failed[card.source] = str(error)
     return failed
+
+
+def _no_such_split(card: Card, splits: Iterable[str]) -> str:
+    unknown = [split for split in splits if split not in card.splits]
+    return f"{card.source} has no split {unknown[0]}; choose among {', '.join(card.splits)}" if unknown else ""
 
 
 def _listed(lacking: Iterable[tuple[Needed, str]]) -> str:
@@ -257,7 +263,7 @@ def _check(folder: Path, card: Card | None, split: str | None, console: Console)
 
 
 def _audit(folders: Sequence[Path], own: Sequence[Card], console: Console) -> int:
-    result = audit_prepared(folders, [*all_cards(), *own])
+    result = audit_prepared(folders, own=own)
     if result.overlaps:
         console.print(audit_table(result))
     for line in result.summary():
