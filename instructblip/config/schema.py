@@ -22,6 +22,7 @@ class Section:
     """Base of all dataclasses that are read from YAML: no unknown keys, no conversions, no numbers that are not finite."""
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    NOT_SAID: ClassVar[tuple[str, ...]] = ()  # what code sets, and no file may
 
 
 # --- choices ---------------------------------------------------------------------------------------------------------
@@ -51,6 +52,29 @@ GPUName = Literal["a100_40", "a100_80", "h100", "h200", "l40s", "rtx_4090"]
 Mode = Literal["rank", "generate", "retrieve"]
 Preset = Literal["paper", "lavis"]
 OcrLibrary = Literal["rapidocr"]
+Missing = Literal["stop", "skip"]
+CardTask = Literal["vqa", "captioning", "multiple_choice", "classification", "statement", "conversation"]
+# Scores that a card may name; `evaluation.metrics.METRICS` has them all.
+MetricName = Literal[
+    "accuracy",
+    "multiple_choice_accuracy",
+    "aokvqa_multiple_choice",
+    "aokvqa_direct_answer",
+    "exact_match",
+    "vqa_accuracy",
+    "vqa_accuracy_lavis",
+    "textvqa_accuracy",
+    "vizwiz_accuracy",
+    "vizwiz_accuracy_lmms_eval",
+    "gqa_accuracy",
+    "gqa_accuracy_lavis",
+    "ocr_vqa_accuracy",
+    "ivqa_accuracy",
+    "cider",
+    "rouge_l",
+    "auroc",
+    "visdial",
+]
 
 # --- bounds ----------------------------------------------------------------------------------------------------------
 
@@ -215,7 +239,7 @@ class ModelConfig(Section):
 class MixtureDatasetConfig(Section):
     """One training dataset of a mixture."""
 
-    name: str
+    name: str  # of its card, or the path of a card of one's own
     multiplier: PositiveFloat = 1.0
 
 
@@ -234,11 +258,12 @@ class MixtureConfig(Section):
 
 @dataclass(kw_only=True)
 class SuiteConfig(Section):
-    """Which cards are evaluated."""
+    """Which cards are evaluated: by name, or by the path of a card of one's own."""
 
     name: str
     held_in: list[str] = field(default_factory=list)
     held_out: list[str] = field(default_factory=list)
+    missing: Missing = "stop"  # what a dataset that is not prepared does; skip: the others are evaluated without it
 
 
 @dataclass(kw_only=True)
@@ -431,6 +456,9 @@ class PrepareConfig(Section):
     samples: AtLeastOne = 12
     seed: int = 0
     audit: list[str] | None = None
+    cards: list[str] = field(
+        default_factory=list
+    )  # paths of own cards that show= and audit= know besides the official ones
     sources: dict[str, SourcesConfig] = field(default_factory=dict)
 
 

@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 from instructblip.config.schema import (
     AtLeastOne,
     LLMKind,
+    MetricName,
     Mode,
     NotNegative,
     PositiveFloat,
@@ -22,14 +23,20 @@ from instructblip.config.schema import (
     TextProcessor,
 )
 from instructblip.config.validate import build, nearest
+from instructblip.data.card_defaults import is_metric_file
 from instructblip.data.templates import FIELDS
 from instructblip.errors import UserError
+from instructblip.files import sha256_file
 
 OTHER_PRESETS = tuple(preset for preset in get_args(Preset) if preset != "paper")
 
+# What a run's folder holds, all of it, and what the folder of a model does, any of it.
+_RUN = ("config.yaml", "metrics.jsonl", "checkpoints")
+_MODEL = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
 # What a prompt of a card may name in braces: what a template may, without what would give the answer away.
 PROMPT_FIELDS = tuple(name for name in FIELDS if name not in ("answer", "caption"))
 _FIELD = re.compile(r"\{([^{}]*)\}")
+_PYTHON = re.compile(r"(?P<file>.+\.py):(?P<name>[^\W\d]\w*)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -44,7 +51,7 @@ class Evaluation(Section):
         normalize: log-likelihood of a candidate as the sum or the mean over its tokens.
         include_eos: whether the end-of-sequence token counts as one of them.
         max_new_tokens, num_beams: decoding in `generate` mode (tokens; beam size).
-        metric: name of the score; evaluation knows which there are (`instructblip.evaluation.metrics.METRICS`).
+        metric: name of the score, or `FILE.py:FUNCTION` of a card of one's own, whose path is absolute once it is read.
         candidates: the answers to rank, the same for all records.
         verbalizers: class -> the texts that stand for it.
         aggregate: a class is as likely as any of its texts (`sum` of likelihoods) or as the likeliest (`max`).
@@ -105,8 +112,38 @@ def with_preset(evaluation: Evaluation, preset: str, llm_kind: str) -> Evaluatio
     return _with_preset(evaluation, preset, llm_kind, "the card")
 
 
-def check_evaluation(evaluation: Evaluation, splits: Collection[str], path: Path) -> None:
+def own_metric(metric: str) -> tuple[Path, str] | None:
+    """File and name of the function of a metric of one's own; None for a metric's name."""
+    match = _PYTHON.fullmatch(metric)
+    return None if match is None else (Path(match["file"]), match["name"])
+
+
+def metric_name(metric: str) -> str:
+    """What results call a metric: one of one's own by its file and function, wherever the file lies."""
+    own = own_metric(metric)
+    return metric if own is None else f"{own[0].name}:{own[1]}"
+
+
+def metric_sha256(metric: str) -> str:
+    """Hash of the file of a metric of one's own, without which its name says nothing; empty for a metric's name.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    own = own_metric(metric)
+    if own is None:
+        return ""
+    try:
+        return sha256_file(own[0])
+    except OSError as error:
+        raise UserError(f"metric {own[0]} cannot be read ({error.strerror})") from None
+
+
+def check_evaluation(evaluation: Evaluation, splits: Collection[str], path: Path, *, own: bool) -> None:
     """Refuse statements that are well-typed one by one but do not go together, in any preset.
+
+    Args:
+        own: whether the card is one's own, whose metric may be too.
 
     Raises:
         UserError: names the file and the key.
@@ -116,7 +153,9 @@ def check_evaluation(evaluation: Evaluation, splits: Collection[str], path: Path
             raise UserError(f"{path}: evaluation.presets has {name!r}{nearest(name, OTHER_PRESETS)}")
     for preset in ("paper", *evaluation.presets):
         for llm_kind in get_args(LLMKind):
-            _check_rules(_with_preset(evaluation, preset, llm_kind, str(path)), splits, path)
+            rules = _with_preset(evaluation, preset, llm_kind, str(path))
+            _check_rules(rules, splits, path)
+            _check_metric(rules.metric, path, own=own)
 
 
 def _with_preset(evaluation: Evaluation, preset: str, llm_kind: str, file: str) -> Evaluation:
@@ -153,3 +192,32 @@ def _check_rules(evaluation: Evaluation, splits: Collection[str], path: Path) ->
             raise UserError(f"{path}: evaluation.may_be_empty has {name!r}{nearest(name, PROMPT_FIELDS)}")
     if evaluation.ocr is not None and "{ocr_tokens}" not in evaluation.prompt:
         raise UserError(f"{path}: evaluation.ocr is said where the prompt shows no {{ocr_tokens}}; remove it")
+
+
+def _check_metric(metric: str, path: Path, *, own: bool) -> None:
+    """One of the metrics there are, or a Python file of one's own that is none of a checkpoint's."""
+    if not is_metric_file(metric):
+        known = get_args(MetricName)
+        if metric not in known:
+            raise UserError(f"{path}: evaluation.metric is {metric!r}{nearest(metric, known)}")
+        return
+    found = own_metric(metric)
+    if not own or found is None:
+        way_out = "write ./FILE.py:FUNCTION" if own else "an official card names one of the metrics there are"
+        raise UserError(f"{path}: evaluation.metric is {metric!r}; {way_out}")
+    for file in (path, found[0]):
+        if (folder := _checkpoint_around(file)) is not None:
+            raise UserError(
+                f"{path}: evaluation.metric is Python code, and {file} lies in {folder}, which holds a checkpoint: code "
+                "that comes with weights is not run; copy the card and its metric elsewhere if you trust them"
+            )
+    if not found[0].is_file():
+        raise UserError(f"{path}: evaluation.metric names {found[0]}, which is not there")
+
+
+def _checkpoint_around(file: Path) -> Path | None:
+    """The folder of a run or of a model that a file lies in."""
+    for folder in file.resolve().parents:
+        if all((folder / name).exists() for name in _RUN) or any((folder / name).is_file() for name in _MODEL):
+            return folder
+    return None

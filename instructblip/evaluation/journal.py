@@ -11,26 +11,30 @@ import json
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from instructblip.distributed import ALONE, SILENCE_SECONDS, Ranks
 from instructblip.errors import UserError
 from instructblip.evaluation.outcomes import Failure, Prediction, Ranking
-from instructblip.evaluation.protocol import EvaluationSample, Task
+from instructblip.evaluation.protocol import EvaluationSample, Task, as_json
 from instructblip.evaluation.results_file import PREDICTIONS, RESULTS, StoredRun, read_run
-from instructblip.files import errors_for_users, exclusive, write_atomically
+from instructblip.files import errors_for_users, exclusive, read_json, write_atomically, write_json
 
 FAILURES = "failures.jsonl"
 _JOURNALS = "journal-*.jsonl"
+_GAVE_UP = "gave-up-*.json"
 _ELSEWHERE = "move it away, or give another name="
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.01, 2.0  # seconds between looks at the others' journals
 
 
 def journal_keys(model_fingerprint: str, task: Task) -> list[str]:
-    """The key of each sample's answer, in stored order."""
-    protocol = task.protocol.sha256()
+    """The key of each sample's answer, in stored order.
+
+    Of the model and of all that it is asked by; not of the metric: another one scores the same answers.
+    """
+    protocol = replace(task.protocol, metric="", metric_sha256="").sha256()
     contents = ("\n".join((model_fingerprint, protocol, sample.id)) for sample in task.samples)
     return [hashlib.sha256(content.encode()).hexdigest()[:32] for content in contents]
 
@@ -94,17 +98,28 @@ class Journal:
         self.predictions.update((item.key, item) for item in predictions)
         self.failures.update((item.key, item) for item in failures)
 
+    def give_up(self, reason: str) -> None:
+        """Tell the first rank that the share of this one will not come, and why."""
+        if self.folder is not None:
+            write_json(self.folder / f"gave-up-{self.ranks.rank}.json", reason)
+
+    def _check_given_up(self) -> None:
+        for path in sorted(self.folder.glob(_GAVE_UP)) if self.folder is not None else ():
+            raise UserError(str(read_json(path)))
+
     def wait_for_others(self, what: str) -> None:
         """Return when all answers are there.
 
         Raises:
-            UserError: nothing new has come for `SILENCE_SECONDS`.
+            UserError: another process gave up; or nothing new has come for `SILENCE_SECONDS`.
         """
         pause, since, before = _FIRST_PAUSE, time.monotonic(), self.missing
         while self.missing:
             time.sleep(pause)
             self.ranks.poll_stop()
             self.read()
+            if self.missing:
+                self._check_given_up()
             pause = min(2 * pause, _LONGEST_PAUSE)
             if self.missing != before:
                 since, before = time.monotonic(), self.missing
@@ -131,7 +146,7 @@ class Journal:
             write_atomically(self.folder / FAILURES, "\n".join(map(_failure_line, self.failures.values())) + "\n")
         old = [] if self.failures else [self.folder / FAILURES]
         with errors_for_users(self.folder):
-            for path in (*old, *self.folder.glob(_JOURNALS)):
+            for path in (*old, *self.folder.glob(_JOURNALS), *self.folder.glob(_GAVE_UP)):
                 path.unlink(missing_ok=True)
 
     def _read_file(self, path: Path) -> None:
@@ -221,9 +236,17 @@ def _append(path: Path, lines: Sequence[str]) -> None:
             file.write("\n" + "\n".join(lines) + "\n")  # the leading line break ends a cut line
 
 
+def forget_given_up(folder: Path) -> None:
+    """Remove what ranks of an earlier evaluation in this folder gave up for, before those of this one begin to answer."""
+    with errors_for_users(folder):
+        for path in folder.rglob(_GAVE_UP):
+            path.unlink(missing_ok=True)
+
+
 _LOCK = ".lock"
 # Choices in which the new protocol must equal that of the results it replaces.
 _SAME = ("preset", "mode", "split", "images")
+_SAMPLES = ("samples", "samples_sha256", "sha256")  # of the protocol: which samples, and the hash of all of it
 
 
 @contextlib.contextmanager
@@ -238,6 +261,8 @@ def claimed(folder: Path, ranks: Ranks) -> Iterator[None]:
     busy = f"another evaluation is writing to {folder}; wait until it has ended, or give another name="
     lock = exclusive(folder / _LOCK, "evaluating", busy=busy) if ranks.is_first else contextlib.nullcontext()
     with lock:
+        if ranks.is_first:
+            forget_given_up(folder)
         yield
 
 
@@ -264,6 +289,21 @@ def refuse_others_results(folder: Path, checkpoint: str, tasks: Sequence[Task], 
         raise UserError(f"{file} is damaged, or of another version of this code; {way_out}") from None
     if difference := _difference(held, checkpoint, tasks, llm):
         raise UserError(f"{folder} holds the results of {held.checkpoint} ({difference}); {way_out}")
+
+
+def replaced_results(folder: Path, tasks: Sequence[Task]) -> list[str]:
+    """A line for each dataset whose stored score, which will be replaced, is of another protocol than it is asked by now."""
+    if not (folder / RESULTS).exists():
+        return []
+    scores, lines = read_run(folder / RESULTS).scores, []
+    for task in tasks:
+        if task.card.name not in scores:
+            continue
+        old, new = scores[task.card.name].protocol, json.loads(json.dumps(as_json(task.protocol)))
+        changed = [name for name in new if old.get(name) != new[name] and name not in _SAMPLES]
+        if changed:
+            lines.append(f"{task.card.name}: its score in {folder} is replaced, for its {', '.join(changed)} changed")
+    return lines
 
 
 def _difference(held: StoredRun, checkpoint: str, tasks: Sequence[Task], llm: str | None) -> str | None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from instructblip.data.cards import OwnCard, as_stored
 from instructblip.data.coverage import RecordCounts
 from instructblip.errors import UserError
 from instructblip.evaluation.metrics import ModelOutput, Score
@@ -128,11 +129,14 @@ class TaskResult:
             "count": len(self.samples) if self.score is None else self.score.count,
             "made_up": self.task.made_up,
             "metric": protocol.metric,
+            "higher_is_better": self.task.metric.higher_is_better,
             "metric_details": {} if self.score is None else dict(self.score.details),
             "protocol": as_json(protocol),
             "predictions_sha256": self.predictions_sha256,
             "failed": [{"id": failure.id, "reason": failure.reason} for failure in self.failures],
         }
+        if isinstance(self.task.card, OwnCard):
+            entry["card"] = as_stored(self.task.card)
         return entry if self.score is not None else entry | {"note": "answers not public"}
 
 

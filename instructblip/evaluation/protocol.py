@@ -9,9 +9,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from instructblip.config.validate import nearest
-from instructblip.data.card_evaluation import Evaluation, with_preset
-from instructblip.data.cards import Card
+from instructblip.data.card_evaluation import Evaluation, metric_name, metric_sha256, with_preset
+from instructblip.data.cards import Card, check_prepared_from
 from instructblip.data.coverage import RecordCounts, prepared_counts
 from instructblip.data.records import Record
 from instructblip.data.shards import MANIFEST_NAME, PreparedSplit, ShardReader, open_split
@@ -21,6 +20,7 @@ from instructblip.data.text_processors import TEXT_PROCESSORS
 from instructblip.errors import UserError
 from instructblip.evaluation.metrics import METRICS, Metric
 from instructblip.evaluation.metrics.metric import captions_of_record
+from instructblip.evaluation.metrics.own import find_metric
 from instructblip.evaluation.metrics.retrieval import chance_of_recall
 from instructblip.models.base import Skill
 from instructblip.models.ranking import RANKING_PRESETS
@@ -50,6 +50,8 @@ class Protocol:
         upright: whether pictures are turned as their EXIF orientation says.
         frames: pictures a sample, 1 but for videos.
         ocr: whose tokens the prompt shows and how many at most; empty where it shows none.
+        metric: its name; of one's own, file and function.
+        metric_sha256: of the file of a metric of one's own; else empty.
         samples: how many of the split's samples are scored; None is all. The subset is the first by SHA-256 of the sample
             id: it depends on nothing else.
         samples_sha256: of the chosen sample ids and of the shards they lie in.
@@ -85,6 +87,7 @@ class Protocol:
     frames: int
     ocr: str
     metric: str
+    metric_sha256: str
     samples: int | None
     samples_sha256: str
     images: str
@@ -101,7 +104,7 @@ class Protocol:
             "preset": self.preset,
             "prompt": self.prompt,
             "mode": self.mode,
-            "metric": self.metric,
+            "metric": self.metric + (f" (sha256 {self.metric_sha256[:16]})" if self.metric_sha256 else ""),
             "images": f"{self.images}, {self.transform}"
             + ", not turned upright" * (not self.upright)
             + f", {self.frames} frames a video" * (self.frames > 1),
@@ -168,6 +171,7 @@ class Task:
         vocabulary: the texts to rank where they come from the train split, or the captions of all samples.
         answers_public: whether the samples can be scored here; a leaderboard's server does it otherwise.
         made_up: whether the prepared split holds made-up data, on which no score means anything.
+        own_metric: what scores it where that is no metric of `METRICS`.
     """
 
     card: Card
@@ -177,11 +181,12 @@ class Task:
     vocabulary: tuple[str, ...] = ()
     answers_public: bool = True
     made_up: bool = False
+    own_metric: Metric | None = None
 
     @property
     def metric(self) -> Metric:
         """What scores it, with all that is particular to it."""
-        return METRICS[self.protocol.metric]
+        return self.own_metric or METRICS[self.protocol.metric]
 
     def needs(self, skills: Collection[Skill]) -> Skill:
         """What a model of these skills is asked: a model that takes no prompt can still caption."""
@@ -232,21 +237,22 @@ def make_task(
     """
     rules = _rules(card, preset, llm_kind)
     split, mode = split or rules.split, mode or rules.mode
-    metric = METRICS[rules.metric]
-    _check_mode(card, metric, mode)
+    if reason := _unfit(card, rules, mode):
+        raise UserError(reason)
+    metric = find_metric(rules.metric)
     opened = open_split(shards / card.source / split)
+    check_prepared_from(card, opened.manifest)
     chosen = _choose(card, opened, rules, samples)
     public = _answers_public(card, split, metric, chosen)
     if public:
         _check_records(card, metric, chosen)
     choices = protocol_fields(rules, mode)
-    if choices["candidates_from"] == "card" and not choices["candidates"]:
-        raise UserError(f"{card.name} has no candidates to rank; evaluate it with mode=generate")
     vocabulary = _vocabulary(card, shards, choices["candidates_from"], chosen)
     protocol = Protocol(
         dataset=card.name,
         split=split,
         preset=preset,
+        metric_sha256=metric_sha256(rules.metric),
         vocabulary_size=len(vocabulary),
         vocabulary_sha256=hashlib.sha256("\n".join(vocabulary).encode()).hexdigest() if vocabulary else "",
         frames=max(sample.frames for sample in chosen),
@@ -260,7 +266,57 @@ def make_task(
     if choices["candidates_from"] == "train_answers":
         train = prepared_counts(card, open_split(shards / card.source / "train"), ())
         records = replace(records, vocabulary=replace(train, answered=train.prepared))
-    return Task(card, protocol, tuple(chosen), records, vocabulary, public, is_made_up(opened.manifest))
+    own = None if metric.name in METRICS else metric
+    return Task(card, protocol, tuple(chosen), records, vocabulary, public, is_made_up(opened.manifest), own)
+
+
+def needed_splits(
+    card: Card, *, split: str | None = None, mode: str | None = None, preset: str = "paper", llm_kind: str = "decoder"
+) -> frozenset[str]:
+    """The prepared splits that `make_task` opens.
+
+    Raises:
+        UserError: the card says nothing of evaluation.
+    """
+    rules = _rules(card, preset, llm_kind)
+    ranked = protocol_fields(rules, mode or rules.mode)["candidates_from"]
+    return frozenset({split or rules.split, *(["train"] if ranked == "train_answers" else [])})
+
+
+def unfit(card: Card, mode: str, *, preset: str = "paper", llm_kind: str = "decoder") -> str:
+    """Why a card cannot be evaluated in a mode; empty where it can.
+
+    Raises:
+        UserError: the card says nothing of evaluation.
+    """
+    return _unfit(card, _rules(card, preset, llm_kind), mode)
+
+
+def _unfit(card: Card, rules: Evaluation, mode: str) -> str:
+    metric, choices = find_metric(rules.metric), protocol_fields(rules, mode)
+    if metric.needs_ranks != (mode == "retrieve"):
+        return (
+            f"{card.name}: {metric.title} is {'' if metric.needs_ranks else 'not '}made of what mode=retrieve finds, and "
+            f"mode={mode} was asked for; leave mode to the card, or take it out of the suite"
+        )
+    if mode == "generate" and metric.needs_scores:
+        return (
+            f"{card.name}: {metric.name} needs the scores of candidates, which mode=generate does not give; "
+            "rank, or take it out of the suite"
+        )
+    if choices["candidates_from"] == "card" and not choices["candidates"]:
+        return f"{card.name} has no candidates to rank; evaluate it with mode=generate"
+    return ""
+
+
+def watched_split(card: Card) -> str:
+    """The split that training watches.
+
+    Raises:
+        UserError: the card says nothing of evaluation.
+    """
+    rules = _rules(card, "paper", "decoder")
+    return rules.validation_split or rules.split
 
 
 def make_validation_task(card: Card, shards: Path, *, samples: int | None) -> Task:
@@ -269,8 +325,7 @@ def make_validation_task(card: Card, shards: Path, *, samples: int | None) -> Ta
     Raises:
         UserError: as `make_task`.
     """
-    rules = _rules(card, "paper", "decoder")
-    return make_task(card, shards, split=rules.validation_split or rules.split, samples=samples)
+    return make_task(card, shards, split=watched_split(card), samples=samples)
 
 
 def blind_task(task: Task) -> Task:
@@ -287,8 +342,8 @@ def train_answers(card: Card, shards: Path) -> tuple[str, ...]:
     folder = shards / card.source / "train"
     if not (folder / MANIFEST_NAME).is_file():
         raise UserError(
-            f"{card.name} ranks all answers of its train split, which is not prepared in {shards}; run "
-            f"python prepare.py dataset={card.source} split=train raw=FOLDER out={shards}, or evaluate with mode=generate"
+            f"{card.name} ranks all answers of its train split, which is not prepared in {shards}; run python prepare.py "
+            f"dataset={card.prepared_as} split=train raw=FOLDER out={shards}, or evaluate with mode=generate"
         )
     counts = Counter(answer for record in _card_records(card, open_split(folder)) for answer in record.answers)
     return tuple(sorted(counts, key=lambda answer: (-counts[answer], answer)))
@@ -312,12 +367,15 @@ def majority_answers(card: Card, shards: Path) -> dict[str, str]:
 
 def chance_level(task: Task) -> float | None:
     """The expected score of drawing evenly among the candidates, on the scale of papers' tables; None: not known."""
-    if task.protocol.candidates_from == "choices":
-        return fmean(task.metric.chance(len(sample.record.choices)) for sample in task.samples)
     if task.protocol.candidates_from == "captions":
         return chance_of_recall([len(sample.record.captions) for sample in task.samples])
+    chance = task.metric.chance
+    if chance is None:
+        return None
+    if task.protocol.candidates_from == "choices":
+        return fmean(chance(len(sample.record.choices)) for sample in task.samples)
     classes = set(task.protocol.classes or task.vocabulary)
-    return task.metric.chance(len(classes)) if classes else None
+    return chance(len(classes)) if classes else None
 
 
 def refuse_unable(tasks: Iterable[Task], skills: Collection[Skill], what: str) -> None:
@@ -352,13 +410,11 @@ def _rules(card: Card, preset: str, llm_kind: str) -> Evaluation:
     """How a card is evaluated under a preset.
 
     Raises:
-        UserError: it is not evaluated, or by a metric that there is not.
+        UserError: it is not evaluated.
     """
     if card.evaluation is None:
         raise UserError(f"{card.name} is a dataset to train on: its card has no evaluation; take it out of the suite")
     rules = with_preset(card.evaluation, preset, llm_kind)
-    if rules.metric not in METRICS:
-        raise UserError(f"{card.name}: evaluation.metric is {rules.metric!r}{nearest(rules.metric, METRICS)}")
     return as_released(rules, llm_kind) if preset == "lavis" else rules
 
 
@@ -385,20 +441,6 @@ def released_lengths(max_len: int, min_len: int, llm_kind: str) -> tuple[int, in
     model is given `max_new_tokens`, but its `min_length` counts the decoder's start token.
     """
     return max_len - 1 if llm_kind == "decoder" else max_len, max(0, min_len - 1)
-
-
-def _check_mode(card: Card, metric: Metric, mode: str) -> None:
-    """Refuse a way of answering that gives the metric nothing to score."""
-    if metric.needs_ranks != (mode == "retrieve"):
-        raise UserError(
-            f"{card.name}: {metric.title} is {'' if metric.needs_ranks else 'not '}made of what mode=retrieve finds, and "
-            f"mode={mode} was asked for; leave mode to the card, or take it out of the suite"
-        )
-    if mode == "generate" and metric.needs_scores:
-        raise UserError(
-            f"{card.name}: {metric.name} needs the scores of candidates, which mode=generate does not give; "
-            "rank, or take it out of the suite"
-        )
 
 
 def _vocabulary(card: Card, shards: Path, source: str, samples: Sequence[EvaluationSample]) -> tuple[str, ...]:
@@ -504,7 +546,6 @@ _FROM_CARD = (
     "may_be_empty",
     "transform",
     "upright",
-    "metric",
 )
 
 
@@ -515,6 +556,7 @@ def protocol_fields(rules: Evaluation, mode: str) -> dict[str, Any]:
     ranked = source == "card"
     return {name: getattr(rules, name) for name in _FROM_CARD} | {
         "mode": mode,
+        "metric": metric_name(rules.metric),
         "candidates_from": source,
         "candidates": rules.candidates + tuple(text for text, _ in verbalizers) if ranked else (),
         "classes": rules.candidates + tuple(label for _, label in verbalizers) if ranked else (),

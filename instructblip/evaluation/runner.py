@@ -115,10 +115,17 @@ def answer_share(
     ranks: Ranks,
     tolerance: int = 0,
 ) -> None:
-    """Answer the share of a rank that is not the first, into its journal; arguments and errors as `run_task`."""
+    """Answer the share of a rank that is not the first, into its journal; arguments and errors as `run_task`.
+
+    Where it cannot, the first rank is told, which would wait for it.
+    """
     keys = journal_keys(model_fingerprint, task)
     journal = Journal(folder, keys, ranks)
-    _answer(model, task, read_image, journal, keys, batch_size, tolerance, show=False)
+    try:
+        _answer(model, task, read_image, journal, keys, batch_size, tolerance, show=False)
+    except UserError as error:
+        journal.give_up(str(error))
+        raise
 
 
 def blank_image(image_size: int) -> Tensor:

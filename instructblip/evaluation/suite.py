@@ -25,7 +25,7 @@ from instructblip.evaluation.protocol import Task, blind_task, chance_level, maj
 from instructblip.evaluation.report.content import part_scores, report_row, report_section
 from instructblip.evaluation.report.page import Report, write_report
 from instructblip.evaluation.report.table import MADE_UP_DATA
-from instructblip.evaluation.results_file import FORMAT, PREDICTIONS, RESULTS
+from instructblip.evaluation.results_file import FORMAT, PREDICTIONS, RESULTS, NotEvaluated
 from instructblip.evaluation.runner import answer_share, read_pixels, run_task
 from instructblip.evaluation.submissions import SUBMISSION, write_submission
 from instructblip.files import errors_for_users, exclusive, write_json
@@ -164,10 +164,12 @@ def evaluate_tasks(
     trained: str,
     tolerance: int = 0,
     ranks: Ranks = ALONE,
-) -> list[DatasetResult]:
+    go_on: bool = True,
+) -> tuple[list[DatasetResult], list[NotEvaluated]]:
     """Run tasks and their baselines; answers are kept below `folder/<dataset>`.
 
-    What an earlier evaluation made of other answers is removed there as soon as a task has its new ones.
+    What an earlier evaluation made of other answers is removed there as soon as a task has its new ones. A task that fails
+    does not lose the others.
 
     Args:
         shards: folder of prepared datasets, for the majority baseline.
@@ -175,38 +177,53 @@ def evaluate_tasks(
         frozen, trained: fingerprints of the frozen parts, and of what trains.
         tolerance: samples that may fail, for each task.
         ranks: which of several processes this is.
+        go_on: whether a task that fails leaves the others to be run; not where all processes work in step.
 
     Returns:
-        The results; none to all ranks but the first.
+        The results, and the tasks that failed; none to all ranks but the first.
 
     Raises:
-        UserError: as `run_task`.
+        UserError: as `run_task`, where no task ended well, or without `go_on`.
     """
     options: dict[str, Any] = {
         "batch_size": batch_size,
         "model_fingerprint": model_identity(model, frozen, trained),
         "tolerance": tolerance,
     }
-    results = []
+    results, failed = [], []
     for task in tasks:
         home, protocol = folder / task.card.name, task.protocol
         reader = read_image
         if not takes_cached_images(task):
             reader = read_pixels(model.vision.image_size, protocol.transform, upright=protocol.upright)
-        runs = [(task, home), (blind_task(task), home / _WITHHELD)][: 1 + (blind and protocol.mode != "retrieve")]
-        found = []
-        for asked, place in runs:
+        blinded = blind and protocol.mode != "retrieve"
+        runs = [(task, home), *([(blind_task(task), home / _WITHHELD)] if blinded else [])]
+        try:
             if not ranks.is_first:
-                answer_share(model, asked, reader, folder=place, ranks=ranks, **options)
+                for asked, place in runs:
+                    answer_share(model, asked, reader, folder=place, ranks=ranks, **options)
                 continue
-            found.append(run_task(model, asked, reader, folder=place, ranks=ranks, **options))
-            (place / SUBMISSION).unlink(missing_ok=True)
-        if not ranks.is_first:
-            continue
-        if not blind and (home / _WITHHELD).exists():
-            shutil.rmtree(home / _WITHHELD)
-        results.append(DatasetResult(found[0], baselines(task, shards, found[1] if len(found) > 1 else None)))
-    return results
+            found = [_run(model, asked, reader, place, ranks, options) for asked, place in runs]
+            if not blind and (home / _WITHHELD).exists():
+                shutil.rmtree(home / _WITHHELD)
+            results.append(DatasetResult(found[0], baselines(task, shards, found[1] if blinded else None)))
+        except UserError as error:
+            if not go_on:
+                raise
+            failed.append(NotEvaluated(task.card.name, "failed", str(error)))
+    if not ranks.is_first:
+        return [], []  # the first hears of what failed here by the journal, and says so
+    if failed and not results:
+        raise UserError("; ".join(dict.fromkeys(item.reason for item in failed)))
+    return results, failed
+
+
+def _run(
+    model: Model, task: Task, reader: ReadImage, folder: Path, ranks: Ranks, options: Mapping[str, Any]
+) -> TaskResult:
+    result = run_task(model, task, reader, folder=folder, ranks=ranks, **options)
+    (folder / SUBMISSION).unlink(missing_ok=True)
+    return result
 
 
 def finish_evaluation(
@@ -223,6 +240,7 @@ def finish_evaluation(
     standing: Standing,
     examples: int,
     console: Console,
+    not_evaluated: Sequence[NotEvaluated] = (),
 ) -> None:
     """Print the score table, write results.json and report.html, and name what was written.
 
@@ -236,17 +254,27 @@ def finish_evaluation(
         standing: what the model started from, and what of it was never trained or is aligned to another LLM.
         examples: samples shown for each dataset.
         console: for the table.
+        not_evaluated: what else the suite has.
 
     Raises:
         UserError: as `write_results`.
     """
     described = describe_model(model, parts, frozen, trained, standing)
-    started_from = standing.start.weights
     summary = results_json(
-        results, checkpoint=checkpoint, fingerprint=trained, step=step, model=described, started_from=started_from
+        results,
+        checkpoint=checkpoint,
+        fingerprint=trained,
+        step=step,
+        model=described,
+        started_from=standing.start.weights,
+        not_evaluated=not_evaluated,
     )
     written = write_results(folder, title, results, summary, examples)
     console.print(console_table(title, results))
+    for item in not_evaluated:
+        console.print(
+            f"no score of {item.name}, {item.why}: {item.reason}", markup=False, highlight=False, soft_wrap=True
+        )
     for path in written:
         console.print(f"wrote {path}", highlight=False, soft_wrap=True)
 
@@ -257,6 +285,24 @@ MAJORITY = "majority per question"
 CHANCE = "chance"
 
 
+def refuse_failed(failed: Sequence[NotEvaluated], folder: Path, again: str) -> None:
+    """End an evaluation in which datasets failed as a failed one, once the results of the others are written in its folder.
+
+    Args:
+        failed: none: nothing is refused.
+        folder: of the evaluation.
+        again: the command that goes on.
+
+    Raises:
+        UserError: names the datasets, and where the others' scores are.
+    """
+    if failed:
+        raise UserError(
+            f"{', '.join(item.name for item in failed)} could not be evaluated, as said above; the scores of the others are "
+            f"in {folder / RESULTS}; once that is mended, {again} goes on where it stopped"
+        )
+
+
 def results_json(
     results: Sequence[DatasetResult],
     *,
@@ -265,8 +311,12 @@ def results_json(
     step: int,
     model: Mapping[str, Any],
     started_from: Sequence[Mapping[str, str]] = (),
+    not_evaluated: Sequence[NotEvaluated] = (),
 ) -> dict[str, Any]:
-    """Everything a score needs to be trusted: the model, the machine, the versions, and each frozen protocol."""
+    """Everything a score needs to be trusted: the model, the machine, the versions, and each frozen protocol.
+
+    Beside the scores stands what of the suite has none, and why.
+    """
     return {
         "format": FORMAT,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -276,6 +326,7 @@ def results_json(
         "machine": {"platform": platform.platform(), "torch_threads": torch.get_num_threads()},
         "versions": {"python": platform.python_version(), **{name: version(name) for name in _VERSIONS}},
         "datasets": {item.result.task.card.name: _results_entry(item) for item in results},
+        "not_evaluated": {item.name: {"why": item.why, "reason": item.reason} for item in not_evaluated},
     }
 
 
@@ -301,6 +352,7 @@ def write_results(
         created=summary["created"],
         summary=[report_row(item.result, item.baselines) for item in results],
         sections=[report_section(item.result, examples) for item in results],
+        not_evaluated=[f"{name}, {item['why']}: {item['reason']}" for name, item in summary["not_evaluated"].items()],
     )
     write_report(page, report)
     written = [folder / RESULTS, page]

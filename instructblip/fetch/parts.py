@@ -117,7 +117,7 @@ def _hub_settings(name: str, repository: str, revision: str | None, setting: str
     import huggingface_hub
 
     try:
-        with _hub_errors(name, repository):
+        with hub_errors(name, repository):
             return Path(huggingface_hub.hf_hub_download(repository, "config.json", revision=revision))
     except UnreachableError as error:
         raise UserError(f"{name} has no config.json at hand ({error}); set {setting}=FOLDER") from None
@@ -157,7 +157,7 @@ def _convert_gguf(original: Path, ready: Path, file: Path) -> None:
         ) from None
 
 
-__all__ = ["Sources", "WheelSource", "cache_folder", "converted_gguf", "part_folder", "part_settings"]
+__all__ = ["Sources", "WheelSource", "cache_folder", "converted_gguf", "hub_errors", "part_folder", "part_settings"]
 
 _FORMAT = 1  # to be raised when a converter's output changes: parts of another format are made anew
 
@@ -275,7 +275,7 @@ def _fetch_hub(sources: Sources, repository: str, progress: bool) -> Path:
     if not progress:
         disable_progress_bars()
     try:
-        with _hub_errors(sources.name, repository):
+        with hub_errors(sources.name, repository):
             found = huggingface_hub.snapshot_download(
                 repository, revision=sources.hub_revision, allow_patterns=patterns
             )
@@ -291,7 +291,8 @@ def _fetch_hub(sources: Sources, repository: str, progress: bool) -> Path:
 
 
 @contextlib.contextmanager
-def _hub_errors(name: str, repository: str) -> Iterator[None]:
+def hub_errors(name: str, repository: str) -> Iterator[None]:
+    """What goes wrong on the way to the hub as an `UnreachableError`; an id that is none as a `UserError`."""
     from huggingface_hub.errors import HFValidationError
 
     try:

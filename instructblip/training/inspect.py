@@ -16,10 +16,11 @@ from torch import Tensor
 from instructblip.config.entry import main
 from instructblip.config.schema import InspectConfig
 from instructblip.data.batching import Batching
+from instructblip.data.cards import TRAIN_SPLIT
 from instructblip.data.loader import load_batches
 from instructblip.data.mixture import position_generator
 from instructblip.data.mixture_dataset import DrawnImage, MixtureDataset, decoded
-from instructblip.data.prepare.command import shards_folder
+from instructblip.data.prepare.command import Needed, shards_folder
 from instructblip.data.transforms import AUGMENTATIONS, decode_for, draw_view
 from instructblip.images import decode_image, image_size
 from instructblip.training.datasets import make_mixture, mixture_cards, open_sets
@@ -33,7 +34,8 @@ def inspect(config: InspectConfig, console: Console) -> None:
         UserError: data that is missing or damaged.
     """
     cards = mixture_cards(config.mixture)
-    sets = open_sets(cards, shards_folder(cards, config.data, console), config.mixture.templates)
+    needed = [Needed(card, frozenset({TRAIN_SPLIT})) for card in cards]
+    sets = open_sets(cards, shards_folder(needed, config.data, console), config.mixture.templates)
     mixture = make_mixture(config.mixture, sets, [config], seed=config.seed)
     console.print(shares_planned(mixture, [config]))
     images = decoded(config.data.transform, config.image_size)

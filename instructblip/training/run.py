@@ -23,6 +23,7 @@ from instructblip.files import write_atomically
 from instructblip.models.fingerprint import fingerprint_tensors
 from instructblip.progress import TrainingProgress, training_progress
 from instructblip.training.checks import check_objectives
+from instructblip.training.datasets import with_absolute_cards
 from instructblip.training.loop import StepResult, log_entry, run_steps, traced_steps, what_is_not_finite
 from instructblip.training.plan.tables import plan_summary, plan_table, shares_planned, shares_realised
 from instructblip.training.schedule import StepPosition, locate, rank_positions, step_batching, total_steps
@@ -84,6 +85,7 @@ def train(config: TrainConfig, console: Console) -> int:
         UserError: anything the user can mend: configuration, missing parts or data, another run in the folder, disk full.
     """
     check_objectives(config.recipe, config.model.kind)
+    config = with_absolute_cards(config)
     if config.plan:
         return _print_plan(config, console)
     device = choose_device(config.device)

@@ -14,17 +14,25 @@ from instructblip.config.checks import check_batches
 from instructblip.config.schema import TrainConfig
 from instructblip.config.validate import to_dict
 from instructblip.data.batching import Batching, Length
-from instructblip.data.cards import Card, load_card
+from instructblip.data.cards import TRAIN_SPLIT, Card
 from instructblip.data.feature_cache import FeatureCache, ReadImage, cached_images, feature_cache
 from instructblip.data.lost import LostSamples
 from instructblip.data.mixture import Mixture
 from instructblip.data.mixture_dataset import MixtureDataset, TrainingSet
-from instructblip.data.prepare.command import shards_folder
+from instructblip.data.prepare.command import Needed, find_shards
 from instructblip.distributed import Ranks, choose_device
 from instructblip.errors import UserError
-from instructblip.evaluation.pairs import caption_pairs
-from instructblip.evaluation.protocol import Task, make_task, make_validation_task
+from instructblip.evaluation.protocol import (
+    Task,
+    make_task,
+    make_validation_task,
+    needed_splits,
+    refuse_unable,
+    watched_split,
+)
+from instructblip.evaluation.results_file import NotEvaluated
 from instructblip.evaluation.runner import read_pixels
+from instructblip.evaluation.suite_tasks import split_missing, suite_cards
 from instructblip.fetch.parts import cache_folder
 from instructblip.files import exclusive
 from instructblip.models.base import Model
@@ -33,7 +41,7 @@ from instructblip.models.instructblip import InstructBLIP
 from instructblip.models.vision import ChannelNorm
 from instructblip.objectives import make_objectives
 from instructblip.tracking import Logger, make_logger
-from instructblip.training.datasets import make_images, make_mixture, mixture_cards, open_sets
+from instructblip.training.datasets import best_by, make_images, make_mixture, mixture_cards, open_sets
 from instructblip.training.metrics_log import BestStep, MetricsLog
 from instructblip.training.optim import WeightAverage, layer_decay, make_adamw
 from instructblip.training.parallel import PRECISIONS, StepContext, check_layout, is_sharded, parallelize
@@ -47,7 +55,7 @@ from instructblip.weights.init_from import VISION_NORM, Begun, differing_parts
 from instructblip.weights.init_sources import save_text_branch
 from instructblip.weights.load import frozen_fingerprints, restore_model
 from instructblip.weights.modules import parts_without_weights, vision_encoder
-from instructblip.weights.parts import build_model
+from instructblip.weights.parts import MODELS, build_model
 from instructblip.weights.start import Start
 
 _CALIBRATION_IMAGES = 256
@@ -86,6 +94,7 @@ class TrainingRun:
     lost: LostSamples
     validation: list[Task]
     final: list[Task]
+    absent: list[NotEvaluated]
     read_image: ReadImage
     start: Start
     frozen: dict[str, str]
@@ -143,12 +152,18 @@ def set_up(
     Raises:
         UserError: data, parts or weights to start from are missing and cannot be fetched, or do not fit together.
     """
-    cards = mixture_cards(config.mixture)
-    held_in = [load_card(name) for name in config.suite.held_in]
-    held_out = [load_card(name) for name in config.suite.held_out]
-    shards = shards_folder([*cards, *held_in, *held_out], config.data, console)
+    cards, suite = mixture_cards(config.mixture), suite_cards(config.suite)
+    watched = best_by(config.recipe.keep_best, suite[0])
+    found = find_shards(_needed(cards, *suite), config.data, console)
+    scored, absent = split_missing([*suite[0], *suite[1]], found, config.suite.missing, *(card.name for card in cards))
+    for item in absent:
+        console.print(f"not evaluated: {item.reason}", markup=False, highlight=False, soft_wrap=True)
+    if watched in {item.name for item in absent}:
+        raise UserError(f"recipe.keep_best={config.recipe.keep_best} is not prepared, so no step can be best by it")
+    held_in, shards = scored[: len(scored) - sum(card in scored for card in suite[1])], found.folder
     validation = [make_validation_task(card, shards, samples=config.recipe.validation_samples) for card in held_in]
-    final = _final_tasks(config, validation, [*held_in, *held_out], shards)
+    final = [make_task(card, shards, samples=config.recipe.final_samples) for card in scored]
+    refuse_unable([*validation, *final], MODELS[config.model.kind].SKILLS, f"model={config.model.kind}")
     model, begun = _model(config, folder, ranks, console, checkpoint)
     _place(model, choose_device(config.device), without_llm=is_sharded(config.parallel.kind, ranks.world_size))
     sets = open_sets(cards, shards, config.mixture.templates)
@@ -177,13 +192,14 @@ def set_up(
         ),
         validation=validation,
         final=final,
+        absent=absent,
         read_image=read_pixels(model.vision.image_size) if cache is None else cache.tokens,
         start=begun.start,
         frozen=frozen,
         shape=_shape(config, model),
         peak_flops=ranks.world_size * _peak_flops(config, model, ranks),
         metrics=MetricsLog(folder / "metrics.jsonl"),
-        best=BestStep(config.recipe.keep_best),
+        best=BestStep(watched),
         logger=make_logger(
             config.logger.kind if ranks.is_first else "none",
             mode=config.logger.mode,
@@ -194,6 +210,15 @@ def set_up(
         ),
         writer=CheckpointWriter(folder / "checkpoints", config.recipe.keep_checkpoints),
     )
+
+
+def _needed(trained: Sequence[Card], held_in: Sequence[Card], held_out: Sequence[Card]) -> list[Needed]:
+    """The splits that a run opens of what it trains on, and of what it watches and scores."""
+    return [
+        *(Needed(card, frozenset({TRAIN_SPLIT})) for card in trained),
+        *(Needed(card, needed_splits(card) | {watched_split(card)}) for card in held_in),
+        *(Needed(card, needed_splits(card)) for card in held_out),
+    ]
 
 
 def make_optimisation(run: TrainingRun, stop_signal: Callable[[], int]) -> Optimisation:
@@ -261,24 +286,6 @@ def _place(model: Model, device: torch.device, *, without_llm: bool) -> None:
             part.to(device)
     for parameter in model.parameters(recurse=False):
         parameter.data = parameter.data.to(device)
-
-
-def _final_tasks(config: TrainConfig, validation: Sequence[Task], cards: Sequence[Card], shards: Path) -> list[Task]:
-    """What a run is evaluated on when it ends: nothing without a language model, which questions are for.
-
-    Raises:
-        UserError: a suite that cannot be asked of the model.
-    """
-    if config.llm is not None:
-        return [make_task(card, shards, samples=config.recipe.final_samples) for card in cards]
-    for task in validation:
-        caption_pairs(task)
-    if config.suite.held_out:
-        raise UserError(
-            f"suite.held_out asks questions on {config.suite.held_out[0]}, and model={config.model.kind} answers none; "
-            "set suite.held_out=[]"
-        )
-    return []
 
 
 def _feature_cache(

@@ -13,20 +13,21 @@ import torch
 
 from instructblip.data.synthetic import NOTE
 from instructblip.distributed import Ranks, whole_tensors
-from instructblip.evaluation.pairs import caption_pairs, pair_recall
+from instructblip.evaluation.journal import forget_given_up
+from instructblip.evaluation.results_file import NotEvaluated
 from instructblip.evaluation.runner import answer_share, run_task
-from instructblip.evaluation.suite import evaluate_tasks, finish_evaluation, log_scores, model_identity
-from instructblip.models.blip2 import BLIP2
+from instructblip.evaluation.suite import evaluate_tasks, finish_evaluation, log_scores, model_identity, refuse_failed
 from instructblip.models.fingerprint import fingerprint_tensors
-from instructblip.models.instructblip import InstructBLIP
 from instructblip.training.curves import draw_curves
 from instructblip.training.parallel import forget_gathered, is_sharded
 from instructblip.training.schedule import total_steps
 from instructblip.training.setup import TrainingRun
 from instructblip.training.signals import Stopped, StopRequest
 from instructblip.weights.checkpoint import checkpoint_folders
-from instructblip.weights.load import as_instructblip, frozen_parts
+from instructblip.weights.load import frozen_parts
 from instructblip.weights.start import Standing
+
+_EVALUATION = "evaluation"  # folder of what a run scores at its end, below its own
 
 
 def run_validation(run: TrainingRun, step: int, stop: StopRequest) -> dict[str, float] | None:
@@ -56,11 +57,9 @@ def clear_stop_file(run: TrainingRun) -> None:
 def _stoppable(run: TrainingRun, stop: StopRequest) -> contextlib.AbstractContextManager[None]:
     """Where a signal ends an evaluation at once, on all ranks.
 
-    Not where blocks are sharded: all ranks gather them in step, none may leave before the others; see `_leave_together`. Nor
-    where ranks exchange features.
+    Not where blocks are sharded: all ranks gather them in step, none may leave before the others; see `_leave_together`.
     """
-    exchanging = isinstance(run.model, BLIP2) and run.ranks.world_size > 1
-    return contextlib.nullcontext() if exchanging or _is_sharded(run) else stop.at_once(_stop_file(run))
+    return contextlib.nullcontext() if _is_sharded(run) else stop.at_once(_stop_file(run))
 
 
 def _stop_file(run: TrainingRun) -> Path:
@@ -69,9 +68,6 @@ def _stop_file(run: TrainingRun) -> Path:
 
 def _validation_scores(run: TrainingRun, step: int, stop: StopRequest) -> dict[str, float]:
     """On the first rank, which puts the answers of all together; nothing is left on disk."""
-    if isinstance(run.model, BLIP2):
-        return _pair_scores(run, run.model)
-    assert isinstance(run.model, InstructBLIP)
     ranks, scores, home = _ranks(run, stop), {}, run.folder / "validation" / f"step_{step:08d}"
     together = ranks.world_size > 1
     identity = model_identity(run.model, run.frozen, _fingerprint(run)) if together else ""
@@ -90,25 +86,12 @@ def _validation_scores(run: TrainingRun, step: int, stop: StopRequest) -> dict[s
     return scores
 
 
-def _pair_scores(run: TrainingRun, model: BLIP2) -> dict[str, float]:
-    """Of a model that answers no questions; on all ranks."""
-    size, ranks = run.config.evaluation.batch_size, Ranks() if _is_sharded(run) else run.ranks
-    was_training = model.training
-    model.eval()
-    try:
-        return {
-            task.card.name: pair_recall(model, caption_pairs(task), run.read_image, batch_size=size, ranks=ranks)
-            for task in run.validation
-        }
-    finally:
-        model.train(was_training)
-
-
 def finish(run: TrainingRun, stop: StopRequest) -> None:
     """Draw the curves, evaluate what was learned, and name what the run wrote.
 
     Raises:
         Stopped: this process, or another that has a part in it, was told to stop.
+        UserError: a dataset of the suite could not be evaluated; the others' results are written.
     """
     with _stoppable(run, stop):
         _finish(run, stop)
@@ -119,21 +102,25 @@ def _finish(run: TrainingRun, stop: StopRequest) -> None:
     if run.ranks.is_first:
         draw_curves(run.folder / "metrics.jsonl", run.folder / "curves.png", run.config.name)
     newest = checkpoint_folders(run.folder / "checkpoints")[0]
-    if run.final:
-        _evaluate(run, newest, stop)
+    failed = _evaluate(run, newest, stop) if run.final else []
     run.logger.finish()
     for path in (*(run.folder / name for name in ("config.yaml", "metrics.jsonl", "curves.png")), newest):
         run.console.print(f"wrote {path}", highlight=False, soft_wrap=True)
+    refuse_failed(failed, run.folder / _EVALUATION, "the same command with resume=auto")
 
 
-def _evaluate(run: TrainingRun, checkpoint: Path, stop: StopRequest) -> None:
-    folder, model = run.folder / "evaluation", as_instructblip(run.model, run.config.name)
+def _evaluate(run: TrainingRun, checkpoint: Path, stop: StopRequest) -> list[NotEvaluated]:
+    """Score what was learned; to the first rank, the datasets that failed."""
+    folder = run.folder / _EVALUATION
     with tempfile.TemporaryDirectory() as elsewhere, _to_evaluate(run):
         if _is_sharded(run) and run.ranks.is_first:
             shutil.rmtree(folder, ignore_errors=True)  # what it keeps would leave this rank less to do than the others
+        if run.ranks.is_first:
+            forget_given_up(folder)
+        run.ranks.gather(None)  # none answers before that
         weights: dict[str, Any] = {"frozen": run.frozen, "trained": _fingerprint(run)}
-        results = evaluate_tasks(
-            model,
+        results, failed = evaluate_tasks(
+            run.model,
             run.final,
             run.read_image,
             shards=run.shards,
@@ -141,12 +128,13 @@ def _evaluate(run: TrainingRun, checkpoint: Path, stop: StopRequest) -> None:
             batch_size=run.config.evaluation.batch_size,
             blind=run.config.evaluation.blind_baseline,
             ranks=_ranks(run, stop),
+            go_on=not _is_sharded(run),
             **weights,
         )
         if not run.ranks.is_first:
-            return
+            return []
         finish_evaluation(
-            model,
+            run.model,
             results,
             folder,
             title=f"{run.config.name}: what was learned{NOTE if run.config.data.synthetic else ''}",
@@ -157,8 +145,10 @@ def _evaluate(run: TrainingRun, checkpoint: Path, stop: StopRequest) -> None:
             standing=Standing(run.start, untrained=run.start.untrained(run.model.trained_parts)),
             examples=run.config.evaluation.examples,
             console=run.console,
+            not_evaluated=[*run.absent, *failed],
         )
     log_scores(run.logger, results, total_steps(run.phases))
+    return failed
 
 
 def _fingerprint(run: TrainingRun) -> str:

@@ -32,7 +32,7 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (["preset=papr"], "preset=papr is none of paper, lavis; did you mean paper"),
         (["mode=guess"], "mode=guess is none of rank, generate, null"),
-        (["split=dev"], r"easy_vqa/dev is not a prepared split"),
+        (["split=dev"], r"easy_vqa has no split dev; choose among train, validation, test"),
         (["suite.held_in=[easy_vqa_shap]"], "no dataset card 'easy_vqa_shap'"),
         (["suite.held_in=[gqa]"], r"gqa is not prepared in .*; run python prepare\.py dataset=gqa"),
         (

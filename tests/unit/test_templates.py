@@ -255,7 +255,9 @@ def test_load_templates(tmp_path: Path) -> None:
     ("text", "words"),
     [
         ("templates: []\n", ["mine.yaml", "needs a list `templates`"]),
-        ("- a\n", ["mine.yaml", "needs a list `templates`"]),
+        ("- a\n", ["mine.yaml", "must hold keys and values"]),
+        ("a: &a [*a]\n", ["mine.yaml", "nested too deep, or holds itself"]),
+        ("target: [answer]\ntemplates: ['{question}']\n", ["target is ['answer']"]),
         ("templates: [yes, '{question}']\n", ["mine.yaml", "of strings", "quotes"]),
         ('templates: ["{question}", "no placeholder"]\n', ["'no placeholder'", "lacks the placeholder {question}"]),
         ('templates: ["{question}\n', ["mine.yaml", "not valid YAML"]),

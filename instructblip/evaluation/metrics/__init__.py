@@ -17,7 +17,7 @@ from instructblip.evaluation.metrics.accuracy import (
     vsr_accuracy,
 )
 from instructblip.evaluation.metrics.auroc import auroc, probability_of_class
-from instructblip.evaluation.metrics.captions import cider
+from instructblip.evaluation.metrics.captions import cider, rouge
 from instructblip.evaluation.metrics.metric import Interval, Metric, ModelOutput, Outcome
 from instructblip.evaluation.metrics.registry import METRICS
 from instructblip.evaluation.metrics.retrieval import retrieval_recall
@@ -46,6 +46,7 @@ __all__ = [
     "ocr_vqa_accuracy",
     "probability_of_class",
     "retrieval_recall",
+    "rouge",
     "scienceqa_choice",
     "visdial",
     "vqa_accuracy",

@@ -79,9 +79,19 @@ def captions_of_record(record: Record) -> Reference:
     return record.captions
 
 
+def texts_of_record(record: Record) -> Reference:
+    """Answers, or captions where there are none; empty where neither is public."""
+    return record.answers or record.captions
+
+
 def label_of_record(record: Record) -> Reference:
     """The number of the right choice or class; empty where it is not public."""
     return () if record.label is None else (record.label,)
+
+
+def any_reference(record: Record) -> Reference:
+    """Answers, captions or label, whichever a record has; empty where none is public."""
+    return texts_of_record(record) or label_of_record(record)
 
 
 def one_of(candidates: int) -> float:
@@ -101,7 +111,8 @@ class Metric:
         interval: see `Interval`.
         best: the best score there is, on the tables' scale.
         higher_is_better: whether larger scores are better ones.
-        chance: number of candidates -> the expected score of drawing evenly among them, on the tables' scale.
+        chance: number of candidates -> the expected score of drawing evenly among them, on the tables' scale; None: not
+            known.
         needs_scores: a text alone is not enough, candidates must be ranked.
         needs_ranks: it scores what `retrieve` mode finds, and nothing else does.
         needs_both_labels: it is not defined over samples of one label.
@@ -120,7 +131,7 @@ class Metric:
     interval: Interval = Interval.SHARE
     best: float = 100.0
     higher_is_better: bool = True
-    chance: Callable[[int], float] = one_of
+    chance: Callable[[int], float] | None = one_of
     needs_scores: bool = False
     needs_ranks: bool = False
     needs_both_labels: bool = False

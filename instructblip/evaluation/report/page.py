@@ -143,7 +143,10 @@ class ReportSection:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything the page says. `created` is an ISO date; `checkpoint` and `model` name what was evaluated."""
+    """Everything the page says. `created` is an ISO date; `checkpoint` and `model` name what was evaluated.
+
+    `not_evaluated` has a line for each dataset of the suite without a score: its name, and why.
+    """
 
     title: str
     checkpoint: str
@@ -151,6 +154,7 @@ class Report:
     created: str
     summary: list[ReportRow]
     sections: list[ReportSection]
+    not_evaluated: list[str] = field(default_factory=list)
 
 
 def write_report(path: Path, report: Report) -> None:
