@@ -1,6 +1,5 @@
 """The one record type of all datasets, and the sample a model sees."""
 
-import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -45,7 +44,7 @@ class Record:
 
     def to_dict(self) -> dict[str, Any]:
         """The fields that hold something, ready for JSON."""
-        return {name: value for name, value in dataclasses.asdict(self).items() if value not in (None, (), {})}
+        return {name: value for name, value in vars(self).items() if value not in (None, (), {})}
 
     @classmethod
     def from_dict(cls, fields: Any) -> Self:

@@ -59,7 +59,7 @@ def _chosen(folder: Path, patterns: list[str], split: str | None, place: str) ->
     ]
     if not files:
         wanted = (
-            "such a file" if split is None else f"tables ({', '.join(TABLES)}) with the split's name {split} in theirs"
+            "such file" if split is None else f"tables ({', '.join(TABLES)}) with the split's name {split} in theirs"
         )
         raise UserError(f"hf://datasets/{place} has no {wanted}; name them: hf://datasets/OWNER/NAME/PATH")
     folders = sorted({path.parent.relative_to(folder).as_posix() for path in files})

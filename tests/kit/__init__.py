@@ -7,6 +7,7 @@ runs             the entry points on tiny parts and data: in this process, or as
 untrained        a run that was never trained, as a checkpoint folder
 mixtures         small prepared training splits, written so that single samples can be damaged
 own_data         pictures, questions and a short card of one's own
+own_tables       rows of one's own in every form that is read: tables, dialogues, tars
 raw_files        raw folders in official layouts: the cases of tests/data/readers, with real small images
 all_datasets     raw folders and shards of all datasets that have files of their own
 synthetic_tasks  made-up samples of every evaluated dataset, a model that knows the answers, one that guesses

@@ -111,6 +111,9 @@ def prepare_dataset(
         raise UserError(f"{card.source} has no split {unknown[0]!r}; choose among {', '.join(card.splits)}")
     if not raw.is_dir():
         raise UserError(f"raw={raw} is not a folder; {card.how_to_get}")
+    if (look := READERS[card.reader].look) is not None:
+        for split in chosen:
+            look(RawSplit(raw, split, card.splits[split].files, card.told))
     options = MediaOptions(image_size, frames, None if ocr is None else ocr_options(ocr))
     with exclusive(out / f".{card.source}.lock", f"preparing {card.source}", show=progress):
         job = _Job(card, raw, out, images_per_shard, options)
@@ -270,6 +273,7 @@ def _workers(number: int) -> Iterator[_Pool | None]:
         return
     # Not forks of this process: it may hold threads of torch, which they would copy in an unknown state.
     context = get_context("forkserver")
+    context.set_forkserver_preload([__name__])  # imported once, not by each worker
     with ProcessPoolExecutor(number, mp_context=context, initializer=_end_with_parent) as executor:
         try:
             yield _Pool(executor, number)

@@ -220,6 +220,8 @@ class Reader:
         tasks: of a reader of people's own data, the tasks that it reads records for, one of which it is told; all of the
             files that a card names are read by it. None of a reader of a published format.
         columns: those of its tables, which a card may say are called otherwise.
+        look: raises a UserError where a split's files are not what `read` needs, from a look at how they begin; preparation
+            takes it at all splits before it converts the first.
     """
 
     read: Callable[[RawSplit, Losses], Iterator[MediaRecords]]
@@ -228,6 +230,7 @@ class Reader:
     options: tuple[str, ...] = ()
     tasks: tuple[str, ...] = ()
     columns: tuple[str, ...] = ()
+    look: Callable[[RawSplit], None] | None = None
 
     def __call__(self, source: RawSplit, losses: Losses) -> Iterator[MediaRecords]:
         """The images of a split with their records."""

@@ -7,13 +7,14 @@ one file beside it, each once. Both need about as much space as the tables.
 import hashlib
 import json
 import sqlite3
+import tempfile
 import unicodedata
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
-from typing import Any, BinaryIO, Self
+from typing import IO, Any, Self
 
 from instructblip.data.readers.base import FileSlice
 from instructblip.data.readers.columns import Example, MediaValue
@@ -57,33 +58,34 @@ class ImageRows:
 class RowsByImage:
     """`with RowsByImage.open(scratch) as rows: rows.add(...); for image in rows.images(): ...`."""
 
-    def __init__(self, database: sqlite3.Connection, pictures: Path, file: BinaryIO) -> None:
+    def __init__(self, database: sqlite3.Connection, file: IO[bytes], pictures: Path) -> None:
         self._database = database
-        self._pictures = pictures
         self._file = file
+        self._pictures = pictures
 
     @classmethod
     @contextmanager
     def open(cls, scratch: Path) -> Iterator[Self]:
-        """A collection of rows in a folder that outlives it: what `images` gives is read from there later.
+        """A collection of rows in a folder; the pictures that `images` gives stay in that folder.
 
         Raises:
             UserError: no space left.
         """
-        pictures = scratch / "pictures.bin"
-        (scratch / "rows.sqlite").unlink(missing_ok=True)
         with (
-            errors_for_users(scratch),
-            open(pictures, "wb") as file,
-            closing(sqlite3.connect(scratch / "rows.sqlite", check_same_thread=False)) as database,
+            tempfile.TemporaryDirectory(prefix="rows_", dir=scratch) as folder,
+            tempfile.NamedTemporaryFile(prefix="pictures_", dir=scratch, delete=False) as file,
+            closing(sqlite3.connect(Path(folder) / "rows.sqlite", check_same_thread=False)) as database,
         ):
             try:
                 database.executescript(_SETUP)
-                yield cls(database, pictures, file)
+                yield cls(database, file, Path(file.name))
             except sqlite3.OperationalError as error:
                 raise UserError(
                     f"cannot sort rows in {scratch} ({error}); free as much space as the tables take"
                 ) from None
+            finally:
+                if not file.tell():
+                    Path(file.name).unlink()
 
     def add(self, examples: Iterable[tuple[int, str, Example]]) -> None:
         """Take rows: (number, place, what it gives)."""
@@ -98,7 +100,8 @@ class RowsByImage:
             for number, place, example in examples
         )
         self._database.executemany("INSERT INTO rows VALUES (?, ?, ?, ?, ?)", rows)
-        self._file.flush()
+        with errors_for_users(self._pictures):
+            self._file.flush()
 
     def _identity(self, media: MediaValue, place: str) -> list[str]:
         """What tells an image from others: its path in one form of Unicode, or the hash of what stands in the cell."""
@@ -108,7 +111,8 @@ class RowsByImage:
         digest = hashlib.sha256(media).hexdigest()
         values = (digest, self._file.tell(), len(media), place)
         if self._database.execute("INSERT OR IGNORE INTO pictures VALUES (?, ?, ?, ?)", values).rowcount:
-            self._file.write(media)
+            with errors_for_users(self._pictures):
+                self._file.write(media)
         return ["hash", digest]
 
     def images(self) -> Iterator[ImageRows]:

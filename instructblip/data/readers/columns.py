@@ -10,6 +10,7 @@ import re
 import string
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -93,9 +94,17 @@ class Columns:
     split: str
     names: Mapping[str, str]
 
-    def wanted(self) -> set[str]:
+    @cached_property
+    def _columns_of(self) -> dict[str, list[str]]:
+        """Name in the table -> the columns that it stands for: mostly one, the same."""
+        found: dict[str, list[str]] = {}
+        for column in (*COLUMNS, *LETTERS):
+            found.setdefault(self.names.get(column, column), []).append(column)
+        return found
+
+    def wanted(self) -> Collection[str]:
         """The names in the table of all columns that are read."""
-        return {self.names.get(column, column) for column in (*COLUMNS, *LETTERS)}
+        return self._columns_of.keys()
 
     def check(self, known: Collection[str], path: Path, losses: Losses) -> None:
         """Refuse a table without a column that the task needs; note one that the card names and nothing needs.
@@ -117,8 +126,14 @@ class Columns:
 
     def example(self, row: Row, losses: Losses) -> Example | None:
         """The images and records of a row; None where it cannot be used, which is counted."""
-        values = {column: row.values.get(self.names.get(column, column)) for column in (*COLUMNS, *LETTERS)}
-        fields = Fields({column: value for column, value in values.items() if not _is_empty(value)})
+        fields = Fields(
+            {
+                column: value
+                for name, value in row.values.items()
+                for column in self._columns_of.get(name, ())
+                if not _is_empty(value)
+            }
+        )
         with losses.counting(row.place, records=_expected(fields, self.task)):
             media, video = _media(fields)
             records = _RECORDS[self.task](fields, row, media, self, losses)
@@ -247,15 +262,15 @@ def _answers(fields: Fields, row: Row, losses: Losses) -> dict[str, Any]:
         return {"answers": (_said(fields, "answer"),)}
     value = _maybe_listed(fields.get("answers"))
     if not isinstance(value, list):
-        return {"answers": (_said(fields, "answers"),)}
+        return {"answers": (_said(fields, "answers" if fields.has("answers") else "answer"),)}
     people = [item.get("answer") if isinstance(item, dict) else item for item in _listed(fields, "answers")]
     people = [None if isinstance(item, float) and math.isnan(item) else item for item in people]
     given = given_answers(people, row.place, losses)
     if not given:
         raise WrongValueError("answers hold no answer with text")
     answers, weights = weigh_answers(given)
-    # A single list without repeats is a list of accepted answers, not a count of people.
-    equal = len(set(weights)) == 1 and annotators(people, given) is None
+    # A list without repeats says which answers are accepted, and no number of people.
+    equal = set(weights) == {1.0} and annotators(people, given) is None
     return (
         {"answers": answers}
         if equal
@@ -344,7 +359,7 @@ def _chosen(fields: Fields, choices: tuple[str, ...]) -> int:
     """The choice that an answer says: by its number from 0, its letter, or its text.
 
     Raises:
-        WrongValueError: it says none of them, or two different ones, such as 1 for [2, 1, 3].
+        WrongValueError: it says none of them, or two different ones, such as 1 for [1, 2, 3].
     """
     column = "label" if fields.has("label") else "answer"
     text = " ".join(_said(fields, column).split())

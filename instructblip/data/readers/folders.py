@@ -25,13 +25,28 @@ def read_folders(source: RawSplit, losses: Losses) -> Iterator[MediaRecords]:
     Raises:
         UserError: a folder is missing, cannot be listed, or has no folder in it.
     """
-    for folder in own_files(source, "folder"):
-        if not folder.is_dir() or not any(path.is_dir() for path in folder.iterdir()):
-            raise UserError(f"{folder} must be a folder with a folder for each class; correct the card or raw=")
+    for folder in _class_folders(source):
         for path in _files(folder):
             name = path.relative_to(folder).as_posix()
             with losses.counting(name):
                 yield _media(path, name, source.options["dataset"])
+
+
+def look_at_folders(source: RawSplit) -> None:
+    """Look whether there are folders of classes.
+
+    Raises:
+        UserError: there are none.
+    """
+    _class_folders(source)
+
+
+def _class_folders(source: RawSplit) -> list[Path]:
+    folders = own_files(source, "folder")
+    for folder in folders:
+        if not folder.is_dir() or not any(path.is_dir() for path in folder.iterdir()):
+            raise UserError(f"{folder} must be a folder with a folder for each class; correct the card or raw=")
+    return folders
 
 
 def _files(folder: Path) -> Iterator[Path]:
@@ -65,4 +80,8 @@ def _media(path: Path, name: str, dataset: str) -> MediaRecords:
     return MediaRecords(media_key(dataset, media_id), media_id, path, [record], extension in VIDEO_EXTENSIONS)
 
 
-READERS = {"folders": Reader(read_folders, needs=("folder",), options=("task",), tasks=("classification",))}
+READERS = {
+    "folders": Reader(
+        read_folders, needs=("folder",), options=("task",), tasks=("classification",), look=look_at_folders
+    )
+}

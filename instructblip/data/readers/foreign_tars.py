@@ -25,7 +25,7 @@ from instructblip.errors import UserError
 MAX_TEXT_BYTES = 1 << 24  # of a member of text or JSON
 _TEXTS = ("txt", "text", "caption", "cls", "json")
 _COLUMN_OF_TEXT = {"txt": "caption", "text": "caption", "cls": "label"}
-_LOOKED_AT = 1000  # samples whose members are the columns
+_LOOKED_AT = 100  # samples whose members are the columns
 
 Sample = dict[str, Any]  # extension -> content, beside `__key__` and `__url__` as the library calls them
 
@@ -39,12 +39,8 @@ def read_foreign_tars(source: RawSplit, losses: Losses) -> Iterator[MediaRecords
     Raises:
         UserError: a tar is missing, packed or cut short; a column that the task needs is nowhere; no webdataset library.
     """
-    tars = own_files(source, "shards")
-    columns = Columns(source.options["task"], source.split, source.options["columns"])
-    rows = (row for path in tars for row in _rows(path, source.raw, losses))
-    first = list(itertools.islice(rows, _LOOKED_AT))
-    columns.check({name for row in first for name in row.values}, tars[0], losses)
-    for row in itertools.chain(first, rows):
+    columns, rows = _opened(source, losses)
+    for row in rows:
         example = columns.example(row, losses)
         if example is not None:
             media = tuple(part for part in example.media if isinstance(part, FileSlice))
@@ -52,6 +48,24 @@ def read_foreign_tars(source: RawSplit, losses: Losses) -> Iterator[MediaRecords
             yield MediaRecords(
                 key, row.name, media if len(media) > 1 else media[0], list(example.records), example.video
             )
+
+
+def look_at_tars(source: RawSplit) -> None:
+    """Look at the first samples for the columns that the task needs.
+
+    Raises:
+        UserError: as `read_foreign_tars`, apart from what is wrong further on.
+    """
+    _opened(source, Losses())
+
+
+def _opened(source: RawSplit, losses: Losses) -> tuple[Columns, Iterator[Row]]:
+    tars = own_files(source, "shards")
+    columns = Columns(source.options["task"], source.split, source.options["columns"])
+    rows = (row for path in tars for row in _rows(path, source.raw, losses))
+    first = list(itertools.islice(rows, _LOOKED_AT))
+    columns.check({name for row in first for name in row.values}, tars[0], losses)
+    return columns, itertools.chain(first, rows)
 
 
 def _rows(path: Path, raw: Path, losses: Losses) -> Iterator[Row]:
@@ -111,6 +125,11 @@ def _members(path: Path, losses: Losses) -> Iterator[Sample]:
                 read = extension in _TEXTS and member.size <= MAX_TEXT_BYTES
                 file = tar.extractfile(member) if read else None
                 yield {"fname": name, "data": None if file is None else file.read(), "__url__": str(path)}
+        end = tar.offset
+    with open(path, "rb") as whole:
+        whole.seek(end)
+        if whole.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # tarfile takes a broken header for the end
+            raise tarfile.ReadError(f"it is cut short or damaged at byte {end:,}")
 
 
 @contextlib.contextmanager
@@ -169,6 +188,11 @@ def _one_or_numbered(media: dict[str, FileSlice], column: str) -> FileSlice | li
 
 READERS = {
     "webdataset": Reader(
-        read_foreign_tars, needs=("shards",), options=("task", "columns"), tasks=get_args(CardTask), columns=COLUMNS
+        read_foreign_tars,
+        needs=("shards",),
+        options=("task", "columns"),
+        tasks=get_args(CardTask),
+        columns=COLUMNS,
+        look=look_at_tars,
     )
 }

@@ -24,7 +24,7 @@ from instructblip.data.readers.base import (
 )
 from instructblip.data.readers.by_image import ImageRows, RowsByImage
 from instructblip.data.readers.columns import COLUMNS, Columns, Example, Row
-from instructblip.data.readers.common import MISSING_IMAGE, MISSING_VIDEO, media_key
+from instructblip.data.readers.common import MISSING_IMAGE, MISSING_VIDEO, image_folders, media_key
 from instructblip.data.readers.files import BROKEN, find_image
 from instructblip.data.readers.tables import open_table
 from instructblip.errors import UserError
@@ -39,11 +39,23 @@ def read_records(source: RawSplit, losses: Losses) -> Iterator[MediaRecords]:
     """
     tables = own_files(source, "records")
     columns = Columns(source.options["task"], source.split, source.options["columns"])
+    beside = [source.raw, *dict.fromkeys(path.parent for path in tables)]
+    folders = image_folders(source) if "images" in source.files else beside
     with RowsByImage.open(source.scratch) as rows:
         rows.add(_examples(tables, columns, losses))
-        folders = source.paths("images") or [source.raw, *dict.fromkeys(path.parent for path in tables)]
         for image in rows.images():
             yield from _media(image, folders, source, losses)
+
+
+def look_at_records(source: RawSplit) -> None:
+    """Open all tables of a split and look for the columns that the task needs.
+
+    Raises:
+        UserError: as `read_records`, apart from what is wrong further on.
+    """
+    columns = Columns(source.options["task"], source.split, source.options["columns"])
+    for path in own_files(source, "records"):
+        columns.check(open_table(path, source.split, columns.wanted(), Losses()).columns, path, Losses())
 
 
 def own_files(source: RawSplit, role: str) -> list[Path]:
@@ -100,5 +112,6 @@ READERS = {
         options=("task", "columns"),
         tasks=get_args(CardTask),
         columns=COLUMNS,
+        look=look_at_records,
     )
 }

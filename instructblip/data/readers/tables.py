@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     import pyarrow
 
 MAX_CELL = 1 << 26  # characters of a cell of CSV; a quote that is not closed ends there
-_LOOKED_AT = 1000  # rows of JSON, whose keys are the columns
+_LOOKED_AT = 100  # rows of JSON, whose keys are the columns
+_BUFFER = 1 << 20  # bytes of a column of Parquet that are read at once; else all of a row group's are
 _ROWS_AT_ONCE = 64  # of Parquet and Arrow; a row may hold a picture
 _BEFORE_JSON = codecs.BOM_UTF8 + codecs.BOM_UTF16_LE + b" \t\r\n"
 # What Hugging Face's libraries write into the schema of a file: the names of classes, which its cells say as numbers.
@@ -53,20 +54,20 @@ def open_table(path: Path, split: str, wanted: Collection[str], losses: Losses) 
 
     Args:
         split: which of several splits in a folder of `save_to_disk`.
-        wanted: columns that may be there, by which the delimiter of CSV is told.
+        wanted: columns that are read where they are there; by them the delimiter of CSV is told.
 
     Raises:
         UserError: a file that is missing, empty, packed or of none of these kinds; a folder without that split; pyarrow is
             not installed. On reaching the bad place: not whole, not UTF-8.
     """
     if path.is_dir():
-        return _open_folder(path, split)
+        return _open_folder(path, split, wanted)
     check_not_packed(path)
     start = first_bytes(path)
     if not start.strip():
         raise UserError(f"{path} is empty; copy or fetch it again")
     if start.startswith(b"PAR1"):
-        return _open_parquet(path)
+        return _open_parquet(path, wanted)
     if path.suffix.lower() in (".csv", ".tsv", ".tab"):
         return _open_csv(path, wanted, losses)
     if path.suffix.lower() in (".jsonl", ".ndjson", ".json"):
@@ -154,18 +155,20 @@ def _csv_rows(path: Path, delimiter: str, columns: list[str], losses: Losses) ->
 # --- Parquet and Arrow -----------------------------------------------------------------------------------------------
 
 
-def _open_parquet(path: Path) -> Table:
+def _open_parquet(path: Path, wanted: Collection[str]) -> Table:
     with _arrow_errors(path):
         from pyarrow import parquet
 
-        file = parquet.ParquetFile(path)
+        file = parquet.ParquetFile(path, buffer_size=_BUFFER, pre_buffer=False)
     if not file.metadata.num_rows:
         raise UserError(f"{path} has no rows; copy or fetch it again")
-    batches = file.iter_batches(batch_size=_ROWS_AT_ONCE, use_threads=False)
-    return Table(tuple(file.schema_arrow.names), _arrow_rows(path, file.schema_arrow, batches))
+    names = file.schema_arrow.names
+    read = [name for name in names if name in wanted]
+    batches = file.iter_batches(batch_size=_ROWS_AT_ONCE, columns=read, use_threads=False)
+    return Table(tuple(names), _arrow_rows(path, file.schema_arrow, batches))
 
 
-def _open_folder(folder: Path, split: str) -> Table:
+def _open_folder(folder: Path, split: str, wanted: Collection[str]) -> Table:
     """A dataset as `save_to_disk` writes it, or one split of several."""
     if (folder / "dataset_dict.json").is_file():
         splits = Fields.of(read_json(folder / "dataset_dict.json")).get("splits") or []
@@ -178,7 +181,8 @@ def _open_folder(folder: Path, split: str) -> Table:
         raise UserError(f"{folder} is a folder without state.json, which save_to_disk writes; or name the files in it")
     files = [folder / name for name in _data_files(folder / "state.json")]
     schema = _read_schema(files[0])
-    rows = (row for path in files for row in _arrow_rows(path, schema, _batches(path)))
+    read = [name for name in schema.names if name in wanted]
+    rows = (row for path in files for row in _arrow_rows(path, schema, _batches(path, read)))
     return Table(tuple(schema.names), rows)
 
 
@@ -201,13 +205,13 @@ def _read_schema(path: Path) -> "pyarrow.Schema":
             return stream.schema
 
 
-def _batches(path: Path) -> "Iterator[pyarrow.RecordBatch]":
+def _batches(path: Path, read: list[str]) -> "Iterator[pyarrow.RecordBatch]":
     import pyarrow
 
     with pyarrow.memory_map(str(path)) as file, pyarrow.ipc.open_stream(file) as stream:
         for batch in stream:
             for start in range(0, batch.num_rows, _ROWS_AT_ONCE):
-                yield batch.slice(start, _ROWS_AT_ONCE)
+                yield batch.select(read).slice(start, _ROWS_AT_ONCE)
 
 
 def _arrow_rows(path: Path, schema: "pyarrow.Schema", batches: "Iterator[pyarrow.RecordBatch]") -> Rows:
