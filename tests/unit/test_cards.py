@@ -270,7 +270,7 @@ def test_a_name_that_there_is_not_names_the_nearest_one_and_the_way_to_ones_own(
 
 
 def test_unreadable_cards(folder: Path) -> None:
-    with pytest.raises(UserError, match=r"there is no card at .*none.yaml"):
+    with pytest.raises(UserError, match="cannot be read"):
         load_card(folder / "none.yaml")
     for content, words in (("a: [", "not valid YAML"), ("- a", "keys and values at its top level")):
         (folder / "bad.yaml").write_text(content)

@@ -21,6 +21,7 @@ from instructblip.data.synthetic.scenes import COLORS, SIDES, draw_scene, make_s
 from instructblip.errors import UserError
 
 CARDS = all_cards()
+_DETAIL = next(card for card in CARDS if card.name == "llava_detail")  # of the layout of COCO's own caption files too
 SOURCES = sorted({card.source for card in CARDS})
 
 
@@ -115,7 +116,7 @@ def test_a_card_of_a_known_format_under_another_name_has_them(
 ) -> None:
     """One file among the official cards: nothing but the card says that there is such a dataset."""
     monkeypatch.setattr(cards, "CARDS_FOLDER", tmp_path)
-    source = next((card for card in CARDS if card.reader == reader and card.view_of is None), load_card("llava_detail"))
+    source = next((card for card in CARDS if card.reader == reader and card.view_of is None), _DETAIL)
     text = (CARDS_FOLDER / f"{source.name}.yaml").read_text().replace(f"name: {source.name}", "name: mine", 1)
     path = tmp_path / "mine.yaml"
     path.write_text(text.replace(f"reader: {source.reader}", f"reader: {reader}"))
