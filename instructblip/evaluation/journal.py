@@ -19,7 +19,7 @@ from instructblip.errors import UserError
 from instructblip.evaluation.outcomes import Failure, Prediction
 from instructblip.evaluation.protocol import EvaluationSample, Task
 from instructblip.evaluation.results_file import PREDICTIONS, RESULTS, StoredRun, read_run
-from instructblip.files import errors_for_users, exclusive, write_atomically
+from instructblip.files import claimed_folder, errors_for_users, write_atomically
 
 FAILURES = "failures.jsonl"
 _JOURNALS = "journal-*.jsonl"
@@ -211,7 +211,6 @@ def _append(path: Path, lines: Sequence[str]) -> None:
             file.write("\n" + "\n".join(lines) + "\n")  # the leading line break ends a cut line
 
 
-_LOCK = ".lock"
 # Choices in which the new protocol must equal that of the results it replaces.
 _SAME = ("preset", "mode", "split", "images")
 
@@ -223,11 +222,7 @@ def claimed(folder: Path, ranks: Ranks) -> Iterator[None]:
     Raises:
         UserError: another evaluation is at work there, or the folder cannot be made or written.
     """
-    with errors_for_users(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    busy = f"another evaluation is writing to {folder}; wait until it has ended, or give another name="
-    lock = exclusive(folder / _LOCK, "evaluating", busy=busy) if ranks.is_first else contextlib.nullcontext()
-    with lock:
+    with claimed_folder(folder, "evaluation", locked=ranks.is_first):
         yield
 
 

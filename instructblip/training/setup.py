@@ -29,15 +29,23 @@ from instructblip.models.instructblip import InstructBLIP
 from instructblip.models.vision import ChannelNorm
 from instructblip.objectives import make_objectives
 from instructblip.tracking import Logger, make_logger
-from instructblip.training.datasets import make_images, make_mixture, mixture_cards, open_sets
+from instructblip.training.datasets import (
+    Inputs,
+    data_fingerprints,
+    make_images,
+    make_mixture,
+    mixture_cards,
+    open_sets,
+)
 from instructblip.training.metrics_log import BestStep, MetricsLog
 from instructblip.training.optim import WeightAverage, make_adamw
 from instructblip.training.parallel import PRECISIONS, StepContext, check_layout, is_sharded, parallelize
 from instructblip.training.plan.flops import GPUS, ModelShape, device_peak, model_shape
 from instructblip.training.plan.memory import Plan, PlanLayout, plan_run, planned_phases
 from instructblip.training.schedule import Phase
+from instructblip.training.skipped import SkippedSteps
 from instructblip.training.writer import CheckpointWriter
-from instructblip.weights.load import frozen_fingerprints
+from instructblip.weights.load import frozen_fingerprints, tokenizer_fingerprints
 from instructblip.weights.modules import parts_without_weights, vision_encoder
 from instructblip.weights.parts import build_model
 
@@ -79,10 +87,12 @@ class TrainingRun:
     final: list[Task]
     read_image: ReadImage
     frozen: dict[str, str]
+    inputs: Inputs
     shape: ModelShape
     peak_flops: float  # of all processes' devices together
     metrics: MetricsLog
     best: BestStep
+    skipped: SkippedSteps
     logger: Logger
     writer: CheckpointWriter
     optimisation: Optimisation = field(init=False)
@@ -159,10 +169,12 @@ def set_up(config: TrainConfig, folder: Path, ranks: Ranks, console: Console) ->
         final=final,
         read_image=read_pixels(model.vision.image_size) if cache is None else cache.tokens,
         frozen=frozen_fingerprints(model),
+        inputs={**data_fingerprints(sets, validation, shards), "tokenizers": tokenizer_fingerprints(model)},
         shape=_shape(config, model),
         peak_flops=ranks.world_size * _peak_flops(config, model, ranks),
         metrics=MetricsLog(folder / "metrics.jsonl"),
         best=BestStep(config.recipe.keep_best),
+        skipped=SkippedSteps(config.recipe.non_finite_limit),
         logger=make_logger(
             config.logger.kind if ranks.is_first else "none",
             mode=config.logger.mode,
