@@ -55,7 +55,7 @@ def evaluate(config: EvaluateConfig, console: Console) -> None:
         for card in cards
     ]
     folder = Path(config.output) / config.name
-    with claimed(folder, ranks):
+    with claimed(folder, ranks) as ranks:
         refuse_others_results(folder, str(source.path), tasks)
         loaded = load_model(
             source, llm=config.llm, vision_path=config.vision_path, qformer_path=config.qformer_path, device=device

@@ -13,6 +13,7 @@ import torch
 
 from instructblip.data.synthetic import NOTE
 from instructblip.distributed import Ranks, whole_tensors
+from instructblip.evaluation.heartbeat import watched
 from instructblip.evaluation.runner import answer_share, run_task
 from instructblip.evaluation.suite import evaluate_tasks, finish_evaluation, log_scores, model_identity
 from instructblip.models.fingerprint import fingerprint_tensors
@@ -29,8 +30,8 @@ def run_validation(run: TrainingRun, step: int, stop: StopRequest) -> dict[str, 
     """Scores by dataset after a step, the same on all ranks; None when one of them was told to stop before it was done."""
     scores: dict[str, float] = {}
     try:
-        with _to_evaluate(run), _stoppable(run, stop):
-            scores = _validation_scores(run, step, stop)
+        with _to_evaluate(run), _sharing(run, stop) as ranks, _stoppable(run, stop):
+            scores = _validation_scores(run, step, ranks)
         ended = False
     except Stopped:
         ended = True
@@ -61,9 +62,9 @@ def _stop_file(run: TrainingRun) -> Path:
     return run.folder / "stopping"
 
 
-def _validation_scores(run: TrainingRun, step: int, stop: StopRequest) -> dict[str, float]:
+def _validation_scores(run: TrainingRun, step: int, ranks: Ranks) -> dict[str, float]:
     """On the first rank, which puts the answers of all together; nothing is left on disk."""
-    ranks, scores, home = _ranks(run, stop), {}, run.folder / "validation" / f"step_{step:08d}"
+    scores, home = {}, run.folder / "validation" / f"step_{step:08d}"
     together = ranks.world_size > 1
     identity = model_identity(run.model, run.frozen, _fingerprint(run)) if together else ""
     for task in run.validation:
@@ -87,23 +88,23 @@ def finish(run: TrainingRun, stop: StopRequest) -> None:
     Raises:
         Stopped: this process, or another that has a part in it, was told to stop.
     """
-    with _stoppable(run, stop):
-        _finish(run, stop)
+    with _sharing(run, stop) as ranks, _stoppable(run, stop):
+        _finish(run, ranks)
 
 
-def _finish(run: TrainingRun, stop: StopRequest) -> None:
+def _finish(run: TrainingRun, ranks: Ranks) -> None:
     run.metrics.close()
     if run.ranks.is_first:
         draw_curves(run.folder / "metrics.jsonl", run.folder / "curves.png", run.config.name)
     newest = checkpoint_folders(run.folder / "checkpoints")[0]
     if run.final:
-        _evaluate(run, newest, stop)
+        _evaluate(run, newest, ranks)
     run.logger.finish()
     for path in (*(run.folder / name for name in ("config.yaml", "metrics.jsonl", "curves.png")), newest):
         run.console.print(f"wrote {path}", highlight=False, soft_wrap=True)
 
 
-def _evaluate(run: TrainingRun, checkpoint: Path, stop: StopRequest) -> None:
+def _evaluate(run: TrainingRun, checkpoint: Path, ranks: Ranks) -> None:
     folder = run.folder / "evaluation"
     with tempfile.TemporaryDirectory() as elsewhere, _to_evaluate(run):
         if _is_sharded(run) and run.ranks.is_first:
@@ -117,7 +118,7 @@ def _evaluate(run: TrainingRun, checkpoint: Path, stop: StopRequest) -> None:
             folder=Path(elsewhere) if _is_sharded(run) and not run.ranks.is_first else folder,
             batch_size=run.config.evaluation.batch_size,
             blind=run.config.evaluation.blind_baseline,
-            ranks=_ranks(run, stop),
+            ranks=ranks,
             **weights,
         )
         if not run.ranks.is_first:
@@ -143,12 +144,17 @@ def _fingerprint(run: TrainingRun) -> str:
     return fingerprint_tensors(whole_tensors(run.model.held_state(), keep=keep))
 
 
-def _ranks(run: TrainingRun, stop: StopRequest) -> Ranks:
-    """Who answers which share. Sharded blocks are gathered by all ranks in step, so all of them answer everything."""
-    ranks = run.ranks
+@contextlib.contextmanager
+def _sharing(run: TrainingRun, stop: StopRequest) -> Iterator[Ranks]:
+    """Who answers which share. Sharded blocks are gathered by all ranks in step, so all of them answer everything.
+
+    It stands around `_stoppable`: that tells the others of a signal before this says that a rank has left.
+    """
     if _is_sharded(run):
-        return Ranks(poll_stop=partial(_leave_together, ranks, stop))
-    return dataclasses.replace(ranks, poll_stop=stop.poll_stop)
+        yield Ranks(poll_stop=partial(_leave_together, run.ranks, stop))
+        return
+    with watched(run.folder, dataclasses.replace(run.ranks, poll_stop=stop.poll_stop)) as ranks:
+        yield ranks
 
 
 def _leave_together(ranks: Ranks, stop: StopRequest) -> None:
