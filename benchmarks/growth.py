@@ -125,7 +125,12 @@ def made_up_run(folder: Path, count: int) -> Any:
     entries = [MixtureEntry(f"dataset_{number}", 10_000 * (number + 1)) for number in range(DATASETS)]
     return SimpleNamespace(
         config=SimpleNamespace(
-            name="growth", recipe=recipe, seed=0, profile_step=None, data=SimpleNamespace(workers=0)
+            name="growth",
+            recipe=recipe,
+            seed=0,
+            profile_step=None,
+            data=SimpleNamespace(workers=0),
+            parallel=SimpleNamespace(timeout=600.0),
         ),
         folder=folder,
         console=console,

@@ -302,7 +302,9 @@ class ParallelConfig(Section):
     shard_size: AtLeastOne | None = None  # fsdp: processes that hold the frozen parts once together; None: all
     activation_checkpointing: bool = False
     compile: bool = False
-    timeout: PositiveFloat = 600.0  # seconds that a process may be silent before the others end
+    timeout: PositiveFloat = (
+        600.0  # seconds that a process, a rank or a data worker, may be silent before the others end
+    )
 
 
 @dataclass(kw_only=True)

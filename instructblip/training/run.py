@@ -37,6 +37,7 @@ from instructblip.training.timer import StepTimer, peak_memory
 from instructblip.training.validation import clear_stop_file, finish, run_validation
 from instructblip.weights.checkpoint import optimizer_tensors
 
+_OF_THE_TIMEOUT = 0.9  # that data workers have: then a rank names its own, before the others say that the rank is lost
 _SAVE_FAILED = 255  # instead of a signal's number: rank 0 could not write a checkpoint
 
 
@@ -138,6 +139,7 @@ def _train_steps(run: TrainingRun, start: int, stop: StopRequest, unvalidated: d
         rank_positions(run.phases, start, rank=run.ranks.rank, world_size=run.ranks.world_size),
         batching=partial(step_batching, run.phases),
         workers=run.config.data.workers,
+        timeout=_OF_THE_TIMEOUT * run.config.parallel.timeout,
     )
     timer = StepTimer()
     with (
