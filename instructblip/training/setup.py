@@ -1,6 +1,8 @@
 """What the steps of a run share, put together from its configuration: data, model, optimiser, tasks, files."""
 
 import math
+import re
+import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,11 +26,11 @@ from instructblip.distributed import Ranks, choose_device
 from instructblip.evaluation.protocol import Task, make_task, make_validation_task
 from instructblip.evaluation.runner import read_pixels
 from instructblip.fetch.parts import cache_folder
-from instructblip.files import exclusive
+from instructblip.files import exclusive, write_atomically
 from instructblip.models.instructblip import InstructBLIP
 from instructblip.models.vision import ChannelNorm
 from instructblip.objectives import make_objectives
-from instructblip.tracking import Logger, make_logger
+from instructblip.tracking import Logger, NoLogger, make_logger
 from instructblip.training.datasets import (
     Inputs,
     data_fingerprints,
@@ -50,6 +52,7 @@ from instructblip.weights.modules import parts_without_weights, vision_encoder
 from instructblip.weights.parts import build_model
 
 _CALIBRATION_IMAGES = 256
+_RUN_ID = re.compile(r"[0-9a-f]{8}")
 
 
 @dataclass(frozen=True)
@@ -175,14 +178,7 @@ def set_up(config: TrainConfig, folder: Path, ranks: Ranks, console: Console) ->
         metrics=MetricsLog(folder / "metrics.jsonl"),
         best=BestStep(config.recipe.keep_best),
         skipped=SkippedSteps(config.recipe.non_finite_limit),
-        logger=make_logger(
-            config.logger.kind if ranks.is_first else "none",
-            mode=config.logger.mode,
-            project=config.logger.project,
-            name=config.name,
-            folder=folder,
-            config=to_dict(config),
-        ),
+        logger=_logger(config, folder) if ranks.is_first else NoLogger(),
         writer=CheckpointWriter(folder / "checkpoints", config.recipe.keep_checkpoints),
     )
 
@@ -246,6 +242,28 @@ def _calibrate(model: InstructBLIP, norm: ChannelNorm, dataset: MixtureDataset) 
     """Measure the channel statistics on the images of the run's first draws, whatever rank asks."""
     images = torch.stack([dataset[position][1] for position in range(_CALIBRATION_IMAGES)])
     norm.calibrate(model.image_tokens(images).flatten(0, 1))
+
+
+def _logger(config: TrainConfig, folder: Path) -> Logger:
+    return make_logger(
+        config.logger.kind,
+        mode=config.logger.mode,
+        project=config.logger.project,
+        name=config.name,
+        folder=folder,
+        config=to_dict(config),
+        run_id=_tracked_as(folder, goes_on=config.resume is not None) if config.logger.kind == "wandb" else None,
+    )
+
+
+def _tracked_as(folder: Path, *, goes_on: bool) -> str:
+    """The tracker's id of the run, the same after each restart; a run that begins anew in the folder gets another."""
+    place = folder / "wandb/run_id"
+    if goes_on and place.is_file() and _RUN_ID.fullmatch(found := place.read_text(errors="replace").strip()):
+        return found
+    made = secrets.token_hex(4)
+    write_atomically(place, f"{made}\n")
+    return made
 
 
 def _shape(config: TrainConfig, model: InstructBLIP) -> ModelShape:

@@ -135,7 +135,7 @@ def _evaluate(run: TrainingRun, checkpoint: Path, ranks: Ranks) -> None:
             examples=run.config.evaluation.examples,
             console=run.console,
         )
-    log_scores(run.logger, results, total_steps(run.phases))
+    log_scores(run.logger, results, None)
 
 
 def _fingerprint(run: TrainingRun) -> str:
