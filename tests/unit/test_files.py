@@ -138,7 +138,7 @@ def _hold(folder: Path, told: Connection) -> None:
 
 
 def test_a_killed_process_lets_go_though_a_worker_of_it_lives_on(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("forkserver")
+    context = multiprocessing.get_context("fork")
     here, there = context.Pipe()
     holder = context.Process(target=_hold, args=(tmp_path, there))
     holder.start()
