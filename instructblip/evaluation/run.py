@@ -46,7 +46,7 @@ def evaluate(config: EvaluateConfig, console: Console) -> None:
     tasks, absent, shards = _plan([*held_in, *held_out], config, source.llm_kind or "decoder", console)
     refuse_unable(tasks, source.skills, str(source.path))
     folder = Path(config.output) / config.name
-    with claimed(folder, ranks):
+    with claimed(folder, ranks) as ranks:
         refuse_others_results(folder, str(source.path), tasks)
         for line in replaced_results(folder, tasks):
             console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -417,7 +417,7 @@ def _write_submission(folder: Path, result: TaskResult) -> Path:
         ) from None
 
 
-def log_scores(logger: Logger, results: Sequence[DatasetResult], step: int) -> None:
+def log_scores(logger: Logger, results: Sequence[DatasetResult], step: int | None) -> None:
     """Give an experiment tracker what results.json says: each score with its interval, and all of them as a table.
 
     Scores of splits without public answers are in neither.

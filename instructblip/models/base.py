@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, Protocol, Self
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from transformers import PreTrainedTokenizerBase
 
 from instructblip.errors import UserError
 from instructblip.models.vision import Images, VisionEncoder, as_frames
@@ -219,6 +220,10 @@ class Model(PartedModule, ABC):
     @abstractmethod
     def device(self) -> torch.device:
         """Where the model's inputs go."""
+
+    @abstractmethod
+    def tokenizers(self) -> dict[str, PreTrainedTokenizerBase]:
+        """Its tokenizers, by the part that reads their tokens."""
 
     @abstractmethod
     def conventions(self) -> list[Any]:

@@ -188,6 +188,10 @@ class BLIP2(Model):
         """That of the temperature; all parts lie together."""
         return self.temperature.device
 
+    def tokenizers(self) -> dict[str, PreTrainedTokenizerBase]:
+        """The Q-Former's."""
+        return {"qformer": self.tokenizer}
+
     def conventions(self) -> list[Any]:
         """Tokens of a text, and of a caption's beginning."""
         return [self._token_ids(["A word."], self.max_text_tokens), self.max_text_tokens, self.start_id]

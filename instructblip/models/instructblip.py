@@ -94,6 +94,11 @@ class InstructBLIP(Model):
         """That of the projection, which stands between all parts."""
         return self.projection.weight.device
 
+    def tokenizers(self) -> dict[str, PreTrainedTokenizerBase]:
+        """The LLM's, and the Q-Former's where it reads instructions."""
+        found = {"llm": self.llm.prompt_format.tokenizer}
+        return found if self.qformer_tokenizer is None else found | {"qformer": self.qformer_tokenizer}
+
     def conventions(self) -> list[Any]:
         """Tokens around image, prompt and answer, and how the Q-Former reads instructions."""
         prompt_format = self.llm.prompt_format

@@ -1,5 +1,8 @@
 """A run's training data from its configuration: datasets opened, the plan over them, and how their images are made."""
 
+import dataclasses
+import hashlib
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +16,9 @@ from instructblip.data.mixture_dataset import MakeImage, TrainingSet, cached, de
 from instructblip.data.shards import PreparedSplit, open_split
 from instructblip.data.templates import load_templates
 from instructblip.errors import UserError
+from instructblip.evaluation.protocol import Task
+
+Inputs = dict[str, dict[str, str]]  # kind -> name -> fingerprint of what a run stands on, beside its weights
 
 
 class Steps(Protocol):
@@ -127,6 +133,20 @@ def make_mixture(
         return Mixture(entries, weighting=config.weights, temperature=config.temperature, seed=seed, segments=segments)
     except ValueError as error:
         raise UserError(f"mixture {config.name}: {error}") from None
+
+
+def data_fingerprints(sets: Sequence[TrainingSet], validation: Sequence[Task], shards: Path) -> Inputs:
+    """What a run reads on its way, by name: the prepared `splits`, and of each of its `cards` what makes samples of them."""
+    splits = {f"{item.split.dataset}/{item.split.split}": item.split.fingerprint for item in sets}
+    for task in validation:
+        split = open_split(shards / task.card.source / task.protocol.split)
+        splits[f"{split.dataset}/{split.split}"] = split.fingerprint
+    return {"splits": splits, "cards": {item.name: _card_fingerprint(item) for item in sets}}
+
+
+def _card_fingerprint(item: TrainingSet) -> str:
+    rules = [item.kinds, dataclasses.asdict(item.templates), item.flip]
+    return hashlib.sha256(json.dumps(rules).encode()).hexdigest()
 
 
 def make_images(config: DataConfig, image_size: int, cache: FeatureCache | None) -> MakeImage:

@@ -1,8 +1,11 @@
 """One call for every kind of trained model: our runs, transformers' folders and hub ids, LAVIS's files."""
 
 import dataclasses
+import hashlib
+import json
 import re
-from collections.abc import Mapping
+import string
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeVar
 
@@ -48,6 +51,8 @@ _LAVIS_VISIONS, _LAVIS_VISION = {1024: "clip_vit_l"}, "eva_vit_g"
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
+
+_SOME_OF_EVERYTHING = f"{string.printable} The left bus isn't 1,234.5 years older. Ein grünes Haus, 東京 \U0001f600"
 
 Section = TypeVar("Section", VisionConfig, QFormerConfig, LLMConfig)
 
@@ -445,33 +450,62 @@ def find_checkpoint(source: Path) -> Path:
     return checkpoint
 
 
-def frozen_fingerprints(model: Model) -> dict[str, str]:
-    """What a checkpoint remembers of the weights that it does not hold."""
+def frozen_fingerprints(model: Model, parts: Collection[str] | None = None) -> dict[str, str]:
+    """What a checkpoint remembers of the weights that do not train; `parts` limits it to some of them."""
     found = {}
-    for part in sorted(model.PARTS.keys() - model.trained_parts, reverse=True):
+    frozen = model.PARTS.keys() - model.trained_parts
+    for part in sorted(frozen if parts is None else frozen & set(parts), reverse=True):
         modules = model.part_modules(part)
         found[part] = fingerprint(modules[0]) if len(modules) == 1 else fingerprint_tensors(model.part_state(part))
     return found
 
 
-def check_frozen(model: Model, expected: Mapping[str, str], checkpoint: Path) -> None:
-    """Refuse a checkpoint that was trained beside other frozen weights than the model's, but for those that it holds."""
-    for part, found in frozen_fingerprints(model).items():
-        if part not in model.held_parts and expected.get(part) != found:
-            raise UserError(
-                f"the frozen {part} weights are not those {checkpoint} was trained with; "
-                f"use the same {part}= and the same files, or train anew under another name="
-            )
+def tokenizer_fingerprints(model: Model) -> dict[str, str]:
+    """What a checkpoint remembers of the tokenizers: their vocabulary, and how they cut a text with some of everything."""
+    found = {}
+    for part, tokenizer in model.tokenizers().items():
+        known = [sorted(tokenizer.get_vocab().items()), tokenizer(_SOME_OF_EVERYTHING)["input_ids"]]
+        found[part] = hashlib.sha256(json.dumps(known).encode()).hexdigest()
+    return found
 
 
-def restore_model(model: Model, checkpoint: LoadedCheckpoint) -> Start:
+def other_frozen(own: Mapping[str, str], expected: Mapping[str, str], held: Collection[str]) -> str | None:
+    """The first frozen part that a checkpoint was not trained beside, of those that it does not hold.
+
+    Args:
+        own: `frozen_fingerprints` of a model.
+        expected: those of a checkpoint.
+        held: parts that the checkpoint holds.
+    """
+    return next((part for part in own if part not in held and expected.get(part) != own[part]), None)
+
+
+def check_frozen(own: Mapping[str, str], expected: Mapping[str, str], held: Collection[str], checkpoint: Path) -> None:
+    """Refuse a checkpoint that was trained beside other frozen weights; arguments as `other_frozen`."""
+    if part := other_frozen(own, expected, held):
+        raise UserError(
+            f"the frozen {part} weights are not those {checkpoint} was trained with; "
+            f"use the same {part}= and the same files, or train anew under another name="
+        )
+
+
+def held_by(model: Model, checkpoint: LoadedCheckpoint) -> set[str]:
+    """The parts of which a checkpoint has the weights."""
+    return {model.part_of(name) for name in checkpoint.model}
+
+
+def restore_model(model: Model, checkpoint: LoadedCheckpoint, own_frozen: Mapping[str, str] | None = None) -> Start:
     """Put a checkpoint's weights into a model that was built as its run's was; what it holds beyond, the model holds then.
+
+    Args:
+        own_frozen: the model's `frozen_fingerprints`, where they are known.
 
     Raises:
         UserError: other frozen weights than it was trained with, or other trained ones.
     """
-    model.held_parts |= {model.part_of(name) for name in checkpoint.model}
-    check_frozen(model, checkpoint.state["frozen"], checkpoint.path)
+    model.held_parts |= held_by(model, checkpoint)
+    own = frozen_fingerprints(model) if own_frozen is None else own_frozen
+    check_frozen(own, checkpoint.state["frozen"], model.held_parts, checkpoint.path)
     restore_trainable(model, checkpoint.model, checkpoint.path)
     return Start.from_json(checkpoint.state.get("start"))
 
