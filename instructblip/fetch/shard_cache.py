@@ -62,6 +62,7 @@ def mirror_datasets(
     """
     if limit < 1:
         raise UserError(f"data.remote_cache_bytes={limit} is too small; give the bytes of several shards")
+    url = url if "?" in url else url.rstrip("/")
     root = cache / "mirrors" / _mirror_name(url)
     found = {
         (dataset, split)
@@ -74,7 +75,7 @@ def mirror_datasets(
 def _mirror_name(url: str) -> str:
     """The folder of a URL's mirror: one a URL, whatever signs it has, and so that a person finds it."""
     words = "".join(sign if sign.isascii() and sign.isalnum() else "_" for sign in shown(url))
-    return f"{words[:80]}-{hashlib.sha256(url.rstrip('/').encode()).hexdigest()[:16]}"
+    return f"{words[:80]}-{hashlib.sha256(url.encode()).hexdigest()[:16]}"
 
 
 def _mirror_split(url: str, folder: Path, tars: Path, limit: int) -> bool:
@@ -199,6 +200,7 @@ class RemoteTars:
         try:
             fetch_partial(wanted, partial, name, show=False)
         except NotThereError:
+            partial.unlink()
             raise UserError(f"shard {self._shown(name)} is gone; {_AGAIN}") from None
         except WrongFileError:
             raise UserError(f"shard {self._shown(name)} does not match its index; {_AGAIN}") from None
