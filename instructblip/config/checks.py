@@ -12,6 +12,7 @@ from instructblip.config.schema import (
     QFormerConfig,
     TrainConfig,
 )
+from instructblip.config.validate import nearest
 from instructblip.errors import UserError
 
 
@@ -54,10 +55,9 @@ def _check_training(config: TrainConfig) -> None:
     for name, phase in recipe.phases.items():
         _check_groups(f"recipe.phases.{name} has", config.mixture, phase.batch_size, phase.micro_batch_size)
     _check_qformer(config.qformer)
-    if recipe.keep_best not in (None, "mean", *config.suite.held_in):
-        raise UserError(
-            f"recipe.keep_best={recipe.keep_best} is no dataset of suite.held_in; name one of them, or mean"
-        )
+    if recipe.keep_best is not None and recipe.keep_best not in ("mean", *config.suite.held_in):
+        near = nearest(recipe.keep_best, ["mean", *config.suite.held_in])
+        raise UserError(f"recipe.keep_best={recipe.keep_best} is no dataset of suite.held_in, nor mean{near}")
     _check_trained(config)
     if config.parallel.kind == "fsdp" and config.llm.quantization is not None:
         raise UserError(

@@ -11,6 +11,7 @@ import gc
 import hashlib
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
@@ -36,6 +37,7 @@ EXIT_USER_ERROR = 2
 _SWEEP_FLAGS = ("-m", "--multirun")
 _OTHER_CONFIGURATION = ("--config", "-cp", "-cn", "-cd")  # Hydra's options that name one
 _LONGEST_NAME = 180  # characters; file systems end at 255 bytes
+_SHELL_SIGNS = ("$", "`", "!", "\\")  # that mean something within double quotes
 _SLURM = "hydra/launcher=slurm needs Hydra's launcher for it; pip install -r requirements-slurm.txt"
 
 
@@ -158,10 +160,33 @@ def _jobs(overrides: list[str]) -> Iterator[list[str]]:
 
 
 def _parse(overrides: list[str]) -> list[Override]:
-    try:
-        return OverridesParser.create().parse_overrides(overrides)
-    except HydraException as error:
-        raise UserError(_explain(error)) from None
+    parser, parsed = OverridesParser.create(), []
+    for override in overrides:
+        try:
+            parsed.append(parser.parse_override(override))
+        except HydraException:
+            raise UserError(_unreadable(override)) from None
+    return parsed
+
+
+def _unreadable(override: str) -> str:
+    key, _, value = override.partition("=")
+    if not value or not re.fullmatch(r"[+~]*[\w./@]+", key):
+        return f"{override} cannot be understood; write each setting as key=value"
+    line = f"{override} cannot be understood; put the value in quotes within quotes: {_quoted(key, value)}"
+    return line + (f"; in a list each text: \"{key}=['a b', c]\"" if value[0] in "[{" else "")
+
+
+def _quoted(key: str, value: str) -> str:
+    """A setting as a shell takes it, its value in quotes of Hydra's, in which every sign stands for itself."""
+    for_the_shell_too = any(sign in value for sign in _SHELL_SIGNS)
+    inner = '"' if '"' not in value and ("'" in value or for_the_shell_too) else "'"
+    escaped = value.replace(inner, f"\\{inner}")
+    escaped += "\\" * (len(value) - len(value.rstrip("\\")))  # the last one would escape the quote
+    argument = f"{key}={inner}{escaped}{inner}"
+    if not any(sign in argument for sign in ('"', *_SHELL_SIGNS)):
+        return f'"{argument}"'
+    return f"'{argument}'" if "'" not in argument else shlex.quote(argument)
 
 
 def _sweep_naming(arguments: list[str]) -> list[str]:
@@ -196,6 +221,7 @@ def _named_after(config: Schema, swept: str) -> Schema:
 
 
 def _compose(name: str, overrides: list[str]) -> DictConfig:
+    _parse(overrides)
     GlobalHydra.instance().clear()
     try:
         with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
@@ -210,20 +236,19 @@ def _explain(error: Exception) -> str:
     message = str(error)
     if "Could not load 'hydra/launcher/submitit_" in message:
         return _SLURM
-    choice = re.search(r"Could not find '([^']+)/([^/']+)'", message)
+    choice = re.search(r"Could not (?:find|load) '([^']+)/([^/']+)'", message)
     if choice:
         return unknown_choice(choice[1], choice[2])
     several = re.search(r"Ambiguous value for argument '([^']+)'", message)
     if several:
         values = several[1].lstrip("+")
-        return f"{values} are several values; give -m to run one job for each, or put a text with a comma in quotes"
+        key, _, value = values.partition("=")
+        one = "" if (CONFIGS / key).is_dir() else f", or {_quoted(key, value)} for one text"
+        return f"{values} are several values; give -m to run one job for each{one}"
     if isinstance(error, YAMLError):
         return f"a file in {CONFIGS} is not valid YAML: {message}"
     reason = ": ".join(str(part).splitlines()[0] for part in (error, error.__cause__) if part and str(part))
-    return (
-        f"the command line cannot be understood ({reason}); write each setting as key=value, "
-        "in quotes where the value holds spaces or brackets: 'key=[a, b]'"
-    )
+    return f"the command line cannot be understood ({reason}); write each setting as key=value"
 
 
 def _fail(error: UserError, status: int = EXIT_USER_ERROR) -> NoReturn:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from instructblip.config.schema import NotNegative, Section
+from instructblip.config.schema import NotNegative, Section, Sha256
 from instructblip.config.validate import build, nearest, read_yaml
 from instructblip.data.card_evaluation import Evaluation, check_evaluation
 from instructblip.errors import UserError
@@ -22,7 +22,6 @@ from instructblip.files import shipped, write_atomically
 CARDS_FOLDER = shipped("datasets")
 
 _URL = re.compile(r"https?://[^/\s]+/\S+")
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 # What a view takes from its parent and may not say again.
 SOURCE_KEYS = (
     "reader",
@@ -80,7 +79,7 @@ class Download(Section):
     flat: bool = False
     splits: tuple[str, ...] = ()
     bytes: NotNegative | None = None
-    sha256: str | None = None
+    sha256: Sha256 | None = None
 
 
 @dataclass(frozen=True)
@@ -180,6 +179,23 @@ def load_card(name_or_path: str | Path) -> Card:
     return card
 
 
+def load_cards(names: Iterable[str]) -> list[Card]:
+    """Load several cards.
+
+    Raises:
+        UserError: as `load_card`, of all that are wrong at once.
+    """
+    cards, wrong = [], []
+    for name in names:
+        try:
+            cards.append(load_card(name))
+        except UserError as error:
+            wrong.append(str(error))
+    if wrong:
+        raise UserError("; ".join(dict.fromkeys(wrong)))
+    return cards
+
+
 def all_cards() -> list[Card]:
     """All cards in `datasets/`, sorted by name."""
     return [load_card(path) for path in sorted(CARDS_FOLDER.glob("*.yaml"))]
@@ -252,8 +268,6 @@ def _check_fetch(card: Card, path: Path) -> None:
         key = f"{path}: fetch.{number}"
         if not _URL.fullmatch(item.url):
             raise UserError(f"{key}.url {item.url!r} is no address of http or https")
-        if item.sha256 is not None and not _SHA256.fullmatch(item.sha256):
-            raise UserError(f"{key}.sha256 must be 64 hexadecimal digits in lower case")
         if not item.gives or (item.unpack is None and (len(item.gives) != 1 or item.members or item.flat)):
             raise UserError(
                 f"{key}.gives must name what is there afterwards: one file, or, with unpack, some of a folder"

@@ -9,7 +9,7 @@ from rich.console import Console
 from instructblip.config import entry
 from instructblip.config.schema import EvaluateConfig
 from instructblip.config.validate import to_dict
-from instructblip.data.cards import load_card
+from instructblip.data.cards import load_cards
 from instructblip.data.prepare.command import shards_folder
 from instructblip.data.synthetic import NOTE
 from instructblip.distributed import Ranks, choose_device
@@ -37,7 +37,7 @@ def evaluate(config: EvaluateConfig, console: Console) -> None:
     ranks = Ranks.from_environment()
     if not ranks.is_first:
         console = Console(quiet=True)
-    cards = [load_card(name) for name in names]
+    cards = load_cards(names)
     source = find_source(config.checkpoint, config.llm)
     device = str(choose_device(ranks.device(config.device)))
     shards = shards_folder(cards, config.data, console)

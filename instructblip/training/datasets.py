@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Protocol
 
 from instructblip.config.schema import DataConfig, MixtureConfig
-from instructblip.data.cards import TRAIN_SPLIT, Card, load_card
+from instructblip.data.cards import TRAIN_SPLIT, Card
 from instructblip.data.feature_cache import FeatureCache
 from instructblip.data.mixture import Mixture, MixtureEntry, MixtureSegment
 from instructblip.data.mixture_dataset import MakeImage, TrainingSet, cached, decoded
@@ -30,13 +30,12 @@ class CutSteps(Steps, Protocol):
     def micro_batch_size(self) -> int | None: ...
 
 
-def mixture_cards(config: MixtureConfig) -> list[Card]:
-    """The cards that a mixture trains on, in its order.
+def check_mixture(config: MixtureConfig, cards: Sequence[Card]) -> None:
+    """Refuse the cards of a mixture, in its order, for what they say of training.
 
     Raises:
-        UserError: a card that is not there, occurs twice, is held out or has no templates.
+        UserError: a card that occurs twice, is held out or has no templates.
     """
-    cards = [load_card(entry.name) for entry in config.datasets]
     for number, card in enumerate(cards):
         if card.name in [other.name for other in cards[:number]]:
             raise UserError(f"mixture {config.name} names {card.name} twice; give it one multiplier")
@@ -47,7 +46,6 @@ def mixture_cards(config: MixtureConfig) -> list[Card]:
             )
         if card.templates is None:
             raise UserError(f"card {card.name} names no templates and cannot be trained on")
-    return cards
 
 
 def open_sets(cards: Sequence[Card], shards: Path) -> list[TrainingSet]:

@@ -14,7 +14,7 @@ from instructblip.config.checks import check_batches
 from instructblip.config.schema import TrainConfig
 from instructblip.config.validate import to_dict
 from instructblip.data.batching import Batching, Length
-from instructblip.data.cards import load_card
+from instructblip.data.cards import load_cards
 from instructblip.data.feature_cache import FeatureCache, ReadImage, cached_images, feature_cache
 from instructblip.data.lost import LostSamples
 from instructblip.data.mixture import Mixture
@@ -29,7 +29,7 @@ from instructblip.models.instructblip import InstructBLIP
 from instructblip.models.vision import ChannelNorm
 from instructblip.objectives import make_objectives
 from instructblip.tracking import Logger, make_logger
-from instructblip.training.datasets import make_images, make_mixture, mixture_cards, open_sets
+from instructblip.training.datasets import check_mixture, make_images, make_mixture, open_sets
 from instructblip.training.metrics_log import BestStep, MetricsLog
 from instructblip.training.optim import WeightAverage, make_adamw
 from instructblip.training.parallel import PRECISIONS, StepContext, check_layout, is_sharded, parallelize
@@ -126,16 +126,18 @@ def set_up(config: TrainConfig, folder: Path, ranks: Ranks, console: Console) ->
     Raises:
         UserError: data or parts are missing and cannot be fetched, or do not fit together.
     """
-    cards = mixture_cards(config.mixture)
-    held_in = [load_card(name) for name in config.suite.held_in]
-    held_out = [load_card(name) for name in config.suite.held_out]
-    shards = shards_folder([*cards, *held_in, *held_out], config.data, console)
+    trained, held_in = [entry.name for entry in config.mixture.datasets], config.suite.held_in
+    every = load_cards([*trained, *held_in, *config.suite.held_out])
+    cards, scored = every[: len(trained)], every[len(trained) :]
+    check_mixture(config.mixture, cards)
+    shards = shards_folder(every, config.data, console)
     model = build_model(config.vision, config.qformer, config.llm, seed=config.seed, trained=config.train.parts())
     _place(model, choose_device(config.device), without_llm=is_sharded(config.parallel.kind, ranks.world_size))
     sets = open_sets(cards, shards)
     mixture = make_mixture(config.mixture, sets, config.recipe.phases.values(), seed=config.seed)
-    validation = [make_validation_task(card, shards, samples=config.recipe.validation_samples) for card in held_in]
-    final = [make_task(card, shards, samples=config.recipe.final_samples) for card in (*held_in, *held_out)]
+    validated, samples = scored[: len(held_in)], config.recipe.validation_samples
+    validation = [make_validation_task(card, shards, samples=samples) for card in validated]
+    final = [make_task(card, shards, samples=config.recipe.final_samples) for card in scored]
     cache = _feature_cache(config, model, sets, [*validation, *final])
     dataset = MixtureDataset(mixture, sets, make_images(config.data, model.vision.image_size, cache))
     if isinstance(model.vision_norm, ChannelNorm):

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from instructblip.config.schema import SourcesConfig
-from instructblip.data.cards import Card, load_card
+from instructblip.data.cards import Card, load_card, load_cards
 from instructblip.data.prepare.command import ensure_prepared
 from instructblip.data.prepare.convert import prepare_dataset
 from instructblip.errors import UserError
@@ -51,3 +51,23 @@ def test_what_only_the_user_can_get_may_be_prepared_in_part(raw: Path, tmp_path:
         _ensure(load_card("okvqa_question_generation"), shards, {})
     prepare_dataset(card, raw, shards, splits=["test"], progress=False)
     assert _ensure(card, shards, {}) == ""
+
+
+def test_all_datasets_that_are_missing_are_named_at_once_before_anything_is_fetched(tmp_path: Path) -> None:
+    cards = load_cards(["easy_vqa", "gqa", "easy_vqa_color", "nocaps", "okvqa", "flickr30k"])
+    console = Console(file=io.StringIO(), width=200)
+    with pytest.raises(UserError) as caught:
+        ensure_prepared(cards, tmp_path, {"easy_vqa": SourcesConfig(path="/nowhere")}, console)
+    command = f"python prepare.py dataset=NAME out={tmp_path}"
+    assert str(caught.value).startswith(
+        f"gqa, nocaps, okvqa, flickr30k are not prepared in {tmp_path}; run for each {command} raw=FOLDER, with its files "
+        f"in FOLDER, or for gqa, okvqa {command} fetch=true; what the files are, "
+    )
+
+
+def test_all_cards_that_do_not_exist_are_named_at_once() -> None:
+    with pytest.raises(UserError) as caught:
+        load_cards(["easy_vga", "gqa", "okvga", "easy_vga"])
+    assert str(caught.value).count("no dataset card") == 2
+    assert "did you mean 'easy_vqa'" in str(caught.value)
+    assert "did you mean 'okvqa'" in str(caught.value)

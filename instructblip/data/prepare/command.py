@@ -1,5 +1,6 @@
 """Have the prepared shards of some datasets in place: fetch and convert what is missing and may be fetched."""
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -7,7 +8,7 @@ from rich.console import Console
 
 from instructblip.config import entry
 from instructblip.config.schema import DataConfig, PrepareConfig, SourcesConfig
-from instructblip.data.cards import Card, load_card
+from instructblip.data.cards import CARDS_FOLDER, Card, load_card
 from instructblip.data.prepare.audit import audit_prepared, audit_table
 from instructblip.data.prepare.convert import check_prepared, prepare_dataset
 from instructblip.data.prepare.fetch import fetch_raw
@@ -36,13 +37,18 @@ def ensure_prepared(
         console: where a line a dataset is printed.
 
     Raises:
-        UserError: a dataset is not prepared and cannot be fetched; names the command that prepares it.
+        UserError: datasets that are not prepared and cannot be fetched, all of them at once; says what prepares them.
     """
+    missing = []
     for card in {card.source: card for card in cards}.values():
         prepared = [(shards / card.source / split / MANIFEST_NAME).is_file() for split in card.splits]
         # What nobody but the user can fetch he may have prepared in part; a split that is needed is missed on opening.
-        if all(prepared) or (any(prepared) and card.source_part is None):
-            continue
+        if not (all(prepared) or (any(prepared) and card.source_part is None)):
+            missing.append(card)
+    asked_for = [card for card in missing if not _may_be_fetched(card, fetchable)]
+    if len(asked_for) > 1:
+        raise UserError(_how_to_prepare(asked_for, shards))
+    for card in sorted(missing, key=lambda card: card not in asked_for):
         raw = raw_folder(card, fetchable, shards)
         console.print(f"preparing {card.source} in {shards / card.source}", highlight=False)
         prepare_dataset(card, raw, shards)
@@ -102,9 +108,25 @@ def shards_folder(cards: Sequence[Card], data: DataConfig, console: Console) -> 
     return root
 
 
+def _how_to_prepare(cards: Sequence[Card], shards: Path) -> str:
+    """The line about several datasets; `raw_folder` has that about one."""
+    names = [card.source for card in cards]
+    command = f"python prepare.py dataset=NAME out={shards}"
+    line = (
+        f"{', '.join(names)} are not prepared in {shards}; run for each {command} raw=FOLDER, with its files in FOLDER"
+    )
+    if fetched := [card.source for card in cards if card.fetch]:
+        line += f", or for {', '.join(fetched)} {command} fetch=true"
+    return f"{line}; what the files are, {CARDS_FOLDER}{os.sep}NAME.yaml says"
+
+
+def _may_be_fetched(card: Card, fetchable: Mapping[str, SourcesConfig]) -> bool:
+    return card.source_part is not None and card.source_part in fetchable
+
+
 def raw_folder(card: Card, fetchable: Mapping[str, SourcesConfig], shards: Path) -> Path:
     """Fetch a card's raw files, when its source may be fetched without asking anybody."""
-    if card.source_part is None or card.source_part not in fetchable:
+    if card.source_part is None or not _may_be_fetched(card, fetchable):
         command = f"python prepare.py dataset={card.source} out={shards}"
         fetched = f"{command} fetch=true, or " if card.fetch else ""
         raise UserError(
