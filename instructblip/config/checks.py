@@ -32,6 +32,23 @@ def check(config: Any) -> None:
         _check_inspection(config)
 
 
+def check_search(config: Any, direction: str) -> None:
+    """Refuse a search over settings that give no score.
+
+    Raises:
+        UserError: says what has one.
+    """
+    if not isinstance(config, TrainConfig):
+        raise UserError("a search needs a score of each job, which train.py alone gives; sweep instead: -m KEY=A,B")
+    if not config.suite.held_in:
+        raise UserError("a search compares runs by their validation; name a dataset in suite.held_in")
+    if direction != "maximize":
+        raise UserError(
+            f"a validation score is the better the higher it is, and hydra.sweeper.direction={direction} looks for the "
+            "lowest; use hydra/sweeper=search, or set hydra.sweeper.direction=maximize"
+        )
+
+
 def check_batches(phases: dict[str, PhaseConfig], world_size: int) -> None:
     """Refuse a number of processes that a global batch does not divide among.
 

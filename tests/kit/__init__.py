@@ -4,6 +4,7 @@ tiny             parts and models with random weights, pictures, questions; mill
 vectors          numbers that LAVIS computed, and models with the weights it computed them from
 families         tiny language models of every family in configs/llm, as transformers folders
 runs             the entry points on tiny parts and data: in this process, or as real processes that start fast
+callbacks        Hydra callbacks that print what jobs return
 untrained        a run that was never trained, as a checkpoint folder
 mixtures         small prepared training splits, written so that single samples can be damaged
 raw_files        raw folders in official layouts: the cases of tests/data/readers, with real small images
