@@ -32,6 +32,7 @@ _FAILING = (
     errno.ETIMEDOUT,
     errno.ENOLCK,
 )
+_SHA256 = re.compile("[0-9a-f]{64}")
 
 
 def shipped(folder: str) -> Path:
@@ -285,3 +286,14 @@ def sha256_file(path: Path) -> str:
         while chunk := file.read(_CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def sha256_digits(text: str) -> str:
+    """A stated SHA-256, in lower case. What is none could be a path, where hashes name files.
+
+    Raises:
+        ValueError: not 64 hexadecimal digits.
+    """
+    if not isinstance(text, str) or not _SHA256.fullmatch(text.lower()):
+        raise ValueError("give the 64 hexadecimal digits of a SHA-256")
+    return text.lower()

@@ -15,6 +15,7 @@ from instructblip.config.schema import (
     QFormerConfig,
     TrainConfig,
 )
+from instructblip.config.validate import nearest
 from instructblip.errors import UserError
 
 
@@ -32,6 +33,23 @@ def check(config: Any) -> None:
         _check_preparation(config)
     elif isinstance(config, InspectConfig):
         _check_inspection(config)
+
+
+def check_search(config: Any, direction: str) -> None:
+    """Refuse a search over settings that give no score.
+
+    Raises:
+        UserError: says what has one.
+    """
+    if not isinstance(config, TrainConfig):
+        raise UserError("a search needs a score of each job, which train.py alone gives; sweep instead: -m KEY=A,B")
+    if not config.suite.held_in:
+        raise UserError("a search compares runs by their validation; name a dataset in suite.held_in")
+    if direction != "maximize":
+        raise UserError(
+            f"a validation score is the better the higher it is, and hydra.sweeper.direction={direction} looks for the "
+            "lowest; use hydra/sweeper=search, or set hydra.sweeper.direction=maximize"
+        )
 
 
 def check_batches(phases: dict[str, PhaseConfig], world_size: int) -> None:
@@ -80,10 +98,10 @@ def _check_training(config: TrainConfig) -> None:
         _check_groups(f"recipe.phases.{name} has", config.mixture, phase.batch_size, phase.micro_batch_size)
     _check_qformer(config.qformer)
     by_path = any("/" in name or name.endswith((".yaml", ".yml")) for name in config.suite.held_in)
-    if recipe.keep_best not in (None, "mean", *config.suite.held_in) and not by_path:  # a card's path says no name yet
-        raise UserError(
-            f"recipe.keep_best={recipe.keep_best} is no dataset of suite.held_in; name one of them, or mean"
-        )
+    named = ("mean", *config.suite.held_in)
+    if recipe.keep_best is not None and recipe.keep_best not in named and not by_path:  # a card's path says no name yet
+        near = nearest(recipe.keep_best, named)
+        raise UserError(f"recipe.keep_best={recipe.keep_best} is no dataset of suite.held_in, nor mean{near}")
     _check_trained(config)
     _check_start(config)
     quantization = None if config.llm is None else config.llm.quantization

@@ -11,9 +11,12 @@ import gc
 import hashlib
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any, NoReturn
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
@@ -27,9 +30,9 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from yaml import YAMLError
 
-from instructblip.config.checks import check
+from instructblip.config.checks import check, check_search
 from instructblip.config.schema import CONFIGS, Schema
-from instructblip.config.validate import unknown_choice, validate
+from instructblip.config.validate import read_yaml, unknown_choice, validate
 from instructblip.errors import UserError
 from instructblip.interrupts import raise_once
 
@@ -37,10 +40,25 @@ EXIT_USER_ERROR = 2
 _SWEEP_FLAGS = ("-m", "--multirun")
 _OTHER_CONFIGURATION = ("--config", "-cp", "-cn", "-cd")  # Hydra's options that name one
 _LONGEST_NAME = 180  # characters; file systems end at 255 bytes
+_SHELL_SIGNS = ("$", "`", "!", "\\")  # that mean something within double quotes
+_SEARCH = "hydra/sweeper=search needs Hydra's sweeper for it; pip install -r requirements-search.txt"
 _SLURM = "hydra/launcher=slurm needs Hydra's launcher for it; pip install -r requirements-slurm.txt"
 
 
-def main(name: str, schema: type[Schema], task: Callable[[Schema, Console], int | None]) -> None:
+@dataclass(frozen=True)
+class Outcome:
+    """What a command's work ends with.
+
+    Attributes:
+        status: the exit status.
+        score: what a search over settings is to raise; None where there is none.
+    """
+
+    status: int = 0
+    score: float | None = None
+
+
+def main(name: str, schema: type[Schema], task: Callable[[Schema, Console], int | Outcome | None]) -> None:
     """Run an entry point: `configs/<name>.yaml` with the command line's overrides, checked against `schema`.
 
     Exits with 0, with the status that `task` returns, or with 2 after a line on standard error that says what to mend. In a
@@ -48,36 +66,65 @@ def main(name: str, schema: type[Schema], task: Callable[[Schema, Console], int 
     """
     raise_once()
     failed: list[str] = []
+    searched: set[Path] = set()
     process = os.getpid()
 
-    def run(composed: DictConfig) -> None:
-        sweeping, swept, number = _job()
-        status = None
+    def run(composed: DictConfig) -> float | None:
+        job = _job()
+        outcome = Outcome()
+        searched.update([job.results] if job.trials else [])
         try:
-            config = validate(composed, schema)
-            check(config)
-            status = task(_named_after(config, swept) if sweeping else config, Console())
+            outcome = _run_job(composed, schema, task, job)
         except UserError as error:  # here, since Hydra would print a traceback of whatever leaves this function
-            if not sweeping or os.getpid() != process:  # a job of its own process, on SLURM, ends with it
+            if not job.sweeping:
                 _fail(error)
-            _print_error(f"job {number} ({swept}): {error}")
-            failed.append(swept)
-        if sweeping:
+            failed.append(job.swept)
+            failure = UserError(f"job {job.number} ({job.swept}): {error}")
+            if job.trials and len(failed) == job.trials:
+                _fail(UserError(f"no trial of {job.trials} has a score; {failure}"))
+            if job.trials:
+                raise failure from None  # the search says so, and goes on
+            if os.getpid() != process:  # on SLURM a job ends with its process
+                _fail(error)
+            _print_error(str(failure))
+        if job.sweeping:
             gc.collect()  # the next job's model needs the memory of this one's
-        if status:
-            raise SystemExit(status)
+        if outcome.status:
+            raise SystemExit(outcome.status)
+        return outcome.score
 
     try:
         check_overrides(name, schema, sys.argv[1:])
         sys.argv += _sweep_naming(sys.argv[1:])
         sys.argv[1:] = _settable(sys.argv[1:])
         hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=name)(run)()
+        for results in searched:
+            _print_best(results)
     except UserError as error:
         _fail(error)
     except KeyboardInterrupt:
         _fail(UserError("interrupted; nothing half-written is left, run the same command again to go on"), status=130)
     if failed:
         raise SystemExit(EXIT_USER_ERROR)
+
+
+def _run_job(
+    composed: DictConfig, schema: type[Schema], task: Callable[[Schema, Console], int | Outcome | None], job: "_Job"
+) -> Outcome:
+    config = validate(composed, schema)
+    check(config)
+    if job.trials:
+        try:
+            check_search(config, job.direction)
+        except UserError as error:  # of all trials alike
+            _fail(error)
+        if hasattr(config, "resume"):
+            config.resume = "auto"  # it may try the same values twice, and goes on after a kill
+    found = task(_named_after(config, job.swept) if job.sweeping else config, Console())
+    outcome = found if isinstance(found, Outcome) else Outcome(found or 0)
+    if job.trials and not outcome.status and outcome.score is None:
+        raise UserError("it was never validated, so it has no score; a phase has to train answers")
+    return outcome
 
 
 def check_overrides(name: str, schema: Any, arguments: list[str]) -> None:
@@ -98,6 +145,7 @@ def check_overrides(name: str, schema: Any, arguments: list[str]) -> None:
             argument for argument in overrides if "=" in argument or argument.startswith("~")
         ]  # not their values
     if set(arguments) & set(_SWEEP_FLAGS):
+        _check_swept(_parse(overrides))
         for job in _jobs(overrides):  # what goes together is checked in each job, for the others may run
             validate(_compose(name, job), schema, missing_ok=bool(options))
         return
@@ -164,11 +212,50 @@ def _jobs(overrides: list[str]) -> Iterator[list[str]]:
             yield list((first | {key: other}).values())
 
 
+def _check_swept(overrides: list[Override]) -> None:
+    """Refuse to set a section as a whole after a value in it that is swept, which would be the same in all jobs then.
+
+    A search gives the swept values first, whatever stands first on the command line.
+    """
+    searching = any(override.key_or_group == "hydra/sweeper" for override in overrides)
+    for place, swept in enumerate(overrides):
+        for fixed in overrides if searching else overrides[place:]:
+            inside = swept.key_or_group.startswith(f"{fixed.key_or_group}.")
+            if swept.is_sweep_override() and inside and not fixed.is_sweep_override() and not fixed.is_delete():
+                raise UserError(
+                    f"{swept.key_or_group} is swept, and {fixed.key_or_group}={{...}} would set it again in each job; "
+                    f"give the other keys of {fixed.key_or_group} one by one"
+                )
+
+
 def _parse(overrides: list[str]) -> list[Override]:
-    try:
-        return OverridesParser.create().parse_overrides(overrides)
-    except HydraException as error:
-        raise UserError(_explain(error)) from None
+    parser, parsed = OverridesParser.create(), []
+    for override in overrides:
+        try:
+            parsed.append(parser.parse_override(override))
+        except HydraException:
+            raise UserError(_unreadable(override)) from None
+    return parsed
+
+
+def _unreadable(override: str) -> str:
+    key, _, value = override.partition("=")
+    if not value or not re.fullmatch(r"[+~]*[\w./@]+", key):
+        return f"{override} cannot be understood; write each setting as key=value"
+    line = f"{override} cannot be understood; put the value in quotes within quotes: {_quoted(key, value)}"
+    return line + (f"; in a list each text: \"{key}=['a b', c]\"" if value[0] in "[{" else "")
+
+
+def _quoted(key: str, value: str) -> str:
+    """A setting as a shell takes it, its value in quotes of Hydra's, in which every sign stands for itself."""
+    for_the_shell_too = any(sign in value for sign in _SHELL_SIGNS)
+    inner = '"' if '"' not in value and ("'" in value or for_the_shell_too) else "'"
+    escaped = value.replace(inner, f"\\{inner}")
+    escaped += "\\" * (len(value) - len(value.rstrip("\\")))  # the last one would escape the quote
+    argument = f"{key}={inner}{escaped}{inner}"
+    if not any(sign in argument for sign in ('"', *_SHELL_SIGNS)):
+        return f'"{argument}"'
+    return f"'{argument}'" if "'" not in argument else shlex.quote(argument)
 
 
 def _sweep_naming(arguments: list[str]) -> list[str]:
@@ -181,13 +268,42 @@ def _sweep_naming(arguments: list[str]) -> list[str]:
     return [f"hydra.job.config.override_dirname.exclude_keys=[{quoted}]"]
 
 
-def _job() -> tuple[bool, str, int]:
-    """Whether this is a job of a sweep, what its command line says of what is swept (`llm=vicuna_7b,seed=1`), its number."""
+class _Job(NamedTuple):
+    """A job of a sweep, or what is run alone.
+
+    Attributes:
+        swept: what its command line says of what is swept: `llm=vicuna_7b,seed=1`.
+        trials: how many jobs a search has, the values of each chosen by the scores of those before; 0: it is none.
+        direction: whether it is to `maximize` them.
+        results: where it writes what was best.
+    """
+
+    sweeping: bool = False
+    swept: str = ""
+    number: int = 0
+    trials: int = 0
+    direction: str = ""
+    results: Path = Path()
+
+
+def _job() -> _Job:
     settings = HydraConfig.get()
     if settings.mode != RunMode.MULTIRUN:
-        return False, "", 0
+        return _Job()
     swept = re.sub(r"(^|,)\++", r"\1", str(settings.job.override_dirname))  # without what `_settable` has added
-    return True, swept, int(settings.job.num)
+    sweeper = settings.sweeper
+    direction = str(sweeper.get("direction", "")).rpartition(".")[2]  # of an enum
+    results = Path(settings.sweep.dir) / "optimization_results.yaml"
+    return _Job(True, swept, int(settings.job.num), int(sweeper.get("n_trials", 0)), direction, results)
+
+
+def _print_best(path: Path) -> None:
+    """Say what a search has found, which its sweeper has written to a file."""
+    found = read_yaml(path)
+    if "best_params" in found:  # of a search for one score
+        best = " ".join(f"{key.lstrip('+')}={value}" for key, value in found["best_params"].items())
+        Console(soft_wrap=True, highlight=False).print(f"best: {found['best_value']:.4g} with {best}", markup=False)
+    Console(soft_wrap=True, highlight=False).print(f"wrote {path}", markup=False)
 
 
 def _named_after(config: Schema, swept: str) -> Schema:
@@ -203,6 +319,7 @@ def _named_after(config: Schema, swept: str) -> Schema:
 
 
 def _compose(name: str, overrides: list[str]) -> DictConfig:
+    _parse(overrides)
     GlobalHydra.instance().clear()
     try:
         with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
@@ -217,20 +334,21 @@ def _explain(error: Exception) -> str:
     message = str(error)
     if "Could not load 'hydra/launcher/submitit_" in message:
         return _SLURM
-    choice = re.search(r"Could not find '([^']+)/([^/']+)'", message)
+    if "hydra/sweeper/optuna'" in message:
+        return _SEARCH
+    choice = re.search(r"Could not (?:find|load) '([^']+)/([^/']+)'", message)
     if choice:
         return unknown_choice(choice[1], choice[2])
     several = re.search(r"Ambiguous value for argument '([^']+)'", message)
     if several:
         values = several[1].lstrip("+")
-        return f"{values} are several values; give -m to run one job for each, or put a text with a comma in quotes"
+        key, _, value = values.partition("=")
+        one = "" if (CONFIGS / key).is_dir() else f", or {_quoted(key, value)} for one text"
+        return f"{values} are several values; give -m to run one job for each{one}"
     if isinstance(error, YAMLError):
         return f"a file in {CONFIGS} is not valid YAML: {message}"
     reason = ": ".join(str(part).splitlines()[0] for part in (error, error.__cause__) if part and str(part))
-    return (
-        f"the command line cannot be understood ({reason}); write each setting as key=value, "
-        "in quotes where the value holds spaces or brackets: 'key=[a, b]'"
-    )
+    return f"the command line cannot be understood ({reason}); write each setting as key=value"
 
 
 def _fail(error: UserError, status: int = EXIT_USER_ERROR) -> NoReturn:

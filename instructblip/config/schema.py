@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 
 from instructblip.errors import UserError
-from instructblip.files import shipped
+from instructblip.files import sha256_digits, shipped
 
 Schema = TypeVar("Schema")
 
@@ -101,6 +101,64 @@ def _as_list(value: Any) -> Any:
 Device = Annotated[str, AfterValidator(_check_device)]
 OneOrMore = Annotated[list[str], BeforeValidator(_as_list)]  # a text alone is a list of one, null of none
 
+# --- texts that become paths, or words of a command -------------------------------------------------------------------
+
+# A configuration may come with somebody's run. Names of parts are names of folders in the cache, a hash names a file there,
+# and pip takes a project that begins with a dash for an option.
+
+
+def _matching(pattern: str, wanted: str) -> AfterValidator:
+    def check(text: str) -> str:
+        if not re.fullmatch(pattern, text) or ".." in text.split("/"):
+            raise ValueError(wanted)
+        return text
+
+    return AfterValidator(check)
+
+
+PartFolder = Annotated[str, _matching(r"[^/\\\x00-\x1f.][^/\\\x00-\x1f]{0,99}", "give a name, not a path")]
+Sha256 = Annotated[str, AfterValidator(sha256_digits)]
+Project = Annotated[str, _matching(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?", "give the name of a Python project")]
+Version = Annotated[str, _matching(r"[0-9][A-Za-z0-9.!+_-]*", "give a version, such as 1.0.2")]
+Revision = Annotated[str, _matching(r"[A-Za-z0-9_][A-Za-z0-9_./-]*", "give a commit, tag or branch")]
+
+# --- options for timm and transformers --------------------------------------------------------------------------------
+
+# They would also take files to unpickle, code to fetch and settings of other libraries.
+VisionOption = Literal[
+    "act_layer", "attn_drop_rate", "class_token", "depth", "depths", "dims", "drop_path_rate", "drop_rate",
+    "dynamic_img_pad", "dynamic_img_size", "embed_dim", "embed_dims", "img_size", "init_values", "layers",
+    "ls_init_value", "mlp_ratio", "mlp_ratios", "no_embed_class", "num_heads", "output_stride", "patch_drop_rate",
+    "patch_size", "pos_drop_rate", "pre_norm", "proj_drop_rate", "qk_norm", "qkv_bias", "reg_tokens", "scale_mlp",
+    "strict_img_size", "swiglu_mlp", "use_abs_pos_emb", "use_rot_pos_emb", "window_size",
+]  # fmt: skip
+LLMOption = Literal[
+    "activation_dropout", "activation_function", "attention_dropout", "attention_multiplier",
+    "attention_probs_dropout_prob", "attn_logit_softcapping", "attn_pdrop", "d_ff", "d_kv", "d_model", "dense_act_fn",
+    "dropout", "dropout_rate", "embd_pdrop", "embedding_multiplier", "feed_forward_proj", "ffn_dim",
+    "final_logit_softcapping", "head_dim", "hidden_act", "hidden_activation", "hidden_dropout", "hidden_dropout_prob",
+    "hidden_size", "initializer_range", "intermediate_size", "layer_norm_eps", "layer_norm_epsilon", "layerdrop",
+    "logit_scale", "logits_scaling", "max_position_embeddings", "max_window_layers", "num_attention_heads",
+    "num_decoder_layers", "num_heads", "num_hidden_layers", "num_key_value_heads", "num_layers",
+    "relative_attention_max_distance", "relative_attention_num_buckets", "resid_pdrop", "residual_dropout",
+    "residual_multiplier", "rms_norm_eps", "rope_parameters", "rope_scaling", "rope_theta", "sliding_window",
+    "tie_word_embeddings", "use_sliding_window",
+]  # fmt: skip
+
+
+def _check_plain_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Numbers, true and false, plain words, and lists or one level of keys of those."""
+    for name, value in options.items():
+        values = value if isinstance(value, list) else value.values() if isinstance(value, dict) else [value]
+        for inner in values:
+            if isinstance(inner, list | dict) or (isinstance(inner, str) and not re.fullmatch(r"\w{1,40}", inner)):
+                raise ValueError(f"{name} must be a number, true or false, or a word, or a list of those")
+    return options
+
+
+VisionOptions = Annotated[dict[VisionOption, Any], AfterValidator(_check_plain_options)]
+LLMOptions = Annotated[dict[LLMOption, Any], AfterValidator(_check_plain_options)]
+
 # --- sections --------------------------------------------------------------------------------------------------------
 
 
@@ -108,9 +166,9 @@ OneOrMore = Annotated[list[str], BeforeValidator(_as_list)]  # a text alone is a
 class WheelConfig(Section):
     """A wheel of the Python registry that carries a part's files."""
 
-    project: str
-    version: str
-    sha256: str
+    project: Project
+    version: Version
+    sha256: Sha256
     bytes: AtLeastOne
     files: dict[str, str]  # member (or prefix ending in /) -> name in the part's folder
 
@@ -122,7 +180,7 @@ class SourcesConfig(Section):
     path: str | None = None
     wheel: WheelConfig | None = None
     hub: str | None = None
-    hub_revision: str | None = None
+    hub_revision: Revision | None = None
     hub_files: list[str] | None = None
     convert: Converter | None = None  # what makes safetensors of a wheel's files
 
@@ -131,10 +189,10 @@ class SourcesConfig(Section):
 class VisionConfig(Section):
     """The frozen image encoder."""
 
-    name: str
+    name: PartFolder
     sources: SourcesConfig = field(default_factory=SourcesConfig)
     backbone: str
-    options: dict[str, Any] = field(default_factory=dict)  # of timm.create_model
+    options: VisionOptions = field(default_factory=dict)  # of timm.create_model
     dtype: Dtype = "float32"
     image_size: AtLeastOne
     mean: Channels
@@ -150,7 +208,7 @@ class VisionConfig(Section):
 class QFormerConfig(Section):
     """The trainable Q-Former and what it starts from."""
 
-    name: str
+    name: PartFolder
     sources: SourcesConfig = field(default_factory=SourcesConfig)  # BERT: sizes, tokenizer and, for init=bert, weights
     init: QFormerInit = "bert"  # given: it has no weights of its own, init_from= must give them
     stage1: str | None = None  # the same as init_from=[stage1, stage2]: files of BLIP-2's two stages
@@ -174,12 +232,12 @@ class QFormerConfig(Section):
 class LLMConfig(Section):
     """The frozen language model and its text conventions."""
 
-    name: str
+    name: PartFolder
     sources: SourcesConfig = field(default_factory=SourcesConfig)
     kind: LLMKind = "decoder"
     dtype: Dtype = "float32"
     quantization: Quantization | None = None  # of its linear layers; None keeps dtype
-    options: dict[str, Any] = field(default_factory=dict)  # values that replace those of the model's own config.json
+    options: LLMOptions = field(default_factory=dict)  # values that replace those of the model's own config.json
     sizes: dict[str, Any] = field(default_factory=dict)  # as in that file, for a plan; empty: read from it
     eos_token: str
     pad_token: str
@@ -283,7 +341,7 @@ class DataConfig(Section):
     remote_cache_bytes: AtLeastOne = (
         100_000_000_000  # of shards that are kept on this machine when they come from a URL
     )
-    sources: dict[str, SourcesConfig] = field(default_factory=dict)  # raw data that may be fetched, by dataset
+    sources: dict[PartFolder, SourcesConfig] = field(default_factory=dict)  # raw data that may be fetched, by dataset
     workers: NotNegative = 0
     cache_features: bool = False
     transform: Transform = "resize_square"  # of training images
@@ -462,7 +520,7 @@ class PrepareConfig(Section):
     cards: list[str] = field(
         default_factory=list
     )  # paths of own cards that show= and audit= know besides the official ones
-    sources: dict[str, SourcesConfig] = field(default_factory=dict)
+    sources: dict[PartFolder, SourcesConfig] = field(default_factory=dict)
 
 
 @dataclass(kw_only=True)

@@ -123,6 +123,8 @@ class _Mistake:
         given = f"{name}={_shown(error['input'])}"
         if kind == "unexpected_keyword_argument":
             return self._unknown(place)
+        if place and place[-1] == "[key]":
+            return self._no_key(place[:-1], error)
         if kind == "missing":
             return self._missing(place)
         if kind == "literal_error":
@@ -160,6 +162,8 @@ class _Mistake:
         hint = ""
         if kind == "string_type" and value is not None and not isinstance(value, list | dict):
             hint = f"; put it in quotes: {name}=\"'{_shown(value)}'\"" if self.on_command_line else "; put it in quotes"
+        elif kind in ("list_type", "tuple_type") and isinstance(value, str) and self.on_command_line:
+            hint = f"; give {name}=[{_shown(value)}]"
         return f"{name or 'the file'} must be {expected.get(kind, error['msg'])}, not {_shortened(repr(value))}{hint}"
 
     def _no_choice(self, place: KeyPath, value: Any) -> str:
@@ -177,6 +181,17 @@ class _Mistake:
         general, special = wanted.rpartition(".")[0], _dotted("", place).rpartition(".")[0]
         line = line.replace(f"{general}.", f"{special}.") if general else line
         return re.sub(r"(unknown key |did you mean )", rf"\g<1>{prefix}", line)
+
+    def _no_key(self, place: KeyPath, error: ErrorDetails) -> str:
+        """Of keys that are not the schema's own but a choice, or a text of a certain form."""
+        name, section = _dotted(self.key, place), _dotted(self.key, place[:-1])
+        if error["type"] != "literal_error":
+            return f"{name}: {error.get('ctx', {}).get('error', error['msg'])}"
+        known = list(map(str, _choices(typing.get_args(_bare(_annotation(self.kind, place[:-1])))[0])))
+        near = difflib.get_close_matches(str(place[-1]), known, n=1)
+        if near:
+            return f"unknown key {name}; did you mean {section}.{near[0]}?"
+        return f"unknown key {name}; the keys there are: {', '.join(known)}"
 
     def _missing(self, place: KeyPath) -> str:
         """An entry of a section by name that lacks something may be another's name misspelt, or its number."""

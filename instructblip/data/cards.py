@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 from statistics import fmean
 from typing import Any, ClassVar, Literal
 
-from instructblip.config.schema import CardTask, NotNegative, Section
+from instructblip.config.schema import CardTask, NotNegative, Section, Sha256
 from instructblip.config.validate import build, differences, nearest, read_sections, unknown_key, valid_keys
 from instructblip.data.card_defaults import TRAIN_SPLIT, completed
 from instructblip.data.card_evaluation import Evaluation, check_evaluation, metric_name
@@ -29,7 +29,6 @@ from instructblip.files import shipped, write_atomically
 CARDS_FOLDER = shipped("datasets")
 
 _URL = re.compile(r"https?://[^/\s]+/\S+")
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 _NAME = re.compile(
     r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}"
 )  # of a folder on every file system, and in every file that names it
@@ -94,7 +93,7 @@ class Download(Section):
     flat: bool = False
     splits: tuple[str, ...] = ()
     bytes: NotNegative | None = None
-    sha256: str | None = None
+    sha256: Sha256 | None = None
 
 
 @dataclass(frozen=True)
@@ -519,8 +518,6 @@ def _check_fetch(card: Card, path: Path) -> None:
         key = f"{path}: fetch.{number}"
         if not _URL.fullmatch(item.url):
             raise UserError(f"{key}.url {item.url!r} is no address of http or https")
-        if item.sha256 is not None and not _SHA256.fullmatch(item.sha256):
-            raise UserError(f"{key}.sha256 must be 64 hexadecimal digits in lower case")
         if not item.gives or (item.unpack is None and (len(item.gives) != 1 or item.members or item.flat)):
             raise UserError(
                 f"{key}.gives must name what is there afterwards: one file, or, with unpack, some of a folder"

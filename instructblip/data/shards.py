@@ -430,6 +430,12 @@ class _Shards(Sequence[ShardReader]):
         return self._kept[place]
 
     def _open(self, entry: Mapping[str, Any]) -> ShardReader:
+        index = index_path(self._folder / entry["name"])
+        # Not on opening the split: that would read all of them at each start.
+        if self._remote is not None and entry.get("index_sha256") != sha256_file(index):
+            raise UserError(
+                f"{index} is not the index that its manifest lists; delete {self._folder} to fetch it again"
+            )
         reader = ShardReader(self._folder / entry["name"], self._remote)
         if reader.tar_sha256 != entry["sha256"]:
             raise _broken(reader.path, "is not the one its manifest lists (another SHA-256 in the index)")

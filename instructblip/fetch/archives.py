@@ -1,5 +1,7 @@
 """Unpack zip and tar archives that are not trusted: only below their folder, no links, a bounded number of bytes."""
 
+import bz2
+import contextlib
 import fnmatch
 import gzip
 import lzma
@@ -12,7 +14,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import IO
+from typing import IO, Any
 
 from instructblip.errors import UserError
 from instructblip.files import atomic_path
@@ -20,6 +22,8 @@ from instructblip.files import atomic_path
 # How much an archive may grow: JSON compresses to a twentieth, zeros to a thousandth.
 MAX_GROWTH = 100
 MAX_BYTES = 1 << 38  # 256 GiB
+_MAX_HEADER = 1 << 24  # of a tar's member, and of a single read
+_COMPRESSED: dict[bytes, Any] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
 _DAMAGED = (
     zipfile.BadZipFile,
     tarfile.TarError,
@@ -68,7 +72,7 @@ def unpack(
         UserError: more bytes than the disk has free.
     """
     written: set[str] = set()
-    size, limit, free = 0, min(MAX_BYTES, archive.stat().st_size * MAX_GROWTH + (1 << 20)), _free(folder)
+    size, limit, free = 0, _limit(archive), _free(folder)
     try:
         for member in _members(archive):
             if members and not any(fnmatch.fnmatchcase(member.name, pattern) for pattern in members):
@@ -79,7 +83,7 @@ def unpack(
             written.add(name)
             size += member.size
             if size > limit:
-                raise ArchiveError(f"{archive.name} would unpack to more than {limit:,} bytes; it is not to be trusted")
+                raise _too_large(archive.name, limit)
             if size > free:
                 raise UserError(
                     f"{archive} unpacks to more than {free:,} bytes, which {folder} has free; free some space"
@@ -113,12 +117,8 @@ def _members(archive: Path) -> Iterator[_Member]:
     """The regular files of an archive, in its order, each checked."""
     if zipfile.is_zipfile(archive):
         yield from _zip_members(archive)
-    elif tarfile.is_tarfile(archive):
-        yield from _tar_members(archive)
     else:
-        raise ArchiveError(
-            f"{archive} is neither a zip nor a tar archive; its server may have sent an error page instead"
-        )
+        yield from _tar_members(archive)
 
 
 def _zip_members(archive: Path) -> Iterator[_Member]:
@@ -134,8 +134,15 @@ def _zip_members(archive: Path) -> Iterator[_Member]:
 
 
 def _tar_members(archive: Path) -> Iterator[_Member]:
-    with tarfile.open(archive) as file:
-        for info in file:
+    with contextlib.closing(_Bounded(archive)) as source:
+        try:
+            file = tarfile.open(fileobj=source, mode="r:")  # type: ignore[call-overload]
+        except (*_DAMAGED, OSError):
+            raise ArchiveError(
+                f"{archive} is neither a zip nor a tar archive; its server may have sent an error page instead"
+            ) from None
+        while (info := file.next()) is not None:
+            file.members.clear()  # which `next` keeps: millions of empty ones take little room in an archive
             _check_names(archive.name, info.name)
             if info.isdir():
                 continue
@@ -144,8 +151,61 @@ def _tar_members(archive: Path) -> Iterator[_Member]:
                     f"{archive.name}: member {info.name!r} is not a regular file; it is not to be trusted"
                 )
             yield _Member(info.name, info.size, lambda info=info: file.extractfile(info))  # type: ignore[misc]
-        while file.fileobj is not None and file.fileobj.read(1 << 20):
+        while source.read(1 << 20):
             pass  # a compressed tar's checksum stands at its end
+
+
+class _Bounded:
+    """The bytes of a tar as they come out of its compression, up to a bound.
+
+    Sizes that members state are checked before these are unpacked. But headers, which may state any length too, are read
+    into memory by the library itself, and members that are not wanted are decompressed to be passed over.
+    """
+
+    def __init__(self, archive: Path) -> None:
+        with open(archive, "rb") as file:
+            start = file.read(8)
+        opener = next((opener for magic, opener in _COMPRESSED.items() if start.startswith(magic)), open)
+        self._name, self._limit = archive.name, _limit(archive)
+        self._source: IO[bytes] = opener(archive, "rb")
+
+    def read(self, size: int) -> bytes:
+        """The next bytes."""
+        if not 0 <= size <= _MAX_HEADER:
+            raise ArchiveError(f"{self._name} has a header of {size:,} bytes; it is not to be trusted")
+        self._check(self.tell() + size)
+        try:
+            return self._source.read(size)
+        except OSError as error:
+            if error.errno is not None:
+                raise
+            raise tarfile.ReadError(str(error)) from None  # of bz2
+
+    def seek(self, position: int) -> int:
+        """Go on at another byte, counted from the first."""
+        self._check(position)
+        return self._source.seek(position)
+
+    def tell(self) -> int:
+        """The byte that comes next."""
+        return self._source.tell()
+
+    def close(self) -> None:
+        """Close the archive."""
+        self._source.close()
+
+    def _check(self, position: int) -> None:
+        if position > self._limit + _MAX_HEADER:
+            raise _too_large(self._name, self._limit)
+
+
+def _limit(archive: Path) -> int:
+    """Bytes that a sound archive of this size may hold."""
+    return min(MAX_BYTES, archive.stat().st_size * MAX_GROWTH + (1 << 20))
+
+
+def _too_large(name: str, limit: int) -> ArchiveError:
+    return ArchiveError(f"{name} would unpack to more than {limit:,} bytes; it is not to be trusted")
 
 
 def _free(folder: Path) -> int:

@@ -1,128 +1,147 @@
-"""Download one file over http or https: resume a broken transfer, check the file, and name it only when it is whole."""
+"""A web server's answer as a stream. Only http and https, whatever is redirected to; a login stays with its server."""
 
+import base64
 import contextlib
 import http.client
-import os
+import io
 import re
-import shutil
+import socket
 import ssl
 import time
+import urllib.error
 import urllib.request
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+import zlib
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from typing import IO, Any
+from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
-from instructblip.errors import UserError
-from instructblip.files import errors_for_users, read_json, sha256_file, write_json
-from instructblip.progress import bytes_bar
+from instructblip.fetch.streams import (
+    CHUNK_BYTES,
+    BrokenOffError,
+    CannotResumeError,
+    DownloadError,
+    NoAnswerError,
+    NotThereError,
+    Stream,
+    is_http,
+    shown,
+)
 
-TIMEOUT_SECONDS = 60.0
-TRIES = 4  # without a single new byte
-_CHUNK_BYTES = 1 << 20
+IDLE_SECONDS = 60.0  # without a single byte
+# A connection with hardly a byte is as good as none; so few in so long a time end it.
+SLOW_SECONDS = 240.0
+_SLOW_BYTES = 1024
 _PASSING = (408, 425, 429, 500, 502, 503, 504)  # HTTP answers after which the same request may succeed
-_BROKEN = (ConnectionError, TimeoutError, ssl.SSLError, http.client.HTTPException)
+_BROKEN = (OSError, http.client.HTTPException)  # OSError: connections, time limits, TLS
+_ENCODINGS = {"gzip": zlib.MAX_WBITS | 16, "x-gzip": zlib.MAX_WBITS | 16, "deflate": zlib.MAX_WBITS}
+_LONGEST_REASON = 200  # characters
+_SAFE = "/%:@!$&'()*+,;=~"  # in a path, as they are; "%" since addresses come encoded
 
 
-class DownloadError(UserError):
-    """A file that could not be fetched, or is not the one that was expected."""
-
-
-class _BrokenOffError(Exception):
-    """The transfer broke off, and another try may succeed; the message is a short reason."""
-
-
-class _UnreachableError(_BrokenOffError):
-    """The server gave no answer."""
-
-
-def download(
-    url: str,
-    path: Path,
-    *,
-    size: int | None = None,
-    sha256: str | None = None,
-    show: bool = True,
-    pause: float = 1.0,
-) -> None:
-    """Fetch `url` to `path`.
-
-    The bytes so far are kept as `<name>.partial`. Another call goes on there if the server can resume and the file is
-    still the same, by its ETag or its date, which `<name>.partial.json` remembers.
+@contextlib.contextmanager
+def open_http(url: str, start: int, validator: str | None) -> Iterator[Stream]:
+    """Ask for a file from byte `start` on; the answer may begin with the first byte all the same.
 
     Args:
-        size, sha256: bytes and hash that the file must have, where known.
-        show: show a progress bar.
-        pause: seconds before a broken connection is tried again, and so many more each time.
+        validator: where given, the server is to go on only if the file still has it.
 
     Raises:
-        DownloadError: no such file, no connection, a connection that keeps breaking, another size or hash.
-        UserError: disk full, or the folder may not be written.
+        BrokenOffError: the server cannot be reached, is busy, or breaks off.
+        NotThereError: it has no such file.
+        DownloadError: it refuses, or encodes the file in a way that is not known here.
     """
-    partial = path.with_name(path.name + ".partial")
-    with errors_for_users(path), bytes_bar(path.name, size, show=show) as (bar, task):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        longest, fruitless = _size(partial), 0
-        while not _is_whole(url, partial):
-            try:
-                for done, total in _transfer(url, partial, size):
-                    bar.update(task, completed=done, total=total)
-                break
-            except _BrokenOffError as error:
-                fruitless = 0 if _size(partial) > longest else fruitless + 1
-                longest = max(longest, _size(partial))
-                if fruitless == TRIES or (isinstance(error, _UnreachableError) and fruitless == 1 and not longest):
-                    reason = f"{url} cannot be fetched ({error}); run the same command again to go on"
-                    raise DownloadError(reason) from None
-                time.sleep(pause * fruitless)
-        _verify(url, partial, size, sha256)
-        os.replace(partial, path)
-        _note(partial).unlink()
+    request = _request(url)
+    if start:
+        request.add_header("Range", f"bytes={start}-")
+        if validator:
+            request.add_header("If-Range", validator)
+    with _answer(request, url) as response:
+        yield _stream(response, url, start)
 
 
-def _is_whole(url: str, partial: Path) -> bool:
-    """Whether an earlier call got all bytes, and was stopped before it could rename the file."""
-    known = _known(url, partial)
-    return known.get("bytes") is not None and known["bytes"] == _size(partial)
-
-
-def _transfer(url: str, partial: Path, size: int | None) -> Iterator[tuple[int, int | None]]:
-    """Append the missing bytes to `partial`, or start over where that is impossible; yields (bytes so far, total)."""
-    asked, condition = _resume_at(url, partial)
+def _request(url: str) -> urllib.request.Request:
+    try:
+        parts = urlsplit(url)
+        login = (parts.username, parts.password)
+    except ValueError as error:
+        raise DownloadError(f"{shown(url)} is no address ({error})") from None
+    place = parts._replace(
+        netloc=parts.netloc.rpartition("@")[2],
+        path=quote(parts.path, safe=_SAFE),
+        query=quote(parts.query, safe=_SAFE + "?"),
+        fragment="",
+    )
     headers = {"Accept-Encoding": "identity", "User-Agent": "instructblip"}
-    if asked:
-        headers |= {"Range": f"bytes={asked}-", "If-Range": condition}
-    with _open(url, headers, partial) as response:
-        start = asked if response.status == 206 and _range_start(response) == asked else 0
-        length = response.headers.get("Content-Length")
-        total = start + int(length) if length is not None and length.isdecimal() else None
-        _check_answer(url, response, start, total, size, partial)
-        if not start:
-            partial.unlink(
-                missing_ok=True
-            )  # before the note: old bytes must never stand beside the new file's validator
-        write_json(_note(partial), {"url": url, "validator": _validator(response), "bytes": total})
-        done = start
-        with open(partial, "ab") as file:
-            while chunk := _read(response):
-                file.write(chunk)
-                file.flush()  # a kill loses nothing that has come
-                done += len(chunk)
-                yield done, total
-        if total is not None and done < total:
-            raise _BrokenOffError(f"the connection ended after {done:,} of {total:,} bytes")
+    request = urllib.request.Request(urlunsplit(place), headers=headers)
+    if login[0] is not None:
+        text = ":".join(unquote(part or "") for part in login)
+        # Not sent on to where the server redirects to.
+        request.add_unredirected_header("Authorization", f"Basic {base64.b64encode(text.encode()).decode()}")
+    return request
 
 
-def _resume_at(url: str, partial: Path) -> tuple[int, str]:
-    """The first byte to ask for, and the validator of the file that the earlier bytes belong to; 0 asks for all."""
-    known = _known(url, partial)
-    return (_size(partial), known["validator"]) if known.get("validator") else (0, "")
+@contextlib.contextmanager
+def _answer(request: urllib.request.Request, url: str) -> Iterator[http.client.HTTPResponse]:
+    try:
+        response = _opener().open(request, timeout=IDLE_SECONDS)
+    except urllib.error.HTTPError as error:
+        error.close()
+        raise _refusal(error, url) from None
+    except urllib.error.URLError as error:
+        raise NoAnswerError(f"no connection: {error.reason}") from None
+    except _BROKEN as error:
+        raise NoAnswerError(f"no connection: {error}") from None
+    with response:
+        yield response
 
 
-def _known(url: str, partial: Path) -> dict[str, Any]:
-    """The note on the file that the bytes in `partial` belong to; empty if there is none, or it is of another URL."""
-    note = _note(partial)
-    known: dict[str, Any] = read_json(note) if partial.is_file() and note.is_file() else {}
-    return known if known.get("url") == url else {}
+def _refusal(error: urllib.error.HTTPError, url: str) -> Exception:
+    said = "".join(sign for sign in f"HTTP {error.code} {error.reason}"[:_LONGEST_REASON] if sign.isprintable())
+    if error.code == 416:  # the file has changed, or all of it was there already
+        return CannotResumeError("the server has no such part of the file")
+    if error.code in _PASSING:
+        return BrokenOffError(said, wait=_seconds_to_wait(error.headers.get("Retry-After")))
+    kind = NotThereError if error.code in (404, 410) else DownloadError
+    return kind(f"{shown(url)} cannot be fetched ({said})")
+
+
+def _seconds_to_wait(text: str | None) -> float | None:
+    """What Retry-After says: seconds, or a date."""
+    if text is None:
+        return None
+    if re.fullmatch("[0-9]+", text.strip()):
+        return float(text)
+    try:
+        moment = parsedate_to_datetime(text)
+    except ValueError:
+        return None
+    moment = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+    return max(0.0, (moment - datetime.now(UTC)).total_seconds())
+
+
+def _stream(response: http.client.HTTPResponse, url: str, asked: int) -> Stream:
+    if response.status not in (200, 206):
+        raise DownloadError(f"{shown(url)} cannot be fetched (HTTP {response.status} {response.reason})")
+    start, total = 0, None
+    length = response.headers.get("Content-Length", "")
+    if response.status == 206:
+        part = re.match(r"bytes ([0-9]{1,18})-[0-9]+/([0-9]{1,18}|\*)", response.headers.get("Content-Range", ""))
+        if not asked or part is None or int(part[1]) != asked:
+            raise CannotResumeError("the server sent another part of the file than was asked for")
+        start, total = asked, None if part[2] == "*" else int(part[2])
+    if total is None and re.fullmatch("[0-9]{1,18}", length):
+        total = start + int(length)
+    encoding = response.headers.get("Content-Encoding", "identity").strip().lower()
+    if encoding in ("identity", ""):
+        return Stream(start, total, _validator(response), _guarded(lambda: response.read1(CHUNK_BYTES)))
+    if encoding not in _ENCODINGS:
+        raise DownloadError(f"{shown(url)} comes encoded as {encoding}; fetch it with a browser")
+    if start:
+        raise CannotResumeError("the server encodes the file, and goes on in the midst of it")
+    # Lengths and parts are those of what is sent, not of the file.
+    return Stream(0, None, None, _guarded(_Decoded(response, encoding, url).read))
 
 
 def _validator(response: http.client.HTTPResponse) -> str | None:
@@ -131,78 +150,126 @@ def _validator(response: http.client.HTTPResponse) -> str | None:
     return etag if etag and not etag.startswith("W/") else response.headers.get("Last-Modified")
 
 
-def _range_start(response: http.client.HTTPResponse) -> int | None:
-    match = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
-    return int(match[1]) if match else None
+def _guarded(read: Callable[[], bytes]) -> Callable[[], bytes]:
+    def guarded() -> bytes:
+        try:
+            return read()
+        except _BROKEN as error:
+            raise BrokenOffError(f"the connection broke: {type(error).__name__}") from None
+
+    return guarded
 
 
-@contextlib.contextmanager
-def _open(url: str, headers: dict[str, str], partial: Path) -> Iterator[http.client.HTTPResponse]:
-    try:
-        response = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT_SECONDS)
-    except urllib.error.HTTPError as error:
-        error.close()
-        if error.code == 416:  # no bytes beyond ours: the file has changed, or ours was whole already
-            partial.unlink(missing_ok=True)
-            raise _BrokenOffError("the server has no such part of the file") from None
-        if error.code in _PASSING:
-            raise _BrokenOffError(f"HTTP {error.code} {error.reason}") from None
-        raise DownloadError(f"{url} cannot be fetched (HTTP {error.code} {error.reason})") from None
-    except urllib.error.URLError as error:
-        raise _UnreachableError(f"no connection: {error.reason}") from None
-    except _BROKEN as error:
-        raise _UnreachableError(f"no connection: {error}") from None
-    with response:
-        yield response
+class _Decoded:
+    """What a server sends as gzip or deflate although the file itself was asked for, a bounded piece at a time."""
+
+    def __init__(self, response: http.client.HTTPResponse, encoding: str, url: str) -> None:
+        self._response, self._encoding, self._url = response, encoding, url
+        self._decoder = zlib.decompressobj(_ENCODINGS[encoding])
+        self._taken = self._given = 0
+        self._held_back = False  # the decoder may have more without further bytes
+
+    def read(self) -> bytes:
+        """The next bytes of the file; none at its end.
+
+        Raises:
+            BrokenOffError: what is sent ends before the file does.
+            DownloadError: it is no such encoding, or hardly anything but encoding.
+        """
+        while not self._decoder.eof:
+            encoded = self._decoder.unconsumed_tail
+            if not encoded and not self._held_back:
+                encoded = self._response.read1(CHUNK_BYTES)
+                self._taken += len(encoded)
+                if not encoded:
+                    raise BrokenOffError(f"the connection ended after {self._given:,} bytes")
+            try:
+                piece = self._decoder.decompress(encoded, CHUNK_BYTES)
+            except zlib.error as error:
+                raise DownloadError(
+                    f"{shown(self._url)} is not {self._encoding}, as its server says ({error})"
+                ) from None
+            self._given += len(piece)
+            self._held_back = len(piece) == CHUNK_BYTES
+            if piece:
+                return piece
+            if self._taken > 2 * self._given + CHUNK_BYTES:  # empty blocks, which may go on for ever
+                raise DownloadError(f"{shown(self._url)} comes as {self._encoding} that holds nothing")
+        return b""
 
 
-def _check_answer(
-    url: str,
-    response: http.client.HTTPResponse,
-    start: int,
-    total: int | None,
-    size: int | None,
-    partial: Path,
-) -> None:
-    if response.status == 206 and start == 0:
-        partial.unlink(missing_ok=True)
-        raise _BrokenOffError("the server sent another part of the file than was asked for")
-    if response.headers.get("Content-Encoding", "identity") != "identity":
-        raise DownloadError(f"{url} comes encoded as {response.headers['Content-Encoding']}; fetch it with a browser")
-    if size is not None and total is not None and total != size:
-        partial.unlink(missing_ok=True)
-        raise DownloadError(f"{url} has {total:,} bytes, expected {size:,}: the file was changed at its source")
-    missing, free = (total or 0) - start, shutil.disk_usage(partial.parent).free
-    if missing > free:
-        raise UserError(f"{partial.parent} has {free:,} bytes free, {url} needs {missing:,}; free some space")
+# --- connections -----------------------------------------------------------------------------------------------------
 
 
-def _read(response: http.client.HTTPResponse) -> bytes:
-    try:
-        return response.read1(_CHUNK_BYTES)
-    except _BROKEN as error:
-        raise _BrokenOffError(f"the connection broke: {type(error).__name__}") from None
+def _opener() -> urllib.request.OpenerDirector:
+    """The usual one without file:, ftp: and data:, which a redirect or a card could name."""
+    opener = urllib.request.OpenerDirector()
+    for handler in (
+        urllib.request.ProxyHandler(),
+        urllib.request.UnknownHandler(),
+        urllib.request.HTTPDefaultErrorHandler(),
+        urllib.request.HTTPErrorProcessor(),
+        _WebOnly(),
+        _Plain(),
+        _Secure(),
+    ):
+        opener.add_handler(handler)
+    return opener
 
 
-def _verify(url: str, partial: Path, size: int | None, sha256: str | None) -> None:
-    """Remove a file that is not the expected one.
-
-    Raises:
-        DownloadError: another size or hash.
-    """
-    found = _size(partial)
-    reason = f"{found:,} bytes, expected {size:,}" if size is not None and found != size else None
-    if reason is None and sha256 is not None and (digest := sha256_file(partial)) != sha256:
-        reason = f"sha256 {digest}, expected {sha256}"
-    if reason is not None:
-        partial.unlink()
-        _note(partial).unlink(missing_ok=True)
-        raise DownloadError(f"{url} has {reason}: the file was changed at its source or on its way")
+class _WebOnly(urllib.request.HTTPRedirectHandler):
+    def redirect_request(
+        self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: Any, newurl: str
+    ) -> urllib.request.Request | None:
+        if not is_http(newurl):
+            raise urllib.error.HTTPError(newurl, code, f"{msg}, to what is no web address", headers, fp)
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.is_file() else 0
+class _Pace(io.RawIOBase):
+    """Bytes of a socket, as long as they come at some pace: a time limit for each byte alone lets a server send one a
+    minute for years."""
+
+    def __init__(self, source: io.RawIOBase) -> None:
+        self._source = source
+        self._since, self._bytes = time.monotonic(), 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        if time.monotonic() - self._since > SLOW_SECONDS:
+            if self._bytes < _SLOW_BYTES:
+                raise TimeoutError(f"{self._bytes} bytes in {SLOW_SECONDS:.0f} seconds")
+            self._since, self._bytes = time.monotonic(), 0
+        found = self._source.readinto(buffer)
+        self._bytes += found or 0
+        return int(found or 0)
+
+    def close(self) -> None:
+        self._source.close()
+        super().close()
 
 
-def _note(partial: Path) -> Path:
-    return partial.with_name(partial.name + ".json")
+class _PacedResponse(http.client.HTTPResponse):
+    def __init__(self, sock: socket.socket, *arguments: Any, **options: Any) -> None:
+        super().__init__(sock, *arguments, **options)
+        self.fp: io.BufferedReader = io.BufferedReader(_Pace(self.fp.detach()))
+
+
+class _PlainConnection(http.client.HTTPConnection):
+    response_class = _PacedResponse
+
+
+class _SecureConnection(http.client.HTTPSConnection):
+    response_class = _PacedResponse
+
+
+class _Plain(urllib.request.HTTPHandler):
+    def http_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
+        return self.do_open(_PlainConnection, req)
+
+
+class _Secure(urllib.request.HTTPSHandler):
+    def https_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
+        return self.do_open(_SecureConnection, req, context=ssl.create_default_context())

@@ -5,25 +5,37 @@ whole on its first read, into a cache of limited size under its SHA-256, which a
 (docs/data.md, "Shards that lie elsewhere").
 """
 
-import json
+import functools
+import hashlib
 import os
+import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
-import fsspec
 from filelock import FileLock, Timeout
 
 from instructblip.errors import UserError
-from instructblip.files import exclusive, is_disk_full, read_json, sha256_file, write_atomically, write_json
+from instructblip.fetch.download import Wanted, WrongFileError, download, fetch_partial, note_of
+from instructblip.fetch.stamps import Stamps
+from instructblip.fetch.streams import NotThereError, joined, shown
+from instructblip.files import exclusive, read_json, sha256_digits, write_json
+from instructblip.progress import progress_bar
 
 REMOTE_NAME = "remote.json"
 _MANIFEST_NAME = "manifest.json"
-_TRIES = 3
+_STAMPS_NAME = "stamps.json"
+_MAX_MANIFEST_BYTES = 1 << 26  # 64 MiB: a line for each of 200,000 shards
+# An index says what lies where in its tar, in fewer bytes than lie there; besides it names what was lost on preparing.
+_MAX_INDEX_EXCESS = 1 << 22
+_AT_A_TIME = 16  # indexes, which are small
 _TOUCH_SECONDS = 30  # a tar's time of last use is renewed at most this often
 _PENDING = ".partial"
+_COUNTED = re.compile(r"[0-9a-f]{64}\.(tar|[0-9]+\.partial)")  # files of the cache that take room
+_AGAIN = "copy the whole folder there again"
 
 
 def is_url(shards: str) -> bool:
@@ -50,84 +62,91 @@ def mirror_datasets(
     """
     if limit < 1:
         raise UserError(f"data.remote_cache_bytes={limit} is too small; give the bytes of several shards")
-    url = url.rstrip("/")
-    root = cache / "mirrors" / "".join(sign if sign.isalnum() else "_" for sign in url)
+    url = url if "?" in url else url.rstrip("/")
+    root = cache / "mirrors" / _mirror_name(url)
     found = {
         (dataset, split)
         for dataset, split in splits
-        if _mirror_split(f"{url}/{dataset}/{split}", root / dataset / split, cache / "tars", limit)
+        if _mirror_split(joined(url, dataset, split), root / dataset / split, cache / "tars", limit)
     }
     return root, found
 
 
+def _mirror_name(url: str) -> str:
+    """The folder of a URL's mirror: one a URL, whatever signs it has, and so that a person finds it."""
+    words = "".join(sign if sign.isascii() and sign.isalnum() else "_" for sign in shown(url))
+    return f"{words[:80]}-{hashlib.sha256(url.encode()).hexdigest()[:16]}"
+
+
 def _mirror_split(url: str, folder: Path, tars: Path, limit: int) -> bool:
     """Fetch a split's manifest and indexes into a folder for `open_split`; False if the URL has no such split."""
-    with exclusive(folder.parent / f".{folder.name}.lock", f"reading {url}"):
+    new = folder.parent / f".{folder.name}.{_MANIFEST_NAME}"
+    with exclusive(folder.parent / f".{folder.name}.lock", f"reading {shown(url)}"):
         try:
-            manifest = _attempt(url, lambda files, place: files.cat_file(f"{place}/{_MANIFEST_NAME}"))
-        except FileNotFoundError:
+            download(Wanted(joined(url, _MANIFEST_NAME), limit=_MAX_MANIFEST_BYTES), new, show=False)
+        except NotThereError:
             return False
         try:
-            entries = json.loads(manifest)["shards"]
-            indexes = {f"{Path(entry['name']).stem}.index.safetensors": entry["index_sha256"] for entry in entries}
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{url}/{_MANIFEST_NAME} is no manifest; give the URL of what prepare.py wrote") from None
+            indexes = _listed_indexes(new)
+        except (UserError, ValueError, KeyError, TypeError):
+            raise UserError(
+                f"{shown(url)}/{_MANIFEST_NAME} is no manifest; give the URL of what prepare.py wrote"
+            ) from None
         folder.mkdir(parents=True, exist_ok=True)
         _mirror_indexes(url, folder, indexes)
         write_json(folder / REMOTE_NAME, {"url": url, "tars": str(tars.absolute()), "limit": limit})
-        write_atomically(
-            folder / _MANIFEST_NAME, manifest
-        )  # last: `open_split` takes a folder with a manifest for complete
+        os.replace(new, folder / _MANIFEST_NAME)  # last: `open_split` takes a folder with a manifest for complete
     return True
 
 
-def _mirror_indexes(url: str, folder: Path, wanted: dict[str, str]) -> None:
-    """Fetch the indexes that are not there yet, many at a time."""
-    missing = [name for name, sha256 in wanted.items() if not _is(folder / name, sha256)]
-    if not missing:
-        return
-    partial = [str(folder / (name + _PENDING)) for name in missing]
-    try:
-        _attempt(url, lambda files, place: files.get([f"{place}/{name}" for name in missing], partial))
-    except FileNotFoundError as error:
-        raise UserError(f"{url} lacks an index of its manifest ({error}); copy the whole folder there again") from None
-    for name in missing:
-        path = folder / (name + _PENDING)
-        if not _is(path, wanted[name]):
-            raise UserError(f"{url}/{name} is not the index that the manifest lists; copy the whole folder there again")
-        os.replace(path, folder / name)
+class _Index(NamedTuple):
+    name: str
+    sha256: str
+    limit: int  # bytes that it has at most
 
 
-def _is(path: Path, sha256: str) -> bool:
-    return path.is_file() and sha256_file(path) == sha256
-
-
-def _attempt(url: str, work: Callable[[Any, str], Any]) -> Any:
-    """Call `work` with the file system of a URL and the path within it; try again a few times on an error.
+def _listed_indexes(manifest: Path) -> list[_Index]:
+    """The indexes that a manifest lists.
 
     Raises:
-        FileNotFoundError: it is not there, for certain.
-        UserError: no such file system, the disk is full, or the last try failed too.
+        UserError, ValueError, KeyError, TypeError: it is no manifest.
     """
-    try:
-        files, place = fsspec.core.url_to_fs(url)  # anew each time: a file system does not outlive a fork
-    except ImportError as error:
-        raise UserError(f"{url} needs a package that is not installed ({error})") from None
-    except ValueError as error:
-        raise UserError(f"{url} cannot be read ({error}); give a folder, or a URL such as s3://BUCKET/FOLDER") from None
-    for tries in range(1, _TRIES + 1):
+    indexes = {}
+    for entry in read_json(manifest)["shards"]:
+        name = f"{Path(entry['name']).stem}.index.safetensors"
+        indexes[name] = _Index(name, sha256_digits(entry["index_sha256"]), int(entry["bytes"]) + _MAX_INDEX_EXCESS)
+    return list(indexes.values())
+
+
+def _mirror_indexes(url: str, folder: Path, indexes: Sequence[_Index]) -> None:
+    """Fetch the indexes that are not there yet, many at a time."""
+    stamps = Stamps(folder / _STAMPS_NAME)
+    missing = [index for index in indexes if not stamps.has(folder / index.name, index.name, index.sha256)]
+    with (
+        progress_bar("indexes", show=len(missing) > _AT_A_TIME) as bar,
+        ThreadPoolExecutor(_AT_A_TIME) as pool,
+    ):
+        task = bar.add_task(f"reading {shown(url)}", total=len(missing))
         try:
-            return work(files, place)
-        except FileNotFoundError:
+            for _ in pool.map(functools.partial(_fetch_index, url, folder), missing):
+                bar.advance(task)
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
             raise
-        except Exception as error:  # each file system raises errors of its own, with no class in common
-            if is_disk_full(error):
-                advice = "free some space, or lower data.remote_cache_bytes"
-                raise UserError(f"disk full while fetching from {url}; {advice}") from None
-            if tries == _TRIES:
-                reason = f"{type(error).__name__} {error}".strip()
-                raise UserError(f"{url} cannot be read ({reason}); look at the connection and run again") from None
-    raise AssertionError("unreachable")
+    for index in missing:
+        stamps.has(folder / index.name, index.name, index.sha256)
+    stamps.save()
+
+
+def _fetch_index(url: str, folder: Path, index: _Index) -> None:
+    wanted = Wanted(joined(url, index.name), sha256=index.sha256, limit=index.limit, patient=True)
+    try:
+        download(wanted, folder / index.name, show=False)
+    except NotThereError:
+        raise UserError(f"{shown(url)} lacks {index.name}, an index of its manifest; {_AGAIN}") from None
+    except WrongFileError:
+        line = f"{shown(url)}/{index.name} is not the index that the manifest lists; {_AGAIN}"
+        raise UserError(line) from None
 
 
 # --- tars ------------------------------------------------------------------------------------------------------------
@@ -153,14 +172,14 @@ class RemoteTars:
         Raises:
             UserError: it is gone, not the one of its index, larger than the cache, or the disk is full.
         """
-        path = self.cache / f"{sha256}.tar"
+        path = self.cache / f"{sha256_digits(sha256)}.tar"
         descriptor = _open(path)
         return self._fetch(name, path, size) if descriptor is None else descriptor
 
     def _fetch(self, name: str, path: Path, size: int) -> int:
         if size > self.limit:
             raise UserError(
-                f"shard {self.url}/{name} has {size:,} bytes, data.remote_cache_bytes={self.limit}; raise that, "
+                f"shard {self._shown(name)} has {size:,} bytes, data.remote_cache_bytes={self.limit}; raise that, "
                 "best to the bytes of many shards"
             )
         self.cache.mkdir(parents=True, exist_ok=True)
@@ -169,51 +188,50 @@ class RemoteTars:
             if descriptor is not None:
                 return descriptor
             partial = path.with_name(f"{path.stem}.{size}{_PENDING}")
-            partial.unlink(missing_ok=True)  # of a process that was killed
             self._take_room(partial, size)
-            try:
-                self._download(name, partial, path.stem, size)
-                descriptor = os.open(partial, os.O_RDONLY | os.O_CLOEXEC)
-                os.replace(partial, path)  # the cache may drop it from now on; the descriptor stays readable
-                return descriptor
-            finally:
-                partial.unlink(missing_ok=True)
+            self._download(name, partial, path.stem, size)
+            descriptor = os.open(partial, os.O_RDONLY | os.O_CLOEXEC)
+            os.replace(partial, path)  # the cache may drop it from now on; the descriptor stays readable
+            note_of(partial).unlink(missing_ok=True)
+            return descriptor
 
     def _download(self, name: str, partial: Path, sha256: str, size: int) -> None:
-        def work(files: Any, place: str) -> None:
-            files.get_file(f"{place}/{name}", str(partial))
-            found = partial.stat().st_size
-            if found < size:
-                raise OSError(f"the download of {name} was cut after {found:,} of {size:,} bytes")
-
+        wanted = Wanted(joined(self.url, name), size=size, sha256=sha256, patient=True)
         try:
-            _attempt(self.url, work)
-        except FileNotFoundError:
-            raise UserError(f"shard {self.url}/{name} is gone; copy the whole folder there again") from None
-        if partial.stat().st_size != size or sha256_file(partial) != sha256:
-            raise UserError(f"shard {self.url}/{name} does not match its index; copy the whole folder there again")
+            fetch_partial(wanted, partial, name, show=False)
+        except NotThereError:
+            partial.unlink()
+            raise UserError(f"shard {self._shown(name)} is gone; {_AGAIN}") from None
+        except WrongFileError:
+            raise UserError(f"shard {self._shown(name)} does not match its index; {_AGAIN}") from None
+
+    def _shown(self, name: str) -> str:
+        return f"{shown(self.url)}/{name}"
 
     def _take_room(self, partial: Path, size: int) -> None:
-        """Drop the tars that were used longest ago until a new one fits, and begin it; its name says how large it gets."""
+        """Drop what was used longest ago until a new tar fits, and begin it; its name says how large it gets."""
         while True:
             with FileLock(self.cache / "room.lock"):
-                if self._drop_oldest(size):
+                if self._drop_oldest(size, partial):
                     partial.touch()
                     return
             time.sleep(0.1)  # others fetch into the room that is left; a killed process gives its room back
 
-    def _drop_oldest(self, size: int) -> bool:
-        pending = [part for part in self.cache.glob(f"*{_PENDING}") if not _is_left_over(part)]
-        taken = sum(int(part.name.split(".")[1]) for part in pending)
-        tars = []
-        for path in self.cache.glob("*.tar"):
+    def _drop_oldest(self, size: int, own: Path) -> bool:
+        """Make room for a tar whose partial file is `own`; return whether there is enough. The room's lock is held."""
+        taken, idle = 0, []
+        for path in (path for path in self.cache.iterdir() if _COUNTED.fullmatch(path.name) and path != own):
+            if path.suffix == _PENDING and _is_held(path):
+                taken += int(path.name.split(".")[1])  # what it is about to be
+                continue
             state = path.stat()
-            tars.append((state.st_mtime_ns, path, state.st_size))
-        taken += sum(bytes_of for _, _, bytes_of in tars)
-        for _, path, bytes_of in sorted(tars):
+            idle.append((state.st_mtime_ns, path, state.st_size))
+            taken += state.st_size
+        for _, path, bytes_of in sorted(idle):
             if taken + size <= self.limit:
                 break
-            path.unlink()  # nothing else removes a tar, and the room's lock is held
+            path.unlink()
+            note_of(path).unlink(missing_ok=True)
             taken -= bytes_of
         return taken + size <= self.limit
 
@@ -232,14 +250,13 @@ def _lock(path: Path) -> Path:
     return path.parent / f"{path.name.split('.')[0]}.lock"
 
 
-def _is_left_over(partial: Path) -> bool:
-    """Remove a partial tar whose process was killed; return whether it was one."""
+def _is_held(partial: Path) -> bool:
+    """Whether a process fetches a tar; else it was killed, or gave up, and what it got may be gone on with."""
     try:
         with FileLock(_lock(partial), timeout=0):
-            partial.unlink(missing_ok=True)
+            return False
     except Timeout:
-        return False
-    return True
+        return True
 
 
 def remote_tars(folder: Path) -> RemoteTars | None:

@@ -8,8 +8,11 @@ import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from email.parser import BytesHeaderParser
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
+
+from rich.progress import Progress, TaskID
 
 from instructblip.errors import UserError
 from instructblip.fetch.archives import check_zip_member
@@ -17,6 +20,8 @@ from instructblip.files import sha256_file
 from instructblip.progress import bytes_bar
 
 _MAX_UNPACKED_BYTES = 4 << 30
+_SLACK_BYTES = 1 << 20  # that pip's own files may have
+_MAX_TEXT_BYTES = 1 << 20  # of a licence
 _POLL_SECONDS = 0.2
 _NO_CONNECTION = ("NewConnectionError", "ConnectTimeout", "ReadTimeout", "NameResolution", "ProxyError", "SSLError")
 
@@ -81,7 +86,7 @@ def download_wheel(wheel: WheelSource, folder: Path, *, progress: bool) -> Path:
         # pip tells nothing of its progress to a pipe (before 24.1), but its temporary file can be seen growing.
         with open(log, "wb") as output:
             environment = {**os.environ, "TMPDIR": str(temporary)}
-            status = _run(command, environment, output, lambda: bar.update(task, completed=_largest_file(folder)))
+            status = _run(command, environment, output, partial(_show_size, wheel, folder, bar, task))
         if status != 0:
             _raise_reason(log.read_text(errors="replace"), status)
     found = find_wheel(wheel, target)
@@ -115,11 +120,16 @@ def wheel_licence(archive: Path) -> dict[str, str]:
         found = {}
         for name in names:
             if name.name == "METADATA":
-                headers = BytesHeaderParser().parsebytes(wheel.read(str(name)))
+                headers = BytesHeaderParser().parsebytes(_beginning(wheel, str(name)))
                 found["licence"] = _licence_name(headers.items())
             elif name.name.upper().startswith(("LICENSE", "LICENCE")):
-                found["licence_text"] = wheel.read(str(name)).decode(errors="replace")
+                found["licence_text"] = _beginning(wheel, str(name)).decode(errors="replace")
     return {key: value for key, value in found.items() if value}
+
+
+def _beginning(wheel: zipfile.ZipFile, name: str) -> bytes:
+    with wheel.open(name) as member:
+        return member.read(_MAX_TEXT_BYTES)
 
 
 def _licence_name(headers: list[tuple[str, str]]) -> str:
@@ -184,6 +194,20 @@ def _raise_reason(log: str, status: int) -> None:
         raise UnreachableError("no connection to the package registry")
     errors = [line.removeprefix("ERROR: ") for line in log.splitlines() if line.startswith("ERROR: ")]
     raise UnreachableError(errors[-1] if errors else f"pip ended with status {status}")
+
+
+def _show_size(wheel: WheelSource, folder: Path, bar: Progress, task: TaskID) -> None:
+    """Show how much has come.
+
+    Raises:
+        UserError: more than the wheel has, so that the rest need not be waited for.
+    """
+    size, limit = _largest_file(folder), _MAX_UNPACKED_BYTES if wheel.bytes is None else wheel.bytes
+    if size > limit:
+        raise UserError(
+            f"the registry's file {wheel.file_pattern} has more than the {limit:,} bytes that were expected"
+        )
+    bar.update(task, completed=size)
 
 
 def _largest_file(folder: Path) -> int:

@@ -60,7 +60,7 @@ class VisionEncoder(ExactBuffers):
         std: Sequence[float],
         layers: Sequence[str] = (),
         grid: int | None = None,
-        options: Mapping[str, Any] | None = None,
+        options: Mapping[Any, Any] | None = None,
         final_norm: bool = True,
     ) -> None:
         super().__init__()

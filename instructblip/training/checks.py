@@ -1,6 +1,7 @@
 """What a recipe's phases must keep of the objectives that exist; refused before anything is loaded."""
 
 from instructblip.config.schema import ModelKind, PhaseConfig, RecipeConfig
+from instructblip.config.validate import nearest
 from instructblip.errors import UserError
 from instructblip.objectives import OBJECTIVES, Objective, make_objectives
 from instructblip.objectives.base import BatchObjective, PairedObjective
@@ -17,7 +18,7 @@ def check_objectives(recipe: RecipeConfig, kind: ModelKind) -> None:
         key = f"recipe.phases.{phase_name}"
         for name in phase.objectives:
             if name not in OBJECTIVES:
-                raise UserError(f"{key}.objectives.{name} is none of {', '.join(OBJECTIVES)}")
+                raise UserError(f"{key}.objectives.{name} is no objective{nearest(name, OBJECTIVES)}")
         objectives = make_objectives(phase.objectives)
         if not objectives:
             raise UserError(

@@ -155,17 +155,26 @@ class BestStep:
     def __init__(self, of: str | None) -> None:
         self._of = of
         self._value = -math.inf
+        self._newest: float | None = None
         self.step: int | None = None
+
+    @property
+    def score(self) -> float | None:
+        """What the run has reached: the best validation, or the mean of the newest where none is compared."""
+        if self._of is None:
+            return self._newest
+        return None if self.step is None else self._value
 
     def see(self, entry: Mapping[str, Any]) -> None:
         """Take a finished step's entry into account."""
         scores: Mapping[str, float | None] = entry.get("validation") or {}
-        if not scores or self._of is None:
+        if not scores:
             return
-        values = list(scores.values()) if self._of == "mean" else [scores.get(self._of)]
+        values = list(scores.values()) if self._of in (None, "mean") else [scores.get(self._of)]
         known = [value for value in values if value is not None and math.isfinite(value)]
-        if len(known) == len(values) and (mean := sum(known) / len(known)) > self._value:
-            self.step, self._value = entry["step"], mean
+        self._newest = sum(known) / len(known) if len(known) == len(values) else None
+        if self._of is not None and self._newest is not None and self._newest > self._value:
+            self.step, self._value = entry["step"], self._newest
 
     def state(self) -> dict[str, Any] | None:
         """What a checkpoint keeps, as plain JSON; None where nothing is compared."""

@@ -126,7 +126,7 @@ def restore(run: TrainingRun, checkpoint: LoadedCheckpoint) -> int:
     run.lost.restore(checkpoint.state["lost"])
     run.skipped.restore(checkpoint.state["skipped"])
     if not run.best.restore(checkpoint.state["best"]):
-        _find_best(run, checkpoint.step)
+        find_best(run, checkpoint.step)
     run.console.print(f"continuing {checkpoint.path} after step {checkpoint.step}", highlight=False, soft_wrap=True)
     return checkpoint.step
 
@@ -179,7 +179,7 @@ def _is_allowed(key: str, allowed: Collection[str]) -> bool:
     return any(key == name or key.startswith(f"{name}.") for name in allowed)
 
 
-def _find_best(run: TrainingRun, last: int) -> None:
+def find_best(run: TrainingRun, last: int) -> None:
     """Look for the best step up to the last that counts, where no checkpoint kept which it is."""
     if run.ranks.is_first:
         for entry in run.metrics.read():

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from instructblip.config import entry
 from instructblip.config.checks import check_batches
+from instructblip.config.entry import Outcome
 from instructblip.config.schema import TrainConfig
 from instructblip.config.validate import to_yaml
 from instructblip.data.batching import Batch
@@ -28,6 +29,7 @@ from instructblip.training.plan.tables import plan_summary, plan_table, shares_p
 from instructblip.training.resume import (
     check_configuration,
     check_equal,
+    find_best,
     find_checkpoint,
     restore,
     restore_optimisation,
@@ -49,8 +51,10 @@ def main() -> None:
     entry.main("train", TrainConfig, train)
 
 
-def train(config: TrainConfig, console: Console) -> int:
-    """Run train.py with a validated configuration; return the exit status (0, or 128 + signal when told to stop).
+def train(config: TrainConfig, console: Console) -> Outcome:
+    """Run train.py with a validated configuration; the exit status is 0, or 128 + signal when told to stop.
+
+    The score is the run's best validation where recipe.keep_best says of what, else the mean of its last one.
 
     With `plan` only what the run would need is printed, by the first of torchrun's processes; 1 when it does not fit.
 
@@ -60,7 +64,7 @@ def train(config: TrainConfig, console: Console) -> int:
     check_objectives(config.recipe, config.model.kind)
     config = with_absolute_cards(config)
     if config.plan:
-        return _print_plan(config, console)
+        return Outcome(_print_plan(config, console))
     device, folder = choose_device(config.device), Path(config.output) / config.name
     with StopRequest() as stop, start_ranks(device, config.parallel.timeout) as ranks:
         check_batches(config.recipe.phases, ranks.world_size)
@@ -87,7 +91,7 @@ def _silent(ranks: Ranks) -> Iterator[None]:
         yield
 
 
-def _train(config: TrainConfig, folder: Path, ranks: Ranks, stop: StopRequest, console: Console) -> int:
+def _train(config: TrainConfig, folder: Path, ranks: Ranks, stop: StopRequest, console: Console) -> Outcome:
     try:
         with stop.at_once():
             checkpoint = find_checkpoint(config, folder, ranks, console)
@@ -96,7 +100,7 @@ def _train(config: TrainConfig, folder: Path, ranks: Ranks, stop: StopRequest, c
             run, checkpoint = set_up(config, folder, ranks, console, checkpoint)
     except Stopped:
         console.print("stopped before the first step; run the same command again to begin", soft_wrap=True)
-        return stop.exit_code
+        return Outcome(stop.exit_code)
     start = restore(run, checkpoint) if checkpoint else 0
     clear_stop_file(run)
     check_equal(run)
@@ -117,15 +121,23 @@ def _train(config: TrainConfig, folder: Path, ranks: Ranks, stop: StopRequest, c
         finish(run, stop)
     except Stopped:
         return _stopped(run, stop, done)
-    return 0
+    return Outcome(score=_score(run))
 
 
-def _stopped(run: TrainingRun, stop: StopRequest, done: int) -> int:
+def _score(run: TrainingRun) -> float | None:
+    """What the run has reached, the same on all ranks."""
+    if run.validation and run.best.score is None:  # of a run that was resumed after its last validation
+        find_best(run, total_steps(run.phases))
+        return run.ranks.gather(run.best.score)[0]
+    return run.best.score
+
+
+def _stopped(run: TrainingRun, stop: StopRequest, done: int) -> Outcome:
     run.writer.wait()
     run.metrics.close()
     run.logger.finish()
     run.console.print(f"stopped at step {done}; run the same command with resume=auto to go on", soft_wrap=True)
-    return stop.exit_code
+    return Outcome(stop.exit_code)
 
 
 # --- steps -----------------------------------------------------------------------------------------------------------
@@ -162,11 +174,8 @@ def _train_steps(run: TrainingRun, start: int, stop: StopRequest, unvalidated: d
             entry = log_entry(step, place, rate, result, _measures(timer, run))
             stop.stop_signal = result.stop_signal or None
             trace(done)
-            due = (
-                bool(run.validation and place.phase.is_validated)
-                and done % recipe.validate_every == 0
-                and (done < steps or not run.final)
-            )
+            says_something = bool(run.validation and place.phase.is_validated)
+            due = says_something and (done % recipe.validate_every == 0 or done == steps)
             stopping = not _record(run, progress, entry, stop, due=due) or stop.stop_signal is not None
             progress.update(done, result.loss, timer.samples_per_second)
             if done % recipe.checkpoint_every == 0 or done == steps or stopping or run.best.step == done:

@@ -69,6 +69,7 @@ def check_settings(folder: Path) -> None:
     _refuse_adapter(folder)
     raw = config_json(folder)
     _check_quantisation(folder, raw)
+    _check_implementations(folder, raw)
     _check_model_type(folder, raw)
 
 
@@ -212,6 +213,18 @@ def _check_quantisation(folder: Path, raw: dict[str, Any]) -> None:
         f"{folder} holds quantised weights{f' ({method})' if method else ''}; use the unquantised model, and "
         "llm.quantization=int8 or nf4 to hold it in less memory"
     )
+
+
+def _check_implementations(folder: Path, raw: dict[str, Any]) -> None:
+    """transformers takes `attn_implementation: OWNER/NAME` for compiled code on the hub, fetches it and runs it."""
+    for part in (raw, *(value for value in raw.values() if isinstance(value, dict))):
+        for key, value in part.items():
+            values = value.values() if isinstance(value, dict) else [value]
+            if key.endswith("_implementation") and any("/" in str(one) for one in values):
+                raise UserError(
+                    f"{folder}/config.json: {key} {value!r} names code on the hub, and code that comes with weights is "
+                    "never run; remove that key"
+                )
 
 
 def _check_model_type(folder: Path, raw: dict[str, Any]) -> None:

@@ -161,7 +161,7 @@ def language_model_of_sizes(config: LLMConfig) -> Any:
     return model
 
 
-def override_settings(settings: Any, options: Mapping[str, Any]) -> None:
+def override_settings(settings: Any, options: Mapping[Any, Any]) -> None:
     """Replace values of a transformers configuration.
 
     Raises:

@@ -31,7 +31,7 @@ def smoke(world: World, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
     folder, console = tmp_path_factory.mktemp("smoke"), Console(file=io.StringIO(), width=200)
     overrides = ["experiment=smoke", f"data.shards={folder / 'data'}", f"output={folder / 'train'}", *_tiny(world)]
     with world.here(), one_thread():
-        assert train(compose("train", TrainConfig, overrides), console) == 0
+        assert train(compose("train", TrainConfig, overrides), console).status == 0
     printed: str = console.file.getvalue()
     return folder / "train/smoke", folder / "data", printed
 

@@ -80,7 +80,11 @@ def test_a_failing_job_is_one_line_and_the_others_run(world: World, arguments: l
         (["llm=vicuna_7b,vicuna_7"], "there is no llm=vicuna_7; did you mean vicuna_7b? configs/llm has: "),
         (["batch_sise=1,2"], "unknown key batch_sise; did you mean batch_size?"),
         (["samples=1,2", "suite=demmo"], "there is no suite=demmo; did you mean demo? "),
-        (["samples=1,[2"], "the command line cannot be understood ("),
+        (["samples=1,[2"], "samples=1,[2 cannot be understood; "),
+        (
+            ["data.workers=0,1", "data={cache_features: false}"],
+            "data.workers is swept, and data={...} would set it again in each job; give the other keys of data one by one",
+        ),
         pytest.param(
             ["hydra/launcher=slurm", "samples=1,2"],
             "hydra/launcher=slurm needs Hydra's launcher for it; pip install -r requirements-slurm.txt",

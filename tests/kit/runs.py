@@ -141,7 +141,7 @@ def train_here(world: World, output: Path, *overrides: str) -> Path:
     """Train to the end and return the run's folder."""
     config = compose("train", TrainConfig, [*world.train, f"output={output}", *overrides])
     with world.here(), one_thread():
-        assert train(config, Console(quiet=True)) == 0
+        assert train(config, Console(quiet=True)).status == 0
     return output / config.name
 
 

@@ -2,7 +2,8 @@
 
 import contextlib
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -17,6 +18,7 @@ class FileServer:
         cuts: for each coming answer, after how many bytes its connection ends; none left: at the end.
         stalls: how many coming answers stop there without ending the connection, until `going_on` is set.
         statuses: for each coming answer, a status to send in place of the file.
+        answers: for each coming request, a function that answers it, whatever is asked for.
         requests: (path, Range, If-Range) of each request.
     """
 
@@ -29,12 +31,16 @@ class FileServer:
         self.stalls = 0
         self.going_on = threading.Event()
         self.statuses: list[int] = []
+        self.answers: list[Callable[[BaseHTTPRequestHandler], None]] = []
         self.requests: list[tuple[str, str | None, str | None]] = []
 
     def answer(self, handler: BaseHTTPRequestHandler) -> None:
         """Send one answer."""
         wanted, condition = handler.headers["Range"], handler.headers["If-Range"]
         self.requests.append((handler.path, wanted, condition))
+        if self.answers:
+            self.answers.pop(0)(handler)
+            return
         status = self.statuses.pop(0) if self.statuses else 200 if handler.path in self.files else 404
         if status != 200:
             handler.send_error(status)
@@ -58,6 +64,31 @@ class FileServer:
         if self.stalls:
             self.stalls -= 1
             self.going_on.wait(60)
+
+
+def answer(
+    status: int, content: bytes = b"", *, times: int = 1, every: float = 0.0, **headers: str
+) -> Callable[[BaseHTTPRequestHandler], None]:
+    """An answer for `FileServer.answers`: it ends with the connection, where no Content_Length says when.
+
+    Args:
+        times: how often the content is sent.
+        every: seconds before each time.
+        headers: with `_` in place of `-`.
+    """
+
+    def send(handler: BaseHTTPRequestHandler) -> None:
+        handler.close_connection = True
+        handler.send_response(status)
+        for name, value in headers.items():
+            handler.send_header(name.replace("_", "-"), value)
+        handler.end_headers()
+        for _ in range(times):
+            time.sleep(every)
+            handler.wfile.write(content)
+            handler.wfile.flush()
+
+    return send
 
 
 @contextlib.contextmanager

@@ -205,7 +205,10 @@ def test_a_view_takes_the_source_from_its_parent(folder: Path) -> None:
         ({"not_fetched": ..., "fetch": [GOOD | {"unpack": "/tmp"}]}, "fetch.0: '/tmp' must be a path below"),
         ({"not_fetched": ..., "fetch": [GOOD | {"gives": []}]}, "fetch.0.gives must name what is there afterwards"),
         ({"not_fetched": ..., "fetch": [GOOD | {"unpack": None, "flat": True}]}, "fetch.0.gives must name what is"),
-        ({"not_fetched": ..., "fetch": [GOOD | {"sha256": "AB"}]}, "fetch.0.sha256 must be 64 hexadecimal digits"),
+        (
+            {"not_fetched": ..., "fetch": [GOOD | {"sha256": "AB"}]},
+            "fetch.0.sha256=AB: give the 64 hexadecimal digits",
+        ),
         (
             {"not_fetched": ..., "fetch": [GOOD | {"splits": ["tests"]}]},
             "'tests' is not among splits; did you mean 'test'?",

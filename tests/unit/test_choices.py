@@ -1,16 +1,20 @@
 """One verdict: the choices of the schema are those of the code, and the same wrong value gives the same line everywhere."""
 
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+import yaml
 
 from instructblip.config import schema
-from instructblip.config.entry import check_overrides, compose_config
+from instructblip.config.entry import _parse, check_overrides, compose_config
 from instructblip.config.schema import EvaluateConfig, FeaturesConfig, InspectConfig, PrepareConfig, TrainConfig
+from instructblip.config.validate import read_model_config, to_yaml
 from instructblip.data.batching import BATCHINGS
 from instructblip.data.mixture import WEIGHTINGS
 from instructblip.data.prepare.ocr import RECOGNISERS
@@ -106,6 +110,81 @@ def test_a_wrong_value_gives_the_same_line_to_every_use_of_a_command(command: st
     assert lines == {str(error.value)}
     assert str(error.value).startswith(line)
     assert "\n" not in str(error.value)
+
+
+HARD_VALUES = [
+    "/data/My Photos (1)", "a=b", "s3://bucket/x?y=1&z=2", "Müller", "don't", 'a "quoted" word', "{x}", "[a", "a#b", "a;b",
+    "it's \"both\"(", "$HOME(", "a`b`(", "wow!(", "C:\\(x)", "ends(\\", "a(\\'b",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("value", HARD_VALUES)
+def test_the_hint_for_a_value_that_hydra_cannot_read_works_in_a_shell(value: str) -> None:
+    with pytest.raises(UserError, match="cannot be understood; put the value in quotes within quotes: ") as error:
+        _parse([f"name={value}"])
+    hint = str(error.value).split("within quotes: ")[1].split("; in a list")[0]
+    printed = subprocess.run(["bash", "-c", f"printf %s {hint}"], capture_output=True, text=True, check=True).stdout
+    assert [printed] == shlex.split(hint)
+    (override,) = _parse([printed])
+    assert (override.key_or_group, override.value()) == ("name", value)
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("name=a,b", "name=a,b are several values; give -m to run one job for each, or \"name='a,b'\" for one text"),
+        ("llm=a,b", "llm=a,b are several values; give -m to run one job for each"),
+        ("suite.held_out=gqa", "suite.held_out must be a list, not 'gqa'; give suite.held_out=[gqa]"),
+        ("suite=[gqa]", "there is no suite=gqa; configs/suite has: demo, held_in, held_out"),
+        ("name", "name cannot be understood; write each setting as key=value"),
+        ("train.learning_rates.qfromer=1", "unknown key train.learning_rates.qfromer; did you mean train.learning_rates.q"),
+        ("recipe.keep_best=easy_vqa_colou", "recipe.keep_best=easy_vqa_colou is no dataset of suite.held_in, nor mean; did"),
+    ],
+)  # fmt: skip
+def test_hints_name_what_works(override: str, line: str) -> None:
+    with pytest.raises(UserError) as error:
+        compose_config("train", TrainConfig, [override])
+    assert str(error.value).startswith(line)
+
+
+FOREIGN = [
+    ("vision.options", {"pretrained": True}, "unknown key vision.options.pretrained; the keys there are: act_layer, "),
+    ("vision.options", {"checkpoint_path": "x.pth"}, "unknown key vision.options.checkpoint_path; "),
+    ("vision.options", {"dept": 3}, "unknown key vision.options.dept; did you mean vision.options.depth?"),
+    ("vision.options", {"depth": {"a": ["b"]}}, "vision.options={'depth': {'a': ['b']}}: depth must be a number, true or"),
+    ("llm.options", {"attn_implementation": "sdpa"}, "unknown key llm.options.attn_implementation; "),
+    ("llm.options", {"auto_map": {}}, "unknown key llm.options.auto_map; "),
+    ("llm.options", {"hiden_act": "gelu"}, "unknown key llm.options.hiden_act; did you mean llm.options.hidden_act?"),
+    ("llm.options", {"hidden_act": "evil/x"}, "llm.options={'hidden_act': 'evil/x'}: hidden_act must be a number, "),
+    ("llm.name", "../../x", "llm.name=../../x: give a name, not a path"),
+    ("vision.name", ".hidden", "vision.name=.hidden: give a name, not a path"),
+    ("llm.sources.hub_revision", "refs/../x", "llm.sources.hub_revision=refs/../x: give a commit, tag or branch"),
+    ("vision.sources.wheel.project", "--index-url", "vision.sources.wheel.project=--index-url: give the name of a Python"),
+    ("vision.sources.wheel.version", "1 -r x", "vision.sources.wheel.version=1 -r x: give a version, such as 1.0.2"),
+    ("vision.sources.wheel.sha256", "../x", "vision.sources.wheel.sha256=../x: give the 64 hexadecimal digits"),
+]  # fmt: skip
+
+
+def test_what_a_foreign_configuration_could_reach_with_is_refused(tmp_path: Path) -> None:
+    text, path = to_yaml(compose_config("train", TrainConfig, [])), tmp_path / "config.yaml"
+    for place, value, line in FOREIGN:
+        stored = yaml.safe_load(text)
+        *sections, last = place.split(".")
+        inner = stored
+        for section in sections:
+            inner = inner[section]
+        inner[last] = value
+        path.write_text(yaml.safe_dump(stored))
+        with pytest.raises(UserError) as error:
+            read_model_config(path)
+        assert str(error.value).startswith(f"{path}: {line}")
+    with pytest.raises(UserError, match=r"^data\.sources\.a/b: give a name, not a path"):
+        compose_config("train", TrainConfig, ["data.sources={a/b: {path: x}}"])
+
+
+def test_a_hash_in_capitals_is_the_same_hash() -> None:
+    config = compose_config("train", TrainConfig, ["vision.sources.wheel.sha256=" + "AB" * 32])
+    assert config.vision.sources.wheel.sha256 == "ab" * 32
 
 
 def test_several_wrong_values_are_all_named() -> None:

@@ -1,6 +1,7 @@
 """Each family in configs/llm, as a tiny random model with the real YAML: forward, backward, generate and rank."""
 
 import io
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -297,6 +298,22 @@ def test_mistakes_end_in_one_line(changes: dict[str, Any], words: list[str], fol
         load("vicuna_7b", folders, **changes)
     assert [word for word in words if word not in str(error.value)] == []
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("attn_implementation", "someone/attention"),
+        ("_attn_implementation", {"": "someone/attention@main:f"}),
+        ("experts_implementation", "someone/experts"),
+    ],
+)
+def test_code_on_the_hub_is_not_run(key: str, value: Any, folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(folders["vicuna_7b"], tmp_path / "llm"))
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | {key: value}))
+    with pytest.raises(UserError, match=rf"llm=vicuna_7b: .*config\.json: {key} .* names code on the hub"):
+        load_llm(llm_config("vicuna_7b", folder))
 
 
 @pytest.mark.parametrize("change", ["missing", "surplus", "misshapen"])

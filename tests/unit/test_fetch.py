@@ -81,7 +81,7 @@ def card(server: FileServer) -> Card:
 
 def _fetch(card: Card, raw: Path, splits: list[str] | None = None) -> str:
     console = Console(file=io.StringIO(), width=300)
-    fetch_raw(card, raw, console, splits=splits or [], pause=0)
+    fetch_raw(card, raw, console, splits=splits or [])
     text: str = console.file.getvalue()
     return text
 

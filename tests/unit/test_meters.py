@@ -123,6 +123,28 @@ def test_the_best_step_is_the_first_of_equals() -> None:
         assert resumed.step == step
 
 
+def test_the_score_of_a_run_is_its_best_or_else_its_newest() -> None:
+    validations: list[dict[str, float | None]] = [
+        {"a": 40.0, "b": 60.0},
+        {"a": 90.0, "b": 50.0},
+        {"a": 10.0, "b": 80.0},
+    ]
+    for of, score in {"mean": 70.0, "b": 80.0, "c": None, None: 45.0}.items():
+        best = BestStep(of)
+        assert best.score is None
+        for number, validation in enumerate(validations):
+            best.see({"step": number, "validation": validation})
+            best.see({"step": number + 1})
+        assert best.score == score
+        resumed = BestStep(of)
+        resumed.restore(best.state())
+        assert resumed.score == (score if of else None)
+    for unknown in (math.nan, None):
+        best = BestStep(None)
+        best.see({"step": 1, "validation": {"a": 90.0, "b": unknown}})
+        assert best.score is None
+
+
 def test_what_a_checkpoint_keeps_of_other_scores_is_no_best() -> None:
     best = BestStep("mean")
     best.see({"step": 3, "validation": {"a": 40.0}})

@@ -87,7 +87,7 @@ def plan(*overrides: str) -> Plan:
 
 def printed(*overrides: str) -> tuple[int, str]:
     console = Console(file=io.StringIO(), width=120)
-    status = train(compose("train", TrainConfig, ["plan=true", *overrides]), console)
+    status = train(compose("train", TrainConfig, ["plan=true", *overrides]), console).status
     assert isinstance(console.file, io.StringIO)
     return status, console.file.getvalue()
 
@@ -244,9 +244,9 @@ def test_every_experiment_is_planned_and_nothing_is_opened(
     for name in ("builtins.open", "io.open", "os.open", "socket.socket.connect", "torch.load"):
         monkeypatch.setattr(name, refuse)
     monkeypatch.setattr("instructblip.weights.parts.part_folder", refuse)
-    monkeypatch.setattr("instructblip.training.setup.load_card", refuse)
+    monkeypatch.setattr("instructblip.training.setup.load_cards", refuse)
     console = Console(file=io.StringIO(), width=100)
-    status = train(config, console)
+    status = train(config, console).status
     assert isinstance(console.file, io.StringIO)
     text = console.file.getvalue()
     assert re.search(rf"{experiment} on \d+ x A100 40 GB", text)

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from instructblip.config.schema import DataConfig, SourcesConfig
-from instructblip.data.cards import Card, load_card
+from instructblip.data.cards import Card, load_card, load_cards
 from instructblip.data.prepare.command import Needed, ensure_prepared, shards_folder
 from instructblip.data.prepare.convert import prepare_dataset
 from instructblip.errors import UserError
@@ -52,3 +52,11 @@ def test_what_only_the_user_can_get_may_be_prepared_in_part(raw: Path, tmp_path:
     prepare_dataset(card, raw, shards, splits=["test"], progress=False)
     assert _ensure(card, shards, {}) == ""
     assert shards_folder([Needed(card, frozenset({"test"}))], data, console) == shards
+
+
+def test_all_cards_that_do_not_exist_are_named_at_once() -> None:
+    with pytest.raises(UserError) as caught:
+        load_cards(["easy_vga", "gqa", "okvga", "easy_vga"])
+    assert str(caught.value).count("no dataset card") == 2
+    assert "did you mean 'easy_vqa'" in str(caught.value)
+    assert "did you mean 'okvqa'" in str(caught.value)

@@ -1,5 +1,6 @@
 """Shards behind a URL give what local ones give, through a cache that stays bounded and never holds half a tar."""
 
+import contextlib
 import io
 import itertools
 import json
@@ -13,6 +14,7 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from filelock import FileLock
@@ -28,7 +30,9 @@ from instructblip.data.prepare.command import Needed, shards_folder
 from instructblip.data.prepare.convert import prepare_dataset
 from instructblip.data.shards import open_split
 from instructblip.errors import UserError
+from instructblip.fetch import download as module
 from instructblip.fetch import shard_cache as remote
+from instructblip.fetch import stamps
 from instructblip.fetch.shard_cache import RemoteTars, mirror_datasets
 from instructblip.training.inspect import inspect
 from tests.kit.mixtures import jpeg, mixture_of, write_split
@@ -43,17 +47,29 @@ class Server:
     Attributes:
         asked: path -> how often it was asked for.
         cuts: how many of the next tars are cut off in the middle.
+        endless: names of files that are answered without a length and without an end.
+        sent: bytes of such answers.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, port: int = 0) -> None:
         self.folder = folder
         self.asked: Counter[str] = Counter()
-        self.cuts = 0
+        self.cuts = self.sent = 0
+        self.endless: set[str] = set()
         outer = self
 
         class Handler(SimpleHTTPRequestHandler):
             def do_GET(self) -> None:
-                outer.asked[self.path.rsplit("/", 1)[1]] += 1
+                name = self.path.rsplit("/", 1)[1]
+                outer.asked[name] += 1
+                if name in outer.endless:
+                    self.send_response(200)
+                    self.end_headers()
+                    with contextlib.suppress(ConnectionError):
+                        while True:
+                            self.wfile.write(bytes(1 << 16))
+                            outer.sent += 1 << 16
+                    return
                 if self.path.endswith(".tar") and outer.cuts > 0:
                     outer.cuts -= 1
                     content = (folder / self.path.lstrip("/")).read_bytes()
@@ -67,8 +83,9 @@ class Server:
             def log_message(self, *_: object) -> None:
                 pass
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(folder)))
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        self._server = ThreadingHTTPServer(("127.0.0.1", port), partial(Handler, directory=str(folder)))
+        self.port = self._server.server_port
+        self.url = f"http://127.0.0.1:{self.port}"
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
 
     @property
@@ -79,6 +96,12 @@ class Server:
     def close(self) -> None:
         self._server.shutdown()
         self._server.server_close()
+
+
+@pytest.fixture(autouse=True)
+def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "PAUSE_SECONDS", 0.0)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
 
 
 @pytest.fixture
@@ -133,6 +156,58 @@ def test_a_second_mirror_fetches_manifests_only(server: Server, tmp_path: Path) 
     before = dict(server.asked)
     _mirror(server, tmp_path)
     assert dict(server.asked - Counter(before)) == {"manifest.json": 2}  # there is a train, and no test
+
+
+def test_a_second_mirror_reads_no_index_unless_it_was_touched(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    hash_of = stamps.sha256_file
+    monkeypatch.setattr(stamps, "sha256_file", lambda path: (read.append(path.name), hash_of(path))[1])
+    folder = _mirror(server, tmp_path)
+    assert len(read) == 3
+    read.clear()
+    _mirror(server, tmp_path)
+    assert read == []
+    names = [f"shard-{number:06d}.index.safetensors" for number in range(3)]
+    (folder / names[0]).touch()
+    damaged = bytearray((folder / names[1]).read_bytes())
+    damaged[-1] ^= 1
+    (folder / names[1]).write_bytes(damaged)
+    before = Counter(server.asked)
+    _mirror(server, tmp_path)
+    assert set(read) == set(names[:2])
+    assert server.asked - before == Counter({"manifest.json": 2, names[1]: 1})
+    (folder / "stamps.json").write_text("damaged")
+    read.clear()
+    _mirror(server, tmp_path)
+    assert sorted(read) == names
+    assert server.asked[names[0]] == 1
+
+
+def test_an_index_that_is_damaged_under_its_stamp_is_found_when_it_is_opened(server: Server, tmp_path: Path) -> None:
+    folder = _mirror(server, tmp_path)
+    path = folder / "shard-000001.index.safetensors"
+    state, damaged = path.stat(), bytearray(path.read_bytes())
+    damaged[-1] ^= 1
+    path.write_bytes(damaged)
+    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+    split = open_split(_mirror(server, tmp_path))
+    assert split.read(0, 0)[0] == (jpeg(0),)
+    with pytest.raises(
+        UserError, match=rf"is not the index that .*; delete {re.escape(str(folder))} to fetch it again"
+    ):
+        split.read(1, 0)
+
+
+def test_urls_that_differ_in_any_sign_have_mirrors_of_their_own(tmp_path: Path) -> None:
+    urls = [
+        "https://host/a/b", "https://host/a_b", "https://host/a-b", "https://host/a/b?x=1", "http://host/a/b",
+        "https://host:80/a/b", "https://HOST/a/b", "s3://host/a/b", "https://me@host/a/b", "https://host/" + "a" * 300,
+    ]  # fmt: skip
+    names = [remote._mirror_name(url) for url in urls]
+    assert len(set(names)) == len(urls)
+    assert all(re.fullmatch(r"\w{1,80}-[0-9a-f]{16}", name) for name in names)
 
 
 def test_what_changes_there_changes_here(server: Server, tmp_path: Path) -> None:
@@ -218,15 +293,17 @@ def test_what_a_killed_process_left_takes_no_room(server: Server, tmp_path: Path
 
 def test_what_another_process_fetches_keeps_its_room(server: Server, tmp_path: Path) -> None:
     tars = RemoteTars("", tmp_path, 100)
-    other = tmp_path / f"{'0' * 64}.60.partial"
-    other.touch()
+    own, other = (tmp_path / f"{digit * 64}.60.partial" for digit in "10")
+    other.write_bytes(bytes(60))
     with FileLock(remote._lock(other)):
-        holder = get_context("fork").Process(target=_exit_with, args=(partial(tars._drop_oldest, 50),))
+        holder = get_context("fork").Process(target=_exit_with, args=(partial(tars._drop_oldest, 50, own),))
         holder.start()
         holder.join(30)
         assert holder.exitcode == 0  # no room
         assert other.exists()
-    assert tars._drop_oldest(50)
+    assert tars._drop_oldest(40, own)
+    assert other.exists()  # given up by its process, to be gone on with while there is room
+    assert tars._drop_oldest(50, own)
     assert not other.exists()
 
 
@@ -242,11 +319,29 @@ def test_a_download_that_is_cut_is_made_again(server: Server, tmp_path: Path) ->
     server.cuts = 2
     assert split.read(0, 1)[0] == (jpeg(1),)
     assert server.tars == {"shard-000000.tar": 3}
-    server.cuts = 3
-    with pytest.raises(UserError, match=rf"{re.escape(server.url)}/set/train cannot be read \(.*\); look at the conn"):
+    server.cuts = 100
+    where = rf"{re.escape(server.url)}/set/train/shard-000001\.tar"
+    with pytest.raises(UserError, match=rf"{where} cannot be fetched \(the connection ended .*run the same command"):
         split.read(1, 0)
-    assert list(_tars(tmp_path)) == [f"{split.shards[0].tar_sha256}.tar"]
+    tar, half = split.shards[1].tar_bytes, split.shards[1].tar_sha256
+    assert _tars(tmp_path)[f"{half}.{tar}.partial"] == tar // 2  # to be gone on with
+    server.cuts = 0
     assert split.read(1, 0)[0] == (jpeg(4),)
+    assert sorted(_tars(tmp_path)) == sorted(f"{shard.tar_sha256}.tar" for shard in split.shards[:2])
+
+
+def test_a_server_that_is_away_for_a_moment_is_waited_for(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    split = open_split(_mirror(server, tmp_path))
+    port = server.port
+    server.close()
+    back: list[Server] = []
+    monkeypatch.setattr(
+        module, "time", SimpleNamespace(sleep=lambda _: back or back.append(Server(server.folder, port)))
+    )
+    assert split.read(0, 0)[0] == (jpeg(0),)
+    back[0].close()
 
 
 @pytest.mark.parametrize(
@@ -279,14 +374,51 @@ def test_an_index_that_is_not_the_manifests(server: Server, tmp_path: Path, dama
         path.unlink()
     else:
         path.write_bytes(path.read_bytes() + b" ")
-    words = {"gone": "lacks an index of its manifest", "changed": "is not the index that the manifest lists"}[damage]
+    words = {
+        "gone": "lacks shard-000001.*, an index of its manifest",
+        "changed": "is not the index that the manifest lists",
+    }[damage]
     with pytest.raises(UserError, match=rf"{words}.*; copy the whole folder there again"):
         _mirror(server, tmp_path)
     assert not list((tmp_path / "cache").rglob("manifest.json"))
 
 
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("manifest.json", r"manifest\.json sends more than 1,000,000 bytes"),
+        (
+            "shard-000001.index.safetensors",
+            r"shard-000001\.index\.safetensors is not the index that the manifest lists",
+        ),
+        ("shard-000001.tar", r"shard-000001\.tar does not match its index"),
+    ],
+)
+def test_an_answer_without_end_is_given_up(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, line: str
+) -> None:
+    monkeypatch.setattr(remote, "_MAX_MANIFEST_BYTES", 1_000_000)
+    server.endless = {name}
+    with pytest.raises(UserError, match=line):
+        open_split(_mirror(server, tmp_path)).read(1, 0)
+    assert server.sent < 24_000_000  # what sockets hold, and for an index what it may be larger than its tar
+
+
+@pytest.mark.parametrize("stated", ["../" * 20 + "victim/" + "0" * 64, "", 7, "0" * 63 + "g", None])
+def test_a_hash_that_is_none_names_no_file(server: Server, tmp_path: Path, stated: object) -> None:
+    path = server.folder / "set/train/manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["shards"][0]["index_sha256"] = stated
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="is no manifest"):
+        _mirror(server, tmp_path)
+    with pytest.raises(ValueError, match="64 hexadecimal digits"):
+        RemoteTars("", tmp_path / "tars", ROOMY).open("a.tar", stated, 10)
+    assert not (tmp_path / "tars").exists()
+
+
 def test_what_is_no_manifest(server: Server, tmp_path: Path) -> None:
-    for text in ("<html>sign in</html>", "[]", json.dumps({"shards": [{"name": "a.tar"}]})):
+    for text in ("<html>sign in</html>", "[]", "[" * 100_000, json.dumps({"shards": [{"name": "a.tar"}]})):
         (server.folder / "set/train/manifest.json").write_text(text)
         with pytest.raises(UserError, match=r"set/train/manifest\.json is no manifest; give the URL"):
             _mirror(server, tmp_path)
@@ -305,7 +437,7 @@ def test_a_cache_smaller_than_a_shard(server: Server, tmp_path: Path) -> None:
     [
         ("{server}", "has no prepared easy_vqa (test); prepare it with prepare.py and copy its folder there"),
         ("{server}/nowhere", "has no prepared easy_vqa"),
-        ("http://127.0.0.1:1/shards", "cannot be read (ClientConnector"),
+        ("http://127.0.0.1:1/shards", "easy_vqa/test/manifest.json cannot be fetched (no connection"),
         ("nothing://shards", "cannot be read (Protocol not known: nothing"),
     ],
 )

@@ -12,14 +12,15 @@ from rich.console import Console
 from instructblip.data.cards import Card, Download
 from instructblip.errors import UserError
 from instructblip.fetch.archives import ArchiveError, unpack
-from instructblip.fetch.http import DownloadError, download
+from instructblip.fetch.download import Wanted, download
+from instructblip.fetch.streams import DownloadError
 from instructblip.files import exclusive, write_json
 from instructblip.progress import bytes_bar
 
 WORK_FOLDER = ".fetch"  # below the raw folder: archives, half downloaded or half unpacked
 
 
-def fetch_raw(card: Card, raw: Path, console: Console, *, splits: Sequence[str] = (), pause: float = 1.0) -> None:
+def fetch_raw(card: Card, raw: Path, console: Console, *, splits: Sequence[str] = ()) -> None:
     """Download the official files of a dataset to `raw`, and unpack those that are archives.
 
     What is there already is left as it is, whoever put it there; what an earlier call began is gone on with. An archive
@@ -27,7 +28,6 @@ def fetch_raw(card: Card, raw: Path, console: Console, *, splits: Sequence[str] 
 
     Args:
         splits: whose files; empty: those of all.
-        pause: seconds before a broken connection is tried again.
 
     Raises:
         UserError: the card says why its files are not fetched; a file cannot be had, or is not the expected one (both name
@@ -42,23 +42,23 @@ def fetch_raw(card: Card, raw: Path, console: Console, *, splits: Sequence[str] 
         for item in card.fetch:
             if not splits or not item.splits or set(splits) & set(item.splits):
                 try:
-                    _fetch(item, raw, console, pause)
+                    _fetch(item, raw, console)
                 except DownloadError as error:
                     raise UserError(f"{error}; or get it yourself: {card.how_to_get}") from None
 
 
-def _fetch(item: Download, raw: Path, console: Console, pause: float) -> None:
+def _fetch(item: Download, raw: Path, console: Console) -> None:
     work = raw / WORK_FOLDER / sha256(item.url.encode()).hexdigest()[:8]  # several datasets may share a raw folder
     begun = work / "begun.json"
     if all((raw / place).exists() for place in item.gives) and not begun.is_file():
         console.print(f"{', '.join(item.gives)}: there already", highlight=False, soft_wrap=True)
         return
     if item.unpack is None:
-        download(item.url, raw / item.gives[0], size=item.bytes, sha256=item.sha256, pause=pause)
+        download(Wanted(item.url, size=item.bytes, sha256=item.sha256), raw / item.gives[0])
     else:
         archive = work / PurePosixPath(urlsplit(item.url).path).name
         if not archive.is_file():
-            download(item.url, archive, size=item.bytes, sha256=item.sha256, pause=pause)
+            download(Wanted(item.url, size=item.bytes, sha256=item.sha256), archive)
         write_json(begun, asdict(item))  # what the archive gives may be there and not be whole until this is gone
         _unpack(item, archive, raw)
         shutil.rmtree(work)
