@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
+from instructblip.models.arguments import check_choice, check_decoding, check_images, check_texts
 from instructblip.models.base import Inputs, Model, Outputs, PartStructure, PassWorkload, Samples
 from instructblip.models.decoding import decode
 from instructblip.models.qformer import QFormer
@@ -337,8 +338,7 @@ class BLIP2(Model):
             ValueError: unequal numbers of images and texts, an unknown head.
         """
         _check(images, texts)
-        if head not in get_args(MatchHead):
-            raise ValueError(f"head={head!r} is none of {', '.join(get_args(MatchHead))}")
+        check_choice("head", head, get_args(MatchHead))
         ids_BT, mask_BT = self.tokenize(texts)
         tokens_B1PU = self.image_tokens(images)
         if head == "itm":
@@ -396,13 +396,23 @@ class BLIP2(Model):
                 `decoding.decode` takes them; sampling draws one text, whatever `num_beams`.
 
         Raises:
-            ValueError: prompts.
+            ValueError: prompts, or a wrong argument by its name, before anything is computed.
             UserError: there is no language-model head.
         """
         if self.qformer.lm_head is None:
             raise self._has_no("language-model head to caption with")
         if prompts is not None:
             raise ValueError("BLIP-2's first stage captions without a prompt: prompts=None")
+        check_images(images)
+        check_decoding(
+            num_beams=num_beams,
+            max_new_tokens=max_new_tokens,
+            min_new_tokens=min_new_tokens,
+            length_penalty=length_penalty,
+            repetition_penalty=repetition_penalty,
+            temperature=temperature,
+            top_p=top_p,
+        )
         cache = self.encode_images(self.image_tokens(images)).cache
         batch = len(cache.layers[0].keys_BHKE)
         ids_BT = decode(
@@ -452,7 +462,6 @@ def _pair_length(
 def _check(images: Images | None, texts: Sequence[str] | None) -> None:
     if images is None and texts is None:
         raise ValueError("images and texts are both missing: give one of them, or both")
-    if isinstance(texts, str):
-        raise ValueError("texts is one string: give a list of them")
-    if images is not None and texts is not None and len(images) != len(texts):
-        raise ValueError(f"{len(images)} images and {len(texts)} texts do not make pairs")
+    count = None if images is None else check_images(images)
+    if texts is not None:
+        check_texts("texts", texts, count)

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -24,8 +23,11 @@ from instructblip.models.arguments import (
     check_counts,
     check_decoding,
     check_images,
+    check_names,
     check_positions,
     check_texts,
+    check_tokens,
+    frame_counts,
 )
 from instructblip.models.base import Inputs, Model, Outputs, PartStructure, PassWorkload, Samples, blocks_of
 from instructblip.models.llm import LLM
@@ -144,17 +146,21 @@ class InstructBLIP(Model):
 
     def prepare(self, samples: Samples) -> Inputs:
         """Answers end with EOS; too long ones are cut on the right."""
-        sizes = len(samples.images), len(samples.instructions), len(samples.targets)
-        if len(set(sizes)) > 1:
-            raise ValueError(
-                f"{sizes[0]} images, {sizes[1]} instructions and {sizes[2]} targets; each sample needs one"
-            )
+        count = check_images(samples.images, self.vision.width)
+        check_texts("instructions", samples.instructions, count)
+        check_texts("targets", samples.targets, count)
         pairs = zip(samples.instructions, samples.targets, strict=True)
         answers = [self.llm.prompt_format.answer_ids(prompt, target) for prompt, target in pairs]
         return Inputs(samples.images, samples.instructions, answers, samples.image_ids, samples.positions)
 
     def forward(self, inputs: Inputs, wanted: Collection[str], *, packed: bool = False) -> Outputs:
         """See the class for the outputs. Of the LLM, only `answer_logits` needs its layers."""
+        count = check_images(inputs.images, self.vision.width)
+        check_texts("prompts", inputs.prompts, count)
+        check_tokens("answers", inputs.answers, count)
+        check_names("wanted", wanted, self.OUTPUTS)
+        if "answer_logits" in wanted:
+            self._check_positions(inputs.images, inputs.prompts, inputs.answers, training=True)
         visual_BQL, text = self._visual_prompt(self.image_tokens(inputs.images), inputs.prompts)
         tensors, workload = {"visual_prompt": visual_BQL}, PassWorkload(text=text)
         if "visual_cosines" in wanted:
@@ -201,7 +207,7 @@ class InstructBLIP(Model):
         Raises:
             ValueError: a wrong argument, by its name, before anything is computed.
         """
-        count = check_images(images)
+        count = check_images(images, self.vision.width)
         check_texts("prompts", prompts, count)
         check_candidates(candidates, count)
         check_choice("normalize", normalize, ("sum", "mean"))
@@ -216,8 +222,11 @@ class InstructBLIP(Model):
             (follow, text): form.target_ids(text, include_eos, follows_text=follow)
             for follow, text in {(follow, text) for follow, texts in lists for text in texts}
         }
+        if not all(tokens.values()):
+            raise ValueError("candidates holds a text without tokens; set include_eos=True, or leave it out")
         ids = [[tokens[follow, text] for text in texts] for follow, texts in lists]
-        check_positions(self._prompt_lengths(images, prompts), max(map(len, tokens.values())), self.llm.max_positions)
+        longest = [max(ids[number], key=len) for number in list_of]
+        self._check_positions(images, prompts, longest)
         prefixes = self.llm.prefixes(self.visual_prompt(self.image_tokens(images), prompts), prompts)
         return rank_candidates(self.llm, prefixes, ids, list_of, normalize=normalize, token_budget=token_budget)
 
@@ -248,7 +257,7 @@ class InstructBLIP(Model):
             ValueError: a wrong argument, by its name, before anything is computed.
             UserError: logits that are not finite.
         """
-        count = check_images(images)
+        count = check_images(images, self.vision.width)
         if prompts is None:
             prompts = self._no_prompts(count)
         check_texts("prompts", prompts, count)
@@ -261,10 +270,11 @@ class InstructBLIP(Model):
             temperature=temperature,
             top_p=top_p,
         )
-        check_positions(self._prompt_lengths(images, prompts), max_new_tokens, self.llm.max_positions)
-        sampling = (
-            {"do_sample": True, "temperature": temperature, "top_p": top_p} if do_sample else {"do_sample": False}
-        )
+        check_choice("beam_lengths", beam_lengths, generation.BEAM_LENGTHS)
+        self._check_positions(images, prompts, [range(max_new_tokens)] * len(prompts))
+        sampling: dict[str, Any] = {"do_sample": False}
+        if do_sample:  # top_k=0 sets no limit; left out, transformers' default of 50 would
+            sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
         with generation.finite_logits(self.llm.model), generation.beam_lengths(self.llm.model, beam_lengths):
             return self.llm.generate(
                 self.llm.prefixes(self.visual_prompt(self.image_tokens(images), prompts), prompts),
@@ -281,15 +291,18 @@ class InstructBLIP(Model):
             raise ValueError("prompts is None, and this Q-Former reads them; give a list of strings")
         return [""] * count
 
-    def _prompt_lengths(self, images: Images, prompts: Sequence[str]) -> list[int]:
-        """Positions that each prompt fills in the LLM, with the visual tokens of its frames."""
+    def _check_positions(
+        self, images: Images, prompts: Sequence[str], answers: Sequence[Sequence[int]], *, training: bool = False
+    ) -> None:
+        """Refuse prompts that the LLM has too few positions for, with the visual tokens of their frames and an answer."""
         texts, queries = self.llm.prompt_format, self.qformer.query_tokens.shape[1]
-        clips = [images.shape[1]] * len(images) if isinstance(images, Tensor) else images
-        frames = [
-            clip if isinstance(clip, int) else 1 if isinstance(clip, Image.Image) else len(clip) for clip in clips
+        spans = [
+            self.llm.span(
+                len(texts.image_prefix_ids) + n * queries + len(texts.prompt_ids(text, training=training)), len(ids)
+            )
+            for n, text, ids in zip(frame_counts(images), prompts, answers, strict=True)
         ]
-        before = len(texts.image_prefix_ids)
-        return [before + n * queries + len(texts.prompt_ids(text)) for n, text in zip(frames, prompts, strict=True)]
+        check_positions(spans, self.llm.max_positions)
 
     @torch.no_grad()
     def _match_embedding_scale(self) -> None:

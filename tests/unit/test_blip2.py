@@ -78,7 +78,7 @@ def test_pictures_are_those_pixels(model: BLIP2) -> None:
 
 
 def test_sampled_captions_follow_the_random_stream(model: BLIP2) -> None:
-    images, options = tiny_images(2), {"do_sample": True, "max_new_tokens": 8}
+    images, options = tiny_images(2), {"do_sample": True, "max_new_tokens": 9}
     drawn = []
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
@@ -129,12 +129,15 @@ def test_wrong_arguments(model: BLIP2) -> None:
     images, qformer = tiny_images(2), tiny_qformer(vision_width=8)
     parts = {"vision": model.vision, "vision_norm": model.vision_norm}
     cases: list[tuple[str, Callable[[], object]]] = [
-        ("2 images and 3 texts do not make pairs", lambda: model.match(images, TEXTS[:3])),
-        ("2 images and 8 texts do not make pairs", lambda: model.features(images, TEXTS)),
-        ("texts is one string", lambda: model.features(texts="a cat")),
+        ("texts has 3 entries for 2 images", lambda: model.match(images, TEXTS[:3])),
+        ("texts has 8 entries for 2 images", lambda: model.features(images, TEXTS)),
+        ("texts is of type str", lambda: model.features(texts="a cat")),
         ("both missing", lambda: model.features()),
-        ("head='itg' is none of itm, itc", lambda: model.match(images, TEXTS[:2], head="itg")),  # type: ignore[arg-type]
+        ("head is 'itg'; give 'itm' or 'itc'", lambda: model.match(images, TEXTS[:2], head="itg")),  # type: ignore[arg-type]
         ("captions without a prompt", lambda: model.generate(images, ["a", "b"])),  # type: ignore[arg-type]
+        ("num_beams is 0", lambda: model.generate(images, num_beams=0)),
+        ("min_new_tokens is 9, more than max_new_tokens", lambda: model.generate(images, max_new_tokens=5)),
+        (r"images\[0\] is a path", lambda: model.generate(["a.png"])),  # type: ignore[list-item]
         ("one picture a sample, not 3 frames", lambda: model.match(tiny_images(2, frames=3), TEXTS[:2])),
         ("text outputs", lambda: BLIP2(**parts, qformer=qformer, tokenizer=model.tokenizer)),
         (
