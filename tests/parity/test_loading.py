@@ -94,7 +94,8 @@ def test_the_language_model_it_was_aligned_to_is_no_reason_to_warn(
 @pytest.mark.parametrize("source", ["huggingface", "native", "lavis"])
 @pytest.mark.parametrize("llm", ["other", "wide"])
 def test_another_language_model(source: str, llm: str, formats: Formats, caplog: pytest.LogCaptureFixture) -> None:
-    own, (model, *_, parts) = load(formats.huggingface).model, load(getattr(formats, source), llm=llm)
+    own, loaded = load(formats.huggingface).model, load(getattr(formats, source), llm=llm)
+    model = loaded.model
     trained_with = {
         "huggingface": "the LLM of huggingface",
         "native": "huggingface_llm",
@@ -104,7 +105,9 @@ def test_another_language_model(source: str, llm: str, formats: Formats, caplog:
     assert [record.message for record in caplog.records] == [
         f"Q-Former and projection were aligned to {trained_with}; llm={llm} needs them trained{remark}"
     ]
-    assert parts["llm"].name == llm
+    assert loaded.parts["llm"].name == llm
+    assert loaded.standing.aligned_to == trained_with
+    assert loaded.standing.untrained == (("projection",) if llm == "wide" else ())
     assert model.llm.width == model.projection.out_features == {"other": 32, "wide": 48}[llm]
     assert torch.equal(model.projection.weight, own.projection.weight) is (llm == "other")
     for name, tensor in own.held_state().items():
