@@ -217,10 +217,11 @@ def test_the_second_stage_is_of_parts_that_make_it() -> None:
     for override, message in (
         ("qformer.instruction_aware=true", "model=blip2 has a Q-Former that reads no text"),
         ("model.feature_width=8", "model.feature_width is of BLIP-2's first stage"),
-        ("~llm", "model=blip2 needs a language model; give llm=NAME"),
     ):
         with pytest.raises(UserError, match=message):
             composed(override)
+    with pytest.raises(UserError, match="model=blip2 needs a language model; give llm=NAME"):
+        check(dataclasses.replace(decoder, llm=None))
 
 
 def test_values_become_typed() -> None:
