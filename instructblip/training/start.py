@@ -21,7 +21,10 @@ def begin_run(model: Model, config: TrainConfig) -> Begun:
         return Begun(start_new(model))
     weights = [read_start(find_start(source)) for source in given]
     check_pinned(weights, config.init_sha256)
-    return start_from(model, weights, config.qformer, config.llm)
+    begun = start_from(model, weights, config.qformer, config.llm)
+    if not config.init_from:
+        begun.lines.insert(0, f"qformer.stage1 and stage2 are another spelling of init_from=[{','.join(given)}]")
+    return begun
 
 
 def plan_start(config: TrainConfig, plan: Plan) -> list[str]:

@@ -23,10 +23,13 @@ from instructblip.models.instructblip import InstructBLIP
 from instructblip.weights.checkpoint import save_checkpoint
 from instructblip.weights.init_from import Begun, differing_parts, plan_alignment, start_from
 from instructblip.weights.init_sources import check_pinned, find_start, given_weights, read_start, save_text_branch
+from instructblip.weights.lavis import save_lavis
 from instructblip.weights.load import frozen_fingerprints, load_run
 from instructblip.weights.names import foreign_names
 from instructblip.weights.parts import build_model
 from instructblip.weights.start import NO_LLM, PLAIN, Start
+from instructblip.weights.transformers_write import save_huggingface
+from tests.kit.blip2 import tiny_stage1, tiny_stage2, write_retrieval
 from tests.kit.families import write_llm
 from tests.kit.runs import compose
 from tests.kit.tiny import tiny_parts
@@ -199,6 +202,34 @@ def test_without_a_text_branch_instructions_cannot_be_read_unless_bert_has_one(s
     assert "new: text branch (BERT's)" in begun.lines
     text = {name: tensor for name, tensor in bert.held_state().items() if TEXT.search(name)}
     assert same(model, {**stages.model.held_state(), **text}) == []
+
+
+# --- the first stage as the model itself -----------------------------------------------------------------------------
+
+
+def test_the_first_stage_goes_on_from_lavis_transformers_and_the_second_stage(stages: Stages, tmp_path: Path) -> None:
+    source, config = tiny_stage1(0), stages.config.qformer
+    save_lavis(source, tmp_path / "stage1.pth")
+    save_huggingface(source, tmp_path / "whole")  # with the side file for what transformers has no place for
+    write_retrieval(tmp_path / "retrieval")
+    second = tiny_stage2(0)
+    save_lavis(second, tmp_path / "stage2.pth")
+
+    def taken(*places: str) -> tuple[Model, Begun]:
+        weights = [read_start(find_start(str(tmp_path / place))) for place in places]
+        return (model := tiny_stage1(1)), start_from(model, weights, replace(config, extra_tokens=[]), None)
+
+    for place in ("stage1.pth", "whole"):
+        model, begun = taken(place)
+        assert same(model, source.held_state()) == []
+        assert (begun.start.new, begun.start.aligned_to) == ((), None)
+    _, begun = taken("retrieval")
+    assert begun.start.new == ("language-model head", "temperature")
+    model, begun = taken("stage1.pth", "stage2.pth")
+    assert torch.equal(model.state_dict()["qformer.query_tokens"], second.qformer.query_tokens)
+    assert "left out, since this model has none: projection" in begun.lines
+    with pytest.raises(UserError, match="has no text branch"):
+        taken("stage2.pth")
 
 
 # --- what does not fit -----------------------------------------------------------------------------------------------

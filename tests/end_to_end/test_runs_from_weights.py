@@ -22,12 +22,17 @@ from instructblip.distributed import ALONE
 from instructblip.errors import UserError
 from instructblip.evaluation.run import evaluate
 from instructblip.models.base import Model
+from instructblip.models.instructblip import InstructBLIP
 from instructblip.training.loop import StepResult, run_steps
 from instructblip.training.run import train
 from instructblip.training.schedule import StepPosition, rank_positions, step_batching
 from instructblip.training.setup import TrainingRun, make_optimisation, set_up
+from instructblip.weights import init_sources
 from instructblip.weights.__main__ import main as convert
-from instructblip.weights.load import load_model
+from instructblip.weights.init_from import start_from
+from instructblip.weights.init_sources import find_start, read_start
+from instructblip.weights.load import as_instructblip, load_model
+from instructblip.weights.parts import build_model
 from tests.kit.blip2 import write_captioner
 from tests.kit.families import write_llm
 from tests.kit.runs import World, compose, one_thread, read_lines, run_ranks, train_here
@@ -55,7 +60,7 @@ class Source:
 
     config: TrainConfig
     places: dict[str, Path]
-    model: Model
+    model: InstructBLIP
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +82,8 @@ def make_source(world: World, folder: Path, write: Callable[[Path], object], *, 
     config = compose("train", TrainConfig, [*world.train, *TEN_STEPS])
     qformer = replace(parts.qformer, init="given", dropout=0.1)
     config = replace(config, model=parts.model, vision=parts.vision, qformer=qformer, llm=parts.llm)
-    return Source(config, places, load_model(places["transformers"], device="cpu").model)
+    model = as_instructblip(load_model(places["transformers"], device="cpu").model, "")
+    return Source(config, places, model)
 
 
 def first_losses(world: World, config: TrainConfig, folder: Path, by_hand: Model | None = None) -> list[float]:
@@ -127,6 +133,28 @@ def test_ten_steps_are_those_of_a_model_whose_weights_were_put_in_by_hand(
     for place in (*source.places.values(), checkpoint):
         found = first_losses(world, replace(source.config, init_from=[str(place)]), tmp_path)
         assert found == pytest.approx(expected, rel=1e-6), place
+
+
+def test_a_folders_own_parts_are_compared_by_their_weights(
+    instructblip: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers' folders name no LLM; their ViT is taken where it is another than the configured files'."""
+    config, folder = instructblip.config, instructblip.places["transformers"]
+    monkeypatch.setattr(init_sources, "hub_folder", {"Someone/instructblip-tiny": folder}.__getitem__)
+    weights = [read_start(find_start("Someone/instructblip-tiny"))]
+    assert weights[0].source.name == "Someone/instructblip-tiny"
+    model = as_instructblip(build_model(config), "")
+    begun = start_from(model, weights, config.qformer, config.llm)
+    assert (begun.start.aligned_to, model.held_parts, len(begun.lines)) == (None, {"qformer"}, 1)
+    with torch.no_grad():
+        model.vision.backbone.blocks[0].norm1.weight.add_(1)
+        model.llm.embeddings.weight.mul_(2)
+    begun = start_from(model, weights, config.qformer, config.llm)
+    assert torch.equal(
+        model.vision.backbone.blocks[0].norm1.weight, instructblip.model.vision.backbone.blocks[0].norm1.weight
+    )
+    assert (begun.start.aligned_to, model.held_parts) == ("the LLM of Someone/instructblip-tiny", {"qformer", "vision"})
+    assert begun.lines[1].startswith("taken too: the vision encoder of Someone/instructblip-tiny, which differs")
 
 
 # --- a whole run -----------------------------------------------------------------------------------------------------
@@ -238,3 +266,38 @@ def test_an_untrained_projection_is_evaluated_only_when_that_is_allowed(
     assert "never trained: projection" in (tmp_path / "allowed/report.html").read_text()
     model = ask(name="own")["model"]
     assert (model["aligned_to"], model["untrained"], model["allow_untrained"]) == (None, [], False)
+
+
+# --- the chain -------------------------------------------------------------------------------------------------------
+
+
+def test_stage_1_stage_2_and_instruction_tuning_are_three_commands(world: World, tmp_path: Path) -> None:
+    without_llm = replace(world, train=tuple(item for item in world.train if not item.startswith("llm.")))
+    # Steps too small to change a weight: each stage ends with what it began with.
+    short = ("~recipe.phases", "recipe.phases={only: {steps: 2, batch_size: 4, learning_rate: 1e-12, objectives: OWN}}")
+    losses = {"stage1": "{contrastive: 1.0, matching: 1.0, captioning: 1.0}", "other": "{}"}
+
+    def command(world: World, name: str, objectives: str, *overrides: str) -> Path:
+        recipe = [item.replace("OWN", losses[objectives]) for item in short]
+        common = ("recipe.validate_every=9", "vision.norm=layer", "suite=none", f"name={name}", *recipe)
+        return train_here(world, tmp_path, *common, *overrides)
+
+    stage1 = command(without_llm, "one", "stage1", "model=blip2_stage1", "llm=null", "qformer.extra_tokens=['[DEC]']")
+    deaf = ("model=blip2", "qformer.instruction_aware=false")
+    stage2 = command(world, "two", "other", *deaf, f"init_from={stage1}")
+    last = command(world, "three", "other", f"init_from={stage2}")
+
+    first, second, third = (
+        load_file(run / "checkpoints/step_00000002/model.safetensors") for run in (stage1, stage2, last)
+    )
+    text = {name for name in third if "text_ffn" in name or "word_emb" in name or "position_emb" in name}
+    assert load_file(stage2 / "text_branch.safetensors").keys() == text
+    assert third.keys() == second.keys() | text
+    for name, tensor in third.items():
+        origin = second[name] if name.startswith("projection.") else first[name][: len(tensor)]  # but for [DEC]
+        torch.testing.assert_close(tensor, origin, rtol=0, atol=1e-9, msg=name)
+    starts = [json.loads((run / "checkpoints/step_00000002/state.json").read_text())["start"] for run in (stage2, last)]
+    assert [(start["new"], start["aligned_to"]) for start in starts] == [
+        (["projection"], "no language model"),
+        ([], None),
+    ]
