@@ -472,6 +472,32 @@ def write_easy_vqa(raw: Path, images: int) -> None:
     (raw / "answers.txt").write_text("\n".join(sorted(set(answers))))
 
 
+def write_coco_captions(raw: Path) -> None:
+    """Write a raw folder of COCO captions, Karpathy splits: a picture of each colour and shape, 8 others to validate on."""
+    stream = random.Random(0)
+    shown = [(color, shape) for color in COLORS for shape in SHAPES]
+    entries: list[dict[str, Any]] = []
+    for split, pictures in (("train", shown), ("val", shown[::3]), ("test", shown[:1])):
+        folder = "train2014" if split == "train" else "val2014"
+        (raw / folder).mkdir(parents=True, exist_ok=True)
+        for color, shape in pictures:
+            number = len(entries) + 1
+            name = f"COCO_{folder}_{number:012d}.jpg"
+            _draw(color, shape, stream).save(raw / folder / name, quality=95)
+            captions = [f"A {color} {shape}.", f"There is a {shape}, and the color is {color}!"]
+            entries.append(
+                {
+                    "filepath": folder,
+                    "filename": name,
+                    "split": split,
+                    "cocoid": number,
+                    "imgid": number,
+                    "sentences": [{"raw": text, "sentid": 2 * number + place} for place, text in enumerate(captions)],
+                }
+            )
+    (raw / "dataset_coco.json").write_text(json.dumps({"dataset": "coco", "images": entries}))
+
+
 def _questions(color: str, shape: str, stream: random.Random) -> list[tuple[str, str]]:
     other_color = stream.choice([name for name in COLORS if name != color])
     other_shape = stream.choice([name for name in SHAPES if name != shape])
