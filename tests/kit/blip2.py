@@ -49,7 +49,7 @@ def tiny_eva(image_size: int = SIDE) -> VisionEncoder:
     )
 
 
-def tiny_released_stage1(seed: int = 0, *, norm_eps: float = 1e-5, captions: bool = True) -> BLIP2:
+def tiny_stage1(seed: int = 0, *, norm_eps: float = 1e-5, captions: bool = True) -> BLIP2:
     """BLIP-2's first stage, with a language-model head where it is to caption."""
     torch.manual_seed(seed)
     tokenizer = bert_tokenizer()
@@ -66,7 +66,7 @@ def tiny_released_stage1(seed: int = 0, *, norm_eps: float = 1e-5, captions: boo
     return model.eval()
 
 
-def tiny_released_stage2(seed: int = 0, *, llm: LLM | None = None, norm_eps: float = 1e-5) -> InstructBLIP:
+def tiny_stage2(seed: int = 0, *, llm: LLM | None = None, norm_eps: float = 1e-5) -> InstructBLIP:
     """BLIP-2's second stage around a language model, by default `tiny_llm()`."""
     torch.manual_seed(seed)
     model = InstructBLIP(

@@ -21,9 +21,9 @@ from instructblip.models.blip2 import BLIP2
 from instructblip.models.instructblip import InstructBLIP
 from instructblip.weights import load as loading
 from instructblip.weights.__main__ import main
-from instructblip.weights.lavis import save_lavis
+from instructblip.weights.lavis import read_lavis, save_lavis
 from instructblip.weights.load import find_source, load_model
-from tests.kit.blip2 import tiny_eva, tiny_released_stage1, tiny_released_stage2, write_captioner, write_retrieval
+from tests.kit.blip2 import tiny_eva, tiny_stage1, tiny_stage2, write_captioner, write_retrieval
 from tests.kit.tiny import tiny_images
 
 FORMATS = ("huggingface", "native", "lavis")
@@ -54,9 +54,7 @@ def formats(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     folder = tmp_path_factory.mktemp(request.param)
     made = Formats(request.param, folder / "huggingface", folder / "native", folder / "model.pth", folder / "configs")
     # The eps of transformers, which a LAVIS file has not: the same numbers in all three but for that.
-    model: BLIP2 | InstructBLIP = (
-        tiny_released_stage1(norm_eps=1e-6) if made.stage == "stage1" else tiny_released_stage2(norm_eps=1e-6)
-    )
+    model: BLIP2 | InstructBLIP = tiny_stage1(norm_eps=1e-6) if made.stage == "stage1" else tiny_stage2(norm_eps=1e-6)
     model.save_huggingface(made.huggingface)
     assert main([str(made.huggingface), str(made.native), "--to", "native"]) == 0
     save_lavis(model, made.lavis)
@@ -211,7 +209,7 @@ def test_a_vit_of_the_file_is_kept_on_the_way(
 ) -> None:
     """As in the COCO-tuned files of LAVIS, whose ViT was trained on larger images."""
     stage1 = formats.stage == "stage1"
-    model = tiny_released_stage1(3) if stage1 else tiny_released_stage2(3)
+    model = tiny_stage1(3) if stage1 else tiny_stage2(3)
     model.vision = tiny_eva(42)
     model.choose_trained(("vision", "qformer"))
     save_lavis(model, tmp_path / "tuned.pth")
@@ -236,7 +234,7 @@ HALF = (torch.float16, torch.bfloat16)
 def test_a_retrieval_folder_in_half_precision(
     dtype: torch.dtype, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tiny_released_stage1(norm_eps=1e-6).save_huggingface(tmp_path / "whole")
+    tiny_stage1(norm_eps=1e-6).save_huggingface(tmp_path / "whole")
     folder = tmp_path / "half"
     shutil.copytree(tmp_path / "whole", folder)
     Blip2ForImageTextRetrieval.from_pretrained(folder, dtype=dtype).save_pretrained(folder)
@@ -294,3 +292,19 @@ def assert_same_files(found: Path, wanted: Path) -> None:
     for name, tensor in theirs.items():
         assert ours[name].dtype == tensor.dtype, name
         assert torch.equal(ours[name], tensor), name
+
+
+def test_the_width_of_image_tokens_tells_the_released_vit(tmp_path: Path) -> None:
+    names = {}
+    for width in (1408, 1024):
+        tensors = {"ln_vision.weight": torch.ones(width), "itm_head.weight": torch.zeros(2, 8)}
+        tensors |= {"vision_proj.bias": torch.zeros(4), "query_tokens": torch.zeros(1, 4, 8)}
+        torch.save({"model": tensors}, tmp_path / "stage1.pth")
+        config = loading._lavis_config(read_lavis(tmp_path / "stage1.pth"), None)
+        names[width] = config.vision.name
+        assert (config.model.kind, config.model.feature_width, config.model.language_model_head) == (
+            "blip2_stage1",
+            4,
+            False,
+        )
+    assert names == {1408: "eva_vit_g", 1024: "clip_vit_l"}

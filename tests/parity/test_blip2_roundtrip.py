@@ -17,7 +17,7 @@ from instructblip.models.instructblip import InstructBLIP
 from instructblip.weights.lavis import load_lavis, qformer_settings, read_lavis, save_lavis
 from instructblip.weights.transformers_read import load_huggingface
 from instructblip.weights.transformers_settings import read_settings
-from tests.kit.blip2 import EOS, NEWLINE, tiny_released_stage1, tiny_released_stage2, write_captioner, write_retrieval
+from tests.kit.blip2 import EOS, NEWLINE, tiny_stage1, tiny_stage2, write_captioner, write_retrieval
 from tests.kit.tiny import HUGGINGFACE_LLMS, tiny_encoder_decoder_llm, tiny_llm
 from tests.kit.vectors import read, stage1_model, stage2_llm, stage2_model, tensors
 
@@ -37,7 +37,7 @@ def assert_same(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> 
 def test_the_first_stage_goes_to_transformers_and_comes_back_whole(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    model = tiny_released_stage1()
+    model = tiny_stage1()
     model.save_huggingface(tmp_path / "out")
     assert [record.message for record in caplog.records] == [
         "transformers' Blip2ForImageTextRetrieval has no place for the language-model head and the temperature: "
@@ -62,7 +62,7 @@ def test_the_first_stage_goes_to_transformers_and_comes_back_whole(
 
 
 def test_the_first_stage_without_a_language_model_head(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    model = tiny_released_stage1(captions=False, norm_eps=1e-6)
+    model = tiny_stage1(captions=False, norm_eps=1e-6)
     model.save_huggingface(tmp_path / "out")
     assert [record.message for record in caplog.records] == [
         "transformers' Blip2ForImageTextRetrieval has no place for the temperature: instructblip.safetensors beside its own "
@@ -87,7 +87,7 @@ def test_a_published_retrieval_model_goes_out_as_it_came(image_token: bool, tmp_
 
 @pytest.mark.parametrize("llm", LLMS)
 def test_the_second_stage_goes_to_transformers_and_comes_back_whole(llm: str, tmp_path: Path) -> None:
-    model = tiny_released_stage2(llm=LLMS[llm]())
+    model = tiny_stage2(llm=LLMS[llm]())
     model.save_huggingface(tmp_path / "out")
     again = load_huggingface(tmp_path / "out")
     assert isinstance(again, InstructBLIP)
@@ -147,7 +147,7 @@ def test_other_classes_of_blip2_are_named(tmp_path: Path) -> None:
 
 
 def test_a_damaged_folder_of_the_first_stage_is_named(tmp_path: Path) -> None:
-    tiny_released_stage1().save_huggingface(tmp_path / "whole")
+    tiny_stage1().save_huggingface(tmp_path / "whole")
     own, side = "model.safetensors", "instructblip.safetensors"
     for file, lacking in ((own, "itm_head.weight"), (own, "embeddings.word_embeddings.weight"), (side, "temperature")):
         shutil.rmtree(tmp_path / "broken", ignore_errors=True)
@@ -203,7 +203,7 @@ def test_the_second_stage_of_lavis_goes_out_as_it_came(kind: str, tmp_path: Path
     assert_same(torch.load(tmp_path / "again.pth", weights_only=True)["model"], weights | positions)
 
 
-@pytest.mark.parametrize("make", [tiny_released_stage1, tiny_released_stage2])
+@pytest.mark.parametrize("make", [tiny_stage1, tiny_stage2])
 def test_a_trained_vit_is_in_the_file(make: type[BLIP2] | type[InstructBLIP], tmp_path: Path) -> None:
     model, other = make(0), make(1)
     model.choose_trained(("vision", "qformer"))

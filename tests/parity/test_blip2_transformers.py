@@ -21,7 +21,7 @@ from instructblip.models.instructblip import InstructBLIP
 from instructblip.weights.parity import stage_differences, trace_native
 from instructblip.weights.parity_transformers import trace_huggingface
 from instructblip.weights.transformers_read import load_huggingface
-from tests.kit.blip2 import tiny_released_stage1, write_captioner
+from tests.kit.blip2 import tiny_stage1, write_captioner
 from tests.kit.losses import term_of
 from tests.kit.tiny import HUGGINGFACE_LLMS
 
@@ -32,7 +32,7 @@ CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 
 @pytest.fixture(scope="module")
 def model() -> BLIP2:
-    return tiny_released_stage1(norm_eps=EPS)
+    return tiny_stage1(norm_eps=EPS)
 
 
 @pytest.fixture(scope="module")
