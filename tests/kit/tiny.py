@@ -130,6 +130,7 @@ def tiny_llm(
     image_prefix: str = "",
     prompt_prefix: str = "",
     prompt_suffix: str = "",
+    supervise_bos: bool = False,
     max_prompt_tokens: int = 128,
     max_target_tokens: int = 256,
 ) -> DecoderLLM:
@@ -144,6 +145,7 @@ def tiny_llm(
         image_prefix=image_prefix,
         prompt_prefix=prompt_prefix,
         prompt_suffix=prompt_suffix,
+        supervise_bos=supervise_bos,
         answer_prefix=answer_prefix,
         max_prompt_tokens=max_prompt_tokens,
         max_target_tokens=max_target_tokens,
@@ -181,7 +183,11 @@ def tiny_t5(vocab_size: int, eos_id: int) -> T5ForConditionalGeneration:
 
 
 def tiny_encoder_decoder_llm(
-    *, answer_prefix: str = " ", max_prompt_tokens: int = 128, max_target_tokens: int = 256
+    *,
+    answer_prefix: str = " ",
+    supervise_bos: bool = False,
+    max_prompt_tokens: int = 128,
+    max_target_tokens: int = 256,
 ) -> EncoderDecoderLLM:
     """A frozen tiny T5; its weights come from torch's global random stream."""
     tokenizer = tiny_llm_tokenizer()
@@ -191,6 +197,7 @@ def tiny_encoder_decoder_llm(
         eos_token=EOS,
         pad_token=EOS,
         answer_prefix=answer_prefix,
+        supervise_bos=supervise_bos,
         max_prompt_tokens=max_prompt_tokens,
         max_target_tokens=max_target_tokens,
     )
