@@ -29,8 +29,9 @@ def load(
     """Load a trained model: what `instructblip.weights.load.load_model` does and documents, the model alone.
 
     Args:
-        source: a run (`outputs/train/<name>`) or one of its checkpoints, a transformers folder or hub id, a LAVIS `.pth`.
-        llm: a name in configs/llm; a `.pth` needs it.
+        source: a run (`outputs/train/<name>`) or one of its checkpoints, a transformers folder or hub id, a LAVIS `.pth`; of
+            InstructBLIP, or of either stage of BLIP-2.
+        llm: a name in configs/llm; a `.pth` of a model with a language model needs it.
         llm_path, vision_path, qformer_path: files of frozen parts in place of the configured sources.
         device: `auto` takes a GPU where there is one.
 

@@ -11,7 +11,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from instructblip.config.schema import AtLeastOne, LLMKind, Mode, NotNegative, PositiveFloat, Preset, Section
+from instructblip.config.schema import (
+    AtLeastOne,
+    LLMKind,
+    Mode,
+    NotNegative,
+    PositiveFloat,
+    Preset,
+    Section,
+    TextProcessor,
+)
 from instructblip.config.validate import build, nearest
 from instructblip.data.templates import FIELDS
 from instructblip.errors import UserError
@@ -71,7 +80,7 @@ class Evaluation(Section):
     length_penalty: float = 1.0
     repetition_penalty: PositiveFloat = 1.0
     beam_lengths: Literal["new_tokens", "transformers_4_33"] = "new_tokens"
-    text_processor: Literal["none", "blip_caption", "blip_question"] = "none"
+    text_processor: TextProcessor = "none"
     may_be_empty: tuple[str, ...] = ()
     transform: Literal["resize_square", "center_crop"] = "resize_square"
     upright: bool = True

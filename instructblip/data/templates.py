@@ -130,7 +130,7 @@ def render_training(record: Record, templates: TemplateSet, random: np.random.Ge
 def cut_prefix(target: str, random: np.random.Generator) -> tuple[str, str]:
     """A text's beginning and the rest, for prefix language modelling (BLIP-2, section 3.2): (prefix, suffix).
 
-    The cut is drawn evenly between the end of the first word and the middle, which is the authors' rule (LAVIS, issue 139) with
+    The cut is drawn evenly between the end of the first word and the middle: the authors' rule (LAVIS, issue 139), with
     words for tokens. A text of one word has no prefix.
     """
     words = list(_WORD.finditer(target))

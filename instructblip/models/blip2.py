@@ -108,7 +108,7 @@ class BLIP2(Model):
     Outputs by name: `image_projected` (B, Q, E) and `text_projected` (B, E), unit length, and `temperature` (), which their
     scalar products are divided by; `answer_logits` (S, W), for each token of each caption, sample after sample;
     `match_logits` (3, B, 2): no match, match, of each sample's own pair, of its text with its partner's image, of its image
-    with its partner's text.
+    with its partner's text. Logits are in float32, whatever the passes are computed in.
 
     Args:
         vision: image encoder.
@@ -232,7 +232,7 @@ class BLIP2(Model):
         if image is not None:
             tensors["image_projected"] = image.projected_BQE
             if "answer_logits" in wanted:
-                tensors["answer_logits"] = self.encode_captions(image.cache, ids_BT, mask_BT).logits_NW
+                tensors["answer_logits"] = self.encode_captions(image.cache, ids_BT, mask_BT).logits_NW.float()
         if "match_logits" in wanted:
             image_BPU = self.normalised(tokens_B1PU) if image is None else image.tokens_BPU
             tensors["match_logits"] = self._match_logits(image_BPU, inputs)
@@ -244,7 +244,7 @@ class BLIP2(Model):
         other_BPU = self.normalised(self.image_tokens(inputs.partners.images))
         ids_NT, mask_NT = self._captions([*inputs.answers, *inputs.answers, *inputs.partners.answers])
         pairs = self.encode_pairs(torch.cat([image_BPU, other_BPU, image_BPU]), ids_NT, mask_NT)
-        return pairs.logits_B2.unflatten(0, (3, -1))
+        return pairs.logits_B2.float().unflatten(0, (3, -1))
 
     def uses_every_weight(self, wanted: Collection[str]) -> bool:
         """The three tasks together use all of the Q-Former and its heads; a vision encoder may end early."""

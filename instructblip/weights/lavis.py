@@ -199,10 +199,10 @@ def load_lavis(checkpoint: LavisCheckpoint, model: InstructBLIP | BLIP2) -> bool
 
 
 def save_lavis(model: InstructBLIP | BLIP2, path: Path, *, projection: str | None = None) -> None:
-    """Write what a checkpoint holds as one of LAVIS: Q-Former, query tokens, `ln_vision`, projection or heads; a trained ViT.
+    """Write what a checkpoint holds as one of LAVIS: Q-Former, query tokens, `ln_vision`, projection or heads.
 
-    A frozen ViT, unless it is of no file of its own, and the language model are not in such a file. LAVIS computes `ln_vision` with an eps of 1e-5, whatever the
-    model has.
+    A frozen ViT that has a file of its own and the language model are not in it. LAVIS computes `ln_vision` with an eps of
+    1e-5, whatever the model has.
 
     Args:
         model: the model.

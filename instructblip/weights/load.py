@@ -174,7 +174,8 @@ def load_model(
 
     Args:
         source: folder of a run (its newest whole checkpoint is taken) or one of its checkpoints; a transformers folder or
-            the hub id of one; a `.pth` file of LAVIS, which needs `llm`. Or what `find_source` found.
+            the hub id of one; a `.pth` file of LAVIS, which needs `llm` but for BLIP-2's first stage. Or what `find_source`
+            found.
         llm: a name in configs/llm, or such a configuration. Projection and Q-Former were aligned to one language model; with
             another they work badly, or where its width differs not at all, until they are trained: a warning says so.
         llm_path: folder with that language model's files, in place of the configured sources.

@@ -18,10 +18,8 @@ from instructblip.config.schema import ModelKind
 from instructblip.errors import UserError
 from instructblip.models.blip2 import BLIP2
 from instructblip.models.instructblip import InstructBLIP
-from instructblip.weights.gatekeeper import config_json
+from instructblip.weights.gatekeeper import MODEL_TYPES, config_json
 from instructblip.weights.names import Format, has_place
-
-MODEL_TYPES = ("instructblip", "blip-2")
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,14 @@ from instructblip.models.llm import LLM
 from instructblip.models.qformer import QFormer
 from instructblip.models.vision import VisionEncoder
 from instructblip.models.vocabulary import resize_vocabulary
-from instructblip.weights.gatekeeper import WEIGHT_FILES, check_kind, check_weights, config_json, weight_files
+from instructblip.weights.gatekeeper import (
+    MODEL_TYPES,
+    WEIGHT_FILES,
+    check_kind,
+    check_weights,
+    config_json,
+    weight_files,
+)
 from instructblip.weights.language_model import finished_llm, language_model_class, load_language_model
 from instructblip.weights.lavis import read_pth
 from instructblip.weights.names import (
@@ -32,7 +39,7 @@ from instructblip.weights.names import (
     is_ignored,
     unpack_qkv_bias,
 )
-from instructblip.weights.transformers_layout import MODEL_TYPES, layout_of
+from instructblip.weights.transformers_layout import layout_of
 from instructblip.weights.transformers_settings import (
     LLMSettings,
     Settings,

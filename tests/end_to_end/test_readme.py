@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from instructblip.weights.__main__ import main as convert
+from tests.kit.blip2 import write_captioner, write_retrieval
 from tests.kit.families import write_llm
 from tests.kit.runs import REPOSITORY, World, run
 from tests.kit.tiny import tiny_huggingface
@@ -55,10 +56,17 @@ def test_there_is_no_command_that_nobody_tries() -> None:
     assert [kind for kind in tried if not commands(kind)] == []
 
 
+def _write_published(folder: Path) -> None:
+    """Tiny models by the names of published ones: a folder here goes before the hub's of that name."""
+    tiny_huggingface(folder / "instructblip-vicuna-7b")
+    write_retrieval(folder / "blip2-itm-vit-g")
+    write_captioner(folder / "blip2-opt-2.7b")
+
+
 @pytest.mark.parametrize("line", commands(WEIGHTS))
 def test_a_conversion_runs(line: str, finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, _, _, *arguments = shlex.split(line)
-    tiny_huggingface(tmp_path / "Salesforce/instructblip-vicuna-7b")  # a folder here goes before the hub's of that name
+    _write_published(tmp_path / "Salesforce")
     shutil.copytree(finished_run, tmp_path / "outputs/train/demo")
     monkeypatch.chdir(tmp_path)
     assert convert(arguments) == 0
@@ -123,7 +131,8 @@ def test_the_python_examples_run(
     document: Path, finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     examples = re.findall(r"^```python\n(.*?)^```", document.read_text(), flags=re.DOTALL | re.MULTILINE)
-    assert bool(examples) == (document.name == "evaluate.md")
+    assert bool(examples) == (document.name in ("evaluate.md", "models.md"))
+    _write_published(tmp_path / "Salesforce")
     shutil.copytree(finished_run, tmp_path / "outputs/train/demo")
     Image.new("RGB", (64, 64), (200, 30, 30)).save(tmp_path / "picture.png")
     monkeypatch.chdir(tmp_path)

@@ -21,7 +21,7 @@ from instructblip.models.blip2 import BLIP2
 from instructblip.models.instructblip import InstructBLIP
 from instructblip.weights import load as loading
 from instructblip.weights.__main__ import main
-from instructblip.weights.lavis import save_lavis
+from instructblip.weights.lavis import read_lavis, save_lavis
 from instructblip.weights.load import find_source, load_model
 from tests.kit.blip2 import tiny_eva, tiny_stage1, tiny_stage2, write_captioner, write_retrieval
 from tests.kit.tiny import tiny_images
@@ -292,3 +292,19 @@ def assert_same_files(found: Path, wanted: Path) -> None:
     for name, tensor in theirs.items():
         assert ours[name].dtype == tensor.dtype, name
         assert torch.equal(ours[name], tensor), name
+
+
+def test_the_width_of_image_tokens_tells_the_released_vit(tmp_path: Path) -> None:
+    names = {}
+    for width in (1408, 1024):
+        tensors = {"ln_vision.weight": torch.ones(width), "itm_head.weight": torch.zeros(2, 8)}
+        tensors |= {"vision_proj.bias": torch.zeros(4), "query_tokens": torch.zeros(1, 4, 8)}
+        torch.save({"model": tensors}, tmp_path / "stage1.pth")
+        config = loading._lavis_config(read_lavis(tmp_path / "stage1.pth"), None)
+        names[width] = config.vision.name
+        assert (config.model.kind, config.model.feature_width, config.model.language_model_head) == (
+            "blip2_stage1",
+            4,
+            False,
+        )
+    assert names == {1408: "eva_vit_g", 1024: "clip_vit_l"}

@@ -207,6 +207,23 @@ def test_evaluate_needs_a_checkpoint() -> None:
         validate(_own(_compose("evaluate", [])), EvaluateConfig)
 
 
+def test_the_second_stage_is_of_parts_that_make_it() -> None:
+    def composed(*overrides: str) -> TrainConfig:
+        return compose_config("train", TrainConfig, ["experiment=blip2_stage2", *overrides])
+
+    decoder, both = composed(), composed("llm=flan_t5_xl")
+    assert (decoder.model.kind, decoder.reads_prefixes(), both.reads_prefixes()) == ("blip2", False, True)
+    assert decoder.language_model().eos_token == "\u010a"
+    for override, message in (
+        ("qformer.instruction_aware=true", "model=blip2 has a Q-Former that reads no text"),
+        ("model.feature_width=8", "model.feature_width is of BLIP-2's first stage"),
+    ):
+        with pytest.raises(UserError, match=message):
+            composed(override)
+    with pytest.raises(UserError, match="model=blip2 needs a language model; give llm=NAME"):
+        check(dataclasses.replace(decoder, llm=None))
+
+
 def test_values_become_typed() -> None:
     config = validate(_own(_compose("train", ["seed=7", "recipe.phases.alignment.learning_rate=1"])), TrainConfig)
     assert (config.seed, config.recipe.phases["alignment"].learning_rate) == (7, 1.0)

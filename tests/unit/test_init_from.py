@@ -296,7 +296,7 @@ def test_tokens_that_were_added_to_berts_are_cut_off_or_stay_new(stages: Stages)
     [
         ("nowhere.pth", {}, ["init_from=nowhere.pth is no run, transformers folder, hub id or .pth file"]),
         ("no/where/at_all", {}, ["is no run, transformers folder, hub id or .pth file; give one that is there"]),
-        ("{llm}", {}, ["holds a model of type llama, wanted is instructblip"]),
+        ("{llm}", {}, ["holds a model of type llama, wanted is instructblip or blip-2"]),
         ("{folder}", {}, ["there is no checkpoint at"]),
         ("{second} {first}", {}, ["stage1.pth holds no projection", "give the first stage first"]),
         ("{first} {both}", {}, ["nothing of", "stage1.pth is left under", "leave it out"]),

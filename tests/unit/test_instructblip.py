@@ -223,6 +223,62 @@ def test_the_limit_of_a_target_counts_the_begin_of_sequence() -> None:
     assert with_bos.prompt_format.target_ids(TARGETS[1]) == without.prompt_format.target_ids(TARGETS[1])[:3]
 
 
+def test_an_answer_without_a_text_before_it_has_no_prefix() -> None:
+    plain, around = tiny_llm().prompt_format, tiny_llm(prompt_suffix=" answer").prompt_format
+    words = plain.ids("red one")
+    assert plain.answer_ids("", "red one") == [*words, plain.eos_id]
+    assert (
+        plain.answer_ids("what is it?", "red one")
+        == plain.target_ids("red one")
+        == [*plain.ids(" red one"), plain.eos_id]
+    )
+    assert around.answer_ids("", "red one") == plain.target_ids("red one")
+
+
+def test_candidates_of_an_empty_prompt_begin_a_text() -> None:
+    model = tiny_model()
+    images, candidates = tiny_images(2), [["red", "blue"]] * 2
+    mixed = model.rank(images, ["", "what color?"], candidates)
+    alone = [model.rank(images[k : k + 1], [prompt], candidates[:1])[0] for k, prompt in enumerate(["", "what color?"])]
+    torch.testing.assert_close(mixed, alone, rtol=0, atol=1e-4)
+    model.llm.prompt_format.answer_prefix = ""
+    begun = model.rank(images, ["", "what color?"], candidates)
+    torch.testing.assert_close(begun[0], mixed[0], rtol=0, atol=1e-4)
+    assert not torch.allclose(begun[1], mixed[1])
+
+
+def test_bos_is_an_answers_first_token_where_it_is_supervised() -> None:
+    given, learned = (tiny_llm(bos_token=BOS, supervise_bos=way).prompt_format for way in (False, True))
+    (bos,) = given.bos_ids
+    for form in (given, learned):
+        assert form.prompt_ids("") == [bos]  # at inference
+        assert form.prompt_ids("what?", training=True) == form.prompt_ids("what?")
+        assert form.answer_ids("what?", "red") == form.target_ids("red")
+        assert form.length("", "red", 2, queries=4) == 8 + len(given.answer_ids("", "red"))
+    assert (given.prompt_ids("", training=True), learned.prompt_ids("", training=True)) == ([bos], [])
+    assert learned.answer_ids("", "red") == [bos, *given.answer_ids("", "red")]
+    for wrong in (lambda: tiny_llm(supervise_bos=True), lambda: tiny_encoder_decoder_llm(supervise_bos=True)):
+        with pytest.raises(ValueError, match="needs a decoder-only language model with a bos_token"):
+            wrong()
+
+
+def test_only_a_qformer_that_reads_no_text_answers_without_prompts() -> None:
+    images = tiny_images(2)
+    blip2 = tiny_model(instruction_aware=False)
+    assert blip2.generate(images, max_new_tokens=4) == blip2.generate(images, ["", ""], max_new_tokens=4)
+    with pytest.raises(ValueError, match="prompts is None, and this Q-Former reads them"):
+        tiny_model().generate(images)
+    with pytest.raises(ValueError, match="reads instructions needs its tokenizer"):
+        model = tiny_model()
+        InstructBLIP(
+            vision=model.vision,
+            vision_norm=model.vision_norm,
+            qformer=model.qformer,
+            qformer_tokenizer=None,
+            llm=model.llm,
+        )
+
+
 def test_an_encoder_decoder_ends_prompts_and_cut_texts_with_eos() -> None:
     llm = tiny_encoder_decoder_llm(max_prompt_tokens=4, max_target_tokens=3)
     words, target = (

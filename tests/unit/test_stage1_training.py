@@ -18,7 +18,7 @@ from instructblip.objectives.base import WholeBatch
 from instructblip.objectives.contrastive import Contrastive
 from instructblip.objectives.language_modeling import Captioning
 from instructblip.objectives.matching import Matching
-from instructblip.training.parallel import parallelize
+from instructblip.training.parallel import StepContext, parallelize
 from instructblip.weights.bert import initialize_like_bert
 from tests.kit.stage1 import (
     Step,
@@ -150,6 +150,19 @@ def test_dropout_draws_the_same_in_both_passes() -> None:
     for before, after in zip(first, second, strict=True):
         for name in ("image_projected", "text_projected"):
             assert torch.equal(before[name], after[name])
+
+
+def test_bfloat16_passes_have_losses_in_float32(whole: tuple[Step, WatchedMatching]) -> None:
+    objectives = (Contrastive(1.3), WatchedMatching(0.8), Captioning(0.5))
+    batches, context = [tiny_batch(rows) for rows in SPLITS[8]], StepContext(autocast=torch.bfloat16)
+    found = step(tiny_stage1(), batches, objectives, context=context).result.loss_by_objective
+    expected = whole[0].result.loss_by_objective
+    assert found["captioning"] == pytest.approx(expected["captioning"], rel=0.01)
+    assert found["contrastive"] == pytest.approx(expected["contrastive"], rel=0.05)
+    model = tiny_stage1()
+    with torch.no_grad(), context.autocasting(model):
+        outputs = model(model.prepare(tiny_batch(ROWS)), {"answer_logits"}).tensors
+    assert outputs["answer_logits"].dtype == torch.float32
 
 
 def test_images_are_encoded_once_a_step() -> None:
