@@ -29,6 +29,12 @@ if TYPE_CHECKING:
     from tests.kit.runs import World
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Two workers a core: many tests wait for processes that they start, for the disk, or for a bound in seconds."""
+    return 2 * len(os.sched_getaffinity(0))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """No test reads or writes the user's cache."""
