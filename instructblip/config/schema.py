@@ -73,6 +73,7 @@ MetricName = Literal[
     "cider",
     "rouge_l",
     "auroc",
+    "retrieval_recall",
     "visdial",
 ]
 
