@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from instructblip.distributed import Ranks
-from instructblip.errors import UserError
+from instructblip.errors import LostRankError
 
 BEAT_SECONDS = 2.0
 LOST_SECONDS = 30.0
@@ -35,7 +35,7 @@ def watched(folder: Path, ranks: Ranks) -> Iterator[Ranks]:
         ranks: one process alone watches nobody.
 
     Raises:
-        UserError: at `poll_stop`, as `_Heartbeats.look`.
+        LostRankError: at `poll_stop`, as `_Heartbeats.look`.
     """
     if ranks.world_size == 1:
         yield ranks
@@ -99,7 +99,7 @@ class _Heartbeats:
         """Return where no other rank is known to be lost.
 
         Raises:
-            UserError: one of them failed, gave no sign for the bound, or has not begun within the ranks' timeout.
+            LostRankError: one of them failed, gave no sign for the bound, or has not begun within the ranks' timeout.
         """
         now = time.monotonic()
         if now - self._looked < self._pause:
@@ -109,17 +109,19 @@ class _Heartbeats:
             if (content := self._read(rank)) != sign.content:
                 self._signs[rank] = _Sign(content, now, heard=True)
                 if sign.heard and content == f"{sign.name} {_FAILED}":
-                    raise UserError(f"rank {rank} of the evaluation failed; {_AGAIN}")
+                    raise LostRankError(f"rank {rank} of the evaluation failed; {_AGAIN}")
             elif not sign.ended_well:
                 self._check_silence(rank, sign, now - sign.since)
 
     def _check_silence(self, rank: int, sign: _Sign, seconds: float) -> None:
         if sign.heard and seconds > self._bound:
-            raise UserError(
+            raise LostRankError(
                 f"rank {rank} of the evaluation gave no sign of life for {self._bound:g} s: it died or was stopped; {_AGAIN}"
             )
         if not sign.heard and seconds > self._ranks.timeout:
-            raise UserError(f"rank {rank} of the evaluation has not begun within {self._ranks.timeout:g} s; {_AGAIN}")
+            raise LostRankError(
+                f"rank {rank} of the evaluation has not begun within {self._ranks.timeout:g} s; {_AGAIN}"
+            )
 
     def _beat(self) -> None:
         count = 1

@@ -49,7 +49,12 @@ _FREE = (
 )
 _FREE_IN_PHASES = ("batching", "micro_batch_size", "micro_batch_tokens")
 # What a checkpoint names of its inputs -> the key that allows another by its name in resume_allow.
-_ALLOWED_BY = {"splits": "data.shards", "cards": "mixture.datasets", "tokenizers": "{name}.sources.path"}
+_ALLOWED_BY = {
+    "splits": "data.shards",
+    "cards": "mixture.datasets",
+    "protocols": "suite.held_in",
+    "tokenizers": "{name}.sources.path",
+}
 
 
 def find_checkpoint(config: TrainConfig, folder: Path, ranks: Ranks, console: Console) -> LoadedCheckpoint | None:

@@ -22,7 +22,6 @@ from instructblip.distributed import Ranks, choose_device, start_ranks, whole_te
 from instructblip.files import claimed_folder, write_atomically
 from instructblip.progress import TrainingProgress, training_progress
 from instructblip.training.checks import check_objectives
-from instructblip.training.datasets import with_absolute_cards
 from instructblip.training.loop import StepResult, log_entry, run_steps, traced_steps, what_is_not_finite
 from instructblip.training.metrics_log import finite
 from instructblip.training.plan.tables import plan_summary, plan_table, shares_planned, shares_realised
@@ -34,6 +33,7 @@ from instructblip.training.resume import (
     restore,
     restore_optimisation,
 )
+from instructblip.training.run_cards import with_absolute_cards
 from instructblip.training.schedule import StepPosition, locate, rank_positions, step_batching, total_steps
 from instructblip.training.setup import TrainingRun, make_optimisation, make_plan, set_up
 from instructblip.training.signals import Stopped, StopRequest
