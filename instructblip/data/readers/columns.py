@@ -8,6 +8,7 @@ import binascii
 import math
 import re
 import string
+import unicodedata
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,7 +18,7 @@ from typing import Any
 from instructblip.data.readers.base import FileSlice, Losses
 from instructblip.data.readers.common import annotators, given_answers, weigh_answers
 from instructblip.data.readers.dialogues import count_answers, read_dialogue
-from instructblip.data.records import Record
+from instructblip.data.records import MAX_ITEMS, Record
 from instructblip.data.typed import (
     Fields,
     WrongValueError,
@@ -137,6 +138,13 @@ class Columns:
         with losses.counting(row.place, records=_expected(fields, self.task)):
             media, video = _media(fields)
             records = _RECORDS[self.task](fields, row, media, self, losses)
+            if any(
+                len(value) > MAX_ITEMS
+                for record in records
+                for value in vars(record).values()
+                if isinstance(value, tuple)
+            ):
+                raise WrongValueError(f"row holds a list of more than {MAX_ITEMS:,}")
             return Example(media, video, tuple(records))
         return None
 
@@ -172,9 +180,9 @@ def _media(fields: Fields) -> tuple[tuple[MediaValue, ...], bool]:
         raise WrongValueError(f"{column} is missing")
     if not isinstance(value, list):
         return (_one_media(value, column),), column == "video"
-    if column == "video":
-        raise WrongValueError("video is a list where one is due")
-    return tuple(_one_media(item, column) for item in value), False
+    if column == "video" and len(value) > 1:
+        raise WrongValueError("row has several videos")
+    return tuple(_one_media(item, column) for item in value), column == "video"
 
 
 def _one_media(value: Any, column: str) -> MediaValue:
@@ -384,7 +392,7 @@ def _class_records(
 ) -> list[Record]:
     (record_id,) = _ids(fields, row, 1)
     question = _said(fields, "question") if fields.has("question") else None
-    name = fields.answer("label")
+    name = unicodedata.normalize("NFC", fields.answer("label"))  # one class, however its letters are written
     return [Record(record_id, "classification", question, answers=(name,), **_beside(fields))]
 
 
