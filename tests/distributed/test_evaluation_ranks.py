@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from instructblip.evaluation import journal
+from instructblip.errors import UserError
+from instructblip.evaluation import journal, runner
 from tests.kit.runs import World, evaluate_here, predictions, run, start
 
 OVERRIDES = ("samples=10", "batch_size=1")
@@ -110,3 +111,38 @@ def test_killed_processes_are_continued_by_another_number_of_them(
     assert_same(evaluate_with(world, untrained_run, tmp_path, 3), alone)
     run(world, "evaluate.py", *arguments(world, untrained_run, tmp_path / "copy"), cwd=tmp_path / "one")
     assert_same(tmp_path / "copy/demo", alone)
+
+
+def fail_at_colours() -> None:
+    """Make this process fail at every question of one dataset."""
+    ask = runner._ask
+
+    def failing(model: Any, task: Any, batch: Any) -> Any:
+        if task.card.name == "easy_vqa_color":
+            raise UserError("the GPU of this process is on fire")
+        return ask(model, task, batch)
+
+    runner._ask = failing
+
+
+def test_what_one_process_cannot_answer_does_not_lose_the_other_datasets(
+    world: World, untrained_run: Path, alone: Path, tmp_path: Path
+) -> None:
+    commands = [
+        start(
+            world,
+            "evaluate.py",
+            *arguments(world, untrained_run, tmp_path),
+            cwd=tmp_path / f"rank{rank}",
+            before=partial(be_rank, rank, 2, fail_at_colours if rank else None),
+        )
+        for rank in range(2)
+    ]
+    assert [command.wait() for command in commands] == [2, 0]  # torchrun would end the first with another's 2
+    assert "easy_vqa_color could not be evaluated, as said above" in commands[0].output
+    found, expected = results(tmp_path / "demo"), results(alone)
+    reason = "the GPU of this process is on fire"
+    assert found["not_evaluated"] == {"easy_vqa_color": {"why": "failed", "reason": reason}}
+    del expected["datasets"]["easy_vqa_color"]
+    assert found["datasets"] == expected["datasets"]
+    assert_same(evaluate_with(world, untrained_run, tmp_path, 2), alone)

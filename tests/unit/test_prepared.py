@@ -41,7 +41,9 @@ def test_what_may_be_fetched_is_prepared_whole(raw: Path, tmp_path: Path) -> Non
 def test_what_only_the_user_can_get_may_be_prepared_in_part(raw: Path, tmp_path: Path) -> None:
     card, shards = dataclasses.replace(load_card("easy_vqa"), source_part=None), tmp_path / "shards"
     data, console = DataConfig(shards=str(shards)), Console(quiet=True)
-    words = rf"easy_vqa \(test\) is not prepared in .*; run python prepare\.py dataset=easy_vqa out={shards} raw=FOLDER, with"
+    words = (
+        rf"easy_vqa \(test\) is not prepared in .*; run python prepare\.py dataset=easy_vqa out={shards} raw=FOLDER, w"
+    )
     with pytest.raises(UserError, match=words):
         shards_folder([Needed(card, frozenset({"test"}))], data, console)
     view = Needed(load_card("okvqa_question_generation"), frozenset({"train"}))
