@@ -274,6 +274,23 @@ def test_a_dialogue_that_is_not_one_is_counted_with_its_answers(raw: Path, row: 
     assert len(records) == 2 + (reason.startswith(("turn", "last")))
 
 
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_the_first_answer_of_a_dialogue_may_be_a_caption(raw: Path, split: str) -> None:
+    blank = {"from": "gpt", "value": " "}
+    rows = [_talk(*TURNS), _talk(TURNS[0]), _talk(TURNS[0], blank, image="b.png")]
+    write_jsonl(raw / "a.jsonl", rows)
+    media, lost, _ = read_own(raw, {"records": "a.jsonl"}, task="captioning", split=split)
+    assert [(item.media_id, record.answers + record.captions) for item in media for record in item.records] == [
+        ("a.png", ("a car",))
+    ]
+    assert len(media) == 1, "a picture without a record is none"
+    assert lost == {
+        "dialogue has no answer": (1, 1),
+        "last question has no answer": (1, 0),
+        "turn is blank or no text, and so are lost those after it": (1, 1),
+    }
+
+
 def test_a_cell_of_a_table_may_hold_a_dialogue_as_json(raw: Path) -> None:
     write_csv(raw / "a.csv", [_talk(*TURNS)])
     media, lost, _ = read_own(raw, {"records": "a.csv"})
