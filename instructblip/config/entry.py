@@ -31,6 +31,7 @@ from instructblip.config.checks import check
 from instructblip.config.schema import CONFIGS, Schema
 from instructblip.config.validate import unknown_choice, validate
 from instructblip.errors import UserError
+from instructblip.interrupts import raise_once
 
 EXIT_USER_ERROR = 2
 _SWEEP_FLAGS = ("-m", "--multirun")
@@ -45,6 +46,7 @@ def main(name: str, schema: type[Schema], task: Callable[[Schema, Console], int 
     Exits with 0, with the status that `task` returns, or with 2 after a line on standard error that says what to mend. In a
     sweep a user's mistake ends that job alone; the others run, and the status is 2 at the end.
     """
+    raise_once()
     failed: list[str] = []
     process = os.getpid()
 

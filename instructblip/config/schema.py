@@ -283,6 +283,7 @@ class RecipeConfig(Section):
     clip_norm: PositiveFloat | None = 1.0
     precision: Precision = "fp32"  # bf16: autocast over float32 weights of what trains
     non_finite: Literal["stop", "skip"] = "stop"  # what a loss or gradient that is not finite does
+    non_finite_limit: AtLeastOne = 10  # of the last 100 steps, how many may be skipped before the run ends
     average_decay: Decay | None = None  # moving average of the trained weights, evaluated in their place; such as 0.999
     checkpoint_every: AtLeastOne
     keep_checkpoints: AtLeastOne = 2
@@ -326,7 +327,9 @@ class ParallelConfig(Section):
     shard_size: AtLeastOne | None = None  # fsdp: processes that hold the frozen parts once together; None: all
     activation_checkpointing: bool = False
     compile: bool = False
-    timeout: PositiveFloat = 600.0  # seconds that a process may be silent before the others end
+    timeout: PositiveFloat = (
+        600.0  # seconds that a process, a rank or a data worker, may be silent before the others end
+    )
 
 
 @dataclass(kw_only=True)

@@ -273,11 +273,16 @@ def load_cards(names: Iterable[str | Path]) -> list[Card]:
         raise UserError("; ".join(dict.fromkeys(wrong)))
     for number, card in enumerate(cards):
         for other in cards[:number]:
-            if card.name == other.name and card.reference != other.reference:
+            if card.name == other.name and _place(card) != _place(other):
                 raise UserError(
                     f"{other.reference} and {card.reference} are both named {card.name}; rename one of them"
                 )
     return cards
+
+
+def _place(card: Card) -> Path | None:
+    """Where a card of one's own lies, however its path was written."""
+    return Path(card.path).expanduser().resolve() if isinstance(card, OwnCard) else None
 
 
 def _load_official(path: Path) -> Card:

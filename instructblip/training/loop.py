@@ -254,6 +254,7 @@ def log_entry(
         "tokens": result.tokens,
         "padding_fraction": result.padding_fraction,
         "sample_ids": result.ids,
+        **({"skipped": True} if result.skipped else {}),
         **speed,
     }
 

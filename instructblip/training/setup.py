@@ -1,6 +1,8 @@
 """What the steps of a run share, put together from its configuration: data, model, optimiser, tasks, files."""
 
 import math
+import re
+import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,37 +16,42 @@ from instructblip.config.checks import check_batches
 from instructblip.config.schema import TrainConfig
 from instructblip.config.validate import to_dict
 from instructblip.data.batching import Batching, Length
-from instructblip.data.cards import TRAIN_SPLIT, Card
 from instructblip.data.feature_cache import FeatureCache, ReadImage, cached_images, feature_cache
 from instructblip.data.lost import LostSamples
 from instructblip.data.mixture import Mixture
 from instructblip.data.mixture_dataset import MixtureDataset, TrainingSet
-from instructblip.data.prepare.command import Needed, find_shards
 from instructblip.distributed import Ranks, choose_device
-from instructblip.errors import UserError
-from instructblip.evaluation.protocol import Task, make_task, make_validation_task, needed_splits, watched_split
+from instructblip.evaluation.protocol import Task, make_task, make_validation_task
 from instructblip.evaluation.results_file import NotEvaluated
 from instructblip.evaluation.runner import read_pixels
-from instructblip.evaluation.suite_tasks import split_missing, suite_cards
 from instructblip.fetch.parts import cache_folder
-from instructblip.files import exclusive
+from instructblip.files import exclusive, write_atomically
 from instructblip.models.instructblip import InstructBLIP
 from instructblip.models.vision import ChannelNorm
 from instructblip.objectives import make_objectives
-from instructblip.tracking import Logger, make_logger
-from instructblip.training.datasets import best_by, make_images, make_mixture, mixture_cards, open_sets
+from instructblip.tracking import Logger, NoLogger, make_logger
+from instructblip.training.datasets import (
+    Inputs,
+    data_fingerprints,
+    make_images,
+    make_mixture,
+    open_sets,
+)
 from instructblip.training.metrics_log import BestStep, MetricsLog
 from instructblip.training.optim import WeightAverage, make_adamw
 from instructblip.training.parallel import PRECISIONS, StepContext, check_layout, is_sharded, parallelize
 from instructblip.training.plan.flops import GPUS, ModelShape, device_peak, model_shape
 from instructblip.training.plan.memory import Plan, PlanLayout, plan_run, planned_phases
+from instructblip.training.run_cards import find_cards
 from instructblip.training.schedule import Phase
+from instructblip.training.skipped import SkippedSteps
 from instructblip.training.writer import CheckpointWriter
-from instructblip.weights.load import frozen_fingerprints
+from instructblip.weights.load import frozen_fingerprints, tokenizer_fingerprints
 from instructblip.weights.modules import parts_without_weights, vision_encoder
 from instructblip.weights.parts import build_model
 
 _CALIBRATION_IMAGES = 256
+_RUN_ID = re.compile(r"[0-9a-f]{8}")
 
 
 @dataclass(frozen=True)
@@ -83,10 +90,12 @@ class TrainingRun:
     absent: list[NotEvaluated]
     read_image: ReadImage
     frozen: dict[str, str]
+    inputs: Inputs
     shape: ModelShape
     peak_flops: float  # of all processes' devices together
     metrics: MetricsLog
     best: BestStep
+    skipped: SkippedSteps
     logger: Logger
     writer: CheckpointWriter
     optimisation: Optimisation = field(init=False)
@@ -130,21 +139,14 @@ def set_up(config: TrainConfig, folder: Path, ranks: Ranks, console: Console) ->
     Raises:
         UserError: data or parts are missing and cannot be fetched, or do not fit together.
     """
-    cards, suite = mixture_cards(config.mixture), suite_cards(config.suite)
-    watched = best_by(config.recipe.keep_best, suite[0])
-    found = find_shards(_needed(cards, *suite), config.data, console)
-    scored, absent = split_missing([*suite[0], *suite[1]], found, config.suite.missing, *(card.name for card in cards))
-    for item in absent:
-        console.print(f"not evaluated: {item.reason}", markup=False, highlight=False, soft_wrap=True)
-    if watched in {item.name for item in absent}:
-        raise UserError(f"recipe.keep_best={config.recipe.keep_best} is not prepared, so no step can be best by it")
-    held_in, shards = scored[: len(scored) - sum(card in scored for card in suite[1])], found.folder
+    cards = find_cards(config, console)
     model = build_model(config.vision, config.qformer, config.llm, seed=config.seed, trained=config.train.parts())
     _place(model, choose_device(config.device), without_llm=is_sharded(config.parallel.kind, ranks.world_size))
-    sets = open_sets(cards, shards)
+    sets = open_sets(cards.trained, cards.shards)
     mixture = make_mixture(config.mixture, sets, config.recipe.phases.values(), seed=config.seed)
-    validation = [make_validation_task(card, shards, samples=config.recipe.validation_samples) for card in held_in]
-    final = [make_task(card, shards, samples=config.recipe.final_samples) for card in scored]
+    samples, final_samples = config.recipe.validation_samples, config.recipe.final_samples
+    validation = [make_validation_task(card, cards.shards, samples=samples) for card in cards.watched]
+    final = [make_task(card, cards.shards, samples=final_samples) for card in cards.scored]
     cache = _feature_cache(config, model, sets, [*validation, *final])
     dataset = MixtureDataset(mixture, sets, make_images(config.data, model.vision.image_size, cache))
     if isinstance(model.vision_norm, ChannelNorm):
@@ -152,7 +154,7 @@ def set_up(config: TrainConfig, folder: Path, ranks: Ranks, console: Console) ->
     return TrainingRun(
         config=config,
         folder=folder,
-        shards=shards,
+        shards=cards.shards,
         console=console,
         ranks=ranks,
         model=model,
@@ -166,32 +168,18 @@ def set_up(config: TrainConfig, folder: Path, ranks: Ranks, console: Console) ->
         ),
         validation=validation,
         final=final,
-        absent=absent,
+        absent=cards.absent,
         read_image=read_pixels(model.vision.image_size) if cache is None else cache.tokens,
         frozen=frozen_fingerprints(model),
+        inputs={**data_fingerprints(sets, validation, cards.shards), "tokenizers": tokenizer_fingerprints(model)},
         shape=_shape(config, model),
         peak_flops=ranks.world_size * _peak_flops(config, model, ranks),
         metrics=MetricsLog(folder / "metrics.jsonl"),
-        best=BestStep(watched),
-        logger=make_logger(
-            config.logger.kind if ranks.is_first else "none",
-            mode=config.logger.mode,
-            project=config.logger.project,
-            name=config.name,
-            folder=folder,
-            config=to_dict(config),
-        ),
+        best=BestStep(cards.best_by),
+        skipped=SkippedSteps(config.recipe.non_finite_limit),
+        logger=_logger(config, folder) if ranks.is_first else NoLogger(),
         writer=CheckpointWriter(folder / "checkpoints", config.recipe.keep_checkpoints),
     )
-
-
-def _needed(trained: Sequence[Card], held_in: Sequence[Card], held_out: Sequence[Card]) -> list[Needed]:
-    """The splits that a run opens of what it trains on, and of what it watches and scores."""
-    return [
-        *(Needed(card, frozenset({TRAIN_SPLIT})) for card in trained),
-        *(Needed(card, needed_splits(card) | {watched_split(card)}) for card in held_in),
-        *(Needed(card, needed_splits(card)) for card in held_out),
-    ]
 
 
 def make_optimisation(run: TrainingRun, stop_signal: Callable[[], int]) -> Optimisation:
@@ -253,6 +241,28 @@ def _calibrate(model: InstructBLIP, norm: ChannelNorm, dataset: MixtureDataset) 
     """Measure the channel statistics on the images of the run's first draws, whatever rank asks."""
     images = torch.stack([dataset[position][1] for position in range(_CALIBRATION_IMAGES)])
     norm.calibrate(model.image_tokens(images).flatten(0, 1))
+
+
+def _logger(config: TrainConfig, folder: Path) -> Logger:
+    return make_logger(
+        config.logger.kind,
+        mode=config.logger.mode,
+        project=config.logger.project,
+        name=config.name,
+        folder=folder,
+        config=to_dict(config),
+        run_id=_tracked_as(folder, goes_on=config.resume is not None) if config.logger.kind == "wandb" else None,
+    )
+
+
+def _tracked_as(folder: Path, *, goes_on: bool) -> str:
+    """The tracker's id of the run, the same after each restart; a run that begins anew in the folder gets another."""
+    place = folder / "wandb/run_id"
+    if goes_on and place.is_file() and _RUN_ID.fullmatch(found := place.read_text(errors="replace").strip()):
+        return found
+    made = secrets.token_hex(4)
+    write_atomically(place, f"{made}\n")
+    return made
 
 
 def _shape(config: TrainConfig, model: InstructBLIP) -> ModelShape:

@@ -13,6 +13,7 @@ import torch
 
 from instructblip.data.synthetic import NOTE
 from instructblip.distributed import Ranks, whole_tensors
+from instructblip.evaluation.heartbeat import watched
 from instructblip.evaluation.journal import forget_given_up
 from instructblip.evaluation.results_file import NotEvaluated
 from instructblip.evaluation.runner import answer_share, run_task
@@ -33,8 +34,8 @@ def run_validation(run: TrainingRun, step: int, stop: StopRequest) -> dict[str, 
     """Scores by dataset after a step, the same on all ranks; None when one of them was told to stop before it was done."""
     scores: dict[str, float] = {}
     try:
-        with _to_evaluate(run), _stoppable(run, stop):
-            scores = _validation_scores(run, step, stop)
+        with _to_evaluate(run), _sharing(run, stop) as ranks, _stoppable(run, stop):
+            scores = _validation_scores(run, step, ranks)
         ended = False
     except Stopped:
         ended = True
@@ -65,9 +66,9 @@ def _stop_file(run: TrainingRun) -> Path:
     return run.folder / "stopping"
 
 
-def _validation_scores(run: TrainingRun, step: int, stop: StopRequest) -> dict[str, float]:
+def _validation_scores(run: TrainingRun, step: int, ranks: Ranks) -> dict[str, float]:
     """On the first rank, which puts the answers of all together; nothing is left on disk."""
-    ranks, scores, home = _ranks(run, stop), {}, run.folder / "validation" / f"step_{step:08d}"
+    scores, home = {}, run.folder / "validation" / f"step_{step:08d}"
     together = ranks.world_size > 1
     identity = model_identity(run.model, run.frozen, _fingerprint(run)) if together else ""
     for task in run.validation:
@@ -92,23 +93,24 @@ def finish(run: TrainingRun, stop: StopRequest) -> None:
         Stopped: this process, or another that has a part in it, was told to stop.
         UserError: a dataset of the suite could not be evaluated; the others' results are written.
     """
-    with _stoppable(run, stop):
-        _finish(run, stop)
+    with _sharing(run, stop) as ranks, _stoppable(run, stop):
+        failed = _finish(run, ranks)
+    refuse_failed(failed, run.folder / _EVALUATION, "the same command with resume=auto")
 
 
-def _finish(run: TrainingRun, stop: StopRequest) -> None:
+def _finish(run: TrainingRun, ranks: Ranks) -> list[NotEvaluated]:
     run.metrics.close()
     if run.ranks.is_first:
         draw_curves(run.folder / "metrics.jsonl", run.folder / "curves.png", run.config.name)
     newest = checkpoint_folders(run.folder / "checkpoints")[0]
-    failed = _evaluate(run, newest, stop) if run.final else []
+    failed = _evaluate(run, newest, ranks) if run.final else []
     run.logger.finish()
     for path in (*(run.folder / name for name in ("config.yaml", "metrics.jsonl", "curves.png")), newest):
         run.console.print(f"wrote {path}", highlight=False, soft_wrap=True)
-    refuse_failed(failed, run.folder / _EVALUATION, "the same command with resume=auto")
+    return failed
 
 
-def _evaluate(run: TrainingRun, checkpoint: Path, stop: StopRequest) -> list[NotEvaluated]:
+def _evaluate(run: TrainingRun, checkpoint: Path, ranks: Ranks) -> list[NotEvaluated]:
     """Score what was learned; to the first rank, the datasets that failed."""
     folder = run.folder / _EVALUATION
     with tempfile.TemporaryDirectory() as elsewhere, _to_evaluate(run):
@@ -126,7 +128,7 @@ def _evaluate(run: TrainingRun, checkpoint: Path, stop: StopRequest) -> list[Not
             folder=Path(elsewhere) if _is_sharded(run) and not run.ranks.is_first else folder,
             batch_size=run.config.evaluation.batch_size,
             blind=run.config.evaluation.blind_baseline,
-            ranks=_ranks(run, stop),
+            ranks=ranks,
             go_on=not _is_sharded(run),
             **weights,
         )
@@ -145,7 +147,7 @@ def _evaluate(run: TrainingRun, checkpoint: Path, stop: StopRequest) -> list[Not
             console=run.console,
             not_evaluated=[*run.absent, *failed],
         )
-    log_scores(run.logger, results, total_steps(run.phases))
+    log_scores(run.logger, results, None)
     return failed
 
 
@@ -155,12 +157,17 @@ def _fingerprint(run: TrainingRun) -> str:
     return fingerprint_tensors(whole_tensors(run.model.held_state(), keep=keep))
 
 
-def _ranks(run: TrainingRun, stop: StopRequest) -> Ranks:
-    """Who answers which share. Sharded blocks are gathered by all ranks in step, so all of them answer everything."""
-    ranks = run.ranks
+@contextlib.contextmanager
+def _sharing(run: TrainingRun, stop: StopRequest) -> Iterator[Ranks]:
+    """Who answers which share. Sharded blocks are gathered by all ranks in step, so all of them answer everything.
+
+    It stands around `_stoppable`: that tells the others of a signal before this says that a rank has left.
+    """
     if _is_sharded(run):
-        return Ranks(poll_stop=partial(_leave_together, ranks, stop))
-    return dataclasses.replace(ranks, poll_stop=stop.poll_stop)
+        yield Ranks(poll_stop=partial(_leave_together, run.ranks, stop))
+        return
+    with watched(run.folder, dataclasses.replace(run.ranks, poll_stop=stop.poll_stop)) as ranks:
+        yield ranks
 
 
 def _leave_together(ranks: Ranks, stop: StopRequest) -> None:

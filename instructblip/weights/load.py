@@ -1,7 +1,10 @@
 """One call for every kind of trained model: our runs, transformers' folders and hub ids, LAVIS's files."""
 
 import dataclasses
+import hashlib
+import json
 import re
+import string
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeVar
@@ -26,6 +29,8 @@ LAVIS_VISION, LAVIS_QFORMER = "eva_vit_g", "blip2"  # names in configs/vision an
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
+
+_SOME_OF_EVERYTHING = f"{string.printable} The left bus isn't 1,234.5 years older. Ein grünes Haus, 東京 \U0001f600"
 
 Section = TypeVar("Section", VisionConfig, QFormerConfig, LLMConfig)
 
@@ -328,7 +333,7 @@ def load_run(source: Path, *, device: str = "auto", config: ModelConfig | None =
         state |= {} if fits else projection
         frozen["llm"] = fingerprint(model.llm)
         warn_aligned(own.llm.name, config.llm.name, projection_fits=fits)
-    check_frozen(model, frozen, checkpoint)
+    check_frozen(frozen_fingerprints(model), frozen, checkpoint)
     restore_trainable(model, state, checkpoint)
     return LoadedRun(model.to(choose_device(device)).eval(), config, checkpoint, loaded.step)
 
@@ -361,14 +366,33 @@ def frozen_fingerprints(model: InstructBLIP) -> dict[str, str]:
     return found
 
 
-def check_frozen(model: InstructBLIP, expected: Mapping[str, str], checkpoint: Path) -> None:
-    """Refuse a checkpoint that was trained beside other frozen weights than the model's, but for those that it holds."""
-    for part, found in frozen_fingerprints(model).items():
-        if part not in model.HELD and expected.get(part) != found:
-            raise UserError(
-                f"the frozen {part} weights are not those {checkpoint} was trained with; "
-                f"use the same {part}= and the same files, or train anew under another name="
-            )
+def tokenizer_fingerprints(model: InstructBLIP) -> dict[str, str]:
+    """What a checkpoint remembers of the tokenizers: their vocabulary, and how they cut a text with some of everything."""
+    tokenizers = {"llm": model.llm.prompt_format.tokenizer, "qformer": model.qformer_tokenizer}
+    found = {}
+    for part, tokenizer in tokenizers.items():
+        known = [sorted(tokenizer.get_vocab().items()), tokenizer(_SOME_OF_EVERYTHING)["input_ids"]]
+        found[part] = hashlib.sha256(json.dumps(known).encode()).hexdigest()
+    return found
+
+
+def other_frozen(own: Mapping[str, str], expected: Mapping[str, str]) -> str | None:
+    """The first frozen part that a checkpoint was not trained beside, of those that it does not hold.
+
+    Args:
+        own: `frozen_fingerprints` of a model.
+        expected: those of a checkpoint.
+    """
+    return next((part for part in own if part not in InstructBLIP.HELD and expected.get(part) != own[part]), None)
+
+
+def check_frozen(own: Mapping[str, str], expected: Mapping[str, str], checkpoint: Path) -> None:
+    """Refuse a checkpoint that was trained beside other frozen weights; arguments as `other_frozen`."""
+    if part := other_frozen(own, expected):
+        raise UserError(
+            f"the frozen {part} weights are not those {checkpoint} was trained with; "
+            f"use the same {part}= and the same files, or train anew under another name="
+        )
 
 
 def restore_trainable(model: InstructBLIP, state: Mapping[str, Tensor], checkpoint: Path) -> None:

@@ -300,7 +300,7 @@ def leave_free(disk: Path, size: int) -> None:
 def test_disk_full_while_training(world: World, small_disk: Path, tmp_path: Path) -> None:
     leave_free(small_disk, 80_000)
     line = fail(world, "train.py", *world.train, *ONE_STEP, f"output={small_disk}", cwd=tmp_path)
-    assert says(line, f"disk full while saving {small_disk}/demo/checkpoints/step_00000001", "free some space")
+    assert says(line, f"disk full while writing {small_disk}/demo/checkpoints/step_00000001", "free some space")
     assert list((small_disk / "demo/checkpoints").iterdir()) == []
     leave_free(small_disk, 0)
     line = fail(world, "train.py", *world.train, *ONE_STEP, f"output={small_disk}", "name=b", cwd=tmp_path)

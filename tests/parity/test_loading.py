@@ -178,7 +178,7 @@ def test_a_hub_id(form: str, formats: Formats, tmp_path: Path, monkeypatch: pyte
         (repository / "pytorch_model.bin").write_bytes(b"never to be fetched")
     asked = []
 
-    def download(name: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+    def download(name: str, *, revision: str | None, allow_patterns: list[str], **_: bool) -> str:
         asked.append(name)
         copy = tmp_path / f"snapshot{len(asked)}"
         for file in (path for path in repository.rglob("*") if path.is_file()):
