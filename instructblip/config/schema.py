@@ -40,6 +40,7 @@ MixedPer = Literal["sample", "batch", "step"]
 Transform = Literal["resize_square", "center_crop", "blip2_image_train", "blip_image_train", "clip_image_train"]
 BatchingKind = Literal["fixed", "bucketed", "packed"]
 Precision = Literal["fp32", "bf16"]
+LossMean = Literal["global", "micro_batch"]
 ParallelKind = Literal["single", "ddp", "fsdp"]
 LoggerKind = Literal["none", "wandb"]
 LoggerMode = Literal["offline", "online"]
@@ -315,6 +316,9 @@ class RecipeConfig(Section):
     betas: Annotated[list[Decay], Field(min_length=2, max_length=2)] = field(default_factory=lambda: [0.9, 0.999])
     clip_norm: PositiveFloat | None = 1.0
     precision: Precision = "fp32"  # bf16: autocast over float32 weights of what trains
+    # global: over the units of the global batch. micro_batch: over those of each micro-batch, then over micro-batches and
+    # ranks, as the released code has it.
+    loss_mean: LossMean = "global"
     non_finite: Literal["stop", "skip"] = "stop"  # what a loss or gradient that is not finite does
     average_decay: Decay | None = None  # moving average of the trained weights, evaluated in their place; such as 0.999
     checkpoint_every: AtLeastOne

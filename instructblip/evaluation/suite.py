@@ -50,8 +50,9 @@ def image_reader(model: InstructBLIP, tasks: Sequence[Task], cache_folder: Path 
 
 
 def takes_cached_images(task: Task) -> bool:
-    """Whether a task shows pictures as `image_reader` gives them, from a cache perhaps: squashed and upright."""
-    return task.protocol.transform == "resize_square" and task.protocol.upright
+    """Whether a task shows pictures as `image_reader` gives them, from a cache perhaps: squashed, upright, on white."""
+    protocol = task.protocol
+    return protocol.transform == "resize_square" and protocol.upright and protocol.transparency == "white"
 
 
 def model_identity(model: InstructBLIP, frozen: Mapping[str, str], trained: str) -> str:
@@ -180,7 +181,12 @@ def evaluate_tasks(
         home, protocol = folder / task.card.name, task.protocol
         reader = read_image
         if not takes_cached_images(task):
-            reader = read_pixels(model.vision.image_size, protocol.transform, upright=protocol.upright)
+            reader = read_pixels(
+                model.vision.image_size,
+                protocol.transform,
+                upright=protocol.upright,
+                transparency=protocol.transparency,
+            )
         runs = [(task, home), (blind_task(task), home / _WITHHELD)][: 1 + blind]
         found = []
         for asked, place in runs:

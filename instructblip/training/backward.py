@@ -1,4 +1,5 @@
-"""The gradient of a global batch: one backward pass a micro-batch, each objective's sum over its units in the whole batch.
+"""The gradient of a global batch: one backward pass a micro-batch, each objective's sum over its units in the whole batch
+(or, as the released code has it, in the micro-batch).
 
 Objectives that compare samples of the whole batch take two passes (Gao et al. 2021, "Scaling deep contrastive learning batch
 size under memory limited setup"): features of all micro-batches without gradient, gathered over the ranks; the loss and its
@@ -23,11 +24,12 @@ class TermSums(NamedTuple):
     """A term as numbers: what is logged of it.
 
     Attributes:
-        total: sum over units, nats; `per_sample` for each sample.
+        mean: its part of the objective's mean, nats: the sum over its units, divided as for the gradient.
+        per_sample: sum over units, nats, for each sample.
         counts: units of each sample.
     """
 
-    total: float
+    mean: float
     per_sample: list[float]
     counts: list[int]
 
@@ -36,7 +38,7 @@ def backward(
     model: Model,
     inputs: Sequence[Inputs],
     objectives: Sequence[Objective],
-    units: Sequence[int],
+    divisors: Sequence[Sequence[float]],
     *,
     packed: bool,
     context: StepContext,
@@ -47,18 +49,17 @@ def backward(
         model: whose gradients are empty, or are to be added to.
         inputs: this rank's micro-batches.
         objectives: what is trained for.
-        units: of each objective in the global batch.
+        divisors: for each objective what each micro-batch's sum is divided by: its units in the global batch, or those of
+            the micro-batch, times the number of micro-batches. Of those that compare the whole batch the first counts.
         packed: several samples share a row of the LLM.
         context: how the passes are carried out.
 
     Returns:
         For each objective its terms by micro-batch; and what each pass went through.
     """
-    scales = [objective.weight / count for objective, count in zip(objectives, units, strict=True)]
-    batch_wide = [pair for pair in zip(objectives, scales, strict=True) if isinstance(pair[0], BatchObjective)]
-    first = _FirstPass()
-    if batch_wide:
-        first = _first_pass(model, inputs, [(o, s) for o, s in batch_wide if isinstance(o, BatchObjective)], context)
+    pairs = list(zip(objectives, divisors, strict=True))
+    batch_wide = [(one, of_parts[0]) for one, of_parts in pairs if isinstance(one, BatchObjective)]
+    first = _first_pass(model, inputs, batch_wide, context) if batch_wide else _FirstPass()
     wanted = set().union(*(objective.outputs for objective in objectives))
     sums: list[list[TermSums]] = [first.sums.get(objective.name, []) for objective in objectives]
     workloads = []
@@ -69,11 +70,11 @@ def backward(
             first.repeat_random_numbers(number)
             outputs = context.forward(model, part, wanted, packed=packed)
             loss = first.surrogate(outputs, slice(start, start + len(part)), with_shared=last)
-            for objective, scale, found in zip(objectives, scales, sums, strict=True):
+            for (objective, of_parts), found in zip(pairs, sums, strict=True):
                 if isinstance(objective, SampleObjective):
                     term = objective.term(outputs.tensors, part)
-                    loss = loss + term.total * scale
-                    found.append(_sums(term))
+                    loss = loss + term.total * (objective.weight / of_parts[number])
+                    found.append(_sums(term, of_parts[number]))
             loss.backward()
         workloads.append(outputs.workload)
         start += len(part)
@@ -126,11 +127,11 @@ def _first_pass(
     shared = {name: parts[0][name].float().clone().requires_grad_() for name in shared_names}
     everyone = {name: context.ranks.gather_rows(rows) for name, rows in own.items()}
     total = torch.zeros((), device=model.device)
-    for objective, scale in objectives:
+    for objective, divisor in objectives:
         first = context.ranks.rank * sum(map(len, inputs))
         term = objective.batch_term(own, everyone, shared, first)
-        total = total + term.total * scale
-        result.sums[objective.name] = [_sums(term)]
+        total = total + term.total * (objective.weight / divisor)
+        result.sums[objective.name] = [_sums(term, divisor)]
     # Every rank's backward pass through the gather takes part in the exchange of gradients.
     leaves = [*own.values(), *shared.values()]
     gradients = torch.autograd.grad(total, leaves, allow_unused=True, materialize_grads=True)
@@ -155,5 +156,5 @@ class _RandomState(NamedTuple):
             torch.cuda.set_rng_state(self.device, self.where)
 
 
-def _sums(term: Term) -> TermSums:
-    return TermSums(float(term.total.detach()), term.per_sample.tolist(), term.counts.tolist())
+def _sums(term: Term, divisor: float) -> TermSums:
+    return TermSums(float(term.total.detach()) / divisor, term.per_sample.tolist(), term.counts.tolist())

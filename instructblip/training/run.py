@@ -66,6 +66,7 @@ _FREE_ON_RESUME = (
     "recipe.full_disk",
     "recipe.final_samples",
 )
+# How a batch is cut, where the loss is a mean over all of it.
 _FREE_IN_PHASES = ("batching", "micro_batch_size", "micro_batch_tokens")
 
 
@@ -194,10 +195,8 @@ def _check_unchanged(config: TrainConfig, folder: Path, console: Console) -> Non
         if key not in (known := valid_keys(TrainConfig)):
             raise UserError(f"resume_allow: {unknown_key(key, known)}")
     begun = read_config(folder / "config.yaml", TrainConfig)
-    free = (
-        *_FREE_ON_RESUME,
-        *(f"recipe.phases.{name}.{key}" for name in config.recipe.phases for key in _FREE_IN_PHASES),
-    )
+    cut = _FREE_IN_PHASES if config.recipe.loss_mean == "global" else ()
+    free = (*_FREE_ON_RESUME, *(f"recipe.phases.{name}.{key}" for name in config.recipe.phases for key in cut))
     old, new = to_dict(begun), to_dict(config)
     refused = differences(old, new, ignore=(*free, *config.resume_allow))
     orders = [", ".join(recipe["phases"]) for recipe in (old["recipe"], new["recipe"])]
