@@ -57,6 +57,7 @@ from instructblip.evaluation.suite import DatasetResult, results_json, write_res
 from instructblip.files import write_json
 from instructblip.objectives import make_objectives
 from instructblip.tracking import NoLogger
+from instructblip.training import resume as resuming
 from instructblip.training import run as training
 from instructblip.training.curves import draw_curves
 from instructblip.training.loop import StepResult
@@ -65,6 +66,7 @@ from instructblip.training.optim import make_adamw
 from instructblip.training.parallel import StepContext
 from instructblip.training.schedule import Phase, locate, rank_positions
 from instructblip.training.signals import StopRequest
+from instructblip.training.skipped import SkippedSteps
 from instructblip.training.writer import CheckpointWriter
 from instructblip.weights.checkpoint import checkpoint_folders, load_checkpoint, newest_whole
 
@@ -101,7 +103,7 @@ def steps(folder: Path, count: int) -> Figures:
     shutil.rmtree(checkpoint_folders(folder / "checkpoints")[0])  # as if killed before it was written
     figures["resuming, ms"] = 1e3 * statistics.median(resume(made_up_run(folder, count)) for _ in range(5))
     with timed(figures, "looking for the best step, once, ms", 1e3):
-        training._find_best(made_up_run(folder, count), count)
+        resuming._find_best(made_up_run(folder, count), count)
     before = resident_bytes()
     with timed(figures, "curves, s"):
         draw_curves(folder / "metrics.jsonl", folder / "curves.png", "growth")
@@ -123,7 +125,12 @@ def made_up_run(folder: Path, count: int) -> Any:
     entries = [MixtureEntry(f"dataset_{number}", 10_000 * (number + 1)) for number in range(DATASETS)]
     return SimpleNamespace(
         config=SimpleNamespace(
-            name="growth", recipe=recipe, seed=0, profile_step=None, data=SimpleNamespace(workers=0)
+            name="growth",
+            recipe=recipe,
+            seed=0,
+            profile_step=None,
+            data=SimpleNamespace(workers=0),
+            parallel=SimpleNamespace(timeout=600.0),
         ),
         folder=folder,
         console=console,
@@ -141,10 +148,12 @@ def made_up_run(folder: Path, count: int) -> Any:
         lost=LostSamples(fraction=0.01, samples=10, say=print),
         validation=[True],
         frozen={"vision": "0", "llm": "0"},
-        shape=SimpleNamespace(total=lambda work, runs_llm: 1e12),
+        inputs={},
+        shape=SimpleNamespace(total=lambda work, outputs: 1e12),
         peak_flops=1e15,
         metrics=MetricsLog(folder / "metrics.jsonl"),
         best=BestStep("mean"),
+        skipped=SkippedSteps(10),
         logger=NoLogger(),
         writer=CheckpointWriter(folder / "checkpoints", KEPT),
     )

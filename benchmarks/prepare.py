@@ -1,14 +1,16 @@
-"""How fast preparation is, and how much memory it takes while streaming a large list of captions.
+"""How fast preparation is, and how much memory it takes while streaming a large list of captions, or a large table.
 
-    python benchmarks/prepare.py                                   400 pictures, a list of 1,000 MB
-    python benchmarks/prepare.py --images 100 --megabytes 50       a small version
+    python benchmarks/prepare.py                                          400 pictures, a list of 1,000 MB, a million rows
+    python benchmarks/prepare.py --images 100 --megabytes 50 --rows 10000   a small version
 
 The pictures are JPEGs of 640 x 480 made on the spot, about as large as COCO's. The list is like those of BLIP's CapFilt,
 and web_capfilt's reader reads it; one url in a hundred has a picture, a small one, the others are counted as dead links.
+The table is a CSV of questions about small pictures of one's own, twenty for each, whose rows stand anywhere.
 Each run of preparation is a process of its own, so that its peak memory is its own.
 """
 
 import argparse
+import csv
 import dataclasses
 import io
 import json
@@ -29,12 +31,20 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.measure import provenance
 from instructblip.data.cards import Card, SplitCounts, load_card
 from instructblip.data.prepare.convert import prepare_dataset
-from instructblip.data.readers import READERS, Losses, MediaRecords, RawSplit
+from instructblip.data.readers import READERS, Losses, MediaRecords, RawSplit, Reader
 from instructblip.data.readers.web_capfilt import file_of_url
 from instructblip.data.records import Record
 from instructblip.files import read_json
 
 PICTURE_EVERY = 100  # urls
+ROWS_OF_A_PICTURE = 20  # of the CSV
+OWN_CARD = """
+name: own
+reader: records
+task: vqa
+splits:
+  train: {records: questions.csv, images: images}
+"""
 VARIANTS = ("kept as they are", "all there already", "image_size=256")
 
 
@@ -46,7 +56,7 @@ def read_folder(source: RawSplit, losses: Losses) -> Iterator[MediaRecords]:
 
 def folder_card() -> Card:
     """A card of the pictures, for `read_folder`."""
-    READERS["folder"] = read_folder
+    READERS["folder"] = Reader(read_folder)
     splits = {"train": SplitCounts(None, None, files={"images": ("images",)})}
     return dataclasses.replace(load_card("web_capfilt"), name="pictures", reader="folder", splits=splits)
 
@@ -101,6 +111,24 @@ def write_list(raw: Path, megabytes: int) -> int:
             number += 1
         file.write("]")
     return number
+
+
+def write_table(raw: Path, rows: int) -> None:
+    """Write `questions.csv`, the pictures that it asks about, and a card of both."""
+    pictures = max(1, rows // ROWS_OF_A_PICTURE)
+    content = picture(np.random.default_rng(0), 64, 48)
+    for number in range(pictures):
+        path = raw / f"images/{number % 1000:03d}/{number}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    with open(raw / "questions.csv", "w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["image", "question", "answer"])
+        for row in range(rows):
+            number = row * 7919 % pictures
+            question = f"what is said about this picture, of all that might be, by row {row}?"
+            writer.writerow([f"{number % 1000:03d}/{number}.jpg", question, f"answer {row}"])
+    (raw / "own.yaml").write_text(OWN_CARD, encoding="utf-8")
 
 
 def measured(card: Card, raw: Path, out: Path, image_size: int | None = None) -> tuple[float, float, dict[str, int]]:
@@ -170,17 +198,35 @@ def memory_table(folder: Path, megabytes: int) -> Table:
     return table
 
 
+def rows_table(folder: Path, rows: int) -> Table:
+    """Peak memory of a CSV, and of one a quarter as long."""
+    table = Table(title="CSV of one's own, one process", title_justify="left")
+    for heading in ("rows", "MB", "pictures", "records", "seconds", "rows a second", "peak memory, MB"):
+        table.add_column(heading, justify="right")
+    for count in (max(1, rows // 4), rows):
+        raw = folder / f"table{count}"
+        raw.mkdir()
+        write_table(raw, count)
+        seconds, peak, counts = measured(load_card(raw / "own.yaml"), raw, folder / f"rows{count}")
+        size = (raw / "questions.csv").stat().st_size / 1e6
+        numbers = (count, size, counts["images"], counts["records"], seconds, count / seconds, peak)
+        table.add_row(*(f"{number:,.0f}" for number in numbers))
+    return table
+
+
 def main() -> None:
-    """Print both tables, the machine and the date."""
+    """Print all tables, the machine and the date."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=400)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--megabytes", type=int, default=1000)
+    parser.add_argument("--rows", type=int, default=1_000_000)
     arguments = parser.parse_args()
     console = Console(width=140)
     with tempfile.TemporaryDirectory() as folder:
         console.print(speed_table(Path(folder) / "speed", arguments.images, arguments.rounds))
         console.print(memory_table(Path(folder), arguments.megabytes))
+        console.print(rows_table(Path(folder), arguments.rows))
     console.print(provenance(packages=["Pillow"]), highlight=False)
 
 

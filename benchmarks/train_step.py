@@ -158,6 +158,8 @@ def samples(count: int, long: int, image_size: int) -> list[tuple[Sample, Tensor
             record=Record(str(number), "question", answers=(answer,)),
             frames=(),
             image_location=(0, number),
+            image_id=str(number),
+            position=number,
             instruction=prompt,
             target=answer,
             template=prompt,
@@ -271,7 +273,7 @@ def transformers_batch(model: InstructBLIP, image_token: int, batch: Batch) -> d
     text = model.qformer_tokenizer(batch.instructions, padding=True, return_tensors="pt")
     visual = [image_token] * model.qformer.query_tokens.shape[1]
     rows = [
-        (visual + model.llm.prompt_format.prompt_ids(prompt, truncate=True), model.llm.prompt_format.target_ids(answer))
+        (visual + model.llm.prompt_format.prompt_ids(prompt, training=True), model.llm.prompt_format.target_ids(answer))
         for prompt, answer in zip(batch.instructions, batch.targets, strict=True)
     ]
     together = not model.llm.model.config.is_encoder_decoder
@@ -336,7 +338,7 @@ def step_figures(arguments: argparse.Namespace) -> dict[str, float]:
     """What a step asks for, and what the device can do: FLOPs, LLM tokens, the largest FLOP/s of a matrix product."""
     config = configuration(arguments)
     parts, work = parts_without_weights(config), work_of(config, arguments.batch, arguments.long)
-    flops = model_shape(parts.vision, parts.qformer, parts.projection, parts.llm).total(work)
+    flops = model_shape(parts.vision, parts.qformer, parts.heads, parts.llm).total(work)
     dtype = torch.bfloat16 if arguments.device == "cuda" else torch.float32
     peak = measured_peak(torch.device(arguments.device), dtype)
     return {"flops": flops, "positions": work.positions, "peak": peak}

@@ -4,11 +4,12 @@
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from instructblip._torchvision import declare_missing_operators
 
 if TYPE_CHECKING:
+    from instructblip.models.blip2 import BLIP2
     from instructblip.models.instructblip import InstructBLIP
 
 declare_missing_operators()  # before anything imports torchvision: transformers and timm both do
@@ -24,12 +25,13 @@ def load(
     vision_path: str | None = None,
     qformer_path: str | None = None,
     device: str = "auto",
-) -> "InstructBLIP":
+) -> "InstructBLIP | BLIP2":
     """Load a trained model: what `instructblip.weights.load.load_model` does and documents, the model alone.
 
     Args:
-        source: a run (`outputs/train/<name>`) or one of its checkpoints, a transformers folder or hub id, a LAVIS `.pth`.
-        llm: a name in configs/llm; a `.pth` needs it.
+        source: a run (`outputs/train/<name>`) or one of its checkpoints, a transformers folder or hub id, a LAVIS `.pth`; of
+            InstructBLIP, or of either stage of BLIP-2.
+        llm: a name in configs/llm; a `.pth` of a model with a language model needs it.
         llm_path, vision_path, qformer_path: files of frozen parts in place of the configured sources.
         device: `auto` takes a GPU where there is one.
 
@@ -39,4 +41,4 @@ def load(
     from instructblip.weights.load import load_model
 
     parts = {"llm": llm, "llm_path": llm_path, "vision_path": vision_path, "qformer_path": qformer_path}
-    return load_model(source, device=device, **parts).model
+    return cast("InstructBLIP | BLIP2", load_model(source, device=device, **parts).model)

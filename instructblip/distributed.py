@@ -123,6 +123,30 @@ class Ranks:
         gathered: Tensor = _GatherRows.apply(own, self.rank, self.world_size)
         return gathered
 
+    def take_rows(self, own: Tensor, rows: Sequence[int]) -> Tensor:
+        """Rows of all ranks, numbered as in `gather_rows`, of which this rank holds no more than it takes; no gradient.
+
+        Args:
+            own: (B, ...), the same shape and type on all ranks.
+            rows: wanted here, in any order, each as often as it is wanted.
+        """
+        if self.world_size == 1:
+            return own[list(rows)]
+        wanted_by_rank = self.gather(list(rows))
+        first, last = self.rank * len(own), (self.rank + 1) * len(own)
+        sent = [[row - first for row in wanted if first <= row < last] for wanted in wanted_by_rank]
+        owners = [row // len(own) for row in rows]
+        # As bytes: gloo does not exchange every type.
+        parcels = own[[row for parcel in sent for row in parcel]].contiguous().view(torch.uint8)
+        found = parcels.new_empty(len(rows), *parcels.shape[1:])
+        with self.watched():
+            counts = [owners.count(rank) for rank in range(self.world_size)]
+            dist.all_to_all_single(found, parcels, counts, [len(parcel) for parcel in sent])
+        order = sorted(range(len(rows)), key=owners.__getitem__)  # stable: rank by rank, as they were asked for
+        places = torch.empty(len(rows), dtype=torch.int64)
+        places[order] = torch.arange(len(rows))
+        return found.view(own.dtype)[places]
+
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
         """Turn what gloo and NCCL say of a lost rank into one line.

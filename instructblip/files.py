@@ -1,4 +1,4 @@
-"""Small file helpers: whole files or none, hashes, JSON."""
+"""Small file helpers: whole files or none, locks, checksums, JSON."""
 
 import contextlib
 import errno
@@ -7,9 +7,9 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from filelock import FileLock, Timeout
 from rich.console import Console
@@ -17,7 +17,21 @@ from safetensors import SafetensorError
 
 from instructblip.errors import UserError
 
+CHECKSUM = "checksum"  # the key of `with_checksum`
 _CHUNK_BYTES = 1 << 20
+_LOCK = ".lock"
+# Of a disk that fails, a network file system that lost its server or was mounted anew, and a limit on the size of files.
+_FAILING = (
+    errno.EIO,
+    errno.ESTALE,
+    errno.EFBIG,
+    errno.ENXIO,
+    errno.ENODEV,
+    errno.EREMOTEIO,
+    errno.ENOTCONN,
+    errno.ETIMEDOUT,
+    errno.ENOLCK,
+)
 _SHA256 = re.compile("[0-9a-f]{64}")
 
 
@@ -29,8 +43,13 @@ def shipped(folder: str) -> Path:
 
 
 @contextlib.contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
+def atomic_path(path: Path, *, durable: bool = True) -> Iterator[Path]:
     """Give a path beside `path` to write to; on success it takes its place, on any error it is removed.
+
+    Args:
+        path: of the file.
+        durable: on the disk before it takes its place, and there for good when this ends, whatever the power does. Without,
+            a crash of the machine may leave it empty: for many small files that something else vouches for.
 
     Raises:
         UserError: the disk is full, the folder may not be written, or a file stands where a folder should.
@@ -40,7 +59,11 @@ def atomic_path(path: Path) -> Iterator[Path]:
         with errors_for_users(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             yield partial
+            if durable:
+                sync(partial)
             os.replace(partial, path)
+            if durable:
+                sync(path.parent)
     finally:
         with contextlib.suppress(OSError):  # where it could not be written, the error above says why
             partial.unlink()
@@ -67,11 +90,32 @@ def atomic_folder(folder: Path, *, overwrite_if: str | None = None) -> Iterator[
         with errors_for_users(folder):
             partial.mkdir(parents=True)
             yield partial
+            sync_all(partial)
             if folder.exists():
                 shutil.rmtree(folder)
             os.replace(partial, folder)
+            sync(folder.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """Return when a file's content, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir():  # some systems have it for files only
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def sync_all(folder: Path) -> None:
+    """`sync` everything below a folder, and the folder."""
+    for path in (*folder.rglob("*"), folder):
+        if not path.is_symlink():
+            sync(path)
 
 
 @contextlib.contextmanager
@@ -104,29 +148,68 @@ def exclusive(path: Path, doing: str, *, show: bool = True, busy: str | None = N
 
 
 @contextlib.contextmanager
+def claimed_folder(folder: Path, what: str, *, locked: bool = True) -> Iterator[None]:
+    """Make an output folder, and keep other processes that write there out of it. Who ends, however, lets go.
+
+    Args:
+        folder: with a file `.lock` from now on.
+        what: is at work there: `run`.
+        locked: whether this process takes the lock, for all that belong together.
+
+    Raises:
+        UserError: another one is at work there, or the folder cannot be made or written.
+    """
+    with errors_for_users(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    busy = f"another {what} is writing to {folder}; wait until it has ended, or give another name="
+    with exclusive(folder / _LOCK, f"writing to {folder}", busy=busy) if locked else contextlib.nullcontext():
+        yield
+
+
+@contextlib.contextmanager
 def errors_for_users(path: Path) -> Iterator[None]:
     """Say in one line why `path`, or something below it, could not be written.
 
     Raises:
-        UserError: no space, no right to, something else in the way, or no such place can be.
+        UserError: no space, no right to, something else in the way, a disk that fails, or no such place can be.
     """
     try:
         yield
     except (OSError, SafetensorError) as error:
-        if is_disk_full(error):
-            raise UserError(f"disk full while writing {path}; free some space and run the same command again") from None
-        if getattr(error, "errno", None) in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise UserError(f"no permission to write {path}; choose another folder or mend its rights") from None
-        if isinstance(error, NotADirectoryError | FileExistsError):
-            place = Path(os.fsdecode(error.filename))
-            taken = next((parent for parent in (place, *place.parents) if parent.is_file()), place)
-            raise UserError(f"{path} cannot be written: {taken} is not a folder; choose another") from None
-        if isinstance(error, IsADirectoryError):
-            place = error.filename2 or error.filename
-            raise UserError(f"{path} cannot be written: {place} is a folder; choose another name") from None
-        if isinstance(error, OSError) and _is_no_place(error, path):
-            raise UserError(f"{path} cannot be written ({error.strerror}); choose another place") from None
-        raise
+        problem = write_problem(error, path)
+        if problem is None:
+            raise
+        raise UserError(f"{problem.what}; {problem.mend}{' and run the same command again' * problem.passes}") from None
+
+
+class WriteProblem(NamedTuple):
+    """Why something could not be written, how the user mends it, and whether the same command is right afterwards."""
+
+    what: str
+    mend: str
+    passes: bool = False
+
+
+def write_problem(error: OSError | SafetensorError, path: Path) -> WriteProblem | None:
+    """Why `path`, or something below it, could not be written; None for an error that no user can mend."""
+    number = error_number(error)
+    if is_disk_full(error):
+        return WriteProblem(f"disk full while writing {path}", "free some space", passes=True)
+    if number in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return WriteProblem(f"no permission to write {path}", "choose another folder or mend its rights")
+    if number in _FAILING:
+        what = f"{path} cannot be written ({os.strerror(number or 0)})"
+        return WriteProblem(what, "look at its disk, its mount and `ulimit -f`", passes=True)
+    if isinstance(error, NotADirectoryError | FileExistsError):
+        place = Path(os.fsdecode(error.filename))
+        taken = next((parent for parent in (place, *place.parents) if parent.is_file()), place)
+        return WriteProblem(f"{path} cannot be written: {taken} is not a folder", "choose another")
+    if isinstance(error, IsADirectoryError):
+        place = error.filename2 or error.filename
+        return WriteProblem(f"{path} cannot be written: {place} is a folder", "choose another name")
+    if isinstance(error, OSError) and _is_no_place(error, path):
+        return WriteProblem(f"{path} cannot be written ({error.strerror})", "choose another place")
+    return None
 
 
 def _is_no_place(error: OSError, path: Path) -> bool:
@@ -140,18 +223,23 @@ def _is_no_place(error: OSError, path: Path) -> bool:
     return isinstance(error, FileNotFoundError) and (place in path.parents or str(place).startswith(str(path)))
 
 
+def error_number(error: Exception) -> int | None:
+    """The system's number of an error; safetensors tells it in the text of its own error only."""
+    if isinstance(error, SafetensorError):
+        found = re.search(r"\(os error (\d+)\)|\bcode: (\d+)", str(error))
+        return int(found[1] or found[2]) if found else None
+    return getattr(error, "errno", None)
+
+
 def is_disk_full(error: Exception) -> bool:
-    """Whether writing failed for want of space or quota; safetensors says so in the text of its own error only."""
-    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error)
+    """Whether writing failed for want of space or quota."""
+    return error_number(error) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error)
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
     """Write a whole file, or leave what was there."""
-    data = content.encode() if isinstance(content, str) else content
-    with atomic_path(path) as partial, open(partial, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    with atomic_path(path) as partial:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -175,6 +263,20 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path} is not whole JSON (line {error.lineno}: {error.msg}); fetch it again") from None
     except (RecursionError, ValueError) as error:  # brackets by the thousand, a number of thousands of digits
         raise UserError(f"{path} is no sound JSON ({error}); fetch it again") from None
+
+
+def with_checksum(values: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON values and, under `CHECKSUM`, the beginning of the SHA-256 of them all: 16 digits tell any damage."""
+    return {**values, CHECKSUM: _checksum(values)}
+
+
+def checksum_holds(values: Mapping[str, Any]) -> bool:
+    """Whether values are as `with_checksum` wrote them; not where they have none."""
+    return values.get(CHECKSUM) == _checksum({key: value for key, value in values.items() if key != CHECKSUM})
+
+
+def _checksum(values: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def sha256_file(path: Path) -> str:

@@ -11,11 +11,11 @@ from instructblip.errors import UserError
 class Logger(Protocol):
     """Receives metrics of a run."""
 
-    def log(self, metrics: Mapping[str, Any], step: int) -> None:
-        """Record numbers at an optimiser step; nested dicts become names joined with "/"."""
+    def log(self, metrics: Mapping[str, Any], step: int | None) -> None:
+        """Record numbers at a step, None: after all before; nested dicts become names joined with "/"."""
 
-    def log_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int) -> None:
-        """Record a table at an optimiser step."""
+    def log_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int | None) -> None:
+        """Record a table, likewise."""
 
     def finish(self) -> None:
         """Write out everything; nothing may be logged afterwards."""
@@ -24,10 +24,10 @@ class Logger(Protocol):
 class NoLogger:
     """Takes everything and keeps nothing."""
 
-    def log(self, metrics: Mapping[str, Any], step: int) -> None:
+    def log(self, metrics: Mapping[str, Any], step: int | None) -> None:
         """Nothing to do."""
 
-    def log_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int) -> None:
+    def log_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int | None) -> None:
         """Nothing to do."""
 
     def finish(self) -> None:
@@ -37,7 +37,9 @@ class NoLogger:
 class WandbLogger:
     """A Weights & Biases run; offline ones are kept in `<folder>/wandb/` for a later `wandb sync`."""
 
-    def __init__(self, mode: str, project: str, name: str, folder: Path, config: Mapping[str, Any]) -> None:
+    def __init__(
+        self, mode: str, project: str, name: str, folder: Path, config: Mapping[str, Any], run_id: str | None
+    ) -> None:
         _keep_below(folder)
         try:
             import wandb
@@ -52,18 +54,20 @@ class WandbLogger:
                 dir=str(folder),
                 config=dict(config),
                 mode="online" if mode == "online" else "offline",
+                id=run_id,
+                resume="allow" if run_id is not None and mode == "online" else None,  # nothing to look up offline
                 reinit="create_new",
                 settings=wandb.Settings(silent=True, console="off", x_disable_meta=True),
             )
         except wandb.errors.Error as error:
             raise UserError(f"wandb could not start ({error}); run `wandb login`, or choose mode=offline") from None
 
-    def log(self, metrics: Mapping[str, Any], step: int) -> None:
-        """Record numbers at an optimiser step, which must not go backwards."""
+    def log(self, metrics: Mapping[str, Any], step: int | None) -> None:
+        """Record numbers; what comes at an earlier step than one that wandb has, after a restart, it drops."""
         self._run.log(flatten(metrics), step=step)
 
-    def log_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int) -> None:
-        """Record a table at an optimiser step, which must not go backwards."""
+    def log_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int | None) -> None:
+        """Record a table, likewise."""
         table = self._table(columns=list(columns), data=[list(row) for row in rows], allow_mixed_types=True)
         self._run.log({name: table}, step=step)
 
@@ -77,8 +81,8 @@ class WandbLogger:
         self._teardown()
 
 
-LOGGERS: dict[str, Callable[[str, str, str, Path, Mapping[str, Any]], Logger]] = {
-    "none": lambda mode, project, name, folder, config: NoLogger(),
+LOGGERS: dict[str, Callable[[str, str, str, Path, Mapping[str, Any], str | None], Logger]] = {
+    "none": lambda mode, project, name, folder, config, run_id: NoLogger(),
     "wandb": WandbLogger,
 }
 
@@ -91,6 +95,7 @@ def make_logger(
     name: str,
     folder: Path,
     config: Mapping[str, Any],
+    run_id: str | None = None,
 ) -> Logger:
     """Start the logger called `kind` ("none" or "wandb").
 
@@ -100,11 +105,12 @@ def make_logger(
         project, name: what the run is filed under.
         folder: the run's output folder.
         config: the run's settings, stored with it.
+        run_id: the tracker's own name for the run, under which it goes on if it has it; None: a new one.
 
     Raises:
         UserError: wandb not installed, or wandb refuses to start.
     """
-    return LOGGERS[kind](mode, project, name, folder, config)
+    return LOGGERS[kind](mode, project, name, folder, config, run_id)
 
 
 def flatten(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

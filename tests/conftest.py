@@ -29,6 +29,12 @@ if TYPE_CHECKING:
     from tests.kit.runs import World
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Two workers a core: many tests wait for processes that they start, for the disk, or for a bound in seconds."""
+    return 2 * len(os.sched_getaffinity(0))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """No test reads or writes the user's cache."""
@@ -43,6 +49,14 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> "World":
     from tests.kit.runs import make_world  # Hydra and all: only for those who need it
 
     return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="session")
+def caption_world(tmp_path_factory: pytest.TempPathFactory) -> "World":
+    """As `world`, for runs of BLIP-2's first stage."""
+    from tests.kit.runs import make_caption_world
+
+    return make_caption_world(tmp_path_factory.mktemp("caption_world"))
 
 
 @pytest.fixture(scope="session")

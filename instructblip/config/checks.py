@@ -1,12 +1,15 @@
 """What well-typed settings must keep among each other: one verdict for every command, before anything is loaded."""
 
+from dataclasses import asdict
 from typing import Any
 
 from instructblip.config.schema import (
+    ArchitectureConfig,
     DataConfig,
     EvaluateConfig,
     InspectConfig,
     MixtureConfig,
+    ModelConfig,
     PhaseConfig,
     PrepareConfig,
     QFormerConfig,
@@ -63,8 +66,30 @@ def check_batches(phases: dict[str, PhaseConfig], world_size: int) -> None:
             )
 
 
+def check_model(config: ModelConfig) -> None:
+    """Refuse parts that the wanted model cannot be made of, or settings that it does not read.
+
+    Raises:
+        UserError: names the key.
+    """
+    kind = config.model.kind
+    if kind != "blip2_stage1":
+        config.language_model()
+        plain = asdict(ArchitectureConfig(kind=kind))
+        if other := [name for name, value in asdict(config.model).items() if value != plain[name]]:
+            raise UserError(f"model.{other[0]} is of BLIP-2's first stage; leave it out, or set model=blip2_stage1")
+        if kind == "blip2" and config.qformer.instruction_aware:
+            raise UserError("model=blip2 has a Q-Former that reads no text; set qformer.instruction_aware=false")
+        return
+    if config.llm is not None:
+        raise UserError(f"model=blip2_stage1 has no language model, and llm={config.llm.name} is one; set llm=null")
+    if not config.qformer.instruction_aware:
+        raise UserError("model=blip2_stage1 reads texts with the Q-Former; set qformer.instruction_aware=true")
+
+
 def _check_training(config: TrainConfig) -> None:
     recipe = config.recipe
+    check_model(config)
     for name, phase in recipe.phases.items():
         _check_phase(f"recipe.phases.{name}", phase, config)
     _check_data(config.data)
@@ -72,13 +97,17 @@ def _check_training(config: TrainConfig) -> None:
     for name, phase in recipe.phases.items():
         _check_groups(f"recipe.phases.{name} has", config.mixture, phase.batch_size, phase.micro_batch_size)
     _check_qformer(config.qformer)
-    if recipe.keep_best is not None and recipe.keep_best not in ("mean", *config.suite.held_in):
-        near = nearest(recipe.keep_best, ["mean", *config.suite.held_in])
+    by_path = any("/" in name or name.endswith((".yaml", ".yml")) for name in config.suite.held_in)
+    named = ("mean", *config.suite.held_in)
+    if recipe.keep_best is not None and recipe.keep_best not in named and not by_path:  # a card's path says no name yet
+        near = nearest(recipe.keep_best, named)
         raise UserError(f"recipe.keep_best={recipe.keep_best} is no dataset of suite.held_in, nor mean{near}")
     _check_trained(config)
-    if config.parallel.kind == "fsdp" and config.llm.quantization is not None:
+    _check_start(config)
+    quantization = None if config.llm is None else config.llm.quantization
+    if config.parallel.kind == "fsdp" and quantization is not None:
         raise UserError(
-            f"parallel=fsdp shards parameters, and the weights of an {config.llm.quantization} LLM are none; "
+            f"parallel=fsdp shards parameters, and the weights of an {quantization} LLM are none; "
             "use parallel=ddp, or leave llm.quantization out"
         )
 
@@ -86,25 +115,38 @@ def _check_training(config: TrainConfig) -> None:
 def _check_trained(config: TrainConfig) -> None:
     if not config.train.parts():
         raise UserError("train has no part that is full, so nothing would be learned; set train.qformer=full")
+    if config.train.vision != "full" and config.train.layer_decay != 1.0:
+        raise UserError(
+            f"train.layer_decay={config.train.layer_decay:g} is of the vision encoder's layers, which are frozen; set "
+            "train.vision=full, or leave it out"
+        )
     if config.train.vision == "full" and config.data.cache_features:
         raise UserError(
             "data.cache_features=true keeps what a frozen vision encoder gives, and train.vision=full trains it; "
             "set data.cache_features=false"
         )
-    if config.train.llm == "full" and config.llm.quantization is not None:
+    if config.llm is None:
+        if config.train.llm == "full" or "llm" in config.train.learning_rates:
+            raise UserError(f"model={config.model.kind} has no LLM to train; leave train.llm and its learning rate out")
+    elif config.train.llm == "full" and config.llm.quantization is not None:
         raise UserError(
             f"train.llm=full trains weights, and those of an {config.llm.quantization} LLM are rounded; "
             "leave llm.quantization out"
         )
 
 
+def _check_start(config: TrainConfig) -> None:
+    files = [path for path in (config.qformer.stage1, config.qformer.stage2) if path is not None]
+    if files and config.init_from:
+        raise UserError(f"qformer.stage1 and stage2 mean init_from=[{', '.join(files)}]; give init_from= alone")
+
+
 def _check_phase(key: str, phase: PhaseConfig, config: TrainConfig) -> None:
     if phase.batching == "fixed" and phase.micro_batch_tokens is not None:
         raise UserError(f"{key}.micro_batch_tokens limits no fixed batches; set {key}.batching=bucketed or packed")
-    if phase.batching == "packed" and config.llm.kind != "decoder":
-        raise UserError(
-            f"{key}.batching=packed needs a decoder-only LLM, llm={config.llm.name} is none; set it to bucketed"
-        )
+    if phase.batching == "packed" and (config.llm is None or config.llm.kind != "decoder"):
+        found = f"model={config.model.kind} has none" if config.llm is None else f"llm={config.llm.name} is none"
+        raise UserError(f"{key}.batching=packed needs a decoder-only LLM, {found}; set it to bucketed")
 
 
 def _check_mixture(config: MixtureConfig) -> None:

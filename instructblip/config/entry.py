@@ -34,6 +34,7 @@ from instructblip.config.checks import check, check_search
 from instructblip.config.schema import CONFIGS, Schema
 from instructblip.config.validate import read_yaml, unknown_choice, validate
 from instructblip.errors import UserError
+from instructblip.interrupts import raise_once
 
 EXIT_USER_ERROR = 2
 _SWEEP_FLAGS = ("-m", "--multirun")
@@ -63,6 +64,7 @@ def main(name: str, schema: type[Schema], task: Callable[[Schema, Console], int 
     Exits with 0, with the status that `task` returns, or with 2 after a line on standard error that says what to mend. In a
     sweep a user's mistake ends that job alone; the others run, and the status is 2 at the end.
     """
+    raise_once()
     failed: list[str] = []
     searched: set[Path] = set()
     process = os.getpid()
@@ -169,7 +171,10 @@ def compose_config(name: str, schema: type[Schema], overrides: list[str]) -> Sch
 
 
 def _settable(arguments: list[str]) -> list[str]:
-    """The command line with `++` before every key that is set or added, so that no file has to write it first."""
+    """The command line with `++` before every key that is set or added, so that no file has to write it first.
+
+    A group is left out by `GROUP=null`, as a key is.
+    """
     return [_forced(argument) for argument in arguments]
 
 
@@ -181,6 +186,8 @@ def _forced(argument: str) -> str:
     except HydraException:
         return argument  # Hydra says what is wrong with it
     group = override.package is not None or (CONFIGS / override.key_or_group).is_dir()
+    if group and override.value() is None:
+        return f"~{override.key_or_group}"  # Hydra's way to leave a group out
     if override.key_or_group.startswith("hydra") or (group and not isinstance(override.value(), dict)):
         return argument
     return f"++{argument.lstrip('+')}"

@@ -8,8 +8,9 @@ import re
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
-from pydantic import AfterValidator, ConfigDict, Field
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 
+from instructblip.errors import UserError
 from instructblip.files import sha256_digits, shipped
 
 Schema = TypeVar("Schema")
@@ -21,14 +22,16 @@ class Section:
     """Base of all dataclasses that are read from YAML: no unknown keys, no conversions, no numbers that are not finite."""
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    NOT_SAID: ClassVar[tuple[str, ...]] = ()  # what code sets, and no file may
 
 
 # --- choices ---------------------------------------------------------------------------------------------------------
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 VisionNorm = Literal["layer", "channel"]
-QFormerInit = Literal["bert", "blip2", "scratch"]
+QFormerInit = Literal["bert", "given", "scratch"]
 QueryInit = Literal["normal", "cls"]
+ModelKind = Literal["instructblip", "blip2", "blip2_stage1"]
 LLMKind = Literal["decoder", "encoder_decoder"]
 TrainMode = Literal["frozen", "full"]
 PartName = Literal["vision", "qformer", "llm"]
@@ -38,16 +41,41 @@ Converter = Literal["gguf", "efficientnet_pth"]
 Weighting = Literal["sqrt", "proportional", "uniform", "temperature"]
 MixedPer = Literal["sample", "batch", "step"]
 Transform = Literal["resize_square", "center_crop", "blip2_image_train", "blip_image_train", "clip_image_train"]
+TextProcessor = Literal["none", "blip_caption", "blip_question"]
 BatchingKind = Literal["fixed", "bucketed", "packed"]
+Gather = Literal["gradient", "detached"]
 Precision = Literal["fp32", "bf16"]
 LossMean = Literal["global", "micro_batch"]
 ParallelKind = Literal["single", "ddp", "fsdp"]
 LoggerKind = Literal["none", "wandb"]
 LoggerMode = Literal["offline", "online"]
 GPUName = Literal["a100_40", "a100_80", "h100", "h200", "l40s", "rtx_4090"]
-Mode = Literal["rank", "generate"]
+Mode = Literal["rank", "generate", "retrieve"]
 Preset = Literal["paper", "lavis"]
 OcrLibrary = Literal["rapidocr"]
+Missing = Literal["stop", "skip"]
+CardTask = Literal["vqa", "captioning", "multiple_choice", "classification", "statement", "conversation"]
+# Scores that a card may name; `evaluation.metrics.METRICS` has them all.
+MetricName = Literal[
+    "accuracy",
+    "multiple_choice_accuracy",
+    "aokvqa_multiple_choice",
+    "aokvqa_direct_answer",
+    "exact_match",
+    "vqa_accuracy",
+    "vqa_accuracy_lavis",
+    "textvqa_accuracy",
+    "vizwiz_accuracy",
+    "vizwiz_accuracy_lmms_eval",
+    "gqa_accuracy",
+    "gqa_accuracy_lavis",
+    "ocr_vqa_accuracy",
+    "ivqa_accuracy",
+    "cider",
+    "rouge_l",
+    "auroc",
+    "visdial",
+]
 
 # --- bounds ----------------------------------------------------------------------------------------------------------
 
@@ -56,6 +84,7 @@ NotNegative = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NotNegativeFloat = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+LayerDecay = Annotated[float, Field(gt=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Channels = Annotated[list[float], Field(min_length=3, max_length=3)]
 
@@ -66,7 +95,12 @@ def _check_device(name: str) -> str:
     return name
 
 
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else [] if value is None else value
+
+
 Device = Annotated[str, AfterValidator(_check_device)]
+OneOrMore = Annotated[list[str], BeforeValidator(_as_list)]  # a text alone is a list of one, null of none
 
 # --- texts that become paths, or words of a command -------------------------------------------------------------------
 
@@ -177,10 +211,10 @@ class QFormerConfig(Section):
 
     name: PartFolder
     sources: SourcesConfig = field(default_factory=SourcesConfig)  # BERT: sizes, tokenizer and, for init=bert, weights
-    init: QFormerInit = "bert"
-    stage1: str | None = None  # init=blip2: LAVIS files of BLIP-2's two stages
+    init: QFormerInit = "bert"  # given: it has no weights of its own, init_from= must give them
+    stage1: str | None = None  # the same as init_from=[stage1, stage2]: files of BLIP-2's two stages
     stage2: str | None = None
-    aligned_to: str | None = None  # name of the LLM that stage 2 was trained with
+    aligned_to: str | None = None  # name of the LLM that init_from's weights were trained with, where they do not say
     sizes: dict[str, Any] = field(default_factory=dict)  # as in BERT's config.json, for what opens no file: a plan
     extra_tokens: list[str] = field(default_factory=list)
     layers: AtLeastOne | None = None  # the first ones of BERT's; null: all
@@ -214,10 +248,25 @@ class LLMConfig(Section):
     image_prefix: str = ""  # text in front of the visual tokens
     prompt_prefix: str = ""  # text between them and the prompt
     prompt_suffix: str = ""  # text after the prompt
-    answer_prefix: str = ""
+    answer_prefix: str = ""  # text before an answer that follows a text
+    supervise_bos: bool = (
+        False  # without a prompt BOS is learned as the answer's first token, as in BLIP-2's OPT models
+    )
     max_prompt_tokens: AtLeastOne = 128
     max_target_tokens: AtLeastOne = 256
     lavis_projection: LavisProjection | None = None  # as LAVIS's files trained with this LLM call it
+
+
+@dataclass(kw_only=True)
+class ArchitectureConfig(Section):
+    """Which model the parts are put together to."""
+
+    kind: ModelKind = "instructblip"
+    # Of BLIP-2's first stage alone:
+    feature_width: AtLeastOne = 256  # of the features that image and text are contrasted by
+    max_text_tokens: AtLeastOne = 32
+    temperature: PositiveFloat = 0.07  # that similarities are divided by; trained from here on
+    language_model_head: bool = True  # false: it does not caption, as transformers' retrieval models
 
 
 @dataclass(kw_only=True)
@@ -225,16 +274,31 @@ class ModelConfig(Section):
     """All that a model is built from."""
 
     seed: int = 0
+    model: ArchitectureConfig = field(default_factory=ArchitectureConfig)
     vision: VisionConfig
     qformer: QFormerConfig
-    llm: LLMConfig
+    llm: LLMConfig | None = None  # BLIP-2's first stage has none
+
+    def reads_prefixes(self) -> bool:
+        """Whether captions are cut for prefix language modelling: BLIP-2's second stage with an encoder-decoder."""
+        return self.model.kind == "blip2" and self.llm is not None and self.llm.kind == "encoder_decoder"
+
+    def language_model(self) -> LLMConfig:
+        """The language model, of a model that has one.
+
+        Raises:
+            UserError: it is missing.
+        """
+        if self.llm is None:
+            raise UserError(f"model={self.model.kind} needs a language model; give llm=NAME, one of configs/llm")
+        return self.llm
 
 
 @dataclass(kw_only=True)
 class MixtureDatasetConfig(Section):
     """One training dataset of a mixture."""
 
-    name: str
+    name: str  # of its card, or the path of a card of one's own
     multiplier: PositiveFloat = 1.0
 
 
@@ -248,15 +312,17 @@ class MixtureConfig(Section):
     weights: Weighting = "sqrt"
     temperature: PositiveFloat | None = None  # T of p_d ~ n_d ** (1 / T), for weights=temperature
     per: MixedPer = "sample"  # what comes from one dataset
+    templates: str | None = None  # in place of those of the cards: a name in datasets/templates
 
 
 @dataclass(kw_only=True)
 class SuiteConfig(Section):
-    """Which cards are evaluated."""
+    """Which cards are evaluated: by name, or by the path of a card of one's own."""
 
     name: str
     held_in: list[str] = field(default_factory=list)
     held_out: list[str] = field(default_factory=list)
+    missing: Missing = "stop"  # what a dataset that is not prepared does; skip: the others are evaluated without it
 
 
 @dataclass(kw_only=True)
@@ -280,6 +346,7 @@ class DataConfig(Section):
     workers: NotNegative = 0
     cache_features: bool = False
     transform: Transform = "resize_square"  # of training images
+    text_processor: TextProcessor = "none"  # of the texts that training teaches; blip_caption: as the released code's
     tolerance: ToleranceConfig = field(default_factory=ToleranceConfig)
 
 
@@ -303,6 +370,8 @@ class PhaseConfig(Section):
     new_parts_scale: PositiveFloat = 1.0
     # What is trained for, by name, with its weight in the loss; 0 leaves one out. Empty: language_modeling alone.
     objectives: dict[str, NotNegativeFloat] = field(default_factory=dict)
+    # Of objectives over the whole batch. detached: what they compare a sample with has no gradient, as in the released code.
+    gather: Gather = "gradient"
     plateau_steps: AtLeastOne | None = None  # None: a cosine of every step; 3000: the released code's staircase
 
 
@@ -320,6 +389,7 @@ class RecipeConfig(Section):
     # ranks, as the released code has it.
     loss_mean: LossMean = "global"
     non_finite: Literal["stop", "skip"] = "stop"  # what a loss or gradient that is not finite does
+    non_finite_limit: AtLeastOne = 10  # of the last 100 steps, how many may be skipped before the run ends
     average_decay: Decay | None = None  # moving average of the trained weights, evaluated in their place; such as 0.999
     checkpoint_every: AtLeastOne
     keep_checkpoints: AtLeastOne = 2
@@ -340,6 +410,7 @@ class TrainedPartsConfig(Section):
     learning_rates: dict[PartName, PositiveFloat] = field(
         default_factory=dict
     )  # of a part: peak, in place of its phase's
+    layer_decay: LayerDecay = 1.0  # of the vision encoder's learning rate, from each block to the one before
 
     def parts(self) -> tuple[str, ...]:
         """The names of the parts that train."""
@@ -363,7 +434,9 @@ class ParallelConfig(Section):
     shard_size: AtLeastOne | None = None  # fsdp: processes that hold the frozen parts once together; None: all
     activation_checkpointing: bool = False
     compile: bool = False
-    timeout: PositiveFloat = 600.0  # seconds that a process may be silent before the others end
+    timeout: PositiveFloat = (
+        600.0  # seconds that a process, a rank or a data worker, may be silent before the others end
+    )
 
 
 @dataclass(kw_only=True)
@@ -382,6 +455,10 @@ class TrainConfig(ModelConfig):
     name: str
     output: str = "outputs/train"
     device: Device = "auto"
+    # Weights to start from at step 0: a run or one of its checkpoints, a transformers folder or hub id, a .pth of LAVIS.
+    # Later ones lie over earlier ones.
+    init_from: OneOrMore = field(default_factory=list)
+    init_sha256: OneOrMore = field(default_factory=list)  # their fingerprints; a run writes them, others are refused
     resume: Literal["auto"] | None = None
     resume_allow: list[str] = field(default_factory=list)  # keys that a resumed run may change
     profile_step: NotNegative | None = None  # trace the five steps after this one into trace.json.gz
@@ -416,6 +493,7 @@ class EvaluateConfig(Section):
     samples: AtLeastOne | None = None  # per dataset; None is all of them
     withhold_images: bool = False
     blind_baseline: bool = False
+    allow_untrained: bool = False  # evaluate a model of which a part was drawn and never trained
     batch_size: AtLeastOne = 64
     tolerance: NotNegative = 0  # damaged samples, per dataset, that are counted and left out
     examples: NotNegative = 60
@@ -443,7 +521,25 @@ class PrepareConfig(Section):
     samples: AtLeastOne = 12
     seed: int = 0
     audit: list[str] | None = None
+    cards: list[str] = field(
+        default_factory=list
+    )  # paths of own cards that show= and audit= know besides the official ones
     sources: dict[PartFolder, SourcesConfig] = field(default_factory=dict)
+
+
+@dataclass(kw_only=True)
+class FeaturesConfig(Section):
+    """Everything `python -m instructblip.features` reads."""
+
+    checkpoint: str
+    images: str | None = None
+    texts: str | None = None
+    out: str = "features.safetensors"
+    device: Device = "auto"
+    batch_size: AtLeastOne = 64
+    tolerance: NotNegative = 0  # damaged pictures that are left out
+    vision_path: str | None = None
+    qformer_path: str | None = None
 
 
 @dataclass(kw_only=True)

@@ -98,7 +98,10 @@ def _check_plain(values: Any, key: str) -> None:
         elif value is not None and type(value) not in (str, int, float, bool):
             raise UserError(f"{key} is {value!r}, which YAML reads as {type(value).__name__}; put it in quotes")
 
-    visit(values, key)
+    try:
+        visit(values, key)
+    except RecursionError:  # an alias of what it stands in
+        raise UserError(f"{key or 'the file'} is nested too deep, or holds itself by an alias") from None
 
 
 def _dotted(key: str, place: Iterable[int | str]) -> str:
@@ -307,7 +310,7 @@ def valid_keys(schema: Any, prefix: str = "") -> tuple[str, ...]:
     """
     names = []
     for name, annotation in typing.get_type_hints(schema, include_extras=True).items():
-        if typing.get_origin(annotation) is typing.ClassVar:
+        if typing.get_origin(annotation) is typing.ClassVar or name in schema.NOT_SAID:
             continue
         names.append(prefix + name)
         bare, step = _bare(annotation), ""
@@ -419,6 +422,23 @@ def read_yaml(path: Path) -> Any:
         raise UserError(f"{path} cannot be read ({error.strerror})") from None
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{path} is not valid YAML: {error}") from None
+
+
+def read_sections(path: Path, what: str) -> dict[str, Any]:
+    """The keys and values of a YAML file that anybody may have written: plain ones, and not too many.
+
+    Args:
+        path: the file.
+        what: it is, for the error.
+
+    Raises:
+        UserError: as `read_yaml`; something else than keys and values, or values that `build` takes from no file.
+    """
+    values = read_yaml(path)
+    if not isinstance(values, dict):
+        raise UserError(f"{what} {path} must hold keys and values at its top level")
+    _check_whole(path, values)
+    return values
 
 
 def to_yaml(config: Any) -> str:

@@ -26,7 +26,8 @@ class Batch(NamedTuple):
     """A micro-batch. `images` holds image tokens (B, F, P, V) when features are cached, else uint8 (B, F, 3, H, W).
 
     F is 1 for pictures, the number of frames for videos. `places` says where each sample stands in its rank's share of the
-    step, in the order of the draws.
+    step, in the order of the draws, `positions` where it was drawn in the run; `image_ids` are equal for samples of one
+    image.
     """
 
     ids: list[str]
@@ -35,6 +36,8 @@ class Batch(NamedTuple):
     targets: list[str]
     images: Tensor
     places: list[int]
+    image_ids: list[str]
+    positions: list[int]
 
 
 @dataclass(frozen=True)
@@ -145,6 +148,8 @@ def collate(items: Sequence[Item], places: Sequence[int] | None = None) -> Batch
         targets=[sample.target or "" for sample in samples],
         images=torch.stack([image for _, image in items]),
         places=list(range(len(items)) if places is None else places),
+        image_ids=[sample.image_id for sample in samples],
+        positions=[sample.position for sample in samples],
     )
 
 
@@ -165,14 +170,7 @@ def split_further(batches: Sequence[Batch], count: int) -> list[Batch]:
 
 
 def _rows(batch: Batch, rows: slice) -> Batch:
-    return Batch(
-        ids=batch.ids[rows],
-        datasets=batch.datasets[rows],
-        instructions=batch.instructions[rows],
-        targets=batch.targets[rows],
-        images=batch.images[rows],
-        places=batch.places[rows],
-    )
+    return Batch._make(column[rows] for column in batch)
 
 
 def in_order_of_draws(batches: Sequence[Batch]) -> list[str]:

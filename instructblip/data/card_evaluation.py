@@ -11,16 +11,32 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from instructblip.config.schema import AtLeastOne, LLMKind, Mode, NotNegative, PositiveFloat, Preset, Section
+from instructblip.config.schema import (
+    AtLeastOne,
+    LLMKind,
+    MetricName,
+    Mode,
+    NotNegative,
+    PositiveFloat,
+    Preset,
+    Section,
+    TextProcessor,
+)
 from instructblip.config.validate import build, nearest
+from instructblip.data.card_defaults import is_metric_file
 from instructblip.data.templates import FIELDS
 from instructblip.errors import UserError
+from instructblip.files import sha256_file
 
 OTHER_PRESETS = tuple(preset for preset in get_args(Preset) if preset != "paper")
 
+# What a run's folder holds, all of it, and what the folder of a model does, any of it.
+_RUN = ("config.yaml", "metrics.jsonl", "checkpoints")
+_MODEL = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
 # What a prompt of a card may name in braces: what a template may, without what would give the answer away.
 PROMPT_FIELDS = tuple(name for name in FIELDS if name not in ("answer", "caption"))
 _FIELD = re.compile(r"\{([^{}]*)\}")
+_PYTHON = re.compile(r"(?P<file>.+\.py):(?P<name>[^\W\d]\w*)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -30,11 +46,12 @@ class Evaluation(Section):
     Attributes:
         split: the split that is scored.
         prompt: instruction, with fields of the record in braces.
-        mode: `rank` scores given answers by log-likelihood, `generate` writes one.
+        mode: `rank` scores given answers by log-likelihood, `generate` writes one, `retrieve` looks for each image's
+            captions among those of all images, and for each caption's image.
         normalize: log-likelihood of a candidate as the sum or the mean over its tokens.
         include_eos: whether the end-of-sequence token counts as one of them.
         max_new_tokens, num_beams: decoding in `generate` mode (tokens; beam size).
-        metric: name of the score; evaluation knows which there are (`instructblip.evaluation.metrics.METRICS`).
+        metric: name of the score, or `FILE.py:FUNCTION` of a card of one's own, whose path is absolute once it is read.
         candidates: the answers to rank, the same for all records.
         verbalizers: class -> the texts that stand for it.
         aggregate: a class is as likely as any of its texts (`sum` of likelihoods) or as the likeliest (`max`).
@@ -51,6 +68,8 @@ class Evaluation(Section):
         frames: pictures of a sample, 1 but for videos. This and `ocr` the prepared shards settle; a score on shards that
             were prepared otherwise is marked.
         ocr: whose tokens a prompt with `{ocr_tokens}` shows: `own`, those that come with the dataset; None: not known.
+        rerank: in `retrieve` mode, how many of the nearest by contrast the matching head ranks anew.
+        max_text_tokens: of a caption in `retrieve` mode, with [CLS] and [SEP]; longer ones lose their end.
         kinds: the record kinds that are scored; empty: the card's own.
         validation_split: the split that training watches; None: the scored one.
         presets: name of a preset -> the keys that differ there.
@@ -72,13 +91,15 @@ class Evaluation(Section):
     length_penalty: float = 1.0
     repetition_penalty: PositiveFloat = 1.0
     beam_lengths: Literal["new_tokens", "transformers_4_33"] = "new_tokens"
-    text_processor: Literal["none", "blip_caption", "blip_question"] = "none"
+    text_processor: TextProcessor = "none"
     may_be_empty: tuple[str, ...] = ()
     transform: Literal["resize_square", "center_crop"] = "resize_square"
     upright: bool = True
     transparency: Literal["white", "dropped"] = "white"
     frames: AtLeastOne = 1
     ocr: Literal["own"] | None = None
+    rerank: AtLeastOne = 128
+    max_text_tokens: AtLeastOne = 35
     kinds: tuple[str, ...] = ()
     validation_split: str | None = None
     presets: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -93,8 +114,38 @@ def with_preset(evaluation: Evaluation, preset: str, llm_kind: str) -> Evaluatio
     return _with_preset(evaluation, preset, llm_kind, "the card")
 
 
-def check_evaluation(evaluation: Evaluation, splits: Collection[str], path: Path) -> None:
+def own_metric(metric: str) -> tuple[Path, str] | None:
+    """File and name of the function of a metric of one's own; None for a metric's name."""
+    match = _PYTHON.fullmatch(metric)
+    return None if match is None else (Path(match["file"]), match["name"])
+
+
+def metric_name(metric: str) -> str:
+    """What results call a metric: one of one's own by its file and function, wherever the file lies."""
+    own = own_metric(metric)
+    return metric if own is None else f"{own[0].name}:{own[1]}"
+
+
+def metric_sha256(metric: str) -> str:
+    """Hash of the file of a metric of one's own, without which its name says nothing; empty for a metric's name.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    own = own_metric(metric)
+    if own is None:
+        return ""
+    try:
+        return sha256_file(own[0])
+    except OSError as error:
+        raise UserError(f"metric {own[0]} cannot be read ({error.strerror})") from None
+
+
+def check_evaluation(evaluation: Evaluation, splits: Collection[str], path: Path, *, own: bool) -> None:
     """Refuse statements that are well-typed one by one but do not go together, in any preset.
+
+    Args:
+        own: whether the card is one's own, whose metric may be too.
 
     Raises:
         UserError: names the file and the key.
@@ -104,7 +155,9 @@ def check_evaluation(evaluation: Evaluation, splits: Collection[str], path: Path
             raise UserError(f"{path}: evaluation.presets has {name!r}{nearest(name, OTHER_PRESETS)}")
     for preset in ("paper", *evaluation.presets):
         for llm_kind in get_args(LLMKind):
-            _check_rules(_with_preset(evaluation, preset, llm_kind, str(path)), splits, path)
+            rules = _with_preset(evaluation, preset, llm_kind, str(path))
+            _check_rules(rules, splits, path)
+            _check_metric(rules.metric, path, own=own)
 
 
 def _with_preset(evaluation: Evaluation, preset: str, llm_kind: str, file: str) -> Evaluation:
@@ -130,7 +183,7 @@ def _check_rules(evaluation: Evaluation, splits: Collection[str], path: Path) ->
     stated = bool(evaluation.candidates) + bool(evaluation.verbalizers) + (evaluation.candidates_from is not None)
     if stated != (evaluation.mode == "rank"):
         ways = "candidates, verbalizers and candidates_from"
-        raise UserError(f"{path}: evaluation needs one of {ways} to rank, none of them to generate")
+        raise UserError(f"{path}: evaluation needs one of {ways} to rank, none of them to generate or retrieve")
     if set("{}") & set(_FIELD.sub("", evaluation.prompt)):
         raise UserError(f"{path}: evaluation.prompt {evaluation.prompt!r} has a brace without its partner")
     for name in _FIELD.findall(evaluation.prompt):
@@ -141,3 +194,32 @@ def _check_rules(evaluation: Evaluation, splits: Collection[str], path: Path) ->
             raise UserError(f"{path}: evaluation.may_be_empty has {name!r}{nearest(name, PROMPT_FIELDS)}")
     if evaluation.ocr is not None and "{ocr_tokens}" not in evaluation.prompt:
         raise UserError(f"{path}: evaluation.ocr is said where the prompt shows no {{ocr_tokens}}; remove it")
+
+
+def _check_metric(metric: str, path: Path, *, own: bool) -> None:
+    """One of the metrics there are, or a Python file of one's own that is none of a checkpoint's."""
+    if not is_metric_file(metric):
+        known = get_args(MetricName)
+        if metric not in known:
+            raise UserError(f"{path}: evaluation.metric is {metric!r}{nearest(metric, known)}")
+        return
+    found = own_metric(metric)
+    if not own or found is None:
+        way_out = "write ./FILE.py:FUNCTION" if own else "an official card names one of the metrics there are"
+        raise UserError(f"{path}: evaluation.metric is {metric!r}; {way_out}")
+    for file in (path, found[0]):
+        if (folder := _checkpoint_around(file)) is not None:
+            raise UserError(
+                f"{path}: evaluation.metric is Python code, and {file} lies in {folder}, which holds a checkpoint: code "
+                "that comes with weights is not run; copy the card and its metric elsewhere if you trust them"
+            )
+    if not found[0].is_file():
+        raise UserError(f"{path}: evaluation.metric names {found[0]}, which is not there")
+
+
+def _checkpoint_around(file: Path) -> Path | None:
+    """The folder of a run or of a model that a file lies in."""
+    for folder in file.resolve().parents:
+        if all((folder / name).exists() for name in _RUN) or any((folder / name).is_file() for name in _MODEL):
+            return folder
+    return None

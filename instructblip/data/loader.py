@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ from instructblip.data.mixture_dataset import MixtureDataset
 from instructblip.errors import UserError
 
 _GRACE = 30  # seconds that a worker goes on after SIGTERM
+_LOOK = 5.0  # seconds after which it is looked whether the workers are alive
 
 
 class LoadedStep(NamedTuple):
@@ -64,6 +66,7 @@ def load_batches(
     *,
     batching: Callable[[int], Batching],
     workers: int = 0,
+    timeout: float = 600.0,
 ) -> Generator[LoadedStep, None, None]:
     """Read the positions of each step: (step, this rank's positions) in, its share out, in the same order.
 
@@ -72,9 +75,10 @@ def load_batches(
     Args:
         batching: says how a step's samples are cut; goes to the workers.
         workers: processes that read ahead, each whole steps; the sequence does not depend on their number.
+        timeout: seconds that a worker may take for a step.
 
     Raises:
-        UserError: as `MixtureDataset.read`, or a worker process was killed.
+        UserError: as `MixtureDataset.read`, or a worker process was killed, or is silent for longer than `timeout`.
     """
     loader = DataLoader(
         _Steps(dataset, batching),
@@ -82,12 +86,13 @@ def load_batches(
         batch_size=None,
         collate_fn=_as_it_is,  # torch would look for numbers to make tensors of
         num_workers=workers,
+        timeout=min(_LOOK, timeout) if workers else 0,
         worker_init_fn=_begin_worker,
         generator=torch.Generator(),  # else it would draw from the global stream
     )
     loaded, processes = _start(loader)
     try:
-        while (item := _next(loaded, processes)) is not None:
+        while (item := _next(loaded, processes, timeout)) is not None:
             if isinstance(item, _Refused):
                 raise UserError(item.line)
             yield item
@@ -113,19 +118,28 @@ def _start(loader: DataLoader[Any]) -> tuple[Iterator[Any], list[BaseProcess]]:
     return loaded, [process for process in multiprocessing.active_children() if process not in before]
 
 
-def _next(loaded: Iterator[Any], processes: Sequence[BaseProcess]) -> LoadedStep | _Refused | None:
-    try:
-        return next(loaded, None)
-    except (RuntimeError, OSError, EOFError):
-        for process in processes:
-            process.join(timeout=0.1)  # one that broke off a transfer is ending
-        ended = [process for process in processes if not process.is_alive()]
-        if not ended:
-            raise
-        raise UserError(
-            f"a data worker process was killed (exit code {ended[0].exitcode}); if memory ran out, lower data.workers, "
-            "and go on with resume=auto"
-        ) from None
+def _next(loaded: Iterator[Any], processes: Sequence[BaseProcess], timeout: float) -> LoadedStep | _Refused | None:
+    started = time.monotonic()
+    while True:
+        try:
+            return next(loaded, None)
+        except (RuntimeError, OSError, EOFError) as error:
+            waits = str(error).startswith("DataLoader timed out")  # torch has looked: all workers are alive
+            for process in () if waits else processes:
+                process.join(timeout=0.1)  # one that broke off a transfer is ending
+            ended = [process for process in processes if not process.is_alive()]
+            if ended:
+                raise UserError(
+                    f"a data worker process was killed (exit code {ended[0].exitcode}); if memory ran out, lower "
+                    "data.workers, and go on with resume=auto"
+                ) from None
+            if not waits:
+                raise
+            if time.monotonic() - started >= timeout:
+                raise UserError(
+                    f"the data workers gave nothing for {timeout:g} s: one was stopped, or what it reads does not come; "
+                    "look at the disk, or raise parallel.timeout, and go on with resume=auto"
+                ) from None
 
 
 def _as_it_is(value: Any) -> Any:

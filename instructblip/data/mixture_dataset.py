@@ -9,12 +9,14 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from instructblip.config.schema import TextProcessor
 from instructblip.data.batching import Item
 from instructblip.data.lost import LostSample
 from instructblip.data.mixture import Draw, Mixture, position_generator
 from instructblip.data.records import Sample
 from instructblip.data.shards import PreparedSplit, ShardReader
-from instructblip.data.templates import TemplateSet, render_training
+from instructblip.data.templates import TemplateSet, cut_prefix, render_training
+from instructblip.data.text_processors import TEXT_PROCESSORS
 from instructblip.data.transforms import AUGMENTATIONS, augment_frames
 from instructblip.errors import DamagedSample, UserError
 from instructblip.images import fit_frames
@@ -111,12 +113,24 @@ class MixtureDataset(Dataset[Item]):
         mixture: the plan.
         sets: the datasets, in the order of the mixture's entries.
         make_image: gives the image tokens or pixels of a drawn image.
+        text_processor: what is done to each target, one of `text_processors.TEXT_PROCESSORS`.
+        cut_prefixes: a target without an instruction gives its beginning to it (`templates.cut_prefix`).
     """
 
-    def __init__(self, mixture: Mixture, sets: Sequence[TrainingSet], make_image: MakeImage) -> None:
+    def __init__(
+        self,
+        mixture: Mixture,
+        sets: Sequence[TrainingSet],
+        make_image: MakeImage,
+        text_processor: TextProcessor = "none",
+        *,
+        cut_prefixes: bool = False,
+    ) -> None:
         self.mixture = mixture
         self.sets = list(sets)
         self.make_image = make_image
+        self.text_processor = text_processor
+        self.cut_prefixes = cut_prefixes
 
     def __getitem__(self, position: int) -> Item:
         return self.read(position)[0]
@@ -151,12 +165,17 @@ class MixtureDataset(Dataset[Item]):
             instruction, target, template = render_training(record, chosen.templates, random)
         except ValueError as error:
             raise DamagedSample(f"{error} (image {shard.keys[row]} of {shard.path})") from None
+        target = TEXT_PROCESSORS[self.text_processor](target)
+        if self.cut_prefixes and not instruction:
+            instruction, target = cut_prefix(target, random)
         sample = Sample(
             id=f"{chosen.name}/{record.id}",
             dataset=chosen.name,
             record=record,
             frames=frames,
             image_location=(number, row),
+            image_id=f"{chosen.split.dataset}/{shard.keys[row]}",
+            position=draw.position,
             instruction=instruction,
             target=target,
             template=template,

@@ -1,6 +1,5 @@
 """The one record type of all datasets, and the sample a model sees."""
 
-import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -45,7 +44,7 @@ class Record:
 
     def to_dict(self) -> dict[str, Any]:
         """The fields that hold something, ready for JSON."""
-        return {name: value for name, value in dataclasses.asdict(self).items() if value not in (None, (), {})}
+        return {name: value for name, value in vars(self).items() if value not in (None, (), {})}
 
     @classmethod
     def from_dict(cls, fields: Any) -> Self:
@@ -142,6 +141,8 @@ class Sample:
         record: the annotation it was rendered from.
         frames: encoded image bytes, as stored: one image, or the frames of a video.
         image_location: (shard number within the dataset split, row of the image in the shard).
+        image_id: the same for all samples of one image, in all views of a dataset.
+        position: where it was drawn in the run.
         instruction, target: text in and text out; `target` is None where the answer is not public.
         template: the template that made them.
     """
@@ -151,6 +152,8 @@ class Sample:
     record: Record
     frames: tuple[bytes, ...]
     image_location: tuple[int, int]
+    image_id: str
+    position: int
     instruction: str
     target: str | None
     template: str

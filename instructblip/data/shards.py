@@ -90,12 +90,9 @@ class ShardWriter:
             UserError: the disk is full or the folder may not be written.
         """
         with atomic_path(path) as partial:
-            with open(partial, "wb") as file:
-                with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
-                    writer = cls(path, file, tar)
-                    yield writer
-                file.flush()
-                os.fsync(file.fileno())
+            with open(partial, "wb") as file, tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
+                writer = cls(path, file, tar)
+                yield writer
             tar_sha256, tar_bytes = sha256_file(partial), partial.stat().st_size
         write_atomically(index_path(path), writer._index(tar_sha256, tar_bytes))
 
@@ -473,6 +470,13 @@ class PreparedSplit:
     def sha256(self) -> str:
         """One hash of the whole split: of its shards' SHA-256, in order."""
         return hashlib.sha256("".join(entry["sha256"] for entry in self.manifest["shards"]).encode()).hexdigest()
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """One hash of all that decides what is read: shards, their indexes, and how many records of each kind they hold."""
+        entries = self.manifest["shards"]
+        stated = [[entry["sha256"], entry.get("index_sha256"), entry["records_by_kind"]] for entry in entries]
+        return hashlib.sha256(json.dumps(stated, sort_keys=True).encode()).hexdigest()
 
     def records(self, kinds: Sequence[str] = ()) -> Int64Array:
         """Locations of all records of these kinds (none given: of all), in stored order.

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
+from instructblip.config.validate import read_sections
+from instructblip.data.card_defaults import is_template_file
 from instructblip.data.records import Record
 from instructblip.errors import UserError
 from instructblip.files import shipped
@@ -29,15 +30,17 @@ TEMPLATE_FOLDER = shipped("datasets") / "templates"
 FIELDS = ("question", "answer", "choices", "context", "ocr_tokens", "history", "caption")
 MAX_OCR_TOKENS = 30
 # What a set teaches to write -> the field that each of its templates must show, and those that would give it away.
-NEEDED_FIELD = {"answer": "question", "choice": "question", "question": "answer", "caption": None}
+NEEDED_FIELD = {"answer": "question", "choice": "question", "question": "answer", "caption": None, "class": None}
 TELLING_FIELDS = {
     "answer": ("answer",),
     "choice": ("answer",),
     "question": ("question",),
     "caption": ("caption", "answer"),
+    "class": ("answer",),
 }
 
 _FIELD = re.compile(r"\{([a-z_]+)\}")
+_WORD = re.compile(r"\S+")
 _PART = re.compile(r"\[([^\[\]]*\{[a-z_]+\}[^\[\]]*)\]")
 
 
@@ -49,7 +52,8 @@ class TemplateSet:
         name, task_group: the file's name, and the paper's group of tasks it is for.
         templates: the texts to draw from, evenly.
         target: what the model is to write: an `answer` (drawn by weight), the right `choice` in its own words, the
-            `question` (then the instruction holds the drawn answer), or a `caption`.
+            `question` (then the instruction holds the drawn answer), a `caption`, or a `class`: an answer to what the
+            template itself may ask.
         max_ocr_tokens: how many of a record's OCR tokens are shown.
     """
 
@@ -126,6 +130,19 @@ def render_training(record: Record, templates: TemplateSet, random: np.random.Ge
     return instruction, target, template
 
 
+def cut_prefix(target: str, random: np.random.Generator) -> tuple[str, str]:
+    """A text's beginning and the rest, for prefix language modelling (BLIP-2, section 3.2): (prefix, suffix).
+
+    The cut is drawn evenly between the end of the first word and the middle: the authors' rule (LAVIS, issue 139), with
+    words for tokens. A text of one word has no prefix.
+    """
+    words = list(_WORD.finditer(target))
+    if len(words) < 2:
+        return "", target
+    count = int(random.integers(1, len(words) // 2, endpoint=True))
+    return target[: words[count - 1].end()], target[words[count].start() :]
+
+
 def _draw_target(record: Record, target: str, random: np.random.Generator) -> tuple[str | None, str]:
     """The answer that the instruction may show, and the text that the model is to write."""
     if target == "choice":
@@ -181,8 +198,8 @@ _TEXT_OF_FIELD: Mapping[str, Callable[[Record, int], str]] = {
 # --- reading sets ----------------------------------------------------------------------------------------------------
 
 
-def load_templates(name: str, folder: Path = TEMPLATE_FOLDER) -> TemplateSet:
-    """Read `datasets/templates/<name>.yaml`.
+def load_templates(name_or_path: str, folder: Path = TEMPLATE_FOLDER) -> TemplateSet:
+    """Read `datasets/templates/<name>.yaml`, or a set of one's own by its path.
 
     Its keys: `task_group`; `templates`, a list of texts, or `templates_of`, the name of another set whose texts it takes
     with `prefix` before each; `target` and `max_ocr_tokens` as in `TemplateSet`.
@@ -191,7 +208,7 @@ def load_templates(name: str, folder: Path = TEMPLATE_FOLDER) -> TemplateSet:
         UserError: no such set, not YAML, an unknown key, no templates, a template without the field it needs, with one
             that gives the target away, or with one that no record has.
     """
-    path = folder / f"{name}.yaml"
+    path = Path(name_or_path) if is_template_file(name_or_path) else folder / f"{name_or_path}.yaml"
     content = _read_set(path)
     templates = content.get("templates")
     if "templates_of" in content:
@@ -205,14 +222,14 @@ def load_templates(name: str, folder: Path = TEMPLATE_FOLDER) -> TemplateSet:
     if not isinstance(templates, list) or not templates or not all(isinstance(text, str) for text in templates):
         raise UserError(f"{path} needs a list `templates` of strings; put those in quotes that YAML reads otherwise")
     target = content.get("target", "answer")
-    if target not in NEEDED_FIELD:
+    if not isinstance(target, str) or target not in NEEDED_FIELD:
         raise UserError(f"{path}: target is {target!r}; choose one of: {', '.join(NEEDED_FIELD)}")
     for text in templates:
         _check_template(text, target, path)
     count = content.get("max_ocr_tokens", MAX_OCR_TOKENS)
     if type(count) is not int or count < 1:
         raise UserError(f"{path}: max_ocr_tokens must be a whole number, 1 or more, not {count!r}")
-    return TemplateSet(name, str(content.get("task_group", "")), tuple(templates), target, count)
+    return TemplateSet(path.stem, str(content.get("task_group", "")), tuple(templates), target, count)
 
 
 _SET_KEYS = ("name", "task_group", "target", "templates", "templates_of", "prefix", "max_ocr_tokens")
@@ -221,13 +238,8 @@ _SET_KEYS = ("name", "task_group", "target", "templates", "templates_of", "prefi
 def _read_set(path: Path) -> dict[str, Any]:
     if not path.is_file():
         known = ", ".join(sorted(file.stem for file in path.parent.glob("*.yaml")))
-        raise UserError(f"there is no template set {path.stem!r} in {path.parent}; choose one of: {known}")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} needs a list `templates` of strings; put those in quotes that YAML reads otherwise")
+        raise UserError(f"there is no template set {path.stem!r} in {path.parent}; choose one of: {known or 'none'}")
+    content = read_sections(path, "template set")
     if unknown := [key for key in content if key not in _SET_KEYS]:
         raise UserError(f"{path}: unknown key {unknown[0]!r}; known: {', '.join(_SET_KEYS)}")
     if "prefix" in content and "templates_of" not in content:

@@ -2,36 +2,62 @@
 
 Each process writes its own `journal-<rank>.jsonl`. When all answers are there, they become `predictions.jsonl`; failed
 samples stand in `failures.jsonl`. The key is a hash of model, protocol and sample, so a killed evaluation goes on where it
-stopped, on any number of processes, and no other question takes an answer up.
+stopped, on any number of processes, and no other question takes an answer up. Each line has a checksum: a damaged one is no
+answer, and its sample is answered again.
 """
 
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from instructblip.distributed import ALONE, SILENCE_SECONDS, Ranks
 from instructblip.errors import UserError
-from instructblip.evaluation.outcomes import Failure, Prediction
-from instructblip.evaluation.protocol import EvaluationSample, Task
+from instructblip.evaluation.heartbeat import watched
+from instructblip.evaluation.outcomes import Failure, Prediction, Ranking
+from instructblip.evaluation.protocol import EvaluationSample, Task, as_json
 from instructblip.evaluation.results_file import PREDICTIONS, RESULTS, StoredRun, read_run
-from instructblip.files import errors_for_users, exclusive, write_atomically
+from instructblip.files import (
+    CHECKSUM,
+    checksum_holds,
+    claimed_folder,
+    errors_for_users,
+    read_json,
+    with_checksum,
+    write_atomically,
+    write_json,
+)
+
+logger = logging.getLogger(__name__)
 
 FAILURES = "failures.jsonl"
 _JOURNALS = "journal-*.jsonl"
+_GAVE_UP = "gave-up-*.json"
 _ELSEWHERE = "move it away, or give another name="
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.01, 2.0  # seconds between looks at the others' journals
 
 
 def journal_keys(model_fingerprint: str, task: Task) -> list[str]:
-    """The key of each sample's answer, in stored order."""
-    protocol = task.protocol.sha256()
+    """The key of each sample's answer, in stored order.
+
+    Of the model and of all that it is asked by; not of the metric: another one scores the same answers.
+    """
+    protocol = replace(task.protocol, metric="", metric_sha256="").sha256()
     contents = ("\n".join((model_fingerprint, protocol, sample.id)) for sample in task.samples)
     return [hashlib.sha256(content.encode()).hexdigest()[:32] for content in contents]
+
+
+class _Place(NamedTuple):
+    """Which file it was, and how many of its bytes were read: whole lines."""
+
+    file: tuple[int, int, int]
+    read_to: int
 
 
 class Journal:
@@ -56,7 +82,8 @@ class Journal:
         self.failures: dict[str, Failure] = {}
         self._keys = frozenset(keys)
         self._path = None if folder is None else folder / f"journal-{ranks.rank}.jsonl"
-        self._read_to: dict[Path, int] = {}  # bytes of each journal that were read
+        self._places: dict[Path, _Place] = {}
+        self._appended = False
         self.read()
 
     @property
@@ -84,26 +111,42 @@ class Journal:
         """Add answers: to the file first, then to memory.
 
         Raises:
-            UserError: the disk is full, or the folder may not be written.
+            UserError: the disk is full, the folder may not be written, or the file is not there any more.
         """
         predictions, failures = list(predictions), list(failures)
         lines = [*map(_prediction_line, predictions), *map(_failure_line, failures)]
         if self._path is not None:
+            if self._appended and not self._path.exists():
+                raise UserError(
+                    f"{self._path} was deleted or moved while the evaluation was writing to it; run the same command again"
+                )
             _append(self._path, lines)
+            self._appended = True
         self.predictions.update((item.key, item) for item in predictions)
         self.failures.update((item.key, item) for item in failures)
+
+    def give_up(self, reason: str) -> None:
+        """Tell the first rank that the share of this one will not come, and why."""
+        if self.folder is not None:
+            write_json(self.folder / f"gave-up-{self.ranks.rank}.json", reason)
+
+    def _check_given_up(self) -> None:
+        for path in sorted(self.folder.glob(_GAVE_UP)) if self.folder is not None else ():
+            raise UserError(str(read_json(path)))
 
     def wait_for_others(self, what: str) -> None:
         """Return when all answers are there.
 
         Raises:
-            UserError: nothing new has come for `SILENCE_SECONDS`.
+            UserError: another process gave up; or nothing new has come for `SILENCE_SECONDS`.
         """
         pause, since, before = _FIRST_PAUSE, time.monotonic(), self.missing
         while self.missing:
             time.sleep(pause)
             self.ranks.poll_stop()
             self.read()
+            if self.missing:
+                self._check_given_up()
             pause = min(2 * pause, _LONGEST_PAUSE)
             if self.missing != before:
                 since, before = time.monotonic(), self.missing
@@ -130,15 +173,15 @@ class Journal:
             write_atomically(self.folder / FAILURES, "\n".join(map(_failure_line, self.failures.values())) + "\n")
         old = [] if self.failures else [self.folder / FAILURES]
         with errors_for_users(self.folder):
-            for path in (*old, *self.folder.glob(_JOURNALS)):
+            for path in (*old, *self.folder.glob(_JOURNALS), *self.folder.glob(_GAVE_UP)):
                 path.unlink(missing_ok=True)
 
     def _read_file(self, path: Path) -> None:
-        start = 0 if path.name == PREDICTIONS else self._read_to.get(path, 0)
         try:
             with open(path, "rb") as file:
-                if os.fstat(file.fileno()).st_size < start:  # the file was replaced
-                    start = 0
+                start = self._unread(path, os.fstat(file.fileno()))
+                if start is None:
+                    return
                 file.seek(start)
                 content = file.read()
         except FileNotFoundError:  # a journal that was put together and removed: predictions.jsonl has it
@@ -146,15 +189,41 @@ class Journal:
         except OSError as error:
             raise UserError(f"{path} cannot be read ({error.strerror}); {_ELSEWHERE}") from None
         whole = content.rfind(b"\n") + 1  # what follows may be half a line
-        self._read_to[path] = start + whole
-        for line in content[:whole].decode("utf-8", "replace").split("\n"):
+        self._places[path] = self._places[path]._replace(read_to=start + whole)
+        self._take_lines(path, content[:whole].decode("utf-8", "replace").split("\n"))
+
+    def _unread(self, path: Path, state: os.stat_result) -> int | None:
+        """Where the lines of a file begin that were not read yet; None where there are none.
+
+        Journals only grow, what was put together is replaced as a whole: while it stays the same file it is read once.
+        """
+        grows = path.name not in (PREDICTIONS, FAILURES)
+        known = self._places.get(path)
+        place = _Place((state.st_dev, state.st_ino, 0 if grows else state.st_mtime_ns), 0)
+        if known is None or known.file != place.file or state.st_size < known.read_to:
+            self._places[path] = known = place
+        return known.read_to if state.st_size > known.read_to else None
+
+    def _take_lines(self, path: Path, lines: Iterable[str]) -> None:
+        own = damaged = foreign = 0
+        for line in filter(None, lines):
             try:
                 entry = json.loads(line, parse_constant=_refuse_constant)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue  # the last line of a killed process may be cut: its sample is simply answered again
-            if not _is_answer(entry):
-                raise UserError(f"{path} has lines that are no answers of an evaluation; {_ELSEWHERE}")
-            self._take(entry)
+            if _is_answer(entry) and checksum_holds(entry):
+                own += 1
+                self._take(entry)
+            elif _is_answer(entry) or (isinstance(entry, dict) and CHECKSUM in entry):
+                damaged += 1
+            else:
+                foreign += 1
+        if foreign and not own + damaged:
+            raise UserError(f"{path} has lines that are no answers of an evaluation; {_ELSEWHERE}")
+        if count := damaged + foreign:
+            logger.warning(
+                "%s: lines that are damaged, or of another version: %d; they are answered again", path, count
+            )
 
     def _take(self, entry: dict[str, Any]) -> None:
         key = entry["key"]
@@ -165,7 +234,13 @@ class Journal:
             return
         self.failures.pop(key, None)
         scores, ranked = tuple(entry.get("scores", ())), tuple(entry.get("ranked", ()))
-        self.predictions[key] = Prediction(key, entry["id"], entry["prediction"], scores, ranked)
+        captions = tuple(
+            Ranking(tuple(found["ranked"]), tuple(found["scores"]), found["rank"])
+            for found in entry.get("captions", ())
+        )
+        self.predictions[key] = Prediction(
+            key, entry["id"], entry["prediction"], scores, ranked, entry.get("rank"), captions
+        )
 
 
 def _refuse_constant(name: str) -> float:
@@ -182,7 +257,10 @@ def _is_answer(entry: Any) -> bool:
 
 def _answer_fields(prediction: Prediction) -> dict[str, Any]:
     answer: dict[str, Any] = {"prediction": prediction.prediction, "scores": list(prediction.scores)}
-    return answer | ({"ranked": list(prediction.ranked)} if prediction.ranked else {})
+    answer |= {"ranked": list(prediction.ranked)} if prediction.ranked else {}
+    if prediction.captions:
+        answer |= {"rank": prediction.rank, "captions": [asdict(found) for found in prediction.captions]}
+    return answer
 
 
 def _prediction_line(prediction: Prediction) -> str:
@@ -201,7 +279,8 @@ def _finished_line(sample: EvaluationSample, prediction: Prediction, score: floa
 
 
 def _json_line(line: dict[str, Any]) -> str:
-    return json.dumps(line, ensure_ascii=False, allow_nan=False)  # a number that is not finite is never an answer
+    # A number that is not finite is never an answer.
+    return json.dumps(with_checksum(line), ensure_ascii=False, allow_nan=False)
 
 
 def _append(path: Path, lines: Sequence[str]) -> None:
@@ -211,24 +290,32 @@ def _append(path: Path, lines: Sequence[str]) -> None:
             file.write("\n" + "\n".join(lines) + "\n")  # the leading line break ends a cut line
 
 
-_LOCK = ".lock"
+def forget_given_up(folder: Path) -> None:
+    """Remove what ranks of an earlier evaluation in this folder gave up for, before those of this one begin to answer."""
+    with errors_for_users(folder):
+        for path in folder.rglob(_GAVE_UP):
+            path.unlink(missing_ok=True)
+
+
 # Choices in which the new protocol must equal that of the results it replaces.
 _SAME = ("preset", "mode", "split", "images")
+_SAMPLES = ("samples", "samples_sha256", "sha256")  # of the protocol: which samples, and the hash of all of it
 
 
 @contextlib.contextmanager
-def claimed(folder: Path, ranks: Ranks) -> Iterator[None]:
+def claimed(folder: Path, ranks: Ranks) -> Iterator[Ranks]:
     """Make an evaluation's folder and keep other evaluations out of it; of several processes the first does that for all.
+
+    Give the ranks as they watch each other there, see `heartbeat`.
 
     Raises:
         UserError: another evaluation is at work there, or the folder cannot be made or written.
     """
-    with errors_for_users(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    busy = f"another evaluation is writing to {folder}; wait until it has ended, or give another name="
-    lock = exclusive(folder / _LOCK, "evaluating", busy=busy) if ranks.is_first else contextlib.nullcontext()
-    with lock:
-        yield
+    with claimed_folder(folder, "evaluation", locked=ranks.is_first):
+        if ranks.is_first:
+            forget_given_up(folder)
+        with watched(folder, ranks) as watching:
+            yield watching
 
 
 def refuse_others_results(folder: Path, checkpoint: str, tasks: Sequence[Task], llm: str | None = None) -> None:
@@ -256,11 +343,26 @@ def refuse_others_results(folder: Path, checkpoint: str, tasks: Sequence[Task], 
         raise UserError(f"{folder} holds the results of {held.checkpoint} ({difference}); {way_out}")
 
 
+def replaced_results(folder: Path, tasks: Sequence[Task]) -> list[str]:
+    """A line for each dataset whose stored score, which will be replaced, is of another protocol than it is asked by now."""
+    if not (folder / RESULTS).exists():
+        return []
+    scores, lines = read_run(folder / RESULTS).scores, []
+    for task in tasks:
+        if task.card.name not in scores:
+            continue
+        old, new = scores[task.card.name].protocol, json.loads(json.dumps(as_json(task.protocol)))
+        changed = [name for name in new if old.get(name) != new[name] and name not in _SAMPLES]
+        if changed:
+            lines.append(f"{task.card.name}: its score in {folder} is replaced, for its {', '.join(changed)} changed")
+    return lines
+
+
 def _difference(held: StoredRun, checkpoint: str, tasks: Sequence[Task], llm: str | None) -> str | None:
     """Why the stored results must stay, or None."""
     if Path(held.checkpoint).resolve() != Path(checkpoint).resolve():
         return f"asked for is {checkpoint}"
-    if llm not in (None, held.llm):
+    if llm is not None and llm != held.llm:
         return f"with LLM {held.llm}, asked for is {llm}"
     if left_out := sorted(held.scores.keys() - {task.card.name for task in tasks}):
         return f"with {', '.join(left_out)}, now left out"

@@ -6,11 +6,27 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from instructblip.data.cards import OwnCard, as_stored
 from instructblip.data.coverage import RecordCounts
 from instructblip.errors import UserError
 from instructblip.evaluation.metrics import ModelOutput, Score
 from instructblip.evaluation.protocol import EvaluationSample, Protocol, Task, as_json
 from instructblip.evaluation.statistics import score_interval
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """What an image or a caption found in `retrieve` mode.
+
+    Attributes:
+        ranked: numbers of the best captions (or images) of the split, best first; equal ones in their order.
+        scores: theirs.
+        rank: place of the first that is right, 0 for the best; None where it was not among those that were ranked anew.
+    """
+
+    ranked: tuple[int, ...]
+    scores: tuple[float, ...]
+    rank: int | None
 
 
 @dataclass(frozen=True)
@@ -24,6 +40,7 @@ class Prediction:
         scores: log-likelihoods of candidates, in nats.
         ranked: numbers of the candidates that `scores` are of, best first, where only the best were kept; empty: of all, in
             their order.
+        rank, captions: in `retrieve` mode, where `ranked` are numbers of captions: see `Ranking`, and the image's captions'.
     """
 
     key: str
@@ -31,6 +48,8 @@ class Prediction:
     prediction: str
     scores: tuple[float, ...] = ()
     ranked: tuple[int, ...] = ()
+    rank: int | None = None
+    captions: tuple[Ranking, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -110,11 +129,14 @@ class TaskResult:
             "count": len(self.samples) if self.score is None else self.score.count,
             "made_up": self.task.made_up,
             "metric": protocol.metric,
+            "higher_is_better": self.task.metric.higher_is_better,
             "metric_details": {} if self.score is None else dict(self.score.details),
             "protocol": as_json(protocol),
             "predictions_sha256": self.predictions_sha256,
             "failed": [{"id": failure.id, "reason": failure.reason} for failure in self.failures],
         }
+        if isinstance(self.task.card, OwnCard):
+            entry["card"] = as_stored(self.task.card)
         return entry if self.score is not None else entry | {"note": "answers not public"}
 
 
@@ -167,6 +189,10 @@ def model_outputs(
     """Predictions as metrics read them: the log-likelihoods of several texts of one class become the class's."""
     outputs = []
     for sample, prediction in zip(samples, predictions, strict=True):
+        if task.protocol.mode == "retrieve":
+            ranks = (prediction.rank, *(ranking.rank for ranking in prediction.captions))
+            outputs.append(ModelOutput(prediction.prediction, ranks=ranks))
+            continue
         if not prediction.scores or prediction.ranked:
             outputs.append(ModelOutput(prediction.prediction))
             continue

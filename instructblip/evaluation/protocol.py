@@ -3,15 +3,14 @@
 import hashlib
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from instructblip.config.validate import nearest
-from instructblip.data.card_evaluation import Evaluation, with_preset
-from instructblip.data.cards import Card
+from instructblip.data.card_evaluation import Evaluation, metric_name, metric_sha256, with_preset
+from instructblip.data.cards import Card, check_prepared_from
 from instructblip.data.coverage import RecordCounts, prepared_counts
 from instructblip.data.records import Record
 from instructblip.data.shards import MANIFEST_NAME, PreparedSplit, ShardReader, open_split
@@ -20,6 +19,10 @@ from instructblip.data.templates import MAX_OCR_TOKENS, render_prompt
 from instructblip.data.text_processors import TEXT_PROCESSORS
 from instructblip.errors import UserError
 from instructblip.evaluation.metrics import METRICS, Metric
+from instructblip.evaluation.metrics.metric import captions_of_record
+from instructblip.evaluation.metrics.own import find_metric
+from instructblip.evaluation.metrics.retrieval import chance_of_recall
+from instructblip.models.base import Skill
 from instructblip.models.ranking import RANKING_PRESETS
 
 
@@ -29,8 +32,9 @@ class Protocol:
 
     Attributes:
         preset: `paper`, or `lavis` for what the released code computes.
-        candidates_from: where ranked texts come from: `card`, each record's `choices`, or `train_answers`, a vocabulary of
-            `vocabulary_size` texts with the hash `vocabulary_sha256`; `none` when the model writes freely.
+        candidates_from: where ranked texts come from: `card`, each record's `choices`, or a vocabulary of `vocabulary_size`
+            texts with the hash `vocabulary_sha256`: `train_answers`, or the `captions` of the chosen samples; `none` when
+            the model writes freely.
         candidates: the card's texts to rank; `classes` beside them names the class each text stands for (itself, without
             verbalizers).
         aggregate: a class's log-likelihood is that of any of its texts (`sum` of likelihoods) or of the best (`max`).
@@ -38,13 +42,17 @@ class Protocol:
         normalize, include_eos: of a candidate's token log-likelihoods.
         max_new_tokens, min_new_tokens, num_beams, length_penalty, repetition_penalty: of generation.
         beam_lengths: how lengths of beams are counted, one of `generation.BEAM_LENGTHS`.
-        text_processor: what is done to a question first, one of `text_processors.TEXT_PROCESSORS`.
+        rerank, max_text_tokens: of retrieval, see `card_evaluation.Evaluation`; 0 otherwise.
+        text_processor: what is done to a question, or to a caption that is looked for, one of
+            `text_processors.TEXT_PROCESSORS`.
         may_be_empty: fields that the prompt shows even where a record has none of them.
         transform: how an image becomes a square, one of `transforms.FITS`.
         upright: whether pictures are turned as their EXIF orientation says.
         transparency: what is seen where a picture is transparent: `white`, or, once that is `dropped`, what lies beneath.
         frames: pictures a sample, 1 but for videos.
         ocr: whose tokens the prompt shows and how many at most; empty where it shows none.
+        metric: its name; of one's own, file and function.
+        metric_sha256: of the file of a metric of one's own; else empty.
         samples: how many of the split's samples are scored; None is all. The subset is the first by SHA-256 of the sample
             id: it depends on nothing else.
         samples_sha256: of the chosen sample ids and of the shards they lie in.
@@ -71,6 +79,8 @@ class Protocol:
     length_penalty: float
     repetition_penalty: float
     beam_lengths: str
+    rerank: int
+    max_text_tokens: int
     text_processor: str
     may_be_empty: tuple[str, ...]
     transform: str
@@ -79,6 +89,7 @@ class Protocol:
     frames: int
     ocr: str
     metric: str
+    metric_sha256: str
     samples: int | None
     samples_sha256: str
     images: str
@@ -95,7 +106,7 @@ class Protocol:
             "preset": self.preset,
             "prompt": self.prompt,
             "mode": self.mode,
-            "metric": self.metric,
+            "metric": self.metric + (f" (sha256 {self.metric_sha256[:16]})" if self.metric_sha256 else ""),
             "images": f"{self.images}, {self.transform}"
             + ", not turned upright" * (not self.upright)
             + ", transparency dropped" * (self.transparency == "dropped")
@@ -107,6 +118,11 @@ class Protocol:
             shown["OCR tokens"] = self.ocr
         if self.mode == "rank":
             shown |= self._describe_ranking()
+        elif self.mode == "retrieve":
+            shown["ranking"] = (
+                f"the {self.rerank} nearest by contrast, by logit of a match plus cosine; equal ones in order"
+            )
+            shown["captions"] = f"{self.vocabulary_size:,}, of {self.max_text_tokens} tokens at most"
         else:
             tokens = f"{self.min_new_tokens} to {self.max_new_tokens} new tokens"
             penalties = f"length penalty {self.length_penalty:g}, repetition penalty {self.repetition_penalty:g}"
@@ -155,9 +171,10 @@ class Task:
     Attributes:
         card, protocol, samples: what is run.
         records: how many there should be and are in the prepared split.
-        vocabulary: the texts to rank where they come from the train split.
+        vocabulary: the texts to rank where they come from the train split, or the captions of all samples.
         answers_public: whether the samples can be scored here; a leaderboard's server does it otherwise.
         made_up: whether the prepared split holds made-up data, on which no score means anything.
+        own_metric: what scores it where that is no metric of `METRICS`.
     """
 
     card: Card
@@ -167,11 +184,25 @@ class Task:
     vocabulary: tuple[str, ...] = ()
     answers_public: bool = True
     made_up: bool = False
+    own_metric: Metric | None = None
 
     @property
     def metric(self) -> Metric:
         """What scores it, with all that is particular to it."""
-        return METRICS[self.protocol.metric]
+        return self.own_metric or METRICS[self.protocol.metric]
+
+    def needs(self, skills: Collection[Skill]) -> Skill:
+        """What a model of these skills is asked: a model that takes no prompt can still caption."""
+        if self.protocol.mode == "retrieve":
+            return "retrieve"
+        if self.protocol.mode == "rank":
+            return "rank"
+        captions = self.metric.references is captions_of_record
+        return "caption" if captions and "generate" not in skills else "generate"
+
+    def processed(self, texts: Iterable[str]) -> list[str]:
+        """Texts as the model is shown them."""
+        return [TEXT_PROCESSORS[self.protocol.text_processor](text) for text in texts]
 
     def candidates(self, record: Record) -> tuple[str, ...]:
         """The texts to rank for a record; none where the model writes freely."""
@@ -209,25 +240,22 @@ def make_task(
     """
     rules = _rules(card, preset, llm_kind)
     split, mode = split or rules.split, mode or rules.mode
-    metric = METRICS[rules.metric]
-    if mode == "generate" and metric.needs_scores:
-        raise UserError(
-            f"{card.name}: {metric.name} needs the scores of candidates, which mode=generate does not give; "
-            "rank, or take it out of the suite"
-        )
+    if reason := _unfit(card, rules, mode):
+        raise UserError(reason)
+    metric = find_metric(rules.metric)
     opened = open_split(shards / card.source / split)
+    check_prepared_from(card, opened.manifest)
     chosen = _choose(card, opened, rules, samples)
     public = _answers_public(card, split, metric, chosen)
     if public:
         _check_records(card, metric, chosen)
     choices = protocol_fields(rules, mode)
-    if choices["candidates_from"] == "card" and not choices["candidates"]:
-        raise UserError(f"{card.name} has no candidates to rank; evaluate it with mode=generate")
-    vocabulary = train_answers(card, shards) if choices["candidates_from"] == "train_answers" else ()
+    vocabulary = _vocabulary(card, shards, choices["candidates_from"], chosen)
     protocol = Protocol(
         dataset=card.name,
         split=split,
         preset=preset,
+        metric_sha256=metric_sha256(rules.metric),
         vocabulary_size=len(vocabulary),
         vocabulary_sha256=hashlib.sha256("\n".join(vocabulary).encode()).hexdigest() if vocabulary else "",
         frames=max(sample.frames for sample in chosen),
@@ -238,10 +266,60 @@ def make_task(
         **choices,
     )
     records = prepared_counts(card, opened, rules.kinds)
-    if vocabulary:
+    if choices["candidates_from"] == "train_answers":
         train = prepared_counts(card, open_split(shards / card.source / "train"), ())
         records = replace(records, vocabulary=replace(train, answered=train.prepared))
-    return Task(card, protocol, tuple(chosen), records, vocabulary, public, is_made_up(opened.manifest))
+    own = None if metric.name in METRICS else metric
+    return Task(card, protocol, tuple(chosen), records, vocabulary, public, is_made_up(opened.manifest), own)
+
+
+def needed_splits(
+    card: Card, *, split: str | None = None, mode: str | None = None, preset: str = "paper", llm_kind: str = "decoder"
+) -> frozenset[str]:
+    """The prepared splits that `make_task` opens.
+
+    Raises:
+        UserError: the card says nothing of evaluation.
+    """
+    rules = _rules(card, preset, llm_kind)
+    ranked = protocol_fields(rules, mode or rules.mode)["candidates_from"]
+    return frozenset({split or rules.split, *(["train"] if ranked == "train_answers" else [])})
+
+
+def unfit(card: Card, mode: str, *, preset: str = "paper", llm_kind: str = "decoder") -> str:
+    """Why a card cannot be evaluated in a mode; empty where it can.
+
+    Raises:
+        UserError: the card says nothing of evaluation.
+    """
+    return _unfit(card, _rules(card, preset, llm_kind), mode)
+
+
+def _unfit(card: Card, rules: Evaluation, mode: str) -> str:
+    metric, choices = find_metric(rules.metric), protocol_fields(rules, mode)
+    if metric.needs_ranks != (mode == "retrieve"):
+        return (
+            f"{card.name}: {metric.title} is {'' if metric.needs_ranks else 'not '}made of what mode=retrieve finds, and "
+            f"mode={mode} was asked for; leave mode to the card, or take it out of the suite"
+        )
+    if mode == "generate" and metric.needs_scores:
+        return (
+            f"{card.name}: {metric.name} needs the scores of candidates, which mode=generate does not give; "
+            "rank, or take it out of the suite"
+        )
+    if choices["candidates_from"] == "card" and not choices["candidates"]:
+        return f"{card.name} has no candidates to rank; evaluate it with mode=generate"
+    return ""
+
+
+def watched_split(card: Card) -> str:
+    """The split that training watches.
+
+    Raises:
+        UserError: the card says nothing of evaluation.
+    """
+    rules = _rules(card, "paper", "decoder")
+    return rules.validation_split or rules.split
 
 
 def make_validation_task(card: Card, shards: Path, *, samples: int | None) -> Task:
@@ -250,8 +328,7 @@ def make_validation_task(card: Card, shards: Path, *, samples: int | None) -> Ta
     Raises:
         UserError: as `make_task`.
     """
-    rules = _rules(card, "paper", "decoder")
-    return make_task(card, shards, split=rules.validation_split or rules.split, samples=samples)
+    return make_task(card, shards, split=watched_split(card), samples=samples)
 
 
 def blind_task(task: Task) -> Task:
@@ -268,8 +345,8 @@ def train_answers(card: Card, shards: Path) -> tuple[str, ...]:
     folder = shards / card.source / "train"
     if not (folder / MANIFEST_NAME).is_file():
         raise UserError(
-            f"{card.name} ranks all answers of its train split, which is not prepared in {shards}; run "
-            f"python prepare.py dataset={card.source} split=train raw=FOLDER out={shards}, or evaluate with mode=generate"
+            f"{card.name} ranks all answers of its train split, which is not prepared in {shards}; run python prepare.py "
+            f"dataset={card.prepared_as} split=train raw=FOLDER out={shards}, or evaluate with mode=generate"
         )
     counts = Counter(answer for record in _card_records(card, open_split(folder)) for answer in record.answers)
     return tuple(sorted(counts, key=lambda answer: (-counts[answer], answer)))
@@ -293,10 +370,38 @@ def majority_answers(card: Card, shards: Path) -> dict[str, str]:
 
 def chance_level(task: Task) -> float | None:
     """The expected score of drawing evenly among the candidates, on the scale of papers' tables; None: not known."""
+    if task.protocol.candidates_from == "captions":
+        return chance_of_recall([len(sample.record.captions) for sample in task.samples])
+    chance = task.metric.chance
+    if chance is None:
+        return None
     if task.protocol.candidates_from == "choices":
-        return fmean(task.metric.chance(len(sample.record.choices)) for sample in task.samples)
+        return fmean(chance(len(sample.record.choices)) for sample in task.samples)
     classes = set(task.protocol.classes or task.vocabulary)
-    return task.metric.chance(len(classes)) if classes else None
+    return chance(len(classes)) if classes else None
+
+
+def refuse_unable(tasks: Iterable[Task], skills: Collection[Skill], what: str) -> None:
+    """Refuse tasks that a model cannot be asked.
+
+    Args:
+        skills: the model's.
+        what: it is, for the message.
+
+    Raises:
+        UserError: names all of them.
+    """
+    for need, reason in _LACKS.items():
+        if asked := [task.card.name for task in tasks if task.needs(skills) == need and need not in skills]:
+            raise UserError(f"{what} {reason}, which {', '.join(asked)} asks for; take it out of the suite")
+
+
+_LACKS: dict[Skill, str] = {
+    "rank": "has no language model to rank candidates with",
+    "generate": "has no language model to answer a prompt with",
+    "caption": "writes no captions",
+    "retrieve": "has no matching head to retrieve with",
+}
 
 
 def as_json(protocol: Protocol) -> dict[str, Any]:
@@ -308,13 +413,11 @@ def _rules(card: Card, preset: str, llm_kind: str) -> Evaluation:
     """How a card is evaluated under a preset.
 
     Raises:
-        UserError: it is not evaluated, or by a metric that there is not.
+        UserError: it is not evaluated.
     """
     if card.evaluation is None:
         raise UserError(f"{card.name} is a dataset to train on: its card has no evaluation; take it out of the suite")
     rules = with_preset(card.evaluation, preset, llm_kind)
-    if rules.metric not in METRICS:
-        raise UserError(f"{card.name}: evaluation.metric is {rules.metric!r}{nearest(rules.metric, METRICS)}")
     return as_released(rules, llm_kind) if preset == "lavis" else rules
 
 
@@ -342,6 +445,13 @@ def released_lengths(max_len: int, min_len: int, llm_kind: str) -> tuple[int, in
     model is given `max_new_tokens`, but its `min_length` counts the decoder's start token.
     """
     return max_len - 1 if llm_kind == "decoder" else max_len, max(0, min_len - 1)
+
+
+def _vocabulary(card: Card, shards: Path, source: str, samples: Sequence[EvaluationSample]) -> tuple[str, ...]:
+    """The texts that all samples are ranked among."""
+    if source == "train_answers":
+        return train_answers(card, shards)
+    return tuple(text for sample in samples for text in sample.record.captions) if source == "captions" else ()
 
 
 def _answers_public(card: Card, split: str, metric: Metric, samples: Sequence[EvaluationSample]) -> bool:
@@ -441,21 +551,23 @@ _FROM_CARD = (
     "transform",
     "upright",
     "transparency",
-    "metric",
 )
 
 
 def protocol_fields(rules: Evaluation, mode: str) -> dict[str, Any]:
     """The choices of a `Protocol`, by name, that follow from a card's evaluation in this mode."""
-    source = (rules.candidates_from or "card") if mode == "rank" else "none"
+    source = {"rank": rules.candidates_from or "card", "retrieve": "captions"}.get(mode, "none")
     verbalizers = tuple((text, label) for label, synonyms in rules.verbalizers.items() for text in synonyms)
     ranked = source == "card"
     return {name: getattr(rules, name) for name in _FROM_CARD} | {
         "mode": mode,
+        "metric": metric_name(rules.metric),
         "candidates_from": source,
         "candidates": rules.candidates + tuple(text for text, _ in verbalizers) if ranked else (),
         "classes": rules.candidates + tuple(label for _, label in verbalizers) if ranked else (),
         "verbalizers": verbalizers,
+        "rerank": rules.rerank if mode == "retrieve" else 0,
+        "max_text_tokens": rules.max_text_tokens if mode == "retrieve" else 0,
     }
 
 

@@ -4,10 +4,12 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
+from instructblip.config.validate import build
+from instructblip.data.cards import Card, OwnCard
 from instructblip.data.coverage import RecordCounts
 from instructblip.errors import UserError
 
@@ -15,7 +17,20 @@ RESULTS = "results.json"
 PREDICTIONS = "predictions.jsonl"
 FORMAT = 3  # of results.json; 1 had accuracies only, 2 neither the model nor what ties it to its predictions.jsonl
 
+_Why = Literal["missing", "failed"]
 _HINT = "give the folder of an evaluation that ended, or evaluate again"
+
+
+Numbers = tuple[float | None, float | None, float | None]  # value, low, high
+
+
+@dataclass(frozen=True)
+class NotEvaluated:
+    """A dataset of the suite without a score, and why: it was `missing`, not prepared where that is allowed, or `failed`."""
+
+    name: str
+    why: _Why
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -32,6 +47,9 @@ class StoredScore:
         predictions_sha256: of the predictions.jsonl that was scored.
         tokenizer: of captions, by the name that their metric gives; None for other metrics.
         made_up: whether the samples are made up, so that the score means nothing.
+        parts: further scores by name: value and interval.
+        higher_is_better: whether a larger score is a better one; True where nothing is said.
+        card: of one's own, as it was; None for an official one.
     """
 
     value: float | None
@@ -44,21 +62,28 @@ class StoredScore:
     predictions_sha256: str
     tokenizer: str | None
     made_up: bool = False
+    higher_is_better: bool = True
+    card: Card | None = None
+    parts: Mapping[str, Numbers] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class StoredRun:
-    """An evaluation's folder, what was evaluated, and the scores in it, by dataset."""
+    """An evaluation's folder, what was evaluated, the scores in it, and what has none, by dataset.
+
+    `llm` is None where there is no language model.
+    """
 
     folder: Path
     checkpoint: str
-    llm: str
+    llm: str | None
     scores: dict[str, StoredScore]
+    not_evaluated: dict[str, NotEvaluated] = field(default_factory=dict)
 
     @property
     def about(self) -> str:
         """Where the scores come from, in a line."""
-        return f"{self.folder}, checkpoint {self.checkpoint}, LLM {self.llm}"
+        return f"{self.folder}, checkpoint {self.checkpoint}" + (f", LLM {self.llm}" if self.llm else "")
 
 
 @dataclass(frozen=True)
@@ -91,10 +116,10 @@ def read_run(place: str | Path) -> StoredRun:
     if not isinstance(checkpoint, dict):
         raise UserError(f"{file} names no checkpoint; {_HINT}")
     llm = _at(values, "model", "llm", "name")
-    if not isinstance(llm, str):
+    if not isinstance(llm, str) and ("llm" in values.get("model", {}) or "vision" not in values.get("model", {})):
         raise UserError(f"{file} names no model: model.llm.name is {llm!r}; {_HINT}")
     scores = {name: _stored_score(entry, name, file) for name, entry in values["datasets"].items()}
-    return StoredRun(file.parent, str(checkpoint.get("path")), llm, scores)
+    return StoredRun(file.parent, str(checkpoint.get("path")), llm, scores, _not_evaluated(values, file))
 
 
 def read_predictions(run: StoredRun, dataset: str) -> dict[str, StoredPrediction]:
@@ -142,18 +167,35 @@ def _read_json(file: Path) -> Any:
         raise UserError(f"{file} is not whole JSON ({error}); {_HINT}") from None
 
 
+def _not_evaluated(values: Mapping[str, Any], file: Path) -> dict[str, NotEvaluated]:
+    entries = values.get("not_evaluated", {})
+    if not isinstance(entries, dict):
+        raise UserError(f"{file}: not_evaluated is no object of datasets; {_HINT}")
+    found = {}
+    for name, entry in entries.items():
+        why, reason = _at(entry, "why"), _at(entry, "reason")
+        if why not in get_args(_Why) or not isinstance(reason, str):
+            raise UserError(f"{file}: not_evaluated.{name} does not say why; {_HINT}")
+        found[name] = NotEvaluated(name, why, reason)
+    return found
+
+
+def _stored_card(entry: Mapping[str, Any], name: str, file: Path) -> Card | None:
+    """A card of one's own as results have it. Nothing that it names is opened, nor run."""
+    values = entry.get("card")
+    if values is None:
+        return None
+    try:
+        card: Card = build(OwnCard, values, str(file), f"datasets.{name}.card")
+    except UserError as error:
+        raise UserError(f"{error}; {_HINT}") from None
+    return card
+
+
 def _stored_score(entry: Any, name: str, file: Path) -> StoredScore:
     """One dataset's entry, every value of the right type."""
     if not isinstance(entry, dict):
         raise UserError(f"{file}: datasets.{name} is not a score; {_HINT}")
-
-    def number(key: str) -> float | None:
-        value = entry.get(key)
-        if value is None and key in entry:
-            return None
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise UserError(f"{file}: datasets.{name}.{key} is {value!r}, not a number; {_HINT}")
-        return float(value)
 
     count, metric, protocol = entry.get("count"), entry.get("metric"), entry.get("protocol")
     if not isinstance(count, int) or isinstance(count, bool):
@@ -171,8 +213,32 @@ def _stored_score(entry: Any, name: str, file: Path) -> StoredScore:
         raise UserError(f"{file}: datasets.{name}.predictions_sha256 is {digest!r}, not a hash; {_HINT}")
     if not isinstance(tokenizer, str | None):
         raise UserError(f"{file}: datasets.{name}.metric_details.tokenizer is {tokenizer!r}, not a name; {_HINT}")
+    value, low, high = _numbers(entry, f"{file}: datasets.{name}")
+    parts = entry.get("parts", {})  # results of before this key and the next were written have none
+    made_up = entry.get("made_up") is True
+    if not isinstance(parts, dict):
+        raise UserError(f"{file}: datasets.{name}.parts are not scores by name; {_HINT}")
+    found = {part: _numbers(numbers, f"{file}: datasets.{name}.parts.{part}") for part, numbers in parts.items()}
+    better, card = entry.get("higher_is_better") is not False, _stored_card(entry, name, file)
+    return StoredScore(
+        value, low, high, count, metric, protocol, records, digest, tokenizer, made_up, better, card, found
+    )
+
+
+def _numbers(entry: Any, where: str) -> Numbers:
+    """Value and interval of a score or a part."""
+    if not isinstance(entry, dict):
+        raise UserError(f"{where} is not a score; {_HINT}")
+
+    def number(key: str) -> float | None:
+        value = entry.get(key)
+        if value is None and key in entry:
+            return None
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise UserError(f"{where}.{key} is {value!r}, not a number; {_HINT}")
+        return float(value)
+
     value, low, high = number("value"), number("low"), number("high")
     if (low is None) != (high is None) or (value is None and low is not None):
-        raise UserError(f"{file}: datasets.{name} has half an interval, or one without a value; {_HINT}")
-    made_up = entry.get("made_up") is True  # results of before the key was written have none
-    return StoredScore(value, low, high, count, metric, protocol, records, digest, tokenizer, made_up)
+        raise UserError(f"{where} has half an interval, or one without a value; {_HINT}")
+    return value, low, high

@@ -9,13 +9,16 @@ from rich.console import Console
 from instructblip.config import entry
 from instructblip.config.schema import EvaluateConfig
 from instructblip.config.validate import to_dict
-from instructblip.data.cards import load_cards
-from instructblip.data.prepare.command import shards_folder
+from instructblip.data.cards import Card
+from instructblip.data.prepare.command import Needed, find_shards
 from instructblip.data.synthetic import NOTE
 from instructblip.distributed import Ranks, choose_device
-from instructblip.evaluation.journal import claimed, refuse_others_results
-from instructblip.evaluation.protocol import Task, make_task
-from instructblip.evaluation.suite import evaluate_tasks, finish_evaluation, image_reader, log_scores
+from instructblip.errors import UserError
+from instructblip.evaluation.journal import claimed, refuse_others_results, replaced_results
+from instructblip.evaluation.protocol import Task, make_task, needed_splits, refuse_unable
+from instructblip.evaluation.results_file import NotEvaluated
+from instructblip.evaluation.suite import evaluate_tasks, finish_evaluation, image_reader, log_scores, refuse_failed
+from instructblip.evaluation.suite_tasks import fitting_modes, make_tasks, split_missing, suite_cards
 from instructblip.fetch.parts import cache_folder
 from instructblip.models.fingerprint import fingerprint_tensors
 from instructblip.tracking import make_logger
@@ -31,43 +34,74 @@ def evaluate(config: EvaluateConfig, console: Console) -> None:
     """Evaluate as configured. Everything that may be wrong is checked before a model is loaded.
 
     Raises:
-        UserError: no such checkpoint, card, split or device; unreadable shards; another evaluation's folder; disk full.
+        UserError: no such checkpoint, card, split or device; unreadable shards; another evaluation's folder; disk full; or,
+            once the others' results are written, a dataset that failed.
     """
-    names = (*config.suite.held_in, *config.suite.held_out)
     ranks = Ranks.from_environment()
     if not ranks.is_first:
         console = Console(quiet=True)
-    cards = load_cards(names)
+    held_in, held_out = suite_cards(config.suite)
     source = find_source(config.checkpoint, config.llm)
     device = str(choose_device(ranks.device(config.device)))
-    shards = shards_folder(cards, config.data, console)
-    tasks = [
-        make_task(
-            card,
-            shards,
-            split=config.split,
-            samples=config.samples,
-            mode=config.mode,
-            withhold_images=config.withhold_images,
-            preset=config.preset,
-            llm_kind=source.llm_kind,
-        )
-        for card in cards
-    ]
+    tasks, absent, shards = _plan([*held_in, *held_out], config, source.llm_kind or "decoder", console)
+    refuse_unable(tasks, source.skills, str(source.path))
     folder = Path(config.output) / config.name
-    with claimed(folder, ranks):
+    with claimed(folder, ranks) as ranks:
         refuse_others_results(folder, str(source.path), tasks)
+        for line in replaced_results(folder, tasks):
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
         loaded = load_model(
             source, llm=config.llm, vision_path=config.vision_path, qformer_path=config.qformer_path, device=device
         )
-        refuse_others_results(folder, loaded.source, tasks, llm=loaded.parts["llm"].name)
-        _evaluate(config, loaded, tasks, shards, folder, ranks, console)
+        _refuse_untrained(loaded, allowed=config.allow_untrained)
+        refuse_others_results(
+            folder, loaded.source, tasks, llm=loaded.parts["llm"].name if "llm" in loaded.parts else None
+        )
+        _evaluate(config, loaded, tasks, absent, shards, folder, ranks, console)
+
+
+def _plan(
+    cards: Sequence[Card], config: EvaluateConfig, llm_kind: str, console: Console
+) -> tuple[list[Task], list[NotEvaluated], Path]:
+    """What is evaluated, what is not, and the folder of the shards."""
+    rules: dict[str, Any] = {"preset": config.preset, "llm_kind": llm_kind}
+    modes, note = fitting_modes(cards, config.mode, **rules)
+    if note:
+        console.print(note, markup=False, highlight=False, soft_wrap=True)
+    needed = [Needed(card, needed_splits(card, split=config.split, mode=modes[card.name], **rules)) for card in cards]
+    found = find_shards(needed, config.data, console)
+    present, missing = split_missing(cards, found, config.suite.missing)
+
+    def make(card: Card) -> Task:
+        return make_task(
+            card,
+            found.folder,
+            split=config.split,
+            samples=config.samples,
+            mode=modes[card.name],
+            withhold_images=config.withhold_images,
+            **rules,
+        )
+
+    tasks, failed = make_tasks(present, make, config.suite.missing)
+    return tasks, [*missing, *failed], found.folder
+
+
+def _refuse_untrained(loaded: LoadedModel, *, allowed: bool) -> None:
+    """Scores of a model that cannot see say nothing of its parts, and look like any others in a table."""
+    if loaded.standing.untrained and not allowed:
+        untrained, llm = ", ".join(loaded.standing.untrained), loaded.parts["llm"].name
+        raise UserError(
+            f"{untrained} of {loaded.name} with llm={llm} was never trained; "
+            f"train it first (train.py init_from={loaded.source}), or evaluate it as it is with allow_untrained=true"
+        )
 
 
 def _evaluate(
     config: EvaluateConfig,
     loaded: LoadedModel,
     tasks: Sequence[Task],
+    absent: Sequence[NotEvaluated],
     shards: Path,
     folder: Path,
     ranks: Ranks,
@@ -76,14 +110,15 @@ def _evaluate(
     """Run the tasks, and write and log the results."""
     # A cache of features has no place for images that cannot be read.
     cache = cache_folder() / "features" if config.data.cache_features and not config.tolerance else None
+    model = loaded.model
     weights: dict[str, Any] = {
-        "frozen": frozen_fingerprints(loaded.model),
-        "trained": fingerprint_tensors(loaded.model.held_state()),
+        "frozen": frozen_fingerprints(model),
+        "trained": fingerprint_tensors(model.held_state()),
     }
-    results = evaluate_tasks(
-        loaded.model,
+    results, failed = evaluate_tasks(
+        model,
         tasks,
-        image_reader(loaded.model, tasks, cache),
+        image_reader(model, tasks, cache),
         shards=shards,
         folder=folder,
         batch_size=config.batch_size,
@@ -95,7 +130,7 @@ def _evaluate(
     if not ranks.is_first:
         return
     finish_evaluation(
-        loaded.model,
+        model,
         results,
         folder,
         title=f"{config.suite.name} with {loaded.name}{NOTE if config.data.synthetic else ''}",
@@ -103,8 +138,10 @@ def _evaluate(
         step=loaded.step,
         parts=loaded.parts,
         **weights,
+        standing=loaded.standing,
         examples=config.examples,
         console=console,
+        not_evaluated=[*absent, *failed],
     )
     logger = make_logger(
         config.logger.kind,
@@ -116,3 +153,4 @@ def _evaluate(
     )
     log_scores(logger, results, loaded.step)
     logger.finish()
+    refuse_failed([item for item in (*absent, *failed) if item.why == "failed"], folder, "the same command")

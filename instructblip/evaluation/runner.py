@@ -4,16 +4,15 @@ How the work is cut into chunks and batches depends on the task and the batch si
 number of processes changes no answer. docs/evaluate.md, "Design", explains chunks and the journal.
 """
 
-import gc
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import groupby
+from itertools import groupby, repeat
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,17 +23,18 @@ from instructblip.errors import DamagedSample, UserError
 from instructblip.evaluation.journal import Journal, journal_keys
 from instructblip.evaluation.metrics.accuracy import normalize_answer
 from instructblip.evaluation.outcomes import Failure, Prediction, TaskResult, class_scores, score_task
-from instructblip.evaluation.protocol import EvaluationSample, Task
+from instructblip.evaluation.protocol import EvaluationSample, Task, refuse_unable
 from instructblip.evaluation.results_file import PREDICTIONS
+from instructblip.evaluation.retrieval import answer_pairs, remove_images
+from instructblip.evaluation.work import BatchLimit, read_ahead
 from instructblip.files import sha256_file
-from instructblip.models.instructblip import InstructBLIP
+from instructblip.models.base import Model
 from instructblip.progress import progress_bar
 
 logger = logging.getLogger(__name__)
 Answer = tuple[str, tuple[float, ...], tuple[int, ...]]  # text, scores and what they are of, as in `Prediction`
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
+_DECODING = ("num_beams", "max_new_tokens", "min_new_tokens", "length_penalty", "repetition_penalty")
 _GREY = 127  # of a withheld image: near the middle of the range that encoders expect
 _BATCHES_PER_CHUNK = 4
 _READERS = 4  # threads that read and decode the next chunk's images meanwhile
@@ -58,46 +58,8 @@ class Question:
 Chunk = Sequence[Question]
 
 
-class BatchLimit:
-    """A batch size that is halved whenever memory runs out, and never raised again."""
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-
-    def run(self, items: Sequence[Item], work: Callable[[Sequence[Item]], Sequence[Result]]) -> list[Result]:
-        """Apply `work` to all items, as many at a time as memory holds.
-
-        Raises:
-            UserError: memory does not hold a single item.
-        """
-        done: list[Result] = []
-        while len(done) < len(items):
-            batch = items[len(done) : len(done) + self.size]
-            results = self._try(batch, work)
-            if results is not None:
-                done += results
-            elif len(batch) == 1:
-                raise UserError(
-                    "one question alone does not fit into the GPU's memory; use a smaller model or another GPU"
-                )
-            else:
-                self.size = len(batch) // 2
-                logger.warning("out of memory with a batch of %d; going on with %d", len(batch), self.size)
-                gc.collect()
-                if torch.cuda.is_available():
-                    torch.cuda.empty_cache()
-        return done
-
-    @staticmethod
-    def _try(batch: Sequence[Item], work: Callable[[Sequence[Item]], Sequence[Result]]) -> Sequence[Result] | None:
-        try:
-            return work(batch)
-        except torch.OutOfMemoryError:
-            return None  # its tensors are freed with its stack frame
-
-
 def run_task(
-    model: InstructBLIP,
+    model: Model,
     task: Task,
     read_image: ReadImage,
     *,
@@ -127,9 +89,7 @@ def run_task(
     started = time.perf_counter()
     keys = journal_keys(model_fingerprint, task)
     journal = Journal(folder, keys, ranks)
-    _answer_chunks(
-        model, task, read_image, journal, cut_work(task, keys, batch_size), batch_size, tolerance, show_progress
-    )
+    _answer(model, task, read_image, journal, keys, batch_size, tolerance, show=show_progress)
     journal.wait_for_others(task.card.name)
     _check_failures(task, journal, tolerance)
     answered = [(key, sample) for key, sample in zip(keys, task.samples, strict=True) if key in journal.predictions]
@@ -139,11 +99,13 @@ def run_task(
     failures = [journal.failures[key] for key in keys if key in journal.failures]
     result = score_task(task, samples, predictions, seconds=time.perf_counter() - started, failures=failures)
     journal.finish(zip(samples, predictions, result.per_sample, strict=True))
+    if folder is not None:
+        remove_images(folder)
     return result if folder is None else replace(result, predictions_sha256=sha256_file(folder / PREDICTIONS))
 
 
 def answer_share(
-    model: InstructBLIP,
+    model: Model,
     task: Task,
     read_image: ReadImage,
     *,
@@ -153,12 +115,17 @@ def answer_share(
     ranks: Ranks,
     tolerance: int = 0,
 ) -> None:
-    """Answer the share of a rank that is not the first, into its journal; arguments and errors as `run_task`."""
+    """Answer the share of a rank that is not the first, into its journal; arguments and errors as `run_task`.
+
+    Where it cannot, the first rank is told, which would wait for it.
+    """
     keys = journal_keys(model_fingerprint, task)
     journal = Journal(folder, keys, ranks)
-    _answer_chunks(
-        model, task, read_image, journal, cut_work(task, keys, batch_size), batch_size, tolerance, show=False
-    )
+    try:
+        _answer(model, task, read_image, journal, keys, batch_size, tolerance, show=False)
+    except UserError as error:
+        journal.give_up(str(error))
+        raise
 
 
 def blank_image(image_size: int) -> Tensor:
@@ -209,8 +176,33 @@ def cut_chunk(chunk: Chunk, batch_size: int) -> Iterator[Chunk]:
 # --- answering -------------------------------------------------------------------------------------------------------
 
 
+def _answer(
+    model: Model,
+    task: Task,
+    read_image: ReadImage,
+    journal: Journal,
+    keys: Sequence[str],
+    batch_size: int,
+    tolerance: int,
+    *,
+    show: bool,
+) -> None:
+    """Answer the rank's share of the task, with the model in evaluation mode for the duration."""
+    refuse_unable([task], model.SKILLS, type(model).__name__)
+    training = model.training
+    model.eval()
+    try:
+        if task.protocol.mode == "retrieve":
+            answer_pairs(model, task, read_image, journal, keys, batch_size=batch_size, show=show)
+        else:
+            chunks = cut_work(task, keys, batch_size)
+            _answer_chunks(model, task, read_image, journal, chunks, batch_size, tolerance, show)
+    finally:
+        model.train(training)
+
+
 def _answer_chunks(
-    model: InstructBLIP,
+    model: Model,
     task: Task,
     read_image: ReadImage,
     journal: Journal,
@@ -222,25 +214,23 @@ def _answer_chunks(
     """Ask whatever of the rank's share of the chunks the journal has no answer to."""
     share = journal.ranks.share(chunks)
     left = [chunk for chunk in share if any(key not in journal for question in chunk for key in question.keys)]
-    limit, training = BatchLimit(batch_size), model.training
+    limit = BatchLimit(batch_size)
     blind = task.protocol.images == "withheld"
+    samples = [[question.sample for question in chunk] for chunk in left]
+    read = repeat({}) if blind else read_ahead(samples, read_image)
     with progress_bar("questions", show=show) as progress:
         bar = progress.add_task(_title(task, journal.ranks), total=sum(map(_samples, left)))
-        model.eval()
-        try:
-            for chunk, pixels in _read_ahead(left, None if blind else read_image):
-                images = _blank(model, chunk) if blind else _images(model, chunk, pixels, journal, limit)
-                _check_failures(task, journal, tolerance)
-                for batch in cut_chunk(chunk, batch_size):
-                    journal.ranks.poll_stop()
-                    asked = [question for question in batch if question.sample.image_key in images]
-                    if any(key not in journal for question in asked for key in question.keys):
-                        pairs = [(question, images[question.sample.image_key]) for question in asked]
-                        answers = limit.run(pairs, partial(_ask, model, task))
-                        journal.append(_new_predictions(asked, answers, journal))
-                    progress.advance(bar, _samples(batch))
-        finally:
-            model.train(training)
+        for chunk, pixels in zip(left, read, strict=False):
+            images = _blank(model, chunk) if blind else _images(model, chunk, pixels, journal, limit)
+            _check_failures(task, journal, tolerance)
+            for batch in cut_chunk(chunk, batch_size):
+                journal.ranks.poll_stop()
+                asked = [question for question in batch if question.sample.image_key in images]
+                if any(key not in journal for question in asked for key in question.keys):
+                    pairs = [(question, images[question.sample.image_key]) for question in asked]
+                    answers = limit.run(pairs, partial(_ask, model, task))
+                    journal.append(_new_predictions(asked, answers, journal))
+                progress.advance(bar, _samples(batch))
 
 
 def _title(task: Task, ranks: Ranks) -> str:
@@ -253,36 +243,14 @@ def _samples(questions: Chunk) -> int:
     return sum(len(question.keys) for question in questions)
 
 
-def _blank(model: InstructBLIP, chunk: Chunk) -> dict[str, Tensor]:
+def _blank(model: Model, chunk: Chunk) -> dict[str, Tensor]:
     """The tokens of a grey picture for every image of the chunk."""
     tokens = model.image_tokens(blank_image(model.vision.image_size)[None, None])[0]
     return {question.sample.image_key: tokens for question in chunk}
 
 
-def _read_ahead(
-    chunks: Sequence[Chunk], read_image: ReadImage | None
-) -> Iterator[tuple[Chunk, dict[str, Future[Tensor]]]]:
-    """Each chunk with its images by key, the next chunk's being read meanwhile; none when images are withheld."""
-    if read_image is None:
-        yield from ((chunk, {}) for chunk in chunks)
-        return
-    with ThreadPoolExecutor(_READERS) as pool:
-
-        def start(chunk: Chunk) -> dict[str, Future[Tensor]]:
-            samples = {question.sample.image_key: question.sample for question in chunk}
-            return {key: pool.submit(read_image, sample.shard, sample.row) for key, sample in samples.items()}
-
-        try:
-            following = start(chunks[0]) if chunks else {}
-            for number, chunk in enumerate(chunks):
-                current, following = following, start(chunks[number + 1]) if number + 1 < len(chunks) else {}
-                yield chunk, current
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-
-
 def _images(
-    model: InstructBLIP, chunk: Chunk, pixels: dict[str, Future[Tensor]], journal: Journal, limit: BatchLimit
+    model: Model, chunk: Chunk, pixels: dict[str, Future[Tensor]], journal: Journal, limit: BatchLimit
 ) -> dict[str, Tensor]:
     """Tokens (F, P, V) of the chunk's images by key; the questions on damaged ones are noted as failures."""
     read: dict[str, Tensor] = {}
@@ -303,21 +271,15 @@ def _images(
 
 
 @torch.inference_mode()
-def _ask(model: InstructBLIP, task: Task, batch: Sequence[tuple[Question, Tensor]]) -> list[Answer]:
+def _ask(model: Any, task: Task, batch: Sequence[tuple[Question, Tensor]]) -> list[Answer]:
     """The model's answers to questions, from image tokens."""
     protocol, samples = task.protocol, [question.sample for question, _ in batch]
     images, prompts = torch.stack([tokens for _, tokens in batch]), [sample.prompt for sample in samples]
     if protocol.mode == "generate":
-        texts = model.generate(
-            images,
-            prompts,
-            num_beams=protocol.num_beams,
-            max_new_tokens=protocol.max_new_tokens,
-            min_new_tokens=protocol.min_new_tokens,
-            length_penalty=protocol.length_penalty,
-            repetition_penalty=protocol.repetition_penalty,
-            beam_lengths=protocol.beam_lengths,
-        )
+        decoding = {name: getattr(protocol, name) for name in _DECODING}
+        if task.needs(model.SKILLS) == "caption":
+            return [(text, (), ()) for text in model.generate(images, **decoding)]
+        texts = model.generate(images, prompts, beam_lengths=protocol.beam_lengths, **decoding)
         classes = {normalize_answer(text): label for text, label in protocol.verbalizers}
         return [(classes.get(normalize_answer(text), text), (), ()) for text in texts]
     candidates = [task.candidates(sample.record) for sample in samples]

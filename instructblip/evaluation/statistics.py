@@ -78,10 +78,10 @@ def score_interval(
     if len(clusters) != len(score.per_sample):
         raise ValueError(f"{len(score.per_sample)} samples for {len(clusters)} cluster names")
     values = [value * score.table_factor for value in score.per_sample]
-    if interval is not Interval.MEAN and set(values) in ({0.0}, {100.0}):
+    if interval is not Interval.MEAN and min(score.table_value, 100 - score.table_value) < _ROUNDING:
         images = len(set(clusters))
         count = images if score.units is None else min(images, score.units)
-        low, high = wilson_interval(count if values[0] else 0, count)
+        low, high = wilson_interval(count if score.table_value > 50 else 0, count)
         return 100 * low, 100 * high
     if score.resampled is None:
         low, high = clustered_bootstrap_interval(values, clusters)

@@ -25,20 +25,22 @@ from instructblip.evaluation.protocol import Task, blind_task, chance_level, maj
 from instructblip.evaluation.report.content import part_scores, report_row, report_section
 from instructblip.evaluation.report.page import Report, write_report
 from instructblip.evaluation.report.table import MADE_UP_DATA
-from instructblip.evaluation.results_file import FORMAT, PREDICTIONS, RESULTS
+from instructblip.evaluation.results_file import FORMAT, PREDICTIONS, RESULTS, NotEvaluated
 from instructblip.evaluation.runner import answer_share, read_pixels, run_task
 from instructblip.evaluation.submissions import SUBMISSION, write_submission
 from instructblip.files import errors_for_users, exclusive, write_json
+from instructblip.models.base import Model
 from instructblip.models.instructblip import InstructBLIP
-from instructblip.models.llm import LLM_KINDS
+from instructblip.models.llm import LLM, LLM_KINDS
 from instructblip.models.quantized import QuantizedLinear
 from instructblip.tracking import Logger
 from instructblip.weights.load import FrozenPart
+from instructblip.weights.start import PLAIN, Standing
 
 _WITHHELD = "images_withheld"  # folder of a dataset's blind answers, below its others
 
 
-def image_reader(model: InstructBLIP, tasks: Sequence[Task], cache_folder: Path | None) -> ReadImage:
+def image_reader(model: Model, tasks: Sequence[Task], cache_folder: Path | None) -> ReadImage:
     """How evaluation gets its images: from a feature cache when a folder for one is given, else decoded each time."""
     if cache_folder is None:
         return read_pixels(model.vision.image_size)
@@ -55,7 +57,7 @@ def takes_cached_images(task: Task) -> bool:
     return protocol.transform == "resize_square" and protocol.upright and protocol.transparency == "white"
 
 
-def model_identity(model: InstructBLIP, frozen: Mapping[str, str], trained: str) -> str:
+def model_identity(model: Model, frozen: Mapping[str, str], trained: str) -> str:
     """SHA-256 of all that a model's answers depend on: every weight, frozen or not, and how texts and images enter.
 
     Args:
@@ -63,14 +65,9 @@ def model_identity(model: InstructBLIP, frozen: Mapping[str, str], trained: str)
         frozen: fingerprints of the frozen parts: computing them takes a while, and all of the weights.
         trained: fingerprint of what trains.
     """
-    llm, vision = model.llm, model.vision
+    vision = model.vision
     conventions = [
-        [
-            llm.prompt_format.image_prefix_ids,
-            llm.prompt_format.prompt_ids("A word?"),
-            llm.prompt_format.target_ids("A word."),
-        ],
-        [model.max_instruction_tokens, model.qformer.instruction_aware],
+        *model.conventions(),
         [vision.image_size, vision.mean.tolist(), vision.std.tolist(), str(vision.layers), str(vision.grid)],
     ]
     parts = [trained, *frozen.values()]
@@ -78,32 +75,43 @@ def model_identity(model: InstructBLIP, frozen: Mapping[str, str], trained: str)
 
 
 def describe_model(
-    model: InstructBLIP, parts: Mapping[str, FrozenPart], frozen: Mapping[str, str], trained: str
+    model: Model,
+    parts: Mapping[str, FrozenPart],
+    frozen: Mapping[str, str],
+    trained: str,
+    standing: Standing = PLAIN,
 ) -> dict[str, Any]:
     """What results.json says of a model: its large parts by name, how they are held, and fingerprints.
 
     Args:
         model: what was evaluated.
-        parts: its `llm` and `vision`.
+        parts: its `vision`, and `llm` where there is one.
         frozen: fingerprints of the parts that are frozen.
         trained: fingerprint of what trains.
+        standing: what of it was never trained or is aligned to another LLM; both are said where it is so.
     """
-    rounded = {module.kind for module in model.llm.modules() if isinstance(module, QuantizedLinear)}
     held: dict[str, dict[str, Any]] = {
-        "llm": {
-            "kind": llm_kind(model),
-            "dtype": _dtype_name(model.llm.embeddings.weight.dtype),
-            "quantization": min(rounded, default=None),  # all layers have one kind
-        },
-        "vision": {"dtype": _dtype_name(model.vision.dtype), "image_size": model.vision.image_size},
+        "vision": {"dtype": _dtype_name(model.vision.dtype), "image_size": model.vision.image_size}
     }
+    if isinstance(model, InstructBLIP):
+        held["llm"] = _describe_llm(model.llm)
     described = {name: {**parts[name]._asdict(), **held[name], "sha256": frozen.get(name, "trained")} for name in held}
-    return {"sha256": model_identity(model, frozen, trained), **described}
+    remarks = {
+        "aligned_to": standing.aligned_to,
+        "untrained": list(standing.untrained),
+        "allow_untrained": bool(standing.untrained),  # which asks for it
+    }
+    kind = type(model).__name__
+    return {"kind": kind, "sha256": model_identity(model, frozen, trained), **described, **remarks}
 
 
-def llm_kind(model: InstructBLIP) -> str:
-    """`decoder` or `encoder_decoder`."""
-    return next(name for name, kind in LLM_KINDS.items() if isinstance(model.llm, kind))
+def _describe_llm(llm: LLM) -> dict[str, Any]:
+    rounded = {module.kind for module in llm.modules() if isinstance(module, QuantizedLinear)}
+    return {
+        "kind": next(name for name, kind in LLM_KINDS.items() if isinstance(llm, kind)),
+        "dtype": _dtype_name(llm.embeddings.weight.dtype),
+        "quantization": min(rounded, default=None),  # all layers have one kind
+    }
 
 
 def _dtype_name(dtype: torch.dtype) -> str:
@@ -121,7 +129,11 @@ def baselines(task: Task, shards: Path, blind: TaskResult | None) -> dict[str, f
     found = {}
     if blind is not None and blind.value is not None:
         found[BLIND] = blind.value
-    asked = task.card.role == "held-in" and task.protocol.candidates_from != "choices" and task.answers_public
+    asked = (
+        task.card.role == "held-in"
+        and task.protocol.candidates_from not in ("choices", "captions")
+        and task.answers_public
+    )
     if majority := majority_answers(task.card, shards) if asked else {}:
         records = [sample.record for sample in task.samples]
         guesses = [ModelOutput(majority.get(record.question or "", majority[""])) for record in records]
@@ -141,7 +153,7 @@ class DatasetResult:
 
 
 def evaluate_tasks(
-    model: InstructBLIP,
+    model: Model,
     tasks: Sequence[Task],
     read_image: ReadImage,
     *,
@@ -153,10 +165,12 @@ def evaluate_tasks(
     trained: str,
     tolerance: int = 0,
     ranks: Ranks = ALONE,
-) -> list[DatasetResult]:
+    go_on: bool = True,
+) -> tuple[list[DatasetResult], list[NotEvaluated]]:
     """Run tasks and their baselines; answers are kept below `folder/<dataset>`.
 
-    What an earlier evaluation made of other answers is removed there as soon as a task has its new ones.
+    What an earlier evaluation made of other answers is removed there as soon as a task has its new ones. A task that fails
+    does not lose the others.
 
     Args:
         shards: folder of prepared datasets, for the majority baseline.
@@ -164,19 +178,20 @@ def evaluate_tasks(
         frozen, trained: fingerprints of the frozen parts, and of what trains.
         tolerance: samples that may fail, for each task.
         ranks: which of several processes this is.
+        go_on: whether a task that fails leaves the others to be run; not where all processes work in step.
 
     Returns:
-        The results; none to all ranks but the first.
+        The results, and the tasks that failed; none to all ranks but the first.
 
     Raises:
-        UserError: as `run_task`.
+        UserError: as `run_task`, where no task ended well, or without `go_on`.
     """
     options: dict[str, Any] = {
         "batch_size": batch_size,
         "model_fingerprint": model_identity(model, frozen, trained),
         "tolerance": tolerance,
     }
-    results = []
+    results, failed = [], []
     for task in tasks:
         home, protocol = folder / task.card.name, task.protocol
         reader = read_image
@@ -187,24 +202,38 @@ def evaluate_tasks(
                 upright=protocol.upright,
                 transparency=protocol.transparency,
             )
-        runs = [(task, home), (blind_task(task), home / _WITHHELD)][: 1 + blind]
-        found = []
-        for asked, place in runs:
+        blinded = blind and protocol.mode != "retrieve"
+        runs = [(task, home), *([(blind_task(task), home / _WITHHELD)] if blinded else [])]
+        try:
             if not ranks.is_first:
-                answer_share(model, asked, reader, folder=place, ranks=ranks, **options)
+                for asked, place in runs:
+                    answer_share(model, asked, reader, folder=place, ranks=ranks, **options)
                 continue
-            found.append(run_task(model, asked, reader, folder=place, ranks=ranks, **options))
-            (place / SUBMISSION).unlink(missing_ok=True)
-        if not ranks.is_first:
-            continue
-        if not blind and (home / _WITHHELD).exists():
-            shutil.rmtree(home / _WITHHELD)
-        results.append(DatasetResult(found[0], baselines(task, shards, found[1] if blind else None)))
-    return results
+            found = [_run(model, asked, reader, place, ranks, options) for asked, place in runs]
+            if not blind and (home / _WITHHELD).exists():
+                shutil.rmtree(home / _WITHHELD)
+            results.append(DatasetResult(found[0], baselines(task, shards, found[1] if blinded else None)))
+        except UserError as error:
+            if not go_on:
+                raise
+            failed.append(NotEvaluated(task.card.name, "failed", str(error)))
+    if not ranks.is_first:
+        return [], []  # the first hears of what failed here by the journal, and says so
+    if failed and not results:
+        raise UserError("; ".join(dict.fromkeys(item.reason for item in failed)))
+    return results, failed
+
+
+def _run(
+    model: Model, task: Task, reader: ReadImage, folder: Path, ranks: Ranks, options: Mapping[str, Any]
+) -> TaskResult:
+    result = run_task(model, task, reader, folder=folder, ranks=ranks, **options)
+    (folder / SUBMISSION).unlink(missing_ok=True)
+    return result
 
 
 def finish_evaluation(
-    model: InstructBLIP,
+    model: Model,
     results: Sequence[DatasetResult],
     folder: Path,
     *,
@@ -214,8 +243,10 @@ def finish_evaluation(
     parts: Mapping[str, FrozenPart],
     frozen: Mapping[str, str],
     trained: str,
+    standing: Standing,
     examples: int,
     console: Console,
+    not_evaluated: Sequence[NotEvaluated] = (),
 ) -> None:
     """Print the score table, write results.json and report.html, and name what was written.
 
@@ -226,16 +257,30 @@ def finish_evaluation(
         checkpoint, step: where the trained weights come from.
         parts, frozen: names of the large parts, and fingerprints of those that are frozen.
         trained: fingerprint of what trains.
+        standing: what the model started from, and what of it was never trained or is aligned to another LLM.
         examples: samples shown for each dataset.
         console: for the table.
+        not_evaluated: what else the suite has.
 
     Raises:
         UserError: as `write_results`.
     """
-    described = describe_model(model, parts, frozen, trained)
-    summary = results_json(results, checkpoint=checkpoint, fingerprint=trained, step=step, model=described)
+    described = describe_model(model, parts, frozen, trained, standing)
+    summary = results_json(
+        results,
+        checkpoint=checkpoint,
+        fingerprint=trained,
+        step=step,
+        model=described,
+        started_from=standing.start.weights,
+        not_evaluated=not_evaluated,
+    )
     written = write_results(folder, title, results, summary, examples)
     console.print(console_table(title, results))
+    for item in not_evaluated:
+        console.print(
+            f"no score of {item.name}, {item.why}: {item.reason}", markup=False, highlight=False, soft_wrap=True
+        )
     for path in written:
         console.print(f"wrote {path}", highlight=False, soft_wrap=True)
 
@@ -246,18 +291,48 @@ MAJORITY = "majority per question"
 CHANCE = "chance"
 
 
+def refuse_failed(failed: Sequence[NotEvaluated], folder: Path, again: str) -> None:
+    """End an evaluation in which datasets failed as a failed one, once the results of the others are written in its folder.
+
+    Args:
+        failed: none: nothing is refused.
+        folder: of the evaluation.
+        again: the command that goes on.
+
+    Raises:
+        UserError: names the datasets, and where the others' scores are.
+    """
+    if failed:
+        raise UserError(
+            f"{', '.join(item.name for item in failed)} could not be evaluated, as said above; the scores of the others are "
+            f"in {folder / RESULTS}; once that is mended, {again} goes on where it stopped"
+        )
+
+
 def results_json(
-    results: Sequence[DatasetResult], *, checkpoint: str, fingerprint: str, step: int, model: Mapping[str, Any]
+    results: Sequence[DatasetResult],
+    *,
+    checkpoint: str,
+    fingerprint: str,
+    step: int,
+    model: Mapping[str, Any],
+    started_from: Sequence[Mapping[str, str]] = (),
+    not_evaluated: Sequence[NotEvaluated] = (),
 ) -> dict[str, Any]:
-    """Everything a score needs to be trusted: the model, the machine, the versions, and each frozen protocol."""
+    """Everything a score needs to be trusted: the model, the machine, the versions, and each frozen protocol.
+
+    Beside the scores stands what of the suite has none, and why.
+    """
     return {
         "format": FORMAT,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "checkpoint": {"path": checkpoint, "trainable_sha256": fingerprint, "step": step},
+        "started_from": list(started_from),
         "model": dict(model),
         "machine": {"platform": platform.platform(), "torch_threads": torch.get_num_threads()},
         "versions": {"python": platform.python_version(), **{name: version(name) for name in _VERSIONS}},
         "datasets": {item.result.task.card.name: _results_entry(item) for item in results},
+        "not_evaluated": {item.name: {"why": item.why, "reason": item.reason} for item in not_evaluated},
     }
 
 
@@ -283,6 +358,7 @@ def write_results(
         created=summary["created"],
         summary=[report_row(item.result, item.baselines) for item in results],
         sections=[report_section(item.result, examples) for item in results],
+        not_evaluated=[f"{name}, {item['why']}: {item['reason']}" for name, item in summary["not_evaluated"].items()],
     )
     write_report(page, report)
     written = [folder / RESULTS, page]
@@ -296,9 +372,13 @@ def write_results(
 
 def _model_line(model: Mapping[str, Any]) -> str:
     """The frozen parts of `results_json`'s model."""
-    llm, vision = model["llm"], model["vision"]
-    held = ", ".join(filter(None, (llm["dtype"], llm["quantization"])))
-    return f"LLM {llm['name']} ({held}), image encoder {vision['name']} ({vision['dtype']}, {vision['image_size']} px)"
+    vision = model["vision"]
+    parts = [f"image encoder {vision['name']} ({vision['dtype']}, {vision['image_size']} px)"]
+    if llm := model.get("llm"):
+        parts.insert(0, f"LLM {llm['name']} ({', '.join(filter(None, (llm['dtype'], llm['quantization'])))})")
+    remarks = [f"Q-Former aligned to {model['aligned_to']}"] if model.get("aligned_to") else []
+    remarks += [f"never trained: {', '.join(model['untrained'])}"] if model.get("untrained") else []
+    return "; ".join([", ".join(parts), *remarks])
 
 
 def has_submission(result: TaskResult) -> bool:
@@ -343,7 +423,7 @@ def _write_submission(folder: Path, result: TaskResult) -> Path:
         ) from None
 
 
-def log_scores(logger: Logger, results: Sequence[DatasetResult], step: int) -> None:
+def log_scores(logger: Logger, results: Sequence[DatasetResult], step: int | None) -> None:
     """Give an experiment tracker what results.json says: each score with its interval, and all of them as a table.
 
     Scores of splits without public answers are in neither.

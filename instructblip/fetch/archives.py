@@ -217,7 +217,7 @@ def _free(folder: Path) -> int:
 
 def _write(member: _Member, path: Path) -> None:
     """Write one file. The library itself refuses a member with more bytes than its header says."""
-    with atomic_path(path) as partial:
+    with atomic_path(path, durable=False) as partial:  # not one by one: there may be a hundred thousand
         source = member.open()
         assert source is not None  # it is a regular file
         with source, open(partial, "wb") as target:

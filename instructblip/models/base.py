@@ -3,21 +3,22 @@
 A model is made of named parts, each frozen or trained. It turns samples into `Inputs` (texts as tokens) and those into
 named outputs: features, hidden states, logits. Objectives (`instructblip/objectives`) make losses of the outputs.
 
-Shape legend: B batch, F frames, P image tokens, V vision width.
+Shape legend: B batch, F frames, P image tokens, V vision width, N rows of any kind.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, NamedTuple, Protocol, Self
+from pathlib import Path
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, Self
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from transformers import PreTrainedTokenizerBase
 
-# Tensors are image tokens (B, F, P, V), or uint8 frames (B, F, 3, H, W); pictures are PIL images or lists of frames.
-Images = Tensor | Sequence[Image.Image | Sequence[Image.Image]]
+from instructblip.errors import UserError
+from instructblip.models.vision import Images, VisionEncoder, as_frames
 
 
 class Samples(Protocol):
@@ -35,6 +36,26 @@ class Samples(Protocol):
     def targets(self) -> Sequence[str]:
         """B answers."""
 
+    @property
+    def image_ids(self) -> Sequence[str]:
+        """Of B images, equal where they are the same."""
+
+    @property
+    def positions(self) -> Sequence[int]:
+        """B places in the run."""
+
+
+class Partners(NamedTuple):
+    """For each sample of a micro-batch another one's image, and another one's answer, which do not belong to it.
+
+    Attributes:
+        images: as in `Samples`.
+        answers: as in `Inputs`.
+    """
+
+    images: Tensor
+    answers: Sequence[Sequence[int]]
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -44,11 +65,16 @@ class Inputs:
         images: as in `Samples`.
         prompts: B prompts.
         answers: B token sequences with their end, none of them empty.
+        image_ids, positions: as in `Samples`; read by objectives over the whole batch.
+        partners: drawn for an objective that needs them.
     """
 
     images: Images
     prompts: Sequence[str]
     answers: Sequence[Sequence[int]]
+    image_ids: Sequence[str] = ()
+    positions: Sequence[int] = ()
+    partners: Partners | None = None
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -99,12 +125,12 @@ class PartedModule(nn.Module):
 
     Attributes:
         PARTS: the children (modules or parameters) of each part.
-        HELD: parts that a checkpoint holds even where they are frozen, since they come from no file of their own.
+        held_parts: parts that a checkpoint holds even where they are frozen, since they come from no file of their own.
         trained_parts: names of the parts that train; all others are frozen: no gradient, evaluation mode.
     """
 
     PARTS: ClassVar[Mapping[str, tuple[str, ...]]]
-    HELD: ClassVar[frozenset[str]] = frozenset()
+    held_parts: frozenset[str] = frozenset()
     trained_parts: frozenset[str] = frozenset()
 
     def part_modules(self, part: str) -> list[nn.Module]:
@@ -163,7 +189,7 @@ class PartedModule(nn.Module):
         return {
             name: tensor
             for part in self.PARTS
-            if part in self.trained_parts | self.HELD
+            if part in self.trained_parts | self.held_parts
             for name, tensor in self.part_state(part).items()
         }
 
@@ -171,13 +197,55 @@ class PartedModule(nn.Module):
         return [getattr(self, name) for name in self.PARTS[part]]
 
 
+Skill = Literal["rank", "generate", "caption", "retrieve"]
+
+
 class Model(PartedModule, ABC):
-    """What training drives: samples in, named outputs out."""
+    """What training drives: samples in, named outputs out. What a user calls is in it too, as far as it has the head.
+
+    Attributes:
+        OUTPUTS: names of all outputs that it gives.
+        SKILLS: what evaluation may ask of it: to `rank` candidates, to `generate` an answer to a prompt, to `caption` a
+            picture without one, to `retrieve` by contrast and matching.
+        vision: image encoder, a part of its own.
+        vision_norm: normalisation between the encoder and what reads its tokens.
+    """
+
+    OUTPUTS: ClassVar[frozenset[str]]
+    SKILLS: ClassVar[frozenset[Skill]]
+    vision: VisionEncoder
+    vision_norm: nn.Module
 
     @property
     @abstractmethod
     def device(self) -> torch.device:
         """Where the model's inputs go."""
+
+    @abstractmethod
+    def tokenizers(self) -> dict[str, PreTrainedTokenizerBase]:
+        """Its tokenizers, by the part that reads their tokens."""
+
+    @abstractmethod
+    def conventions(self) -> list[Any]:
+        """How texts enter, as JSON values: beside weights and the vision encoder's settings, what an answer depends on."""
+
+    def image_tokens(self, images: Images) -> Tensor:
+        """Image tokens (B, F, P, V) of pictures or uint8 frames; tokens (from a feature cache) pass through."""
+        images = as_frames(images, self.vision.image_size).to(self.device)
+        if images.dtype != torch.uint8:
+            return images
+        return self.vision(images.flatten(0, 1)).unflatten(0, images.shape[:2])
+
+    def vision_structure(self) -> PartStructure:
+        """That of the vision encoder, which may be sharded."""
+        backbone = self.vision.backbone
+        return PartStructure(
+            blocks_of(backbone),
+            [backbone],
+            entry="forward_features",
+            ends_early=bool(self.vision.layers),
+            recompute=False,  # frozen, its passes have no gradient
+        )
 
     @abstractmethod
     def structure(self) -> dict[str, PartStructure]:
@@ -211,6 +279,51 @@ class Model(PartedModule, ABC):
     @abstractmethod
     def sample_length(self) -> Callable[[str, str, int], int]:
         """A picklable function: how many positions of the largest pass a sample fills, from (prompt, target, frames)."""
+
+    @property
+    @abstractmethod
+    def title(self) -> str:
+        """What it is called in messages."""
+
+    # A class overrides those of these calls that it has a head for.
+
+    def generate(self, *_: Any, **__: Any) -> list[str]:
+        """Text for each image.
+
+        Raises:
+            UserError: the model has no head for it; the same of the calls below.
+        """
+        raise self._has_no("head to generate text with")
+
+    def rank(self, *_: Any, **__: Any) -> list[Tensor]:
+        """Log-likelihoods of candidate answers."""
+        raise self._has_no("language model to rank answers with")
+
+    def match(self, *_: Any, **__: Any) -> Tensor:
+        """How well each image and its text match."""
+        raise self._has_no("head to match images and texts with")
+
+    def features(self, *_: Any, **__: Any) -> Any:
+        """Features of images and texts."""
+        raise self._has_no("projections to make features with")
+
+    def save_huggingface(self, folder: str | Path) -> None:
+        """Write a folder that transformers' class of this model and its processor open.
+
+        Raises:
+            UserError: parts that their format cannot hold.
+        """
+        from instructblip.weights.transformers_write import save_huggingface  # which knows the models
+
+        save_huggingface(self, Path(folder))
+
+    def _has_no(self, head: str) -> UserError:
+        return UserError(f"{self.title} has no {head}; it can {', '.join(self.calls())}")
+
+    def calls(self) -> list[str]:
+        """Those of the calls that it has a head for."""
+        calls = ("generate", "rank", "match", "features")
+        return [name for name in calls if getattr(type(self), name) is not getattr(Model, name)]
 
 
 def blocks_of(module: nn.Module) -> list[nn.Module]:

@@ -3,12 +3,13 @@
 It is also the model of BLIP-2's retrieval, matching and features. It gives outputs; losses are made of them elsewhere.
 
 Shape legend: B batch, C texts, F frames, P image tokens, U vision width, Q queries, T text tokens, D Q-Former width, E width
-of the projected features, N rows of any kind, W vocabulary.
+of the projected features, N rows of any kind, S supervised tokens in the batch, W vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
-from typing import Literal, NamedTuple, get_args
+from functools import partial
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -16,11 +17,12 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from instructblip.models.base import Images, PartedModule
+from instructblip.models.arguments import check_choice, check_decoding, check_images, check_texts
+from instructblip.models.base import Inputs, Model, Outputs, PartStructure, PassWorkload, Samples
 from instructblip.models.decoding import decode
 from instructblip.models.qformer import QFormer
 from instructblip.models.transformer import KeyValueCache
-from instructblip.models.vision import VisionEncoder, as_frames
+from instructblip.models.vision import Images, VisionEncoder
 
 MatchHead = Literal["itm", "itc"]
 
@@ -101,21 +103,28 @@ class Features(NamedTuple):
     multimodal: Tensor | None = None
 
 
-class BLIP2(PartedModule):
-    """A frozen vision encoder and a trainable Q-Former with its heads.
+class BLIP2(Model):
+    """A vision encoder and a Q-Former with its heads.
+
+    Outputs by name: `image_projected` (B, Q, E) and `text_projected` (B, E), unit length, and `temperature` (), which their
+    scalar products are divided by; `answer_logits` (S, W), for each token of each caption, sample after sample;
+    `match_logits` (3, B, 2): no match, match, of each sample's own pair, of its text with its partner's image, of its image
+    with its partner's text. Logits are in float32, whatever the passes are computed in.
 
     Args:
-        vision: frozen image encoder.
+        vision: image encoder.
         vision_norm: normalisation between the encoder and the Q-Former (`ln_vision`).
-        qformer: with text outputs and language-model head.
+        qformer: with text outputs; without a language-model head, which transformers' format has no place for, it does not
+            caption.
         tokenizer: the Q-Former's (BERT's).
         feature_width: E.
         max_text_tokens: longer texts lose their end, but for [SEP]. 32 in training; retrieval is evaluated with 35.
         start_token: begins a caption in the place of [CLS].
         temperature: starting value of what similarities are divided by.
+        trained: the parts that train; the others are frozen.
 
     Raises:
-        ValueError: a Q-Former without its language-model head, or a tokenizer without the start token.
+        ValueError: a Q-Former without text outputs, or a tokenizer without the start token.
     """
 
     PARTS = {  # noqa: RUF012
@@ -130,7 +139,9 @@ class BLIP2(PartedModule):
         ),
     }
 
-    HELD = frozenset({"qformer"})
+    held_parts = frozenset({"qformer"})
+    OUTPUTS = frozenset({"image_projected", "text_projected", "temperature", "answer_logits", "match_logits"})
+    SKILLS = frozenset({"caption", "retrieve"})
 
     def __init__(
         self,
@@ -143,10 +154,11 @@ class BLIP2(PartedModule):
         max_text_tokens: int = 32,
         start_token: str = "[DEC]",
         temperature: float = 0.07,
+        trained: Collection[str] = ("qformer",),
     ) -> None:
         super().__init__()
-        if qformer.lm_head is None:
-            raise ValueError("BLIP-2's first stage needs a Q-Former with a language-model head")
+        if not qformer.text_outputs:
+            raise ValueError("BLIP-2's first stage needs a Q-Former with text outputs")
         if start_token not in tokenizer.get_vocab():
             raise ValueError(f"the tokenizer has no {start_token}, which begins a caption; add it")
         self.vision = vision
@@ -155,31 +167,103 @@ class BLIP2(PartedModule):
         self.tokenizer = tokenizer
         self.max_text_tokens = max_text_tokens
         self.start_id: int = tokenizer.get_vocab()[start_token]
-        self.vision_projection = nn.Linear(qformer.width, feature_width)
-        self.text_projection = nn.Linear(qformer.width, feature_width)
-        self.matching_head = nn.Linear(qformer.width, 2)
+        heads = blip2_heads(qformer.width, feature_width)
+        self.vision_projection = heads["vision_projection"]
+        self.text_projection = heads["text_projection"]
+        self.matching_head = heads["matching_head"]
         self.temperature = nn.Parameter(torch.tensor(temperature))
-        self.choose_trained(("qformer",))
+        self._fixed = [parameter for parameter in qformer.parameters() if not parameter.requires_grad]
+        self.choose_trained(trained)
+
+    @property
+    def title(self) -> str:
+        """BLIP-2's first stage."""
+        return "BLIP-2's first stage"
+
+    def calls(self) -> list[str]:
+        """All but ranking, and captions where there is a language-model head."""
+        return [name for name in super().calls() if name != "generate" or self.qformer.lm_head is not None]
 
     @property
     def device(self) -> torch.device:
-        """Where inputs go."""
+        """That of the temperature; all parts lie together."""
         return self.temperature.device
 
-    def normalised(self, tokens_BPU: Tensor) -> Tensor:
-        """Image tokens behind `ln_vision`, in the type of what trains: float32, unless the model was cast."""
-        return self.vision_norm(tokens_BPU.to(self.vision_projection.weight.dtype))
+    def tokenizers(self) -> dict[str, PreTrainedTokenizerBase]:
+        """The Q-Former's."""
+        return {"qformer": self.tokenizer}
 
-    def image_tokens(self, images: Images) -> Tensor:
-        """Frozen image tokens (B, P, U) of pictures or uint8 images (B, 1, 3, H, W); tokens (B, 1, P, U) pass through.
+    def conventions(self) -> list[Any]:
+        """Tokens of a text, and of a caption's beginning."""
+        return [self._token_ids(["A word."], self.max_text_tokens), self.max_text_tokens, self.start_id]
+
+    def structure(self) -> dict[str, PartStructure]:
+        """The vision encoder may be sharded; the Q-Former is small."""
+        return {"vision": self.vision_structure(), "qformer": PartStructure(list(self.qformer.layers))}
+
+    def fixed_parameters(self) -> Iterator[nn.Parameter]:
+        """Those of the Q-Former that it was built with as fixed: embeddings by choice."""
+        return iter(self._fixed)
+
+    def normalised(self, tokens_B1PU: Tensor) -> Tensor:
+        """Image tokens (B, P, U) behind `ln_vision`, in the type of what trains: float32, unless the model was cast.
 
         Raises:
             ValueError: clips of several frames.
         """
-        frames = as_frames(images, self.vision.image_size).to(self.device)
-        if frames.shape[1] != 1:
-            raise ValueError(f"BLIP-2's first stage reads one picture a sample, not {frames.shape[1]} frames")
-        return self.vision(frames[:, 0]) if frames.dtype == torch.uint8 else frames[:, 0]
+        if tokens_B1PU.shape[1] != 1:
+            raise ValueError(f"BLIP-2's first stage reads one picture a sample, not {tokens_B1PU.shape[1]} frames")
+        return self.vision_norm(tokens_B1PU[:, 0].to(self.vision_projection.weight.dtype))
+
+    def prepare(self, samples: Samples) -> Inputs:
+        """Answers are the captions' tokens behind [CLS], with [SEP]; too long ones lose their end. Prompts are not read."""
+        sizes = len(samples.images), len(samples.targets)
+        if len(set(sizes)) > 1:
+            raise ValueError(f"{sizes[0]} images and {sizes[1]} texts do not make pairs")
+        answers = [ids[1:] for ids in self._token_ids(samples.targets, self.max_text_tokens)]
+        return Inputs(samples.images, samples.instructions, answers, samples.image_ids, samples.positions)
+
+    def forward(self, inputs: Inputs, wanted: Collection[str], *, packed: bool = False) -> Outputs:
+        """See the class for the outputs. `match_logits` needs partners.
+
+        Raises:
+            ValueError: packed: there is no LLM. Clips of several frames.
+        """
+        if packed:
+            raise ValueError("BLIP-2's first stage has no LLM whose rows samples could share")
+        ids_BT, mask_BT = self._captions(inputs.answers)
+        tokens_B1PU = self.image_tokens(inputs.images)
+        # Not the parameter itself: DDP looks for what is used by walking back from the outputs.
+        tensors: dict[str, Tensor] = {"temperature": self.temperature.clone()}
+        # The first two come first, so that dropout draws the same in a pass for them alone.
+        image = self.encode_images(tokens_B1PU) if {"image_projected", "answer_logits"} & set(wanted) else None
+        if "text_projected" in wanted:
+            tensors["text_projected"] = self.encode_texts(ids_BT, mask_BT).projected_BE
+        if image is not None:
+            tensors["image_projected"] = image.projected_BQE
+            if "answer_logits" in wanted:
+                tensors["answer_logits"] = self.encode_captions(image.cache, ids_BT, mask_BT).logits_NW.float()
+        if "match_logits" in wanted:
+            image_BPU = self.normalised(tokens_B1PU) if image is None else image.tokens_BPU
+            tensors["match_logits"] = self._match_logits(image_BPU, inputs)
+        workload = PassWorkload(text=sum(map(len, inputs.answers)) + len(inputs))
+        return Outputs({name: tensors[name] for name in wanted}, workload)
+
+    def _match_logits(self, image_BPU: Tensor, inputs: Inputs) -> Tensor:
+        assert inputs.partners is not None
+        other_BPU = self.normalised(self.image_tokens(inputs.partners.images))
+        ids_NT, mask_NT = self._captions([*inputs.answers, *inputs.answers, *inputs.partners.answers])
+        pairs = self.encode_pairs(torch.cat([image_BPU, other_BPU, image_BPU]), ids_NT, mask_NT)
+        return pairs.logits_B2.float().unflatten(0, (3, -1))
+
+    def uses_every_weight(self, wanted: Collection[str]) -> bool:
+        """The three tasks together use all of the Q-Former and its heads; a vision encoder may end early."""
+        tasks = {"image_projected", "text_projected", "temperature", "answer_logits", "match_logits"}
+        return self.trained_parts <= {"qformer"} and tasks <= set(wanted)
+
+    def sample_length(self) -> Callable[[str, str, int], int]:
+        """A picklable function: queries and tokens of a sample's pair, from its (prompt, target, frames)."""
+        return partial(_pair_length, self.tokenizer, self.max_text_tokens, self.qformer.query_tokens.shape[1])
 
     def tokenize(self, texts: Sequence[str], *, max_tokens: int | None = None) -> tuple[Tensor, Tensor]:
         """Token ids (B, T) with [CLS] and [SEP], padded on the right, and their mask.
@@ -188,18 +272,29 @@ class BLIP2(PartedModule):
             texts: B texts.
             max_tokens: in place of `max_text_tokens`.
         """
-        limit = self.max_text_tokens if max_tokens is None else max_tokens
+        return self._padded(self._token_ids(texts, self.max_text_tokens if max_tokens is None else max_tokens))
+
+    def _token_ids(self, texts: Sequence[str], limit: int) -> list[list[int]]:
         # Not the tokenizer's own truncation: InstructBLIP's loses the beginning.
         rows = self.tokenizer(list(texts), truncation=False)["input_ids"]
-        rows = [ids if len(ids) <= limit else [*ids[: limit - 1], ids[-1]] for ids in rows]
+        return [ids if len(ids) <= limit else [*ids[: limit - 1], ids[-1]] for ids in rows]
+
+    def _captions(self, answers: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        return self._padded([[self.tokenizer.cls_token_id, *answer] for answer in answers])
+
+    def _padded(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         tensors = [torch.tensor(ids, device=self.device) for ids in rows]
         ids_BT = pad_sequence(tensors, batch_first=True, padding_value=self.tokenizer.pad_token_id)
         mask_BT = pad_sequence([torch.ones_like(ids) for ids in tensors], batch_first=True)
         return ids_BT, mask_BT
 
-    def encode_images(self, tokens_BPU: Tensor) -> ImageOutputs:
-        """Queries alone, of image tokens as `image_tokens` gives them."""
-        tokens_BPU, cache = self.normalised(tokens_BPU), KeyValueCache()
+    def encode_images(self, tokens_B1PU: Tensor) -> ImageOutputs:
+        """Queries alone, of image tokens (B, 1, P, U) as `image_tokens` gives them.
+
+        Raises:
+            ValueError: clips of several frames.
+        """
+        tokens_BPU, cache = self.normalised(tokens_B1PU), KeyValueCache()
         query_BQD = self.qformer(tokens_BPU, cache=cache).query_BQD
         projected_BQE = F.normalize(self.vision_projection(query_BQD), dim=-1)
         return ImageOutputs(tokens_BPU, query_BQD, projected_BQE, cache)
@@ -243,14 +338,13 @@ class BLIP2(PartedModule):
             ValueError: unequal numbers of images and texts, an unknown head.
         """
         _check(images, texts)
-        if head not in get_args(MatchHead):
-            raise ValueError(f"head={head!r} is none of {', '.join(get_args(MatchHead))}")
+        check_choice("head", head, get_args(MatchHead))
         ids_BT, mask_BT = self.tokenize(texts)
-        tokens_BPU = self.image_tokens(images)
+        tokens_B1PU = self.image_tokens(images)
         if head == "itm":
-            pairs = self.encode_pairs(self.normalised(tokens_BPU), ids_BT, mask_BT)
+            pairs = self.encode_pairs(self.normalised(tokens_B1PU), ids_BT, mask_BT)
             return pairs.logits_B2.float().softmax(dim=1)[:, 1]
-        projected_BQE = self.encode_images(tokens_BPU).projected_BQE
+        projected_BQE = self.encode_images(tokens_B1PU).projected_BQE
         projected_BE = self.encode_texts(ids_BT, mask_BT).projected_BE
         return torch.einsum("bqe,be->bq", projected_BQE, projected_BE).amax(dim=1)
 
@@ -302,10 +396,23 @@ class BLIP2(PartedModule):
                 `decoding.decode` takes them; sampling draws one text, whatever `num_beams`.
 
         Raises:
-            ValueError: prompts.
+            ValueError: prompts, or a wrong argument by its name, before anything is computed.
+            UserError: there is no language-model head.
         """
+        if self.qformer.lm_head is None:
+            raise self._has_no("language-model head to caption with")
         if prompts is not None:
             raise ValueError("BLIP-2's first stage captions without a prompt: prompts=None")
+        check_images(images)
+        check_decoding(
+            num_beams=num_beams,
+            max_new_tokens=max_new_tokens,
+            min_new_tokens=min_new_tokens,
+            length_penalty=length_penalty,
+            repetition_penalty=repetition_penalty,
+            temperature=temperature,
+            top_p=top_p,
+        )
         cache = self.encode_images(self.image_tokens(images)).cache
         batch = len(cache.layers[0].keys_BHKE)
         ids_BT = decode(
@@ -315,7 +422,7 @@ class BLIP2(PartedModule):
             eos_id=self.tokenizer.sep_token_id,
             pad_id=self.tokenizer.pad_token_id,
             num_beams=1 if do_sample else num_beams,
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=min(max_new_tokens, self.qformer.max_text_tokens - 1),  # the start token takes a place
             min_new_tokens=min_new_tokens,
             length_penalty=length_penalty,
             repetition_penalty=repetition_penalty,
@@ -332,15 +439,29 @@ class BLIP2(PartedModule):
         return self.qformer(None, ids_BT, mask_BT, mask="unilm", text_states=True, cache=cache).text_BTD
 
 
+def blip2_heads(width: int, feature_width: int) -> dict[str, nn.Linear]:
+    """What stands behind a Q-Former of width D: projections to the features that are contrasted, and the matching head."""
+    return {
+        "vision_projection": nn.Linear(width, feature_width),
+        "text_projection": nn.Linear(width, feature_width),
+        "matching_head": nn.Linear(width, 2),
+    }
+
+
 def similarities(image_BQE: Tensor, text_CE: Tensor) -> Tensor:
     """Cosine (B, C) of every image and every text: that of the text and its nearest query; no temperature."""
     return torch.einsum("bqe,ce->bcq", image_BQE, text_CE).amax(dim=2)
 
 
+def _pair_length(
+    tokenizer: PreTrainedTokenizerBase, limit: int, queries: int, prompt: str, target: str, frames: int
+) -> int:
+    return frames * queries + min(len(tokenizer(target)["input_ids"]), limit)
+
+
 def _check(images: Images | None, texts: Sequence[str] | None) -> None:
     if images is None and texts is None:
         raise ValueError("images and texts are both missing: give one of them, or both")
-    if isinstance(texts, str):
-        raise ValueError("texts is one string: give a list of them")
-    if images is not None and texts is not None and len(images) != len(texts):
-        raise ValueError(f"{len(images)} images and {len(texts)} texts do not make pairs")
+    count = None if images is None else check_images(images)
+    if texts is not None:
+        check_texts("texts", texts, count)

@@ -1,4 +1,7 @@
-"""InstructBLIP: image tokens and instruction -> Q-Former -> projection -> frozen LLM (paper, section 2).
+"""InstructBLIP: image tokens and instruction -> Q-Former -> projection -> LLM (paper, section 2).
+
+With a Q-Former that has no text branch it is BLIP-2's second stage, in which the instruction reaches the LLM alone (BLIP-2,
+section 3.2).
 
 Shape legend: B batch, F frames, P image tokens, V vision width, Q queries, D Q-Former width, T text tokens,
 L language-model width, S supervised tokens in the batch.
@@ -6,11 +9,10 @@ L language-model width, S supervised tokens in the batch.
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
-from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -21,18 +23,21 @@ from instructblip.models.arguments import (
     check_counts,
     check_decoding,
     check_images,
+    check_names,
     check_positions,
     check_texts,
+    check_tokens,
+    frame_counts,
 )
-from instructblip.models.base import Images, Inputs, Model, Outputs, PartStructure, PassWorkload, Samples, blocks_of
+from instructblip.models.base import Inputs, Model, Outputs, PartStructure, PassWorkload, Samples, blocks_of
 from instructblip.models.llm import LLM
 from instructblip.models.qformer import QFormer
 from instructblip.models.ranking import TOKEN_BUDGET, deduplicated, rank_candidates
-from instructblip.models.vision import VisionEncoder, as_frames
+from instructblip.models.vision import Images, VisionEncoder
 
 
 class InstructBLIP(Model):
-    """A vision encoder, a Q-Former with its projection, and a language model.
+    """A vision encoder, a Q-Former with its projection, and a language model: InstructBLIP, or BLIP-2's second stage.
 
     Outputs by name: `visual_prompt` (B, F * Q, L), the soft prompt; `visual_cosines` (B, V), cosines of its mean direction
     with the LLM's input embeddings; `embedding_length` (), their mean length; `answer_logits` (S, V), for each token of each
@@ -41,15 +46,20 @@ class InstructBLIP(Model):
     Args:
         vision: image encoder.
         vision_norm: trainable or calibrated normalisation between the encoder and the Q-Former (`ln_vision`).
-        qformer: the Q-Former.
-        qformer_tokenizer: its tokenizer (BERT's).
+        qformer: the Q-Former; with its text branch (`instruction_aware`) the model is InstructBLIP, else BLIP-2.
+        qformer_tokenizer: its tokenizer (BERT's); None where it reads no text.
         llm: the language model; the projection's width follows it.
         max_instruction_tokens: longer instructions lose their beginning on the way into the Q-Former (128 as released).
         trained: the parts that train; the others are frozen.
+
+    Raises:
+        ValueError: a Q-Former that reads instructions, without a tokenizer.
     """
 
     PARTS = {"vision": ("vision",), "qformer": ("vision_norm", "qformer", "projection"), "llm": ("llm",)}  # noqa: RUF012
-    HELD = frozenset({"qformer"})
+    held_parts = frozenset({"qformer"})
+    OUTPUTS = frozenset({"visual_prompt", "visual_cosines", "embedding_length", "answer_logits"})
+    SKILLS = frozenset({"rank", "generate"})
 
     def __init__(
         self,
@@ -57,12 +67,14 @@ class InstructBLIP(Model):
         vision: VisionEncoder,
         vision_norm: nn.Module,
         qformer: QFormer,
-        qformer_tokenizer: PreTrainedTokenizerBase,
+        qformer_tokenizer: PreTrainedTokenizerBase | None,
         llm: LLM,
         max_instruction_tokens: int = 128,
         trained: Collection[str] = ("qformer",),
     ) -> None:
         super().__init__()
+        if qformer.instruction_aware and qformer_tokenizer is None:
+            raise ValueError("a Q-Former that reads instructions needs its tokenizer")
         self.vision = vision
         self.vision_norm = vision_norm
         self.qformer = qformer
@@ -75,21 +87,33 @@ class InstructBLIP(Model):
         self.choose_trained(trained)
 
     @property
+    def title(self) -> str:
+        """InstructBLIP, or BLIP-2's second stage."""
+        return "InstructBLIP" if self.qformer.instruction_aware else "BLIP-2's second stage"
+
+    @property
     def device(self) -> torch.device:
         """That of the projection, which stands between all parts."""
         return self.projection.weight.device
 
+    def tokenizers(self) -> dict[str, PreTrainedTokenizerBase]:
+        """The LLM's, and the Q-Former's where it reads instructions."""
+        found = {"llm": self.llm.prompt_format.tokenizer}
+        return found if self.qformer_tokenizer is None else found | {"qformer": self.qformer_tokenizer}
+
+    def conventions(self) -> list[Any]:
+        """Tokens around image, prompt and answer, and how the Q-Former reads instructions."""
+        prompt_format = self.llm.prompt_format
+        texts = [prompt_format.prompt_ids("A word?"), prompt_format.target_ids("A word.")]
+        return [
+            [prompt_format.image_prefix_ids, *texts],
+            [self.max_instruction_tokens, self.qformer.instruction_aware],
+        ]
+
     def structure(self) -> dict[str, PartStructure]:
         """The vision encoder and the LLM may be sharded; the Q-Former is small."""
-        backbone = self.vision.backbone
         return {
-            "vision": PartStructure(
-                blocks_of(backbone),
-                [backbone],
-                entry="forward_features",
-                ends_early=bool(self.vision.layers),
-                recompute=False,  # frozen, its passes have no gradient
-            ),
+            "vision": self.vision_structure(),
             "qformer": PartStructure(list(self.qformer.layers)),
             "llm": PartStructure(blocks_of(self.llm.model), self.llm.roots()),
         }
@@ -97,13 +121,6 @@ class InstructBLIP(Model):
     def fixed_parameters(self) -> Iterator[nn.Parameter]:
         """Those of the Q-Former that it was built with as fixed: text layers that nothing reads, embeddings by choice."""
         return iter(self._fixed)
-
-    def image_tokens(self, images: Images) -> Tensor:
-        """Frozen image tokens (B, F, P, V) of pictures or uint8 frames; tokens (from a feature cache) pass through."""
-        images = as_frames(images, self.vision.image_size).to(self.device)
-        if images.dtype != torch.uint8:
-            return images
-        return self.vision(images.flatten(0, 1)).unflatten(0, images.shape[:2])
 
     def normalised(self, tokens_NPV: Tensor) -> Tensor:
         """Image tokens (N, P, V) behind `ln_vision`, in the type of what trains: float32, unless the model was cast."""
@@ -129,16 +146,21 @@ class InstructBLIP(Model):
 
     def prepare(self, samples: Samples) -> Inputs:
         """Answers end with EOS; too long ones are cut on the right."""
-        sizes = len(samples.images), len(samples.instructions), len(samples.targets)
-        if len(set(sizes)) > 1:
-            raise ValueError(
-                f"{sizes[0]} images, {sizes[1]} instructions and {sizes[2]} targets; each sample needs one"
-            )
-        answers = [self.llm.prompt_format.target_ids(text) for text in samples.targets]
-        return Inputs(samples.images, samples.instructions, answers)
+        count = check_images(samples.images, self.vision.width)
+        check_texts("instructions", samples.instructions, count)
+        check_texts("targets", samples.targets, count)
+        pairs = zip(samples.instructions, samples.targets, strict=True)
+        answers = [self.llm.prompt_format.answer_ids(prompt, target) for prompt, target in pairs]
+        return Inputs(samples.images, samples.instructions, answers, samples.image_ids, samples.positions)
 
     def forward(self, inputs: Inputs, wanted: Collection[str], *, packed: bool = False) -> Outputs:
         """See the class for the outputs. Of the LLM, only `answer_logits` needs its layers."""
+        count = check_images(inputs.images, self.vision.width)
+        check_texts("prompts", inputs.prompts, count)
+        check_tokens("answers", inputs.answers, count)
+        check_names("wanted", wanted, self.OUTPUTS)
+        if "answer_logits" in wanted:
+            self._check_positions(inputs.images, inputs.prompts, inputs.answers, training=True)
         visual_BQL, text = self._visual_prompt(self.image_tokens(inputs.images), inputs.prompts)
         tensors, workload = {"visual_prompt": visual_BQL}, PassWorkload(text=text)
         if "visual_cosines" in wanted:
@@ -147,7 +169,7 @@ class InstructBLIP(Model):
         if "embedding_length" in wanted:
             tensors["embedding_length"] = self.llm.embedding_norms.mean()
         if "answer_logits" in wanted:
-            prefixes = self.llm.prefixes(visual_BQL, inputs.prompts, truncate=True)
+            prefixes = self.llm.prefixes(visual_BQL, inputs.prompts, training=True)
             states = self.llm.answer_states(prefixes, inputs.answers, packed=packed)
             tensors["answer_logits"] = self.llm.logits(states.hidden_SL)
             workload = PassWorkload(states.positions, states.padding, text)
@@ -185,17 +207,26 @@ class InstructBLIP(Model):
         Raises:
             ValueError: a wrong argument, by its name, before anything is computed.
         """
-        count = check_images(images)
+        count = check_images(images, self.vision.width)
         check_texts("prompts", prompts, count)
         check_candidates(candidates, count)
         check_choice("normalize", normalize, ("sum", "mean"))
         check_counts({"token_budget": token_budget}, at_least=1)
         # Every text is tokenised once, and lists that are alike (a vocabulary) are worked on once.
-        lists, list_of = deduplicated([tuple(texts) for texts in candidates])
-        texts = {text for texts in lists for text in texts}
-        tokens = {text: self.llm.prompt_format.target_ids(text, include_eos) for text in texts}
-        ids = [[tokens[text] for text in texts] for texts in lists]
-        check_positions(self._prompt_lengths(images, prompts), max(map(len, tokens.values())), self.llm.max_positions)
+        form = self.llm.prompt_format
+        follows = [bool(form.text_before(prompt)) for prompt in prompts]
+        lists, list_of = deduplicated(
+            [(follow, tuple(texts)) for follow, texts in zip(follows, candidates, strict=True)]
+        )
+        tokens = {
+            (follow, text): form.target_ids(text, include_eos, follows_text=follow)
+            for follow, text in {(follow, text) for follow, texts in lists for text in texts}
+        }
+        if not all(tokens.values()):
+            raise ValueError("candidates holds a text without tokens; set include_eos=True, or leave it out")
+        ids = [[tokens[follow, text] for text in texts] for follow, texts in lists]
+        longest = [max(ids[number], key=len) for number in list_of]
+        self._check_positions(images, prompts, longest)
         prefixes = self.llm.prefixes(self.visual_prompt(self.image_tokens(images), prompts), prompts)
         return rank_candidates(self.llm, prefixes, ids, list_of, normalize=normalize, token_budget=token_budget)
 
@@ -203,7 +234,7 @@ class InstructBLIP(Model):
     def generate(
         self,
         images: Images,
-        prompts: Sequence[str],
+        prompts: Sequence[str] | None = None,
         *,
         num_beams: int = 1,
         max_new_tokens: int = 10,
@@ -215,7 +246,7 @@ class InstructBLIP(Model):
         top_p: float = 1.0,
         beam_lengths: str = "new_tokens",
     ) -> list[str]:
-        """Answer each prompt freely; the returned text never holds the prompt.
+        """Answer each prompt freely; the returned text never holds the prompt. Without prompts BLIP-2 captions the images.
 
         Lengths and the repetition penalty are over new tokens only. Greedy with one beam; with `do_sample` the next token
         is drawn (torch's global random stream) from the smallest set of probability `top_p`, after division of the logits
@@ -226,7 +257,10 @@ class InstructBLIP(Model):
             ValueError: a wrong argument, by its name, before anything is computed.
             UserError: logits that are not finite.
         """
-        check_texts("prompts", prompts, check_images(images))
+        count = check_images(images, self.vision.width)
+        if prompts is None:
+            prompts = self._no_prompts(count)
+        check_texts("prompts", prompts, count)
         check_decoding(
             num_beams=num_beams,
             max_new_tokens=max_new_tokens,
@@ -236,10 +270,11 @@ class InstructBLIP(Model):
             temperature=temperature,
             top_p=top_p,
         )
-        check_positions(self._prompt_lengths(images, prompts), max_new_tokens, self.llm.max_positions)
-        sampling = (
-            {"do_sample": True, "temperature": temperature, "top_p": top_p} if do_sample else {"do_sample": False}
-        )
+        check_choice("beam_lengths", beam_lengths, generation.BEAM_LENGTHS)
+        self._check_positions(images, prompts, [range(max_new_tokens)] * len(prompts))
+        sampling: dict[str, Any] = {"do_sample": False}
+        if do_sample:  # top_k=0 sets no limit; left out, transformers' default of 50 would
+            sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
         with generation.finite_logits(self.llm.model), generation.beam_lengths(self.llm.model, beam_lengths):
             return self.llm.generate(
                 self.llm.prefixes(self.visual_prompt(self.image_tokens(images), prompts), prompts),
@@ -251,25 +286,23 @@ class InstructBLIP(Model):
                 **sampling,
             )
 
-    def _prompt_lengths(self, images: Images, prompts: Sequence[str]) -> list[int]:
-        """Positions that each prompt fills in the LLM, with the visual tokens of its frames."""
+    def _no_prompts(self, count: int) -> list[str]:
+        if self.qformer.instruction_aware:
+            raise ValueError("prompts is None, and this Q-Former reads them; give a list of strings")
+        return [""] * count
+
+    def _check_positions(
+        self, images: Images, prompts: Sequence[str], answers: Sequence[Sequence[int]], *, training: bool = False
+    ) -> None:
+        """Refuse prompts that the LLM has too few positions for, with the visual tokens of their frames and an answer."""
         texts, queries = self.llm.prompt_format, self.qformer.query_tokens.shape[1]
-        clips = [images.shape[1]] * len(images) if isinstance(images, Tensor) else images
-        frames = [
-            clip if isinstance(clip, int) else 1 if isinstance(clip, Image.Image) else len(clip) for clip in clips
+        spans = [
+            self.llm.span(
+                len(texts.image_prefix_ids) + n * queries + len(texts.prompt_ids(text, training=training)), len(ids)
+            )
+            for n, text, ids in zip(frame_counts(images), prompts, answers, strict=True)
         ]
-        before = len(texts.image_prefix_ids)
-        return [before + n * queries + len(texts.prompt_ids(text)) for n, text in zip(frames, prompts, strict=True)]
-
-    def save_huggingface(self, folder: str | Path) -> None:
-        """Write a folder that transformers' `InstructBlipForConditionalGeneration` and `InstructBlipProcessor` open.
-
-        Raises:
-            UserError: parts that their format cannot hold.
-        """
-        from instructblip.weights.transformers_write import save_huggingface  # which knows this class
-
-        save_huggingface(self, Path(folder))
+        check_positions(spans, self.llm.max_positions)
 
     @torch.no_grad()
     def _match_embedding_scale(self) -> None:
@@ -284,6 +317,7 @@ class InstructBLIP(Model):
 
     def _tokenize_instructions(self, instructions: Sequence[str]) -> tuple[Tensor, Tensor]:
         # [CLS] and [SEP] stay, as in the released model; what is too long loses its beginning.
+        assert self.qformer_tokenizer is not None
         encoded = self.qformer_tokenizer(
             list(instructions),
             padding="longest",

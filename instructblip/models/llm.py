@@ -46,14 +46,18 @@ class LLMAbilities:
         packed: several samples in a row; else one.
         padded_prompts: prompts of different lengths are continued together; else one by one.
         shared_beams: the beams of a prompt share its keys and values; else each beam runs the prompt.
+        beams: its class searches with several beams.
         generates: its class generates from embeddings at all.
+        embedding_factor: what its class multiplies embeddings by that it looked up itself, and none that it is given.
     """
 
     tree: bool = True
     packed: bool = True
     padded_prompts: bool = True
     shared_beams: bool = True
+    beams: bool = True
     generates: bool = True
+    embedding_factor: float = 1.0
 
 
 @dataclass
@@ -100,7 +104,7 @@ class LLM(ExactBuffers):
         abilities: all of them, until they are measured.
 
     Raises:
-        ValueError: a token that the tokenizer does not know.
+        ValueError: a token that the tokenizer does not know, an encoder-decoder without a token to start with.
     """
 
     kind: ClassVar[str]
@@ -147,7 +151,13 @@ class LLM(ExactBuffers):
     @property
     def max_positions(self) -> int | None:
         """Positions that the model was made for; None where it sets no limit."""
-        return getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        settings = self.model.config.get_text_config(decoder=True)
+        found = [getattr(settings, name, None) for name in ("max_position_embeddings", "max_seq_len")]
+        return next((limit for limit in found if isinstance(limit, int) and limit > 0), None)  # -1: no limit
+
+    @abstractmethod
+    def span(self, prompt: int, answer: int) -> int:
+        """Positions that the longer of its passes needs, for a prompt and an answer of so many tokens."""
 
     @property
     def embeddings(self) -> nn.Embedding:
@@ -160,7 +170,8 @@ class LLM(ExactBuffers):
     def embedding_norms(self) -> Tensor:
         """Lengths (V,) of the token embeddings as the model receives them; measured once where the table is frozen."""
         table = self.embeddings.weight
-        return _row_norms(table) * self.embedding_scale if table.requires_grad else self.frozen_norms
+        norms_V = _row_norms(table) * self.embedding_scale if table.requires_grad else self.frozen_norms
+        return norms_V * self.abilities.embedding_factor
 
     @abstractmethod
     def answer_states(
@@ -212,10 +223,15 @@ class LLM(ExactBuffers):
             options: as `continue_rows` takes them.
 
         Raises:
-            UserError: transformers' class cannot generate from embeddings.
+            UserError: transformers' class cannot generate from embeddings, or not with several beams.
         """
         if not self.abilities.generates:
-            raise UserError(f"{type(self.model).__name__} does not generate from embeddings; rank candidates instead")
+            raise UserError(
+                f"{type(self.model).__name__} does not generate from embeddings what its own forward pass would; "
+                "rank candidates instead"
+            )
+        if not self.abilities.beams and options.get("num_beams", 1) > 1:
+            raise UserError(f"{type(self.model).__name__} does not search with several beams; set num_beams=1")
         together = self.abilities.padded_prompts or len({len(prefix) for prefix in prefixes}) == 1
         batches = [prefixes] if together else [[prefix] for prefix in prefixes]
         ids = [self.new_tokens(self.continue_rows(batch, **options)) for batch in batches]
@@ -227,12 +243,17 @@ class LLM(ExactBuffers):
     def embed(self, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
         """Embeddings (T_i, L) of sequences of token ids, which go to the device together."""
         ids = [token for sequence in sequences for token in sequence]
-        embedded = self.embeddings(torch.tensor(ids, dtype=torch.long, device=self.embeddings.weight.device))
+        embedded = self.look_up(torch.tensor(ids, dtype=torch.long, device=self.embeddings.weight.device))
         return list(embedded.split([len(sequence) for sequence in sequences]))
 
-    def prefixes(self, visual_BQL: Tensor, prompts: Sequence[str], *, truncate: bool = False) -> list[Tensor]:
+    def look_up(self, ids: Tensor) -> Tensor:
+        """Embeddings (..., L) of token ids as the first layer is to receive them."""
+        factor = self.abilities.embedding_factor
+        return self.embeddings(ids) if factor == 1 else self.embeddings(ids) * factor
+
+    def prefixes(self, visual_BQL: Tensor, prompts: Sequence[str], *, training: bool = False) -> list[Tensor]:
         """The embedded prompts (T_i, L): image prefix, visual tokens, prompt."""
-        texts = [self.prompt_format.prompt_ids(prompt, truncate=truncate) for prompt in prompts]
+        texts = [self.prompt_format.prompt_ids(prompt, training=training) for prompt in prompts]
         first, *rest = self.embed([self.prompt_format.image_prefix_ids, *texts])
         visual_BQL = visual_BQL.to(first.dtype)
         return [torch.cat([first, visual_QL, text]) for visual_QL, text in zip(visual_BQL, rest, strict=True)]
@@ -240,11 +261,17 @@ class LLM(ExactBuffers):
     def embedding_cosines(self, directions_BL: Tensor) -> Tensor:
         """Cosine (B, V) of vectors of length up to 1 with every token embedding, times their length."""
         table_VL = self.embeddings.weight
-        return (directions_BL.to(table_VL.dtype) @ table_VL.T).float() * self.embedding_scale / self.embedding_norms
+        received_BV = (directions_BL.to(table_VL.dtype) @ table_VL.T).float() * self._received_scale
+        return received_BV / self.embedding_norms
 
     def embedding_deviation(self) -> Tensor:
         """Standard deviation of the entries of token embeddings as the model receives them: a scalar tensor."""
-        return self.embeddings.weight.float().std() * self.embedding_scale
+        return self.embeddings.weight.float().std() * self._received_scale
+
+    @property
+    def _received_scale(self) -> Tensor:
+        """What separates the first layer's input from the table (1,), inside the embedding layer and outside."""
+        return self.embedding_scale * self.abilities.embedding_factor
 
     def logits(self, hidden_NL: Tensor) -> Tensor:
         """Vocabulary logits in float32 for the given rows of final hidden states only, as the model's class makes them."""
@@ -299,7 +326,17 @@ class DecoderLLM(LLM):
 
     def roots(self) -> list[nn.Module]:
         """The decoder."""
-        return [self.model.base_model]
+        return [self.body]
+
+    @property
+    def body(self) -> nn.Module:
+        """What turns embeddings into final hidden states: the base model, or where a class names none the token table's."""
+        base: nn.Module = self.model.base_model
+        return getattr(self.model, body_name(self.model)) if base is self.model else base
+
+    def span(self, prompt: int, answer: int) -> int:
+        """One sequence, without the answer's last token."""
+        return prompt + answer - 1
 
     def hidden_states(
         self,
@@ -313,11 +350,11 @@ class DecoderLLM(LLM):
         given = {"past_key_values": cache, "position_ids": positions_BT, "attention_mask": mask}
         # Not every class takes every argument; one that is needed and not taken shows when abilities are measured.
         given = {name: value for name, value in given.items() if value is not None}
-        outputs = self.model.base_model(inputs_embeds=embeddings_BTL, use_cache=cache is not None, **given)
+        outputs = self.body(inputs_embeds=embeddings_BTL, use_cache=cache is not None, **given)
         return outputs.last_hidden_state
 
     def _logits(self, hidden_1NL: Tensor) -> Tensor:
-        model = self._with_states([self.model.base_model], hidden_1NL)
+        model = self._with_states([self.body], hidden_1NL)
         return model.forward(inputs_embeds=hidden_1NL, use_cache=False).logits
 
     def answer_states(
@@ -374,7 +411,7 @@ class DecoderLLM(LLM):
             distance_BNK=positions_BN[:, :, None] - torch.cat([prompt_BT, positions_BN], dim=1)[:, None],
         )
         hidden_BNL = self.hidden_states(
-            self.embeddings(tokens_BN), cache=prompts.cache, positions_BT=positions_BN, mask=mask
+            self.look_up(tokens_BN), cache=prompts.cache, positions_BT=positions_BN, mask=mask
         )
         prompts.cache.crop(-tokens_BN.shape[1])
         return hidden_BNL
@@ -444,7 +481,16 @@ class EncoderDecoderLLM(LLM):
         modules = model.get_decoder().modules()
         # T5's relative positions, which a tree needs; its first layer has them for all.
         self._relative: Any = next((m for m in modules if getattr(m, "has_relative_attention_bias", False)), None)
-        self.start_id: int = model.config.decoder_start_token_id
+        start = getattr(model.config, "decoder_start_token_id", None)
+        if start is None:
+            raise ValueError(
+                "the model's config.json has no decoder_start_token_id, with which an answer begins; add it"
+            )
+        self.start_id: int = start
+
+    def span(self, prompt: int, answer: int) -> int:
+        """Encoder and decoder count on their own; the start token stands for the answer's last."""
+        return max(prompt, answer)
 
     def answer_states(
         self, prefixes: Sequence[Tensor], answers: Sequence[Sequence[int]], *, packed: bool = False
@@ -502,7 +548,7 @@ class EncoderDecoderLLM(LLM):
         base = self.model.base_model
         parts = [self.model.get_encoder(), self.model.get_decoder()] if base is self.model else [base]
         model = self._with_states(parts, hidden_1NL)
-        encoded = BaseModelOutput(last_hidden_state=hidden_1NL)
+        encoded = _FinalStates(last_hidden_state=hidden_1NL)
         return model.forward(encoder_outputs=encoded, decoder_inputs_embeds=hidden_1NL, use_cache=False).logits
 
     def _encode(self, prefixes: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -537,6 +583,12 @@ class _NewTokensPenalty(LogitsProcessor):
 
 def _penalty(repetition_penalty: float, *, skipped: int) -> LogitsProcessorList:
     return LogitsProcessorList([] if repetition_penalty == 1 else [_NewTokensPenalty(repetition_penalty, skipped)])
+
+
+def body_name(model: PreTrainedModel) -> str:
+    """The name of the child of a causal language model that holds its token table, and with it all layers."""
+    table = model.get_input_embeddings()
+    return next(name for name, child in model.named_children() if any(part is table for part in child.modules()))
 
 
 def _row_norms(table_VL: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ Nothing here holds weights, so it goes to worker processes, which count tokens w
 """
 
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 from transformers import PreTrainedTokenizerBase
 
@@ -20,13 +21,17 @@ class PromptFormat(ABC):
             attention there; a visual token in that place is heard badly and disturbs the rest.
         prompt_prefix: text between the visual tokens and the prompt.
         prompt_suffix: text after the prompt, such as a cue to answer or the opening of a chat's next turn.
-        answer_prefix: put before every target and candidate; byte-level vocabularies need the space.
+        answer_prefix: put before every target and candidate that follows a text; byte-level vocabularies need the space.
+        supervise_bos: where no text stands between the visual tokens and the answer, BOS is the answer's first token in
+            training: the last visual token learns to give it, as in BLIP-2's released OPT models.
         max_prompt_tokens: in training, longer prompts lose their beginning (as released: truncation side left).
         max_target_tokens: longer targets lose their end; BOS counts, which the released code cuts with and then drops.
 
     Raises:
-        ValueError: a token that the tokenizer does not know.
+        ValueError: a token that the tokenizer does not know, no BOS to supervise.
     """
+
+    answer_continues_prompt: ClassVar[bool]
 
     def __init__(
         self,
@@ -39,6 +44,7 @@ class PromptFormat(ABC):
         prompt_prefix: str = "",
         prompt_suffix: str = "",
         answer_prefix: str = "",
+        supervise_bos: bool = False,
         max_prompt_tokens: int = 128,
         max_target_tokens: int = 256,
     ) -> None:
@@ -50,6 +56,9 @@ class PromptFormat(ABC):
         self.prompt_prefix = prompt_prefix
         self.prompt_suffix = prompt_suffix
         self.answer_prefix = answer_prefix
+        self.supervise_bos = supervise_bos
+        if supervise_bos and not (self.answer_continues_prompt and self.bos_ids):
+            raise ValueError("supervise_bos needs a decoder-only language model with a bos_token")
         self.max_prompt_tokens = max_prompt_tokens
         self.max_target_tokens = max_target_tokens
 
@@ -59,12 +68,25 @@ class PromptFormat(ABC):
         return self.ids(self.image_prefix)
 
     @abstractmethod
-    def prompt_ids(self, prompt: str, *, truncate: bool = False) -> list[int]:
-        """Token ids of a prompt; `truncate` cuts its beginning to `max_prompt_tokens`, special tokens stay."""
+    def prompt_ids(self, prompt: str, *, training: bool = False) -> list[int]:
+        """Token ids of a prompt.
+
+        In training its beginning is cut to `max_prompt_tokens`, special tokens stay; `supervise_bos` counts then, too.
+        """
 
     @abstractmethod
-    def target_ids(self, target: str, include_eos: bool = True) -> list[int]:
-        """Token ids of an answer and its EOS, cut on the right to `max_target_tokens`."""
+    def target_ids(self, target: str, include_eos: bool = True, *, follows_text: bool = True) -> list[int]:
+        """Token ids of an answer and its EOS, cut on the right to `max_target_tokens`.
+
+        Args:
+            target: the answer.
+            include_eos: end with EOS.
+            follows_text: a text stands between the visual tokens and the answer; without one it has no `answer_prefix`.
+        """
+
+    def answer_ids(self, prompt: str, target: str) -> list[int]:
+        """Token ids that training on a prompt and its answer supervises."""
+        return self._supervised_bos(prompt) + self.target_ids(target, follows_text=bool(self.text_before(prompt)))
 
     @abstractmethod
     def length(self, prompt: str, target: str, frames: int, *, queries: int) -> int:
@@ -74,45 +96,61 @@ class PromptFormat(ABC):
         """Token ids of a text alone."""
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
+    def text_before(self, prompt: str) -> str:
+        """All text between the visual tokens and the answer."""
+        return self.prompt_prefix + prompt + self.prompt_suffix
+
+    def _answer(self, target: str, follows_text: bool) -> list[int]:
+        return self.ids(self.answer_prefix + target if follows_text else target)
+
+    def _supervised_bos(self, prompt: str) -> list[int]:
+        return self.bos_ids if self.supervise_bos and not self.text_before(prompt) else []
+
 
 class DecoderPromptFormat(PromptFormat):
     """Decoder-only: the answer continues the prompt."""
 
-    def prompt_ids(self, prompt: str, *, truncate: bool = False) -> list[int]:
-        """BOS and the prompt."""
-        ids = self.ids(self.prompt_prefix + prompt + self.prompt_suffix)
-        room = self.max_prompt_tokens - len(self.bos_ids)
-        return self.bos_ids + (ids[max(len(ids) - room, 0) :] if truncate else ids)
+    answer_continues_prompt = True
 
-    def target_ids(self, target: str, include_eos: bool = True) -> list[int]:
+    def prompt_ids(self, prompt: str, *, training: bool = False) -> list[int]:
+        """BOS and the prompt."""
+        ids = self.ids(self.text_before(prompt))
+        if not training:
+            return self.bos_ids + ids
+        room = self.max_prompt_tokens - len(self.bos_ids)
+        return [] if self._supervised_bos(prompt) else self.bos_ids + ids[max(len(ids) - room, 0) :]
+
+    def target_ids(self, target: str, include_eos: bool = True, *, follows_text: bool = True) -> list[int]:
         """The answer and EOS; an answer that was cut has no EOS."""
-        ids = self.ids(self.answer_prefix + target) + [self.eos_id] * include_eos
+        ids = self._answer(target, follows_text) + [self.eos_id] * include_eos
         return ids[: self.max_target_tokens - len(self.bos_ids)]
 
     def length(self, prompt: str, target: str, frames: int, *, queries: int) -> int:
         """The answer's last token is only ever predicted and fills no position."""
-        before = len(self.image_prefix_ids) + frames * queries + len(self.prompt_ids(prompt, truncate=True))
-        return before + len(self.target_ids(target)) - 1
+        before = len(self.image_prefix_ids) + frames * queries + len(self.prompt_ids(prompt, training=True))
+        return before + len(self.answer_ids(prompt, target)) - 1
 
 
 class EncoderDecoderPromptFormat(PromptFormat):
     """Encoder-decoder: the prompt is encoded, the answer decoded beside it."""
 
-    def prompt_ids(self, prompt: str, *, truncate: bool = False) -> list[int]:
-        """BOS where the model has one, the prompt, EOS."""
-        ids = self.ids(self.prompt_prefix + prompt + self.prompt_suffix)
-        room = self.max_prompt_tokens - len(self.bos_ids) - 1
-        return [*self.bos_ids, *(ids[max(len(ids) - room, 0) :] if truncate else ids), self.eos_id]
+    answer_continues_prompt = False
 
-    def target_ids(self, target: str, include_eos: bool = True) -> list[int]:
+    def prompt_ids(self, prompt: str, *, training: bool = False) -> list[int]:
+        """BOS where the model has one, the prompt, EOS."""
+        ids = self.ids(self.text_before(prompt))
+        room = self.max_prompt_tokens - len(self.bos_ids) - 1
+        return [*self.bos_ids, *(ids[max(len(ids) - room, 0) :] if training else ids), self.eos_id]
+
+    def target_ids(self, target: str, include_eos: bool = True, *, follows_text: bool = True) -> list[int]:
         """The answer and EOS, which stays when the answer is cut."""
-        ids = self.ids(self.answer_prefix + target)[: self.max_target_tokens - 1]
+        ids = self._answer(target, follows_text)[: self.max_target_tokens - 1]
         return ids + [self.eos_id] * include_eos
 
     def length(self, prompt: str, target: str, frames: int, *, queries: int) -> int:
         """Those of the encoder and of the decoder, whose start token stands for the answer's last."""
-        before = len(self.image_prefix_ids) + frames * queries + len(self.prompt_ids(prompt, truncate=True))
-        return before + len(self.target_ids(target))
+        before = len(self.image_prefix_ids) + frames * queries + len(self.prompt_ids(prompt, training=True))
+        return before + len(self.answer_ids(prompt, target))
 
 
 def _token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:

@@ -12,11 +12,14 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from timm.layers import pos_embed_sincos
+from timm.models import group_parameters
 from torch import Tensor, nn
 
 from instructblip.images import resize_square, to_rgb
-from instructblip.models.base import Images
 from instructblip.models.exact_buffers import ExactBuffers
+
+# Tensors are image tokens (B, F, P, V), or uint8 frames (B, F, 3, H, W); pictures are PIL images or lists of frames.
+Images = Tensor | Sequence[Image.Image | Sequence[Image.Image]]
 
 # Their buffers are angles, or frequencies that become angles: in half precision those of far patches would run together.
 _ROTARY = tuple(value for name, value in vars(pos_embed_sincos).items() if name.startswith("RotaryEmbedding"))
@@ -93,6 +96,13 @@ class VisionEncoder(ExactBuffers):
             if self.layers:
                 raise ValueError(f"of the vision layers {', '.join(self.layers)} only {len(self._maps)} come into use")
             return features if features.ndim == 3 else self._channels_first(features).flatten(2).transpose(1, 2)
+
+    def layers_of_parameters(self) -> dict[str, int]:
+        """Name of each parameter -> how many layers stand behind its own: 1 in the last block, 0 in what follows it."""
+        layers = group_parameters(self.backbone, self.backbone.group_matcher(coarse=False), reverse=True)
+        in_blocks = [layer for name, layer in layers.items() if name.startswith("blocks.")]
+        end = 1 + max(in_blocks or layers.values())
+        return {f"backbone.{name}": max(0, int(end - layer)) for name, layer in layers.items()}
 
     @property
     def dtype(self) -> torch.dtype:

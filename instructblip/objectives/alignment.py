@@ -23,6 +23,7 @@ class Alignment(SampleObjective):
     name = "alignment"
     unit = "samples"
     outputs = frozenset({"visual_prompt", "visual_cosines", "embedding_length"})
+    validated = False  # the LLM's layers do not learn to listen: its answers would say nothing yet
 
     def count(self, inputs: Inputs) -> int:
         """Samples."""

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from instructblip.config.schema import Gather
 from instructblip.models.base import Inputs
 
 
@@ -43,6 +44,8 @@ class Objective(ABC):
     unit: ClassVar[str]
     outputs: ClassVar[frozenset[str]]
     """The model's outputs that it needs."""
+    validated: ClassVar[bool] = True
+    """Whether what it teaches shows in a validation."""
 
     def __init__(self, weight: float = 1.0) -> None:
         self.weight = weight
@@ -60,11 +63,40 @@ class SampleObjective(Objective):
         """The loss on a micro-batch."""
 
 
+class WholeBatch(NamedTuple):
+    """The global batch of N samples as a rank sees it, which has B of them itself.
+
+    Attributes:
+        own: outputs with one row a sample, (B, ...).
+        everyone: the same outputs of all ranks, (N, ...).
+        shared: outputs that all samples share, such as a temperature.
+        image_ids_N: a number of each sample's image, int64.
+        positions_N: where each sample was drawn in the run, int64.
+        own_rows_B: this rank's samples among the N.
+    """
+
+    own: Mapping[str, Tensor]
+    everyone: Mapping[str, Tensor]
+    shared: Mapping[str, Tensor]
+    image_ids_N: Tensor
+    positions_N: Tensor
+    own_rows_B: Tensor
+
+    def same_image(self) -> Tensor:
+        """Whether an own sample and another one show the same image: (B, N)."""
+        return self.image_ids_N[self.own_rows_B, None] == self.image_ids_N
+
+
 class BatchObjective(Objective):
     """An objective that compares samples with all others of the global batch.
 
     The loop computes `rows` of all micro-batches without gradient, gathers them over the ranks, asks for the term and
     its gradient at the rows, and passes that on through a second forward pass of each micro-batch.
+
+    Args:
+        weight: as in `Objective`.
+        gather: `gradient` is that of the whole batch's loss. `detached` takes everyone's rows, the own ones among them, for
+            constants, as LAVIS does: each sample learns from its own comparisons alone.
     """
 
     rows: ClassVar[tuple[str, ...]]
@@ -72,29 +104,51 @@ class BatchObjective(Objective):
     shared: ClassVar[tuple[str, ...]] = ()
     """Outputs that are the same for every micro-batch, such as a temperature."""
 
+    def __init__(self, weight: float = 1.0, gather: Gather = "gradient") -> None:
+        super().__init__(weight)
+        self.gather = gather
+
     @abstractmethod
-    def batch_term(
-        self, own: Mapping[str, Tensor], everyone: Mapping[str, Tensor], shared: Mapping[str, Tensor], first: int
-    ) -> Term:
-        """The loss of this rank's samples among those of all ranks.
-
-        Args:
-            own: `rows` of this rank's B samples.
-            everyone: `rows` of all N samples, with gradient.
-            shared: the `shared` outputs.
-            first: row of this rank's first sample in `everyone`.
-        """
+    def batch_term(self, batch: WholeBatch) -> Term:
+        """The loss of this rank's samples among those of all ranks; a sum over the own B samples' units."""
 
 
-def summed_cross_entropy(logits_SV: Tensor, labels_S: Tensor, counts: Sequence[int]) -> Term:
+class PartnerRows(NamedTuple):
+    """For each of a rank's B samples the rows in the global batch of two others, whose image and answer are wrong for it."""
+
+    images: list[int]
+    answers: list[int]
+
+
+class PairedObjective(SampleObjective):
+    """An objective whose forward pass reads, beside each sample, wrong partners drawn from the global batch.
+
+    The loop computes `rows` as for a `BatchObjective`, asks for the partners, fetches them from the ranks that have them,
+    and puts them into the inputs of the second forward pass.
+    """
+
+    rows: ClassVar[tuple[str, ...]]
+    """Outputs with one row a sample, (B, ...)."""
+    shared: ClassVar[tuple[str, ...]] = ()
+    """Outputs that are the same for every micro-batch."""
+
+    @abstractmethod
+    def draw(self, batch: WholeBatch, seed: int) -> PartnerRows:
+        """Draw partners for this rank's samples: a function of the whole batch, the seed and each sample's position."""
+
+
+def summed_cross_entropy(
+    logits_SV: Tensor, labels_S: Tensor, counts: Sequence[int], *, label_smoothing: float = 0.0
+) -> Term:
     """Cross-entropy (nats) summed over units, which stand sample after sample.
 
     Args:
         logits_SV: one row a unit.
         labels_S: the right class of each.
         counts: units of each of the B samples; they sum to S.
+        label_smoothing: probability that is taken from the right class and given to all evenly.
     """
-    losses_S = F.cross_entropy(logits_SV, labels_S, reduction="none")
+    losses_S = F.cross_entropy(logits_SV, labels_S, reduction="none", label_smoothing=label_smoothing)
     counts_B = torch.tensor(counts, device=losses_S.device)
     sample_S = torch.repeat_interleave(torch.arange(len(counts), device=losses_S.device), counts_B)
     per_sample_B = torch.zeros(len(counts), device=losses_S.device).index_add(0, sample_S, losses_S.detach())

@@ -3,20 +3,23 @@
 
 Objectives that compare samples of the whole batch take two passes (Gao et al. 2021, "Scaling deep contrastive learning batch
 size under memory limited setup"): features of all micro-batches without gradient, gathered over the ranks; the loss and its
-gradient at the features; then each micro-batch again, which passes that gradient on to the weights.
+gradient at the features; then each micro-batch again, which passes that gradient on to the weights. An objective that reads
+partners from the whole batch draws them in between. Image tokens are computed once where the vision encoder is frozen.
 
-Shape legend: B samples of a micro-batch, N of the global batch.
+Shape legend: B samples of this rank, N of the global batch, T tokens of its longest answer.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import hashlib
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from instructblip.models.base import Inputs, Model, Outputs, PassWorkload
-from instructblip.objectives.base import BatchObjective, Objective, SampleObjective, Term
+from instructblip.distributed import Ranks
+from instructblip.models.base import Inputs, Model, Outputs, Partners, PassWorkload
+from instructblip.objectives.base import BatchObjective, Objective, PairedObjective, SampleObjective, Term, WholeBatch
 from instructblip.training.parallel import StepContext
 
 
@@ -41,6 +44,7 @@ def backward(
     divisors: Sequence[Sequence[float]],
     *,
     packed: bool,
+    seed: int,
     context: StepContext,
 ) -> tuple[list[list[TermSums]], list[PassWorkload]]:
     """Add the global batch's gradient to the weights, this rank's share of it.
@@ -52,14 +56,19 @@ def backward(
         divisors: for each objective what each micro-batch's sum is divided by: its units in the global batch, or those of
             the micro-batch, times the number of micro-batches. Of those that compare the whole batch the first counts.
         packed: several samples share a row of the LLM.
+        seed: of what objectives draw.
         context: how the passes are carried out.
 
     Returns:
         For each objective its terms by micro-batch; and what each pass went through.
     """
     pairs = list(zip(objectives, divisors, strict=True))
-    batch_wide = [(one, of_parts[0]) for one, of_parts in pairs if isinstance(one, BatchObjective)]
-    first = _first_pass(model, inputs, batch_wide, context) if batch_wide else _FirstPass()
+    first = _FirstPass()
+    if any(isinstance(objective, _LooksAround) for objective in objectives):
+        inputs = _with_image_tokens(model, inputs, context)
+        batch, first.streams = _look_around(model, inputs, objectives, context)
+        _compare(pairs, batch, first)
+        inputs = _with_partners(inputs, objectives, batch, seed, context.ranks)
     wanted = set().union(*(objective.outputs for objective in objectives))
     sums: list[list[TermSums]] = [first.sums.get(objective.name, []) for objective in objectives]
     workloads = []
@@ -112,32 +121,96 @@ class _FirstPass:
         return loss
 
 
-def _first_pass(
-    model: Model, inputs: Sequence[Inputs], objectives: Sequence[tuple[BatchObjective, float]], context: StepContext
-) -> _FirstPass:
-    result = _FirstPass()
-    names = sorted({name for objective, _ in objectives for name in objective.rows})
-    shared_names = sorted({name for objective, _ in objectives for name in objective.shared})
+_LooksAround = BatchObjective | PairedObjective
+
+
+def _with_image_tokens(model: Model, inputs: Sequence[Inputs], context: StepContext) -> Sequence[Inputs]:
+    """The same with image tokens in place of pixels, where no gradient goes to the encoder."""
+    if "vision" in model.trained_parts:
+        return inputs
+    with torch.no_grad(), context.autocasting(model):
+        return [replace(part, images=model.image_tokens(part.images)) for part in inputs]
+
+
+def _look_around(
+    model: Model, inputs: Sequence[Inputs], objectives: Sequence[Objective], context: StepContext
+) -> tuple[WholeBatch, list["_RandomState"]]:
+    """The outputs of the whole batch that objectives compare; and the random streams that each micro-batch began with."""
+    looking = [objective for objective in objectives if isinstance(objective, _LooksAround)]
+    rows, shared = _names(o.rows for o in looking), _names(o.shared for o in looking)
     parts: list[Mapping[str, Tensor]] = []
+    streams = []
     for part in inputs:
-        result.streams.append(_RandomState.now(model.device))
+        streams.append(_RandomState.now(model.device))
         with torch.no_grad():
-            parts.append(context.forward(model, part, {*names, *shared_names}, through_wrapper=False).tensors)
-    own = {name: torch.cat([part[name].float() for part in parts]).requires_grad_() for name in names}
-    shared = {name: parts[0][name].float().clone().requires_grad_() for name in shared_names}
-    everyone = {name: context.ranks.gather_rows(rows) for name, rows in own.items()}
-    total = torch.zeros((), device=model.device)
-    for objective, divisor in objectives:
-        first = context.ranks.rank * sum(map(len, inputs))
-        term = objective.batch_term(own, everyone, shared, first)
-        total = total + term.total * (objective.weight / divisor)
-        result.sums[objective.name] = [_sums(term, divisor)]
+            parts.append(context.forward(model, part, {*rows, *shared}, through_wrapper=False).tensors)
+    own = {name: torch.cat([part[name].float() for part in parts]).requires_grad_() for name in rows}
+    batch = WholeBatch(
+        own=own,
+        everyone={name: context.ranks.gather_rows(tensor) for name, tensor in own.items()},
+        shared={name: parts[0][name].float().clone().requires_grad_() for name in shared},
+        image_ids_N=_gathered([_number(image) for part in inputs for image in part.image_ids], model, context.ranks),
+        positions_N=_gathered([place for part in inputs for place in part.positions], model, context.ranks),
+        own_rows_B=torch.arange(count := sum(map(len, inputs)), device=model.device) + context.ranks.rank * count,
+    )
+    return batch, streams
+
+
+def _names(groups: Iterable[Collection[str]]) -> list[str]:
+    return sorted({name for names in groups for name in names})
+
+
+def _gathered(own: Sequence[int], model: Model, ranks: Ranks) -> Tensor:
+    return ranks.gather_rows(torch.tensor(own, dtype=torch.int64, device=model.device))
+
+
+def _number(image_id: str) -> int:
+    """A number for a text, such that two texts of a batch never share one."""
+    return int.from_bytes(hashlib.blake2b(image_id.encode(), digest_size=8).digest(), "big", signed=True)
+
+
+def _compare(pairs: Sequence[tuple[Objective, Sequence[float]]], batch: WholeBatch, first: "_FirstPass") -> None:
+    """Note the terms of the objectives over the whole batch, and their gradient at its outputs."""
+    total = torch.zeros((), device=batch.own_rows_B.device)
+    for objective, of_parts in pairs:
+        if isinstance(objective, BatchObjective):
+            detached = {name: tensor.detach() for name, tensor in batch.everyone.items()}
+            seen = batch._replace(everyone=detached) if objective.gather == "detached" else batch
+            term = objective.batch_term(seen)
+            total = total + term.total * (objective.weight / of_parts[0])
+            first.sums[objective.name] = [_sums(term, of_parts[0])]
+    if not first.sums:
+        return
     # Every rank's backward pass through the gather takes part in the exchange of gradients.
-    leaves = [*own.values(), *shared.values()]
+    leaves = [*batch.own.values(), *batch.shared.values()]
     gradients = torch.autograd.grad(total, leaves, allow_unused=True, materialize_grads=True)
-    result.gradients = dict(zip(own, gradients, strict=False))
-    result.shared = dict(zip(shared, gradients[len(own) :], strict=True))
+    first.gradients = dict(zip(batch.own, gradients, strict=False))
+    first.shared = dict(zip(batch.shared, gradients[len(batch.own) :], strict=True))
+
+
+@torch.no_grad()
+def _with_partners(
+    inputs: Sequence[Inputs], objectives: Sequence[Objective], batch: WholeBatch, seed: int, ranks: Ranks
+) -> Sequence[Inputs]:
+    """The same with the partners that an objective draws, from whatever ranks they are on."""
+    paired = next((objective for objective in objectives if isinstance(objective, PairedObjective)), None)
+    if paired is None:
+        return inputs
+    drawn = paired.draw(batch, seed)
+    images = ranks.take_rows(torch.cat([torch.as_tensor(part.images) for part in inputs]), drawn.images)
+    answers = _take_answers([answer for part in inputs for answer in part.answers], drawn.answers, ranks)
+    result, start = [], 0
+    for part in inputs:
+        rows = slice(start, start + len(part))
+        result.append(replace(part, partners=Partners(images[rows], answers[rows])))
+        start += len(part)
     return result
+
+
+def _take_answers(own: Sequence[Sequence[int]], rows: Sequence[int], ranks: Ranks) -> list[list[int]]:
+    longest = max(ranks.gather(max(map(len, own))))
+    padded_BT = torch.tensor([[len(ids), *ids, *[0] * (longest - len(ids))] for ids in own])
+    return [ids[1 : 1 + ids[0]] for ids in ranks.take_rows(padded_BT, rows).tolist()]
 
 
 class _RandomState(NamedTuple):

@@ -20,7 +20,7 @@ def draw_curves(metrics_path: Path, out_path: Path, title: str) -> None:
     "validation" {name: accuracy, 0 to 100}. What was never recorded is named as such in its panel.
 
     Raises:
-        UserError: a corrupt metrics file, or the picture cannot be written.
+        UserError: the picture cannot be written.
     """
     from matplotlib.figure import Figure  # slow to import and needed once a run
 

@@ -69,6 +69,7 @@ def train_step(
     new_parts_scale: float = 1.0,
     part_scales: Mapping[str, float] = MappingProxyType({}),
     clip_norm: float | None,
+    seed: int = 0,
     context: StepContext = _ALONE,
 ) -> StepResult:
     """One optimiser step over a global batch, of which `batches` are this rank's micro-batches.
@@ -81,6 +82,7 @@ def train_step(
         objectives: what is trained for.
         packed: several samples share a row of the LLM.
         rate: learning rate of this step; `new_parts_scale` and `part_scales` are multiples of it.
+        seed: of what objectives draw.
 
     Raises:
         UserError: the loss or the gradient is not finite, and is not to be skipped; the weights are as they were, the
@@ -97,7 +99,7 @@ def train_step(
         divisors = [[of_parts[wholes[batch.places[0]]] for batch in batches] for of_parts in divisors]
         inputs = [model.prepare(batch) for batch in batches]
     with ranks.watched():
-        losses, workloads = backward(model, inputs, objectives, divisors, packed=packed, context=context)
+        losses, workloads = backward(model, inputs, objectives, divisors, packed=packed, seed=seed, context=context)
     result = _result(objectives, ranks.gather(_report(batches, losses, workloads, context.stop_signal())))
     with ranks.watched():
         norm = clip_gradients(model.parameters(), math.inf if clip_norm is None else clip_norm)
@@ -232,7 +234,8 @@ def run_steps(
 
     Args:
         start_step: steps taken before.
-        seed: dropout's random stream is made anew from (seed, step, rank), so a resumed run draws the same.
+        seed: dropout's random stream is made anew from (seed, step, rank), so a resumed run draws the same. Also of what
+            objectives draw.
         after_step: called after each step with (global step, place, learning rate, result); True ends the loop.
     """
     model.train()
@@ -251,6 +254,7 @@ def run_steps(
             new_parts_scale=place.phase.new_parts_scale,
             part_scales=place.phase.part_scales,
             clip_norm=clip_norm,
+            seed=seed,
             context=context,
         )
         done = step + 1
@@ -278,6 +282,7 @@ def log_entry(
         "tokens": result.tokens,
         "padding_fraction": result.padding_fraction,
         "sample_ids": result.ids,
+        **({"skipped": True} if result.skipped else {}),
         **speed,
     }
 

@@ -1,8 +1,9 @@
 """metrics.jsonl: one JSON object a step, whole after a kill at any moment."""
 
-import errno
+import contextlib
 import io
 import json
+import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -10,6 +11,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from instructblip.errors import UserError
+from instructblip.files import errors_for_users
+
+logger = logging.getLogger(__name__)
 
 Entry = dict[str, Any]
 _BLOCK = 1 << 16  # bytes; of a metrics file that are read at once
@@ -19,7 +23,7 @@ class MetricsLog:
     """A file of JSON objects, one a line, each with a whole number "step". Safe against a kill at any moment.
 
     A line is handed to the operating system before `append` returns; a half-written last line, left by a kill, is never
-    read and is removed before the next line is written.
+    read and is removed before the next line is written. A line that the disk has damaged is said and left out.
     """
 
     def __init__(self, path: Path) -> None:
@@ -31,29 +35,26 @@ class MetricsLog:
 
         Raises:
             ValueError: `entry` has no whole number "step".
-            UserError: the disk is full; the file is left as it was.
+            UserError: the disk is full or fails, and the file is left as it was; or it is not there any more.
         """
         if not isinstance(entry.get("step"), int):
             raise ValueError(f'a metrics entry needs a whole number "step", got {entry.get("step")!r}')
-        line = json.dumps(_finite(entry), ensure_ascii=False, allow_nan=False).encode() + b"\n"
-        file = self._file or self._open()
-        start = file.seek(0, os.SEEK_END)
-        try:
-            written = 0
-            while written < len(line):  # an unbuffered write may take only part
-                written += file.write(line[written:])
-        except OSError as error:
-            file.truncate(start)
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise UserError(f"disk full while writing {self.path}; free some space and resume the run") from None
-            raise
+        line = json.dumps(finite(entry), ensure_ascii=False, allow_nan=False).encode() + b"\n"
+        with errors_for_users(self.path):
+            file = self._file or self._open()
+            self._check_place(file)
+            start = file.seek(0, os.SEEK_END)
+            try:
+                written = 0
+                while written < len(line):  # an unbuffered write may take only part
+                    written += file.write(line[written:])
+            except OSError:
+                with contextlib.suppress(OSError):  # where not even that can be done, half a line is never read
+                    file.truncate(start)
+                raise
 
     def read(self) -> Iterator[Entry]:
-        """All whole entries, one by one, in the order of the file; none where there is no file.
-
-        Raises:
-            UserError: a line before the last is not JSON; names file and line.
-        """
+        """All whole entries, one by one, in the order of the file; none where there is no file. Damaged lines are named."""
         if not self.path.exists():
             return
         with open(self.path, "rb") as file:
@@ -62,8 +63,9 @@ class MetricsLog:
                     return
                 entry = _entry(line)
                 if entry is None:
-                    raise UserError(f"{self.path} line {number} is not a metrics entry; remove that line to go on")
-                yield entry
+                    logger.warning("%s line %d is damaged and left out", self.path, number)
+                else:
+                    yield entry
 
     def truncate_after(self, step: int) -> None:
         """Forget every entry of a later step than `step`, so that a resumed run writes each step once.
@@ -76,13 +78,26 @@ class MetricsLog:
             entry = _entry(line)
             return entry is not None and entry["step"] <= step
 
-        self._cut_after_last(stays)
+        with errors_for_users(self.path):
+            self._cut_after_last(stays)
 
     def close(self) -> None:
         """Close the file; `append` opens it again."""
         if self._file:
             self._file.close()
             self._file = None
+
+    def _check_place(self, file: BinaryIO) -> None:
+        """Refuse to write to a file that has lost its name: nobody would find what is written there."""
+        try:
+            same = os.path.samestat(os.fstat(file.fileno()), os.stat(self.path))
+        except FileNotFoundError:
+            same = False
+        if not same:
+            raise UserError(
+                f"{self.path} was deleted or moved while the run was writing to it; put its folder back and go on with "
+                "resume=auto, or start again"
+            )
 
     def _open(self) -> BinaryIO:
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -119,9 +134,9 @@ def _lines_from_the_end(file: BinaryIO) -> Iterator[bytes]:
 
 
 def _entry(line: bytes) -> Entry | None:
-    """What a line of a metrics file says; None where it is no entry."""
+    """What a line of a metrics file says; None where it is no entry. Zeros before it were a line once."""
     try:
-        entry: Entry = json.loads(line)
+        entry: Entry = json.loads(line.lstrip(b"\0"))
         entry["step"] + 0
     except (ValueError, KeyError, TypeError):
         return None
@@ -176,7 +191,8 @@ class BestStep:
         return True
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """The same with null for every number that is not finite: JSON has no word for them."""
     if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value

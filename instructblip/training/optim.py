@@ -27,6 +27,7 @@ def make_adamw(
     weight_decay: float,
     betas: Sequence[float],
     part_of: Callable[[str], str] = lambda _: "qformer",
+    layer_scales: Mapping[str, float] = MappingProxyType({}),
 ) -> torch.optim.AdamW:
     """AdamW over named parameters that train; norms, biases and query tokens do not decay.
 
@@ -34,24 +35,37 @@ def make_adamw(
         parameters: of which those without gradient are left out.
         weight_decay, betas: of AdamW.
         part_of: the part of the model that a parameter of that name belongs to, see `set_learning_rate`.
+        layer_scales: factor of the learning rate by name, for those that have one, see `layer_decay`.
 
     The released code decays the query tokens because they are three-dimensional; decaying a learned constant input towards
     zero has no motive, and the other constants (biases, norms) are spared for the same reason.
     """
-    groups: dict[tuple[bool, bool, str, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[bool, bool, str, float, bool], list[nn.Parameter]] = {}
     for name, parameter in parameters:
         if parameter.requires_grad:
             part, sharded = part_of(name), isinstance(parameter, DTensor)
             decays = parameter.ndim >= 2 and not name.endswith("query_tokens")
             new = part == "qformer" and any(word in name for word in NEW_PARTS)
             # A step of the fused kernel takes whole tensors or sharded ones.
-            groups.setdefault((decays, new, part, sharded), []).append(parameter)
+            groups.setdefault((decays, new, part, layer_scales.get(name, 1.0), sharded), []).append(parameter)
     options = [
-        {"params": group, "weight_decay": weight_decay if decays else 0.0, "new": new, "part": part}
-        for (decays, new, part, _), group in groups.items()
+        {"params": group, "weight_decay": weight_decay if decays else 0.0, "new": new, "part": part, "scale": scale}
+        for (decays, new, part, scale, _), group in groups.items()
     ]
     # The learning rate is set before every step; fused, one pass over memory instead of seven.
     return torch.optim.AdamW(options, lr=0.0, betas=(betas[0], betas[1]), fused=True)
+
+
+def layer_decay(model: Model, decay: float) -> dict[str, float]:
+    """Factors of the learning rate of a vision encoder's parameters, by their names in the model.
+
+    Its last block has `decay`, the one before that squared, and so on; patches and positions come before the first block,
+    and what follows the blocks has 1 (Clark et al., "ELECTRA", 2020; BLIP-2, table 7). The released code makes such groups
+    and never reads their factors.
+    """
+    if decay == 1.0:
+        return {}
+    return {f"vision.{name}": decay**behind for name, behind in model.vision.layers_of_parameters().items()}
 
 
 def learning_rate(
@@ -86,9 +100,12 @@ def set_learning_rate(
     new_parts_scale: float = 1.0,
     part_scales: Mapping[str, float] = MappingProxyType({}),
 ) -> None:
-    """Give every parameter group the rate: `NEW_PARTS` that multiple of it, parts with a rate of their own theirs."""
+    """Give every parameter group the rate: `NEW_PARTS` that multiple of it, parts with a rate of their own theirs.
+
+    Layers of the vision encoder have their factor of it, see `layer_decay`.
+    """
     for group in optimizer.param_groups:
-        scale = part_scales.get(group["part"], 1.0) * (new_parts_scale if group["new"] else 1.0)
+        scale = group["scale"] * part_scales.get(group["part"], 1.0) * (new_parts_scale if group["new"] else 1.0)
         group["lr"] = rate * scale
 
 

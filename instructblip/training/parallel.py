@@ -61,10 +61,14 @@ class StepContext:
         through_wrapper: bool = True,
     ) -> Outputs:
         """The model's named outputs, through DDP where it is wrapped; a pass without gradient need not go through it."""
-        with torch.autocast(model.device.type, self.autocast) if self.autocast else contextlib.nullcontext():
+        with self.autocasting(model):
             called = (self.wrapped if through_wrapper else None) or model
             outputs: Outputs = called(inputs, wanted, packed=packed)
         return outputs
+
+    def autocasting(self, model: Model) -> contextlib.AbstractContextManager[object]:
+        """Where the model's passes are computed."""
+        return torch.autocast(model.device.type, self.autocast) if self.autocast else contextlib.nullcontext()
 
     def accumulate(self, last: bool) -> contextlib.AbstractContextManager[None]:
         """Around a micro-batch's forward and backward pass: gradients are exchanged in the last one only."""

@@ -3,6 +3,7 @@
 import contextlib
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,61 +14,36 @@ from instructblip.config import entry
 from instructblip.config.checks import check_batches
 from instructblip.config.entry import Outcome
 from instructblip.config.schema import TrainConfig
-from instructblip.config.validate import differences, read_config, to_dict, to_yaml, unknown_key, valid_keys
+from instructblip.config.validate import to_yaml
 from instructblip.data.batching import Batch
 from instructblip.data.loader import LoadedStep, load_batches
 from instructblip.data.lost import LostSample
 from instructblip.distributed import Ranks, choose_device, start_ranks, whole_tensors
-from instructblip.errors import UserError
-from instructblip.files import write_atomically
-from instructblip.models.fingerprint import fingerprint_tensors
+from instructblip.files import claimed_folder, write_atomically
 from instructblip.progress import TrainingProgress, training_progress
 from instructblip.training.checks import check_objectives
+from instructblip.training.datasets import with_absolute_cards
 from instructblip.training.loop import StepResult, log_entry, run_steps, traced_steps, what_is_not_finite
+from instructblip.training.metrics_log import finite
 from instructblip.training.plan.tables import plan_summary, plan_table, shares_planned, shares_realised
+from instructblip.training.resume import (
+    check_configuration,
+    check_equal,
+    find_best,
+    find_checkpoint,
+    restore,
+    restore_optimisation,
+)
 from instructblip.training.schedule import StepPosition, locate, rank_positions, step_batching, total_steps
 from instructblip.training.setup import TrainingRun, make_optimisation, make_plan, set_up
 from instructblip.training.signals import Stopped, StopRequest
+from instructblip.training.start import plan_start
 from instructblip.training.timer import StepTimer, peak_memory
 from instructblip.training.validation import clear_stop_file, finish, run_validation
-from instructblip.weights.checkpoint import (
-    LoadedCheckpoint,
-    checkpoint_folders,
-    load_checkpoint,
-    newest_whole,
-    optimizer_tensors,
-    remove_unfinished,
-    restore_optimizer,
-)
-from instructblip.weights.load import check_frozen, restore_trainable
+from instructblip.weights.checkpoint import optimizer_tensors
 
+_OF_THE_TIMEOUT = 0.9  # that data workers have: then a rank names its own, before the others say that the rank is lost
 _SAVE_FAILED = 255  # instead of a signal's number: rank 0 could not write a checkpoint
-# Settings that a resumed run may change: they decide how a run is carried out, not what it computes.
-_FREE_ON_RESUME = (
-    "resume",
-    "resume_allow",
-    "device",
-    "output",
-    "logger",
-    "parallel",
-    "evaluation",
-    "profile_step",
-    "plan",
-    "plan_gpu",
-    "plan_gpus",
-    "plan_mfu",
-    "llm.sizes",
-    "qformer.sizes",
-    "data.workers",
-    "data.tolerance",
-    "data.remote_cache_bytes",
-    "recipe.keep_checkpoints",
-    "recipe.keep_best",
-    "recipe.full_disk",
-    "recipe.final_samples",
-)
-# How a batch is cut, where the loss is a mean over all of it.
-_FREE_IN_PHASES = ("batching", "micro_batch_size", "micro_batch_tokens")
 
 
 def main() -> None:
@@ -85,21 +61,22 @@ def train(config: TrainConfig, console: Console) -> Outcome:
     Raises:
         UserError: anything the user can mend: configuration, missing parts or data, another run in the folder, disk full.
     """
-    check_objectives(config.recipe)
+    check_objectives(config.recipe, config.model.kind)
+    config = with_absolute_cards(config)
     if config.plan:
         return Outcome(_print_plan(config, console))
-    device = choose_device(config.device)
+    device, folder = choose_device(config.device), Path(config.output) / config.name
     with StopRequest() as stop, start_ranks(device, config.parallel.timeout) as ranks:
         check_batches(config.recipe.phases, ranks.world_size)
-        with _silent(ranks):
-            return _train(config, ranks, stop, console if ranks.is_first else Console(quiet=True))
+        with claimed_folder(folder, "run", locked=ranks.is_first), _silent(ranks):
+            return _train(config, folder, ranks, stop, console if ranks.is_first else Console(quiet=True))
 
 
 def _print_plan(config: TrainConfig, console: Console) -> int:
     plan = make_plan(config)
     if Ranks.from_environment().is_first:
         console.print(plan_table(plan, config.name))
-        for line in plan_summary(plan):
+        for line in (*plan_summary(plan), *plan_start(config, plan)):
             console.print(line, markup=False, highlight=False, soft_wrap=True)
     return 0 if plan.fits else 1
 
@@ -114,26 +91,26 @@ def _silent(ranks: Ranks) -> Iterator[None]:
         yield
 
 
-def _train(config: TrainConfig, ranks: Ranks, stop: StopRequest, console: Console) -> Outcome:
-    folder = Path(config.output) / config.name
+def _train(config: TrainConfig, folder: Path, ranks: Ranks, stop: StopRequest, console: Console) -> Outcome:
     try:
         with stop.at_once():
-            checkpoint = _find_checkpoint(config, folder, ranks, console)
+            checkpoint = find_checkpoint(config, folder, ranks, console)
             if checkpoint:
-                _check_unchanged(config, folder, console)
-            run = set_up(config, folder, ranks, console)
+                check_configuration(config, folder, console)
+            run, checkpoint = set_up(config, folder, ranks, console, checkpoint)
     except Stopped:
         console.print("stopped before the first step; run the same command again to begin", soft_wrap=True)
         return Outcome(stop.exit_code)
-    start = _restore(run, checkpoint) if checkpoint else 0
+    start = restore(run, checkpoint) if checkpoint else 0
     clear_stop_file(run)
-    _check_equal(run)
+    check_equal(run)
     run.optimisation = make_optimisation(run, partial(_stop_signal, run, stop))
     if checkpoint:
-        _restore_optimisation(run, checkpoint)
+        restore_optimisation(run, checkpoint)
     unvalidated = checkpoint.state.get("unvalidated") if checkpoint else None
     if ranks.is_first:
-        write_atomically(folder / "config.yaml", to_yaml(config))
+        started = replace(config, init_sha256=[weights["sha256"] for weights in run.start.weights])
+        write_atomically(folder / "config.yaml", to_yaml(started))
         run.metrics.truncate_after(start if unvalidated is None else start - 1)  # whose line is to be written anew
     console.print(shares_planned(run.mixture, run.phases))
     done = _train_steps(run, start, stop, unvalidated)
@@ -150,7 +127,7 @@ def _train(config: TrainConfig, ranks: Ranks, stop: StopRequest, console: Consol
 def _score(run: TrainingRun) -> float | None:
     """What the run has reached, the same on all ranks."""
     if run.validation and run.best.score is None:  # of a run that was resumed after its last validation
-        _find_best(run, total_steps(run.phases))
+        find_best(run, total_steps(run.phases))
         return run.ranks.gather(run.best.score)[0]
     return run.best.score
 
@@ -161,91 +138,6 @@ def _stopped(run: TrainingRun, stop: StopRequest, done: int) -> Outcome:
     run.logger.finish()
     run.console.print(f"stopped at step {done}; run the same command with resume=auto to go on", soft_wrap=True)
     return Outcome(stop.exit_code)
-
-
-# --- resuming --------------------------------------------------------------------------------------------------------
-
-
-def _find_checkpoint(config: TrainConfig, folder: Path, ranks: Ranks, console: Console) -> LoadedCheckpoint | None:
-    """The checkpoint that the run goes on from, which the first rank chooses for all."""
-    existing = checkpoint_folders(folder / "checkpoints")
-    if config.resume is None and existing:
-        raise UserError(
-            f"{folder} already holds a run (newest checkpoint {existing[0].name}); "
-            "continue it with resume=auto, or choose another name="
-        )
-    chosen = None
-    if ranks.is_first:
-        remove_unfinished(folder / "checkpoints")
-        if config.resume is not None:
-            newest, complaints = newest_whole(folder / "checkpoints")
-            for line in complaints:
-                console.print(line, markup=False, highlight=False, soft_wrap=True)
-            chosen = None if newest is None else str(newest)
-    chosen = ranks.gather(chosen)[0]
-    if chosen is not None:
-        return load_checkpoint(Path(chosen))
-    if config.resume is not None:
-        console.print(f"{folder} has no whole checkpoint yet; starting from the beginning", soft_wrap=True)
-    return None
-
-
-def _check_unchanged(config: TrainConfig, folder: Path, console: Console) -> None:
-    for key in config.resume_allow:
-        if key not in (known := valid_keys(TrainConfig)):
-            raise UserError(f"resume_allow: {unknown_key(key, known)}")
-    begun = read_config(folder / "config.yaml", TrainConfig)
-    cut = _FREE_IN_PHASES if config.recipe.loss_mean == "global" else ()
-    free = (*_FREE_ON_RESUME, *(f"recipe.phases.{name}.{key}" for name in config.recipe.phases for key in cut))
-    old, new = to_dict(begun), to_dict(config)
-    refused = differences(old, new, ignore=(*free, *config.resume_allow))
-    orders = [", ".join(recipe["phases"]) for recipe in (old["recipe"], new["recipe"])]
-    if orders[0] != orders[1] and sorted(old["recipe"]["phases"]) == sorted(new["recipe"]["phases"]):
-        refused.append(f"order of recipe.phases: {orders[0]} -> {orders[1]}")
-    if refused:
-        raise UserError(
-            f"{folder} was begun with another configuration ({'; '.join(refused)}); undo the change, "
-            "choose another name= for a new run, or allow it by name: resume_allow=[KEY]"
-        )
-    for line in differences(old, new, ignore=free):
-        console.print(f"changed on resuming: {line}", markup=False, highlight=False, soft_wrap=True)
-
-
-def _restore(run: TrainingRun, checkpoint: LoadedCheckpoint) -> int:
-    check_frozen(run.model, checkpoint.state["frozen"], checkpoint.path)
-    run.lost.restore(checkpoint.state["lost"])
-    restore_trainable(run.model, checkpoint.model, checkpoint.path)
-    if not run.best.restore(checkpoint.state.get("best")):
-        _find_best(run, checkpoint.step)
-    run.console.print(f"continuing {checkpoint.path} after step {checkpoint.step}", highlight=False, soft_wrap=True)
-    return checkpoint.step
-
-
-def _restore_optimisation(run: TrainingRun, checkpoint: LoadedCheckpoint) -> None:
-    optimisation = run.optimisation
-    restore_optimizer(optimisation.optimizer, optimisation.names, checkpoint.path)
-    if optimisation.average:
-        optimisation.average.restore(checkpoint.average or checkpoint.model)
-
-
-def _find_best(run: TrainingRun, last: int) -> None:
-    """Look for the best step up to the last that counts, where no checkpoint kept which it is."""
-    if run.ranks.is_first:
-        for entry in run.metrics.read():
-            if entry["step"] <= last:
-                run.best.see(entry)
-    run.best.restore(run.ranks.gather(run.best.state())[0])
-
-
-def _check_equal(run: TrainingRun) -> None:
-    """Every rank starts from the same weights: other files, or another library, on one node would go unnoticed."""
-    own = {"trained weights": fingerprint_tensors(run.model.held_state()), **run.frozen}
-    for rank, other in enumerate(run.ranks.gather(own)):
-        for part, value in own.items():
-            if other[part] != value:
-                raise UserError(
-                    f"rank {rank} has other {part} than rank {run.ranks.rank}; give all nodes the same files"
-                )
 
 
 # --- steps -----------------------------------------------------------------------------------------------------------
@@ -263,6 +155,7 @@ def _train_steps(run: TrainingRun, start: int, stop: StopRequest, unvalidated: d
         rank_positions(run.phases, start, rank=run.ranks.rank, world_size=run.ranks.world_size),
         batching=partial(step_batching, run.phases),
         workers=run.config.data.workers,
+        timeout=_OF_THE_TIMEOUT * run.config.parallel.timeout,
     )
     timer = StepTimer()
     with (
@@ -276,12 +169,12 @@ def _train_steps(run: TrainingRun, start: int, stop: StopRequest, unvalidated: d
                 optimisation.average.update()
             if result.skipped:
                 progress.say(f"step {done} is skipped: {what_is_not_finite(result)}")
-            timer.step(result.samples, result.tokens, run.shape.total(result.work, runs_llm=place.phase.trains_answers))
+                run.skipped.add(done)
+            timer.step(result.samples, result.tokens, run.shape.total(result.work, place.phase.outputs))
             entry = log_entry(step, place, rate, result, _measures(timer, run))
             stop.stop_signal = result.stop_signal or None
             trace(done)
-            # Alignment does not teach the LLM's layers to listen: its answers would say nothing yet.
-            says_something = bool(run.validation and place.phase.trains_answers)
+            says_something = bool(run.validation and place.phase.is_validated)
             due = says_something and (done % recipe.validate_every == 0 or done == steps)
             stopping = not _record(run, progress, entry, stop, due=due) or stop.stop_signal is not None
             progress.update(done, result.loss, timer.samples_per_second)
@@ -382,7 +275,16 @@ def _save(run: TrainingRun, step: int, *, unvalidated: dict[str, Any] | None) ->
         model=model,
         optimizer=optimizer,
         average=average,
-        state={"frozen": run.frozen, "seed": run.config.seed, "lost": run.lost.state(), "best": run.best.state()}
-        | ({"unvalidated": unvalidated} if unvalidated else {}),
+        state={
+            "frozen": run.frozen,
+            "inputs": run.inputs,
+            "start": run.start.to_json(),
+            "untrained": run.start.untrained(run.model.trained_parts),
+            "seed": run.config.seed,
+            "lost": run.lost.state(),
+            "skipped": run.skipped.state(),
+            "best": run.best.state(),
+        }
+        | ({"unvalidated": finite(unvalidated)} if unvalidated else {}),
         spare=[] if run.best.step is None else [run.best.step],
     )

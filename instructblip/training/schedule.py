@@ -45,9 +45,9 @@ class Phase:
         return frozenset[str]().union(*(objective.outputs for objective in self.objectives))
 
     @property
-    def trains_answers(self) -> bool:
-        """Whether the LLM's layers take part, so that its answers mean something afterwards."""
-        return "answer_logits" in self.outputs
+    def is_validated(self) -> bool:
+        """Whether what it teaches shows in a validation."""
+        return any(objective.validated for objective in self.objectives)
 
     @property
     def part_scales(self) -> dict[str, float]:

@@ -1,47 +1,82 @@
 """What the steps of a run share, put together from its configuration: data, model, optimiser, tasks, files."""
 
 import math
-from collections.abc import Callable, Sequence
+import re
+import secrets
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
-from torch import Tensor
+from torch import Tensor, nn
 
 from instructblip.config.checks import check_batches
 from instructblip.config.schema import TrainConfig
 from instructblip.config.validate import to_dict
 from instructblip.data.batching import Batching, Length
-from instructblip.data.cards import load_cards
+from instructblip.data.cards import TRAIN_SPLIT, Card
 from instructblip.data.feature_cache import FeatureCache, ReadImage, cached_images, feature_cache
 from instructblip.data.lost import LostSamples
 from instructblip.data.mixture import Mixture
 from instructblip.data.mixture_dataset import MixtureDataset, TrainingSet
-from instructblip.data.prepare.command import shards_folder
+from instructblip.data.prepare.command import Needed, find_shards
 from instructblip.distributed import Ranks, choose_device
-from instructblip.evaluation.protocol import Task, make_task, make_validation_task
+from instructblip.errors import UserError
+from instructblip.evaluation.protocol import (
+    Task,
+    make_task,
+    make_validation_task,
+    needed_splits,
+    refuse_unable,
+    watched_split,
+)
+from instructblip.evaluation.results_file import NotEvaluated
 from instructblip.evaluation.runner import read_pixels
+from instructblip.evaluation.suite_tasks import split_missing, suite_cards
 from instructblip.fetch.parts import cache_folder
-from instructblip.files import exclusive
+from instructblip.files import exclusive, write_atomically
+from instructblip.models.base import Model
+from instructblip.models.blip2 import BLIP2
 from instructblip.models.instructblip import InstructBLIP
 from instructblip.models.vision import ChannelNorm
 from instructblip.objectives import make_objectives
-from instructblip.tracking import Logger, make_logger
-from instructblip.training.datasets import check_mixture, make_images, make_mixture, open_sets
+from instructblip.tracking import Logger, NoLogger, make_logger
+from instructblip.training.datasets import (
+    Inputs,
+    best_by,
+    data_fingerprints,
+    make_images,
+    make_mixture,
+    mixture_cards,
+    open_sets,
+)
 from instructblip.training.metrics_log import BestStep, MetricsLog
-from instructblip.training.optim import WeightAverage, make_adamw
+from instructblip.training.optim import WeightAverage, layer_decay, make_adamw
 from instructblip.training.parallel import PRECISIONS, StepContext, check_layout, is_sharded, parallelize
-from instructblip.training.plan.flops import GPUS, ModelShape, device_peak, model_shape
+from instructblip.training.plan.flops import GPUS, ModelShape, SampleLengths, device_peak, model_shape
 from instructblip.training.plan.memory import Plan, PlanLayout, plan_run, planned_phases
 from instructblip.training.schedule import Phase
+from instructblip.training.skipped import SkippedSteps
+from instructblip.training.start import begin_run
 from instructblip.training.writer import CheckpointWriter
-from instructblip.weights.load import frozen_fingerprints
+from instructblip.weights.checkpoint import LoadedCheckpoint, load_checkpoint, newest_whole
+from instructblip.weights.init_from import VISION_NORM, Begun, differing_parts
+from instructblip.weights.init_sources import save_text_branch
+from instructblip.weights.load import (
+    frozen_fingerprints,
+    held_by,
+    other_frozen,
+    restore_model,
+    tokenizer_fingerprints,
+)
 from instructblip.weights.modules import parts_without_weights, vision_encoder
-from instructblip.weights.parts import build_model
+from instructblip.weights.parts import MODELS, build_model
+from instructblip.weights.start import Start
 
 _CALIBRATION_IMAGES = 256
+_RUN_ID = re.compile(r"[0-9a-f]{8}")
 
 
 @dataclass(frozen=True)
@@ -70,19 +105,23 @@ class TrainingRun:
     shards: Path
     console: Console
     ranks: Ranks
-    model: InstructBLIP
+    model: Model
     phases: list[Phase]
     mixture: Mixture
     dataset: MixtureDataset
     lost: LostSamples
     validation: list[Task]
     final: list[Task]
+    absent: list[NotEvaluated]
     read_image: ReadImage
+    start: Start
     frozen: dict[str, str]
+    inputs: Inputs
     shape: ModelShape
     peak_flops: float  # of all processes' devices together
     metrics: MetricsLog
     best: BestStep
+    skipped: SkippedSteps
     logger: Logger
     writer: CheckpointWriter
     optimisation: Optimisation = field(init=False)
@@ -96,6 +135,7 @@ def make_plan(config: TrainConfig) -> Plan:
     """
     check_layout(config.parallel.kind, config.parallel.shard_size, gpus := _planned_gpus(config))
     check_batches(config.recipe.phases, gpus)
+    llm = config.llm
     layout = PlanLayout(
         gpu=GPUS[config.plan_gpu],
         gpus=gpus,
@@ -105,9 +145,11 @@ def make_plan(config: TrainConfig) -> Plan:
         activation_checkpointing=config.parallel.activation_checkpointing,
         autocast=PRECISIONS[config.recipe.precision] is not None,
         average=config.recipe.average_decay is not None,
-        quantization=config.llm.quantization,
+        quantization=None if llm is None else llm.quantization,
         cached=config.data.cache_features,
-        longest=(config.llm.max_prompt_tokens, config.llm.max_target_tokens),
+        longest=SampleLengths(0, config.model.max_text_tokens)
+        if llm is None
+        else SampleLengths(llm.max_prompt_tokens, llm.max_target_tokens),
         trained=frozenset(config.train.parts()),
     )
     return plan_run(parts_without_weights(config), planned_phases(config.recipe.phases), layout)
@@ -120,32 +162,37 @@ def _planned_gpus(config: TrainConfig) -> int:
     return 1 if config.parallel.kind == "single" else math.gcd(16, *sizes)
 
 
-def set_up(config: TrainConfig, folder: Path, ranks: Ranks, console: Console) -> TrainingRun:
-    """Fetch, prepare and build everything; nothing of the run's folder but wandb's is written.
+def set_up(
+    config: TrainConfig, folder: Path, ranks: Ranks, console: Console, checkpoint: LoadedCheckpoint | None = None
+) -> tuple[TrainingRun, LoadedCheckpoint | None]:
+    """Fetch, prepare and build everything, with the weights of a checkpoint where the run goes on from one.
+
+    Of the run's folder nothing is written but wandb's files and a text branch that is kept for others.
+
+    Returns:
+        The run, and the checkpoint whose weights it has: the given one, or one before it with the same frozen weights.
 
     Raises:
-        UserError: data or parts are missing and cannot be fetched, or do not fit together.
+        UserError: data, parts or weights to start from are missing and cannot be fetched, or do not fit together.
     """
-    trained, held_in = [entry.name for entry in config.mixture.datasets], config.suite.held_in
-    every = load_cards([*trained, *held_in, *config.suite.held_out])
-    cards, scored = every[: len(trained)], every[len(trained) :]
-    check_mixture(config.mixture, cards)
-    shards = shards_folder(every, config.data, console)
-    model = build_model(config.vision, config.qformer, config.llm, seed=config.seed, trained=config.train.parts())
+    cards = mixture_cards(config.mixture)
+    scored = _scored(config, cards, console)
+    model, begun, checkpoint, frozen = _weights(config, folder, ranks, console, checkpoint)
     _place(model, choose_device(config.device), without_llm=is_sharded(config.parallel.kind, ranks.world_size))
-    sets = open_sets(cards, shards)
+    sets = open_sets(cards, scored.shards, config.mixture.templates)
     mixture = make_mixture(config.mixture, sets, config.recipe.phases.values(), seed=config.seed)
-    validated, samples = scored[: len(held_in)], config.recipe.validation_samples
-    validation = [make_validation_task(card, shards, samples=samples) for card in validated]
-    final = [make_task(card, shards, samples=config.recipe.final_samples) for card in scored]
-    cache = _feature_cache(config, model, sets, [*validation, *final])
-    dataset = MixtureDataset(mixture, sets, make_images(config.data, model.vision.image_size, cache))
-    if isinstance(model.vision_norm, ChannelNorm):
+    cache = _feature_cache(config, model, sets, [*scored.validation, *scored.final])
+    images = make_images(config.data, model.vision.image_size, cache)
+    dataset = MixtureDataset(mixture, sets, images, config.data.text_processor, cut_prefixes=config.reads_prefixes())
+    if isinstance(model.vision_norm, ChannelNorm) and VISION_NORM in begun.start.new and not checkpoint:
         _calibrate(model, model.vision_norm, dataset)
-    return TrainingRun(
+    frozen |= frozen_fingerprints(model, model.PARTS.keys() - frozen.keys())
+    _say(differing_parts(begun, frozen), console)
+    inputs = {**data_fingerprints(sets, scored.validation, scored.shards), "tokenizers": tokenizer_fingerprints(model)}
+    run = TrainingRun(
         config=config,
         folder=folder,
-        shards=shards,
+        shards=scored.shards,
         console=console,
         ranks=ranks,
         model=model,
@@ -155,26 +202,72 @@ def set_up(config: TrainConfig, folder: Path, ranks: Ranks, console: Console) ->
         lost=LostSamples(
             fraction=config.data.tolerance.fraction,
             samples=config.data.tolerance.samples,
-            say=partial(console.print, markup=False, highlight=False, soft_wrap=True),
+            say=lambda line: _say([line], console),
         ),
-        validation=validation,
-        final=final,
+        validation=scored.validation,
+        final=scored.final,
+        absent=scored.absent,
         read_image=read_pixels(model.vision.image_size) if cache is None else cache.tokens,
-        frozen=frozen_fingerprints(model),
+        start=begun.start,
+        frozen=frozen,
+        inputs=inputs,
         shape=_shape(config, model),
         peak_flops=ranks.world_size * _peak_flops(config, model, ranks),
         metrics=MetricsLog(folder / "metrics.jsonl"),
-        best=BestStep(config.recipe.keep_best),
-        logger=make_logger(
-            config.logger.kind if ranks.is_first else "none",
-            mode=config.logger.mode,
-            project=config.logger.project,
-            name=config.name,
-            folder=folder,
-            config=to_dict(config),
-        ),
+        best=BestStep(scored.watched),
+        skipped=SkippedSteps(config.recipe.non_finite_limit),
+        logger=_logger(config, folder) if ranks.is_first else NoLogger(),
         writer=CheckpointWriter(folder / "checkpoints", config.recipe.keep_checkpoints),
     )
+    return run, checkpoint
+
+
+class _Scored(NamedTuple):
+    """What a run watches and scores.
+
+    Attributes:
+        shards: folder of the prepared splits, those that are trained on too.
+        validation, final: see `TrainingRun`.
+        absent: what of the suite is not prepared.
+        watched: the dataset that decides which step is the best, see `best_by`.
+    """
+
+    shards: Path
+    validation: list[Task]
+    final: list[Task]
+    absent: list[NotEvaluated]
+    watched: str | None
+
+
+def _scored(config: TrainConfig, trained: Sequence[Card], console: Console) -> _Scored:
+    """Find the shards of all that a run reads, and make the tasks of its suite.
+
+    Raises:
+        UserError: something is not prepared that the run needs, or cannot be asked of the model.
+    """
+    suite = suite_cards(config.suite)
+    watched = best_by(config.recipe.keep_best, suite[0])
+    found = find_shards(_needed(trained, *suite), config.data, console)
+    scored, absent = split_missing(
+        [*suite[0], *suite[1]], found, config.suite.missing, *(card.name for card in trained)
+    )
+    _say([f"not evaluated: {item.reason}" for item in absent], console)
+    if watched in {item.name for item in absent}:
+        raise UserError(f"recipe.keep_best={config.recipe.keep_best} is not prepared, so no step can be best by it")
+    held_in, shards = scored[: len(scored) - sum(card in scored for card in suite[1])], found.folder
+    validation = [make_validation_task(card, shards, samples=config.recipe.validation_samples) for card in held_in]
+    final = [make_task(card, shards, samples=config.recipe.final_samples) for card in scored]
+    refuse_unable([*validation, *final], MODELS[config.model.kind].SKILLS, f"model={config.model.kind}")
+    return _Scored(shards, validation, final, absent, watched)
+
+
+def _needed(trained: Sequence[Card], held_in: Sequence[Card], held_out: Sequence[Card]) -> list[Needed]:
+    """The splits that a run opens of what it trains on, and of what it watches and scores."""
+    return [
+        *(Needed(card, frozenset({TRAIN_SPLIT})) for card in trained),
+        *(Needed(card, needed_splits(card) | {watched_split(card)}) for card in held_in),
+        *(Needed(card, needed_splits(card)) for card in held_out),
+    ]
 
 
 def make_optimisation(run: TrainingRun, stop_signal: Callable[[], int]) -> Optimisation:
@@ -205,22 +298,83 @@ def make_optimisation(run: TrainingRun, stop_signal: Callable[[], int]) -> Optim
     return Optimisation(
         context=context,
         optimizer=make_adamw(
-            model.named_parameters(), weight_decay=recipe.weight_decay, betas=recipe.betas, part_of=model.part_of
+            model.named_parameters(),
+            weight_decay=recipe.weight_decay,
+            betas=recipe.betas,
+            part_of=model.part_of,
+            layer_scales=layer_decay(model, run.config.train.layer_decay),
         ),
         names={parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad},
         average=None if recipe.average_decay is None else WeightAverage(model, recipe.average_decay),
     )
 
 
-def _place(model: InstructBLIP, device: torch.device, *, without_llm: bool) -> None:
+class _Weights(NamedTuple):
+    """The model on the CPU with its weights, where they come from, and fingerprints of what no checkpoint holds."""
+
+    model: Model
+    begun: Begun
+    checkpoint: LoadedCheckpoint | None
+    frozen: dict[str, str]
+
+
+def _weights(
+    config: TrainConfig, folder: Path, ranks: Ranks, console: Console, checkpoint: LoadedCheckpoint | None
+) -> _Weights:
+    """Build the model, with a checkpoint's weights or those that the run starts from."""
+    model = build_model(config, trained=config.train.parts())
+    if checkpoint:
+        frozen = frozen_fingerprints(model, model.PARTS.keys() - model.held_parts - held_by(model, checkpoint))
+        checkpoint = _with_same_frozen(model, frozen, checkpoint, folder, ranks, console)
+        return _Weights(model, Begun(restore_model(model, checkpoint, frozen)), checkpoint, frozen)
+    begun = begin_run(model, config)
+    _say(begun.lines, console)
+    if begun.text_branch and ranks.is_first:
+        save_text_branch(folder, begun.text_branch)
+    return _Weights(model, begun, None, {})
+
+
+def _with_same_frozen(
+    model: Model,
+    frozen: Mapping[str, str],
+    checkpoint: LoadedCheckpoint,
+    folder: Path,
+    ranks: Ranks,
+    console: Console,
+) -> LoadedCheckpoint:
+    """The newest checkpoint that was trained beside the model's frozen weights; the given one where there is none."""
+    held = model.held_parts | held_by(model, checkpoint)
+
+    def other(state: Mapping[str, Any]) -> str | None:
+        part = other_frozen(frozen, state["frozen"], held)
+        return part and f"was trained with another frozen {part}"
+
+    found, complaints = str(checkpoint.path), list[str]()
+    if ranks.is_first and other(checkpoint.state):
+        older, complaints = newest_whole(folder / "checkpoints", other)
+        found, complaints = (found, []) if older is None else (str(older), complaints)
+    found = ranks.gather(found)[0]
+    _say(complaints, console)
+    return checkpoint if Path(found) == checkpoint.path else load_checkpoint(Path(found))
+
+
+def _say(lines: Sequence[str], console: Console) -> None:
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _place(model: Model, device: torch.device, *, without_llm: bool) -> None:
     """Move a built model to its device; where its language model is to be sharded that goes there block by block, later."""
-    for part in model.children():
-        if part is not model.llm or not without_llm:
+    left = set(model.PARTS.get("llm", ())) if without_llm else set()
+    for name, part in model.named_children():
+        if name not in left:
             part.to(device)
+    for parameter in model.parameters(recurse=False):
+        parameter.data = parameter.data.to(device)
 
 
 def _feature_cache(
-    config: TrainConfig, model: InstructBLIP, sets: Sequence[TrainingSet], tasks: Sequence[Task]
+    config: TrainConfig, model: Model, sets: Sequence[TrainingSet], tasks: Sequence[Task]
 ) -> FeatureCache | None:
     """The image tokens of all that a run reads, encoded once; None where they are not kept."""
     if not config.data.cache_features:
@@ -233,19 +387,44 @@ def _feature_cache(
     return cache
 
 
-def _calibrate(model: InstructBLIP, norm: ChannelNorm, dataset: MixtureDataset) -> None:
+def _calibrate(model: Model, norm: ChannelNorm, dataset: MixtureDataset) -> None:
     """Measure the channel statistics on the images of the run's first draws, whatever rank asks."""
     images = torch.stack([dataset[position][1] for position in range(_CALIBRATION_IMAGES)])
     norm.calibrate(model.image_tokens(images).flatten(0, 1))
 
 
-def _shape(config: TrainConfig, model: InstructBLIP) -> ModelShape:
+def _logger(config: TrainConfig, folder: Path) -> Logger:
+    return make_logger(
+        config.logger.kind,
+        mode=config.logger.mode,
+        project=config.logger.project,
+        name=config.name,
+        folder=folder,
+        config=to_dict(config),
+        run_id=_tracked_as(folder, goes_on=config.resume is not None) if config.logger.kind == "wandb" else None,
+    )
+
+
+def _tracked_as(folder: Path, *, goes_on: bool) -> str:
+    """The tracker's id of the run, the same after each restart; a run that begins anew in the folder gets another."""
+    place = folder / "wandb/run_id"
+    if goes_on and place.is_file() and _RUN_ID.fullmatch(found := place.read_text(errors="replace").strip()):
+        return found
+    made = secrets.token_hex(4)
+    write_atomically(place, f"{made}\n")
+    return made
+
+
+def _shape(config: TrainConfig, model: Model) -> ModelShape:
+    assert isinstance(model, InstructBLIP | BLIP2)
+    llm = model.llm.model if isinstance(model, InstructBLIP) else None
+    heads = [part for part in model.part_modules("qformer") if part not in (model.qformer, model.vision_norm)]
     with torch.device("meta"):
         vision = vision_encoder(config.vision)
-    return model_shape(vision, model.qformer, model.projection, model.llm.model, model.trained_parts)
+    return model_shape(vision, model.qformer, nn.ModuleList(heads), llm, model.trained_parts)
 
 
-def _peak_flops(config: TrainConfig, model: InstructBLIP, ranks: Ranks) -> float:
+def _peak_flops(config: TrainConfig, model: Model, ranks: Ranks) -> float:
     """The first rank's figure, which alone is read."""
     dtype = PRECISIONS[config.recipe.precision] or torch.float32
     return device_peak(model.device, dtype) if ranks.is_first else math.inf
@@ -268,7 +447,7 @@ def _phases(config: TrainConfig, sample_length: Length) -> list[Phase]:
             warmup_learning_rate=phase.warmup_learning_rate,
             final_learning_rate=phase.final_learning_rate,
             new_parts_scale=phase.new_parts_scale,
-            objectives=make_objectives(phase.objectives),
+            objectives=make_objectives(phase.objectives, phase.gather),
             plateau_steps=phase.plateau_steps,
             part_rates=dict(config.train.learning_rates.items()),
         )

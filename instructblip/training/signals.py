@@ -2,12 +2,14 @@
 
 import contextlib
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Self
 
 from instructblip.files import write_atomically
+from instructblip.interrupts import Interrupts, send_soon, when_lost
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
@@ -17,7 +19,7 @@ class Stopped(BaseException):
 
 
 class StopRequest:
-    """Remember the first stop signal; a second SIGINT interrupts at once.
+    """Remember the first stop signal; a second Ctrl-C interrupts at once.
 
     Used as a context manager around a run: the training loop asks `received` after each step, and what can be repeated
     without loss (preparation, evaluation) stands inside `at_once`.
@@ -31,6 +33,7 @@ class StopRequest:
     def __init__(self) -> None:
         self.received: int | None = None
         self.stop_signal: int | None = None
+        self._interrupts = Interrupts()
         self._at_once = False
         self._stop_file: Path | None = None
         self._previous: dict[int, object] = {}
@@ -38,11 +41,13 @@ class StopRequest:
     def __enter__(self) -> Self:
         for number in _SIGNALS:
             self._previous[number] = signal.signal(number, self._notice)
+        self._previous_hook = when_lost(Stopped, self._again)
         return self
 
     def __exit__(self, *exception: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
+        sys.unraisablehook = self._previous_hook
 
     @contextlib.contextmanager
     def at_once(self, stop_file: Path | None = None) -> Iterator[None]:
@@ -77,9 +82,16 @@ class StopRequest:
         return 128 + (self.stop_signal or self.received or 0)
 
     def _notice(self, number: int, frame: FrameType | None) -> None:
-        if self.received is not None and number == signal.SIGINT:
+        if number == signal.SIGINT and not self._interrupts.is_new():
+            return
+        if number == signal.SIGINT and self.received is not None:
             raise KeyboardInterrupt
         self.received = self.received or number
         if self._at_once:
             self._at_once = False
             raise Stopped
+
+    def _again(self) -> None:
+        """`Stopped` was raised in vain: another signal is to raise it, if that is still inside of `at_once`."""
+        self._at_once = True
+        send_soon(signal.SIGTERM)

@@ -13,8 +13,11 @@ import torch
 
 from instructblip.data.synthetic import NOTE
 from instructblip.distributed import Ranks, whole_tensors
+from instructblip.evaluation.heartbeat import watched
+from instructblip.evaluation.journal import forget_given_up
+from instructblip.evaluation.results_file import NotEvaluated
 from instructblip.evaluation.runner import answer_share, run_task
-from instructblip.evaluation.suite import evaluate_tasks, finish_evaluation, log_scores, model_identity
+from instructblip.evaluation.suite import evaluate_tasks, finish_evaluation, log_scores, model_identity, refuse_failed
 from instructblip.models.fingerprint import fingerprint_tensors
 from instructblip.training.curves import draw_curves
 from instructblip.training.parallel import forget_gathered, is_sharded
@@ -23,14 +26,17 @@ from instructblip.training.setup import TrainingRun
 from instructblip.training.signals import Stopped, StopRequest
 from instructblip.weights.checkpoint import checkpoint_folders
 from instructblip.weights.load import frozen_parts
+from instructblip.weights.start import Standing
+
+_EVALUATION = "evaluation"  # folder of what a run scores at its end, below its own
 
 
 def run_validation(run: TrainingRun, step: int, stop: StopRequest) -> dict[str, float] | None:
     """Scores by dataset after a step, the same on all ranks; None when one of them was told to stop before it was done."""
     scores: dict[str, float] = {}
     try:
-        with _to_evaluate(run), _stoppable(run, stop):
-            scores = _validation_scores(run, step, stop)
+        with _to_evaluate(run), _sharing(run, stop) as ranks, _stoppable(run, stop):
+            scores = _validation_scores(run, step, ranks)
         ended = False
     except Stopped:
         ended = True
@@ -61,9 +67,9 @@ def _stop_file(run: TrainingRun) -> Path:
     return run.folder / "stopping"
 
 
-def _validation_scores(run: TrainingRun, step: int, stop: StopRequest) -> dict[str, float]:
+def _validation_scores(run: TrainingRun, step: int, ranks: Ranks) -> dict[str, float]:
     """On the first rank, which puts the answers of all together; nothing is left on disk."""
-    ranks, scores, home = _ranks(run, stop), {}, run.folder / "validation" / f"step_{step:08d}"
+    scores, home = {}, run.folder / "validation" / f"step_{step:08d}"
     together = ranks.world_size > 1
     identity = model_identity(run.model, run.frozen, _fingerprint(run)) if together else ""
     for task in run.validation:
@@ -86,30 +92,35 @@ def finish(run: TrainingRun, stop: StopRequest) -> None:
 
     Raises:
         Stopped: this process, or another that has a part in it, was told to stop.
+        UserError: a dataset of the suite could not be evaluated; the others' results are written.
     """
-    with _stoppable(run, stop):
-        _finish(run, stop)
+    with _sharing(run, stop) as ranks, _stoppable(run, stop):
+        _finish(run, ranks)
 
 
-def _finish(run: TrainingRun, stop: StopRequest) -> None:
+def _finish(run: TrainingRun, ranks: Ranks) -> None:
     run.metrics.close()
     if run.ranks.is_first:
         draw_curves(run.folder / "metrics.jsonl", run.folder / "curves.png", run.config.name)
     newest = checkpoint_folders(run.folder / "checkpoints")[0]
-    if run.final:
-        _evaluate(run, newest, stop)
+    failed = _evaluate(run, newest, ranks) if run.final else []
     run.logger.finish()
     for path in (*(run.folder / name for name in ("config.yaml", "metrics.jsonl", "curves.png")), newest):
         run.console.print(f"wrote {path}", highlight=False, soft_wrap=True)
+    refuse_failed(failed, run.folder / _EVALUATION, "the same command with resume=auto")
 
 
-def _evaluate(run: TrainingRun, checkpoint: Path, stop: StopRequest) -> None:
-    folder = run.folder / "evaluation"
+def _evaluate(run: TrainingRun, checkpoint: Path, ranks: Ranks) -> list[NotEvaluated]:
+    """Score what was learned; to the first rank, the datasets that failed."""
+    folder = run.folder / _EVALUATION
     with tempfile.TemporaryDirectory() as elsewhere, _to_evaluate(run):
         if _is_sharded(run) and run.ranks.is_first:
             shutil.rmtree(folder, ignore_errors=True)  # what it keeps would leave this rank less to do than the others
+        if run.ranks.is_first:
+            forget_given_up(folder)
+        run.ranks.gather(None)  # none answers before that
         weights: dict[str, Any] = {"frozen": run.frozen, "trained": _fingerprint(run)}
-        results = evaluate_tasks(
+        results, failed = evaluate_tasks(
             run.model,
             run.final,
             run.read_image,
@@ -117,11 +128,12 @@ def _evaluate(run: TrainingRun, checkpoint: Path, stop: StopRequest) -> None:
             folder=Path(elsewhere) if _is_sharded(run) and not run.ranks.is_first else folder,
             batch_size=run.config.evaluation.batch_size,
             blind=run.config.evaluation.blind_baseline,
-            ranks=_ranks(run, stop),
+            ranks=ranks,
+            go_on=not _is_sharded(run),
             **weights,
         )
         if not run.ranks.is_first:
-            return
+            return []
         finish_evaluation(
             run.model,
             results,
@@ -131,10 +143,13 @@ def _evaluate(run: TrainingRun, checkpoint: Path, stop: StopRequest) -> None:
             step=total_steps(run.phases),
             parts=frozen_parts(run.config.vision, run.config.llm),
             **weights,
+            standing=Standing(run.start, untrained=run.start.untrained(run.model.trained_parts)),
             examples=run.config.evaluation.examples,
             console=run.console,
+            not_evaluated=[*run.absent, *failed],
         )
-    log_scores(run.logger, results, total_steps(run.phases))
+    log_scores(run.logger, results, None)
+    return failed
 
 
 def _fingerprint(run: TrainingRun) -> str:
@@ -143,12 +158,17 @@ def _fingerprint(run: TrainingRun) -> str:
     return fingerprint_tensors(whole_tensors(run.model.held_state(), keep=keep))
 
 
-def _ranks(run: TrainingRun, stop: StopRequest) -> Ranks:
-    """Who answers which share. Sharded blocks are gathered by all ranks in step, so all of them answer everything."""
-    ranks = run.ranks
+@contextlib.contextmanager
+def _sharing(run: TrainingRun, stop: StopRequest) -> Iterator[Ranks]:
+    """Who answers which share. Sharded blocks are gathered by all ranks in step, so all of them answer everything.
+
+    It stands around `_stoppable`: that tells the others of a signal before this says that a rank has left.
+    """
     if _is_sharded(run):
-        return Ranks(poll_stop=partial(_leave_together, ranks, stop))
-    return dataclasses.replace(ranks, poll_stop=stop.poll_stop)
+        yield Ranks(poll_stop=partial(_leave_together, run.ranks, stop))
+        return
+    with watched(run.folder, dataclasses.replace(run.ranks, poll_stop=stop.poll_stop)) as ranks:
+        yield ranks
 
 
 def _leave_together(ranks: Ranks, stop: StopRequest) -> None:

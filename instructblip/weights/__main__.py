@@ -3,11 +3,12 @@
     python -m instructblip.weights Salesforce/instructblip-vicuna-7b models/vicuna_7b --to native
     python -m instructblip.weights instruct_blip_vicuna7b_trimmed.pth models/vicuna_7b --to huggingface --llm vicuna_7b
     python -m instructblip.weights outputs/train/mine mine.pth --to lavis
+    python -m instructblip.weights blip2_pretrained.pth models/blip2_retrieval --to huggingface
 
-SOURCE is a run or a checkpoint of ours, a transformers folder or hub id, or a .pth file of LAVIS. Prints the largest
-absolute difference between SOURCE and the re-opened TARGET at five stages, on a fixed random input, in the types that they
-are loaded in; of a model in half precision also in float32. Ends with status 1, and without TARGET, when one is above the
-bound; with 2 and one line when something has to be mended first.
+SOURCE is a run or a checkpoint of ours, a transformers folder or hub id, or a .pth file of LAVIS: of InstructBLIP, or of one
+of BLIP-2's stages. Prints the largest absolute difference between SOURCE and the re-opened TARGET at each stage, on a fixed
+random input, in the types that they are loaded in; of a model in half precision also in float32. Ends with status 1, and
+without TARGET, when one is above the bound; with 2 and one line when something has to be mended first.
 """
 
 import argparse
@@ -25,6 +26,8 @@ from torch import nn
 from instructblip.config.schema import ModelConfig
 from instructblip.errors import UserError
 from instructblip.files import atomic_folder, atomic_path
+from instructblip.models.base import Model
+from instructblip.models.blip2 import BLIP2
 from instructblip.models.instructblip import InstructBLIP
 from instructblip.weights.lavis import LN_VISION_EPS, load_lavis, read_lavis, save_lavis
 from instructblip.weights.load import LoadedModel, huggingface_source, llm_config, load_model, load_run
@@ -36,10 +39,10 @@ from instructblip.weights.parity import (
     model_dtype,
     rounding_bounds,
     stage_differences,
-    traces_huggingface,
     traces_native,
 )
-from instructblip.weights.transformers_read import read_settings
+from instructblip.weights.parity_transformers import traces_huggingface
+from instructblip.weights.transformers_settings import read_settings
 from instructblip.weights.transformers_write import save_huggingface
 
 FORMATS = ("huggingface", "lavis", "native")
@@ -73,7 +76,7 @@ class Certificate(NamedTuple):
     def of(cls, dtype: torch.dtype, source: Trace, target: Trace, bounds: Mapping[str, float]) -> "Certificate":
         """Compare two traces, stage by stage."""
         found = stage_differences(source, target)
-        return cls(dtype, [Row(stage, found[stage], bounds[stage]) for stage in found])
+        return cls(dtype, [Row(stage, found[stage], bounds.get(stage, 0.0)) for stage in found])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -137,59 +140,71 @@ def _convert(options: argparse.Namespace, partial: Path) -> tuple[torch.dtype, T
     Returns:
         The coarsest type of the source's parts, what the source computes, and what the result computes.
     """
-
-    def load() -> LoadedModel:
-        return load_model(
-            options.source,
-            llm=options.llm,
-            llm_path=options.llm_path,
-            vision_path=options.vision_path,
-            qformer_path=options.qformer_path,
-            device="cpu",
-        )
-
     folder = huggingface_source(options.source)
     source = None if folder is None or options.llm else traces_huggingface(folder)
-    loaded = load()
-    dtype, config = model_dtype(loaded.model), None
+    loaded, model = _load(options)
+    dtype, config = model_dtype(model), None
     if options.to == "huggingface":
-        save_huggingface(loaded.model, partial)
+        save_huggingface(model, partial)
     elif options.to == "lavis":
-        projection = None if loaded.config is None else loaded.config.llm.lavis_projection
-        save_lavis(loaded.model, partial, projection=projection)
+        llm = None if loaded.config is None else loaded.config.llm
+        save_lavis(model, partial, projection=None if llm is None else llm.lavis_projection)
     else:
-        config = _save_native(loaded, folder, options, partial)
-    source = source or traces_native(loaded.model)
-    del loaded  # two models would not fit where one does
+        config = _save_native(loaded, model, folder, options, partial)
+    source = source or traces_native(model)
+    del loaded, model  # two models would not fit where one does
     if options.to == "huggingface":
         return dtype, source, traces_huggingface(partial, pad_as_saved=True)
     if config is None:
-        return dtype, source, traces_native(_with_lavis(partial, load().model))
-    target = traces_native(load_run(partial, device="cpu").model)
+        return dtype, source, traces_native(_with_lavis(partial, _load(options)[1]))
+    target = traces_native(_known(load_run(partial, device="cpu").model))
     write_config(config, partial)
     return dtype, source, target
 
 
-def _save_native(loaded: LoadedModel, folder: Path | None, options: argparse.Namespace, partial: Path) -> ModelConfig:
+def _load(options: argparse.Namespace) -> tuple[LoadedModel, InstructBLIP | BLIP2]:
+    loaded = load_model(
+        options.source,
+        llm=options.llm,
+        llm_path=options.llm_path,
+        vision_path=options.vision_path,
+        qformer_path=options.qformer_path,
+        device="cpu",
+    )
+    return loaded, _known(loaded.model)
+
+
+def _known(model: Model) -> InstructBLIP | BLIP2:
+    assert isinstance(model, InstructBLIP | BLIP2)
+    return model
+
+
+def _save_native(
+    loaded: LoadedModel,
+    model: InstructBLIP | BLIP2,
+    folder: Path | None,
+    options: argparse.Namespace,
+    partial: Path,
+) -> ModelConfig:
     """Write a run whose paths lead to `partial`; return the configuration whose paths lead to TARGET."""
     if folder is None:
         assert loaded.config is not None
-        save_native(loaded.model, loaded.config, partial)
+        save_native(model, loaded.config, partial, loaded.standing)
         return loaded.config
     settings = read_settings(folder)
     llm = None if options.llm is None else llm_config(options.llm, options.llm_path)
-    save_parts(loaded.model, settings, partial, with_llm=llm is None)
+    save_parts(model, settings, partial, with_llm=llm is None)
     here, there = (
-        parts_config(loaded.model, settings, place, loaded.name, llm=llm)
+        parts_config(model, settings, place, loaded.name, llm=llm)
         for place in (partial, Path(options.target).absolute())
     )
-    save_native(loaded.model, here, partial)
+    save_native(model, here, partial, loaded.standing)
     return there
 
 
-def _with_lavis(path: Path, model: InstructBLIP) -> InstructBLIP:
+def _with_lavis(path: Path, model: InstructBLIP | BLIP2) -> InstructBLIP | BLIP2:
     """The written file between the source's frozen parts, which such a file does not hold."""
-    for tensor in model.part_state("qformer").values():
+    for tensor in model.held_state().values():
         tensor.fill_(float("nan"))  # whatever the file lacks will show
     if isinstance(model.vision_norm, nn.LayerNorm):
         model.vision_norm.eps = LN_VISION_EPS
@@ -198,7 +213,7 @@ def _with_lavis(path: Path, model: InstructBLIP) -> InstructBLIP:
 
 
 def _compare(dtype: torch.dtype, source: Traces, target: Traces, bound: float) -> list[Certificate]:
-    exact = Certificate.of(torch.float32, source.float32, target.float32, dict.fromkeys(Trace._fields, bound))
+    exact = Certificate.of(torch.float32, source.float32, target.float32, dict.fromkeys(source.float32, bound))
     if dtype == torch.float32:
         return [exact]
     return [Certificate.of(dtype, source.loaded, target.loaded, rounding_bounds(source.loaded, dtype)), exact]

@@ -15,6 +15,7 @@ _ATTENTION = {
     "output": "attention.output.dense",
     "norm": "attention.output.LayerNorm",
 }
+_STD = 0.02  # deviation of BERT's weights before pre-training
 _HEAD = {"dense": "dense", "norm": "LayerNorm"}
 _FEED_FORWARD = {"up": "intermediate.dense", "down": "output.dense", "norm": "output.LayerNorm"}
 
@@ -37,7 +38,8 @@ def qformer_state_from_bert(bert: Mapping[str, Tensor], qformer: QFormer) -> dic
         branches = ["query_ffn"] if layer.text_ffn is None else ["query_ffn", "text_ffn"]
         for branch in branches:
             names |= {f"layers.{index}.{branch}.{own}": f"{source}.{theirs}" for own, theirs in _FEED_FORWARD.items()}
-    if qformer.lm_head is not None:
+    has_head = qformer.lm_head is not None and has_language_model_head(bert)
+    if has_head:
         names |= {f"lm_head.{own}": f"cls.predictions.transform.{theirs}" for own, theirs in _HEAD.items()}
     state = {
         f"{own}.{part}": _find(bert, f"{theirs}.{part}") for own, theirs in names.items() for part in ("weight", "bias")
@@ -48,15 +50,28 @@ def qformer_state_from_bert(bert: Mapping[str, Tensor], qformer: QFormer) -> dic
         added = max(qformer.word_embeddings.num_embeddings - len(words), 0)
         state["word_embeddings.weight"] = torch.cat([words, words.mean(dim=0, keepdim=True).expand(added, -1)])
         state["position_embeddings.weight"] = _find(bert, "embeddings.position_embeddings.weight") + types[0]
-        if qformer.lm_head is not None:
+        if has_head:
             bias = _find(bert, "cls.predictions.bias")
             state["lm_head.bias"] = torch.cat([bias, bias.new_zeros(added)])
     return state
 
 
-def names_unknown_to_bert(qformer: QFormer) -> list[str]:
-    """The Q-Former's tensors that BERT has none for: query tokens and cross-attention, which start at random."""
-    return [name for name in qformer.state_dict() if name == "query_tokens" or ".cross_attention." in name]
+def has_language_model_head(bert: Mapping[str, Tensor]) -> bool:
+    """Whether a file has BERT's language-model head; models that were made for embeddings have lost it."""
+    return any("cls.predictions." in name for name in bert)
+
+
+def names_unknown_to_bert(bert: Mapping[str, Tensor], qformer: QFormer) -> list[str]:
+    """The Q-Former's tensors that BERT has none for, and which start at random: query tokens and cross-attention.
+
+    The language-model head too, where the file has none.
+    """
+    heads = () if has_language_model_head(bert) else ("lm_head.",)
+    return [
+        name
+        for name in qformer.state_dict()
+        if name == "query_tokens" or ".cross_attention." in name or name.startswith(heads)
+    ]
 
 
 @torch.no_grad()
@@ -74,16 +89,17 @@ def draw_query_tokens_near(qformer: QFormer, bert: Mapping[str, Tensor], *, toke
 
 
 @torch.no_grad()
-def initialize_like_bert(qformer: QFormer) -> None:
-    """Draw every weight as BERT's are before pre-training: deviation 0.02, biases 0, norms that change nothing."""
-    qformer.query_tokens.normal_(std=0.02)
-    for module in qformer.modules():
-        if isinstance(module, nn.Linear | nn.Embedding):
-            module.weight.normal_(std=0.02)
-        if isinstance(module, nn.Linear):
-            module.bias.zero_()
-        if isinstance(module, nn.LayerNorm):
-            module.reset_parameters()
+def initialize_like_bert(module: nn.Module) -> None:
+    """Draw every layer's weights as BERT's are before pre-training: deviation 0.02, biases 0, norms that change nothing."""
+    if isinstance(module, QFormer):
+        module.query_tokens.normal_(std=_STD)
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear | nn.Embedding):
+            layer.weight.normal_(std=_STD)
+        if isinstance(layer, nn.Linear):
+            layer.bias.zero_()
+        if isinstance(layer, nn.LayerNorm):
+            layer.reset_parameters()
 
 
 def _find(bert: Mapping[str, Tensor], name: str) -> Tensor:

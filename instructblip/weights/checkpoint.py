@@ -1,13 +1,14 @@
 """Checkpoints: trainable weights, optimiser state and the step; safetensors and JSON, written beside and renamed.
 
-The step number is all a resumed run needs besides weights: data order and random streams are functions of it. Frozen weights
-are not stored, their fingerprints are, and they are checked when the run goes on.
+The step number is all a resumed run needs besides weights: data order and random streams are functions of it. What it
+stands on and does not hold (frozen weights, prepared splits, templates, tokenizers) it names by fingerprints, which are
+checked when the run goes on. state.json has the hash of every other file and a checksum of its own.
 """
 
 import json
 import os
 import shutil
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,9 +19,17 @@ from torch import Tensor
 
 from instructblip.distributed import placed_like
 from instructblip.errors import UserError
-from instructblip.files import is_disk_full, read_json, sha256_file
+from instructblip.files import (
+    checksum_holds,
+    read_json,
+    sha256_file,
+    sync,
+    sync_all,
+    with_checksum,
+    write_problem,
+)
 
-FORMAT = 1
+FORMAT = 2  # 1 had no checksum of its state, and named no data
 MODEL_FILE = "model.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
 AVERAGE_FILE = "average.safetensors"
@@ -84,7 +93,10 @@ def save_checkpoint(
 ) -> Path:
     """Write `folder/step_XXXXXXXX`, whole or not at all, then delete all but the newest `keep` whole ones.
 
+    It is on the disk before it has its name, and that is on the disk before any other loses its own.
+
     Args:
+        folder: is made where only it is missing.
         step: number of optimiser steps taken.
         model, optimizer: named tensors.
         state: JSON values stored beside them (fingerprints, versions, metrics).
@@ -93,29 +105,33 @@ def save_checkpoint(
         spare: steps whose checkpoints stay, however old.
 
     Raises:
-        UserError: the disk is full; older checkpoints stay as they are.
+        UserError: the disk is full or fails; older checkpoints stay as they are.
     """
     target = folder / f"{_PREFIX}{step:08d}"
     partial = folder / f"{target.name}.{os.getpid()}.partial"
     try:
-        partial.mkdir(parents=True)
+        folder.mkdir(exist_ok=True)  # not what is above it: a run's folder that was deleted stays away
+        partial.mkdir()
         files = {}
         for name, tensors in {MODEL_FILE: model, OPTIMIZER_FILE: optimizer, AVERAGE_FILE: average}.items():
             if tensors is None:
                 continue
             save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, partial / name)
             files[name] = {"bytes": (partial / name).stat().st_size, "sha256": sha256_file(partial / name)}
-        content = {"format": FORMAT, "step": step, "files": files, **state}
-        (partial / STATE_FILE).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        if target.exists():
+        content = with_checksum({"format": FORMAT, "step": step, "files": files, **state})
+        text = json.dumps(content, indent=2, sort_keys=True, allow_nan=False)
+        (partial / STATE_FILE).write_text(text + "\n", encoding="utf-8")
+        sync_all(partial)
+        if target.exists():  # broken, or of a run that fell back behind it
             shutil.rmtree(target)
         os.replace(partial, target)
+        sync(folder)
     except (OSError, SafetensorError) as error:
-        if is_disk_full(error):
-            raise UserError(
-                f"disk full while saving {target}; older checkpoints are whole: free some space and go on with resume=auto"
-            ) from None
-        raise
+        if (problem := write_problem(error, target)) is None:
+            raise
+        raise UserError(
+            f"{problem.what}; older checkpoints are whole: {problem.mend} and go on with resume=auto"
+        ) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     _delete_old(folder, keep, [folder / f"{_PREFIX}{kept:08d}" for kept in (step, *spare)])
@@ -133,8 +149,8 @@ def _delete_old(folder: Path, keep: int, spare: Sequence[Path]) -> None:
 
 def checkpoint_folders(folder: Path) -> list[Path]:
     """Checkpoints of a run, newest first; unfinished ones are not among them."""
-    found = [path for path in folder.glob(f"{_PREFIX}*") if path.is_dir() and path.name[len(_PREFIX) :].isdigit()]
-    return sorted(found, key=lambda path: int(path.name[len(_PREFIX) :]), reverse=True)
+    found = [path for path in folder.glob(f"{_PREFIX}*") if path.is_dir() and _is_step(path.name)]
+    return sorted(found, key=lambda path: _step_of(path.name), reverse=True)
 
 
 def remove_unfinished(folder: Path) -> None:
@@ -143,14 +159,23 @@ def remove_unfinished(folder: Path) -> None:
         shutil.rmtree(partial)
 
 
-def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint whose files match their recorded hashes, and a line for each broken one passed over."""
+def newest_whole(
+    folder: Path, unfit: Callable[[Mapping[str, Any]], str | None] = lambda state: None
+) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint whose files match their recorded hashes, and a line for each one passed over.
+
+    Args:
+        folder: `checkpoints` of a run.
+        unfit: what speaks against one with that state (`has ...`), or None.
+    """
     complaints: list[str] = []
     for path in checkpoint_folders(folder):
-        problem = _problem(path)
-        if problem is None:
+        if problem := _problem(path):
+            complaints.append(f"{path} is broken ({problem}) and passed over")
+        elif reason := unfit(read_json(path / STATE_FILE)):
+            complaints.append(f"{path} {reason} and is passed over")
+        else:
             return path, complaints
-        complaints.append(f"{path} is broken ({problem}) and passed over")
     return None, complaints
 
 
@@ -171,21 +196,44 @@ def load_checkpoint(path: Path) -> LoadedCheckpoint:
 
 
 def _problem(path: Path) -> str | None:
+    """Why a checkpoint folder is not as it was written, or None."""
     try:
         state = read_json(path / STATE_FILE)
+        return _state_problem(state, path.name) or _files_problem(state["files"], path)
     except UserError as error:
         return str(error)
+    except OSError as error:  # the disk has lost a part of it
+        return f"it cannot be read: {error.strerror}"
+
+
+def _state_problem(state: Any, name: str) -> str | None:
     if not isinstance(state, dict) or not {"format", "step", "files"} <= state.keys():
         return f"{STATE_FILE} does not say what it holds"
     if state["format"] != FORMAT:
         return f"format {state['format']}, this code reads {FORMAT}"
-    for name, expected in state["files"].items():
+    if not checksum_holds(state):
+        return f"{STATE_FILE} does not match its own checksum"
+    if _is_step(name) and state["step"] != _step_of(name):
+        return f"{STATE_FILE} is of step {state['step']}"
+    return None
+
+
+def _files_problem(files: Mapping[str, Mapping[str, Any]], path: Path) -> str | None:
+    for name, expected in files.items():
         file = path / name
         if not file.is_file():
             return f"{name} is missing"
         if file.stat().st_size != expected["bytes"] or sha256_file(file) != expected["sha256"]:
             return f"{name} does not match its recorded hash"
     return None
+
+
+def _is_step(name: str) -> bool:
+    return name.startswith(_PREFIX) and name.removeprefix(_PREFIX).isdecimal()
+
+
+def _step_of(name: str) -> int:
+    return int(name.removeprefix(_PREFIX))
 
 
 def _load_tensors(path: Path) -> dict[str, Tensor]:

@@ -21,6 +21,7 @@ from instructblip.files import read_json
 from instructblip.models.llm import LLM_KINDS
 from instructblip.weights.lavis import read_pth
 
+MODEL_TYPES = ("instructblip", "blip-2")  # of whole models, as a config.json of transformers says them
 WEIGHT_FILES = (
     "model.safetensors.index.json",
     "model.safetensors",
@@ -115,7 +116,8 @@ def refuse_other_model(path: Path) -> None:
     if (path / "config.json").is_file():
         kind = config_json(path).get("model_type")
         raise UserError(
-            f"{path} holds a model of type {kind}, wanted is instructblip; a language model is given as llm_path="
+            f"{path} holds a model of type {kind}, wanted is {' or '.join(MODEL_TYPES)}; a language model is given as "
+            "llm_path="
         )
 
 

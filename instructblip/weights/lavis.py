@@ -1,10 +1,11 @@
-"""LAVIS's checkpoints: InstructBLIP's and BLIP-2's read, InstructBLIP's written.
+"""LAVIS's checkpoints of InstructBLIP and of both stages of BLIP-2, read and written.
 
 A `.pth` file is a pickle. It is read with torch's `weights_only` loader, which builds tensors and plain values and nothing
 else, and is mapped into memory rather than read where its container allows.
 """
 
 import logging
+import math
 import pickle
 import re
 from collections.abc import Mapping
@@ -14,11 +15,22 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from instructblip.config.schema import ModelKind
 from instructblip.errors import UserError
 from instructblip.files import atomic_path
+from instructblip.models.blip2 import BLIP2
 from instructblip.models.instructblip import InstructBLIP
 from instructblip.models.llm import EncoderDecoderLLM
-from instructblip.weights.names import LAVIS_ALIASES, PROJECTIONS, check_tensors, foreign_names, is_ignored
+from instructblip.weights.names import (
+    LAVIS_ALIASES,
+    LAVIS_TIED,
+    PROJECTIONS,
+    backbone_state,
+    check_tensors,
+    foreign_names,
+    is_ignored,
+    native_names,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -27,18 +39,17 @@ _VISION = "visual_encoder."
 _PROJECTION = "llm_proj."  # the table's name; others are renamed to it
 
 _POSITION_IDS = "Qformer.bert.embeddings.position_ids"
+_WORDS, _HEAD_BIAS = "Qformer.bert.embeddings.word_embeddings.weight", "Qformer.cls.predictions.bias"
+_MATCHING_HEAD = "itm_head.weight"
+_STAGE1_HEADS = ("Qformer.cls.", "vision_proj.", "text_proj.", "itm_head.", "temp")
 
-_TEXT_BRANCH = re.compile(
-    r"Qformer\.bert\.(embeddings\.(word|position)_embeddings|encoder\.layer\.\d+\.(intermediate|output))\."
-)
 
-
-class Blip2Start(NamedTuple):
-    """What instruction tuning starts from.
+class LavisTensors(NamedTuple):
+    """All that means something in a file of LAVIS's Q-Former models: BLIP-2's stages, InstructBLIP.
 
     Attributes:
         tensors: under this code's names.
-        projection: its name in the second stage's file, one of `PROJECTIONS`; None without that stage.
+        projection: what the file calls its projection, one of `PROJECTIONS`; None where it has none, as in stage 1.
     """
 
     tensors: dict[str, Tensor]
@@ -46,24 +57,40 @@ class Blip2Start(NamedTuple):
 
 
 class LavisCheckpoint(NamedTuple):
-    """What an InstructBLIP checkpoint of LAVIS holds, still under its own names.
+    """What a checkpoint of LAVIS holds, still under its own names.
 
     Attributes:
         path: the file.
-        trained: Q-Former, query tokens, `ln_vision` and projection; the projection is called `llm_proj`.
-        vision: the ViT; empty where it was frozen, as in the released files.
-        projection: the projection's original name, one of `PROJECTIONS`, which tells the family of language models.
+        kind: the model that it is of.
+        trained: Q-Former, query tokens, `ln_vision`, heads or projection; the projection is called `llm_proj`.
+        vision: the ViT; empty where it was frozen, as in most released files.
+        projection: the projection's original name, one of `PROJECTIONS`, which tells the family of language models; None in
+            BLIP-2's first stage.
     """
 
     path: Path
+    kind: ModelKind
     trained: dict[str, Tensor]
     vision: dict[str, Tensor]
-    projection: str
+    projection: str | None
 
     @property
-    def llm_width(self) -> int:
-        """Width of the embeddings of the language model that the projection was aligned to."""
-        return self.trained[f"{_PROJECTION}weight"].shape[0]
+    def llm_width(self) -> int | None:
+        """Width of the embeddings of the language model that the projection was aligned to; None without one."""
+        return self.trained[f"{_PROJECTION}weight"].shape[0] if self.projection else None
+
+    @property
+    def vision_width(self) -> int:
+        """Width of the image tokens that the Q-Former reads."""
+        return self.trained["ln_vision.weight"].shape[0]
+
+    @property
+    def image_size(self) -> int | None:
+        """Side of the images that the file's ViT takes, pixels; None where it has none."""
+        positions, patches = (self.vision.get(f"{_VISION}{name}") for name in ("pos_embed", "patch_embed.proj.weight"))
+        if positions is None or patches is None:
+            return None
+        return math.isqrt(positions.shape[1] - 1) * patches.shape[-1]
 
 
 def read_pth(path: Path) -> Any:
@@ -93,21 +120,30 @@ def read_pth(path: Path) -> Any:
 
 
 def read_lavis(path: Path) -> LavisCheckpoint:
-    """Read an InstructBLIP checkpoint of LAVIS: a released one, or one of LAVIS's own training.
+    """Read a checkpoint of LAVIS, released or of LAVIS's own training: InstructBLIP's, or one of BLIP-2's two stages.
 
     What stands beside the weights (optimizer, config, scaler, epoch) is left alone.
 
     Raises:
-        UserError: not such a file, or no projection in it.
+        UserError: not such a file.
     """
     trained, vision = _split(_model_state(path))
     projection = _projection(trained)
-    if projection is None:
+    if projection is None and _MATCHING_HEAD not in trained:
         raise UserError(
-            f"{path} has no {' or '.join(PROJECTIONS)} and is no InstructBLIP checkpoint of LAVIS; a BLIP-2 checkpoint of "
-            "stage 1 or 2 is a start for training"
+            f"{path} has no projection ({' or '.join(PROJECTIONS)}) and no matching head (itm_head), so it is no checkpoint "
+            "of InstructBLIP or BLIP-2"
         )
-    return LavisCheckpoint(path, _with_one_projection(trained, projection), vision, projection)
+    for needed in ("ln_vision.weight", *(["vision_proj.bias"] if projection is None else [])):
+        if needed not in trained:
+            raise UserError(f"{path} lacks the tensor {needed}; it is of another model, or incomplete")
+    if projection is None:
+        return LavisCheckpoint(path, "blip2_stage1", trained, vision, None)
+    if heads := [name for name in trained if name.startswith(_STAGE1_HEADS)]:
+        logger.info("passed over %d tensors of BLIP-2's first stage: %s", len(heads), ", ".join(heads))
+    trained = {name: tensor for name, tensor in trained.items() if name not in heads}
+    kind: ModelKind = "instructblip" if _WORDS in trained else "blip2"
+    return LavisCheckpoint(path, kind, _with_one_projection(trained, projection), vision, projection)
 
 
 def qformer_settings(checkpoint: LavisCheckpoint) -> dict[str, Any]:
@@ -124,12 +160,22 @@ def qformer_settings(checkpoint: LavisCheckpoint) -> dict[str, Any]:
     return {
         "queries": checkpoint.trained["query_tokens"].shape[1],
         "cross_attention_every": crossed[1] if len(crossed) > 1 else 1 + max(int(match[1]) for match in found),
-        "instruction_aware": "Qformer.bert.embeddings.word_embeddings.weight" in checkpoint.trained,
+        "instruction_aware": _WORDS in checkpoint.trained,
     }
 
 
-def load_lavis(checkpoint: LavisCheckpoint, model: InstructBLIP) -> bool:
-    """Load a checkpoint into a model: its trained tensors, and its ViT where it has one.
+def architecture_settings(checkpoint: LavisCheckpoint) -> dict[str, Any]:
+    """What the tensors of BLIP-2's first stage say of its heads; nothing for another model."""
+    if checkpoint.kind != "blip2_stage1":
+        return {}
+    return {
+        "feature_width": checkpoint.trained["vision_proj.bias"].shape[0],
+        "language_model_head": _HEAD_BIAS in checkpoint.trained,
+    }
+
+
+def load_lavis(checkpoint: LavisCheckpoint, model: InstructBLIP | BLIP2) -> bool:
+    """Load a checkpoint into a model of its kind: its trained tensors, and its ViT where it has one, held from then on.
 
     Returns:
         Whether the projection is the checkpoint's: one into another width is left as it is in the model.
@@ -138,13 +184,13 @@ def load_lavis(checkpoint: LavisCheckpoint, model: InstructBLIP) -> bool:
         UserError: a tensor is missing, unknown or of another shape.
     """
     expected, found = model.part_state("qformer"), checkpoint.trained
-    fits = model.llm.width == checkpoint.llm_width
+    fits = not isinstance(model, InstructBLIP) or model.llm.width == checkpoint.llm_width
     if not fits:
         expected = {name: tensor for name, tensor in expected.items() if not name.startswith("projection.")}
         found = {name: tensor for name, tensor in found.items() if not name.startswith(_PROJECTION)}
     if checkpoint.vision:
-        own = {f"vision.backbone.{name}": tensor for name, tensor in model.vision.backbone.state_dict().items()}
-        expected, found = {**expected, **own}, {**found, **checkpoint.vision}
+        expected, found = {**expected, **backbone_state(model.vision)}, {**found, **checkpoint.vision}
+        model.held_parts |= {"vision"}  # which no file of its configuration has
     names = foreign_names(expected, "lavis")
     shapes = {names[name]: tensor.shape for name, tensor in expected.items()}
     check_tensors(shapes, found, str(checkpoint.path))
@@ -152,32 +198,38 @@ def load_lavis(checkpoint: LavisCheckpoint, model: InstructBLIP) -> bool:
     return fits
 
 
-def save_lavis(model: InstructBLIP, path: Path, *, projection: str | None = None) -> None:
-    """Write what is trained as a LAVIS checkpoint: Q-Former, query tokens, `ln_vision`, projection.
+def save_lavis(model: InstructBLIP | BLIP2, path: Path, *, projection: str | None = None) -> None:
+    """Write what a checkpoint holds as one of LAVIS: Q-Former, query tokens, `ln_vision`, projection or heads.
 
-    The frozen ViT and language model are not in such a file. LAVIS computes `ln_vision` with an eps of 1e-5, whatever the
-    model has.
+    A frozen ViT that has a file of its own and the language model are not in it. LAVIS computes `ln_vision` with an eps of
+    1e-5, whatever the model has.
 
     Args:
         model: the model.
         path: of the file.
-        projection: its name there, one of `PROJECTIONS`; None takes that of InstructBLIP's models of this kind.
+        projection: its name there, one of `PROJECTIONS`; None takes that of the released models of this kind.
 
     Raises:
-        UserError: other parts were trained, a tensor has no place there (of another vision norm than a LayerNorm, say),
-            or the disk is full.
+        UserError: the language model was trained, a tensor has no place there (of another vision norm than a LayerNorm,
+            say), or the disk is full.
     """
-    if others := sorted(model.trained_parts - {"qformer"}):
-        raise UserError(f"{others[0]} was trained too, and a LAVIS file has no place for it; write --to huggingface")
+    held = model.trained_parts | model.held_parts
+    if "llm" in held:
+        raise UserError("llm was trained too, and a LAVIS file has no place for it; write --to huggingface")
     state = model.part_state("qformer")
-    projection = projection or ("t5_proj" if isinstance(model.llm, EncoderDecoderLLM) else "llm_proj")
-    names = {
-        native: name.replace(_PROJECTION, f"{projection}.") for native, name in foreign_names(state, "lavis").items()
-    }
-    positions = torch.arange(model.qformer.max_text_tokens)[None]  # a buffer, which LAVIS's own files have
+    if "vision" in held:
+        state |= backbone_state(model.vision)
+    names = foreign_names(state, "lavis")
+    if isinstance(model, InstructBLIP):
+        projection = projection or _usual_projection(model)
+        names = {native: name.replace(_PROJECTION, f"{projection}.") for native, name in names.items()}
+    content = {names[native]: tensor.detach().cpu() for native, tensor in state.items()}
+    # What LAVIS's own files have too: a buffer, and under their second names the tensors of a tied head.
+    content[_POSITION_IDS] = torch.arange(model.qformer.max_text_tokens)[None]
+    if model.qformer.lm_head is not None:
+        content |= {copy: content[name] for copy, name in zip(LAVIS_TIED, (_WORDS, _HEAD_BIAS), strict=True)}
     with atomic_path(path) as partial:
-        content = {names[native]: tensor.detach().cpu() for native, tensor in state.items()}
-        torch.save({"model": content | {_POSITION_IDS: positions}}, partial)
+        torch.save({"model": content}, partial)
     if isinstance(model.vision_norm, nn.LayerNorm) and model.vision_norm.eps != LN_VISION_EPS:
         logger.warning(
             "LAVIS computes ln_vision with an eps of %g, this model with %g: its outputs differ by that",
@@ -186,54 +238,23 @@ def save_lavis(model: InstructBLIP, path: Path, *, projection: str | None = None
         )
 
 
-def read_blip2(stage1: Path, stage2: Path | None, expected: Mapping[str, Tensor]) -> Blip2Start:
-    """The start of instruction tuning: BLIP-2's first stage, overlaid by its second, under this code's names.
+def _usual_projection(model: InstructBLIP) -> str:
+    if isinstance(model.llm, EncoderDecoderLLM):
+        return "t5_proj"
+    return "llm_proj" if model.qformer.instruction_aware else "opt_proj"
 
-    The second stage has no text branch: its text embeddings and text feed-forwards are those of the first. It alone has a
-    projection, into the language model it was aligned to.
 
-    Args:
-        stage1: `blip2_pretrained.pth`.
-        stage2: such as `blip2_pretrained_flant5xl.pth`; None starts from the first stage.
-        expected: the tensors to be filled, such as `model.part_state("qformer")`. A Q-Former that takes no instructions
-            leaves the first stage's text branch out.
-
-    Returns:
-        With a tensor for each of `expected`; the projection is left out where the second stage has none of that shape.
+def read_tensors(path: Path) -> LavisTensors:
+    """Read a file of any of LAVIS's Q-Former models under this code's names.
 
     Raises:
-        UserError: a file of the other stage, or another tensor is missing, unknown or of another shape.
+        UserError: no state dict of LAVIS's in it, or an unknown tensor.
     """
-    state, where = _split(_model_state(stage1))[0], str(stage1)
-    if (found := _projection(state)) is not None:
-        raise UserError(
-            f"{stage1} has a projection ({found}), so it is no file of BLIP-2's first stage; give blip2_pretrained.pth as "
-            "qformer.stage1 and the second stage's, blip2_pretrained_<llm>.pth, as qformer.stage2"
-        )
-    projection = None
-    if stage2 is not None:
-        second = _split(_model_state(stage2))[0]
-        projection = _projection(second)
-        if projection is None:
-            raise UserError(
-                f"{stage2} has no {' or '.join(PROJECTIONS)}, so it is no file of BLIP-2's second stage; give "
-                "blip2_pretrained_<llm>.pth as qformer.stage2, or null to start from the first stage"
-            )
-        state |= _with_one_projection(second, projection)
-        where = f"{stage1} overlaid by {stage2}"
-    if "qformer.word_embeddings.weight" not in expected:
-        state = {name: tensor for name, tensor in state.items() if not _TEXT_BRANCH.match(name)}
-    names = foreign_names(expected, "lavis")
-    fits = {
-        name: names[name] in state and state[names[name]].shape == tensor.shape
-        for name, tensor in expected.items()
-        if names[name].startswith(_PROJECTION)
-    }
-    if not all(fits.values()):
-        state = {name: tensor for name, tensor in state.items() if not name.startswith(_PROJECTION)}
-        names = {native: name for native, name in names.items() if native not in fits}
-    check_tensors({name: expected[native].shape for native, name in names.items()}, state, where)
-    return Blip2Start({native: state[name] for native, name in names.items()}, projection)
+    state = _model_state(path)
+    if (projection := _projection(state)) is not None:
+        state = _with_one_projection(state, projection)
+    names = native_names(state, "lavis", str(path))
+    return LavisTensors({native: state[name] for name, native in names.items()}, projection)
 
 
 def _projection(state: Mapping[str, Tensor]) -> str | None:

@@ -1,31 +1,58 @@
 """One call for every kind of trained model: our runs, transformers' folders and hub ids, LAVIS's files."""
 
 import dataclasses
+import hashlib
+import json
 import re
-from collections.abc import Mapping
+import string
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeVar
 
 from torch import Tensor
 
-from instructblip.config.schema import CONFIGS, LLMConfig, ModelConfig, QFormerConfig, VisionConfig
+from instructblip.config.schema import (
+    CONFIGS,
+    ArchitectureConfig,
+    LLMConfig,
+    LLMKind,
+    ModelConfig,
+    ModelKind,
+    QFormerConfig,
+    VisionConfig,
+)
 from instructblip.config.validate import read_config, read_model_config, unknown_choice
 from instructblip.distributed import choose_device
 from instructblip.errors import UserError
 from instructblip.fetch.parts import Sources, part_folder
+from instructblip.models.base import Model, Skill
+from instructblip.models.blip2 import BLIP2
 from instructblip.models.fingerprint import fingerprint, fingerprint_tensors
 from instructblip.models.instructblip import InstructBLIP
-from instructblip.weights.checkpoint import checkpoint_folders, load_checkpoint, newest_whole
+from instructblip.weights.checkpoint import LoadedCheckpoint, checkpoint_folders, load_checkpoint, newest_whole
 from instructblip.weights.gatekeeper import refuse_other_model
-from instructblip.weights.lavis import load_lavis, qformer_settings, read_lavis
+from instructblip.weights.lavis import (
+    LavisCheckpoint,
+    architecture_settings,
+    load_lavis,
+    qformer_settings,
+    read_lavis,
+)
 from instructblip.weights.names import check_tensors
-from instructblip.weights.parts import build_model, load_llm, warn_aligned
-from instructblip.weights.transformers_read import is_huggingface_folder, load_huggingface, read_transformers_config
+from instructblip.weights.parts import MODELS, build_model, load_llm, warn_aligned
+from instructblip.weights.start import PLAIN, PROJECTION, Standing, Start
+from instructblip.weights.transformers_layout import layout_of
+from instructblip.weights.transformers_read import is_huggingface_folder, load_huggingface
+from instructblip.weights.transformers_settings import read_transformers_config
 
-LAVIS_VISION, LAVIS_QFORMER = "eva_vit_g", "blip2"  # names in configs/vision and configs/qformer
+LAVIS_QFORMER = "blip2"  # in configs/qformer
+# In configs/vision, by the width of image tokens; any other width is of an EVA-CLIP that was shrunk.
+_LAVIS_VISIONS, _LAVIS_VISION = {1024: "clip_vit_l"}, "eva_vit_g"
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
+
+_SOME_OF_EVERYTHING = f"{string.printable} The left bus isn't 1,234.5 years older. Ein grünes Haus, 東京 \U0001f600"
 
 Section = TypeVar("Section", VisionConfig, QFormerConfig, LLMConfig)
 
@@ -44,13 +71,20 @@ class Source(NamedTuple):
         format: `run`, `huggingface` or `lavis`.
         path: the checkpoint folder of a run, the transformers folder, the file.
         name: of the run, folder, hub repository or file.
-        llm_kind: `decoder` or `encoder_decoder`.
+        kind: of the model.
+        llm_kind: `decoder` or `encoder_decoder`; None where there is no language model.
     """
 
     format: Literal["run", "huggingface", "lavis"]
     path: Path
     name: str
-    llm_kind: str
+    kind: ModelKind
+    llm_kind: LLMKind | None
+
+    @property
+    def skills(self) -> frozenset[Skill]:
+        """What evaluation may ask of it."""
+        return MODELS[self.kind].SKILLS
 
 
 class LoadedModel(NamedTuple):
@@ -62,15 +96,17 @@ class LoadedModel(NamedTuple):
         source: that checkpoint folder, folder or file; of a run the checkpoint that was taken.
         step: optimiser steps that its checkpoint has seen; 0 where the source does not say.
         config: the sections it was built from; None for a transformers folder, which is its own configuration.
-        parts: `llm` and `vision`.
+        parts: `vision`, and `llm` where there is one.
+        standing: what it started from, and what of it was never trained or is aligned to another LLM.
     """
 
-    model: InstructBLIP
+    model: Model
     name: str
     source: str
     step: int
     config: ModelConfig | None
     parts: dict[str, FrozenPart]
+    standing: Standing = PLAIN
 
 
 class Replacements(NamedTuple):
@@ -101,24 +137,38 @@ def find_source(source: str | Path, llm: str | LLMConfig | None = None) -> Sourc
     path = Path(source).expanduser()
     if path.is_file():
         refuse_other_model(path)
-        if llm is None:
-            known = ", ".join(sorted(file.stem for file in (CONFIGS / "llm").glob("*.yaml")))
-            raise UserError(
-                f"{path} has no language model in it; say which one it was trained with: llm= one of {known}"
-            )
-        found = Source("lavis", path, path.stem, llm_config(llm, None).kind)
-    elif folder := huggingface_source(source):
-        own_kind = "decoder" if read_transformers_config(folder).use_decoder_only_language_model else "encoder_decoder"
-        kind = own_kind if llm is None else llm_config(llm, None).kind
-        found = Source("huggingface", folder, path.absolute().name, kind)
-    elif path.is_dir():
+        return _find_lavis(path, llm)
+    if folder := huggingface_source(source):
+        return _find_huggingface(folder, path.absolute().name, llm)
+    if path.is_dir():
         refuse_other_model(path)
         checkpoint = find_checkpoint(path)
         config = _replace_parts(read_model_config(checkpoint.parents[1] / "config.yaml"), Replacements(llm))
-        found = Source("run", checkpoint, checkpoint.absolute().parents[1].name, config.llm.kind)
-    else:
-        raise UserError(f"{source} is no run, transformers folder, hub id or .pth file; give one that is there")
-    return found
+        own_kind = None if config.llm is None else config.llm.kind
+        return Source("run", checkpoint, checkpoint.absolute().parents[1].name, config.model.kind, own_kind)
+    raise UserError(f"{source} is no run, transformers folder, hub id or .pth file; give one that is there")
+
+
+def _find_lavis(path: Path, llm: str | LLMConfig | None) -> Source:
+    kind = read_lavis(path).kind
+    if kind == "blip2_stage1":
+        if llm is not None:
+            raise UserError(f"{path} is of BLIP-2's first stage, which has no language model; leave llm= out")
+        return Source("lavis", path, path.stem, kind, None)
+    if llm is None:
+        known = ", ".join(sorted(file.stem for file in (CONFIGS / "llm").glob("*.yaml")))
+        raise UserError(f"{path} has no language model in it; say which one it was trained with: llm= one of {known}")
+    return Source("lavis", path, path.stem, kind, llm_config(llm, None).kind)
+
+
+def _find_huggingface(folder: Path, name: str, llm: str | LLMConfig | None) -> Source:
+    kind, config = layout_of(folder).kind, read_transformers_config(folder)
+    if kind == "blip2_stage1":
+        if llm is not None:
+            raise UserError(f"{folder} is BLIP-2's first stage, which has no language model; leave llm= out")
+        return Source("huggingface", folder, name, kind, None)
+    own_kind: LLMKind = "decoder" if config.use_decoder_only_language_model else "encoder_decoder"
+    return Source("huggingface", folder, name, kind, own_kind if llm is None else llm_config(llm, None).kind)
 
 
 def load_model(
@@ -134,7 +184,8 @@ def load_model(
 
     Args:
         source: folder of a run (its newest whole checkpoint is taken) or one of its checkpoints; a transformers folder or
-            the hub id of one; a `.pth` file of LAVIS, which needs `llm`. Or what `find_source` found.
+            the hub id of one; a `.pth` file of LAVIS, which needs `llm` but for BLIP-2's first stage. Or what `find_source`
+            found.
         llm: a name in configs/llm, or such a configuration. Projection and Q-Former were aligned to one language model; with
             another they work badly, or where its width differs not at all, until they are trained: a warning says so.
         llm_path: folder with that language model's files, in place of the configured sources.
@@ -151,6 +202,19 @@ def load_model(
     found = source if isinstance(source, Source) else find_source(source, llm)
     loaded = load[found.format](found, replaced)
     return loaded._replace(model=loaded.model.to(place).eval())
+
+
+def as_instructblip(model: Model, source: str) -> InstructBLIP:
+    """The model, which came from `source`, where it is an InstructBLIP.
+
+    Raises:
+        UserError: it is another.
+    """
+    if not isinstance(model, InstructBLIP):
+        raise UserError(
+            f"{source} is a {type(model).__name__}, wanted is an InstructBLIP; give a run of model=instructblip"
+        )
+    return model
 
 
 def huggingface_source(source: str | Path) -> Path | None:
@@ -187,9 +251,10 @@ def hub_folder(repository: str) -> Path:
     return folder
 
 
-def frozen_parts(vision: VisionConfig, llm: LLMConfig) -> dict[str, FrozenPart]:
+def frozen_parts(vision: VisionConfig, llm: LLMConfig | None) -> dict[str, FrozenPart]:
     """The frozen parts as they are configured."""
-    return {"vision": _frozen_part(vision), "llm": _frozen_part(llm)}
+    parts: dict[str, VisionConfig | LLMConfig | None] = {"vision": vision, "llm": llm}
+    return {name: _frozen_part(part) for name, part in parts.items() if part is not None}
 
 
 def part_config(group: str, name: str, schema: type[Section]) -> Section:
@@ -217,7 +282,7 @@ def _load_run(found: Source, replaced: Replacements) -> LoadedModel:
     config = read_model_config(found.path.parents[1] / "config.yaml")
     run = load_run(found.path, device="cpu", config=_replace_parts(config, replaced))
     parts = frozen_parts(run.config.vision, run.config.llm)
-    return LoadedModel(run.model, found.name, str(found.path), run.step, run.config, parts)
+    return LoadedModel(run.model, found.name, str(found.path), run.step, run.config, parts, run.standing)
 
 
 def _load_huggingface(found: Source, replaced: Replacements) -> LoadedModel:
@@ -226,47 +291,67 @@ def _load_huggingface(found: Source, replaced: Replacements) -> LoadedModel:
         raise UserError(
             f"{folder} has its own ViT, Q-Former and LLM; only llm= (with llm_path=) can take another's place"
         )
+    vision = {"vision": FrozenPart(f"ViT of {name}", str(folder))}
+    if found.llm_kind is None:
+        return LoadedModel(load_huggingface(folder), name, str(folder), 0, None, vision)
     language = read_transformers_config(folder).text_config
-    parts = {
-        "vision": FrozenPart(f"ViT of {name}", str(folder)),
-        "llm": FrozenPart(f"{language.model_type} of {name}", str(folder)),
-    }
+    parts = vision | {"llm": FrozenPart(f"{language.model_type} of {name}", str(folder))}
     if replaced.llm is None:
         return LoadedModel(load_huggingface(folder), name, str(folder), 0, None, parts)
     config = llm_config(replaced.llm, replaced.llm_path)
-    model = load_huggingface(folder, llm=load_llm(config))
+    model = as_instructblip(load_huggingface(folder, llm=load_llm(config)), name)
     fits = language.hidden_size == model.llm.width
-    warn_aligned(f"the LLM of {name}", config.name, projection_fits=fits)
-    return LoadedModel(model, name, str(folder), 0, None, parts | {"llm": _frozen_part(config)})
+    standing = _beside(f"the LLM of {name}", config.name, projection_fits=fits)
+    return LoadedModel(model, name, str(folder), 0, None, parts | {"llm": _frozen_part(config)}, standing)
 
 
 def _load_lavis(found: Source, replaced: Replacements) -> LoadedModel:
-    assert replaced.llm is not None  # `find_source` refuses a file without one
-    path, checkpoint = found.path, read_lavis(found.path)
-    config = ModelConfig(
-        vision=part_config("vision", LAVIS_VISION, VisionConfig),
-        qformer=part_config("qformer", LAVIS_QFORMER, QFormerConfig),
-        llm=llm_config(replaced.llm, None),
-    )
-    config = _replace_parts(config, replaced._replace(llm=None))
+    checkpoint = read_lavis(found.path)
+    config = _replace_parts(_lavis_config(checkpoint, replaced.llm), replaced._replace(llm=None))
     config.qformer = dataclasses.replace(
         config.qformer, init="scratch", query_init="normal", **qformer_settings(checkpoint)
     )
-    model = build_model(config.vision, config.qformer, config.llm, seed=config.seed)
-    fits = load_lavis(checkpoint, model)
-    if checkpoint.projection != config.llm.lavis_projection or not fits:
+    model = build_model(config)
+    assert isinstance(model, InstructBLIP | BLIP2)
+    fits, standing, llm = load_lavis(checkpoint, model), PLAIN, config.llm
+    if llm is not None and (checkpoint.projection != llm.lavis_projection or not fits):
         trained_with = f"an LLM of width {checkpoint.llm_width} (LAVIS's {checkpoint.projection})"
-        warn_aligned(trained_with, config.llm.name, projection_fits=fits)
-    return LoadedModel(model, found.name, str(path), 0, config, frozen_parts(config.vision, config.llm))
+        standing = _beside(trained_with, llm.name, projection_fits=fits)
+    return LoadedModel(model, found.name, str(found.path), 0, config, frozen_parts(config.vision, llm), standing)
+
+
+def _lavis_config(checkpoint: LavisCheckpoint, llm: str | LLMConfig | None) -> ModelConfig:
+    """What a checkpoint says, and LAVIS's own configuration where it does not."""
+    name = _LAVIS_VISIONS.get(checkpoint.vision_width, _LAVIS_VISION)
+    vision = part_config("vision", name, VisionConfig)
+    if checkpoint.image_size is not None:
+        vision = dataclasses.replace(vision, image_size=checkpoint.image_size)
+    return ModelConfig(
+        model=ArchitectureConfig(kind=checkpoint.kind, **architecture_settings(checkpoint)),
+        vision=vision,
+        qformer=part_config("qformer", LAVIS_QFORMER, QFormerConfig),
+        llm=None if llm is None else llm_config(llm, None),
+    )
+
+
+def _beside(trained_with: str, llm: str, *, projection_fits: bool, start: Start = PLAIN.start) -> Standing:
+    """A model beside another language model than its Q-Former was trained with, which is warned about."""
+    warn_aligned(trained_with, llm, projection_fits=projection_fits)
+    return Standing(start, trained_with, () if projection_fits else (PROJECTION,))
 
 
 def _replace_parts(config: ModelConfig, replaced: Replacements) -> ModelConfig:
-    own = replaced.llm is None or replaced.llm == config.llm.name
+    llm = config.llm
+    if llm is not None:
+        own = replaced.llm is None or replaced.llm == llm.name
+        llm = llm_config(llm if own or replaced.llm is None else replaced.llm, replaced.llm_path)
+    elif replaced.llm or replaced.llm_path:
+        raise UserError(f"model={config.model.kind} has no language model to replace; leave llm= and llm_path= out")
     return dataclasses.replace(
         config,
         vision=_with_path(config.vision, replaced.vision_path),
         qformer=_with_path(config.qformer, replaced.qformer_path),
-        llm=llm_config(config.llm if own or replaced.llm is None else replaced.llm, replaced.llm_path),
+        llm=llm,
     )
 
 
@@ -289,10 +374,11 @@ def _with_path(section: Section, path: str | None) -> Section:
 class LoadedRun(NamedTuple):
     """A model restored from a run, what it was built from, and where it came from."""
 
-    model: InstructBLIP
+    model: Model
     config: ModelConfig
     checkpoint: Path
     step: int
+    standing: Standing
 
 
 # --- checkpoints -----------------------------------------------------------------------------------------------------
@@ -316,21 +402,34 @@ def load_run(source: Path, *, device: str = "auto", config: ModelConfig | None =
     config = config or own
     # Every trainable tensor comes from the checkpoint: whatever the run started from need not be there any more.
     qformer = dataclasses.replace(config.qformer, init="scratch", query_init="normal")
+    built = dataclasses.replace(config, qformer=qformer)
     state, frozen = dict(loaded.model), dict(loaded.state["frozen"])
-    trained = InstructBLIP.PARTS.keys() - frozen.keys()  # what a checkpoint does not hold it names by a fingerprint
-    if config.llm.name != own.llm.name:
+    # What a checkpoint does not hold it names by a fingerprint.
+    trained = MODELS[config.model.kind].PARTS.keys() - frozen.keys()
+    start = Start.from_json(loaded.state.get("start"))
+    # Steps align what they train to the run's own LLM.
+    aligned_to = start.aligned_to if loaded.step == 0 else None
+    standing = Standing(start, aligned_to, tuple(loaded.state.get("untrained", ())))
+    if own.llm is not None and config.language_model().name != own.llm.name:
         trained -= {"llm"}
         state = {name: tensor for name, tensor in state.items() if not name.startswith("llm.")}
-    model = build_model(config.vision, qformer, config.llm, seed=config.seed, trained=trained)
-    if config.llm.name != own.llm.name:
-        projection = {f"projection.{name}": tensor for name, tensor in model.projection.state_dict().items()}
-        fits = state["projection.weight"].shape == projection["projection.weight"].shape
-        state |= {} if fits else projection
+        model: Model = build_model(built, trained=trained)
+        assert isinstance(model, InstructBLIP)
         frozen["llm"] = fingerprint(model.llm)
-        warn_aligned(own.llm.name, config.llm.name, projection_fits=fits)
-    check_frozen(model, frozen, checkpoint)
-    restore_trainable(model, state, checkpoint)
-    return LoadedRun(model.to(choose_device(device)).eval(), config, checkpoint, loaded.step)
+        fits = _fit_projection(model, state)
+        standing = _beside(own.llm.name, config.language_model().name, projection_fits=fits, start=start)
+    else:
+        model = build_model(built, trained=trained)
+    restore_model(model, loaded._replace(model=state, state={**loaded.state, "frozen": frozen}))
+    return LoadedRun(model.to(choose_device(device)).eval(), config, checkpoint, loaded.step, standing)
+
+
+def _fit_projection(model: InstructBLIP, state: dict[str, Tensor]) -> bool:
+    """Whether a checkpoint's projection leads into this model's LLM; where it does not the model's own takes its place."""
+    projection = {f"projection.{name}": tensor for name, tensor in model.projection.state_dict().items()}
+    fits = state["projection.weight"].shape == projection["projection.weight"].shape
+    state |= {} if fits else projection
+    return fits
 
 
 def find_checkpoint(source: Path) -> Path:
@@ -352,26 +451,67 @@ def find_checkpoint(source: Path) -> Path:
     return checkpoint
 
 
-def frozen_fingerprints(model: InstructBLIP) -> dict[str, str]:
-    """What a checkpoint remembers of the weights that it does not hold."""
+def frozen_fingerprints(model: Model, parts: Collection[str] | None = None) -> dict[str, str]:
+    """What a checkpoint remembers of the weights that do not train; `parts` limits it to some of them."""
     found = {}
-    for part in sorted(model.PARTS.keys() - model.trained_parts, reverse=True):
+    frozen = model.PARTS.keys() - model.trained_parts
+    for part in sorted(frozen if parts is None else frozen & set(parts), reverse=True):
         modules = model.part_modules(part)
         found[part] = fingerprint(modules[0]) if len(modules) == 1 else fingerprint_tensors(model.part_state(part))
     return found
 
 
-def check_frozen(model: InstructBLIP, expected: Mapping[str, str], checkpoint: Path) -> None:
-    """Refuse a checkpoint that was trained beside other frozen weights than the model's, but for those that it holds."""
-    for part, found in frozen_fingerprints(model).items():
-        if part not in model.HELD and expected.get(part) != found:
-            raise UserError(
-                f"the frozen {part} weights are not those {checkpoint} was trained with; "
-                f"use the same {part}= and the same files, or train anew under another name="
-            )
+def tokenizer_fingerprints(model: Model) -> dict[str, str]:
+    """What a checkpoint remembers of the tokenizers: their vocabulary, and how they cut a text with some of everything."""
+    found = {}
+    for part, tokenizer in model.tokenizers().items():
+        known = [sorted(tokenizer.get_vocab().items()), tokenizer(_SOME_OF_EVERYTHING)["input_ids"]]
+        found[part] = hashlib.sha256(json.dumps(known).encode()).hexdigest()
+    return found
 
 
-def restore_trainable(model: InstructBLIP, state: Mapping[str, Tensor], checkpoint: Path) -> None:
+def other_frozen(own: Mapping[str, str], expected: Mapping[str, str], held: Collection[str]) -> str | None:
+    """The first frozen part that a checkpoint was not trained beside, of those that it does not hold.
+
+    Args:
+        own: `frozen_fingerprints` of a model.
+        expected: those of a checkpoint.
+        held: parts that the checkpoint holds.
+    """
+    return next((part for part in own if part not in held and expected.get(part) != own[part]), None)
+
+
+def check_frozen(own: Mapping[str, str], expected: Mapping[str, str], held: Collection[str], checkpoint: Path) -> None:
+    """Refuse a checkpoint that was trained beside other frozen weights; arguments as `other_frozen`."""
+    if part := other_frozen(own, expected, held):
+        raise UserError(
+            f"the frozen {part} weights are not those {checkpoint} was trained with; "
+            f"use the same {part}= and the same files, or train anew under another name="
+        )
+
+
+def held_by(model: Model, checkpoint: LoadedCheckpoint) -> set[str]:
+    """The parts of which a checkpoint has the weights."""
+    return {model.part_of(name) for name in checkpoint.model}
+
+
+def restore_model(model: Model, checkpoint: LoadedCheckpoint, own_frozen: Mapping[str, str] | None = None) -> Start:
+    """Put a checkpoint's weights into a model that was built as its run's was; what it holds beyond, the model holds then.
+
+    Args:
+        own_frozen: the model's `frozen_fingerprints`, where they are known.
+
+    Raises:
+        UserError: other frozen weights than it was trained with, or other trained ones.
+    """
+    model.held_parts |= held_by(model, checkpoint)
+    own = frozen_fingerprints(model) if own_frozen is None else own_frozen
+    check_frozen(own, checkpoint.state["frozen"], model.held_parts, checkpoint.path)
+    restore_trainable(model, checkpoint.model, checkpoint.path)
+    return Start.from_json(checkpoint.state.get("start"))
+
+
+def restore_trainable(model: Model, state: Mapping[str, Tensor], checkpoint: Path) -> None:
     """Load trainable weights; every one must be there, with the right shape."""
     check_tensors({name: tensor.shape for name, tensor in model.held_state().items()}, state, str(checkpoint))
     model.load_state_dict(dict(state), strict=False)

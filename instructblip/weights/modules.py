@@ -15,6 +15,7 @@ from transformers import AutoConfig
 from instructblip.config.schema import LLMConfig, ModelConfig, QFormerConfig, VisionConfig
 from instructblip.errors import UserError
 from instructblip.fetch.parts import part_settings, sources
+from instructblip.models.blip2 import blip2_heads
 from instructblip.models.llm import LLM_KINDS
 from instructblip.models.qformer import QFormer
 from instructblip.models.vision import VisionEncoder
@@ -28,8 +29,10 @@ class Parts:
     vision: VisionEncoder
     norm: nn.Module
     qformer: QFormer
-    projection: nn.Linear
-    llm: Any  # a transformers model
+    heads: (
+        nn.ModuleDict
+    )  # what stands behind the Q-Former: InstructBLIP's projection, the heads of BLIP-2's first stage
+    llm: Any  # a transformers model; None where there is none
 
 
 def parts_without_weights(config: ModelConfig) -> Parts:
@@ -40,11 +43,15 @@ def parts_without_weights(config: ModelConfig) -> Parts:
     """
     with torch.device("meta"):
         vision = vision_encoder(config.vision)
-        qformer = qformer_of_sizes(config.qformer, vision_width=vision.width)
-        llm = language_model_of_sizes(config.llm)
-        projection = nn.Linear(qformer.width, llm.get_input_embeddings().weight.shape[1])
         norm = nn.LayerNorm(vision.width) if config.vision.norm == "layer" else nn.Identity()
-    return Parts(vision, norm, qformer, projection, llm)
+        if config.model.kind == "blip2_stage1":
+            qformer = qformer_of_sizes(config.qformer, vision_width=vision.width, reads_and_writes=True)
+            heads = blip2_heads(qformer.width, config.model.feature_width)
+            return Parts(vision, norm, qformer, nn.ModuleDict(heads), None)
+        qformer = qformer_of_sizes(config.qformer, vision_width=vision.width)
+        llm = language_model_of_sizes(config.language_model())
+        projection = nn.Linear(qformer.width, llm.get_input_embeddings().weight.shape[1])
+    return Parts(vision, norm, qformer, nn.ModuleDict({"projection": projection}), llm)
 
 
 def vision_encoder(config: VisionConfig) -> VisionEncoder:
@@ -70,9 +77,17 @@ def vision_encoder(config: VisionConfig) -> VisionEncoder:
 
 
 def make_qformer(
-    config: QFormerConfig, bert: Mapping[str, Any], *, rows: int, vision_width: int, where: str
+    config: QFormerConfig,
+    bert: Mapping[str, Any],
+    *,
+    rows: int,
+    vision_width: int,
+    where: str,
+    reads_and_writes: bool = False,
 ) -> QFormer:
     """The Q-Former over a BERT of these sizes (keys of its config.json, which `where` names), with `rows` of embeddings.
+
+    With `reads_and_writes` it gives text states and has a language-model head, as BLIP-2's first stage needs.
 
     Raises:
         UserError: more layers than BERT has.
@@ -93,6 +108,8 @@ def make_qformer(
         dropout=config.dropout,
         norm_eps=bert["layer_norm_eps"],
         instruction_aware=config.instruction_aware,
+        text_outputs=reads_and_writes,
+        language_model_head=reads_and_writes,
     )
     if config.instruction_aware:
         qformer.word_embeddings.requires_grad_(config.train_text_embeddings)
@@ -100,7 +117,7 @@ def make_qformer(
     return qformer
 
 
-def qformer_of_sizes(config: QFormerConfig, *, vision_width: int) -> QFormer:
+def qformer_of_sizes(config: QFormerConfig, *, vision_width: int, reads_and_writes: bool = False) -> QFormer:
     """The Q-Former over a BERT of the `sizes` in its YAML, else of its config.json.
 
     Raises:
@@ -108,7 +125,14 @@ def qformer_of_sizes(config: QFormerConfig, *, vision_width: int) -> QFormer:
     """
     bert = _sizes("qformer", config)
     rows = bert["vocab_size"] + len(config.extra_tokens)
-    return make_qformer(config, bert, rows=rows, vision_width=vision_width, where="qformer.sizes")
+    return make_qformer(
+        config,
+        bert,
+        rows=rows,
+        vision_width=vision_width,
+        where="qformer.sizes",
+        reads_and_writes=reads_and_writes,
+    )
 
 
 def language_model_of_sizes(config: LLMConfig) -> Any:

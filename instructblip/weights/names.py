@@ -1,8 +1,7 @@
 """The names of tensors: this code's, LAVIS's, transformers'. One table, read in both directions.
 
-A state dict of this code (`InstructBLIP.state_dict()`) is compared with the formats in which InstructBLIP and BLIP-2 were
-released.
-timm's EVA uses LAVIS's names without their prefix. The language model's own tensors differ by their prefix only.
+A state dict of this code (`InstructBLIP.state_dict()`, `BLIP2.state_dict()`) is compared with the formats in which the two
+were released. timm's EVA uses LAVIS's names without their prefix. A language model's tensors differ by their prefix only.
 """
 
 import fnmatch
@@ -105,8 +104,8 @@ TABLE = (
         "qformer.lm_head.",
         "Qformer.cls.predictions.",
         "",
-        # BLIP-2's first stage. transformers has no language-model head on a Q-Former. LAVIS's files also hold tied copies:
-        # `decoder.weight` of the word embeddings, `decoder.bias` of this bias.
+        # BLIP-2's first stage. transformers has no language-model head on a Q-Former. LAVIS's files also hold copies
+        # (LAVIS_TIED).
         (
             ("dense.*", "transform.dense.*", None),
             ("norm.*", "transform.LayerNorm.*", None),
@@ -131,8 +130,11 @@ LAVIS_ALIASES = (
     "opt_model.lm_head.weight",
 )
 
+# Copies in the files of BLIP-2's first stage: of the word embeddings, and of the head's bias.
+LAVIS_TIED = ("Qformer.cls.predictions.decoder.weight", "Qformer.cls.predictions.decoder.bias")
+
 _PLACES: dict[Format, str] = {
-    "lavis": "a LAVIS InstructBLIP",
+    "lavis": "a LAVIS",
     "huggingface": "a transformers InstructBLIP",
     "huggingface_blip2": "a transformers BLIP-2",
 }
@@ -141,11 +143,7 @@ _PLACES: dict[Format, str] = {
 IGNORED: dict[Format, tuple[str, ...]] = {
     "lavis": (
         "Qformer.bert.embeddings.position_ids",  # 0, 1, 2, ...
-        "Qformer.cls.*",  # BERT's masked-language head, of BLIP-2's first stage
-        "vision_proj.*",  # heads of BLIP-2's first stage: contrastive, matching, temperature
-        "text_proj.*",
-        "itm_head.*",
-        "temp",
+        *LAVIS_TIED,
         "*.rotary_emb.inv_freq",  # computed from the configuration
         *LAVIS_ALIASES,
     ),
@@ -185,6 +183,9 @@ def _blip2_name(huggingface: str) -> str:
 
 
 _BY_NATIVE = _expand()
+_BY_FOREIGN: dict[Format, dict[str, str]] = {
+    form: {names[form]: native for native, names in _BY_NATIVE.items() if form in names} for form in _PLACES
+}
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
@@ -202,6 +203,37 @@ def foreign_names(native: Iterable[str], to: Format) -> dict[str, str]:
             raise UserError(f"{name} has no place in {_PLACES[to]} file; its parts are EVA-CLIP ViT and Q-Former")
         names[name] = row[to].replace("{i}", layer.group()) if layer else row[to]
     return names
+
+
+def native_names(foreign: Iterable[str], of: Format, where: str) -> dict[str, str]:
+    """The tensor names of another format -> this code's, in the same order; those that mean nothing here are left out.
+
+    Args:
+        foreign: names; LAVIS's projection is called `llm_proj` whatever the family.
+        of: their format. A language model's have a place in transformers' only.
+        where: they were read, for the message.
+
+    Raises:
+        UserError: an unknown name.
+    """
+    names, unknown = {}, []
+    for name in foreign:
+        layer = _NUMBER.search(name)
+        native = _BY_FOREIGN[of].get(_NUMBER.sub("{i}", name))
+        if native is not None:
+            names[name] = native.replace("{i}", layer.group()) if layer else native
+        elif of != "lavis" and name.startswith(HUGGINGFACE_LLM_PREFIX):
+            names[name] = LLM_PREFIX + name.removeprefix(HUGGINGFACE_LLM_PREFIX)
+        elif not is_ignored(name, of):
+            unknown.append(name)
+    if unknown:
+        raise UserError(f"{where} has the unknown tensor {_first(unknown)}; it is of another model")
+    return names
+
+
+def has_place(native: str, to: Format) -> bool:
+    """Whether another format has a place for a tensor of this code."""
+    return to in _BY_NATIVE.get(_NUMBER.sub("{i}", native), {})
 
 
 def pack_qkv_bias(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -259,7 +291,9 @@ def _first(names: list[str]) -> str:
 
 SIDECAR = "instructblip.json"
 SIDECAR_FORMAT = 1
+SIDE_TENSORS = "instructblip.safetensors"  # what transformers' class has no place for, under this code's names
 LLM_TOKENIZER = "llm_tokenizer"
+QFORMER_TOKENIZER = "qformer_tokenizer"
 
 
 def backbone_state(vision: VisionEncoder) -> dict[str, Tensor]:

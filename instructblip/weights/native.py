@@ -13,19 +13,35 @@ import torch
 from safetensors.torch import save_file
 
 from instructblip._transformers import quiet_transformers
-from instructblip.config.schema import Dtype, LLMConfig, ModelConfig, QFormerConfig, SourcesConfig, VisionConfig
+from instructblip.config.schema import (
+    ArchitectureConfig,
+    Dtype,
+    LLMConfig,
+    ModelConfig,
+    QFormerConfig,
+    SourcesConfig,
+    VisionConfig,
+)
 from instructblip.config.validate import to_yaml
 from instructblip.files import write_atomically, write_json
+from instructblip.models.base import Model
+from instructblip.models.blip2 import BLIP2
 from instructblip.models.instructblip import InstructBLIP
 from instructblip.weights.checkpoint import save_checkpoint
 from instructblip.weights.load import frozen_fingerprints
-from instructblip.weights.transformers_read import Settings
+from instructblip.weights.start import PLAIN, Standing
+from instructblip.weights.transformers_settings import Settings
 
 CONFIG = "config.yaml"
 
 
-def save_native(model: InstructBLIP, config: ModelConfig, folder: Path) -> None:
+def save_native(model: Model, config: ModelConfig, folder: Path, standing: Standing = PLAIN) -> None:
     """Write config.yaml and `checkpoints/step_00000000` into a folder.
+
+    Args:
+        model, config: what is written.
+        folder: where.
+        standing: what the model started from, and what of it was never trained or is aligned to another LLM.
 
     Raises:
         UserError: a full disk.
@@ -36,7 +52,12 @@ def save_native(model: InstructBLIP, config: ModelConfig, folder: Path) -> None:
         step=0,
         model=model.held_state(),
         optimizer={},
-        state={"frozen": frozen_fingerprints(model), "seed": config.seed},
+        state={
+            "frozen": frozen_fingerprints(model),
+            "start": dataclasses.replace(standing.start, aligned_to=standing.aligned_to).to_json(),
+            "untrained": standing.untrained,
+            "seed": config.seed,
+        },
         keep=1,
     )
 
@@ -47,12 +68,12 @@ def write_config(config: ModelConfig, folder: Path) -> None:
         config,
         vision=dataclasses.replace(config.vision, sources=_absolute(config.vision.sources)),
         qformer=dataclasses.replace(config.qformer, sources=_absolute(config.qformer.sources)),
-        llm=dataclasses.replace(config.llm, sources=_absolute(config.llm.sources)),
+        llm=None if config.llm is None else dataclasses.replace(config.llm, sources=_absolute(config.llm.sources)),
     )
     write_atomically(folder / CONFIG, to_yaml(absolute))
 
 
-def save_parts(model: InstructBLIP, settings: Settings, folder: Path, *, with_llm: bool) -> None:
+def save_parts(model: InstructBLIP | BLIP2, settings: Settings, folder: Path, *, with_llm: bool) -> None:
     """Write the frozen parts and tokenizers of a model that came from a transformers folder."""
     (folder / "vision").mkdir(parents=True)
     weights = {name: tensor.contiguous() for name, tensor in model.vision.backbone.state_dict().items()}
@@ -68,16 +89,18 @@ def save_parts(model: InstructBLIP, settings: Settings, folder: Path, *, with_ll
         "max_position_embeddings": sizes["max_text_tokens"],
         "layer_norm_eps": sizes["norm_eps"],
     }
+    (folder / "qformer").mkdir()
     with quiet_transformers():
-        model.qformer_tokenizer.save_pretrained(folder / "qformer")
-        if with_llm:
+        if (tokenizer := model.tokenizer if isinstance(model, BLIP2) else model.qformer_tokenizer) is not None:
+            tokenizer.save_pretrained(folder / "qformer")
+        if with_llm and isinstance(model, InstructBLIP):
             model.llm.model.save_pretrained(folder / "llm")
             model.llm.prompt_format.tokenizer.save_pretrained(folder / "llm")
     write_json(folder / "qformer/config.json", bert)
 
 
 def parts_config(
-    model: InstructBLIP, settings: Settings, folder: Path, name: str, *, llm: LLMConfig | None = None
+    model: InstructBLIP | BLIP2, settings: Settings, folder: Path, name: str, *, llm: LLMConfig | None = None
 ) -> ModelConfig:
     """The configuration that builds a model from what `save_parts` wrote below `folder`.
 
@@ -90,6 +113,7 @@ def parts_config(
     """
     qformer = settings.qformer
     return ModelConfig(
+        model=_architecture(model, settings),
         vision=VisionConfig(
             name=f"{name}_vision",
             sources=SourcesConfig(path=str(folder / "vision")),
@@ -104,16 +128,33 @@ def parts_config(
             queries=qformer["queries"],
             cross_attention_every=qformer["cross_attention_every"],
             dropout=qformer["dropout"],
-            max_instruction_tokens=settings.max_instruction_tokens,
+            instruction_aware=qformer["instruction_aware"],
+            max_instruction_tokens=settings.max_text_tokens,
         ),
-        llm=llm
-        or LLMConfig(
-            name=f"{name}_llm",
-            sources=SourcesConfig(path=str(folder / "llm")),
-            kind=settings.llm_kind,
-            dtype=_dtype_name(model.llm.embeddings.weight.dtype),
-            **settings.llm,
-        ),
+        llm=llm or _own_llm(model, settings, folder, name),
+    )
+
+
+def _architecture(model: InstructBLIP | BLIP2, settings: Settings) -> ArchitectureConfig:
+    if not isinstance(model, BLIP2):
+        return ArchitectureConfig(kind=settings.kind)
+    return ArchitectureConfig(
+        kind=settings.kind,
+        feature_width=settings.feature_width,
+        max_text_tokens=settings.max_text_tokens,
+        language_model_head=model.qformer.lm_head is not None,
+    )
+
+
+def _own_llm(model: InstructBLIP | BLIP2, settings: Settings, folder: Path, name: str) -> LLMConfig | None:
+    if settings.llm is None or isinstance(model, BLIP2):
+        return None
+    return LLMConfig(
+        name=f"{name}_llm",
+        sources=SourcesConfig(path=str(folder / "llm")),
+        kind=settings.llm.kind,
+        dtype=_dtype_name(model.llm.embeddings.weight.dtype),
+        **settings.llm.conventions,
     )
 
 

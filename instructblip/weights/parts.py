@@ -1,6 +1,7 @@
-"""From a validated configuration to a model: three parts by name, put together in the open.
+"""From a validated configuration to a model: parts by name, put together in the open.
 
-The only place that reads the `vision`, `qformer` and `llm` sections.
+The only place that reads the `model`, `vision`, `qformer` and `llm` sections. A kind of model is a function here and a class
+in `MODELS`.
 """
 
 import json
@@ -14,10 +15,21 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tokenizers import AddedToken
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
-from instructblip.config.schema import LLMConfig, QFormerConfig, Quantization, VisionConfig, VisionNorm
+from instructblip.config.schema import (
+    LLMConfig,
+    ModelConfig,
+    ModelKind,
+    QFormerConfig,
+    Quantization,
+    VisionConfig,
+    VisionNorm,
+)
 from instructblip.errors import UserError
 from instructblip.fetch.parts import converted_gguf, part_folder, sources
+from instructblip.models.base import Model
+from instructblip.models.blip2 import BLIP2
 from instructblip.models.instructblip import InstructBLIP
 from instructblip.models.llm import LLM
 from instructblip.models.qformer import QFormer
@@ -26,16 +38,18 @@ from instructblip.models.vision import ChannelNorm, VisionEncoder
 from instructblip.models.vocabulary import resize_vocabulary
 from instructblip.weights.bert import (
     draw_query_tokens_near,
+    has_language_model_head,
     initialize_like_bert,
     names_unknown_to_bert,
     qformer_state_from_bert,
 )
 from instructblip.weights.gatekeeper import check_kind, check_language_model, first_line, open_config, open_tokenizer
 from instructblip.weights.language_model import finished_llm, load_language_model
-from instructblip.weights.lavis import read_blip2, read_pth
+from instructblip.weights.lavis import read_pth
 from instructblip.weights.modules import make_qformer, override_settings, vision_encoder
 from instructblip.weights.names import check_tensors
 from instructblip.weights.position import resize_position_embedding
+from instructblip.weights.start import not_aligned
 
 logger = logging.getLogger(__name__)
 
@@ -45,51 +59,78 @@ VISION_NORMS: dict[VisionNorm, Callable[[int, float], nn.Module]] = {
 }
 
 
-def build_model(
-    vision: VisionConfig,
-    qformer: QFormerConfig,
-    llm: LLMConfig,
-    *,
-    seed: int,
-    trained: Collection[str] = ("qformer",),
-) -> InstructBLIP:
-    """Fetch the three parts and assemble them; what is new starts from `seed`, and `trained` parts are to train.
+def build_model(config: ModelConfig, *, trained: Collection[str] = ("qformer",)) -> Model:
+    """Fetch the parts and assemble them; what is new starts from the seed, and `trained` parts are to train.
 
     Raises:
         UserError: a part cannot be fetched, or its settings do not fit its files.
     """
-    encoder = load_vision(vision)
-    language = load_llm(llm)
-    torch.manual_seed(seed)
-    trainable, tokenizer = load_qformer(qformer, vision_width=encoder.width)
-    norm = VISION_NORMS[vision.norm](encoder.width, vision.norm_eps)
-    projection: dict[str, Tensor] = {}
-    if qformer.init == "blip2":
-        projection = _start_from_blip2(qformer, trainable, norm, llm_width=language.width, llm=llm)
-    model = InstructBLIP(
+    model = _BUILDERS[config.model.kind](config)
+    train_parts(model, trained)
+    return model
+
+
+def build_instructblip(config: ModelConfig) -> InstructBLIP:
+    """InstructBLIP or BLIP-2's second stage, its Q-Former trained and the rest frozen; as `build_model`."""
+    encoder = load_vision(config.vision)
+    language = load_llm(config.language_model())
+    torch.manual_seed(config.seed)
+    trainable, tokenizer = load_qformer(config.qformer, vision_width=encoder.width)
+    norm = VISION_NORMS[config.vision.norm](encoder.width, config.vision.norm_eps)
+    return InstructBLIP(
         vision=encoder,
         vision_norm=norm,
         qformer=trainable,
         qformer_tokenizer=tokenizer,
         llm=language,
-        max_instruction_tokens=qformer.max_instruction_tokens,
+        max_instruction_tokens=config.qformer.max_instruction_tokens,
     )
-    train_parts(model, trained)
-    if projection:
-        model.projection.load_state_dict(projection)
-    return model
 
 
-def train_parts(model: InstructBLIP, trained: Collection[str]) -> None:
+def build_blip2_stage1(config: ModelConfig) -> BLIP2:
+    """BLIP-2's first stage, its Q-Former and heads trained and the vision encoder frozen; as `build_model`."""
+    encoder = load_vision(config.vision)
+    torch.manual_seed(config.seed)
+    trainable, tokenizer = load_qformer(config.qformer, vision_width=encoder.width, reads_and_writes=True)
+    assert tokenizer is not None
+    if not config.model.language_model_head:
+        trainable.lm_head = None
+    try:
+        return BLIP2(
+            vision=encoder,
+            vision_norm=VISION_NORMS[config.vision.norm](encoder.width, config.vision.norm_eps),
+            qformer=trainable,
+            tokenizer=tokenizer,
+            feature_width=config.model.feature_width,
+            max_text_tokens=config.model.max_text_tokens,
+            temperature=config.model.temperature,
+        )
+    except ValueError as error:
+        raise UserError(f"qformer={config.qformer.name} does not fit model=blip2_stage1: {error}") from None
+
+
+# By kind of model: its class, and the function that builds it.
+MODELS: dict[ModelKind, type[Model]] = {"instructblip": InstructBLIP, "blip2": InstructBLIP, "blip2_stage1": BLIP2}
+_BUILDERS: dict[ModelKind, Callable[[ModelConfig], Model]] = {
+    "instructblip": build_instructblip,
+    "blip2": build_instructblip,
+    "blip2_stage1": build_blip2_stage1,
+}
+
+
+def train_parts(model: Model, trained: Collection[str]) -> None:
     """Choose what trains. It is held in float32: half precision would round small updates away.
 
     Raises:
-        UserError: a language model whose weights are rounded is to train.
+        UserError: a part that the model has not, a language model whose weights are rounded.
     """
-    if "llm" in trained and any(isinstance(module, QuantizedLinear) for module in model.llm.modules()):
-        raise UserError(
-            "train.llm=full needs the LLM's own weights; leave llm.quantization out, or set train.llm=frozen"
-        )
+    if missing := sorted(set(trained) - model.PARTS.keys()):
+        raise UserError(f"train.{missing[0]}=full: the model has no such part, only {', '.join(model.PARTS)}")
+    for module in model.part_modules("llm") if "llm" in trained else ():
+        if any(isinstance(layer, QuantizedLinear) for layer in module.modules()):
+            raise UserError(
+                "train.llm=full needs the LLM's own weights; leave llm.quantization out, or set train.llm=frozen"
+            )
     model.choose_trained(trained)
     for part in trained:
         for module in model.part_modules(part):
@@ -156,62 +197,42 @@ def _not_built(backbone: Any, config: VisionConfig) -> tuple[str, ...]:
 # --- Q-Former --------------------------------------------------------------------------------------------------------
 
 
-def load_qformer(config: QFormerConfig, *, vision_width: int) -> tuple[QFormer, Any]:
-    """The trainable Q-Former and its tokenizer.
+def load_qformer(
+    config: QFormerConfig, *, vision_width: int, reads_and_writes: bool = False
+) -> tuple[QFormer, PreTrainedTokenizerBase | None]:
+    """The trainable Q-Former and its tokenizer, None where it reads no text; `reads_and_writes` as in `make_qformer`.
 
     With `init=bert` the text branch and both feed-forwards of each layer start from BERT's weights, and only the query
-    tokens and the cross-attention are new; with `scratch` everything is drawn. With `blip2` it is left as constructed:
-    those weights come together with the vision norm's and the projection's.
+    tokens and the cross-attention are new; with `scratch` and `given` everything is drawn. Where a file lacks the
+    language-model head, as those of sentence embeddings do, that starts as BERT's did before it was trained.
     """
     folder = part_folder(sources(config.name, config.sources), setting="qformer.sources.path")
     bert = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    tokenizer = open_tokenizer(folder, f"qformer={config.name}: ", truncation_side="left")
-    _add_tokens(tokenizer, config.extra_tokens)
-    rows = max(bert["vocab_size"], _rows_needed(tokenizer))
-    qformer = make_qformer(config, bert, rows=rows, vision_width=vision_width, where=str(folder))
+    tokenizer, rows = None, bert["vocab_size"]
+    if config.instruction_aware or config.query_init == "cls":
+        tokenizer = open_tokenizer(folder, f"qformer={config.name}: ", truncation_side="left")
+        _add_tokens(tokenizer, config.extra_tokens)
+        rows = max(rows, _rows_needed(tokenizer))
+    qformer = make_qformer(
+        config,
+        bert,
+        rows=rows,
+        vision_width=vision_width,
+        where=str(folder),
+        reads_and_writes=reads_and_writes,
+    )
     if config.init == "bert":
         weights = load_file(folder / "model.safetensors")
+        if qformer.lm_head is not None and not has_language_model_head(weights):
+            initialize_like_bert(qformer.lm_head)
         state = qformer_state_from_bert(weights, qformer)
-        load_exactly(qformer, state, f"{folder}/model.safetensors", new=names_unknown_to_bert(qformer))
+        load_exactly(qformer, state, f"{folder}/model.safetensors", new=names_unknown_to_bert(weights, qformer))
         if config.query_init == "cls":
+            assert tokenizer is not None
             draw_query_tokens_near(qformer, weights, token=tokenizer.cls_token_id)
-    elif config.init == "scratch":
+    else:
         initialize_like_bert(qformer)
     return qformer, tokenizer
-
-
-def _start_from_blip2(
-    config: QFormerConfig, qformer: QFormer, norm: nn.Module, *, llm_width: int, llm: LLMConfig
-) -> dict[str, Tensor]:
-    """Load BLIP-2's Q-Former and vision norm; return its projection, empty where it does not fit this language model."""
-    if config.stage1 is None:
-        raise UserError(
-            "qformer.init=blip2 needs LAVIS's files: give qformer.stage1=FOLDER/blip2_pretrained.pth "
-            "and qformer.stage2=FOLDER/blip2_pretrained_<llm>.pth"
-        )
-    parts = {"qformer": qformer, "vision_norm": norm, "projection": nn.Linear(qformer.width, llm_width, device="meta")}
-    expected = {
-        f"{part}.{name}": tensor for part, module in parts.items() for name, tensor in module.state_dict().items()
-    }
-    stage2 = None if config.stage2 is None else Path(config.stage2).expanduser()
-    start = read_blip2(Path(config.stage1).expanduser(), stage2, expected)
-    found = {
-        part: {
-            name.removeprefix(f"{part}."): tensor
-            for name, tensor in start.tensors.items()
-            if name.startswith(f"{part}.")
-        }
-        for part in parts
-    }
-    qformer.load_state_dict(found["qformer"])
-    norm.load_state_dict(found["vision_norm"])
-    fits = bool(found["projection"])
-    trained_with = config.aligned_to or "another LLM"
-    if start.projection is not None and llm.lavis_projection not in (None, start.projection):
-        trained_with = f"an LLM of LAVIS's {start.projection}"
-    if stage2 is not None and (trained_with != llm.name or not fits):
-        warn_aligned(trained_with, llm.name, projection_fits=fits)
-    return found["projection"]
 
 
 # --- language model --------------------------------------------------------------------------------------------------
@@ -244,6 +265,7 @@ def load_llm(config: LLMConfig) -> LLM:
         "prompt_prefix": config.prompt_prefix,
         "prompt_suffix": config.prompt_suffix,
         "answer_prefix": config.answer_prefix,
+        "supervise_bos": config.supervise_bos,
         "max_prompt_tokens": config.max_prompt_tokens,
         "max_target_tokens": config.max_target_tokens,
     }
@@ -306,8 +328,7 @@ def _rows_needed(tokenizer: Any) -> int:
 
 def warn_aligned(trained_with: str, llm: str, *, projection_fits: bool) -> None:
     """Say in one line that Q-Former and projection speak to another language model than the one that is loaded."""
-    remark = "" if projection_fits else ", and the projection, into another width, starts anew"
-    logger.warning("Q-Former and projection were aligned to %s; llm=%s needs them trained%s", trained_with, llm, remark)
+    logger.warning(not_aligned(trained_with, llm, projection_fits=projection_fits))
 
 
 def load_exactly(

@@ -1,4 +1,4 @@
-"""InstructBLIP models written as folders that transformers opens; `huggingface.py` reads them back, tensor for tensor."""
+"""Models written as folders that transformers opens; `transformers_read.py` reads them back, tensor for tensor."""
 
 import copy
 import logging
@@ -7,13 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from timm.models.eva import Eva
 from torch import Tensor, nn
 from transformers import (
+    Blip2Config,
+    Blip2ForImageTextRetrieval,
+    Blip2Processor,
     BlipImageProcessor,
     GenerationConfig,
     InstructBlipConfig,
-    InstructBlipForConditionalGeneration,
     InstructBlipProcessor,
     PreTrainedTokenizerBase,
 )
@@ -21,6 +24,8 @@ from transformers import (
 from instructblip._transformers import quiet_transformers
 from instructblip.errors import UserError
 from instructblip.files import atomic_folder, write_json
+from instructblip.models.base import Model
+from instructblip.models.blip2 import BLIP2
 from instructblip.models.instructblip import InstructBLIP
 from instructblip.models.llm import LLM, EncoderDecoderLLM
 from instructblip.models.qformer import QFormer, QFormerLayer
@@ -30,12 +35,15 @@ from instructblip.models.vocabulary import with_rows
 from instructblip.weights.names import (
     HUGGINGFACE_LLM_PREFIX,
     LLM_TOKENIZER,
+    QFORMER_TOKENIZER,
+    SIDE_TENSORS,
     SIDECAR,
     SIDECAR_FORMAT,
     backbone_state,
     foreign_names,
     pack_qkv_bias,
 )
+from instructblip.weights.transformers_layout import beside, layout_for
 from instructblip.weights.transformers_read import kept_in_float32
 
 logger = logging.getLogger(__name__)
@@ -43,44 +51,70 @@ logger = logging.getLogger(__name__)
 _IMAGE_TOKEN = "<image>"
 
 
-def save_huggingface(model: InstructBLIP, folder: Path, *, overwrite: bool = False) -> None:
-    """Write a folder that transformers' `InstructBlipForConditionalGeneration` and `InstructBlipProcessor` open.
+def save_huggingface(model: Model, folder: Path, *, overwrite: bool = False) -> None:
+    """Write a folder that transformers' class of this model and its processor open (`transformers_layout.py`).
 
     transformers marks the places of the visual tokens by an `<image>` token. Where the language model's table has no row to
     spare, one is added to it and to the output head, the mean of the others: its logit is then their mean, which is never
-    the largest.
+    the largest. What the class has no place for, of BLIP-2's first stage the language-model head and the temperature, goes
+    into `instructblip.safetensors` beside it.
 
     Tensors keep their types; transformers opens a folder of several types in float32. What trains is held in float32: it is
     written in the type of the other parts where that loses nothing, as for a model that was read from a folder of that type.
 
     Args:
-        model: EVA-CLIP (any size), LayerNorm, instruction-aware Q-Former, an unquantised language model.
+        model: EVA-CLIP (any size), LayerNorm, an unquantised language model.
         folder: must not exist, or be empty.
         overwrite: replace a folder that was written by this function.
 
     Raises:
         UserError: a part that transformers' format cannot hold, something else in the folder's place, or a full disk.
     """
+    assert isinstance(model, InstructBLIP | BLIP2)
     _check_holdable(model)
-    tokenizer = _processor_tokenizer(model.llm)
-    image_token = tokenizer.get_vocab()[_IMAGE_TOKEN]
-    rows = max(model.llm.embeddings.weight.shape[0], image_token + 1)
     with atomic_folder(folder, overwrite_if=SIDECAR if overwrite else None) as partial, quiet_transformers():
-        target = huggingface_model(model, rows, image_token)
-        config: Any = target.config
-        target.generation_config = GenerationConfig.from_model_config(config.text_config)
-        target.save_pretrained(partial)
-        processor = _processor(model, tokenizer)
-        processor.save_pretrained(partial)
-        # InstructBlipVideoProcessor looks for it here, and does not find it in processor_config.json.
-        processor.image_processor.save_pretrained(partial)
-        model.llm.prompt_format.tokenizer.save_pretrained(partial / LLM_TOKENIZER)
-        write_json(partial / SIDECAR, _sidecar(model))
-        _warn_about_text(model.llm, partial)
-    _warn_about_eps(model, config)
+        if isinstance(model, BLIP2):
+            target = retrieval_model(model)
+            _write_retrieval(model, target, partial)
+        else:
+            tokenizer = _processor_tokenizer(model.llm)
+            image_token = tokenizer.get_vocab()[_IMAGE_TOKEN]
+            rows = max(model.llm.embeddings.weight.shape[0], image_token + 1)
+            target = huggingface_model(model, rows, image_token)
+            _write_with_llm(model, target, tokenizer, partial)
+    _warn_about_eps(model, target.config)
 
 
-def huggingface_model(model: InstructBLIP, rows: int, image_token: int) -> InstructBlipForConditionalGeneration:
+def _write_with_llm(model: InstructBLIP, target: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    target.generation_config = GenerationConfig.from_model_config(target.config.text_config)
+    target.save_pretrained(folder)
+    processor = _processor(model, tokenizer)
+    processor.save_pretrained(folder)
+    # InstructBlipVideoProcessor looks for it here, and does not find it in processor_config.json.
+    processor.image_processor.save_pretrained(folder)
+    model.llm.prompt_format.tokenizer.save_pretrained(folder / LLM_TOKENIZER)
+    said = {"llm_rows": model.llm.embeddings.weight.shape[0], "llm": _llm_sidecar(model.llm)}
+    write_json(folder / SIDECAR, _sidecar(model, model.max_instruction_tokens) | said)
+    _warn_about_text(model, folder)
+
+
+def _write_retrieval(model: BLIP2, target: Any, folder: Path) -> None:
+    target.save_pretrained(folder)
+    # Its constructor adds <image> to a tokenizer, for which the model has no row: it gets a copy, ours stands beside.
+    Blip2Processor(_image_processor(model.vision), copy.deepcopy(model.tokenizer)).save_pretrained(folder)
+    model.tokenizer.save_pretrained(folder / QFORMER_TOKENIZER)
+    write_json(folder / SIDECAR, _sidecar(model, model.max_text_tokens))
+    side = beside(model.part_state("qformer"), layout_for(model))
+    save_file({name: tensor.contiguous() for name, tensor in side.items()}, folder / SIDE_TENSORS)
+    logger.warning(
+        "transformers' %s has no place for %s: %s beside its own files holds them",
+        Blip2ForImageTextRetrieval.__name__,
+        " and ".join(["the language-model head"] * (model.qformer.lm_head is not None) + ["the temperature"]),
+        SIDE_TENSORS,
+    )
+
+
+def huggingface_model(model: InstructBLIP, rows: int, image_token: int) -> Any:
     """transformers' class with this model's tensors, shared where they keep their shape; for `save_pretrained`.
 
     What its constructor computes and no file holds (a language model's rotary frequencies) is on the meta device.
@@ -91,9 +125,20 @@ def huggingface_model(model: InstructBLIP, rows: int, image_token: int) -> Instr
         image_token: row that marks the places of visual tokens.
     """
     with torch.device("meta"):
-        target = InstructBlipForConditionalGeneration(_huggingface_config(model, rows, image_token))
-    state = _huggingface_state(model, rows)
-    dtype = torch.promote_types(model.vision.dtype, model.llm.model.dtype)
+        target = layout_for(model).model(_huggingface_config(model, rows, image_token))
+    return _filled(target, _own_tensors(model) | _llm_tensors(model.llm, rows), model.vision, model.llm.model.dtype)
+
+
+def retrieval_model(model: BLIP2) -> Any:
+    """transformers' class of BLIP-2's first stage with this model's tensors; for `save_pretrained`."""
+    with torch.device("meta"):
+        target = Blip2ForImageTextRetrieval(_retrieval_config(model))
+    return _filled(target, _own_tensors(model), model.vision, model.vision.dtype)
+
+
+def _filled(target: Any, state: dict[str, Tensor], vision: VisionEncoder, dtype: torch.dtype) -> Any:
+    """The empty model with these tensors, none wider than the frozen parts where that loses nothing."""
+    dtype = torch.promote_types(vision.dtype, dtype)
     narrowed = _narrowed(state, dtype, kept={name for name in state if kept_in_float32(target, name)})
     # Tied tables are one tensor under several names; T5's head is tied by its class and not by FlanT5's weights.
     target.load_state_dict(state if narrowed is None else narrowed, assign=True)
@@ -114,38 +159,55 @@ def _narrowed(state: Mapping[str, Tensor], dtype: torch.dtype, *, kept: Collecti
     return None if narrowed.keys() - exact.keys() - set(kept) else {**state, **exact}
 
 
-def _check_holdable(model: InstructBLIP) -> None:
+def _check_holdable(model: InstructBLIP | BLIP2) -> None:
     reason = None
     backbone, norm = model.vision.backbone, model.vision_norm
     if not isinstance(backbone, Eva) or model.vision.layers or backbone.rope is not None:
         reason = f"the vision part is {type(backbone).__name__}, it holds EVA-CLIP's ViT and its last tokens only"
     elif not isinstance(norm, nn.LayerNorm):
         reason = f"the vision norm is {type(norm).__name__}, it holds a LayerNorm only"
-    elif not model.qformer.instruction_aware:
-        reason = "the Q-Former is not instruction-aware, it holds one with its text branch only"
-    elif any(isinstance(module, QuantizedLinear) for module in model.llm.modules()):
-        reason = "the language model is quantised; load it with llm.quantization=null"
-    elif not hasattr(model.llm.model.config, "hidden_size") or not hasattr(model.llm.model.config, "vocab_size"):
-        reason = f"{type(model.llm.model).__name__} is no plain language model for its configuration"
+    elif isinstance(model, InstructBLIP):
+        reason = _unholdable_llm(model.llm)
     if reason is not None:
-        raise UserError(f"transformers' InstructBLIP format cannot hold this model: {reason}")
+        raise UserError(f"transformers' {layout_for(model).title} cannot hold this model: {reason}")
+
+
+def _unholdable_llm(llm: LLM) -> str | None:
+    if any(isinstance(module, QuantizedLinear) for module in llm.modules()):
+        return "the language model is quantised; load it with llm.quantization=null"
+    if not hasattr(llm.model.config, "hidden_size") or not hasattr(llm.model.config, "vocab_size"):
+        return f"{type(llm.model).__name__} is no plain language model for its configuration"
+    return None
 
 
 def _huggingface_config(model: InstructBLIP, rows: int, image_token: int) -> Any:
-    llm, qformer = model.llm, model.qformer
+    llm, qformer, reader = model.llm, model.qformer, model.qformer_tokenizer
     text = copy.deepcopy(llm.model.config)
     text.vocab_size = rows
     text.eos_token_id, text.pad_token_id = llm.prompt_format.eos_id, llm.prompt_format.pad_id
     if llm.prompt_format.bos_ids:
         text.bos_token_id = llm.prompt_format.bos_ids[0]
-    return InstructBlipConfig(
+    config = InstructBlipConfig if qformer.instruction_aware else Blip2Config
+    return config(
         vision_config=_vision_config(model.vision),
-        qformer_config=qformer_config(qformer, model.qformer_tokenizer.pad_token_id),
+        qformer_config=qformer_config(qformer, None if reader is None else reader.pad_token_id),
         text_config=text.to_dict() | {"decoder_start_token_id": text.decoder_start_token_id}
         if isinstance(llm, EncoderDecoderLLM)
         else text.to_dict(),
         num_query_tokens=qformer.query_tokens.shape[1],
         image_token_index=image_token,
+    )
+
+
+def _retrieval_config(model: BLIP2) -> Any:
+    """Without an `<image>` token: what the class reads are the texts alone."""
+    qformer = qformer_config(model.qformer, model.tokenizer.pad_token_id)
+    return Blip2Config(
+        vision_config=_vision_config(model.vision),
+        qformer_config=qformer | {"use_qformer_text_input": True},
+        num_query_tokens=model.qformer.query_tokens.shape[1],
+        image_text_hidden_size=model.vision_projection.out_features,
+        image_token_index=None,
     )
 
 
@@ -168,8 +230,9 @@ def qformer_config(qformer: QFormer, pad_token: int | None) -> dict[str, Any]:
     """The sizes of a Q-Former as transformers' configuration has them, without the width of what it looks at."""
     layers = [layer for layer in qformer.layers if isinstance(layer, QFormerLayer)]
     crossed = [index for index, layer in enumerate(layers) if layer.cross_attention is not None]
+    reads = {"vocab_size": qformer.word_embeddings.num_embeddings} if qformer.instruction_aware else {}
     return {
-        "vocab_size": qformer.word_embeddings.num_embeddings,
+        **reads,
         "hidden_size": qformer.width,
         "num_hidden_layers": len(layers),
         "num_attention_heads": layers[0].self_attention.heads,
@@ -183,16 +246,23 @@ def qformer_config(qformer: QFormer, pad_token: int | None) -> dict[str, Any]:
     }
 
 
-def _huggingface_state(model: InstructBLIP, rows: int) -> dict[str, Tensor]:
-    """Every tensor under transformers' name, the token tables filled up to `rows`."""
-    own = {**backbone_state(model.vision), **model.part_state("qformer")}
-    names = foreign_names(own, "huggingface")
-    state = pack_qkv_bias({names[name]: tensor for name, tensor in own.items()})
-    old = model.llm.embeddings.weight.shape[0]
+def _own_tensors(model: InstructBLIP | BLIP2) -> dict[str, Tensor]:
+    """All tensors but the language model's under transformers' names, those that it has a place for."""
+    layout = layout_for(model)
+    trained = model.part_state("qformer")
+    own = {**backbone_state(model.vision), **trained}
+    own = {name: tensor for name, tensor in own.items() if name not in beside(trained, layout)}
+    names = foreign_names(own, layout.names)
+    return pack_qkv_bias({names[name]: tensor for name, tensor in own.items()})
+
+
+def _llm_tensors(llm: LLM, rows: int) -> dict[str, Tensor]:
+    """The language model's tensors under transformers' names, the token tables filled up to `rows`."""
+    state, old = {}, llm.embeddings.weight.shape[0]
     filled: dict[int, Tensor] = {}  # tied tables stay one tensor
-    head = model.llm.model.get_output_embeddings()
-    tables = {id(parameter) for part in (model.llm.embeddings, head) for parameter in part.parameters()}
-    for name, parameter in model.llm.model.state_dict(keep_vars=True).items():
+    head = llm.model.get_output_embeddings()
+    tables = {id(parameter) for part in (llm.embeddings, head) for parameter in part.parameters()}
+    for name, parameter in llm.model.state_dict(keep_vars=True).items():
         if id(parameter) in tables and rows > old:
             parameter = filled.setdefault(id(parameter), with_rows(parameter, rows))
         state[HUGGINGFACE_LLM_PREFIX + name] = parameter.detach()  # whoever loads it must not unfreeze it
@@ -232,22 +302,24 @@ def _plain_prompt_ids(llm: LLM) -> list[int]:
     ]
 
 
-def _processor(model: InstructBLIP, tokenizer: PreTrainedTokenizerBase) -> InstructBlipProcessor:
-    size = model.vision.image_size
-    images = BlipImageProcessor(
+def _image_processor(vision: VisionEncoder) -> BlipImageProcessor:
+    size = vision.image_size
+    return BlipImageProcessor(
         size={"height": size, "width": size},
-        image_mean=[value / 255 for value in model.vision.mean.flatten().tolist()],
-        image_std=[value / 255 for value in model.vision.std.flatten().tolist()],
-    )
-    return InstructBlipProcessor(
-        images, tokenizer, model.qformer_tokenizer, num_query_tokens=model.qformer.query_tokens.shape[1]
+        image_mean=[value / 255 for value in vision.mean.flatten().tolist()],
+        image_std=[value / 255 for value in vision.std.flatten().tolist()],
     )
 
 
-def _sidecar(model: InstructBLIP) -> dict[str, Any]:
-    vision, llm, norm = model.vision, model.llm, model.vision_norm
+def _processor(model: InstructBLIP, tokenizer: PreTrainedTokenizerBase) -> Any:
+    tokenizers = (tokenizer,) if model.qformer_tokenizer is None else (tokenizer, model.qformer_tokenizer)
+    queries = model.qformer.query_tokens.shape[1]
+    return layout_for(model).processor(_image_processor(model.vision), *tokenizers, num_query_tokens=queries)
+
+
+def _sidecar(model: InstructBLIP | BLIP2, max_text_tokens: int) -> dict[str, Any]:
+    vision, norm = model.vision, model.vision_norm
     assert isinstance(norm, nn.LayerNorm)
-    vocabulary = {token_id: token for token, token_id in llm.prompt_format.tokenizer.get_vocab().items()}
     return {
         "format": SIDECAR_FORMAT,
         "vision": {
@@ -255,23 +327,29 @@ def _sidecar(model: InstructBLIP) -> dict[str, Any]:
             "std": vision.std.flatten().tolist(),
             "norm_eps": norm.eps,
         },
-        "max_instruction_tokens": model.max_instruction_tokens,
-        "llm_rows": llm.embeddings.weight.shape[0],
-        "llm": {
-            "eos_token": vocabulary[llm.prompt_format.eos_id],
-            "pad_token": vocabulary[llm.prompt_format.pad_id],
-            "bos_token": vocabulary[llm.prompt_format.bos_ids[0]] if llm.prompt_format.bos_ids else None,
-            "image_prefix": llm.prompt_format.image_prefix,
-            "prompt_prefix": llm.prompt_format.prompt_prefix,
-            "prompt_suffix": llm.prompt_format.prompt_suffix,
-            "answer_prefix": llm.prompt_format.answer_prefix,
-            "max_prompt_tokens": llm.prompt_format.max_prompt_tokens,
-            "max_target_tokens": llm.prompt_format.max_target_tokens,
-        },
+        "max_text_tokens": max_text_tokens,
     }
 
 
-def _warn_about_text(llm: LLM, folder: Path) -> None:
+def _llm_sidecar(llm: LLM) -> dict[str, Any]:
+    form = llm.prompt_format
+    vocabulary = {token_id: token for token, token_id in form.tokenizer.get_vocab().items()}
+    return {
+        "eos_token": vocabulary[form.eos_id],
+        "pad_token": vocabulary[form.pad_id],
+        "bos_token": vocabulary[form.bos_ids[0]] if form.bos_ids else None,
+        "image_prefix": form.image_prefix,
+        "prompt_prefix": form.prompt_prefix,
+        "prompt_suffix": form.prompt_suffix,
+        "answer_prefix": form.answer_prefix,
+        "supervise_bos": form.supervise_bos,
+        "max_prompt_tokens": form.max_prompt_tokens,
+        "max_target_tokens": form.max_target_tokens,
+    }
+
+
+def _warn_about_text(model: InstructBLIP, folder: Path) -> None:
+    llm = model.llm
     if llm.prompt_format.image_prefix or llm.prompt_format.prompt_prefix or llm.prompt_format.prompt_suffix:
         logger.warning(
             "transformers' processor puts no text around the visual tokens and the prompt: there, write %r before and %r "
@@ -280,8 +358,9 @@ def _warn_about_text(llm: LLM, folder: Path) -> None:
             llm.prompt_format.prompt_prefix,
             llm.prompt_format.prompt_suffix,
         )
-    processor = InstructBlipProcessor.from_pretrained(folder)
-    if processor(text=["a", "a photo"], padding=True)["qformer_attention_mask"][0][0] == 0:
+    processor = layout_for(model).processor.from_pretrained(folder)
+    padded = processor(text=["a", "a photo"], padding=True)
+    if isinstance(processor, InstructBlipProcessor) and padded["qformer_attention_mask"][0][0] == 0:
         logger.warning(
             "transformers' processor pads the Q-Former's text on the left as it does the prompts, which moves its "
             "positions: there, before prompts of unequal lengths, call processor.tokenizer.init_kwargs.pop('padding_side')"
@@ -295,7 +374,7 @@ def _warn_about_text(llm: LLM, folder: Path) -> None:
         )
 
 
-def _warn_about_eps(model: InstructBLIP, config: Any) -> None:
+def _warn_about_eps(model: InstructBLIP | BLIP2, config: Any) -> None:
     eps = config.vision_config.layer_norm_eps
     assert isinstance(model.vision_norm, nn.LayerNorm)
     if model.vision_norm.eps != eps:

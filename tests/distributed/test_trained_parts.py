@@ -57,8 +57,7 @@ def assert_like(found: Path, expected: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("ranks", "parallel"),
-    [(2, ("parallel=ddp",)), (2, ("parallel=fsdp",)), (4, ("parallel=fsdp", "parallel.shard_size=2"))],
+    ("ranks", "parallel"), [(2, ("parallel=ddp",)), (4, ("parallel=fsdp", "parallel.shard_size=2"))]
 )
 def test_trained_parts_are_like_one_process(
     world: World, alone: Path, tmp_path: Path, ranks: int, parallel: tuple[str, ...]
@@ -66,8 +65,11 @@ def test_trained_parts_are_like_one_process(
     assert_like(train(world, tmp_path, *ALL, *parallel, ranks=ranks), alone)
 
 
-def test_a_checkpoint_of_shards_goes_on_in_one_process(world: World, alone: Path, tmp_path: Path) -> None:
+def test_shards_are_like_one_process_and_their_checkpoint_goes_on_in_one(
+    world: World, alone: Path, tmp_path: Path
+) -> None:
     run = train(world, tmp_path, *ALL, "parallel=fsdp", ranks=2)
+    assert_like(run, alone)
     shutil.rmtree(run / "checkpoints/step_00000006")
     shutil.rmtree(run / "evaluation")
     assert_like(train(world, tmp_path, *ALL, "resume=auto"), alone)

@@ -9,8 +9,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from instructblip.data.cards import load_card
+from instructblip.data.prepare.convert import prepare_dataset
 from instructblip.weights.__main__ import main as convert
+from tests.kit.blip2 import write_captioner, write_retrieval
 from tests.kit.families import write_llm
+from tests.kit.own_data import write_own_data
 from tests.kit.runs import REPOSITORY, World, run
 from tests.kit.tiny import tiny_huggingface
 
@@ -62,10 +66,17 @@ def test_there_is_no_command_that_nobody_tries() -> None:
     assert [kind for kind in tried if not commands(kind)] == []
 
 
+def _write_published(folder: Path) -> None:
+    """Tiny models by the names of published ones: a folder here goes before the hub's of that name."""
+    tiny_huggingface(folder / "instructblip-vicuna-7b")
+    write_retrieval(folder / "blip2-itm-vit-g")
+    write_captioner(folder / "blip2-opt-2.7b")
+
+
 @pytest.mark.parametrize("line", commands(WEIGHTS))
 def test_a_conversion_runs(line: str, finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, _, _, *arguments = shlex.split(line)
-    tiny_huggingface(tmp_path / "Salesforce/instructblip-vicuna-7b")  # a folder here goes before the hub's of that name
+    _write_published(tmp_path / "Salesforce")
     shutil.copytree(finished_run, tmp_path / "outputs/train/demo")
     monkeypatch.chdir(tmp_path)
     assert convert(arguments) == 0
@@ -85,8 +96,16 @@ def test_scores_are_read(line: str, world: World, finished_run: Path, tmp_path: 
 @pytest.mark.parametrize("line", commands(INSPECT))
 def test_a_mixture_is_looked_at(line: str, world: World, tmp_path: Path) -> None:
     _, _, module, *arguments = shlex.split(line)
-    printed = run(world, module, *arguments, f"data.shards={world.shards}", "timed=64", cwd=tmp_path)
-    assert "easy_vqa_present" in printed
+    write_shards(world, tmp_path, own="mine.yaml" in line)
+    printed = run(world, module, *arguments, "timed=64", cwd=tmp_path)
+    assert ("mine/" if "mine.yaml" in line else "easy_vqa_present") in printed
+
+
+def write_shards(world: World, folder: Path, *, own: bool) -> None:
+    """`data/shards` of the demo's dataset; with own data also theirs, beside their card `mine.yaml`."""
+    shutil.copytree(world.shards, folder / "data/shards")
+    if own:
+        prepare_dataset(load_card(write_own_data(folder)), folder, folder / "data/shards", progress=False)
 
 
 def _tiny_training(world: World, given: Mapping[str, str], folder: Path) -> tuple[str, ...]:
@@ -111,20 +130,26 @@ def test_a_command_runs(line: str, world: World, finished_run: Path, tmp_path: P
     given = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
     if "hydra/sweeper" in given:
         pytest.importorskip("optuna", reason="Hydra's sweeper is not installed (requirements-search.txt)")
-    if {"check", "show", "audit"} & given.keys():
-        shutil.copytree(world.shards, tmp_path / "data/shards")
+    own = "mine.yaml" in line
+    if {"check", "show", "audit"} & given.keys() or own:
+        write_shards(world, tmp_path, own=own)
     if "checkpoint" in given or "resume" in given:
         shutil.copytree(finished_run, tmp_path / given.get("checkpoint", "outputs/train/demo"))
+    if "init_from" in given:
+        shutil.copytree(finished_run, tmp_path / given["init_from"])
     tiny = {
         "train.py": _tiny_training(world, given, tmp_path),
         "evaluate.py": ("samples=6",) if "data" in given else (*world.evaluate, "samples=3"),
         "prepare.py": (f"sources.easy_vqa.path={world.raw}",),
     }[script]
+    if own:
+        tiny = tuple(word for word in tiny if not word.startswith("data.shards="))
     ordered = sorted([*tiny, *arguments], key=lambda word: "=" in word or word[0] == "~")  # flags come first
     printed = run(world, script, *ordered, cwd=tmp_path)
     assert printed.strip()
     assert "Traceback" not in printed
-    assert {path.name for path in tmp_path.iterdir()} <= {"outputs", "data", f"{script}.log"}
+    own_files = {"mine.yaml", "train.jsonl", "val.jsonl", "photos"} if own else set()
+    assert {path.name for path in tmp_path.iterdir()} <= {"outputs", "data", f"{script}.log", *own_files}
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
@@ -132,7 +157,8 @@ def test_the_python_examples_run(
     document: Path, finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     examples = re.findall(r"^```python\n(.*?)^```", document.read_text(), flags=re.DOTALL | re.MULTILINE)
-    assert bool(examples) == (document.name == "evaluate.md")
+    assert bool(examples) == (document.name in ("evaluate.md", "models.md"))
+    _write_published(tmp_path / "Salesforce")
     shutil.copytree(finished_run, tmp_path / "outputs/train/demo")
     Image.new("RGB", (64, 64), (200, 30, 30)).save(tmp_path / "picture.png")
     monkeypatch.chdir(tmp_path)

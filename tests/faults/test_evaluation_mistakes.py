@@ -32,9 +32,9 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (["preset=papr"], "preset=papr is none of paper, lavis; did you mean paper"),
         (["mode=guess"], "mode=guess is none of rank, generate, null"),
-        (["split=dev"], r"easy_vqa/dev is not a prepared split"),
+        (["split=dev"], r"easy_vqa has no split dev; choose among train, validation, test"),
         (["suite.held_in=[easy_vqa_shap]"], "no dataset card 'easy_vqa_shap'"),
-        (["suite.held_in=[gqa]"], r"gqa is not prepared in .*; run python prepare\.py dataset=gqa"),
+        (["suite.held_in=[gqa]"], r"gqa \(testdev\) is not prepared in .*; run python prepare\.py dataset=gqa"),
         (
             ["suite.held_in=[]", "suite.held_out=[]"],
             r"nothing to evaluate; name a dataset in suite\.held_in or suite\.h",
@@ -56,7 +56,7 @@ def test_hateful_memes_and_visdial_are_not_generated(
 ) -> None:
     shards = f"data.shards={all_datasets / 'shards'}"
     for name, metric in (("hateful_memes", "auroc"), ("visdial", "visdial")):
-        suite = "suite.held_in=[]", f"suite.held_out=[nocaps,{name}]"
+        suite = "suite.held_in=[]", f"suite.held_out=[{name}]"
         with pytest.raises(UserError, match=f"{name}: {metric} needs the scores of candidates, which mode=generate"):
             evaluate_here(world, untrained_run, tmp_path, shards, *suite, "mode=generate")
     with pytest.raises(UserError, match="hateful_memes: AUROC needs samples of both labels"):

@@ -15,7 +15,7 @@ from PIL import Image
 
 from instructblip.data.cards import Card, SplitCounts, load_card
 from instructblip.data.prepare.convert import _Seen, prepare_dataset
-from instructblip.data.readers import READERS, Losses, MediaRecords, RawSplit
+from instructblip.data.readers import READERS, Losses, MediaRecords, RawSplit, Reader
 from instructblip.data.readers.files import load_list
 from instructblip.data.records import Record
 from instructblip.data.shards import open_split
@@ -34,7 +34,7 @@ def _read_list(source: RawSplit, losses: Losses) -> Iterator[MediaRecords]:
 
 @pytest.fixture
 def card(monkeypatch: pytest.MonkeyPatch) -> Card:
-    monkeypatch.setitem(READERS, "list", _read_list)
+    monkeypatch.setitem(READERS, "list", Reader(_read_list))
     splits = {"train": SplitCounts(None, None, files={"list": ("list.json", "old/list.json")})}
     return dataclasses.replace(load_card("easy_vqa"), name="hostile", reader="list", splits=splits)
 

@@ -195,7 +195,7 @@ def test_a_full_disk_ends_the_run_and_leaves_the_older_checkpoint(world: World, 
     command = start(world, "train.py", *overrides(world, tmp_path), cwd=tmp_path, before=fill_the_disk)
     assert command.wait() == 2, command.output
     last = command.output.splitlines()[-1]
-    assert "disk full while saving" in last
+    assert "disk full while writing" in last
     assert "resume=auto" in last
     assert newest_whole(tmp_path / "demo/checkpoints")[0] == tmp_path / "demo/checkpoints/step_00000004"
 

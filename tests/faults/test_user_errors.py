@@ -110,6 +110,10 @@ def test_a_mistake_on_the_command_line(
         ("recipe.phases.alignment.warmup_steps=-3", ["recipe.phases.alignment.warmup_steps=-3 is too small; give 0"]),
         ("parallel.timeout=0", ["parallel.timeout=0 is too small; give more than 0"]),
         ("resume=yes_please", ["resume=yes_please is none of auto, null"]),
+        ("init_from=nowhere.pth", ["init_from=nowhere.pth is no run, transformers folder, hub id or .pth file"]),
+        ("init_from=[configs]", ["there is no checkpoint at configs; give the folder of a run"]),
+        ("init_from=7", ["init_from must be a list, not 7"]),
+        ("qformer=blip2", ["qformer.init=given has no weights of its own", "init_from=RUN, FOLDER"]),
     ],
 )
 def test_a_value_that_fits_its_type_but_not_its_place(
@@ -300,7 +304,7 @@ def leave_free(disk: Path, size: int) -> None:
 def test_disk_full_while_training(world: World, small_disk: Path, tmp_path: Path) -> None:
     leave_free(small_disk, 80_000)
     line = fail(world, "train.py", *world.train, *ONE_STEP, f"output={small_disk}", cwd=tmp_path)
-    assert says(line, f"disk full while saving {small_disk}/demo/checkpoints/step_00000001", "free some space")
+    assert says(line, f"disk full while writing {small_disk}/demo/checkpoints/step_00000001", "free some space")
     assert list((small_disk / "demo/checkpoints").iterdir()) == []
     leave_free(small_disk, 0)
     line = fail(world, "train.py", *world.train, *ONE_STEP, f"output={small_disk}", "name=b", cwd=tmp_path)

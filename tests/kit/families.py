@@ -223,5 +223,6 @@ FAMILIES: dict[str, Callable[[Path], None]] = {
     "mistral_7b": _mistral,
     "gemma_3_4b": _gemma3,
     "opt_2_7b": _opt,
+    "opt_6_7b": _opt,
     "smollm2_135m": _smollm2,
 }

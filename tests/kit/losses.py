@@ -19,6 +19,8 @@ class Samples(NamedTuple):
     images: Tensor
     instructions: Sequence[str]
     targets: Sequence[str]
+    image_ids: Sequence[str] = ()
+    positions: Sequence[int] = ()
 
 
 def inputs_of(model: Model, images: Tensor, prompts: Sequence[str], targets: Sequence[str]) -> Inputs:

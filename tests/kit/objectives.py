@@ -8,7 +8,7 @@ from torch import Tensor
 
 from instructblip.models.base import Inputs
 from instructblip.objectives import OBJECTIVES
-from instructblip.objectives.base import BatchObjective, SampleObjective, Term
+from instructblip.objectives.base import BatchObjective, SampleObjective, Term, WholeBatch
 
 
 class PromptNorm(SampleObjective):
@@ -41,14 +41,12 @@ class PromptContrast(BatchObjective):
     def count(self, inputs: Inputs) -> int:
         return len(inputs)
 
-    def batch_term(
-        self, own: Mapping[str, Tensor], everyone: Mapping[str, Tensor], shared: Mapping[str, Tensor], first: int
-    ) -> Term:
-        half = own["visual_prompt"].shape[1] // 2
-        left_BL = F.normalize(own["visual_prompt"][:, :half].mean(dim=1), dim=-1)
-        right_NL = F.normalize(everyone["visual_prompt"][:, half:].mean(dim=1), dim=-1)
-        logits_BN = left_BL @ right_NL.T / shared.get("temperature", torch.tensor(0.1))
-        losses_B = F.cross_entropy(logits_BN, first + torch.arange(len(left_BL)), reduction="none")
+    def batch_term(self, batch: WholeBatch) -> Term:
+        half = batch.own["visual_prompt"].shape[1] // 2
+        left_BL = F.normalize(batch.own["visual_prompt"][:, :half].mean(dim=1), dim=-1)
+        right_NL = F.normalize(batch.everyone["visual_prompt"][:, half:].mean(dim=1), dim=-1)
+        logits_BN = left_BL @ right_NL.T / batch.shared.get("temperature", torch.tensor(0.1))
+        losses_B = F.cross_entropy(logits_BN, batch.own_rows_B, reduction="none")
         return Term(losses_B.sum(), losses_B.detach(), torch.ones(len(left_BL), dtype=torch.long))
 
 

@@ -1,7 +1,8 @@
 """Raw folders of datasets in their official layout: the cases of `tests/data/readers`, and pictures for them.
 
-A case is `<reader>/<case>/` with `raw/` (annotation files), `images.yaml` (names of pictures and videos, made on the spot)
-and `expected.json` (what the reader of a card makes of each split). A case named as a dataset is that dataset's layout.
+A case is `<reader>/<case>/` with `raw/` (annotation files; a folder `NAME.tar` becomes a tar), `images.yaml` (names of
+pictures and videos, made on the spot) and `expected.json` (what the reader makes of each split, as its card or the case
+itself tells it). A case named as a dataset is that dataset's layout.
 """
 
 import functools
@@ -14,8 +15,10 @@ import yaml
 from PIL import Image
 
 from instructblip.data.cards import load_card
-from instructblip.data.readers import READERS, Losses, MediaRecords, RawSplit
-from instructblip.data.readers.video_qa import EXTENSIONS
+from instructblip.data.readers import READERS, FileSlice, Losses, MediaRecords, RawSplit
+from instructblip.data.readers.base import Media
+from instructblip.data.readers.files import VIDEO_EXTENSIONS
+from tests.kit.own_tables import write_tar
 from tests.kit.videos import write_video
 
 CASES = sorted(path.parent for path in (Path(__file__).parents[1] / "data/readers").glob("*/*/expected.json"))
@@ -31,9 +34,13 @@ def write_case(case: Path, raw: Path) -> None:
     shutil.copytree(case / "raw", raw, dirs_exist_ok=True)
     names = yaml.safe_load((case / "images.yaml").read_text(encoding="utf-8")) or []
     for name in names:
-        if name.rpartition(".")[2].lower() in EXTENSIONS:
+        if name.rpartition(".")[2].lower() in VIDEO_EXTENSIONS:
             write_video(raw / name, ["red", "green", "blue", "white"] * 2)
     write_images(raw, *(name for name in names if not (raw / name).exists()))
+    for folder in sorted(raw.rglob("*.tar")):
+        members = {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*.*"))}
+        shutil.rmtree(folder)
+        write_tar(folder, members)
 
 
 def write_raw_json(path: Path, value: Any) -> None:
@@ -65,7 +72,7 @@ def read_case(case: Path, raw: Path, split: str) -> dict[str, Any]:
         {
             "key": item.key,
             "id": item.media_id,
-            "file": str(Path(item.media).relative_to(raw)) if isinstance(item.media, Path) else None,
+            "file": _file(item.media, raw),
             "records": [record.to_dict() for record in item.records],
         }
         for item in media
@@ -74,12 +81,18 @@ def read_case(case: Path, raw: Path, split: str) -> dict[str, Any]:
     return result
 
 
+def _file(media: Media | tuple[Media, ...], raw: Path) -> str | list[str]:
+    if isinstance(media, tuple):
+        return [str(_file(one, raw)) for one in media]
+    return media.name if isinstance(media, FileSlice) else str(media.relative_to(raw))
+
+
 def source_of(case: Path, raw: Path, split: str) -> RawSplit:
     """What the reader of a case is given: files and options of its card, or those that the case says itself."""
     said = expected_of(case)
     options = said.get("options", {})
     if "dataset" not in said:
-        return RawSplit(raw, split, {role: tuple(places) for role, places in said["files"].items()}, options)
+        return RawSplit(raw, split, {role: tuple(places) for role, places in said["files"].items()}, options, raw)
     card = load_card(said["dataset"])
     return RawSplit(raw, split, card.splits[split].files, card.reader_options | options)
 

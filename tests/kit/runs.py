@@ -28,7 +28,7 @@ from instructblip.data.prepare.convert import prepare_dataset
 from instructblip.evaluation import runner
 from instructblip.evaluation.run import evaluate
 from instructblip.training.run import train
-from tests.kit.tiny import tiny_parts, write_easy_vqa
+from tests.kit.tiny import tiny_parts, write_coco_captions, write_easy_vqa
 
 REPOSITORY = Path(__file__).parents[2]
 DATASETS = ("easy_vqa_yes_no", "easy_vqa_shape", "easy_vqa_color", "easy_vqa_statements")
@@ -96,6 +96,37 @@ def make_world(folder: Path) -> World:
     prepare_dataset(load_card("easy_vqa"), folder / "raw", folder / "shards", progress=False)
     data = (f"data.shards={folder / 'shards'}", f"data.sources.easy_vqa.path={folder / 'raw'}")
     return World(folder, (*(f"{key}={value}" for key, value in parts.items()), *data, *_RECIPE), data)
+
+
+_FIRST_STAGE = (
+    "experiment=blip2_stage1",
+    "vision=efficientnet_lite0",
+    "vision.norm=layer",
+    "qformer=minilm",
+    "qformer.layers=3",
+    "qformer.cross_attention_every=2",
+    "qformer.extra_tokens=['[DEC]']",
+    "qformer.dropout=0.1",  # a random stream that a resumed run has to find again
+    "mixture.datasets=[{name: coco_caption}]",
+    "model.feature_width=16",
+    "~recipe.phases",
+    "recipe.phases={align: {steps: 12, batch_size: 8, micro_batch_size: 3, learning_rate: 1e-3, warmup_steps: 2, "
+    "objectives: {contrastive: 1.0, matching: 1.0, captioning: 1.0}}}",
+    "recipe.precision=fp32",
+    "recipe.checkpoint_every=3",
+    "recipe.validate_every=4",
+    "data.workers=0",
+    "data.transform=blip2_image_train",
+)
+
+
+def make_caption_world(folder: Path) -> World:
+    """Write a world for BLIP-2's first stage: 24 pictures with two captions each to train on, 8 to validate on."""
+    parts = {key: value for key, value in tiny_parts(folder / "parts").items() if not key.startswith("llm.")}
+    write_coco_captions(folder / "raw")
+    prepare_dataset(load_card("coco_caption"), folder / "raw", folder / "shards", progress=False)
+    data = (f"data.shards={folder / 'shards'}",)
+    return World(folder, (*_FIRST_STAGE, *(f"{key}={value}" for key, value in parts.items()), *data), data)
 
 
 # --- in this process -------------------------------------------------------------------------------------------------

@@ -51,6 +51,12 @@ def write_run(folder: Path, datasets: Mapping[str, Mapping[str, Any]]) -> Path:
     return folder
 
 
+def read_results(folder: Path) -> dict[str, Any]:
+    """What results.json of an evaluation holds."""
+    found: dict[str, Any] = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    return found
+
+
 def write_predictions(folder: Path, dataset: str, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write a dataset's predictions.jsonl."""
     path = folder / dataset / "predictions.jsonl"

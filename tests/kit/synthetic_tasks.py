@@ -4,6 +4,7 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -66,6 +67,9 @@ def _record(rules: Evaluation, kind: str, number: int, stream: random.Random) ->
     if rules.metric == "cider":
         # Words that no other image has: a perfect caption scores 10, and none of the others' words help.
         return Record(**fields, captions=(" ".join(f"{word}{number}" for word in WORDS[:6]),) * 5)
+    if rules.metric == "retrieval_recall":
+        places = range(stream.randint(1, 4))
+        return Record(**fields, captions=tuple(" ".join([*stream.sample(WORDS, 3), f"{number}.{p}"]) for p in places))
     if rules.verbalizers:
         label = stream.randrange(len(rules.verbalizers))
         return Record(**fields, label=label, answers=(list(rules.verbalizers)[label],))
@@ -90,6 +94,8 @@ class Oracle:
     """Stands for a model and answers from the labels; with `asked`, also notes the prompts."""
 
     training = False
+    device = torch.device("cpu")
+    SKILLS = frozenset({"rank", "generate", "retrieve"})
 
     def __init__(self, task: Task) -> None:
         self.records = {sample.row: sample.record for sample in task.samples}
@@ -119,6 +125,30 @@ class Oracle:
             torch.tensor([-1.0 if text == self._right(record) else -9.0 for text in texts])
             for record, texts in zip(self._records(images), candidates, strict=True)
         ]
+
+    def encode_images(self, images: Tensor) -> SimpleNamespace:
+        """Each image's own direction."""
+        return SimpleNamespace(projected_BQE=torch.eye(len(self.records))[images.flatten().long()][:, None])
+
+    def tokenize(self, texts: Sequence[str], *, max_tokens: int) -> tuple[Tensor, Tensor]:
+        """One token a text: its number."""
+        ids = torch.arange(len(texts))[:, None]
+        self.asked += texts
+        self.images = torch.tensor([row for row, record in sorted(self.records.items()) for _ in record.captions])
+        return ids, torch.ones_like(ids)
+
+    def encode_texts(self, ids: Tensor, mask: Tensor) -> SimpleNamespace:
+        """The direction of the image that it is a caption of."""
+        return SimpleNamespace(projected_BE=torch.eye(len(self.records))[self.images[ids[:, 0]]])
+
+    def normalised(self, images: Tensor) -> Tensor:
+        """As they are."""
+        return images
+
+    def encode_pairs(self, images: Tensor, ids: Tensor, mask: Tensor) -> SimpleNamespace:
+        """A match where the caption is the image's."""
+        match = (images.flatten().long() == self.images[ids[:, 0]]).float()
+        return SimpleNamespace(logits_B2=torch.stack([-match, match], dim=1))
 
     def _records(self, images: Tensor) -> list[Record]:
         return [self.records[int(row)] for row in images.flatten().tolist()]

@@ -130,6 +130,7 @@ def tiny_llm(
     image_prefix: str = "",
     prompt_prefix: str = "",
     prompt_suffix: str = "",
+    supervise_bos: bool = False,
     max_prompt_tokens: int = 128,
     max_target_tokens: int = 256,
 ) -> DecoderLLM:
@@ -144,6 +145,7 @@ def tiny_llm(
         image_prefix=image_prefix,
         prompt_prefix=prompt_prefix,
         prompt_suffix=prompt_suffix,
+        supervise_bos=supervise_bos,
         answer_prefix=answer_prefix,
         max_prompt_tokens=max_prompt_tokens,
         max_target_tokens=max_target_tokens,
@@ -181,7 +183,11 @@ def tiny_t5(vocab_size: int, eos_id: int) -> T5ForConditionalGeneration:
 
 
 def tiny_encoder_decoder_llm(
-    *, answer_prefix: str = " ", max_prompt_tokens: int = 128, max_target_tokens: int = 256
+    *,
+    answer_prefix: str = " ",
+    supervise_bos: bool = False,
+    max_prompt_tokens: int = 128,
+    max_target_tokens: int = 256,
 ) -> EncoderDecoderLLM:
     """A frozen tiny T5; its weights come from torch's global random stream."""
     tokenizer = tiny_llm_tokenizer()
@@ -191,6 +197,7 @@ def tiny_encoder_decoder_llm(
         eos_token=EOS,
         pad_token=EOS,
         answer_prefix=answer_prefix,
+        supervise_bos=supervise_bos,
         max_prompt_tokens=max_prompt_tokens,
         max_target_tokens=max_target_tokens,
     )
@@ -463,6 +470,32 @@ def write_easy_vqa(raw: Path, images: int) -> None:
         answers += [answer for _, answer, _ in questions]
         (raw / split / "questions.json").write_text(json.dumps(questions))
     (raw / "answers.txt").write_text("\n".join(sorted(set(answers))))
+
+
+def write_coco_captions(raw: Path) -> None:
+    """Write a raw folder of COCO captions, Karpathy splits: a picture of each colour and shape, 8 others to validate on."""
+    stream = random.Random(0)
+    shown = [(color, shape) for color in COLORS for shape in SHAPES]
+    entries: list[dict[str, Any]] = []
+    for split, pictures in (("train", shown), ("val", shown[::3]), ("test", shown[:1])):
+        folder = "train2014" if split == "train" else "val2014"
+        (raw / folder).mkdir(parents=True, exist_ok=True)
+        for color, shape in pictures:
+            number = len(entries) + 1
+            name = f"COCO_{folder}_{number:012d}.jpg"
+            _draw(color, shape, stream).save(raw / folder / name, quality=95)
+            captions = [f"A {color} {shape}.", f"There is a {shape}, and the color is {color}!"]
+            entries.append(
+                {
+                    "filepath": folder,
+                    "filename": name,
+                    "split": split,
+                    "cocoid": number,
+                    "imgid": number,
+                    "sentences": [{"raw": text, "sentid": 2 * number + place} for place, text in enumerate(captions)],
+                }
+            )
+    (raw / "dataset_coco.json").write_text(json.dumps({"dataset": "coco", "images": entries}))
 
 
 def _questions(color: str, shape: str, stream: random.Random) -> list[tuple[str, str]]:

@@ -12,7 +12,7 @@ def write_untrained_run(world: World, folder: Path) -> Path:
     """Write a run whose model was never trained: all its parts are random. Return its folder."""
     config = compose("train", TrainConfig, [*world.train, "vision.norm=layer"])
     with world.here():
-        model = build_model(config.vision, config.qformer, config.llm, seed=config.seed)
+        model = build_model(config)
         parts = ModelConfig(seed=config.seed, vision=config.vision, qformer=config.qformer, llm=config.llm)
         save_native(model, parts, folder)
     return folder

@@ -5,14 +5,25 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import BertTokenizerFast, PreTrainedTokenizerBase
+from transformers import (
+    AutoTokenizer,
+    BertTokenizerFast,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedTokenizerBase,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from instructblip.models.blip2 import BLIP2
+from instructblip.models.instructblip import InstructBLIP
+from instructblip.models.llm import LLM, DecoderLLM, EncoderDecoderLLM
 from instructblip.models.qformer import QFormer
 from instructblip.weights.names import foreign_names
-from tests.kit.tiny import tiny_vision
+from tests.kit.tiny import redraw, tiny_qformer, tiny_vision
 
 FOLDER = Path(__file__).parents[1] / "lavis_vectors"
 TOLERANCE = {"atol": 3e-4, "rtol": 1e-5}  # the files' own
@@ -85,4 +96,84 @@ def stage1_model() -> BLIP2:
     )
     names = foreign_names(model.held_state(), "lavis")
     model.load_state_dict({name: weights[theirs] for name, theirs in names.items()}, strict=False)
+    return model.eval()
+
+
+def tiny_stage1(**options: object) -> BLIP2:
+    """A model of the same kind with random weights, and a vision encoder that runs."""
+    torch.manual_seed(0)
+    vision, tokenizer = tiny_vision(), bert_tokenizer()
+    qformer = tiny_qformer(
+        vision_width=vision.width, text_outputs=True, language_model_head=True, vocab_size=len(tokenizer)
+    )
+    model = BLIP2(
+        vision=vision,
+        vision_norm=nn.LayerNorm(vision.width),
+        qformer=qformer,
+        tokenizer=tokenizer,
+        feature_width=16,
+        **options,  # type: ignore[arg-type]
+    )
+    redraw(model.qformer, std=0.4)
+    model.qformer.requires_grad_(True)
+
+
+def stage2_llm(kind: str, *, supervise_bos: bool = False, max_target_tokens: int = 32) -> LLM:
+    """The language model of `blip2_stage2`, `opt` or `t5`, with its released text conventions."""
+    sizes = {name: value for name, value in read("blip2_stage2/config")[kind].items() if "tokenizer_" not in name}
+    state = {
+        name.removeprefix(f"{kind}_model."): tensor
+        for name, tensor in tensors(f"blip2_stage2/{kind}_weights").items()
+        if name.startswith(f"{kind}_model.")
+    }
+    if kind == "opt":
+        end = sizes.pop("newline_eos_token_id")
+        del sizes["position_offset"]
+        opt = OPTForCausalLM(OPTConfig(**sizes))
+        missing, unexpected = opt.load_state_dict(state, strict=False)
+        assert (missing, unexpected) == (["lm_head.weight"], [])  # tied
+        tokenizer = AutoTokenizer.from_pretrained(FOLDER / "blip2_stage2/opt_tokenizer")
+        return DecoderLLM(
+            opt,
+            tokenizer,
+            eos_token=tokenizer.convert_ids_to_tokens(end),
+            pad_token="<pad>",
+            bos_token="</s>",
+            supervise_bos=supervise_bos,
+            max_target_tokens=max_target_tokens,
+        )
+    t5 = T5ForConditionalGeneration(T5Config(**sizes))
+    # Flan-T5 has an output head of its own; transformers ties it until weights say otherwise.
+    t5.lm_head.weight = nn.Parameter(torch.empty_like(t5.shared.weight))
+    missing, unexpected = t5.load_state_dict(state, strict=False)
+    assert not unexpected and all(name.endswith("embed_tokens.weight") for name in missing)
+    tokenizer = AutoTokenizer.from_pretrained(FOLDER / "instructblip/t5_tokenizer")
+    return EncoderDecoderLLM(t5, tokenizer, eos_token="</s>", pad_token="<pad>")
+
+
+def stage2_model(llm: LLM) -> InstructBLIP:
+    """The model of `blip2_stage2` with LAVIS's weights around its language model; its vision encoder is never run."""
+    sizes, kind = read("blip2_stage2/config")["qformer"], "opt" if llm.kind == "decoder" else "t5"
+    model = InstructBLIP(
+        vision=tiny_vision(),
+        vision_norm=nn.LayerNorm(sizes["vision_width"], eps=sizes["ln_vision_eps"]),
+        qformer=QFormer(
+            vocab_size=0,
+            width=sizes["hidden_size"],
+            layers=sizes["num_hidden_layers"],
+            heads=sizes["num_attention_heads"],
+            hidden_width=sizes["intermediate_size"],
+            vision_width=sizes["vision_width"],
+            queries=sizes["num_query_token"],
+            cross_attention_every=sizes["cross_attention_freq"],
+            norm_eps=sizes["layer_norm_eps"],
+            instruction_aware=False,
+        ),
+        qformer_tokenizer=None,
+        llm=llm,
+    )
+    weights = tensors(f"blip2_stage2/{kind}_weights")
+    names = foreign_names(model.held_state(), "lavis")
+    state = {name: weights[theirs.replace("llm_proj", f"{kind}_proj")] for name, theirs in names.items()}
+    model.load_state_dict(state, strict=False)
     return model.eval()

@@ -1,106 +1,66 @@
-"""BLIP-2's first stage equals transformers' classes of it: matching, contrast and features, from pixels on."""
+"""BLIP-2 equals transformers' classes of it, from pixels on: matching, contrast, features; logits, loss and tokens."""
+
+from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
-from torch import Tensor, nn
+from PIL import Image
+from torch import Tensor
 from transformers import (
-    Blip2Config,
+    Blip2ForConditionalGeneration,
     Blip2ForImageTextRetrieval,
-    Blip2QFormerConfig,
+    Blip2Processor,
     Blip2TextModelWithProjection,
-    Blip2VisionConfig,
     Blip2VisionModelWithProjection,
-    OPTConfig,
     PreTrainedModel,
 )
 
 from instructblip.models.blip2 import BLIP2, similarities
-from instructblip.models.vision import VisionEncoder
-from instructblip.weights.names import foreign_names, pack_qkv_bias
-from tests.kit.tiny import redraw, tiny_qformer
-from tests.kit.vectors import bert_tokenizer
+from instructblip.models.instructblip import InstructBLIP
+from instructblip.weights.parity import stage_differences, trace_native
+from instructblip.weights.parity_transformers import trace_huggingface
+from instructblip.weights.transformers_read import load_huggingface
+from tests.kit.blip2 import tiny_stage1, write_captioner
+from tests.kit.losses import term_of
+from tests.kit.tiny import HUGGINGFACE_LLMS
 
-SIDE, VISION_WIDTH, EPS = 28, 32, 1e-6  # one eps serves all norms of transformers' vision part
+EPS = 1e-6  # one eps serves all norms of transformers' vision part
 TEXTS = ["a man riding a horse on the grass", "two dogs", "a cat."]
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 
 
 @pytest.fixture(scope="module")
 def model() -> BLIP2:
-    torch.manual_seed(0)
-    vision = VisionEncoder(
-        backbone="eva_giant_patch14_clip_224",
-        image_size=SIDE,
-        mean=[120.0, 125.0, 130.0],
-        std=[60.0, 61.0, 62.0],
-        options={"embed_dim": VISION_WIDTH, "depth": 2, "num_heads": 4, "mlp_ratio": 1.5},
-        final_norm=False,
-    )
-    tokenizer = bert_tokenizer()
-    built = BLIP2(
-        vision=vision,
-        vision_norm=nn.LayerNorm(VISION_WIDTH, eps=EPS),
-        qformer=tiny_qformer(
-            vision_width=VISION_WIDTH, text_outputs=True, language_model_head=True, vocab_size=len(tokenizer)
-        ),
-        tokenizer=tokenizer,
-        feature_width=16,
-    )
-    redraw(built)
-    return built.eval()
+    return tiny_stage1(norm_eps=EPS)
 
 
-def theirs(model: BLIP2, kind: type[PreTrainedModel]) -> PreTrainedModel:
-    """A class of transformers with our weights."""
-    config = Blip2Config(
-        vision_config=Blip2VisionConfig(
-            hidden_size=VISION_WIDTH,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            image_size=SIDE,
-            patch_size=14,
-            layer_norm_eps=EPS,
-        ).to_dict(),
-        qformer_config=Blip2QFormerConfig(
-            vocab_size=len(model.tokenizer),
-            hidden_size=32,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            intermediate_size=64,
-            max_position_embeddings=64,
-            encoder_hidden_size=VISION_WIDTH,
-            use_qformer_text_input=True,
-        ).to_dict(),
-        text_config=OPTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=8).to_dict(),
-        num_query_tokens=4,
-        image_text_hidden_size=16,
-    )
-    built = kind(config).eval()
-    own = {name: tensor for name, tensor in model.state_dict().items() if ".lm_head." not in name}
-    del own["temperature"]
-    names = foreign_names(own, "huggingface_blip2")
-    state = pack_qkv_bias({names[name]: tensor for name, tensor in own.items()})
-    expected = built.state_dict().keys()
-    # Of the two halves each has its own part of the tensors, and nothing else.
-    assert expected <= state.keys()
-    built.load_state_dict({name: state[name] for name in expected})
-    return built
+@pytest.fixture(scope="module")
+def retrieval(model: BLIP2, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model as transformers' folder."""
+    folder = tmp_path_factory.mktemp("retrieval") / "out"
+    model.save_huggingface(folder)
+    return folder
+
+
+def theirs(folder: Path, kind: type[PreTrainedModel]) -> PreTrainedModel:
+    """A class of transformers with our weights; of the two halves each takes its own part of them."""
+    found, info = kind.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"]
+    return found.eval()
 
 
 def inputs(model: BLIP2) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Pictures, their pixels as transformers takes them, token ids with their mask."""
-    pictures = torch.randint(
-        0, 256, (3, 1, 3, SIDE, SIDE), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
-    )
+    pictures = torch.randint(0, 256, (3, 1, 3, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     pixels = (pictures[:, 0].float() - model.vision.mean) / model.vision.std
     ids_BT, mask_BT = model.tokenize(TEXTS)
     return pictures, pixels, {"input_ids": ids_BT, "attention_mask": mask_BT}
 
 
 @torch.no_grad()
-def test_retrieval_model(model: BLIP2) -> None:
-    other = theirs(model, Blip2ForImageTextRetrieval)
+def test_retrieval_model(model: BLIP2, retrieval: Path) -> None:
+    other = theirs(retrieval, Blip2ForImageTextRetrieval)
     pictures, pixels, text = inputs(model)
     matching = other(pixel_values=pixels, **text, use_image_text_matching_head=True).logits_per_image
     torch.testing.assert_close(model.match(pictures, TEXTS), matching.softmax(dim=1)[:, 1], **CLOSE)
@@ -112,12 +72,94 @@ def test_retrieval_model(model: BLIP2) -> None:
 
 
 @torch.no_grad()
-def test_both_halves(model: BLIP2) -> None:
+def test_both_halves(model: BLIP2, retrieval: Path) -> None:
     pictures, pixels, text = inputs(model)
     features = model.features(pictures, TEXTS)
-    images = theirs(model, Blip2VisionModelWithProjection)(pixel_values=pixels).image_embeds
+    images = theirs(retrieval, Blip2VisionModelWithProjection)(pixel_values=pixels).image_embeds
     torch.testing.assert_close(features.image_projected, images, **CLOSE)
-    output = theirs(model, Blip2TextModelWithProjection)(**text)
+    output = theirs(retrieval, Blip2TextModelWithProjection)(**text)
     torch.testing.assert_close(features.text_projected, output.text_embeds[:, 0], **CLOSE)
     real = features.text_mask.bool()
     torch.testing.assert_close(features.text[real], output.last_hidden_state[real], **CLOSE)
+
+
+# --- the second stage ------------------------------------------------------------------------------------------------
+
+PROMPTS = ["Question: what color is the shape? Answer:", "a photo of"]
+ANSWERS = ["a red one", "two circles"]
+
+
+class Pair(NamedTuple):
+    """One folder, opened by transformers and by this code."""
+
+    folder: Path
+    theirs: Blip2ForConditionalGeneration
+    ours: InstructBLIP
+
+
+@pytest.fixture(
+    scope="module", params=[(llm, form) for llm in HUGGINGFACE_LLMS for form in ("older", "newer")], ids="-".join
+)
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    llm, form = request.param
+    folder = tmp_path_factory.mktemp(f"{llm}_{form}")
+    theirs = write_captioner(folder, llm, image_token=form == "newer")
+    if form == "older":  # today's class needs a mark for the places of the visual tokens: a word that no text here has
+        theirs.config.image_token_index = theirs.config.text_config.vocab_size - 2
+    ours = load_huggingface(folder)
+    assert isinstance(ours, InstructBLIP)
+    return Pair(folder, theirs, ours)
+
+
+def pictures() -> list[Image.Image]:
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (2, 28, 28, 3), dtype=torch.uint8, generator=generator)
+    return [Image.fromarray(picture.numpy()) for picture in pixels]
+
+
+def their_inputs(pair: Pair, number: int, prompt: str, answer: list[int]) -> dict[str, Tensor]:
+    """What transformers is given for one sample: `[<image> ...][prompt]`, and the answer behind it."""
+    processor, config = Blip2Processor.from_pretrained(pair.folder), pair.theirs.config
+    marks = [config.image_token_index] * config.num_query_tokens
+    ids = torch.tensor([[*marks, *processor.tokenizer(prompt)["input_ids"], *answer]])
+    return {"pixel_values": processor(images=pictures()[number], return_tensors="pt")["pixel_values"], "input_ids": ids}
+
+
+def test_every_stage_and_the_logits(pair: Pair) -> None:
+    found = stage_differences(trace_huggingface(pair.folder), trace_native(pair.ours))
+    assert list(found) == ["vision", "qformer", "projection", "logits", "padded"]
+    assert max(found.values()) < 1e-5, found
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("prompts", [PROMPTS, ["", ""]], ids=["prompt", "none"])
+def test_loss(pair: Pair, prompts: list[str]) -> None:
+    loss = term_of(pair.ours, pictures(), prompts, ANSWERS)  # type: ignore[arg-type]
+    for number, prompt in enumerate(prompts):
+        answer = pair.ours.llm.prompt_format.answer_ids(prompt, ANSWERS[number])
+        decoder_only = pair.theirs.config.use_decoder_only_language_model
+        inputs = their_inputs(pair, number, prompt, answer if decoder_only else [])
+        before = inputs["input_ids"].shape[1] - len(answer) if decoder_only else 0
+        theirs = pair.theirs(**inputs, labels=torch.tensor([[-100] * before + answer])).loss
+        torch.testing.assert_close(loss.per_sample[number] / len(answer), theirs, rtol=0, atol=1e-5)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("prompts", [PROMPTS, None], ids=["prompt", "none"])
+def test_token_ids(pair: Pair, prompts: list[str] | None, beams: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pair.ours.llm, "_decode", Tensor.tolist)
+    ours = pair.ours.generate(pictures(), prompts, max_new_tokens=8, num_beams=beams)
+    decoder_only = pair.theirs.config.use_decoder_only_language_model
+    for number in range(2):
+        inputs = their_inputs(pair, number, (prompts or ["", ""])[number], [])
+        if prompts is None and decoder_only:
+            del inputs["input_ids"]  # whose default is the same: the visual tokens and BOS
+        options = {"do_sample": False, "num_beams": beams, "max_new_tokens": 8}
+        ids = pair.theirs.generate(**inputs, **options, eos_token_id=pair.ours.llm.prompt_format.eos_id)[0]
+        # With token ids beside the embeddings, transformers returns the prompt too; a decoder returns its start token.
+        skipped = (4 + 1 if prompts is None else inputs["input_ids"].shape[1]) if decoder_only else 1
+        expected = ids[skipped:].tolist()
+        assert list(ours[number])[: len(expected)] == expected
+        assert set(list(ours[number])[len(expected) :]) <= {pair.ours.llm.prompt_format.pad_id}
+    assert prompts is None or ours[0] != ours[1]  # without a prompt such random weights repeat one token

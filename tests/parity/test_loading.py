@@ -58,13 +58,13 @@ def test_every_format_is_the_same_model(formats: Formats) -> None:
 
 def test_a_source_is_found_without_its_weights(formats: Formats, tmp_path: Path) -> None:
     (checkpoint,) = checkpoint_folders(formats.native / "checkpoints")
-    assert find_source(formats.native) == ("run", checkpoint, "native", "decoder")
-    assert find_source(checkpoint, llm="huggingface_llm") == ("run", checkpoint, "native", "decoder")
-    assert find_source(formats.lavis, llm="own") == ("lavis", formats.lavis, "model", "decoder")
+    assert find_source(formats.native) == ("run", checkpoint, "native", "instructblip", "decoder")
+    assert find_source(checkpoint, llm="huggingface_llm") == ("run", checkpoint, "native", "instructblip", "decoder")
+    assert find_source(formats.lavis, llm="own") == ("lavis", formats.lavis, "model", "instructblip", "decoder")
     folder = Path(
         shutil.copytree(formats.huggingface, tmp_path / "mine", ignore=shutil.ignore_patterns("*.safetensors"))
     )
-    assert find_source(folder) == Source("huggingface", folder, "mine", "decoder")
+    assert find_source(folder) == Source("huggingface", folder, "mine", "instructblip", "decoder")
     said = folder / "config.json"
     said.write_text(json.dumps(json.loads(said.read_text()) | {"text_config": {"model_type": "t5"}}))
     assert find_source(folder).llm_kind == "encoder_decoder"
@@ -94,7 +94,8 @@ def test_the_language_model_it_was_aligned_to_is_no_reason_to_warn(
 @pytest.mark.parametrize("source", ["huggingface", "native", "lavis"])
 @pytest.mark.parametrize("llm", ["other", "wide"])
 def test_another_language_model(source: str, llm: str, formats: Formats, caplog: pytest.LogCaptureFixture) -> None:
-    own, (model, *_, parts) = load(formats.huggingface).model, load(getattr(formats, source), llm=llm)
+    own, loaded = load(formats.huggingface).model, load(getattr(formats, source), llm=llm)
+    model = loaded.model
     trained_with = {
         "huggingface": "the LLM of huggingface",
         "native": "huggingface_llm",
@@ -104,7 +105,9 @@ def test_another_language_model(source: str, llm: str, formats: Formats, caplog:
     assert [record.message for record in caplog.records] == [
         f"Q-Former and projection were aligned to {trained_with}; llm={llm} needs them trained{remark}"
     ]
-    assert parts["llm"].name == llm
+    assert loaded.parts["llm"].name == llm
+    assert loaded.standing.aligned_to == trained_with
+    assert loaded.standing.untrained == (("projection",) if llm == "wide" else ())
     assert model.llm.width == model.projection.out_features == {"other": 32, "wide": 48}[llm]
     assert torch.equal(model.projection.weight, own.projection.weight) is (llm == "other")
     for name, tensor in own.held_state().items():
@@ -178,7 +181,7 @@ def test_a_hub_id(form: str, formats: Formats, tmp_path: Path, monkeypatch: pyte
         (repository / "pytorch_model.bin").write_bytes(b"never to be fetched")
     asked = []
 
-    def download(name: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+    def download(name: str, *, revision: str | None, allow_patterns: list[str], **_: bool) -> str:
         asked.append(name)
         copy = tmp_path / f"snapshot{len(asked)}"
         for file in (path for path in repository.rglob("*") if path.is_file()):

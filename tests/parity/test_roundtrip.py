@@ -17,14 +17,10 @@ from instructblip.models.instructblip import InstructBLIP
 from instructblip.models.llm import LLM, DecoderLLM
 from instructblip.models.quantized import quantize_linears
 from instructblip.weights.lavis import load_lavis, read_lavis, save_lavis
-from instructblip.weights.parity import (
-    stage_differences,
-    trace_huggingface,
-    trace_native,
-    traces_huggingface,
-    traces_native,
-)
-from instructblip.weights.transformers_read import load_huggingface, read_settings, read_weights
+from instructblip.weights.parity import stage_differences, trace_native, traces_native
+from instructblip.weights.parity_transformers import trace_huggingface, traces_huggingface
+from instructblip.weights.transformers_read import load_huggingface, read_weights
+from instructblip.weights.transformers_settings import read_settings
 from instructblip.weights.transformers_write import save_huggingface
 from tests.kit.tiny import (
     BOS,
@@ -94,8 +90,8 @@ def test_ours_to_transformers_to_ours(exported: tuple[InstructBLIP, Path]) -> No
     assert again.max_instruction_tokens == 32
     assert type(again.llm) is type(model.llm)
     for text in (PROMPT, "a literal <image> in a prompt"):
-        assert again.llm.prompt_format.prompt_ids(text, truncate=True) == model.llm.prompt_format.prompt_ids(
-            text, truncate=True
+        assert again.llm.prompt_format.prompt_ids(text, training=True) == model.llm.prompt_format.prompt_ids(
+            text, training=True
         )
         assert again.llm.prompt_format.target_ids(text) == model.llm.prompt_format.target_ids(text)
     assert again.llm.prompt_format.image_prefix_ids == model.llm.prompt_format.image_prefix_ids
@@ -219,7 +215,7 @@ def test_the_sidecar_says_what_transformers_cannot(tmp_path: Path, caplog: pytes
     assert json.loads((tmp_path / "exported/instructblip.json").read_text()) == {
         "format": 1,
         "vision": {"mean": [120.0, 125.0, 130.0], "std": [60.0, 61.0, 62.0], "norm_eps": 1e-5},
-        "max_instruction_tokens": 32,
+        "max_text_tokens": 32,
         "llm_rows": 320,
         "llm": {
             "eos_token": EOS,
@@ -229,6 +225,7 @@ def test_the_sidecar_says_what_transformers_cannot(tmp_path: Path, caplog: pytes
             "prompt_prefix": "\n",
             "prompt_suffix": " answer",
             "answer_prefix": " ",
+            "supervise_bos": False,
             "max_prompt_tokens": 128,
             "max_target_tokens": 256,
         },
@@ -301,11 +298,6 @@ def test_only_what_is_released_goes_into_transformers_format(tmp_path: Path) -> 
         quantize_linears(model.llm.model, "int8", keep=model.llm.model.get_output_embeddings())
         return model
 
-    def ablated() -> InstructBLIP:
-        model = tiny_released_model()
-        model.qformer.instruction_aware = False
-        return model
-
     def channel_norm() -> InstructBLIP:
         model = tiny_released_model()
         model.vision_norm = tiny_model(vision_norm="channel").vision_norm
@@ -319,7 +311,6 @@ def test_only_what_is_released_goes_into_transformers_format(tmp_path: Path) -> 
     reasons = {
         tiny_model: "EfficientNet",
         quantised: "quantised; load it with llm.quantization=null",
-        ablated: "not instruction-aware",
         channel_norm: "ChannelNorm",
         final_norm: "vision.backbone.norm.weight has no place in a transformers",
     }
@@ -385,8 +376,9 @@ def test_a_key_bias_is_dropped_and_changes_nothing(tmp_path: Path) -> None:
 def test_settings_of_a_folder(tmp_path: Path) -> None:
     tiny_huggingface(tmp_path / "theirs")
     settings = read_settings(tmp_path / "theirs")
-    assert settings.llm == {"eos_token": EOS, "pad_token": "[PAD]", "bos_token": EOS}
-    assert settings.llm_kind == "decoder"
+    assert settings.llm is not None
+    assert settings.llm.conventions == {"eos_token": EOS, "pad_token": "[PAD]", "bos_token": EOS}
+    assert (settings.kind, settings.llm.kind) == ("instructblip", "decoder")
     assert settings.vision["options"] == {
         "patch_size": 14,
         "embed_dim": 32,
@@ -395,4 +387,4 @@ def test_settings_of_a_folder(tmp_path: Path) -> None:
         "mlp_ratio": 1.5,
     }
     assert settings.vision["mean"] == pytest.approx([122.7709383, 116.7460125, 104.09373615])
-    assert settings.max_instruction_tokens == 64  # no more than it has positions
+    assert settings.max_text_tokens == 64  # no more than it has positions

@@ -28,6 +28,7 @@ FROZEN = {
     "qwen3_8b": 8_190_735_360,
     "gemma_3_4b": 3_880_263_168,
     "opt_2_7b": 2_651_596_800,
+    "opt_6_7b": 6_658_473_984,
 }
 
 
@@ -46,9 +47,15 @@ def test_published_models(name: str) -> None:
     parts = parts_without_weights(compose_config("train", TrainConfig, [f"experiment=paper_{name}"]))
     assert parts.vision.tokens == 257
     assert parameters(parts.vision) == 985_894_528
-    trainable = nn.ModuleList([parts.norm, parts.qformer, parts.projection])
+    trainable = nn.ModuleList([parts.norm, parts.qformer, parts.heads])
     assert parameters(trainable) == TRAINED[name]
     assert parameters(trainable, trained=True) == TRAINED[name] - LAST_TEXT_FFN
+
+
+def test_the_second_stage_trains_as_many_parameters_as_others_counted() -> None:
+    """A log of BLIP-2's second stage beside OPT 2.7B (BLIText) says 107,133,696."""
+    parts = parts_without_weights(compose_config("train", TrainConfig, ["experiment=blip2_stage2"]))
+    assert parameters(nn.ModuleList([parts.norm, parts.qformer, parts.heads]), trained=True) == 107_133_696
 
 
 def test_every_language_model_has_its_published_size() -> None:

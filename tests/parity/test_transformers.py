@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers import AutoImageProcessor, AutoTokenizer, InstructBlipForConditionalGeneration
 
 from instructblip.models.instructblip import InstructBLIP
-from instructblip.weights.parity import stage_differences, trace_huggingface, trace_native
+from instructblip.weights.parity import stage_differences, trace_native
+from instructblip.weights.parity_transformers import trace_huggingface
 from instructblip.weights.transformers_read import load_huggingface
 from tests.kit.losses import term_of
 from tests.kit.tiny import HUGGINGFACE_LLMS, tiny_huggingface
@@ -73,7 +74,7 @@ def test_every_stage_and_the_logits(pair: Pair) -> None:
 
 @torch.inference_mode()
 def test_the_vocabularies_are_the_same(pair: Pair) -> None:
-    assert trace_native(pair.ours).logits.shape[-1] == pair.theirs.config.text_config.vocab_size
+    assert trace_native(pair.ours)["logits"].shape[-1] == pair.theirs.config.text_config.vocab_size
 
 
 @torch.inference_mode()

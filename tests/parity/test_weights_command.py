@@ -17,7 +17,8 @@ from instructblip.weights import __main__ as command
 from instructblip.weights.__main__ import main
 from instructblip.weights.lavis import save_lavis
 from instructblip.weights.load import load_model
-from instructblip.weights.parity import traces_huggingface, traces_native
+from instructblip.weights.parity import traces_native
+from instructblip.weights.parity_transformers import traces_huggingface
 from instructblip.weights.transformers_write import save_huggingface
 from tests.kit.tiny import tiny_huggingface
 from tests.parity.conftest import Formats

@@ -277,7 +277,7 @@ def test_the_hub_is_asked_last_and_its_snapshot_is_remembered(
 
     calls = []
 
-    def download(repository: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+    def download(repository: str, *, revision: str | None, allow_patterns: list[str], **_: bool) -> str:
         calls.append((repository, revision, allow_patterns))
         (tmp_path / "snapshot").mkdir(exist_ok=True)
         (tmp_path / "snapshot" / "config.json").write_text("{}")

@@ -5,11 +5,11 @@ from collections.abc import Callable
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from instructblip.models.blip2 import BLIP2
-from tests.kit.tiny import redraw, tiny_images, tiny_qformer, tiny_vision
-from tests.kit.vectors import bert_tokenizer
+from tests.kit.tiny import tiny_images, tiny_qformer
+from tests.kit.vectors import tiny_stage1
 
 TEXTS = [
     "a man riding a horse on the grass",
@@ -25,26 +25,7 @@ TEXTS = [
 
 @pytest.fixture(scope="module")
 def model() -> BLIP2:
-    return build()
-
-
-def build(**options: object) -> BLIP2:
-    torch.manual_seed(0)
-    vision, tokenizer = tiny_vision(), bert_tokenizer()
-    qformer = tiny_qformer(
-        vision_width=vision.width, text_outputs=True, language_model_head=True, vocab_size=len(tokenizer)
-    )
-    model = BLIP2(
-        vision=vision,
-        vision_norm=nn.LayerNorm(vision.width),
-        qformer=qformer,
-        tokenizer=tokenizer,
-        feature_width=16,
-        **options,  # type: ignore[arg-type]
-    )
-    redraw(model.qformer, std=0.4)
-    model.qformer.requires_grad_(True)
-    return model.eval()
+    return tiny_stage1()
 
 
 def close(found: Tensor, expected: Tensor) -> None:
@@ -93,11 +74,11 @@ def test_pictures_are_those_pixels(model: BLIP2) -> None:
     assert images.shape[-1] == side
     pictures = [Image.fromarray(image[0].permute(1, 2, 0).numpy()) for image in images]
     close(model.features(pictures).image, model.features(images).image)
-    close(model.features(model.image_tokens(images)[:, None]).image, model.features(images).image)
+    close(model.features(model.image_tokens(images)).image, model.features(images).image)
 
 
 def test_sampled_captions_follow_the_random_stream(model: BLIP2) -> None:
-    images, options = tiny_images(2), {"do_sample": True, "max_new_tokens": 8}
+    images, options = tiny_images(2), {"do_sample": True, "max_new_tokens": 9}
     drawn = []
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
@@ -107,7 +88,7 @@ def test_sampled_captions_follow_the_random_stream(model: BLIP2) -> None:
 
 def test_long_texts_lose_their_end_in_matching_and_not_in_features(model: BLIP2) -> None:
     images, long = tiny_images(1), TEXTS[6]
-    short = build(max_text_tokens=10)
+    short = tiny_stage1(max_text_tokens=10)
     other_end = long.replace("cat", "bus")
     assert torch.equal(short.match(images, [long]), short.match(images, [other_end]))
     assert not torch.equal(model.match(images, [long]), model.match(images, [other_end]))
@@ -115,7 +96,7 @@ def test_long_texts_lose_their_end_in_matching_and_not_in_features(model: BLIP2)
 
 
 def test_every_trainable_parameter_trains_and_the_vision_encoder_does_not() -> None:
-    model, images = build().train(), tiny_images(8)
+    model, images = tiny_stage1().train(), tiny_images(8)
     before = {name: tensor.clone() for name, tensor in model.vision.state_dict().items()}
     ids_BT, mask_BT = model.tokenize(TEXTS)
     image, text = model.encode_images(model.image_tokens(images)), model.encode_texts(ids_BT, mask_BT)
@@ -135,7 +116,7 @@ def test_every_trainable_parameter_trains_and_the_vision_encoder_does_not() -> N
 
 
 def test_vision_tokens_of_other_types_give_the_same_features(model: BLIP2) -> None:
-    tokens = model.image_tokens(tiny_images(4))[:, None]
+    tokens = model.image_tokens(tiny_images(4))
     expected = model.features(tokens).image
     for dtype in (torch.float16, torch.bfloat16):
         found = model.features(tokens.to(dtype)).image
@@ -148,14 +129,17 @@ def test_wrong_arguments(model: BLIP2) -> None:
     images, qformer = tiny_images(2), tiny_qformer(vision_width=8)
     parts = {"vision": model.vision, "vision_norm": model.vision_norm}
     cases: list[tuple[str, Callable[[], object]]] = [
-        ("2 images and 3 texts do not make pairs", lambda: model.match(images, TEXTS[:3])),
-        ("2 images and 8 texts do not make pairs", lambda: model.features(images, TEXTS)),
-        ("texts is one string", lambda: model.features(texts="a cat")),
+        ("texts has 3 entries for 2 images", lambda: model.match(images, TEXTS[:3])),
+        ("texts has 8 entries for 2 images", lambda: model.features(images, TEXTS)),
+        ("texts is of type str", lambda: model.features(texts="a cat")),
         ("both missing", lambda: model.features()),
-        ("head='itg' is none of itm, itc", lambda: model.match(images, TEXTS[:2], head="itg")),  # type: ignore[arg-type]
+        ("head is 'itg'; give 'itm' or 'itc'", lambda: model.match(images, TEXTS[:2], head="itg")),  # type: ignore[arg-type]
         ("captions without a prompt", lambda: model.generate(images, ["a", "b"])),  # type: ignore[arg-type]
+        ("num_beams is 0", lambda: model.generate(images, num_beams=0)),
+        ("min_new_tokens is 9, more than max_new_tokens", lambda: model.generate(images, max_new_tokens=5)),
+        (r"images\[0\] is a path", lambda: model.generate(["a.png"])),  # type: ignore[list-item]
         ("one picture a sample, not 3 frames", lambda: model.match(tiny_images(2, frames=3), TEXTS[:2])),
-        ("language-model head", lambda: BLIP2(**parts, qformer=qformer, tokenizer=model.tokenizer)),
+        ("text outputs", lambda: BLIP2(**parts, qformer=qformer, tokenizer=model.tokenizer)),
         (
             r"no \[BOS\], which begins a caption",
             lambda: BLIP2(**parts, qformer=model.qformer, tokenizer=model.tokenizer, start_token="[BOS]"),

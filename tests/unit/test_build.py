@@ -1,6 +1,5 @@
 """Parts built from their configuration: weights into every timm backbone, the Q-Former's three starts, restored runs."""
 
-import logging
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -21,10 +20,8 @@ from instructblip.models.qformer import QFormer
 from instructblip.weights.bert import qformer_state_from_bert
 from instructblip.weights.checkpoint import save_checkpoint
 from instructblip.weights.load import frozen_fingerprints, load_run
-from instructblip.weights.names import foreign_names
-from instructblip.weights.parts import build_model, load_qformer, load_vision
+from instructblip.weights.parts import build_instructblip, load_qformer, load_vision
 from instructblip.weights.position import resize_position_embedding
-from tests.kit.families import write_llm
 from tests.kit.runs import compose
 from tests.kit.tiny import tiny_bert_tokenizer, tiny_parts, tiny_qformer
 
@@ -225,7 +222,7 @@ def model_config(parts: dict[str, str], *overrides: str) -> TrainConfig:
 
 
 def build(config: ModelConfig) -> InstructBLIP:
-    return build_model(config.vision, config.qformer, config.llm, seed=config.seed)
+    return build_instructblip(config)
 
 
 def qformer_config(parts: dict[str, str], *overrides: str) -> QFormerConfig:
@@ -303,97 +300,6 @@ def test_from_scratch_everything_is_drawn_as_bert_was(parts: dict[str, str], tmp
         else:
             assert tensor.std().item() == pytest.approx(0.02, rel=0.25), name
             assert not torch.equal(tensor, other[name]), name
-
-
-# --- the start from BLIP-2 -------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def blip2(parts: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> tuple[InstructBLIP, list[str], Path]:
-    """(a model, overrides, a folder with that model's trained tensors as LAVIS's files of the two stages)."""
-    folder = tmp_path_factory.mktemp("blip2")
-    write_llm("vicuna_7b", folder / "llm")
-    parts = {key: value for key, value in parts.items() if not key.startswith("llm.")}
-    base = [*(f"{key}={value}" for key, value in parts.items()), "llm=vicuna_7b", f"llm.sources.path={folder / 'llm'}"]
-    base += ["qformer=blip2", "vision.norm=layer", "llm.dtype=float32"]
-    torch.manual_seed(5)
-    model = build(compose("train", TrainConfig, [*base, "qformer.init=scratch", "seed=7"]))
-    for tensor in model.held_state().values():
-        tensor.add_(torch.randn_like(tensor) * 0.02)
-    names = foreign_names(model.held_state(), "lavis")
-    state = {names[name]: tensor.clone() for name, tensor in model.held_state().items()}
-    text = [names[name] for name in names if "text_ffn" in name or ".word_" in name or ".position_" in name]
-    first = {name: tensor if name in text else tensor + 1 for name, tensor in state.items() if "llm_proj" not in name}
-    second = {name: tensor for name, tensor in state.items() if name not in text}
-    torch.save({"model": first | {"temp": torch.zeros(())}}, folder / "stage1.pth")
-    torch.save({"model": second}, folder / "stage2.pth")
-    wide = {name: torch.randn(48, *tensor.shape[1:]) for name, tensor in second.items() if "llm_proj" in name}
-    torch.save({"model": second | wide}, folder / "wide.pth")
-    return model, [*base, f"qformer.stage1={folder}/stage1.pth", f"qformer.stage2={folder}/stage2.pth"], folder
-
-
-def test_stage_2_over_stage_1(blip2: tuple[InstructBLIP, list[str], Path], caplog: pytest.LogCaptureFixture) -> None:
-    model, overrides, _ = blip2
-    found = build(compose("train", TrainConfig, overrides)).held_state()
-    assert found.keys() == model.held_state().keys()
-    for name, tensor in model.held_state().items():
-        assert torch.equal(found[name], tensor), name
-    assert caplog.records == []
-
-
-def test_another_llm_than_it_was_aligned_to_is_said_in_one_line(
-    blip2: tuple[InstructBLIP, list[str], Path], caplog: pytest.LogCaptureFixture
-) -> None:
-    model, overrides, folder = blip2
-    other = build(compose("train", TrainConfig, [*overrides, "qformer.aligned_to=flan_t5_xl"]))
-    assert torch.equal(other.projection.weight, model.projection.weight)
-    wide = build(compose("train", TrainConfig, [*overrides, f"qformer.stage2={folder}/wide.pth"]))
-    assert wide.projection.weight.shape == model.projection.weight.shape
-    assert not torch.equal(wide.projection.weight, model.projection.weight)
-    assert torch.equal(wide.qformer.query_tokens, model.qformer.query_tokens)
-    lines = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    assert ["flan_t5_xl" in lines[0], "vicuna_7b" in lines[0], "anew" in lines[0]] == [True, True, False]
-    assert "starts anew" in lines[1]
-    assert len(lines) == 2
-    caplog.clear()
-    opt = torch.load(folder / "stage2.pth", weights_only=True)["model"]
-    torch.save(
-        {"model": {name.replace("llm_proj", "opt_proj"): tensor for name, tensor in opt.items()}}, folder / "opt.pth"
-    )
-    build(compose("train", TrainConfig, [*overrides, f"qformer.stage2={folder}/opt.pth"]))
-    (line,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    assert "were aligned to an LLM of LAVIS's opt_proj; llm=vicuna_7b needs them trained" in line
-    assert all("\n" not in line for line in lines)
-
-
-def test_the_first_stage_alone_and_without_instructions(
-    blip2: tuple[InstructBLIP, list[str], Path], caplog: pytest.LogCaptureFixture
-) -> None:
-    model, overrides, _ = blip2
-    first = build(compose("train", TrainConfig, [*overrides, "qformer.stage2=null"]))
-    assert torch.equal(first.qformer.word_embeddings.weight, model.qformer.word_embeddings.weight)
-    torch.testing.assert_close(first.qformer.query_tokens, model.qformer.query_tokens + 1)
-    deaf = build(compose("train", TrainConfig, [*overrides, "qformer.instruction_aware=false"]))
-    assert not any("text_ffn" in name or "word_" in name for name in deaf.held_state())
-    assert torch.equal(deaf.qformer.query_tokens, model.qformer.query_tokens)
-    assert caplog.records == []
-
-
-@pytest.mark.parametrize(
-    ("override", "words"),
-    [
-        ("qformer.stage1=null", ["qformer.stage1=", "qformer.stage2="]),
-        ("qformer.stage1=nowhere.pth", ["nowhere.pth does not exist"]),
-        ("qformer.queries=5", ["query_tokens is (1, 4, 32), the model needs (1, 5, 32)"]),
-        ("vision.norm=channel", ["vision_norm.mean has no place"]),
-    ],
-)
-def test_a_start_that_does_not_fit(
-    override: str, words: list[str], blip2: tuple[InstructBLIP, list[str], Path]
-) -> None:
-    with pytest.raises(UserError) as error:
-        build(compose("train", TrainConfig, [*blip2[1], override]))
-    assert [word for word in words if word not in str(error.value)] == []
 
 
 # --- restored runs ---------------------------------------------------------------------------------------------------

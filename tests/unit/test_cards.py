@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
+from instructblip.data import cards
 from instructblip.data.cards import CARDS_FOLDER, all_cards, cards_table, load_card, main, source_sha256
 from instructblip.data.readers import READERS
 from instructblip.errors import UserError
@@ -38,6 +39,14 @@ VALID: dict[str, Any] = {
     "training": {"flip": True},
 }
 
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder in place of that of the official cards."""
+    monkeypatch.setattr(cards, "CARDS_FOLDER", tmp_path)
+    return tmp_path
+
+
 GOOD = {"url": "https://example.org/a.zip", "unpack": ".", "gives": ["images"]}  # a download
 
 
@@ -59,10 +68,9 @@ def _write(folder: Path, changes: dict[str, Any], name: str = "tiny") -> Path:
 
 
 def test_every_card_of_the_tree_loads_and_names_things_that_exist() -> None:
-    cards = all_cards()
-    assert len(cards) >= 5
-    assert len(cards) == len(list(CARDS_FOLDER.glob("*.yaml")))
-    for card in cards:
+    assert len(all_cards()) >= 5
+    assert len(all_cards()) == len(list(CARDS_FOLDER.glob("*.yaml")))
+    for card in all_cards():
         assert card.reader in READERS
         assert card.templates is None or (CARDS_FOLDER / "templates" / f"{card.templates}.yaml").is_file()
         for split in card.splits.values():
@@ -90,7 +98,7 @@ def test_readme_table_equals_the_cards() -> None:
 def test_main_writes_the_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("instructblip.data.cards.CARDS_FOLDER", tmp_path)
+    monkeypatch.setattr(cards, "CARDS_FOLDER", tmp_path)
     _write(tmp_path, {})
     assert main() == 0
     row = "| [`tiny`](https://example.org) | image question answering | held-in | - | ? (test) | accuracy, rank | MIT |"
@@ -127,19 +135,19 @@ def test_views_rank_the_same_thirteen_answers() -> None:
     assert len(set(candidates.pop())) == 13
 
 
-def test_a_view_takes_the_source_from_its_parent(tmp_path: Path) -> None:
-    parent = load_card(_write(tmp_path, {}))
+def test_a_view_takes_the_source_from_its_parent(folder: Path) -> None:
+    parent = load_card(_write(folder, {}))
     changes = dict.fromkeys(("reader", "homepage", "licence", "how_to_get", "not_fetched", "splits", "verified"), ...)
-    view = load_card(_write(tmp_path, {**changes, "name": "part", "view_of": "tiny", "kinds": ["color"]}, "part"))
+    view = load_card(_write(folder, {**changes, "name": "part", "view_of": "tiny", "kinds": ["color"]}, "part"))
     assert (view.source, view.reader, view.splits) == ("tiny", parent.reader, parent.splits)
     assert (view.expected_records("test"), parent.expected_records("test")) == (4, None)
     assert source_sha256(view) == source_sha256(parent)
     with pytest.raises(UserError, match="view_of must name a dataset of its own"):
-        load_card(_write(tmp_path, {**changes, "name": "part2", "view_of": "part"}, "part2"))
+        load_card(_write(folder, {**changes, "name": "part2", "view_of": "part"}, "part2"))
     with pytest.raises(UserError, match="names no card: 'tini'; did you mean 'tiny'"):
-        load_card(_write(tmp_path, {**changes, "name": "part2", "view_of": "tini"}, "part2"))
+        load_card(_write(folder, {**changes, "name": "part2", "view_of": "tini"}, "part2"))
     with pytest.raises(UserError, match="reader is the parent's to say"):
-        load_card(_write(tmp_path, {"name": "part2", "view_of": "tiny"}, "part2"))
+        load_card(_write(folder, {"name": "part2", "view_of": "tiny"}, "part2"))
 
 
 @pytest.mark.parametrize(
@@ -148,6 +156,13 @@ def test_a_view_takes_the_source_from_its_parent(tmp_path: Path) -> None:
         ({"licens": "MIT"}, "unknown key licens; did you mean licence?"),
         ({"evaluation.promt": "x"}, "unknown key evaluation.promt; did you mean evaluation.prompt?"),
         ({"splits.test.image": 3}, "unknown key splits.test.image; did you mean splits.test.images?"),
+        ({"task": "vqa"}, "unknown key task"),
+        ({"splits.test.records": "test.jsonl"}, "splits.test.records must be a whole number, not 'test.jsonl'"),
+        ({"reader": "jsonlines"}, "reader=jsonlines is none of aokvqa, coco_captions"),
+        ({"reader": "vqa"}, "key splits.test.questions is missing; reader vqa needs it"),
+        ({"templates": "vqa_shot"}, "templates: there is no template set 'vqa_shot'"),
+        ({"evaluation.metric": "acuracy"}, "evaluation.metric is 'acuracy'; did you mean 'accuracy'?"),
+        ({"evaluation.metric": "./a.py:score"}, "an official card names one of the metrics there are"),
         ({"homepage": ...}, "key homepage is missing"),
         ({"reader": ...}, "key reader is missing"),
         ({"evaluation.metric": ...}, "key evaluation.metric is missing"),
@@ -175,6 +190,7 @@ def test_a_view_takes_the_source_from_its_parent(tmp_path: Path) -> None:
         ({"shared_images": {"vqav2": "why"}}, "shared_images is for held-out datasets to say"),
         ({"image_source": "flickr"}, "image_source=flickr is none of coco, openimages, youtube, null"),
         ({"splits.test.files": {"images": "img"}}, "splits.test.files.images must be a list, not 'img'"),
+        ({"splits.test.files": {"images": ["img"]}}, "splits.test has 'images', which reader easy_vqa does not take"),
         ({"splits.test.files": {"images": []}}, "splits.test.files.images names no place"),
         ({"splits.test.files": {"images": ["a", "../b"]}}, "'../b' must be a path below the raw folder"),
         ({"splits.test.files": {"images": ["/b"]}}, "'/b' must be a path below the raw folder"),
@@ -198,6 +214,10 @@ def test_a_view_takes_the_source_from_its_parent(tmp_path: Path) -> None:
             "'tests' is not among splits; did you mean 'test'?",
         ),
         ({"not_fetched": ..., "fetch": [GOOD | {"size": 3}]}, "unknown key fetch.0.size"),
+        (
+            {"reader_options": {"prefix": "a"}},
+            "reader_options has 'prefix', which reader easy_vqa does not take; remove",
+        ),
         ({"reader_options": ["a"]}, "reader_options must be keys and values, not ['a']"),
         ({"reader_options": {"a": {1: 2}}}, "reader_options.a has the key 1, which is not text"),
         (
@@ -208,47 +228,54 @@ def test_a_view_takes_the_source_from_its_parent(tmp_path: Path) -> None:
         ({"evaluation.prompt": "{question"}, "evaluation.prompt '{question' has a brace without"),
     ],
 )
-def test_a_mistake_is_named_with_file_and_key(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
-    path = _write(tmp_path, changes)
+def test_a_mistake_is_named_with_file_and_key(folder: Path, changes: dict[str, Any], words: str) -> None:
+    path = _write(folder, changes)
     with pytest.raises(UserError) as caught:
         load_card(path)
     assert str(path) in str(caught.value)
     assert words in str(caught.value)
 
 
-def test_what_a_reader_is_told_is_taken_as_it_stands(tmp_path: Path) -> None:
+def test_what_a_reader_is_told_is_taken_as_it_stands(folder: Path) -> None:
     files = {"images": ["train2014", "val2014"], "questions": ["q.json"]}
-    options = {"prefix": "a", "sizes": [1, 2.5, None], "deep": {"on": True}}
-    card = load_card(_write(tmp_path, {"splits.test.files": files, "reader_options": options}))
+    options = {"prefix": "a", "answer_field": {"test": "raw_answer"}}
+    card = load_card(_write(folder, {"reader": "vqa", "splits.test.files": files, "reader_options": options}))
     assert card.splits["test"].files == {"images": ("train2014", "val2014"), "questions": ("q.json",)}
     assert card.reader_options == options
-    plain = load_card(_write(tmp_path, {}))
+    assert {name: card.told[name] for name in options} == options
+    plain = load_card(_write(folder, {}))
     assert (plain.splits["test"].files, plain.reader_options, plain.image_source) == ({}, {}, None)
+    assert plain.told["prefix"] == "tiny"
     assert source_sha256(card) != source_sha256(plain)
 
 
-def test_a_card_need_not_be_evaluated_and_may_score_other_kinds_than_it_trains_on(tmp_path: Path) -> None:
-    card = load_card(_write(tmp_path, {"evaluation": ..., "training": ...}))
+def test_a_card_need_not_be_evaluated_and_may_score_other_kinds_than_it_trains_on(folder: Path) -> None:
+    card = load_card(_write(folder, {"evaluation": ..., "training": ...}))
     assert (card.evaluation, card.training.flip) == (None, True)
     assert "| - | - | - | MIT | yes | no |" in cards_table([card])
     changes = {"kinds": ["shape"], "evaluation.kinds": ["color"], "splits": {"train": VALID["splits"]["test"]}}
-    card = load_card(_write(tmp_path, changes | {"evaluation.split": "train"}))
+    card = load_card(_write(folder, changes | {"evaluation.split": "train"}))
     assert "| 2 | 4 (train) |" in cards_table([card])
 
 
-def test_whole_numbers_serve_as_scores(tmp_path: Path) -> None:
-    assert load_card(_write(tmp_path, {"paper": {"vicuna_7b": 50, "flan_t5_xl": 44.5}})).paper == {
+def test_whole_numbers_serve_as_scores(folder: Path) -> None:
+    assert load_card(_write(folder, {"paper": {"vicuna_7b": 50, "flan_t5_xl": 44.5}})).paper == {
         "vicuna_7b": 50.0,
         "flan_t5_xl": 44.5,
     }
 
 
-def test_unreadable_cards(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no dataset card 'easy_vga' .*did you mean 'easy_vqa'"):
+def test_a_name_that_there_is_not_names_the_nearest_one_and_the_way_to_ones_own() -> None:
+    with pytest.raises(
+        UserError, match=r"no dataset card 'easy_vga' .*did you mean 'easy_vqa'.* path, ./easy_vga.yaml"
+    ):
         load_card("easy_vga")
+
+
+def test_unreadable_cards(folder: Path) -> None:
     with pytest.raises(UserError, match="cannot be read"):
-        load_card(tmp_path / "none.yaml")
+        load_card(folder / "none.yaml")
     for content, words in (("a: [", "not valid YAML"), ("- a", "keys and values at its top level")):
-        (tmp_path / "bad.yaml").write_text(content)
+        (folder / "bad.yaml").write_text(content)
         with pytest.raises(UserError, match=words):
-            load_card(tmp_path / "bad.yaml")
+            load_card(folder / "bad.yaml")

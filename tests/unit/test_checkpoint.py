@@ -1,8 +1,11 @@
 """Checkpoints appear whole or not at all, the newest whole one is found, and optimiser state comes back bit by bit."""
 
+import errno
 import json
 import os
-from collections.abc import Iterator
+import resource
+import shutil
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +86,62 @@ def test_unfinished_checkpoints_are_no_checkpoints(tmp_path: Path) -> None:
 # --- damage ----------------------------------------------------------------------------------------------------------
 
 
+def test_no_digit_of_the_state_can_change_unnoticed(tmp_path: Path) -> None:
+    """Step, fingerprints, counts, hashes of files, the checksum itself: each as a flipped bit leaves them."""
+    path = _save(tmp_path, 8, frozen={"llm": "ab12"}, inputs={"splits": {"vqa/train": "34"}}, lost={"vqa": {"lost": 5}})
+    whole = (path / STATE_FILE).read_bytes()
+    for place in range(len(whole)):
+        if whole[place : place + 1].isalnum():
+            (path / STATE_FILE).write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+            found, complaints = newest_whole(tmp_path)
+            assert found is None, whole[place - 20 : place + 5]
+            assert len(complaints) == 1
+    (path / STATE_FILE).write_bytes(whole)
+    assert newest_whole(tmp_path) == (path, [])
+
+
+def test_a_checkpoint_counts_for_the_step_of_its_folder_alone(tmp_path: Path) -> None:
+    path = _save(tmp_path, 8)
+    renamed = path.rename(tmp_path / "step_00000012")
+    with pytest.raises(UserError, match=r"step_00000012 is broken \(state.json is of step 8\)"):
+        load_checkpoint(renamed)
+    assert load_checkpoint(renamed.rename(tmp_path / "the_best")).step == 8  # which says nothing of a step
+
+
+def test_files_of_another_step_are_no_part_of_a_checkpoint(tmp_path: Path) -> None:
+    first, second = _save(tmp_path, 1), _save(tmp_path, 2)
+    shutil.copy(first / OPTIMIZER_FILE, second / OPTIMIZER_FILE)
+    found, complaints = newest_whole(tmp_path)
+    assert found == first
+    assert "optimizer.safetensors does not match its recorded hash" in complaints[0]
+
+
+def test_what_the_disk_cannot_read_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    older, newer = _save(tmp_path, 1), _save(tmp_path, 2)
+    real = checkpoint.sha256_file
+
+    def failing(path: Path) -> str:
+        if path.parent == newer:
+            raise OSError(errno.EIO, "Input/output error")
+        return real(path)
+
+    monkeypatch.setattr(checkpoint, "sha256_file", failing)
+    found, complaints = newest_whole(tmp_path)
+    assert (found, complaints) == (
+        older,
+        [f"{newer} is broken (it cannot be read: Input/output error) and passed over"],
+    )
+
+
+def test_one_that_does_not_fit_gives_way_to_one_that_does(tmp_path: Path) -> None:
+    older, newer = _save(tmp_path, 1, frozen={"llm": "a"}), _save(tmp_path, 2, frozen={"llm": "b"})
+
+    def unfit(state: Mapping[str, Any]) -> str | None:
+        return None if state["frozen"]["llm"] == "a" else "has another llm"
+
+    assert newest_whole(tmp_path, unfit) == (older, [f"{newer} has another llm and is passed over"])
+
+
 def _cut(path: Path) -> None:
     os.truncate(path, path.stat().st_size - 1)
 
@@ -105,7 +164,7 @@ DAMAGE = [
     (STATE_FILE, lambda path: os.truncate(path, 20), "state.json is not whole JSON"),
     (STATE_FILE, Path.unlink, "state.json does not exist"),
     (STATE_FILE, lambda path: path.write_text("[]"), "state.json does not say"),
-    (STATE_FILE, _other_format, "format 99, this code reads 1"),
+    (STATE_FILE, _other_format, "format 99, this code reads 2"),
 ]
 
 
@@ -147,9 +206,7 @@ def _full_for(name: str) -> Any:
         original(tensors, path)
         if path.name == name:
             os.truncate(path, 10)
-            raise SafetensorError(
-                'Error while serializing: IoError(Os { code: 28, message: "No space left on device" })'
-            )
+            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     return save
 
@@ -166,7 +223,7 @@ def test_a_full_disk_leaves_the_older_ones_whole(tmp_path: Path, name: str, monk
         patch.setattr(checkpoint, "save_file", _full_for(name))
         if name == STATE_FILE:
             patch.setattr(Path, "write_text", _full_json)
-        with pytest.raises(UserError, match=r"disk full while saving .*step_00000003; older .* resume=auto"):
+        with pytest.raises(UserError, match=r"disk full while writing .*step_00000003; older .* resume=auto"):
             _save(tmp_path, 3, keep=2)
     assert _names(tmp_path) == ["step_00000001", "step_00000002"]
     assert newest_whole(tmp_path) == (tmp_path / "step_00000002", [])
@@ -177,7 +234,7 @@ def test_a_full_disk_leaves_the_older_ones_whole(tmp_path: Path, name: str, monk
 def test_a_disk_that_is_really_full(small_disk: Path) -> None:
     folder = small_disk / "checkpoints"
     first = _save(folder, 1, size=20_000)
-    with pytest.raises(UserError, match="disk full while saving"):
+    with pytest.raises(UserError, match="disk full while writing"):
         _save(folder, 2, size=40_000)
     assert _names(folder) == ["step_00000001"]
     assert load_checkpoint(first).step == 1
@@ -185,14 +242,74 @@ def test_a_disk_that_is_really_full(small_disk: Path) -> None:
     assert newest_whole(folder) == (folder / "step_00000003", [])
 
 
-def test_another_disk_error_keeps_its_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EROFS, errno.EACCES])
+@pytest.mark.parametrize("what", ["save_file", "sync_all"])
+def test_a_disk_that_fails_is_one_line_and_costs_no_older_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, what: str
+) -> None:
+    def broken(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    older = _save(tmp_path, 1, keep=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, what, broken)
+        with pytest.raises(UserError, match=r"step_00000002.*; older checkpoints are whole: .* go on with resume=auto"):
+            _save(tmp_path, 2, keep=1)
+    assert (newest_whole(tmp_path), _names(tmp_path)) == ((older, []), [older.name])
+
+
+def test_a_limit_on_the_size_of_files_is_one_line(tmp_path: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"step_00000001 cannot be written \(File too large\); .*ulimit -f"):
+            _save(tmp_path, 1, size=20_000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert _names(tmp_path) == []
+
+
+def test_a_defect_of_the_code_keeps_its_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(tensors: dict[str, torch.Tensor], path: Path) -> None:
-        raise OSError(5, "Input/output error")
+        raise OSError(errno.EINVAL, "Invalid argument")
 
     monkeypatch.setattr(checkpoint, "save_file", broken)
-    with pytest.raises(OSError, match="Input/output error"):
+    with pytest.raises(OSError, match="Invalid argument"):
         _save(tmp_path, 1)
     assert _names(tmp_path) == []
+
+
+def test_a_run_that_was_deleted_stays_away(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"step_00000001 cannot be written \(No such file or directory\)"):
+        _save(tmp_path / "deleted/checkpoints", 1)
+    assert _names(tmp_path) == []
+
+
+# --- the order in which things reach the disk ------------------------------------------------------------------------
+
+
+def test_it_is_on_the_disk_before_it_has_its_name_and_before_another_loses_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _save(tmp_path, 1, keep=1)
+    done: list[tuple[str, str]] = []
+
+    def noted(what: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(first: Any, *rest: Any, **options: Any) -> Any:
+            path = os.readlink(f"/proc/self/fd/{first}") if isinstance(first, int) else str(first)
+            done.append((what, Path(path).name.replace(f".{os.getpid()}", "")))
+            return real(first, *rest, **options)
+
+        return call
+
+    monkeypatch.setattr(os, "fsync", noted("sync", os.fsync))
+    monkeypatch.setattr(os, "replace", noted("rename", os.replace))
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", noted("remove", shutil.rmtree))
+    _save(tmp_path, 2, keep=1)
+    named = done.index(("rename", "step_00000002.partial"))
+    assert {name for _, name in done[:named]} == {MODEL_FILE, OPTIMIZER_FILE, STATE_FILE, "step_00000002.partial"}
+    assert done[named + 1] == ("sync", tmp_path.name)
+    assert done[-1] == ("remove", "step_00000001")
 
 
 # --- optimiser state -------------------------------------------------------------------------------------------------

@@ -13,11 +13,12 @@ import yaml
 
 from instructblip.config import schema
 from instructblip.config.entry import _parse, check_overrides, compose_config
-from instructblip.config.schema import EvaluateConfig, InspectConfig, PrepareConfig, TrainConfig
+from instructblip.config.schema import EvaluateConfig, FeaturesConfig, InspectConfig, PrepareConfig, TrainConfig
 from instructblip.config.validate import read_model_config, to_yaml
 from instructblip.data.batching import BATCHINGS
 from instructblip.data.mixture import WEIGHTINGS
 from instructblip.data.prepare.ocr import RECOGNISERS
+from instructblip.data.text_processors import TEXT_PROCESSORS
 from instructblip.data.transforms import TRANSFORMS
 from instructblip.errors import UserError
 from instructblip.fetch.converters import CONVERTERS
@@ -28,7 +29,7 @@ from instructblip.tracking import LOGGERS
 from instructblip.training.parallel import PRECISIONS
 from instructblip.training.plan.flops import GPUS
 from instructblip.weights.names import PROJECTIONS
-from instructblip.weights.parts import VISION_NORMS
+from instructblip.weights.parts import MODELS, VISION_NORMS
 from tests.kit.runs import REPOSITORY
 
 COMMANDS: dict[str, tuple[Any, tuple[str, ...]]] = {
@@ -36,6 +37,7 @@ COMMANDS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "evaluate": (EvaluateConfig, ("checkpoint=x",)),
     "prepare": (PrepareConfig, ()),
     "inspect": (InspectConfig, ()),
+    "features": (FeaturesConfig, ("checkpoint=x",)),
 }
 
 
@@ -46,12 +48,14 @@ COMMANDS: dict[str, tuple[Any, tuple[str, ...]]] = {
         (schema.Converter, CONVERTERS),
         (schema.GPUName, GPUS),
         (schema.LLMKind, LLM_KINDS),
+        (schema.ModelKind, MODELS),
         (schema.LavisProjection, PROJECTIONS),
         (schema.LoggerKind, LOGGERS),
         (schema.OcrLibrary, RECOGNISERS),
         (schema.Precision, PRECISIONS),
         (schema.Preset, RANKING_PRESETS),
         (schema.Quantization, QUANTIZATIONS),
+        (schema.TextProcessor, TEXT_PROCESSORS),
         (schema.Transform, TRANSFORMS),
         (schema.VisionNorm, VISION_NORMS),
         (schema.Weighting, WEIGHTINGS),
@@ -65,6 +69,8 @@ WRONG = [
     ("train", "vision.norm=foo", "vision.norm=foo is none of layer, channel"),
     ("train", "qformer.init=foo", "qformer.init=foo is none of bert, blip2, scratch"),
     ("train", "qformer.query_init=foo", "qformer.query_init=foo is none of normal, cls"),
+    ("train", "model.kind=foo", "model.kind=foo is none of instructblip, blip2_stage1"),
+    ("train", "llm=null", "model=instructblip needs a language model; give llm=NAME"),
     ("train", "llm.kind=foo", "llm.kind=foo is none of decoder, encoder_decoder"),
     ("train", "llm.quantization=int4", "llm.quantization=int4 is none of int8, nf4, null; did you mean int8?"),
     ("train", "vision.dtype=half", "vision.dtype=half is none of float32, bfloat16, float16"),

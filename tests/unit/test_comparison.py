@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from instructblip.data import cards
 from instructblip.data.cards import Card, SplitCounts, all_cards, load_card
 from instructblip.data.coverage import RecordCounts
 from instructblip.data.prepare.convert import prepare_dataset
@@ -130,7 +131,10 @@ def test_another_mode_is_told_without_what_follows_from_it(tmp_path: Path) -> No
         ("vqav2", "  frames: 0\n", "evaluation.frames=0 is too small; give 1 or more"),
     ],
 )
-def test_a_card_cannot_name_what_is_not_there(tmp_path: Path, name: str, text: str, told: str) -> None:
+def test_a_card_cannot_name_what_is_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, text: str, told: str
+) -> None:
+    monkeypatch.setattr(cards, "CARDS_FOLDER", tmp_path)
     content = (Path("datasets") / f"{name}.yaml").read_text().replace("  ocr: own  # Rosetta's\n", "")
     (tmp_path / f"{name}.yaml").write_text(content.replace("evaluation:\n", f"evaluation:\n{text}"))
     with pytest.raises(UserError) as error:

@@ -18,6 +18,7 @@ from instructblip.config.entry import compose_config
 from instructblip.config.schema import (
     CONFIGS,
     EvaluateConfig,
+    FeaturesConfig,
     InspectConfig,
     LLMConfig,
     MixtureConfig,
@@ -43,6 +44,7 @@ SCHEMAS: dict[str, Any] = {
     "evaluate": EvaluateConfig,
     "prepare": PrepareConfig,
     "inspect": InspectConfig,
+    "features": FeaturesConfig,
 }
 PARTS = ("vision", "qformer", "llm")
 # Launchers need optional plugins: tests/end_to_end/test_sweep.py.
@@ -50,8 +52,8 @@ FILES = sorted(
     str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml") if path.relative_to(CONFIGS).parts[0] != "hydra"
 )
 COMMAND = re.compile(
-    r"# (?:(?:torchrun [^ ]+ |python )(?=\w+\.py)|python -m instructblip\.training\.)"
-    r"(train|evaluate|prepare|inspect)(?:\.py)?(.*)"
+    r"# (?:(?:torchrun [^ ]+ |python )(?=\w+\.py)|python -m instructblip\.(?:training\.)?)"
+    r"(train|evaluate|prepare|inspect|features)(?:\.py)?(.*)"
 )
 
 
@@ -172,8 +174,8 @@ def test_a_misspelt_key_names_the_nearest(key: str, nearest: str) -> None:
 
 def test_a_key_like_no_other_names_its_neighbours() -> None:
     message = unknown_key("mixture.zzzz", valid_keys(TrainConfig))
-    assert message.endswith("mixture.datasets, mixture.weights, mixture.temperature, mixture.per")
-    assert unknown_key("zzzz", valid_keys(PrepareConfig)).endswith("check, show, samples, seed, audit, sources")
+    assert message.endswith("mixture.weights, mixture.temperature, mixture.per, mixture.templates")
+    assert unknown_key("zzzz", valid_keys(PrepareConfig)).endswith("check, show, samples, seed, audit, cards, sources")
 
 
 @pytest.mark.parametrize(
@@ -205,6 +207,23 @@ def test_wrong_values_name_their_key(override: str, words: list[str]) -> None:
 def test_evaluate_needs_a_checkpoint() -> None:
     with pytest.raises(UserError, match=r"key checkpoint is missing; give checkpoint="):
         validate(_own(_compose("evaluate", [])), EvaluateConfig)
+
+
+def test_the_second_stage_is_of_parts_that_make_it() -> None:
+    def composed(*overrides: str) -> TrainConfig:
+        return compose_config("train", TrainConfig, ["experiment=blip2_stage2", *overrides])
+
+    decoder, both = composed(), composed("llm=flan_t5_xl")
+    assert (decoder.model.kind, decoder.reads_prefixes(), both.reads_prefixes()) == ("blip2", False, True)
+    assert decoder.language_model().eos_token == "\u010a"
+    for override, message in (
+        ("qformer.instruction_aware=true", "model=blip2 has a Q-Former that reads no text"),
+        ("model.feature_width=8", "model.feature_width is of BLIP-2's first stage"),
+    ):
+        with pytest.raises(UserError, match=message):
+            composed(override)
+    with pytest.raises(UserError, match="model=blip2 needs a language model; give llm=NAME"):
+        check(dataclasses.replace(decoder, llm=None))
 
 
 def test_values_become_typed() -> None:
@@ -308,12 +327,12 @@ def test_differences_in_a_list_of_sections_are_named_by_number() -> None:
 
 
 def test_a_resumed_run_may_change_what_does_not_change_results() -> None:
-    from instructblip.training.run import _FREE_ON_RESUME
+    from instructblip.training.resume import _FREE
 
-    assert set(_FREE_ON_RESUME) <= set(valid_keys(TrainConfig))
+    assert set(_FREE) <= set(valid_keys(TrainConfig))
     base = to_dict(validate(_own(_compose("train", [])), TrainConfig))
     other = to_dict(validate(_own(_compose("train", ["data.workers=3", "logger=wandb", "resume=auto"])), TrainConfig))
-    assert differences(base, other, ignore=_FREE_ON_RESUME) == []
+    assert differences(base, other, ignore=_FREE) == []
     longer = to_dict(validate(_own(_compose("train", ["recipe.phases.alignment.steps=3"])), TrainConfig))
     steps = base["recipe"]["phases"]["alignment"]["steps"]
-    assert differences(base, longer, ignore=_FREE_ON_RESUME) == [f"recipe.phases.alignment.steps: {steps} -> 3"]
+    assert differences(base, longer, ignore=_FREE) == [f"recipe.phases.alignment.steps: {steps} -> 3"]

@@ -121,7 +121,8 @@ CONVENTIONS: dict[str, tuple[list[str], list[str], list[str]]] = {
     "smollm2_135m": (["<|im_start|>", "user", "Ċ"], ["Ċ", "redĠAnswer:"], ["Ġred", "<|im_end|>"]),
     "mistral_7b": (["<s>"], ["▁red"], ["▁red", "</s>"]),
     "gemma_3_4b": (["<bos>"], ["red"], ["▁red", "<end_of_turn>"]),
-    "opt_2_7b": ([], ["</s>", "red"], ["Ġred", "</s>"]),
+    "opt_2_7b": ([], ["</s>", "red"], ["Ġred", "Ċ"]),
+    "opt_6_7b": ([], ["</s>", "red"], ["Ġred", "Ċ"]),
 }
 
 
@@ -145,7 +146,7 @@ def test_text_conventions(name: str, folders: dict[str, Path]) -> None:
     assert tokens(llm.prompt_format.prompt_ids("red")) == prompt
     assert tokens(llm.prompt_format.target_ids("red")) == answer
     assert llm.prompt_format.target_ids("red", include_eos=False) == llm.prompt_format.target_ids("red")[:-1]
-    assert len(llm.prompt_format.prompt_ids("red " * 400, truncate=True)) == 128
+    assert len(llm.prompt_format.prompt_ids("red " * 400, training=True)) == 128
     longest = {"decoder": 256 - len(llm.prompt_format.bos_ids), "encoder_decoder": 256}[
         llm_config(name, folders[name]).kind
     ]

@@ -5,16 +5,18 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from instructblip.data.batching import Batch
 from instructblip.models.instructblip import InstructBLIP
-from instructblip.objectives import Objective
+from instructblip.objectives import Objective, make_objectives
 from instructblip.training.loop import train_step
 from instructblip.training.optim import make_adamw
 from instructblip.training.plan.flops import GPUS, ModelShape, StepWorkload, device_peak, known_gpu, model_shape
 from tests.kit.losses import ALIGNMENT, LANGUAGE
+from tests.kit.stage1 import step, tiny_batch, tiny_stage1
 from tests.kit.tiny import tiny_encoder_decoder_llm, tiny_images, tiny_llm, tiny_model, tiny_vision
 
 PROMPTS = [
@@ -23,6 +25,9 @@ PROMPTS = [
     "Based on the image, is this statement true or false? The shape is green. Answer:",
 ]
 ANSWERS = ["it is a yellow rectangle on a green ground", "yes there is one", "false"]
+
+
+LLM = LANGUAGE[0].outputs
 
 
 @contextmanager
@@ -50,6 +55,8 @@ def passed(
         targets=ANSWERS[:count],
         images=images,
         places=list(range(count)),
+        image_ids=[str(number) for number in range(count)],
+        positions=list(range(count)),
     )
     optimizer = make_adamw(model.named_parameters(), weight_decay=0.0, betas=(0.9, 0.999))
     with counted() as counter:
@@ -64,14 +71,14 @@ def test_a_step_of_one_sample_is_counted_as_torch_counts_it(kind: str, off: floa
     model = tiny_model(llm={"decoder": tiny_llm, "encoder_decoder": tiny_encoder_decoder_llm}[kind]())
     work, expected = passed(model, tiny_images(1))
     assert work.samples == work.frames == work.encoded == 1
-    assert shape_of(model).total(work) == pytest.approx(expected, rel=off)
+    assert shape_of(model).total(work, LLM) == pytest.approx(expected, rel=off)
 
 
 def test_a_clip_is_counted_frame_by_frame() -> None:
     model = tiny_model()
     work, expected = passed(model, tiny_images(1, frames=3))
     assert work.frames == work.encoded == 3
-    assert shape_of(model).total(work) == pytest.approx(expected, rel=0.02)
+    assert shape_of(model).total(work, LLM) == pytest.approx(expected, rel=0.02)
 
 
 def test_cached_image_tokens_leave_the_encoder_out() -> None:
@@ -81,8 +88,8 @@ def test_cached_image_tokens_leave_the_encoder_out() -> None:
     tokens, expected = passed(model, model.image_tokens(images))
     shape = shape_of(model)
     assert (pixels.encoded, tokens.encoded) == (1, 0)
-    assert shape.total(pixels) - shape.total(tokens) == shape.image_flops > 0
-    assert shape.total(tokens) == pytest.approx(expected, rel=0.02)
+    assert shape.total(pixels, LLM) - shape.total(tokens, LLM) == shape.image_flops > 0
+    assert shape.total(tokens, LLM) == pytest.approx(expected, rel=0.02)
 
 
 def test_the_alignment_loss_leaves_the_llm_out() -> None:
@@ -90,7 +97,7 @@ def test_the_alignment_loss_leaves_the_llm_out() -> None:
     work, expected = passed(model, tiny_images(1), objectives=ALIGNMENT)
     assert work.positions == 0
     assert work.text > 0
-    assert shape_of(model).total(work, runs_llm=False) == pytest.approx(expected, rel=0.02)
+    assert shape_of(model).total(work, ALIGNMENT[0].outputs) == pytest.approx(expected, rel=0.02)
 
 
 @pytest.mark.parametrize("kind", ["decoder", "encoder_decoder"])
@@ -102,13 +109,36 @@ def test_padding_is_no_work(kind: str) -> None:
     assert together.positions == sum(
         lengths(prompt, answer, 1) for prompt, answer in zip(PROMPTS, ANSWERS, strict=True)
     )
-    assert shape.total(together) < 0.95 * spent
+    assert shape.total(together, LLM) < 0.95 * spent
+
+
+@pytest.mark.parametrize(
+    ("names", "off"),
+    [(("contrastive", "matching", "captioning"), 0.03), (("contrastive",), 0.03), (("captioning",), 0.08)],
+)
+def test_a_step_of_the_first_stage_is_counted_as_torch_counts_it(names: tuple[str, ...], off: float) -> None:
+    """Two samples with captions of one length; what the first pass computes is counted apart.
+
+    Captions alone leave the last of three layers without a gradient in its queries; the formula does not know.
+    """
+    model, batch = tiny_stage1(), tiny_batch([0, 6])._replace(targets=["a man", "a bus"])
+    objectives = make_objectives(dict.fromkeys(names, 1.0))
+    outputs = frozenset().union(*(objective.outputs for objective in objectives))
+    with counted() as counter:
+        work = step(model, [batch], objectives).result.work
+    with torch.device("meta"):
+        vision = tiny_vision()
+    heads = nn.ModuleList([model.vision_projection, model.text_projection, model.matching_head])
+    shape = model_shape(vision, model.qformer, heads, None)
+    assert (work.samples, work.encoded, work.text) == (2, 2, 2 * 4)
+    found = shape.total(work, outputs) + shape.repeated(work, outputs)
+    assert found == pytest.approx(counter.get_total_flops(), rel=off)
 
 
 def test_parts_cost_what_passes_through_them() -> None:
     model = tiny_model()
     work, _ = passed(model, tiny_images(1))
-    parts = {part.part: part for part in shape_of(model).by_part(work)}
+    parts = {part.part: part for part in shape_of(model).by_part(work, LLM)}
     assert parts["vision encoder"].backward == 0
     assert parts["Q-Former and projection"].backward == 2 * parts["Q-Former and projection"].forward
     assert 1 < parts["language model"].backward / parts["language model"].forward < 1.3  # attention has two inputs

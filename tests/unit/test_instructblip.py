@@ -186,7 +186,7 @@ def test_alignment_loss_is_a_likelihood_over_the_vocabulary(
     model: InstructBLIP, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     size = len(model.llm.prompt_format.tokenizer)
-    monkeypatch.setattr(model.llm.prompt_format, "target_ids", lambda target: [int(target), 0])
+    monkeypatch.setattr(model.llm.prompt_format, "target_ids", lambda target, **_: [int(target), 0])
     tokens = model.image_tokens(tiny_images(1)).expand(size, -1, -1, -1)
     loss = term_of(model, tokens, ["shape"] * size, [str(token) for token in range(size)], objective="alignment")
     torch.testing.assert_close(loss.per_sample.neg().exp().sum(), torch.tensor(1.0), rtol=1e-5, atol=0)
@@ -195,7 +195,7 @@ def test_alignment_loss_is_a_likelihood_over_the_vocabulary(
 def test_prompts_lose_their_beginning_and_targets_their_end() -> None:
     whole, short = tiny_llm(), tiny_llm(max_prompt_tokens=3, max_target_tokens=3)
     prompt, target = whole.prompt_format.prompt_ids(PROMPTS[1]), whole.prompt_format.target_ids(TARGETS[1])
-    assert short.prompt_format.prompt_ids(PROMPTS[1], truncate=True) == prompt[-3:]
+    assert short.prompt_format.prompt_ids(PROMPTS[1], training=True) == prompt[-3:]
     assert short.prompt_format.prompt_ids(PROMPTS[1]) == prompt  # only training cuts, as released
     assert short.prompt_format.target_ids(TARGETS[1]) == target[:3]
     assert whole.prompt_format.eos_id == target[-1]
@@ -209,7 +209,7 @@ def test_prompts_lose_their_beginning_and_targets_their_end() -> None:
 def test_begin_of_sequence_stays_on_a_cut_prompt() -> None:
     llm = tiny_llm(bos_token=BOS, max_prompt_tokens=3)
     bos = llm.prompt_format.tokenizer.get_vocab()[BOS]
-    assert llm.prompt_format.prompt_ids(PROMPTS[1], truncate=True) == [
+    assert llm.prompt_format.prompt_ids(PROMPTS[1], training=True) == [
         bos,
         *tiny_llm().prompt_format.prompt_ids(PROMPTS[1])[-2:],
     ]
@@ -223,6 +223,62 @@ def test_the_limit_of_a_target_counts_the_begin_of_sequence() -> None:
     assert with_bos.prompt_format.target_ids(TARGETS[1]) == without.prompt_format.target_ids(TARGETS[1])[:3]
 
 
+def test_an_answer_without_a_text_before_it_has_no_prefix() -> None:
+    plain, around = tiny_llm().prompt_format, tiny_llm(prompt_suffix=" answer").prompt_format
+    words = plain.ids("red one")
+    assert plain.answer_ids("", "red one") == [*words, plain.eos_id]
+    assert (
+        plain.answer_ids("what is it?", "red one")
+        == plain.target_ids("red one")
+        == [*plain.ids(" red one"), plain.eos_id]
+    )
+    assert around.answer_ids("", "red one") == plain.target_ids("red one")
+
+
+def test_candidates_of_an_empty_prompt_begin_a_text() -> None:
+    model = tiny_model()
+    images, candidates = tiny_images(2), [["red", "blue"]] * 2
+    mixed = model.rank(images, ["", "what color?"], candidates)
+    alone = [model.rank(images[k : k + 1], [prompt], candidates[:1])[0] for k, prompt in enumerate(["", "what color?"])]
+    torch.testing.assert_close(mixed, alone, rtol=0, atol=1e-4)
+    model.llm.prompt_format.answer_prefix = ""
+    begun = model.rank(images, ["", "what color?"], candidates)
+    torch.testing.assert_close(begun[0], mixed[0], rtol=0, atol=1e-4)
+    assert not torch.allclose(begun[1], mixed[1])
+
+
+def test_bos_is_an_answers_first_token_where_it_is_supervised() -> None:
+    given, learned = (tiny_llm(bos_token=BOS, supervise_bos=way).prompt_format for way in (False, True))
+    (bos,) = given.bos_ids
+    for form in (given, learned):
+        assert form.prompt_ids("") == [bos]  # at inference
+        assert form.prompt_ids("what?", training=True) == form.prompt_ids("what?")
+        assert form.answer_ids("what?", "red") == form.target_ids("red")
+        assert form.length("", "red", 2, queries=4) == 8 + len(given.answer_ids("", "red"))
+    assert (given.prompt_ids("", training=True), learned.prompt_ids("", training=True)) == ([bos], [])
+    assert learned.answer_ids("", "red") == [bos, *given.answer_ids("", "red")]
+    for wrong in (lambda: tiny_llm(supervise_bos=True), lambda: tiny_encoder_decoder_llm(supervise_bos=True)):
+        with pytest.raises(ValueError, match="needs a decoder-only language model with a bos_token"):
+            wrong()
+
+
+def test_only_a_qformer_that_reads_no_text_answers_without_prompts() -> None:
+    images = tiny_images(2)
+    blip2 = tiny_model(instruction_aware=False)
+    assert blip2.generate(images, max_new_tokens=4) == blip2.generate(images, ["", ""], max_new_tokens=4)
+    with pytest.raises(ValueError, match="prompts is None, and this Q-Former reads them"):
+        tiny_model().generate(images)
+    with pytest.raises(ValueError, match="reads instructions needs its tokenizer"):
+        model = tiny_model()
+        InstructBLIP(
+            vision=model.vision,
+            vision_norm=model.vision_norm,
+            qformer=model.qformer,
+            qformer_tokenizer=None,
+            llm=model.llm,
+        )
+
+
 def test_an_encoder_decoder_ends_prompts_and_cut_texts_with_eos() -> None:
     llm = tiny_encoder_decoder_llm(max_prompt_tokens=4, max_target_tokens=3)
     words, target = (
@@ -230,7 +286,7 @@ def test_an_encoder_decoder_ends_prompts_and_cut_texts_with_eos() -> None:
         tiny_llm().prompt_format.target_ids(TARGETS[1], include_eos=False),
     )
     assert llm.prompt_format.prompt_ids(PROMPTS[1]) == [*words, llm.prompt_format.eos_id]
-    assert llm.prompt_format.prompt_ids(PROMPTS[1], truncate=True) == [*words[-3:], llm.prompt_format.eos_id]
+    assert llm.prompt_format.prompt_ids(PROMPTS[1], training=True) == [*words[-3:], llm.prompt_format.eos_id]
     assert llm.prompt_format.target_ids(TARGETS[1]) == [*target[:2], llm.prompt_format.eos_id]
     assert llm.prompt_format.target_ids(TARGETS[1], include_eos=False) == target[:2]
 
@@ -314,7 +370,7 @@ def test_a_seed_gives_the_same_model() -> None:
 
 
 def test_errors(model: InstructBLIP) -> None:
-    with pytest.raises(ValueError, match="2 images, 2 instructions and 1 targets"):
+    with pytest.raises(ValueError, match="targets has 1 entries for 2 images"):
         term_of(model, tiny_images(2), PROMPTS[:2], TARGETS[:1])
     llm = tiny_llm()
     with pytest.raises(ValueError, match="the tokenizer has no token '<eos>'"):

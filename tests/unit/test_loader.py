@@ -147,6 +147,41 @@ def test_any_start_is_the_tail_of_the_whole(
     assert _load(dataset, start=start) == whole[start:]
 
 
+def test_samples_say_where_they_were_drawn_and_which_image_they_show(dataset: MixtureDataset) -> None:
+    """An image is the same in every view of its dataset; sorted and cut batches keep both beside their samples."""
+    batching = Batching("bucketed", micro_batch_size=3, length=lambda prompt, target, frames: len(prompt))
+    steps = [(0, list(range(20, 40)))]
+    ((_, batches, _),) = load_batches(dataset, steps, batching=lambda step: batching)
+    drawn: dict[str, set[str]] = {}
+    positions = []
+    for batch in batches:
+        for name, sample, image, position, place in zip(
+            batch.datasets, batch.ids, batch.image_ids, batch.positions, batch.places, strict=True
+        ):
+            assert image == f"tiny/image_{sample.split('/')[1].split('-')[0]}"
+            assert position == 20 + place
+            assert sample == dataset[position][0].id
+            drawn.setdefault(image, set()).add(name)
+            positions.append(position)
+    assert positions != sorted(positions) and sorted(positions) == list(range(20, 40))
+    assert {"color", "yes_no"} in drawn.values()
+
+
+def test_targets_are_processed_as_the_released_code_does(tmp_path: Path) -> None:
+    with ShardWriter.open(shard_path(tmp_path, 0)) as writer:
+        record = Record("0", "color", "What?", answers=('A dog (small): "Rex".  It runs!',))
+        writer.add("image_0", {"png": _png(0)}, "0", [record])
+    entry = {"name": "shard-000000.tar", "sha256": hashlib.sha256(shard_path(tmp_path, 0).read_bytes()).hexdigest()}
+    manifest = {"format": 1, "dataset": "tiny", "split": "train", "shards": [entry | {"records_by_kind": {"color": 1}}]}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest | {"records_by_kind": {"color": 1}}))
+    sets, mixture = [TrainingSet("color", open_split(tmp_path), (), TEMPLATES)], Mixture([MixtureEntry("color", 1)])
+    for processor, expected in (("none", record.answers[0]), ("blip_caption", "a dog small rex it runs")):
+        dataset = MixtureDataset(mixture, sets, decoded("resize_square", 4), processor)  # type: ignore[arg-type]
+        sample, _ = dataset[0]
+        assert sample.target == expected
+        assert "What?" in sample.instruction
+
+
 def test_micro_batches_have_their_size(dataset: MixtureDataset) -> None:
     sizes = {
         step: [len(batch.ids) for batch in batches]

@@ -49,6 +49,8 @@ def _batch(rows: Sequence[int]) -> Batch:
         targets=[TARGETS[row] for row in rows],
         images=images[list(rows)],
         places=list(rows),
+        image_ids=[str(row) for row in rows],
+        positions=list(rows),
     )
 
 

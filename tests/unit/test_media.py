@@ -1,5 +1,6 @@
 """What a shard holds of an image or video: kept as it is when sound, re-encoded when asked or needed, else a reason."""
 
+import dataclasses
 import hashlib
 import io
 import os
@@ -21,7 +22,7 @@ from instructblip.data.prepare.media import (
     store_image,
     stored_frames,
 )
-from instructblip.data.readers import MediaRecords
+from instructblip.data.readers import FileSlice, MediaRecords
 from instructblip.images import decode_image
 
 
@@ -205,7 +206,8 @@ def test_only_files_below_the_raw_folder_are_read(tmp_path: Path) -> None:
     os.truncate(raw / "large.png", (1 << 28) + 1)  # takes no space
 
     def read(media: Path, video: bool = False) -> bytes:
-        return read_media(MediaRecords("key", "id", media, [], video), raw)
+        (content,) = read_media(MediaRecords("key", "id", media, [], video), raw)
+        return content
 
     assert read(raw / "linked/a.png") == b"a"
     assert read(raw / "images/../linked/a.png") == b"a"
@@ -227,7 +229,19 @@ def test_only_files_below_the_raw_folder_are_read(tmp_path: Path) -> None:
             read(raw / name)
     with pytest.raises(MediaError, match="video file is missing"):
         read(raw / "none.mp4", video=True)
-    assert read_media(MediaRecords("key", "id", b"bytes", []), raw) == b"bytes"
+
+
+def test_a_part_of_a_file_is_read_and_several_images_stand_together(tmp_path: Path) -> None:
+    (tmp_path / "all.bin").write_bytes(b"..one.two..")
+    one, two, behind = (FileSlice(tmp_path / "all.bin", offset, 3, f"at {offset}") for offset in (2, 6, 10))
+    assert read_media(MediaRecords("key", "id", (one, two), []), tmp_path / "raw") == (b"one", b"two")
+    with pytest.raises(MediaError, match="image file is cut short"):
+        read_media(MediaRecords("key", "id", behind, []), tmp_path)
+    with pytest.raises(MediaError, match="image has more than 256 MiB"):
+        read_media(MediaRecords("key", "id", dataclasses.replace(one, size=1 << 29), []), tmp_path)
+    pictures = [_image("PNG"), _image("JPEG")]
+    frames, _ = stored_frames(pictures, False, MediaOptions())
+    assert list(frames.items()) == list(zip(["0.png", "1.jpg"], pictures, strict=True))
 
 
 # --- videos ----------------------------------------------------------------------------------------------------------
@@ -247,15 +261,15 @@ def video(path: Path, seconds: int = 4, size: tuple[int, int] = (96, 64)) -> byt
 
 
 def test_a_video_is_stored_as_frames_in_order(tmp_path: Path) -> None:
-    frames, _ = stored_frames(video(tmp_path / "a.mp4"), True, MediaOptions())
+    frames, _ = stored_frames([video(tmp_path / "a.mp4")], True, MediaOptions())
     assert list(frames) == ["0.jpg", "1.jpg", "2.jpg", "3.jpg"]
     images = [decode_image(frame, "frame") for frame in frames.values()]
     assert [image.size for image in images] == [(96, 64)] * 4
     assert [_color(image, (0.5, 0.5)) for image in images] == ["red", "red", "blue", "blue"]
-    small, _ = stored_frames(video(tmp_path / "a.mp4"), True, MediaOptions(image_size=32, frames=2))
+    small, _ = stored_frames([video(tmp_path / "a.mp4")], True, MediaOptions(image_size=32, frames=2))
     assert [decode_image(frame, "frame").size for frame in small.values()] == [(48, 32)] * 2
 
 
 def test_a_bad_video_has_a_reason() -> None:
     with pytest.raises(MediaError, match="video"):
-        stored_frames(b"<html>", True, MediaOptions())
+        stored_frames([b"<html>"], True, MediaOptions())

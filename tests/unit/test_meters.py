@@ -1,11 +1,12 @@
 """The metrics file under kills and full disks, rates, the progress display, and the curves."""
 
-import errno
 import io
 import json
 import math
+import resource
+import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from PIL import Image
@@ -154,30 +155,73 @@ def test_what_a_checkpoint_keeps_of_other_scores_is_no_best() -> None:
         assert resumed.step is None
 
 
-@pytest.mark.parametrize("line", [b"not json\n", b'{"loss": 1}\n', b"[1]\n", b'{"step": "x"}\n', b"\xff\n"])
-def test_a_corrupt_line_is_named(tmp_path: Path, line: bytes) -> None:
+@pytest.mark.parametrize(
+    "line", [b"not json\n", b'{"loss": 1}\n', b"[1]\n", b'{"step": "x"}\n', b"\xff\n", b"\0" * 12 + b"\n"]
+)
+def test_a_damaged_line_is_named_and_left_out(tmp_path: Path, line: bytes, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "m.jsonl"
     path.write_bytes(b'{"step": 1}\n' + line + b'{"step": 3}\n')
-    with pytest.raises(UserError, match=r"m\.jsonl line 2"):
-        list(MetricsLog(path).read())
+    assert list(MetricsLog(path).read()) == [{"step": 1}, {"step": 3}]
+    assert [record.getMessage() for record in caplog.records] == [f"{path} line 2 is damaged and left out"]
 
 
-class FullDisk(io.BytesIO):
-    """Takes five more bytes, then says that the disk is full."""
+def test_zeros_in_place_of_a_line_and_its_end_cost_that_line_alone(tmp_path: Path) -> None:
+    path = tmp_path / "m.jsonl"
+    lines = [json.dumps({"step": step}).encode() + b"\n" for step in range(1, 7)]
+    path.write_bytes(lines[0] + b"\0" * len(lines[1]) + b"".join(lines[2:]))
+    log = MetricsLog(path)
+    log.truncate_after(4)
+    log.append({"step": 5})
+    assert [entry["step"] for entry in log.read()] == [1, 3, 4, 5]
+    draw_curves(path, tmp_path / "curves.png", "run")
 
-    def write(self, data: Any) -> int:
-        if len(data) > 5:
-            return super().write(data[:5])
-        raise OSError(errno.ENOSPC, "No space left on device")
+
+def test_a_full_disk_is_one_clear_line_and_leaves_no_half_line(small_disk: Path) -> None:
+    log = MetricsLog(small_disk / "m.jsonl")
+    log.append({"step": 1})
+    with pytest.raises(UserError, match=r"disk full while writing .*m\.jsonl"):
+        log.append({"step": 2, "loss": "x" * 400_000})
+    assert log.path.read_bytes() == b'{"step": 1}\n'
+    log.append({"step": 2})
+    assert [entry["step"] for entry in log.read()] == [1, 2]
 
 
-def test_a_full_disk_is_one_clear_line_and_leaves_no_half_line(tmp_path: Path) -> None:
+def test_a_limit_on_the_size_of_files_is_one_clear_line_and_leaves_no_half_line(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path / "m.jsonl")
-    disk = FullDisk(b'{"step": 1}\n')
-    log._file = disk
-    with pytest.raises(UserError, match="disk full"):
-        log.append({"step": 2})
-    assert disk.getvalue() == b'{"step": 1}\n'
+    log.append({"step": 1})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"m\.jsonl cannot be written \(File too large\)"):
+            log.append({"step": 2, "loss": "x" * 40})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert log.path.read_bytes() == b'{"step": 1}\n'
+
+
+def _deleted(path: Path) -> None:
+    shutil.rmtree(path.parent)
+
+
+def _moved(path: Path) -> None:
+    path.parent.rename(path.parent.with_name("elsewhere"))
+
+
+def _replaced(path: Path) -> None:
+    _moved(path)
+    path.parent.mkdir()
+    path.write_text("of another run\n")
+
+
+@pytest.mark.parametrize("how", [_deleted, _moved, _replaced])
+def test_a_file_that_lost_its_name_is_said_at_the_next_step(tmp_path: Path, how: Callable[[Path], None]) -> None:
+    log = filled(tmp_path / "run/metrics.jsonl", range(1, 3))
+    how(log.path)
+    there = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match=r"run/metrics\.jsonl was deleted or moved while the run was writing to it"):
+        log.append({"step": 3})
+    assert sorted(tmp_path.rglob("*")) == there
+    assert not log.path.exists() or log.path.read_text() == "of another run\n"
 
 
 def test_work_is_a_rate_too() -> None:

@@ -5,12 +5,13 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
+from typing import cast, get_args
 
 import pytest
 from rich.console import Console
 
 import instructblip
+from instructblip.config.schema import MetricName
 from instructblip.data.cards import all_cards, load_card
 from instructblip.data.records import Record
 from instructblip.errors import UserError
@@ -98,7 +99,8 @@ def test_nothing_but_the_registry_knows_metrics_by_name() -> None:
         # `__all__` of the package names its functions, which are called alike.
         if found and path.parent.name != "metrics":
             knowing[str(path.relative_to(PACKAGE))] = sorted(found)
-    assert knowing == {}
+    assert knowing == {"config/schema.py": sorted(names)}  # the choices that a card has
+    assert get_args(MetricName) == tuple(METRICS)
 
 
 def test_entries_agree_with_their_functions() -> None:
@@ -106,7 +108,10 @@ def test_entries_agree_with_their_functions() -> None:
         assert metric.name == name
         assert metric.fewest_annotators <= (metric.annotators or 1)
         assert metric.title and metric.best > 0 and metric.higher_is_better
-    assert {name for name, metric in METRICS.items() if metric.interval is Interval.PAIRS} == {"auroc"}
+    assert {name for name, metric in METRICS.items() if metric.interval is Interval.PAIRS} == {
+        "auroc",
+        "retrieval_recall",
+    }
     assert METRICS["visdial"].chance(3) == pytest.approx(100 * (1 + 1 / 2 + 1 / 3) / 3)
 
 

@@ -1,6 +1,6 @@
 """Objectives of different units mix; those over the whole batch have the same gradient however it is cut."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from instructblip.data.batching import Batch
 from instructblip.models.base import Inputs, Outputs
 from instructblip.models.instructblip import InstructBLIP
 from instructblip.objectives import Objective, make_objectives
-from instructblip.objectives.base import BatchObjective, Term
+from instructblip.objectives.base import BatchObjective, Term, WholeBatch
 from instructblip.objectives.language_modeling import LanguageModeling
 from instructblip.training.loop import StepResult, train_step
 from instructblip.training.optim import make_adamw
@@ -54,6 +54,8 @@ def batch(rows: Sequence[int]) -> Batch:
         targets=[TARGETS[row] for row in rows],
         images=tiny_images(4, seed=1)[list(rows)],
         places=list(rows),
+        image_ids=[str(row) for row in rows],
+        positions=list(rows),
     )
 
 
@@ -98,7 +100,8 @@ def test_the_gradient_is_that_of_the_loss_written_down(dropout: float) -> None:
     outputs = model(inputs, {"answer_logits", "visual_prompt"}).tensors
     tokens = sum(map(len, inputs.answers))
     language, norm = (MIXED[k].term(outputs, inputs).total for k in (0, 1))  # type: ignore[attr-defined]
-    contrast = MIXED[2].batch_term(outputs, outputs, {}, 0).total
+    numbers = torch.arange(4)
+    contrast = MIXED[2].batch_term(WholeBatch(outputs, outputs, {}, numbers, numbers, numbers)).total
     loss = language / tokens + 0.3 * norm / 4 + 0.7 * contrast / 4
     loss.backward()
     assert result.loss == pytest.approx(float(loss.detach()), rel=1e-6)
@@ -119,11 +122,9 @@ def test_dropout_draws_the_same_in_both_passes() -> None:
     seen: list[Tensor] = []
 
     class Watched(PromptContrast):
-        def batch_term(
-            self, own: Mapping[str, Tensor], everyone: Mapping[str, Tensor], shared: Mapping[str, Tensor], first: int
-        ) -> Term:
-            seen.append(own["visual_prompt"].detach())
-            return super().batch_term(own, everyone, shared, first)
+        def batch_term(self, batch: WholeBatch) -> Term:
+            seen.append(batch.own["visual_prompt"].detach())
+            return super().batch_term(batch)
 
     forward, passed = model.forward, []
     model.forward = lambda *a, **k: passed.append(forward(*a, **k)) or passed[-1]  # type: ignore[method-assign, func-returns-value]

@@ -2,12 +2,14 @@
 
 import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
-from instructblip.training.optim import NEW_PARTS, learning_rate, make_adamw, set_learning_rate
+from instructblip.models.vision import VisionEncoder
+from instructblip.training.optim import NEW_PARTS, layer_decay, learning_rate, make_adamw, set_learning_rate
 from tests.kit.tiny import tiny_model
 
 
@@ -96,3 +98,29 @@ def test_one_step_equals_the_formula() -> None:
     parameter.grad = torch.tensor([0.3, -7.0])
     optimizer.step()
     assert torch.allclose(parameter, torch.tensor([0.99, -1.99]), atol=1e-6)
+
+
+def test_layer_decay_acts_on_the_rates_of_a_vit() -> None:
+    """Scales as LAVIS's `get_num_layer_for_vit` gives them and BEiT's optimiser applies them; LAVIS's own does not."""
+    vision = VisionEncoder(
+        backbone="vit_tiny_patch16_224", image_size=32, mean=(0.5,) * 3, std=(0.5,) * 3, final_norm=False
+    )
+    model = SimpleNamespace(vision=vision)
+    scales = layer_decay(model, 0.5)  # type: ignore[arg-type]
+    assert layer_decay(model, 1.0) == {}  # type: ignore[arg-type]
+    names = dict(vision.named_parameters(prefix="vision"))
+    assert scales.keys() == names.keys()
+    optimizer = make_adamw(
+        [*names.items(), ("head.weight", nn.Parameter(torch.ones(2, 2)))],
+        weight_decay=0.0,
+        betas=(0.9, 0.999),
+        part_of=lambda name: name.partition(".")[0],
+        layer_scales=scales,
+    )
+    set_learning_rate(optimizer, 8.0)
+    rates = {id(parameter): group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
+    for name, parameter in names.items():
+        block = name.split("blocks.")[1].split(".")[0] if "blocks." in name else None
+        layer = 0 if block is None else int(block) + 1
+        assert rates[id(parameter)] == 8.0 * 0.5 ** (12 + 1 - layer), name
+    assert sorted(set(rates.values()))[-2:] == [4.0, 8.0]

@@ -168,6 +168,8 @@ def drawn(frames: Sequence[int]) -> list[tuple[Sample, Tensor]]:
             record=record,
             frames=(),
             image_location=(0, number),
+            image_id=str(number),
+            position=number,
             instruction=PROMPTS[number],
             target=TARGETS[number],
             template="{question}",

@@ -54,6 +54,8 @@ def batches() -> list[Batch]:
             targets=targets[cut],
             images=tiny_images(5)[cut],
             places=list(range(5))[cut],
+            image_ids=list("abcde")[cut],
+            positions=list(range(5))[cut],
         )
         for cut in cuts
     ]

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from instructblip.config.schema import CONFIGS, LLMConfig, TrainConfig, VisionConfig
 from instructblip.config.validate import read_config
 from instructblip.errors import UserError
+from instructblip.models.base import Inputs, Partners
+from instructblip.models.blip2 import BLIP2
 from instructblip.training.plan import flops
 from instructblip.training.plan.memory import Plan, what_fits
 from instructblip.training.plan.tables import plan_summary
@@ -26,6 +28,8 @@ from instructblip.weights.modules import language_model_of_sizes, qformer_of_siz
 from instructblip.weights.parts import load_llm
 from tests.kit.families import llm_config, write_llm
 from tests.kit.runs import compose
+from tests.kit.tiny import tiny_vision
+from tests.kit.vectors import bert_tokenizer
 
 PAPER = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml"))
 SMALL = (
@@ -142,6 +146,38 @@ def test_activations_of_the_qformer_are_those_that_autograd_keeps() -> None:
     # The copies of the matrices in bfloat16 are kept as well.
     expected = saved_bytes(forward, qformer, norm)
     assert rows["activations, Q-Former"] + rows["bfloat16 copies"] == pytest.approx(expected, rel=0.2)
+
+
+@pytest.mark.usefixtures("encoders_once")
+def test_activations_of_the_first_stage_are_those_that_autograd_keeps() -> None:
+    """All four ways through the Q-Former, with three pairs a sample."""
+    options = [item for item in SMALL if not item.startswith(("llm.", "recipe", "plan"))]
+    config = compose(
+        "train",
+        TrainConfig,
+        ["experiment=blip2_stage1", *options, "qformer.sizes.vocab_size=198", "recipe.phases.align.batch_size=4"],
+    )
+    planned = make_plan(config)
+    qformer = qformer_of_sizes(config.qformer, vision_width=128, reads_and_writes=True)
+    model = BLIP2(
+        vision=tiny_vision(),
+        vision_norm=nn.LayerNorm(128),
+        qformer=qformer,
+        tokenizer=bert_tokenizer(),
+        feature_width=64,
+    )
+    tokens, captions = torch.randn(4, 1, 65, 128), [[5] * 13] * 4
+    inputs = Inputs(tokens, [""] * 4, captions, partners=Partners(tokens.clone(), captions))
+
+    def forward() -> Any:
+        with torch.autocast("cpu", torch.bfloat16):
+            return model(inputs, BLIP2.OUTPUTS)
+
+    rows = {row.part: row.usual for row in planned.memory()}
+    expected = saved_bytes(forward, qformer, model.vision_norm)
+    assert rows["activations, Q-Former"] + rows["bfloat16 copies"] == pytest.approx(expected, rel=0.2)
+    assert rows["image tokens of a step"] == 2 * 4 * 65 * 128 * 2
+    assert "language model" not in rows
 
 
 @pytest.mark.usefixtures("encoders_once")

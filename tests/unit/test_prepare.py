@@ -23,7 +23,7 @@ from instructblip.config.schema import PrepareConfig
 from instructblip.data.cards import Card, SplitCounts, load_card
 from instructblip.data.prepare.command import prepare
 from instructblip.data.prepare.convert import check_prepared, prepare_dataset
-from instructblip.data.readers import READERS, Losses, MediaRecords, RawSplit
+from instructblip.data.readers import READERS, Losses, MediaRecords, RawSplit, Reader
 from instructblip.data.records import Record
 from instructblip.data.shards import open_split
 from instructblip.errors import UserError
@@ -133,7 +133,7 @@ def _prepare_waiting(raw: Path, out: Path, workers: int) -> dict[str, Any]:
             record = (WaitingRecord if number == 4 else Record)(**fields)
             yield MediaRecords(f"k{number}", str(number), raw / f"test/images/{number}.png", [record])
 
-    READERS["waiting"] = read
+    READERS["waiting"] = Reader(read)
     return _prepare(raw, out, dataclasses.replace(CARD, reader="waiting"), workers=workers)
 
 
@@ -269,7 +269,7 @@ def _read_clips(source: RawSplit, losses: Losses) -> Iterator[MediaRecords]:
 @pytest.fixture
 def clips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Card:
     _write_clips(tmp_path / "clips")
-    monkeypatch.setitem(READERS, "clips", _read_clips)
+    monkeypatch.setitem(READERS, "clips", Reader(_read_clips))
     return dataclasses.replace(CARD, name="clips", reader="clips", splits={"test": SplitCounts(3, 3)})
 
 

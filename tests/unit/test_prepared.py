@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from instructblip.config.schema import SourcesConfig
+from instructblip.config.schema import DataConfig, SourcesConfig
 from instructblip.data.cards import Card, load_card, load_cards
-from instructblip.data.prepare.command import ensure_prepared
+from instructblip.data.prepare.command import Needed, ensure_prepared, shards_folder
 from instructblip.data.prepare.convert import prepare_dataset
 from instructblip.errors import UserError
 from tests.kit.tiny import write_easy_vqa
@@ -23,7 +23,7 @@ def raw(tmp_path: Path) -> Path:
 
 def _ensure(card: Card, shards: Path, fetchable: dict[str, SourcesConfig]) -> str:
     console = Console(file=io.StringIO(), width=200)
-    ensure_prepared([card], shards, fetchable, console)
+    assert ensure_prepared([card], shards, fetchable, console) == {}
     text: str = console.file.getvalue()
     return text
 
@@ -40,29 +40,19 @@ def test_what_may_be_fetched_is_prepared_whole(raw: Path, tmp_path: Path) -> Non
 
 def test_what_only_the_user_can_get_may_be_prepared_in_part(raw: Path, tmp_path: Path) -> None:
     card, shards = dataclasses.replace(load_card("easy_vqa"), source_part=None), tmp_path / "shards"
-    words = (
-        rf"easy_vqa is not prepared in .*; run python prepare\.py dataset=easy_vqa out={shards} raw=FOLDER, with its"
-    )
+    data, console = DataConfig(shards=str(shards)), Console(quiet=True)
+    command = rf"python prepare\.py dataset=easy_vqa out={shards} raw=FOLDER, with"
+    words = rf"easy_vqa \(test\) is not prepared in .*; run {command}"
     with pytest.raises(UserError, match=words):
-        _ensure(card, shards, {})
+        shards_folder([Needed(card, frozenset({"test"}))], data, console)
+    view = Needed(load_card("okvqa_question_generation"), frozenset({"train"}))
     with pytest.raises(
         UserError, match=r"run python prepare\.py dataset=okvqa out=\S+ fetch=true, or python prepare\.py"
     ):
-        _ensure(load_card("okvqa_question_generation"), shards, {})
+        shards_folder([view], data, console)
     prepare_dataset(card, raw, shards, splits=["test"], progress=False)
     assert _ensure(card, shards, {}) == ""
-
-
-def test_all_datasets_that_are_missing_are_named_at_once_before_anything_is_fetched(tmp_path: Path) -> None:
-    cards = load_cards(["easy_vqa", "gqa", "easy_vqa_color", "nocaps", "okvqa", "flickr30k"])
-    console = Console(file=io.StringIO(), width=200)
-    with pytest.raises(UserError) as caught:
-        ensure_prepared(cards, tmp_path, {"easy_vqa": SourcesConfig(path="/nowhere")}, console)
-    command = f"python prepare.py dataset=NAME out={tmp_path}"
-    assert str(caught.value).startswith(
-        f"gqa, nocaps, okvqa, flickr30k are not prepared in {tmp_path}; run for each {command} raw=FOLDER, with its files "
-        f"in FOLDER, or for gqa, okvqa {command} fetch=true; what the files are, "
-    )
+    assert shards_folder([Needed(card, frozenset({"test"}))], data, console) == shards
 
 
 def test_all_cards_that_do_not_exist_are_named_at_once() -> None:

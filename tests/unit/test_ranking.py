@@ -261,7 +261,7 @@ def test_presets_name_both_kinds_and_fit_rank(model: InstructBLIP) -> None:
 
 def test_ranking_errors() -> None:
     model = tiny_model(llm=tiny_llm(answer_prefix=""))
-    with pytest.raises(ValueError, match="candidate 1 of sample 0 has no tokens; rank it with include_eos=True"):
+    with pytest.raises(ValueError, match="candidates holds a text without tokens; set include_eos=True"):
         model.rank(tiny_images(1), ["color"], [["red", ""]], include_eos=False)
     assert model.rank(tiny_images(1), ["color"], [["red", ""]])[0].shape == (2,)
     with pytest.raises(ValueError, match=r"candidates\[0\] is empty"):

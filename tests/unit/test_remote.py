@@ -26,7 +26,7 @@ from instructblip.data.batching import Batching
 from instructblip.data.cards import load_card
 from instructblip.data.loader import load_batches
 from instructblip.data.mixture_dataset import MixtureDataset
-from instructblip.data.prepare.command import shards_folder
+from instructblip.data.prepare.command import Needed, shards_folder
 from instructblip.data.prepare.convert import prepare_dataset
 from instructblip.data.shards import open_split
 from instructblip.errors import UserError
@@ -435,7 +435,7 @@ def test_a_cache_smaller_than_a_shard(server: Server, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("url", "line"),
     [
-        ("{server}", "has no prepared easy_vqa; prepare it with prepare.py and copy its folder there"),
+        ("{server}", "has no prepared easy_vqa (test); prepare it with prepare.py and copy its folder there"),
         ("{server}/nowhere", "has no prepared easy_vqa"),
         ("http://127.0.0.1:1/shards", "easy_vqa/test/manifest.json cannot be fetched (no connection"),
         ("nothing://shards", "cannot be read (Protocol not known: nothing"),
@@ -447,5 +447,5 @@ def test_places_that_cannot_be_used(
     monkeypatch.setenv("INSTRUCTBLIP_CACHE", str(tmp_path / "cache"))
     data = DataConfig(shards=url.format(server=server.url))
     with pytest.raises(UserError, match=re.escape(line)) as error:
-        shards_folder([load_card("easy_vqa")], data, Console(quiet=True))
+        shards_folder([Needed(load_card("easy_vqa"), frozenset({"test"}))], data, Console(quiet=True))
     assert "\n" not in str(error.value)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from instructblip.data import cards
 from instructblip.data.cards import CARDS_FOLDER, Card, all_cards, load_card
 from instructblip.data.prepare.audit import audit_prepared
 from instructblip.data.prepare.command import ensure_synthetic
@@ -20,6 +21,7 @@ from instructblip.data.synthetic.scenes import COLORS, SIDES, draw_scene, make_s
 from instructblip.errors import UserError
 
 CARDS = all_cards()
+_DETAIL = next(card for card in CARDS if card.name == "llava_detail")  # of the layout of COCO's own caption files too
 SOURCES = sorted({card.source for card in CARDS})
 
 
@@ -38,7 +40,8 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_there_are_files_of_every_format() -> None:
-    assert WRITERS.keys() == READERS.keys()
+    """Of every published one: what people bring themselves is never made up."""
+    assert WRITERS.keys() == {name for name, reader in READERS.items() if not reader.tasks}
 
 
 @pytest.mark.parametrize("name", SOURCES)
@@ -107,10 +110,13 @@ def test_official_and_made_up_files_are_not_mixed(tmp_path: Path) -> None:
         _ensure(tmp_path / "shards", "okvqa")
 
 
-@pytest.mark.parametrize("reader", READERS)
-def test_a_card_of_a_known_format_under_another_name_has_them(tmp_path: Path, reader: str) -> None:
-    """One file: nothing but the card says that there is such a dataset."""
-    source = next((card for card in CARDS if card.reader == reader and card.view_of is None), load_card("llava_detail"))
+@pytest.mark.parametrize("reader", WRITERS)
+def test_a_card_of_a_known_format_under_another_name_has_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reader: str
+) -> None:
+    """One file among the official cards: nothing but the card says that there is such a dataset."""
+    monkeypatch.setattr(cards, "CARDS_FOLDER", tmp_path)
+    source = next((card for card in CARDS if card.reader == reader and card.view_of is None), _DETAIL)
     text = (CARDS_FOLDER / f"{source.name}.yaml").read_text().replace(f"name: {source.name}", "name: mine", 1)
     path = tmp_path / "mine.yaml"
     path.write_text(text.replace(f"reader: {source.reader}", f"reader: {reader}"))
@@ -118,6 +124,14 @@ def test_a_card_of_a_known_format_under_another_name_has_them(tmp_path: Path, re
     folders = sorted((tmp_path / "shards/mine").iterdir())
     assert sorted(source.splits) == [folder.name for folder in folders]
     assert all(read_manifest(folder)["lost"] == [] and read_manifest(folder)["images"] == SCENES for folder in folders)
+
+
+def test_a_card_of_ones_own_has_none(tmp_path: Path) -> None:
+    text = (CARDS_FOLDER / "vsr.yaml").read_text().replace("name: vsr", "name: mine", 1)
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"mine.yaml is a card of your own, and only official files have made-up ones"):
+        ensure_synthetic([load_card(tmp_path / "mine.yaml")], tmp_path / "shards", Console(quiet=True))
+    assert not (tmp_path / "shards/mine").exists()
 
 
 def test_no_two_datasets_have_a_picture_in_common() -> None:

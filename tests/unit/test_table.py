@@ -14,7 +14,7 @@ from instructblip.errors import UserError
 from instructblip.evaluation.report.table import (
     HELD_IN,
     HELD_OUT,
-    MODELS,
+    INSTRUCTBLIP,
     OTHER_PROTOCOL,
     OTHER_SPLIT,
     SUBSET,
@@ -48,7 +48,7 @@ def test_every_column_of_the_paper_is_a_card_with_its_numbers() -> None:
     assert len(HELD_OUT) == 13
     for name in HELD_OUT:
         assert cards[name].role == "held-out"
-        assert cards[name].paper.keys() == MODELS.keys()
+        assert cards[name].paper.keys() == INSTRUCTBLIP.keys()
     assert all(cards[name].role == "held-in" for name in HELD_IN)
     assert [cards[name].paper["vicuna_7b"] for name in HELD_OUT] == [
         123.1, 82.4, 49.2, 54.3, 43.1, 50.1, 45.2, 59.6, 34.5, 60.5, 41.8, 22.1, 52.2,
@@ -58,7 +58,7 @@ def test_every_column_of_the_paper_is_a_card_with_its_numbers() -> None:
 def test_columns_stand_in_the_papers_order_and_its_rows_below(runs: list[Path]) -> None:
     table = score_table([read_run(folder) for folder in runs])
     assert table.datasets == ["nocaps", "gqa", "vsr", "vizwiz", "coco_caption", "easy_vqa_color"]
-    assert [row.name for row in table.rows] == ["one/eval", "two/eval", *MODELS.values()]
+    assert [row.name for row in table.rows] == ["one/eval", "two/eval", *INSTRUCTBLIP.values()]
     paper = {row.name: {name: cell.value for name, cell in row.cells.items()} for row in table.rows[2:]}
     assert paper["InstructBLIP Vicuna-7B"] == {"nocaps": 123.1, "gqa": 49.2, "vsr": 54.3, "vizwiz": 34.5}
     own = table.rows[0].cells["vsr"]

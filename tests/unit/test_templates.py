@@ -12,6 +12,7 @@ from instructblip.data.records import Record
 from instructblip.data.templates import (
     TEMPLATE_FOLDER,
     TemplateSet,
+    cut_prefix,
     fields_of,
     load_templates,
     render_prompt,
@@ -255,7 +256,9 @@ def test_load_templates(tmp_path: Path) -> None:
     ("text", "words"),
     [
         ("templates: []\n", ["mine.yaml", "needs a list `templates`"]),
-        ("- a\n", ["mine.yaml", "needs a list `templates`"]),
+        ("- a\n", ["mine.yaml", "must hold keys and values"]),
+        ("a: &a [*a]\n", ["mine.yaml", "nested too deep, or holds itself"]),
+        ("target: [answer]\ntemplates: ['{question}']\n", ["target is ['answer']"]),
         ("templates: [yes, '{question}']\n", ["mine.yaml", "of strings", "quotes"]),
         ('templates: ["{question}", "no placeholder"]\n', ["'no placeholder'", "lacks the placeholder {question}"]),
         ('templates: ["{question}\n', ["mine.yaml", "not valid YAML"]),
@@ -285,3 +288,21 @@ def test_broken_sets(tmp_path: Path, text: str, words: list[str]) -> None:
 def test_unknown_set_names_the_known_ones() -> None:
     with pytest.raises(UserError, match=r"no template set 'vqa_shrt'.*choose one of: .*vqa_short"):
         load_templates("vqa_shrt")
+
+
+def test_a_prefix_ends_between_the_first_word_and_the_middle() -> None:
+    text = "a man  riding a horse on\tthe grass."
+    cuts = Counter(cut_prefix(text, position_generator(0, place)) for place in range(400))
+    assert set(cuts) == {
+        ("a", "man  riding a horse on\tthe grass."),
+        ("a man", "riding a horse on\tthe grass."),
+        ("a man  riding", "a horse on\tthe grass."),
+        ("a man  riding a", "horse on\tthe grass."),
+    }
+    assert min(cuts.values()) > 70  # evenly
+    assert [cut_prefix(text, position_generator(0, place)) for place in (3, 4)] == [
+        cut_prefix(text, position_generator(0, place)) for place in (3, 4)
+    ]
+    assert cut_prefix("two dogs", position_generator(0, 0)) == ("two", "dogs")
+    for short in ("snow", "", " "):
+        assert cut_prefix(short, position_generator(0, 0)) == ("", short)

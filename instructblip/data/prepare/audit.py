@@ -26,6 +26,7 @@ from instructblip.errors import UserError
 from instructblip.progress import progress_bar
 
 Hashes = npt.NDArray[np.bytes_]
+GIVE_CARDS = "give its path, cards=[./mine.yaml]"  # to a command that looks at prepared datasets
 _EXAMPLES = 3
 
 
@@ -87,6 +88,7 @@ class Audit:
     evaluated: list[UsedImages] = field(default_factory=list)
     trained: list[UsedImages] = field(default_factory=list)
     absent: list[str] = field(default_factory=list)  # splits that cards use and that are not prepared
+    unknown: list[str] = field(default_factory=list)  # datasets that no card says the use of
     overlaps: list[Overlap] = field(default_factory=list)
 
     def leaks(self) -> list[Overlap]:
@@ -102,6 +104,8 @@ class Audit:
         ]
         if self.absent:
             lines.append(f"not prepared there, so not compared: {', '.join(self.absent)}")
+        if self.unknown:
+            lines.append(f"not compared, for no card of it is known: {', '.join(self.unknown)}; {GIVE_CARDS}")
         pairs = len(self.evaluated) * len(self.trained)
         lines.append(f"{pairs - len(self.overlaps)} of {pairs} pairs share no image")
         lines += [
@@ -122,17 +126,18 @@ def _title(used: UsedImages) -> str:
     return used.title
 
 
-def audit_prepared(folders: Sequence[Path], cards: Iterable[Card] | None = None) -> Audit:
+def audit_prepared(folders: Sequence[Path], cards: Iterable[Card] | None = None, *, own: Iterable[Card] = ()) -> Audit:
     """Compare all prepared datasets below some folders.
 
     Args:
         folders: what prepare.py wrote to.
-        cards: what the datasets are used for; None: all cards of `datasets/`.
+        cards: what the datasets are used for; None: all official cards.
+        own: cards that are known besides.
 
     Raises:
         UserError: nothing prepared there, no training data or nothing that is evaluated; a damaged shard.
     """
-    known = all_cards() if cards is None else list(cards)
+    known = [*(all_cards() if cards is None else cards), *own]
     manifests = [manifest for folder in folders for manifest in sorted(folder.rglob(MANIFEST_NAME))]
     if not manifests:
         raise UserError(
@@ -140,6 +145,8 @@ def audit_prepared(folders: Sequence[Path], cards: Iterable[Card] | None = None)
         )
     audit = Audit()
     splits = {manifest.resolve(): open_split(manifest.parent) for manifest in manifests}
+    found = {(opened.dataset, opened.split) for opened in splits.values()}
+    audit.unknown = sorted({name for name, _ in found} - {card.source for card in known})
     with progress_bar("images") as progress:
         task = progress.add_task("reading images", total=sum(opened.manifest["images"] for opened in splits.values()))
         for opened in splits.values():
@@ -147,8 +154,9 @@ def audit_prepared(folders: Sequence[Path], cards: Iterable[Card] | None = None)
             progress.advance(task, opened.manifest["images"])
     if not audit.trained or not audit.evaluated:
         missing = "train split of a held-in dataset" if not audit.trained else "split that a card evaluates on"
-        raise UserError(f"there is no prepared {missing} below {', '.join(map(str, folders))}, so nothing to compare")
-    found = {(opened.dataset, opened.split) for opened in splits.values()}
+        unknown = f"; no card of {', '.join(audit.unknown)} is known: {GIVE_CARDS}" if audit.unknown else ""
+        where = ", ".join(map(str, folders))
+        raise UserError(f"there is no prepared {missing} below {where}, so nothing to compare{unknown}")
     audit.absent = sorted({f"{name} {split}" for name, split in _uses(known) - found})
     for evaluated in audit.evaluated:
         for trained in audit.trained:

@@ -1,14 +1,14 @@
 """Have the prepared shards of some datasets in place: fetch and convert what is missing and may be fetched."""
 
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 
 from instructblip.config import entry
 from instructblip.config.schema import DataConfig, PrepareConfig, SourcesConfig
-from instructblip.data.cards import CARDS_FOLDER, Card, load_card
+from instructblip.data.cards import Card, OwnCard, load_cards
 from instructblip.data.prepare.audit import audit_prepared, audit_table
 from instructblip.data.prepare.convert import check_prepared, prepare_dataset
 from instructblip.data.prepare.fetch import fetch_raw
@@ -25,10 +25,102 @@ RAW_FOLDER = Path("data/raw")  # where official files are fetched to when raw= n
 SHOWN_SIZE = 224  # the side of the square that the paper's models get, pixels
 
 
+@dataclass(frozen=True)
+class Needed:
+    """A dataset, or a view of one, and the splits of it that are read."""
+
+    card: Card
+    splits: frozenset[str]
+
+
+@dataclass(frozen=True)
+class FoundShards:
+    """Where the prepared splits lie, and those that do not.
+
+    Attributes:
+        folder: to open them from, wherever data.shards is.
+        place: as data.shards has it.
+        missing: what of the needed is not there, by the name of its card; and why, where there is more to say: it could not
+            be fetched, or the card has no such split.
+    """
+
+    folder: Path
+    place: str
+    missing: dict[str, tuple[Needed, str]]
+
+    def refusal(self, *names: str, hint: str = "") -> UserError:
+        """What to do about the missing ones: all of them, or those of some cards.
+
+        Args:
+            names: of the cards; none: all.
+            hint: how to go without them.
+        """
+        lacking = [item for name, item in self.missing.items() if not names or name in names]
+        by_source = {needed.card.source: (needed, why) for needed, why in lacking}
+        if is_url(self.place):
+            found = (
+                f"{self.place} has no prepared {_listed(lacking)}; prepare it with prepare.py and copy its folder there"
+            )
+        elif len(by_source) == 1:
+            needed, why = lacking[0]
+            found = why or _how_to_prepare(needed, self.place)
+        else:
+            fetched = [source for source, (needed, _) in by_source.items() if needed.card.fetch]
+            found = (
+                f"{_listed(lacking)} are not prepared in {self.place}; run python prepare.py dataset=NAME out={self.place} "
+                "raw=FOLDER for each, with its files in FOLDER as how_to_get in its card says"
+                + (f" (fetch=true downloads those of {', '.join(fetched)})" if fetched else "")
+                + "".join(f"; {why}" for _, why in by_source.values() if why)
+            )
+        return UserError(found + hint)
+
+
+def find_shards(needed: Sequence[Needed], data: DataConfig, console: Console) -> FoundShards:
+    """Look for prepared splits; what may be fetched without asking anybody is fetched and prepared.
+
+    Raises:
+        UserError: a place elsewhere that cannot be read; data that cannot be made up.
+    """
+    cards = [item.card for item in needed]
+    if data.synthetic:
+        ensure_synthetic(cards, Path(data.shards), console)
+        return FoundShards(Path(data.shards), data.shards, {})
+    failed: dict[str, str] = {}
+    if is_url(data.shards):
+        wanted = {(item.card.source, split) for item in needed for split in (*item.card.splits, *item.splits)}
+        root, found = mirror_datasets(data.shards, sorted(wanted), cache_folder() / "shards", data.remote_cache_bytes)
+    else:
+        root, failed = Path(data.shards), ensure_prepared(cards, Path(data.shards), data.sources, console)
+        found = {
+            (item.card.source, split)
+            for item in needed
+            for split in item.splits
+            if (root / item.card.source / split / MANIFEST_NAME).is_file()
+        }
+    missing = {}
+    for item in needed:
+        if lacking := frozenset(split for split in item.splits if (item.card.source, split) not in found):
+            why = _no_such_split(item.card, lacking) or failed.get(item.card.source, "")
+            missing[item.card.name] = Needed(item.card, lacking), why
+    return FoundShards(root, data.shards, missing)
+
+
+def shards_folder(needed: Sequence[Needed], data: DataConfig, console: Console) -> Path:
+    """The folder that these splits can be opened from, wherever data.shards is.
+
+    Raises:
+        UserError: as `find_shards`; some of them are not prepared, all of which it names.
+    """
+    found = find_shards(needed, data, console)
+    if found.missing:
+        raise found.refusal()
+    return found.folder
+
+
 def ensure_prepared(
     cards: Sequence[Card], shards: Path, fetchable: Mapping[str, SourcesConfig], console: Console
-) -> None:
-    """Prepare every dataset of these cards that is not prepared yet.
+) -> dict[str, str]:
+    """Prepare every dataset of these cards that may be fetched without asking anybody, and is not prepared yet.
 
     Args:
         cards: datasets or views.
@@ -36,22 +128,48 @@ def ensure_prepared(
         fetchable: sources of raw files by part name.
         console: where a line a dataset is printed.
 
-    Raises:
-        UserError: datasets that are not prepared and cannot be fetched, all of them at once; says what prepares them.
+    Returns:
+        Dataset -> why it could not be fetched or prepared.
     """
-    missing = []
+    failed = {}
     for card in {card.source: card for card in cards}.values():
-        prepared = [(shards / card.source / split / MANIFEST_NAME).is_file() for split in card.splits]
-        # What nobody but the user can fetch he may have prepared in part; a split that is needed is missed on opening.
-        if not (all(prepared) or (any(prepared) and card.source_part is None)):
-            missing.append(card)
-    asked_for = [card for card in missing if not _may_be_fetched(card, fetchable)]
-    if len(asked_for) > 1:
-        raise UserError(_how_to_prepare(asked_for, shards))
-    for card in sorted(missing, key=lambda card: card not in asked_for):
-        raw = raw_folder(card, fetchable, shards)
-        console.print(f"preparing {card.source} in {shards / card.source}", highlight=False)
-        prepare_dataset(card, raw, shards)
+        prepared = all((shards / card.source / split / MANIFEST_NAME).is_file() for split in card.splits)
+        if prepared or card.source_part is None or card.source_part not in fetchable:
+            continue
+        try:
+            raw = _fetched_part(card.source_part, fetchable)
+            console.print(f"preparing {card.source} in {shards / card.source}", highlight=False)
+            prepare_dataset(card, raw, shards)
+        except UserError as error:
+            failed[card.source] = str(error)
+    return failed
+
+
+def _no_such_split(card: Card, splits: Iterable[str]) -> str:
+    unknown = [split for split in splits if split not in card.splits]
+    return f"{card.source} has no split {unknown[0]}; choose among {', '.join(card.splits)}" if unknown else ""
+
+
+def _listed(lacking: Iterable[tuple[Needed, str]]) -> str:
+    """Each dataset once; with its splits where the card has others."""
+    splits: dict[str, set[str]] = {}
+    others: dict[str, set[str]] = {}
+    for needed, _ in lacking:
+        name = needed.card.prepared_as
+        splits.setdefault(name, set()).update(needed.splits)
+        others.setdefault(name, set(needed.card.splits)).difference_update(needed.splits)
+    return ", ".join(f"{name} ({', '.join(sorted(said))})" if others[name] else name for name, said in splits.items())
+
+
+def _how_to_prepare(needed: Needed, shards: str) -> str:
+    card = needed.card
+    command = f"python prepare.py dataset={card.prepared_as} out={shards}"
+    if isinstance(card, OwnCard):
+        how = f"{command}, with raw=FOLDER where its files do not lie beside the card"
+    else:
+        fetched = f"{command} fetch=true, or " if card.fetch else ""
+        how = f"{fetched}{command} raw=FOLDER, with its files in FOLDER: {card.how_to_get.strip()}"
+    return f"{_listed([(needed, '')])} is not prepared in {shards}; run {how}"
 
 
 def ensure_synthetic(cards: Sequence[Card], shards: Path, console: Console) -> None:
@@ -70,6 +188,11 @@ def ensure_synthetic(cards: Sequence[Card], shards: Path, console: Console) -> N
     with exclusive(shards / ".synthetic.lock", "making up data"):  # one rank does, for all on its node
         missing = []
         for card in {card.source: card for card in cards}.values():
+            if isinstance(card, OwnCard):
+                raise UserError(
+                    f"{card.path} is a card of your own, and only official files have made-up ones in their place; "
+                    "leave out data=synthetic, or leave out the card"
+                )
             folders = [shards / card.source / split for split in card.splits]
             found = [read_manifest(folder) for folder in folders if (folder / MANIFEST_NAME).is_file()]
             if not all(map(is_made_up, found)):
@@ -87,53 +210,7 @@ def ensure_synthetic(cards: Sequence[Card], shards: Path, console: Console) -> N
                 bar.advance(task)
 
 
-def shards_folder(cards: Sequence[Card], data: DataConfig, console: Console) -> Path:
-    """The folder that the prepared datasets of these cards can be opened from, wherever data.shards is.
-
-    Raises:
-        UserError: as `ensure_prepared`; a place elsewhere that cannot be read, or does not have one of them.
-    """
-    if data.synthetic:
-        ensure_synthetic(cards, Path(data.shards), console)
-        return Path(data.shards)
-    if not is_url(data.shards):
-        ensure_prepared(cards, Path(data.shards), data.sources, console)
-        return Path(data.shards)
-    wanted = {(card.source, split) for card in cards for split in card.splits}
-    root, found = mirror_datasets(data.shards, sorted(wanted), cache_folder() / "shards", data.remote_cache_bytes)
-    if missing := sorted({card.source for card in cards} - {source for source, _ in found}):
-        raise UserError(
-            f"{data.shards} has no prepared {', '.join(missing)}; prepare it with prepare.py and copy its folder there"
-        )
-    return root
-
-
-def _how_to_prepare(cards: Sequence[Card], shards: Path) -> str:
-    """The line about several datasets; `raw_folder` has that about one."""
-    names = [card.source for card in cards]
-    command = f"python prepare.py dataset=NAME out={shards}"
-    line = (
-        f"{', '.join(names)} are not prepared in {shards}; run for each {command} raw=FOLDER, with its files in FOLDER"
-    )
-    if fetched := [card.source for card in cards if card.fetch]:
-        line += f", or for {', '.join(fetched)} {command} fetch=true"
-    return f"{line}; what the files are, {CARDS_FOLDER}{os.sep}NAME.yaml says"
-
-
-def _may_be_fetched(card: Card, fetchable: Mapping[str, SourcesConfig]) -> bool:
-    return card.source_part is not None and card.source_part in fetchable
-
-
-def raw_folder(card: Card, fetchable: Mapping[str, SourcesConfig], shards: Path) -> Path:
-    """Fetch a card's raw files, when its source may be fetched without asking anybody."""
-    if card.source_part is None or not _may_be_fetched(card, fetchable):
-        command = f"python prepare.py dataset={card.source} out={shards}"
-        fetched = f"{command} fetch=true, or " if card.fetch else ""
-        raise UserError(
-            f"{card.source} is not prepared in {shards}; run {fetched}{command} raw=FOLDER, "
-            f"with its files in FOLDER: {card.how_to_get.strip()}"
-        )
-    part = card.source_part
+def _fetched_part(part: str, fetchable: Mapping[str, SourcesConfig]) -> Path:
     return part_folder(sources(part, fetchable[part]), setting=f"data.sources.{part}.path")
 
 
@@ -151,34 +228,42 @@ def prepare(config: PrepareConfig, console: Console) -> int:
     Raises:
         UserError: unknown dataset or split, raw files missing or broken, disk full.
     """
+    named = load_cards([*config.cards, *([] if config.dataset is None else [config.dataset])])
+    chosen = None if config.dataset is None else named[-1]
+    own = list({card.name: card for card in named if isinstance(card, OwnCard)}.values())
     if config.check is not None:
-        return _check(Path(config.check), console)
+        return _check(Path(config.check), chosen, config.split, console)
     if config.show is not None:
         path = write_samples(
             Path(config.show),
             samples=config.samples,
             seed=config.seed,
             image_size=config.image_size or SHOWN_SIZE,
-            dataset=config.dataset,
+            dataset=None if chosen is None else chosen.name,
             split=config.split,
+            own=own,
         )
         console.print(f"wrote {path}", highlight=False, soft_wrap=True)
         return 0
     if config.audit is not None:
-        return _audit([Path(folder) for folder in config.audit], console)
-    return _convert(config, console)
+        return _audit([Path(folder) for folder in config.audit], own, console)
+    if chosen is None:
+        raise UserError(
+            "name a dataset: python prepare.py dataset=NAME raw=FOLDER out=SHARDS; or give check=SHARDS, show= or audit="
+        )
+    return _convert(chosen, config, console)
 
 
-def _check(folder: Path, console: Console) -> int:
-    problems = check_prepared(folder)
+def _check(folder: Path, card: Card | None, split: str | None, console: Console) -> int:
+    problems = check_prepared(folder, card, split)
     for line in problems:
         console.print(line, highlight=False, soft_wrap=True)
     console.print(f"{folder}: {len(problems)} problems" if problems else f"{folder}: all shards are whole")
     return int(bool(problems))
 
 
-def _audit(folders: Sequence[Path], console: Console) -> int:
-    result = audit_prepared(folders)
+def _audit(folders: Sequence[Path], own: Sequence[Card], console: Console) -> int:
+    result = audit_prepared(folders, own=own)
     if result.overlaps:
         console.print(audit_table(result))
     for line in result.summary():
@@ -186,12 +271,7 @@ def _audit(folders: Sequence[Path], console: Console) -> int:
     return int(bool(result.leaks()))
 
 
-def _convert(config: PrepareConfig, console: Console) -> int:
-    if config.dataset is None:
-        raise UserError(
-            "name a dataset: python prepare.py dataset=NAME raw=FOLDER out=SHARDS; or give check=SHARDS, show= or audit="
-        )
-    card = load_card(config.dataset)
+def _convert(card: Card, config: PrepareConfig, console: Console) -> int:
     raw = _raw(card, config, console)
     manifests = prepare_dataset(
         card,
@@ -220,8 +300,14 @@ def _convert(config: PrepareConfig, console: Console) -> int:
 
 def _raw(card: Card, config: PrepareConfig, console: Console) -> Path:
     """The folder of the raw files; with `fetch`, what it lacks is downloaded."""
-    if not config.fetch or card.source_part is not None:
-        return raw_folder(card, config.sources, Path(config.out)) if config.raw is None else Path(config.raw)
-    raw = RAW_FOLDER / card.source if config.raw is None else Path(config.raw)
-    fetch_raw(card, raw, console, splits=[] if config.split is None else [config.split])
-    return raw
+    if config.fetch and card.source_part is None:
+        raw = RAW_FOLDER / card.source if config.raw is None else Path(config.raw).expanduser()
+        fetch_raw(card, raw, console, splits=[] if config.split is None else [config.split])
+        return raw
+    if config.raw is not None:
+        return Path(config.raw).expanduser()
+    if card.source_part in config.sources:
+        return _fetched_part(card.source_part, config.sources)
+    if isinstance(card, OwnCard) and card.view_of is None:
+        return Path(card.path).expanduser().parent
+    raise UserError(_how_to_prepare(Needed(card, frozenset(card.splits)), config.out))

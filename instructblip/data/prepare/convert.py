@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,10 +20,28 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from instructblip.data.cards import Card, SplitCounts, source_sha256
+from instructblip.data.cards import (
+    Card,
+    OwnCard,
+    SplitCounts,
+    changed_source,
+    check_prepared_from,
+    source_facts,
+    source_sha256,
+)
 from instructblip.data.prepare.media import JPEG_QUALITY, MediaError, MediaOptions, read_media, stored_frames
 from instructblip.data.prepare.ocr import OcrOptions, ocr_options, ocr_tokens
-from instructblip.data.readers import MEDIA_ROLES, OCR_ROLE, READERS, Losses, MediaRecords, RawSplit, unpack_hint
+from instructblip.data.readers import (
+    MEDIA_ROLES,
+    OCR_ROLE,
+    READERS,
+    FileSlice,
+    Losses,
+    MediaRecords,
+    RawSplit,
+    is_there,
+    unpack_hint,
+)
 from instructblip.data.records import Record
 from instructblip.data.shards import (
     KEY,
@@ -35,7 +54,7 @@ from instructblip.data.shards import (
     shard_path,
 )
 from instructblip.errors import UserError
-from instructblip.files import exclusive, sha256_file, write_json
+from instructblip.files import errors_for_users, exclusive, sha256_file, write_json
 from instructblip.images import decode_image
 from instructblip.progress import progress_bar
 
@@ -73,7 +92,8 @@ def prepare_dataset(
     are whole and hold what they should. Bytes depend on the raw files and the options, not on `workers`.
 
     Args:
-        splits: which to convert; None: all of the card, but those that the raw folder has no files of (a line names them).
+        splits: which to convert; None: all of the card, but those of an official one that the raw folder has no files of (a
+            line names them).
         workers: number of processes.
         images_per_shard: images or videos.
         image_size: pictures and frames whose shorter side is longer are reduced to it, pixels; None: never.
@@ -91,6 +111,9 @@ def prepare_dataset(
         raise UserError(f"{card.source} has no split {unknown[0]!r}; choose among {', '.join(card.splits)}")
     if not raw.is_dir():
         raise UserError(f"raw={raw} is not a folder; {card.how_to_get}")
+    if (look := READERS[card.reader].look) is not None:
+        for split in chosen:
+            look(RawSplit(raw, split, card.splits[split].files, card.told))
     options = MediaOptions(image_size, frames, None if ocr is None else ocr_options(ocr))
     with exclusive(out / f".{card.source}.lock", f"preparing {card.source}", show=progress):
         job = _Job(card, raw, out, images_per_shard, options)
@@ -100,6 +123,8 @@ def prepare_dataset(
 
 def _present_splits(card: Card, raw: Path) -> list[str]:
     """The splits that the raw folder has any annotation file of; all of them where it has none at all.
+
+    All of a card of one's own too: what that names is meant to be there.
 
     Files that several splits share say nothing about a split, unless it has no others. Images do not either: a split
     whose annotations are there without its images is an error, and said before an hour is spent on the others.
@@ -112,9 +137,11 @@ def _present_splits(card: Card, raw: Path) -> list[str]:
     for split, counts in card.splits.items():
         files = {role: places for role, places in counts.files.items() if role not in MEDIA_ROLES}
         own = {role: places for role, places in files.items() if shared[role, places] == 1} or files
-        if own and not any((raw / place).exists() for places in own.values() for place in places):
+        if own and not any(is_there(raw, place) for places in own.values() for place in places):
             absent[split] = next(iter(own.values()))[0]
-    if len(absent) == len(card.splits):
+    if isinstance(card, OwnCard):
+        absent = {}
+    elif len(absent) == len(card.splits):
         return list(card.splits)
     for split, place in absent.items():
         logger.warning("%s/%s: skipped, %s has no file of it, such as %s", card.source, split, raw, place)
@@ -147,21 +174,42 @@ class _Pool:
 def _prepare_split(job: _Job, split: str, pool: _Pool | None, progress: bool) -> Path:
     name = f"{job.card.source}/{split}"
     losses = Losses()
-    with progress_bar("images", show=progress) as bar:
+    _note_other_card(job, split)
+    with _scratch(job) as scratch, progress_bar("images", show=progress) as bar:
         bar_task = bar.add_task(name, total=job.card.splits[split].images)
         shards = []
-        for shard in _convert(_plans(job, split, losses), pool):
+        for shard in _convert(_plans(job, split, scratch, losses), pool):
             shards.append(shard)
             bar.advance(bar_task, len(shard) + _lost_images(shard))
     return _finish(job, split, shards, losses)
 
 
-def _plans(job: _Job, split: str, losses: Losses) -> Iterator[ShardPlan]:
+def _note_other_card(job: _Job, split: str) -> None:
+    """Say so where the shards of another card of the same name, or of this one as it was, are replaced."""
+    folder = job.out / job.card.source / split
+    if (folder / MANIFEST_NAME).is_file() and (changed := changed_source(job.card, read_manifest(folder))):
+        logger.warning("%s/%s: replaces what another card gave (%s)", job.card.source, split, "; ".join(changed))
+
+
+@contextlib.contextmanager
+def _scratch(job: _Job) -> Iterator[Path]:
+    """An empty folder for what a reader sets aside, gone at the end; what a killed run left in it goes first."""
+    folder = job.out / f".{job.card.source}.scratch"
+    shutil.rmtree(folder, ignore_errors=True)
+    with errors_for_users(folder):
+        folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _plans(job: _Job, split: str, scratch: Path, losses: Losses) -> Iterator[ShardPlan]:
     """Cut the reader's stream into shards; only a few plans exist at a time, so memory stays flat."""
     files = job.card.splits[split].files
     if job.options.ocr is not None:
         files = {role: places for role, places in files.items() if role != OCR_ROLE}
-    source = RawSplit(job.raw, split, files, job.card.reader_options)
+    source = RawSplit(job.raw, split, files, job.card.told, scratch)
     images = _without_repeats(READERS[job.card.reader](source, losses), losses)
     folder = job.out / job.card.source / split
     number = 0
@@ -225,6 +273,7 @@ def _workers(number: int) -> Iterator[_Pool | None]:
         return
     # Not forks of this process: it may hold threads of torch, which they would copy in an unknown state.
     context = get_context("forkserver")
+    context.set_forkserver_preload([__name__])  # imported once, not by each worker
     with ProcessPoolExecutor(number, mp_context=context, initializer=_end_with_parent) as executor:
         try:
             yield _Pool(executor, number)
@@ -272,10 +321,10 @@ def convert_shard(plan: ShardPlan) -> ShardReader:
     losses, notes, digest = Losses(), Losses(), _plan_digest(plan.options)
     with ShardWriter.open(plan.path) as writer:
         for image in plan.images:
-            content = None
+            contents = None
             try:
-                content = read_media(image, plan.raw)
-                frames, said = stored_frames(content, image.video, plan.options)
+                contents = read_media(image, plan.raw)
+                frames, said = stored_frames(contents, image.video, plan.options)
                 writer.add(image.key, frames, image.media_id, _with_ocr(image, frames, plan.options.ocr))
                 for note in said:
                     notes.add(note, _name(image, plan.raw), records=len(image.records))
@@ -283,7 +332,7 @@ def convert_shard(plan: ShardPlan) -> ShardReader:
                 losses.add(str(error), _name(image, plan.raw), records=len(image.records))
             except UnicodeEncodeError:
                 losses.add("record holds half a Unicode pair", _name(image, plan.raw), records=len(image.records))
-            digest.update(_plan_line(image, content))
+            digest.update(_plan_line(image, contents))
         writer.notes = {"plan_sha256": digest.hexdigest(), "lost": json.dumps(losses.to_list(), ensure_ascii=False)}
         if notes.reasons:
             writer.notes["noted"] = json.dumps(notes.to_list(), ensure_ascii=False)
@@ -300,9 +349,13 @@ def _with_ocr(image: MediaRecords, frames: Mapping[str, bytes], options: OcrOpti
 
 def _name(image: MediaRecords, raw: Path) -> str:
     """The image as a loss names it: its path below the raw folder, wherever that folder is."""
-    if isinstance(image.media, Path) and image.media.is_relative_to(raw):
-        return image.media.relative_to(raw).as_posix()
-    return image.key
+    several = image.media if isinstance(image.media, tuple) else (image.media,)
+    names = [media.name if isinstance(media, FileSlice) else _below(media, raw) for media in several]
+    return " + ".join(name or image.key for name in names)
+
+
+def _below(path: Path, raw: Path) -> str | None:
+    return path.relative_to(raw).as_posix() if path.is_relative_to(raw) else None
 
 
 def _plan_digest(options: MediaOptions) -> "hashlib._Hash":
@@ -310,10 +363,11 @@ def _plan_digest(options: MediaOptions) -> "hashlib._Hash":
     return hashlib.sha256(json.dumps([asdict(options), JPEG_QUALITY]).encode() + b"\n")
 
 
-def _plan_line(image: MediaRecords, content: bytes | None) -> bytes:
-    content_sha256 = None if content is None else hashlib.sha256(content).hexdigest()
+def _plan_line(image: MediaRecords, contents: Sequence[bytes] | None) -> bytes:
+    hashes = [hashlib.sha256(content).hexdigest() for content in contents or ()]
     records = [record.to_dict() for record in image.records]
-    return json.dumps([image.key, image.media_id, image.video, content_sha256, records]).encode() + b"\n"
+    read = hashes[0] if len(hashes) == 1 else hashes or None
+    return json.dumps([image.key, image.media_id, image.video, read, records]).encode() + b"\n"
 
 
 def _finished_shard(plan: ShardPlan) -> ShardReader | None:
@@ -328,10 +382,10 @@ def _finished_shard(plan: ShardPlan) -> ShardReader | None:
     digest = _plan_digest(plan.options)
     for image in plan.images:
         try:
-            content = read_media(image, plan.raw)
+            contents = read_media(image, plan.raw)
         except MediaError:
-            content = None
-        digest.update(_plan_line(image, content))
+            contents = None
+        digest.update(_plan_line(image, contents))
     return shard if shard.metadata.get("plan_sha256") == digest.hexdigest() else None
 
 
@@ -405,7 +459,7 @@ def _manifest(card: Card, split: str, shards: list[ShardReader], losses: Losses)
         "differences": _differences(expected, images, by_kind, card.verified),
         "lost": losses.to_list(),
         "shards": [_shard_entry(shard) for shard in shards],
-        "source": {"homepage": card.homepage, "how_to_get": card.how_to_get, "reader": card.reader},
+        "source": {"homepage": card.homepage, "how_to_get": card.how_to_get, **source_facts(card, split)},
         "licence": card.licence,
     }
 
@@ -441,9 +495,13 @@ def _foreign_files(folder: Path, shards: set[Path]) -> list[Path]:
 # --- checking --------------------------------------------------------------------------------------------------------
 
 
-def check_prepared(folder: Path) -> list[str]:
+def check_prepared(folder: Path, card: Card | None = None, split: str | None = None) -> list[str]:
     """Compare every shard and index below a split, dataset or output folder with its manifest, byte by byte, and read every
     record and picture as training does.
+
+    Args:
+        folder: see above.
+        card, split: look at this dataset only, which must be prepared from this card, and at this split.
 
     Returns:
         One line for each problem; empty when all is well.
@@ -451,10 +509,24 @@ def check_prepared(folder: Path) -> list[str]:
     Raises:
         UserError: there is no manifest at all.
     """
-    manifests = sorted(folder.rglob(MANIFEST_NAME))
+    found = {path.parent: read_manifest(path.parent) for path in sorted(folder.rglob(MANIFEST_NAME))}
+    manifests = {
+        path: manifest
+        for path, manifest in found.items()
+        if (card is None or manifest["dataset"] == card.source) and split in (None, manifest["split"])
+    }
     if not manifests:
-        raise UserError(f"no {MANIFEST_NAME} below {folder}; give the folder that prepare.py wrote to")
-    return [problem for manifest in manifests for problem in _check_split(manifest.parent)]
+        of = "" if card is None else f" of {card.name}"
+        raise UserError(f"no {MANIFEST_NAME}{of} below {folder}; give the folder that prepare.py wrote to")
+    problems = []
+    for path, manifest in manifests.items():
+        if card is not None:
+            try:
+                check_prepared_from(card, manifest)
+            except UserError as error:
+                problems.append(str(error))
+        problems += _check_split(path, manifest)
+    return problems
 
 
 def _unreadable(shard: ShardReader) -> list[str]:
@@ -473,8 +545,7 @@ def _unreadable(shard: ShardReader) -> list[str]:
     return problems
 
 
-def _check_split(folder: Path) -> list[str]:
-    manifest = read_manifest(folder)
+def _check_split(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
     problems = []
     for entry in manifest["shards"]:
         path = folder / entry["name"]

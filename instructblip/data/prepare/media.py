@@ -11,16 +11,17 @@ import io
 import os
 import stat
 import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from PIL import Image, ImageOps, JpegImagePlugin, UnidentifiedImageError
 
 from instructblip import images
 from instructblip.data.prepare.ocr import OcrOptions
 from instructblip.data.prepare.video import VideoError, read_frames
-from instructblip.data.readers import MediaRecords
+from instructblip.data.readers import FileSlice, MediaRecords
 
 # The extension by which stock WebDataset decodes what is kept. MPO is a JPEG with further pictures behind it, as phones
 # write it.
@@ -63,27 +64,49 @@ class MediaError(Exception):
     """An image or video that cannot be kept; the message is the reason it is counted under."""
 
 
-def read_media(item: MediaRecords, raw: Path) -> bytes:
-    """The content of an image or video file, which must lie below the raw folder (or be a link that does).
+def read_media(item: MediaRecords, raw: Path) -> tuple[bytes, ...]:
+    """The content of an image or video, or of several images that stand together.
 
     Raises:
-        MediaError: no such file, not readable, no file (a pipe or device would be waited for or read for ever), larger
-            than any sound one, or a name that leads out of the folder.
+        MediaError: a file that is not below the raw folder (or a link that is), does not exist, cannot be read, is no file
+            (a pipe or device would be waited for or read for ever), or larger than any sound one.
     """
-    if isinstance(item.media, bytes):
-        return item.media
     what = "video" if item.video else "image"
+    several = item.media if isinstance(item.media, tuple) else (item.media,)
+    return tuple(
+        _read_slice(media, what) if isinstance(media, FileSlice) else _read_file(media, raw, what) for media in several
+    )
+
+
+def _read_file(path: Path, raw: Path, what: str) -> bytes:
     # By name alone: a folder of images may well be a link to where they are.
-    if not Path(os.path.normpath(item.media)).is_relative_to(os.path.normpath(raw)):
+    if not Path(os.path.normpath(path)).is_relative_to(os.path.normpath(raw)):
         raise MediaError(f"{what} name leads out of the raw folder")
+    with _opened(path, what) as file:
+        if os.fstat(file.fileno()).st_size > MAX_BYTES[what]:
+            raise MediaError(f"{what} file has more than {MAX_BYTES[what] >> 20:,} MiB")
+        return file.read()
+
+
+def _read_slice(media: FileSlice, what: str) -> bytes:
+    if media.size > MAX_BYTES[what]:
+        raise MediaError(f"{what} has more than {MAX_BYTES[what] >> 20:,} MiB")
+    with _opened(media.path, what) as file:
+        file.seek(media.offset)
+        content = file.read(media.size)
+    if len(content) < media.size:
+        raise MediaError(f"{what} file is cut short")
+    return content
+
+
+@contextlib.contextmanager
+def _opened(path: Path, what: str) -> Iterator[BinaryIO]:
+    """A regular file, open to be read; what goes wrong with it is a MediaError."""
     try:
-        with open(item.media, "rb", opener=_open_at_once) as file:
-            found = os.fstat(file.fileno())
-            if not stat.S_ISREG(found.st_mode):
+        with open(path, "rb", opener=_open_at_once) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise MediaError(f"{what} file is no regular file")
-            if found.st_size > MAX_BYTES[what]:
-                raise MediaError(f"{what} file has more than {MAX_BYTES[what] >> 20:,} MiB")
-            return file.read()
+            yield file
     except IsADirectoryError:
         raise MediaError(f"{what} file is no regular file") from None
     except (FileNotFoundError, NotADirectoryError):
@@ -98,20 +121,27 @@ def _open_at_once(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK)  # a pipe without a writer would keep us waiting
 
 
-def stored_frames(content: bytes, video: bool, options: MediaOptions) -> tuple[dict[str, bytes], tuple[str, ...]]:
-    """What a shard holds of one image or video: extension -> encoded bytes, in order; and what there is to say of it.
+def stored_frames(
+    contents: Sequence[bytes], video: bool, options: MediaOptions
+) -> tuple[dict[str, bytes], tuple[str, ...]]:
+    """What a shard holds of one image or video, or of several images that stand together.
+
+    Returns:
+        Extension -> encoded bytes, in order; and what there is to say of it.
 
     Raises:
-        MediaError: it cannot be kept; see `store_image` and `read_frames`.
+        MediaError: one cannot be kept; see `store_image` and `read_frames`.
     """
     if not video:
-        extension, stored, notes = store_image(content, options.image_size)
-        return {extension: stored}, notes
+        stored = [store_image(content, options.image_size) for content in contents]
+        extensions = [f"{number}." if len(stored) > 1 else "" for number in range(len(stored))]
+        frames = {place + image.extension: image.content for place, image in zip(extensions, stored, strict=True)}
+        return frames, tuple(dict.fromkeys(note for image in stored for note in image.notes))
     try:
-        frames = read_frames(content, options.frames)
+        frames_shown = read_frames(contents[0], options.frames)
     except VideoError as error:
         raise MediaError(str(error)) from error
-    return {f"{number}.jpg": _jpeg(frame, options.image_size) for number, frame in enumerate(frames)}, ()
+    return {f"{number}.jpg": _jpeg(frame, options.image_size) for number, frame in enumerate(frames_shown)}, ()
 
 
 def store_image(content: bytes, image_size: int | None = None) -> StoredImage:

@@ -2,6 +2,8 @@
 
 import base64
 import io
+import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,15 +13,18 @@ import numpy as np
 from PIL import Image
 
 from instructblip.data.card_evaluation import Evaluation
-from instructblip.data.cards import TRAIN_SPLIT, Card, all_cards
+from instructblip.data.cards import TRAIN_SPLIT, Card, OwnCard, all_cards, check_prepared_from, settled
 from instructblip.data.mixture import position_generator
+from instructblip.data.prepare.audit import GIVE_CARDS
 from instructblip.data.records import Record
 from instructblip.data.shards import MANIFEST_NAME, PreparedSplit, open_split
-from instructblip.data.templates import load_templates, render_prompt, render_training
+from instructblip.data.templates import render_prompt, render_training
 from instructblip.errors import UserError
 from instructblip.files import write_atomically
 from instructblip.html import page_environment
 from instructblip.images import decode_image, resize_square
+
+logger = logging.getLogger(__name__)
 
 _TEMPLATE = "show.html.jinja"
 _JPEG_QUALITY = 90  # for looking at
@@ -39,15 +44,26 @@ class ShownSample:
 
 @dataclass(frozen=True)
 class ShownSplit:
-    """One card's samples of one split, and what they are drawn from."""
+    """One card's samples of one split, what they are drawn from, and of a card of one's own what it settles.
+
+    `card` has (key, value, where that comes from); it is empty for an official card, which says all of it itself.
+    """
 
     title: str
     about: str
     samples: tuple[ShownSample, ...]
+    card: tuple[tuple[str, str, str], ...] = ()
 
 
 def write_samples(
-    folder: Path, *, samples: int, seed: int, image_size: int, dataset: str | None = None, split: str | None = None
+    folder: Path,
+    *,
+    samples: int,
+    seed: int,
+    image_size: int,
+    dataset: str | None = None,
+    split: str | None = None,
+    own: Sequence[Card] = (),
 ) -> Path:
     """Write `<folder>/samples.html` about the prepared splits below a folder and return its path.
 
@@ -60,6 +76,7 @@ def write_samples(
         image_size: side of the square that the model gets, pixels.
         dataset: show this card only.
         split: show this split only.
+        own: cards that are known besides the official ones.
 
     Raises:
         UserError: nothing prepared there, or nothing of that dataset or split; a damaged shard or image.
@@ -67,7 +84,8 @@ def write_samples(
     if samples < 1 or image_size < 1:
         raise UserError(f"samples={samples} and image_size={image_size} must be 1 or more")
     splits = [open_split(manifest.parent) for manifest in sorted(folder.rglob(MANIFEST_NAME))]
-    cards = [card for card in all_cards() if dataset in (None, card.name)]
+    known = [*all_cards(), *own]
+    cards = [card for card in known if dataset in (None, card.name)]
     parts = [
         _show_split(opened, card, samples, seed, image_size)
         for opened in splits
@@ -75,9 +93,15 @@ def write_samples(
         if card.source == opened.dataset and split in (None, opened.split)
     ]
     shown = [part for part in parts if part is not None]
+    unknown = sorted({opened.dataset for opened in splits} - {card.source for card in known})
     if not shown:
         what = " and ".join(text for text in (dataset, split) if text) or "any dataset"
-        raise UserError(f"no prepared samples of {what} below {folder}; give the folder that prepare.py wrote to")
+        way_out = "give the folder that prepare.py wrote to"
+        if unknown:
+            way_out = f"no card of {', '.join(unknown)} is known: {GIVE_CARDS}"
+        raise UserError(f"no prepared samples of {what} below {folder}; {way_out}")
+    if unknown and dataset is None:
+        logger.warning("not shown, for no card of it is known: %s; %s", ", ".join(unknown), GIVE_CARDS)
     page = page_environment(Path(__file__).parent).get_template(_TEMPLATE)
     path = folder / "samples.html"
     write_atomically(path, page.render(folder=str(folder), parts=shown, seed=seed, image_size=image_size))
@@ -90,6 +114,7 @@ def _show_split(opened: PreparedSplit, card: Card, samples: int, seed: int, imag
     training = card.templates is not None and opened.split == TRAIN_SPLIT
     if not training and rules is None:
         return None
+    check_prepared_from(card, opened.manifest)
     wanted = card.kinds if training or rules is None else rules.kinds or card.kinds
     present = opened.manifest["records_by_kind"]
     kinds = [kind for kind in present if not wanted or kind in wanted]
@@ -108,18 +133,27 @@ def _show_split(opened: PreparedSplit, card: Card, samples: int, seed: int, imag
         else:
             texts = _as_evaluated(record, rules)
         shown.append(ShownSample(f"{card.name}/{record.id}", pictures, size, *texts))
-    use = f"templates {card.templates}" if training else "evaluation prompt"
+    use = f"templates {card.template_set().name}" if training else "evaluation prompt"
     about = (
         f"{len(shown)} of {len(locations):,} records ({', '.join(kinds)}), {opened.manifest['images']:,} images; {use}"
     )
-    return ShownSplit(f"{card.name}, {opened.split}", about, tuple(shown))
+    return ShownSplit(f"{card.name}, {opened.split}", about, tuple(shown), _card_rows(card))
+
+
+def _card_rows(card: Card) -> tuple[tuple[str, str, str], ...]:
+    if not isinstance(card, OwnCard):
+        return ()
+    default = "default" if card.task is None else f"default of task {card.task}"
+    return tuple(
+        (key, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False), "card" if said else default)
+        for key, value, said in settled(card)
+    )
 
 
 def _as_trained(record: Record, card: Card, random: np.random.Generator) -> tuple[str, str | None, str]:
     """Instruction, target and note."""
-    assert card.templates is not None
     try:
-        instruction, target, template = render_training(record, load_templates(card.templates), random)
+        instruction, target, template = render_training(record, card.template_set(), random)
     except ValueError as error:
         return record.question or "", None, str(error)
     return instruction, target, f"template {template}"

@@ -6,10 +6,12 @@ import pkgutil
 from instructblip.data.readers.base import (
     MEDIA_ROLES,
     OCR_ROLE,
+    FileSlice,
     Losses,
     MediaRecords,
     RawSplit,
     Reader,
+    is_there,
     unpack_hint,
 )
 
@@ -17,4 +19,15 @@ READERS: dict[str, Reader] = {}
 for _module in pkgutil.iter_modules(__path__):
     READERS |= getattr(importlib.import_module(f"{__name__}.{_module.name}"), "READERS", {})
 
-__all__ = ["MEDIA_ROLES", "OCR_ROLE", "READERS", "Losses", "MediaRecords", "RawSplit", "Reader", "unpack_hint"]
+__all__ = [
+    "MEDIA_ROLES",
+    "OCR_ROLE",
+    "READERS",
+    "FileSlice",
+    "Losses",
+    "MediaRecords",
+    "RawSplit",
+    "Reader",
+    "is_there",
+    "unpack_hint",
+]

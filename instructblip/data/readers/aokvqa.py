@@ -4,7 +4,7 @@ the right choice nor answers.
 
 from collections.abc import Iterator
 
-from instructblip.data.readers.base import Losses, MediaRecords, RawSplit
+from instructblip.data.readers.base import Losses, MediaRecords, RawSplit, Reader
 from instructblip.data.readers.common import (
     check_split,
     class_tag,
@@ -59,4 +59,4 @@ def _record(fields: Fields, hidden: bool) -> Record:
     return Record(question_id, "question", question, answers, weights, choices=choices, label=label, tags=tags)
 
 
-READERS = {"aokvqa": read_aokvqa}
+READERS = {"aokvqa": Reader(read_aokvqa, needs=("annotations", "images"))}

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from instructblip.data.readers.base import Losses, MediaRecords, RawSplit
+from instructblip.data.readers.base import Losses, MediaRecords, RawSplit, Reader
 from instructblip.data.readers.common import (
     MISSING_IMAGE,
     caption_records,
@@ -127,4 +127,7 @@ def _list(entry: Any, key: str) -> list[Any]:
     return value if isinstance(value, list) else []
 
 
-READERS = {"coco_captions": read_coco_captions, "coco_karpathy": read_coco_karpathy}
+READERS = {
+    "coco_captions": Reader(read_coco_captions, needs=("annotations", "images"), options=("prefix",)),
+    "coco_karpathy": Reader(read_coco_karpathy, needs=("annotations", "images")),
+}

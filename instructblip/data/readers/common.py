@@ -16,6 +16,7 @@ from instructblip.errors import UserError
 
 # The same words as preparation uses for a file that has gone: one reason, one count.
 MISSING_IMAGE = "image file is missing"
+MISSING_VIDEO = "video file is missing"
 _COCO_NAME = re.compile(rf"(?:[A-Za-z0-9]+_)*(\d{{12}})\.(?:{'|'.join(PICTURE_EXTENSIONS)})", re.IGNORECASE)
 _KEY = re.compile(r"[A-Za-z0-9_-]{1,150}")
 _NOT_OF_A_KEY = re.compile(r"[^A-Za-z0-9_-]+")

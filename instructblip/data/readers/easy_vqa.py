@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from instructblip.data.readers.base import Losses, MediaRecords, RawSplit
+from instructblip.data.readers.base import Losses, MediaRecords, RawSplit, Reader
 from instructblip.data.readers.files import (
     find_image,
     load_list,
@@ -138,4 +138,4 @@ def _records(image: str, questions: list[tuple[str, str]], losses: Losses) -> li
     return records
 
 
-READERS = {"easy_vqa": read_easy_vqa}
+READERS = {"easy_vqa": Reader(read_easy_vqa)}

@@ -30,6 +30,15 @@ MAX_OPENED = 5000  # brackets in one chunk of the parser, 64 KiB
 DELIMITERS = (",", ";", "\t", "|")
 # What stands for each other at the end of a picture's name: datasets are copied and converted with the names left alone.
 PICTURE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif")
+VIDEO_EXTENSIONS = ("avi", "mp4", "webm", "mkv", "mov")
+_PACKED = {  # how it begins -> what it is packed with
+    b"\x1f\x8b": "gzip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ": "xz",
+    b"\x28\xb5\x2f\xfd": "Zstandard",
+    b"PK\x03\x04": "zip (or is a spreadsheet)",
+}
+BROKEN: Any = object()  # stands for a row of a table that cannot be read
 _CONSTANT = re.compile(rb'"(?:[^"\\]|\\.)*"|-?Infinity|NaN', re.DOTALL)
 _STRING = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
 _WORD = b"-" + string.ascii_letters.encode()  # what a constant is made of
@@ -56,6 +65,34 @@ def text_lines(path: Path) -> Iterator[str]:
     """
     with _open_text(path) as file:
         yield from (line.rstrip("\n") for line in _decoded(file, path))
+
+
+def first_bytes(path: Path, count: int = 4096) -> bytes:
+    """How a file begins, by which its kind is told.
+
+    Raises:
+        UserError: missing or unreadable.
+    """
+    try:
+        with open(path, "rb") as file:
+            return file.read(count)
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror})") from None
+
+
+def check_not_packed(path: Path) -> None:
+    """Refuse a file that was packed.
+
+    Raises:
+        UserError: it was; or as `first_bytes`.
+    """
+    start = first_bytes(path)
+    if packed := next((name for magic, name in _PACKED.items() if start.startswith(magic)), None):
+        raise UserError(
+            f"{path} is packed with {packed}; unpack it, or save it as CSV, and name the file that comes out"
+        )
 
 
 def _open_text(path: Path) -> TextIO:
@@ -88,17 +125,23 @@ def json_lines(path: Path, losses: Losses, records: int = 1) -> Iterator[tuple[s
     Raises:
         UserError: as `text_lines`.
     """
+    return ((place, value) for place, value in every_json_line(path, losses, records) if value is not BROKEN)
+
+
+def every_json_line(path: Path, losses: Losses, records: int = 1) -> Iterator[tuple[str, Any]]:
+    """As `json_lines`, with `BROKEN` for each bad line, so that what follows keeps its number."""
     constants: list[str] = []
     for number, line in enumerate(text_lines(path), start=1):
         if not line.strip():
             continue
-        place, known = f"{path.name} line {number}", len(constants)
+        place, known, value = f"{path.name} line {number}", len(constants), BROKEN
         try:
-            yield place, parse_json(line, constant=constants.append)
+            value = parse_json(line, constant=constants.append)
         except WrongValueError:
             losses.add("line is not JSON", place, records)
         if constants and not known:
             _warn_of_constant(path, constants[0], f"line {number}")
+        yield place, value
 
 
 def table_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, str]]]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from instructblip.data.readers.base import Losses, MediaRecords, RawSplit
+from instructblip.data.readers.base import Losses, MediaRecords, RawSplit, Reader
 from instructblip.data.readers.common import (
     MISSING_IMAGE,
     image_folders,
@@ -139,4 +139,4 @@ def _lines(path: Path) -> Iterator[tuple[str, tuple[str, str, str]]]:
             yield f"{path.name} line {number}", (match[1].strip(), match[2], match[3]) if match else ("", "", "")
 
 
-READERS = {"flickr30k": read_flickr30k}
+READERS = {"flickr30k": Reader(read_flickr30k, needs=("splits", "images"), may_name=("captions",))}

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from instructblip.data.readers.base import Losses, MediaRecords, RawSplit
+from instructblip.data.readers.base import Losses, MediaRecords, RawSplit, Reader
 from instructblip.data.readers.common import (
     MISSING_IMAGE,
     class_tag,
@@ -76,4 +76,4 @@ def _tags(fields: Fields) -> dict[str, str]:
     return text_tags(fields.inner("types"), TYPES) | class_tag(fields, "isBalanced", "balanced")
 
 
-READERS = {"gqa": read_gqa}
+READERS = {"gqa": Reader(read_gqa, needs=("questions", "images"))}

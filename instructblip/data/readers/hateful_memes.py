@@ -8,7 +8,7 @@ files of the challenge's first phase have no labels.
 import re
 from collections.abc import Iterator
 
-from instructblip.data.readers.base import Losses, MediaRecords, RawSplit
+from instructblip.data.readers.base import Losses, MediaRecords, RawSplit, Reader
 from instructblip.data.readers.common import (
     existing_image,
     image_folders,
@@ -59,4 +59,4 @@ def _record(fields: Fields, split: str) -> Record:
     return Record(meme_id, "meme", text, answers=(("no", "yes")[label],), label=label)
 
 
-READERS = {"hateful_memes": read_hateful_memes}
+READERS = {"hateful_memes": Reader(read_hateful_memes, needs=("memes", "images"))}

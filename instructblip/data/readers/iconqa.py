@@ -8,7 +8,7 @@ types, choices in pictures and blanks to fill in, are no part of InstructBLIP's 
 from collections.abc import Iterator
 from pathlib import Path
 
-from instructblip.data.readers.base import Losses, MediaRecords, RawSplit
+from instructblip.data.readers.base import Losses, MediaRecords, RawSplit, Reader
 from instructblip.data.readers.common import (
     existing_image,
     in_number_order,
@@ -61,4 +61,4 @@ def _record(path: Path, pid: str) -> Record:
     return Record(pid, "multiple_choice", question, choices=choices, label=label, tags=tags)
 
 
-READERS = {"iconqa": read_iconqa}
+READERS = {"iconqa": Reader(read_iconqa, needs=("problems", "pid_splits"))}

@@ -10,7 +10,7 @@ Cells are text and nothing else: an empty one is an answer that was not given, "
 from collections.abc import Iterator
 from pathlib import Path
 
-from instructblip.data.readers.base import Losses, MediaRecords, RawSplit
+from instructblip.data.readers.base import Losses, MediaRecords, RawSplit, Reader
 from instructblip.data.readers.common import (
     given_answers,
     image_folders,
@@ -19,10 +19,11 @@ from instructblip.data.readers.common import (
     weigh_answers,
 )
 from instructblip.data.readers.files import (
+    VIDEO_EXTENSIONS,
     find_image,
     table_rows,
 )
-from instructblip.data.readers.video_qa import EXTENSIONS, video_media
+from instructblip.data.readers.video_qa import video_media
 from instructblip.data.records import Record
 from instructblip.data.typed import (
     Fields,
@@ -55,9 +56,9 @@ def read_ivqa(source: RawSplit, losses: Losses) -> Iterator[MediaRecords]:
 def _find(video_id: str, row: dict[str, str], folders: list[Path], losses: Losses) -> Path | None:
     start, end = _seconds(row.get("start", "")), _seconds(row.get("end", ""))
     span = f"{video_id}_{start}_{end}" if start and end else None
-    if span and (clip := find_image(folders, [f"{span}.{extension}" for extension in EXTENSIONS])):
+    if span and (clip := find_image(folders, [f"{span}.{extension}" for extension in VIDEO_EXTENSIONS])):
         return clip
-    whole = find_image(folders, [f"{video_id}.{extension}" for extension in EXTENSIONS])
+    whole = find_image(folders, [f"{video_id}.{extension}" for extension in VIDEO_EXTENSIONS])
     if whole and span:
         losses.add("clip is not named by its start and end (kept, taken to be cut already)", whole.name, records=0)
     return whole
@@ -69,4 +70,4 @@ def _seconds(cell: str) -> str | None:
     return cell if cell.isdecimal() and cell.isascii() else None
 
 
-READERS = {"ivqa": read_ivqa}
+READERS = {"ivqa": Reader(read_ivqa, needs=("questions", "videos"))}

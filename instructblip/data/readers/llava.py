@@ -8,30 +8,23 @@ Reader options:
     first_turn_only: take the first question and answer of each dialogue only.
 """
 
-import re
 from collections.abc import Iterator
-from typing import Any
 
-from instructblip.data.readers.base import Losses, MediaRecords, RawSplit
+from instructblip.data.readers.base import Losses, MediaRecords, RawSplit, Reader
 from instructblip.data.readers.common import (
     coco_images,
     coco_media,
     coco_number,
     image_folders,
 )
+from instructblip.data.readers.dialogues import count_answers, read_dialogue
 from instructblip.data.readers.files import (
     stream_list,
 )
 from instructblip.data.records import Record
 from instructblip.data.typed import (
     Fields,
-    WrongValueError,
-    is_text,
 )
-
-SPEAKERS = ("human", "gpt")
-# The place of the image stands before or after the first question, on a line of its own.
-_IMAGE_MARK = re.compile(r"<image>\n|\n<image>|<image>")
 
 
 def read_llava(source: RawSplit, losses: Losses) -> Iterator[MediaRecords]:
@@ -47,47 +40,19 @@ def read_llava(source: RawSplit, losses: Losses) -> Iterator[MediaRecords]:
     dialogues: dict[int, int] = {}
     for row, entry in enumerate(stream_list(path)):
         fields, place = Fields(entry if isinstance(entry, dict) else {}), f"{path.name} entry {row}"
-        with losses.counting(place, records=_answers(fields.get("conversations"))):
+        with losses.counting(place, records=count_answers(fields.get("conversations"))):
             image_id = coco_number(fields, "image")
             dialogue = dialogues.get(image_id, 0)
             dialogues[image_id] = dialogue + 1
-            turns = _turns(fields.get("conversations"), place, losses)
+            turns = read_dialogue(fields.get("conversations"), place, losses).turns
             last = 1 if source.options.get("first_turn_only") else len(turns)
             for number, (question, answer) in enumerate(turns[:last]):
                 record_id = f"{image_id}-{dialogue}-{number}"
-                record = Record(record_id, "dialog", question, (answer,), history=tuple(turns[:number]))
+                record = Record(record_id, "dialog", question, (answer,), history=turns[:number])
                 records.setdefault(image_id, []).append(record)
     yield from coco_media(source.options["prefix"], records, coco_images(folders), losses)
 
 
-def _turns(conversation: Any, place: str, losses: Losses) -> list[tuple[str, str]]:
-    """The (question, answer) pairs of a dialogue, up to the first that is not whole: later ones would lack their history."""
-    if not isinstance(conversation, list) or not _alternates(conversation):
-        raise WrongValueError("dialogue does not alternate between human and gpt")
-    said = [turn["value"] for turn in conversation]
-    if said and is_text(said[0]):
-        said[0] = _IMAGE_MARK.sub("", said[0]).strip()
-    whole = 0
-    while whole + 1 < len(said) and is_text(said[whole]) and is_text(said[whole + 1]):
-        whole += 2
-    if lost := len(said) // 2 - whole // 2:
-        losses.add("turn is blank or no text, and so are lost those after it", f"{place} turn {whole}", records=lost)
-    elif len(said) % 2:
-        losses.add("last question has no answer", place, records=0)
-    return list(zip(said[0:whole:2], said[1:whole:2], strict=True))
-
-
-def _alternates(conversation: list[Any]) -> bool:
-    return bool(conversation) and all(
-        isinstance(turn, dict) and "value" in turn and turn.get("from") == SPEAKERS[number % 2]
-        for number, turn in enumerate(conversation)
-    )
-
-
-def _answers(conversation: Any) -> int:
-    """How many records a dialogue that is lost would have given."""
-    turns = conversation if isinstance(conversation, list) else []
-    return sum(isinstance(turn, dict) and turn.get("from") == "gpt" for turn in turns)
-
-
-READERS = {"llava": read_llava}
+READERS = {
+    "llava": Reader(read_llava, needs=("annotations", "images"), options=("prefix", "first_turn_only")),
+}

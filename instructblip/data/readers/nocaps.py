@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from instructblip.data.readers.base import Losses, MediaRecords, RawSplit
+from instructblip.data.readers.base import Losses, MediaRecords, RawSplit, Reader
 from instructblip.data.readers.common import (
     MISSING_IMAGE,
     image_folders,
@@ -98,4 +98,4 @@ def _captions(entries: list[Any], file: str, images: dict[int, _Image], losses: 
     return by_image
 
 
-READERS = {"nocaps": read_nocaps}
+READERS = {"nocaps": Reader(read_nocaps, needs=("images",), may_name=("captions", "image_info"))}

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from instructblip.data.readers.base import Losses, MediaRecords, RawSplit
+from instructblip.data.readers.base import Losses, MediaRecords, RawSplit, Reader
 from instructblip.data.readers.common import (
     MISSING_IMAGE,
     image_folders,
@@ -94,4 +94,4 @@ def _records(book_id: str, fields: Fields, losses: Losses) -> list[Record]:
     return records
 
 
-READERS = {"ocr_vqa": read_ocr_vqa}
+READERS = {"ocr_vqa": Reader(read_ocr_vqa, needs=("annotations", "images"))}

@@ -8,7 +8,7 @@ one, is the context of the question; lecture and solution explain the answer and
 from collections.abc import Iterator
 from typing import Any
 
-from instructblip.data.readers.base import Losses, MediaRecords, RawSplit
+from instructblip.data.readers.base import Losses, MediaRecords, RawSplit, Reader
 from instructblip.data.readers.common import (
     existing_image,
     image_folders,
@@ -71,4 +71,4 @@ def _record(pid: str, fields: Fields) -> Record:
     )
 
 
-READERS = {"scienceqa_img": read_scienceqa_img}
+READERS = {"scienceqa_img": Reader(read_scienceqa_img, needs=("problems", "pid_splits", "images"))}

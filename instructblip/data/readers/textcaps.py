@@ -7,7 +7,7 @@ as `reference_strs`: they are taken once an image. The test split has no caption
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from instructblip.data.readers.base import Losses, MediaRecords, RawSplit
+from instructblip.data.readers.base import OCR_ROLE, Losses, MediaRecords, RawSplit, Reader
 from instructblip.data.readers.common import (
     MISSING_IMAGE,
     caption_records,
@@ -81,4 +81,4 @@ def _read_images(source: RawSplit, losses: Losses) -> dict[str, _Image]:
     return images
 
 
-READERS = {"textcaps": read_textcaps}
+READERS = {"textcaps": Reader(read_textcaps, needs=("annotations", "images"), may_name=(OCR_ROLE,))}

@@ -7,7 +7,7 @@ Raw files: `TextVQA_0.5.1_{train,val,test}.json`, questions with ten answers (no
 
 from collections.abc import Iterator
 
-from instructblip.data.readers.base import Losses, MediaRecords, RawSplit
+from instructblip.data.readers.base import OCR_ROLE, Losses, MediaRecords, RawSplit, Reader
 from instructblip.data.readers.common import (
     MISSING_IMAGE,
     annotators,
@@ -73,4 +73,4 @@ def _answers(fields: Fields, split: str, place: str, losses: Losses) -> tuple[st
     return answers
 
 
-READERS = {"textvqa": read_textvqa}
+READERS = {"textvqa": Reader(read_textvqa, needs=("questions", "images"), may_name=(OCR_ROLE,))}

@@ -12,13 +12,15 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from instructblip.data.readers.base import Losses, MediaRecords, RawSplit
+from instructblip.data.readers.base import Losses, MediaRecords, RawSplit, Reader
 from instructblip.data.readers.common import (
+    MISSING_VIDEO,
     image_folders,
     media_key,
     unique,
 )
 from instructblip.data.readers.files import (
+    VIDEO_EXTENSIONS,
     find_image,
     load_list,
     text_lines,
@@ -29,9 +31,7 @@ from instructblip.data.typed import (
     whole_number,
 )
 
-MISSING_VIDEO = "video file is missing"
 MAX_NUMBER = 10**9 - 1  # of a video
-EXTENSIONS = ("avi", "mp4", "webm", "mkv")
 # The kinds of question that results on these datasets are broken down by.
 QUESTION_TYPES = ("what", "who", "how", "when", "where")
 _MAPPING_LINE = re.compile(r"(?P<clip>[A-Za-z0-9_-]+)\s+vid(?P<number>\d{1,9})")
@@ -103,7 +103,7 @@ def video_media(
 def _video(
     dataset: str, media_id: str, folders: list[Path], names: tuple[str, ...], records: list[Record], losses: Losses
 ) -> Iterator[MediaRecords]:
-    media = find_image(folders, [f"{name}.{extension}" for name in names for extension in EXTENSIONS])
+    media = find_image(folders, [f"{name}.{extension}" for name in names for extension in VIDEO_EXTENSIONS])
     return video_media(media_key(dataset, media_id), media_id, media, records, losses)
 
 
@@ -131,4 +131,7 @@ def _tags(question: str, fields: Fields) -> dict[str, str]:
     return tags
 
 
-READERS = {"msrvtt_qa": read_msrvtt_qa, "msvd_qa": read_msvd_qa}
+READERS = {
+    "msrvtt_qa": Reader(read_msrvtt_qa, needs=("questions", "videos")),
+    "msvd_qa": Reader(read_msvd_qa, needs=("questions", "mapping", "videos")),
+}

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from instructblip.data.readers.base import Losses, MediaRecords, RawSplit
+from instructblip.data.readers.base import Losses, MediaRecords, RawSplit, Reader
 from instructblip.data.readers.common import (
     MISSING_IMAGE,
     coco_id,
@@ -170,4 +170,4 @@ def _media_id(image: Path) -> str:
     return image.stem if image.stem.startswith("VisualDialog") else str(coco_id(image.name))
 
 
-READERS = {"visdial": read_visdial}
+READERS = {"visdial": Reader(read_visdial, needs=("dialogs", "images"), may_name=("dense",))}

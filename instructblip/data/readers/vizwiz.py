@@ -8,7 +8,7 @@ the record has it, for releases pad its number differently. "unanswerable" is an
 from collections.abc import Iterator
 from pathlib import Path
 
-from instructblip.data.readers.base import Losses, MediaRecords, RawSplit
+from instructblip.data.readers.base import Losses, MediaRecords, RawSplit, Reader
 from instructblip.data.readers.common import (
     annotators,
     class_tag,
@@ -66,4 +66,4 @@ def _answers(fields: Fields, split: str, place: str, losses: Losses) -> tuple[st
     return answers
 
 
-READERS = {"vizwiz": read_vizwiz}
+READERS = {"vizwiz": Reader(read_vizwiz, needs=("questions", "images"))}

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from instructblip.data.readers.base import Losses, MediaRecords, RawSplit
+from instructblip.data.readers.base import Losses, MediaRecords, RawSplit, Reader
 from instructblip.data.readers.common import (
     annotators,
     coco_id,
@@ -149,4 +149,11 @@ def _first_word(text: str) -> str:
     return re.split("[^a-z]", text)[0]
 
 
-READERS = {"vqa": read_vqa}
+READERS = {
+    "vqa": Reader(
+        read_vqa,
+        needs=("questions", "images"),
+        may_name=("annotations",),
+        options=("prefix", "description", "answer_field"),
+    )
+}

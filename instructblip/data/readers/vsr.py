@@ -8,7 +8,7 @@ A statement has no id of its own; its record is named after its image and its nu
 
 from collections.abc import Iterator
 
-from instructblip.data.readers.base import Losses, MediaRecords, RawSplit
+from instructblip.data.readers.base import Losses, MediaRecords, RawSplit, Reader
 from instructblip.data.readers.common import (
     coco_images,
     coco_media,
@@ -46,4 +46,4 @@ def read_vsr(source: RawSplit, losses: Losses) -> Iterator[MediaRecords]:
     yield from coco_media("vsr", by_image, coco_images(image_folders(source)), losses)
 
 
-READERS = {"vsr": read_vsr}
+READERS = {"vsr": Reader(read_vsr, needs=("statements", "images"))}

@@ -21,7 +21,7 @@ from collections.abc import Iterable, Iterator
 from itertools import groupby
 from pathlib import Path
 
-from instructblip.data.readers.base import Losses, MediaRecords, RawSplit
+from instructblip.data.readers.base import Losses, MediaRecords, RawSplit, Reader
 from instructblip.data.readers.common import (
     MISSING_IMAGE,
     image_folders,
@@ -131,4 +131,4 @@ def _pictures(rows: Iterable[Row], raw: Path, folders: list[Path], losses: Losse
         yield MediaRecords(f"web_capfilt_{digest}", media, path, records)
 
 
-READERS = {"web_capfilt": read_web_capfilt}
+READERS = {"web_capfilt": Reader(read_web_capfilt, needs=("captions", "images"), may_name=("url_to_file",))}

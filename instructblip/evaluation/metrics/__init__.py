@@ -17,9 +17,10 @@ from instructblip.evaluation.metrics.accuracy import (
     vsr_accuracy,
 )
 from instructblip.evaluation.metrics.auroc import auroc, probability_of_class
-from instructblip.evaluation.metrics.captions import cider
+from instructblip.evaluation.metrics.captions import cider, rouge
 from instructblip.evaluation.metrics.metric import Interval, Metric, ModelOutput, Outcome
 from instructblip.evaluation.metrics.registry import METRICS
+from instructblip.evaluation.metrics.retrieval import retrieval_recall
 from instructblip.evaluation.metrics.score import Score, group_means
 from instructblip.evaluation.metrics.visdial import visdial
 from instructblip.evaluation.metrics.vqa import gqa_accuracy, ocr_vqa_accuracy, vqa_accuracy
@@ -44,6 +45,8 @@ __all__ = [
     "multiple_choice_accuracy",
     "ocr_vqa_accuracy",
     "probability_of_class",
+    "retrieval_recall",
+    "rouge",
     "scienceqa_choice",
     "visdial",
     "vqa_accuracy",

@@ -63,18 +63,13 @@ def cider(
     check_references("reference captions", predictions, references)
     if not predictions:
         raise ValueError("CIDEr of no images is not defined")
-    name = ("java" if tokenizers.missing() is None else "python") if tokenizer == "auto" else tokenizer
-    if name not in TOKENIZERS:
-        raise ValueError(f"the caption tokenizer is auto, {' or '.join(TOKENIZERS)}, not {tokenizer!r}")
-    tokenize = TOKENIZERS[name][1]
-    texts = _tokenized(predictions, tokenize)
-    flat = iter(_tokenized([text for given in references for text in given], tokenize))  # starting Java takes a second
-    given_texts = [[next(flat) for _ in given] for given in references]
+    name, tokenize = _tokenizer(tokenizer)
+    texts, given_texts = _tokenized(predictions, tokenize), _tokenized_lists(references, tokenize)
     hypotheses, given_words = _words(texts), [_words(given) for given in given_texts]
-    details: dict[str, Any] = {"tokenizer": TOKENIZERS[name][0]}
+    details: dict[str, Any] = {"tokenizer": name}
     details |= {f"Bleu_{n}": value for n, (value, _) in enumerate(bleu(hypotheses, given_words), start=1)}
     details["ROUGE_L"] = sum(rouge_l(texts, given_texts)) / len(predictions)
-    details["METEOR"] = tokenizers.meteor(texts, given_texts)[0] if name == "java" else None
+    details["METEOR"] = tokenizers.meteor(texts, given_texts)[0] if name == TOKENIZERS["java"][0] else None
     parts = {} if groups is None else _cider_of_groups(hypotheses, given_words, groups)
     if groups is not None:
         details["groups"] = {name: {"CIDEr": part.value, "count": part.count} for name, part in parts.items()}
@@ -89,6 +84,34 @@ def cider_of_records(outputs: Outputs, records: Records) -> Score:
     domains = [record.tags.get("domain") for record in records]
     groups = None if None in domains else domains
     return cider(texts_of(outputs), [record.captions for record in records], groups=groups)
+
+
+def rouge(predictions: Sequence[str], references: Sequence[Sequence[str]], *, tokenizer: str = "auto") -> Score:
+    """ROUGE-L between 0 and 1, the mean over samples: how much of the nearest reference the text has, in its order.
+
+    As the COCO scorers compute it, tokenisation included. For long answers, where equality says nothing.
+
+    Args:
+        predictions: one text a sample.
+        references: what stands in the data for each.
+        tokenizer: as of `cider`.
+
+    Raises:
+        ValueError, UserError: as `cider`.
+    """
+    check_references("references", predictions, references)
+    name, tokenize = _tokenizer(tokenizer)
+    texts = _tokenized(predictions, tokenize)
+    given = _tokenized_lists(references, tokenize)
+    return mean_score(rouge_l(texts, given), metric="ROUGE-L", table_factor=100, details={"tokenizer": name})
+
+
+def rouge_of_records(outputs: Outputs, records: Records) -> Score:
+    """Against the answers of each record, or its captions where it has no answers."""
+    for record in records:
+        if not (record.answers or record.captions):
+            raise ValueError(f"record {record.id!r} has no answers or captions; they may not be public")
+    return rouge(texts_of(outputs), [record.answers or record.captions for record in records])
 
 
 def cider_d(hypotheses: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -> list[float]:
@@ -173,6 +196,19 @@ def _cider_of_groups(
         scores = cider_d([hypotheses[number] for number in members], [references[number] for number in members])
         found[str(group)] = mean_score(scores, metric="CIDEr", table_factor=100, scored=tuple(members))
     return found
+
+
+def _tokenizer(wanted: str) -> tuple[str, Tokenize]:
+    """What a tokenizer is called in results, and the tokenizer."""
+    name = ("java" if tokenizers.missing() is None else "python") if wanted == "auto" else wanted
+    if name not in TOKENIZERS:
+        raise ValueError(f"the caption tokenizer is auto, {' or '.join(TOKENIZERS)}, not {wanted!r}")
+    return TOKENIZERS[name]
+
+
+def _tokenized_lists(references: Sequence[Sequence[str]], tokenize: Tokenize) -> list[list[str]]:
+    flat = iter(_tokenized([text for given in references for text in given], tokenize))  # starting Java takes a second
+    return [[next(flat) for _ in given] for given in references]
 
 
 def _tokenized(captions: Sequence[str], tokenize: Tokenize) -> list[str]:

@@ -27,11 +27,14 @@ class ModelOutput:
         classes: what it chose from: the record's choices in their order, or the names of the classes; empty when it wrote
             freely.
         scores: log-likelihood of each of `classes`, in nats (of a class with several texts: of any of them).
+        ranks: in retrieval, the place of the image's first right caption, then that of the image for each of its captions;
+            0 is the best, None was not found.
     """
 
     text: str
     classes: tuple[str, ...] = ()
     scores: tuple[float, ...] = ()
+    ranks: tuple[int | None, ...] = ()
 
 
 Outputs = Sequence[ModelOutput]
@@ -76,9 +79,19 @@ def captions_of_record(record: Record) -> Reference:
     return record.captions
 
 
+def texts_of_record(record: Record) -> Reference:
+    """Answers, or captions where there are none; empty where neither is public."""
+    return record.answers or record.captions
+
+
 def label_of_record(record: Record) -> Reference:
     """The number of the right choice or class; empty where it is not public."""
     return () if record.label is None else (record.label,)
+
+
+def any_reference(record: Record) -> Reference:
+    """Answers, captions or label, whichever a record has; empty where none is public."""
+    return texts_of_record(record) or label_of_record(record)
 
 
 def one_of(candidates: int) -> float:
@@ -98,8 +111,10 @@ class Metric:
         interval: see `Interval`.
         best: the best score there is, on the tables' scale.
         higher_is_better: whether larger scores are better ones.
-        chance: number of candidates -> the expected score of drawing evenly among them, on the tables' scale.
+        chance: number of candidates -> the expected score of drawing evenly among them, on the tables' scale; None: not
+            known.
         needs_scores: a text alone is not enough, candidates must be ranked.
+        needs_ranks: it scores what `retrieve` mode finds, and nothing else does.
         needs_both_labels: it is not defined over samples of one label.
         annotators: how many people's answers to a question its official scorer counts on; None: it does not count people.
         fewest_annotators: a record with fewer of them is refused, for a right answer could not get full marks.
@@ -116,8 +131,9 @@ class Metric:
     interval: Interval = Interval.SHARE
     best: float = 100.0
     higher_is_better: bool = True
-    chance: Callable[[int], float] = one_of
+    chance: Callable[[int], float] | None = one_of
     needs_scores: bool = False
+    needs_ranks: bool = False
     needs_both_labels: bool = False
     annotators: int | None = None
     fewest_annotators: int = 1

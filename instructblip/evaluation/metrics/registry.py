@@ -11,7 +11,7 @@ from instructblip.evaluation.metrics.accuracy import (
     multiple_choice_accuracy_of_records,
 )
 from instructblip.evaluation.metrics.auroc import auroc_of_records
-from instructblip.evaluation.metrics.captions import cider_of_records
+from instructblip.evaluation.metrics.captions import cider_of_records, rouge_of_records
 from instructblip.evaluation.metrics.leaderboards import answer_row, caption_row, ranks_row, vizwiz_row
 from instructblip.evaluation.metrics.metric import (
     Interval,
@@ -19,7 +19,9 @@ from instructblip.evaluation.metrics.metric import (
     Outcome,
     captions_of_record,
     label_of_record,
+    texts_of_record,
 )
+from instructblip.evaluation.metrics.retrieval import recall_of_records
 from instructblip.evaluation.metrics.visdial import chance_of_options, visdial_of_records
 from instructblip.evaluation.metrics.vqa import (
     FEWEST_ANNOTATORS,
@@ -112,6 +114,7 @@ _ALL = (
         groups="domain",
         submissions={"nocaps": caption_row},
     ),
+    Metric("rouge_l", "ROUGE-L", rouge_of_records, references=texts_of_record, outcome=Outcome.NONE),
     Metric(
         "auroc",
         "AUROC",
@@ -121,6 +124,15 @@ _ALL = (
         chance=lambda _: 50.0,  # whatever the classes
         needs_scores=True,
         needs_both_labels=True,
+        outcome=Outcome.CHOICE,
+    ),
+    Metric(
+        "retrieval_recall",
+        "mean recall",
+        recall_of_records,
+        references=captions_of_record,
+        interval=Interval.PAIRS,
+        needs_ranks=True,
         outcome=Outcome.CHOICE,
     ),
     Metric(

@@ -5,13 +5,25 @@ from collections.abc import Mapping, Sequence
 from instructblip.data.records import Record
 from instructblip.evaluation.metrics import Interval, Outcome, group_means
 from instructblip.evaluation.outcomes import TaskResult
-from instructblip.evaluation.protocol import as_json
-from instructblip.evaluation.report.page import Picture, ReportExample, ReportRow, ReportSection, thumbnail
+from instructblip.evaluation.protocol import EvaluationSample, as_json
+from instructblip.evaluation.report.page import (
+    FoundPictures,
+    FoundText,
+    Picture,
+    ReportExample,
+    ReportRow,
+    ReportSection,
+    thumbnail,
+)
 from instructblip.evaluation.report.table import MADE_UP_DATA, ComparabilityNote, comparison_marks
 from instructblip.evaluation.statistics import score_interval
 
 _FULL = 100 - 1e-6  # on the tables' scale
 _FAILURES_SHOWN = 5
+_TEXTS_FOUND = 5  # shown of a sample in retrieval
+_CAPTIONS_SHOWN = 2  # whose images are shown
+_PICTURES_FOUND = 4
+_MODES = {"rank": "ranking", "generate": "open generation", "retrieve": "retrieval"}
 
 
 def report_row(result: TaskResult, baselines: Mapping[str, float]) -> ReportRow:
@@ -21,14 +33,14 @@ def report_row(result: TaskResult, baselines: Mapping[str, float]) -> ReportRow:
         dataset=card.name,
         title=card.title,
         task=card.task_group + (", held out" if card.role == "held-out" else ""),
-        mode="ranking" if protocol.mode == "rank" else "open generation",
+        mode=_MODES[protocol.mode],
         metric=result.task.metric.title,
         count=len(result.samples) if result.score is None else result.score.count,
         value=result.value,
         low=result.low,
         high=result.high,
         baselines=dict(baselines),
-        paper=card.paper,
+        paper=card.published,
         marks=_marks(result),
     )
 
@@ -190,17 +202,49 @@ def _notes(result: TaskResult) -> list[str]:
 
 def _example(result: TaskResult, number: int, outcome: str, pictures: dict[tuple[str, int], Picture]) -> ReportExample:
     sample, prediction = result.samples[number], result.predictions[number]
-    place = (str(sample.shard.path), sample.row)
-    if place not in pictures:
-        frames, _ = sample.shard.read(sample.row)
-        pictures[place] = thumbnail(frames, f"{sample.id} in {sample.shard.path}")
+    retrieves = result.task.protocol.mode == "retrieve"
     return ReportExample(
-        picture=pictures[place],
+        picture=_picture(sample, pictures),
         question=sample.record.question or "",
         instruction=sample.prompt,
         answers=answers_of(sample.record),
         prediction=prediction.prediction,
         outcome=outcome,
         score=result.per_sample[number],
-        scores=result.candidate_scores(number),
+        scores=[] if retrieves else result.candidate_scores(number),
+        texts=_found_texts(result, number) if retrieves else [],
+        pictures=_found_pictures(result, number, pictures) if retrieves else [],
     )
+
+
+def _found_texts(result: TaskResult, number: int) -> list[FoundText]:
+    own = set(result.samples[number].record.captions)
+    return [FoundText(text, score, text in own) for text, score in result.candidate_scores(number)[:_TEXTS_FOUND]]
+
+
+def _found_pictures(result: TaskResult, number: int, pictures: dict[tuple[str, int], Picture]) -> list[FoundPictures]:
+    """The best images of the sample's first captions."""
+    # Numbers are places among all of the task's samples, which are those that were answered: retrieval leaves none out.
+    sample = result.samples[number]
+    return [
+        FoundPictures(
+            text,
+            None if found.rank is None else found.rank + 1,
+            [
+                (_picture(result.samples[other], pictures), score, other == number)
+                for other, score in list(zip(found.ranked, found.scores, strict=True))[:_PICTURES_FOUND]
+            ],
+        )
+        for text, found in list(zip(sample.record.captions, result.predictions[number].captions, strict=True))[
+            :_CAPTIONS_SHOWN
+        ]
+    ]
+
+
+def _picture(sample: EvaluationSample, pictures: dict[tuple[str, int], Picture]) -> Picture:
+    """A sample's picture; each is made once."""
+    place = (str(sample.shard.path), sample.row)
+    if place not in pictures:
+        frames, _ = sample.shard.read(sample.row)
+        pictures[place] = thumbnail(frames, f"{sample.id} in {sample.shard.path}")
+    return pictures[place]

@@ -10,6 +10,7 @@ import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,30 @@ class ReportRow:
 
 
 @dataclass(frozen=True)
+class FoundText:
+    """A caption that an image found, its score, and whether it is one of the image's own."""
+
+    text: str
+    score: float
+    right: bool
+
+
+@dataclass(frozen=True)
+class FoundPictures:
+    """The images that a caption of the sample found.
+
+    Attributes:
+        caption: what looked.
+        rank: place of its own image, 1 for the best; None: not found.
+        pictures: (picture, score, whether it is its own), best first.
+    """
+
+    caption: str
+    rank: int | None
+    pictures: list[tuple[Picture, float, bool]]
+
+
+@dataclass(frozen=True)
 class ReportExample:
     """One sample of the gallery.
 
@@ -79,7 +104,8 @@ class ReportExample:
         answers: (text, how many annotators gave it); prediction: text.
         outcome: `right`, `partial` or `wrong`; empty for a metric that knows no right and wrong, or hidden answers.
         score: on the metric's scale; None where there is none.
-        scores: (candidate, log-likelihood in nats), empty for open generation.
+        scores: (candidate, log-likelihood in nats), empty for open generation and retrieval.
+        texts, pictures: what retrieval found, best first.
     """
 
     picture: Picture
@@ -90,6 +116,8 @@ class ReportExample:
     outcome: str
     score: float | None = None
     scores: list[tuple[str, float]] = field(default_factory=list)
+    texts: list[FoundText] = field(default_factory=list)
+    pictures: list[FoundPictures] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -115,7 +143,10 @@ class ReportSection:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything the page says. `created` is an ISO date; `checkpoint` and `model` name what was evaluated."""
+    """Everything the page says. `created` is an ISO date; `checkpoint` and `model` name what was evaluated.
+
+    `not_evaluated` has a line for each dataset of the suite without a score: its name, and why.
+    """
 
     title: str
     checkpoint: str
@@ -123,6 +154,7 @@ class Report:
     created: str
     summary: list[ReportRow]
     sections: list[ReportSection]
+    not_evaluated: list[str] = field(default_factory=list)
 
 
 def write_report(path: Path, report: Report) -> None:
@@ -132,8 +164,10 @@ def write_report(path: Path, report: Report) -> None:
         UserError: the disk is full or the folder may not be written.
     """
     environment = page_environment(Path(__file__).parent)
-    pictures = dict.fromkeys(example.picture for section in report.sections for example in section.examples)
-    outcomes = {example.outcome for section in report.sections for example in section.examples}
+    examples = [example for section in report.sections for example in section.examples]
+    found = (picture for example in examples for row in example.pictures for picture, _, _ in row.pictures)
+    pictures = dict.fromkeys(chain((example.picture for example in examples), found))
+    outcomes = {example.outcome for example in examples}
     page = environment.get_template(_TEMPLATE).render(
         report=report,
         titles={row.dataset: row.title for row in report.summary},

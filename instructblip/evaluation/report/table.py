@@ -11,22 +11,23 @@ import sys
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from instructblip.data.cards import Card, all_cards
+from instructblip.data.cards import Card, OwnCard, all_cards
 from instructblip.data.coverage import RecordCounts
 from instructblip.errors import UserError
 from instructblip.evaluation.metrics import METRICS
 from instructblip.evaluation.protocol import expected_shard_fields, protocol_fields
-from instructblip.evaluation.results_file import StoredRun, StoredScore, read_run
+from instructblip.evaluation.results_file import NotEvaluated, StoredRun, StoredScore, read_run
 from instructblip.files import write_atomically
 from instructblip.html import page_environment
 
 _TEMPLATE = "table.html.jinja"
-_HIDDEN = "not public"
+_HIDDEN, _ABSENT = "not public", "-"
 
 
 @dataclass(frozen=True)
@@ -39,12 +40,16 @@ class ComparabilityNote:
 
 @dataclass(frozen=True)
 class Cell:
-    """One score; `low` and `high` are None for the paper's, `value` too where the answers are not public."""
+    """One score; `low` and `high` are None for the paper's, `value` too where the answers are not public or it has none.
+
+    `instead` stands there then.
+    """
 
     value: float | None
     low: float | None = None
     high: float | None = None
     marks: tuple[tuple[ComparabilityNote, str], ...] = ()
+    instead: str = _HIDDEN
 
     @property
     def symbols(self) -> str:
@@ -96,12 +101,13 @@ class ScoreTable:
 def score_table(runs: Sequence[StoredRun]) -> ScoreTable:
     """The table of some evaluations, the paper's rows below them, of the datasets that at least one of them has."""
     cards = {card.name: card for card in all_cards()}
-    datasets = in_table_order(name for run in runs for name in run.scores)
+    scored = in_table_order(name for run in runs for name in (*run.scores, *run.not_evaluated))
+    datasets = [column for name in scored for column in (name, *_part_columns(cards.get(name)))]
     rows = [
         Row(
             name,
             run.about,
-            {dataset: _cell(score, cards.get(dataset)) for dataset, score in run.scores.items()},
+            _cells(run.scores, cards) | {dataset: _no_cell(item) for dataset, item in run.not_evaluated.items()},
         )
         for name, run in zip(_row_names(runs), runs, strict=True)
     ]
@@ -112,14 +118,14 @@ def score_table(runs: Sequence[StoredRun]) -> ScoreTable:
         if score.tokenizer is not None
     }
     for key, model in MODELS.items():
-        numbers = {
-            name: Cell(cards[name].paper[key]) for name in datasets if name in cards and key in cards[name].paper
-        }
+        numbers: dict[str, Cell] = {}
+        for card in (cards[name] for name in scored if name in cards and key in cards[name].published):
+            numbers[card.name] = Cell(card.published[key])
+            numbers |= {_part_column(card.name, part): Cell(n) for part, n in card.paper_parts.get(key, {}).items()}
         if numbers:
-            rows.append(Row(model, "the paper, zero-shot", numbers, is_paper=True))
-    metrics = {dataset: METRICS.get(score.metric) for run in runs for dataset, score in run.scores.items()}
-    lower = frozenset(name for name, metric in metrics.items() if metric is not None and not metric.higher_is_better)
-    return ScoreTable(datasets, rows, tokenizers, lower)
+            rows.append(Row(model, "the paper", numbers, is_paper=True))
+    scores = [(dataset, score) for run in runs for dataset, score in run.scores.items()]
+    return ScoreTable(datasets, rows, tokenizers, frozenset(name for name, score in scores if _lower_is_better(score)))
 
 
 def as_text(table: ScoreTable, width: int = 120) -> str:
@@ -169,7 +175,7 @@ def as_html(table: ScoreTable) -> str:
     """The table as a page that loads nothing."""
     page = page_environment(Path(__file__).parent).get_template(_TEMPLATE)
     best = {name: _best(table, name) for name in table.datasets}
-    return page.render(table=table, heading=heading, best=best, hidden=_HIDDEN)
+    return page.render(table=table, heading=heading, best=best)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -200,6 +206,37 @@ def _cell(score: StoredScore, card: Card | None) -> Cell:
     return Cell(score.value, score.low, score.high, tuple(marks.items()))
 
 
+def _cells(scores: Mapping[str, StoredScore], cards: Mapping[str, Card]) -> dict[str, Cell]:
+    """A run's cell of each dataset, and of those parts of it that papers give."""
+    cells: dict[str, Cell] = {}
+    for dataset, score in scores.items():
+        cells[dataset] = cell = _cell(score, score.card or cards.get(dataset))
+        for part, numbers in score.parts.items():
+            if (column := _part_column(dataset, part)) in _part_columns(cards.get(dataset)):
+                cells[column] = Cell(*numbers, cell.marks)
+    return cells
+
+
+def _part_columns(card: Card | None) -> list[str]:
+    """The columns of the parts that papers give of a dataset's score."""
+    if card is None:
+        return []
+    return [_part_column(card.name, part) for part in dict.fromkeys(chain(*card.paper_parts.values()))]
+
+
+def _part_column(dataset: str, part: str) -> str:
+    return f"{dataset} {part}"
+
+
+def _lower_is_better(score: StoredScore) -> bool:
+    metric = METRICS.get(score.metric)
+    return not (score.higher_is_better if metric is None else metric.higher_is_better)
+
+
+def _no_cell(item: NotEvaluated) -> Cell:
+    return Cell(None, marks=((NO_SCORE, item.reason),), instead=_ABSENT)
+
+
 def _row_names(runs: Sequence[StoredRun]) -> list[str]:
     """The folders' own names, with as many parents as it takes to tell them apart."""
     for length in range(1, 1 + max(len(run.folder.parts) for run in runs)):
@@ -218,7 +255,7 @@ def _column(table: ScoreTable, dataset: str) -> list[str]:
         if cell is None:
             lines += [""] if row.is_paper else ["", ""]
             continue
-        value = _HIDDEN if cell.value is None else f"{cell.value:.1f}"
+        value = cell.instead if cell.value is None else f"{cell.value:.1f}"
         lines.append(value + cell.symbols.ljust(room))
         if not row.is_paper:
             lines.append("" if cell.low is None else f"{cell.low:.1f}-{cell.high:.1f}" + " " * room)
@@ -257,13 +294,23 @@ HELD_IN = {
     "aokvqa_multiple_choice": "A-OKVQA MC",
     "ocr_vqa": "OCR-VQA",
 }
-# Keys of a card's `paper` and the names of Table 1's rows.
-MODELS = {
+RETRIEVAL = {"coco_retrieval": "COCO", "flickr30k_retrieval": "Flickr30K"}  # of table 5 of BLIP-2's paper
+# Keys of a card's `paper`, and the names of Table 1's rows.
+INSTRUCTBLIP = {
     "flan_t5_xl": "InstructBLIP FlanT5-XL",
     "flan_t5_xxl": "InstructBLIP FlanT5-XXL",
     "vicuna_7b": "InstructBLIP Vicuna-7B",
     "vicuna_13b": "InstructBLIP Vicuna-13B",
 }
+RETRIEVERS = {  # keys of `paper_parts`
+    "blip_14m": "BLIP 14M",
+    "blip_129m": "BLIP 129M",
+    "blip_capfilt_l": "BLIP CapFilt-L",
+    "blip_vit_l": "BLIP ViT-L",
+    "blip2_vit_l": "BLIP-2 ViT-L",
+    "blip2_vit_g": "BLIP-2 ViT-g",
+}
+MODELS = INSTRUCTBLIP | RETRIEVERS
 # Where the paper's numbers are of another split than the one that its card can score.
 PAPER_SPLITS = {"vizwiz": "test-dev"}
 
@@ -272,19 +319,21 @@ SUBSET = ComparabilityNote("*", "part of the split's samples")
 OTHER_SPLIT = ComparabilityNote("†", "another split than the paper's")
 OTHER_PROTOCOL = ComparabilityNote("‡", "another protocol than the card's")
 MADE_UP_DATA = ComparabilityNote("§", "made-up data: the score means nothing")
-MARKS = (SUBSET, OTHER_SPLIT, OTHER_PROTOCOL, MADE_UP_DATA)
+NO_SCORE = ComparabilityNote("¶", "no score: it was not prepared, or failed")
+MARKS = (SUBSET, OTHER_SPLIT, OTHER_PROTOCOL, MADE_UP_DATA, NO_SCORE)
 
 
 def in_table_order(datasets: Iterable[str]) -> list[str]:
     """Held-out datasets in Table 1's order, then held-in ones, then all others as they came; each once."""
     given = dict.fromkeys(datasets)
-    known = [name for name in (*HELD_OUT, *HELD_IN) if name in given]
+    known = [name for name in (*HELD_OUT, *HELD_IN, *RETRIEVAL) if name in given]
     return known + [name for name in given if name not in known]
 
 
 def heading(dataset: str) -> str:
-    """What a dataset's column is called; its own name where the paper has no column for it."""
-    return {**HELD_OUT, **HELD_IN}.get(dataset, dataset)
+    """What the column of a dataset, or of a part of its score, is called; its own name where the paper has none."""
+    name, _, part = dataset.partition(" ")
+    return " ".join(filter(None, ({**HELD_OUT, **HELD_IN, **RETRIEVAL}.get(name, name), part)))
 
 
 def comparison_marks(
@@ -305,10 +354,15 @@ def comparison_marks(
     rules = card.evaluation
     if rules is None:
         return found
-    split = PAPER_SPLITS.get(card.name, rules.split)
-    if protocol["split"] != split:
-        found[OTHER_SPLIT] = f"{protocol['split']}, the paper: {split}"
-    changed = _changes(protocol_fields(rules, rules.mode) | expected_shard_fields(rules), protocol)
+    wanted = protocol_fields(rules, rules.mode)
+    if isinstance(card, OwnCard):  # which no paper has a number of
+        wanted |= {"split": rules.split}
+    else:
+        wanted |= expected_shard_fields(rules)
+        split = PAPER_SPLITS.get(card.name, rules.split)
+        if protocol["split"] != split:
+            found[OTHER_SPLIT] = f"{protocol['split']}, the paper: {split}"
+    changed = _changes(wanted, protocol)
     if records is not None and records.vocabulary is not None and (short := records.vocabulary.shortfall()):
         changed.append(f"candidates from {short} of train")
     if protocol.get("images", "shown") != "shown":

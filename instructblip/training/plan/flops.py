@@ -12,9 +12,10 @@ vision encoder once. Padding and recomputation are not counted: they are no work
 
 import re
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import nn
@@ -32,7 +33,7 @@ class StepWorkload:
         samples: how many.
         frames: pictures and frames of clips that the Q-Former looks at.
         encoded: those of them that go through the vision encoder; none where image tokens are cached.
-        text: tokens of instructions in the Q-Former, once a frame.
+        text: tokens of text in the Q-Former: of instructions, once a frame, or of captions, once.
         positions: places of the LLM that hold something, an encoder-decoder's in both parts; 0 where it is left out.
         answers: supervised tokens.
     """
@@ -46,11 +47,36 @@ class StepWorkload:
 
 
 class PartFlops(NamedTuple):
-    """FLOPs of a part: a forward pass, and what the backward pass adds."""
+    """FLOPs of a part: a forward pass, and what the backward pass adds; `recompute`: activation checkpointing repeats it."""
 
     part: str
     forward: float
     backward: float
+    recompute: bool = True
+
+
+class SampleLengths(NamedTuple):
+    """Tokens of a sample's prompt and of its answer, or caption."""
+
+    prompt: int
+    answer: int
+
+
+class QFormerPass(NamedTuple):
+    """What goes through a Q-Former in one of its passes, summed over the pass's rows.
+
+    Attributes:
+        rows: pictures, texts, or pairs of them.
+        queries, text: positions of each kind.
+        cached: positions of an earlier pass that each row attends to.
+        text_states: the last layer computes the text too.
+    """
+
+    rows: float
+    queries: float
+    text: float
+    cached: float = 0.0
+    text_states: bool = False
 
 
 @dataclass(frozen=True)
@@ -68,67 +94,123 @@ class Stack:
 
 
 @dataclass(frozen=True)
-class ModelShape:
+class ModelShape(ABC):
     """The sizes of a model that its FLOPs follow from.
 
     Attributes:
+        usual: lengths of a usual sample, as a plan counts with.
         image_flops: of one picture through the vision encoder, as torch's `FlopCounterMode` counts them.
         image_tokens: it gives.
         queries: of a frame.
         qformer: its layers, whose weights are not looked at.
-        projection: parameters of its matrix.
-        decoder: of the LLM; `encoder` too where it is an encoder-decoder.
-        head: parameters of the LLM's output head.
         trained: parts that train: their backward pass computes gradients of weights too.
     """
 
+    usual: ClassVar[SampleLengths]
     image_flops: float
     image_tokens: int
     queries: int
     qformer: QFormer
+    trained: frozenset[str]
+
+    @abstractmethod
+    def by_part(self, work: StepWorkload, outputs: Collection[str]) -> list[PartFlops]:
+        """FLOPs of a forward and backward pass for the model's named outputs, by part.
+
+        Lengths within the attention's square are means over samples.
+        """
+
+    @abstractmethod
+    def qformer_passes(self, work: StepWorkload, outputs: Collection[str]) -> list[QFormerPass]:
+        """What goes through the Q-Former for these outputs."""
+
+    @abstractmethod
+    def sample_work(self, lengths: SampleLengths) -> StepWorkload:
+        """What a picture and its texts of these lengths ask for."""
+
+    def repeated(self, work: StepWorkload, outputs: Collection[str]) -> float:
+        """FLOPs of a first pass over the whole batch, which computes again what the second one does."""
+        return 0.0
+
+    def total(self, work: StepWorkload, outputs: Collection[str]) -> float:
+        """FLOPs of a forward and backward pass."""
+        return sum(part.forward + part.backward for part in self.by_part(work, outputs))
+
+    def _vision_flops(self, work: StepWorkload) -> PartFlops:
+        image, trains = self.image_flops * work.encoded, "vision" in self.trained
+        return PartFlops("vision encoder", image, 2 * image if trains else 0.0, recompute=False)
+
+    def _trainable(self, part: str, forward: float) -> PartFlops:
+        """A part of the Q-Former's, through which gradients always pass."""
+        return PartFlops(part, forward, 2 * forward if "qformer" in self.trained else forward)
+
+    def _qformer_flops(self, work: StepWorkload, outputs: Collection[str]) -> float:
+        passes = self.qformer_passes(work, outputs)
+        return sum(_qformer_flops(self.qformer, self.image_tokens, each) for each in passes)
+
+
+def _qformer_flops(qformer: QFormer, image_tokens: int, each: QFormerPass) -> float:
+    """Forward pass: queries and text share self-attention; cross-attention is the queries'; each has its own FFN."""
+    if not each.rows:
+        return 0.0
+    both = each.queries + each.text
+    attended = both / each.rows + each.cached  # by each position
+    total = 0.0
+    for layer in qformer.layers:
+        assert isinstance(layer, QFormerLayer)
+        wants_text = each.text_states or not layer.is_last
+        own, seen = layer.self_attention, both if wants_text else each.queries
+        total += 2 * seen * (_size(own.query) + _size(own.output)) + 2 * both * (_size(own.key) + _size(own.value))
+        total += 4 * seen * attended * own.query.out_features + 2 * each.queries * _matrices(layer.query_ffn)
+        if layer.text_ffn is not None and wants_text:
+            total += 2 * each.text * _matrices(layer.text_ffn)
+        if layer.cross_attention is not None and each.queries:
+            cross, image = layer.cross_attention, image_tokens * each.rows
+            total += 2 * each.queries * (_size(cross.query) + _size(cross.output))
+            total += 2 * image * (_size(cross.key) + _size(cross.value))
+            total += 4 * each.queries * image_tokens * cross.query.out_features
+    return total
+
+
+@dataclass(frozen=True)
+class LLMShape(ModelShape):
+    """InstructBLIP's, or that of BLIP-2's second stage: a Q-Former in front of a language model.
+
+    Attributes:
+        projection: parameters of its matrix.
+        decoder: of the LLM; `encoder` too where it is an encoder-decoder.
+        head: parameters of the LLM's output head.
+    """
+
+    usual = SampleLengths(35, 16)  # of instruction tuning; the mean of benchmarks/train_step.py
     projection: int
     decoder: Stack
     encoder: Stack | None
     head: int
-    trained: frozenset[str] = frozenset({"qformer"})
 
-    def by_part(self, work: StepWorkload, *, runs_llm: bool = True) -> list[PartFlops]:
-        """FLOPs of a forward and backward pass, by part. Lengths within the attention's square are means over samples."""
-        qformer = self._qformer_flops(work) + 2 * self.queries * work.frames * self.projection
+    def by_part(self, work: StepWorkload, outputs: Collection[str]) -> list[PartFlops]:
+        """The LLM's layers take part in `answer_logits` alone."""
+        runs_llm, trains = "answer_logits" in outputs, "llm" in self.trained
+        qformer = self._qformer_flops(work, outputs) + 2 * self.queries * work.frames * self.projection
         llm, llm_backward = self._llm_flops(work) if runs_llm else (0.0, 0.0)
         logits = 2.0 * (work.answers if runs_llm else work.samples) * self.head
-        image, llm_trains = self.image_flops * work.encoded, "llm" in self.trained
         return [
-            PartFlops("vision encoder", image, 2 * image if "vision" in self.trained else 0.0),
-            PartFlops("Q-Former and projection", qformer, 2 * qformer if "qformer" in self.trained else qformer),
-            PartFlops("language model", llm, llm_backward + (llm if llm_trains else 0.0)),
-            PartFlops("logits of the answers", logits, 2 * logits if llm_trains else logits),
+            self._vision_flops(work),
+            self._trainable("Q-Former and projection", qformer),
+            PartFlops("language model", llm, llm_backward + (llm if trains else 0.0)),
+            PartFlops("logits of the answers", logits, 2 * logits if trains else logits, recompute=False),
         ]
 
-    def total(self, work: StepWorkload, *, runs_llm: bool = True) -> float:
-        """FLOPs of a forward and backward pass."""
-        return sum(part.forward + part.backward for part in self.by_part(work, runs_llm=runs_llm))
+    def qformer_passes(self, work: StepWorkload, outputs: Collection[str]) -> list[QFormerPass]:
+        """One, with the instruction."""
+        text = work.text if self.qformer.instruction_aware else 0.0
+        return [QFormerPass(work.frames, self.queries * work.frames, text)]
 
-    def _qformer_flops(self, work: StepWorkload) -> float:
-        """Forward pass: queries and text share self-attention; cross-attention is the queries'; each has its own FFN."""
-        if not work.frames:
-            return 0.0
-        queries, text = self.queries * work.frames, work.text if self.qformer.instruction_aware else 0.0
-        both, row = queries + text, self.queries + text / work.frames
-        total = 0.0
-        for layer in self.qformer.layers:
-            assert isinstance(layer, QFormerLayer)
-            own, seen = layer.self_attention, queries if layer.is_last else both
-            total += 2 * seen * (_size(own.query) + _size(own.output)) + 2 * both * (_size(own.key) + _size(own.value))
-            total += 4 * seen * row * own.query.out_features + 2 * queries * _matrices(layer.query_ffn)
-            if layer.text_ffn is not None and not layer.is_last:
-                total += 2 * text * _matrices(layer.text_ffn)
-            if layer.cross_attention is not None:
-                cross, image = layer.cross_attention, self.image_tokens * work.frames
-                total += 2 * queries * (_size(cross.query) + _size(cross.output))
-                total += 2 * image * (_size(cross.key) + _size(cross.value))
-                total += 4 * queries * self.image_tokens * cross.query.out_features
-        return total
+    def sample_work(self, lengths: SampleLengths) -> StepWorkload:
+        """A decoder's last token is only predicted; an encoder's prompt ends with EOS."""
+        positions = self.queries + sum(lengths) + (-1 if self.encoder is None else 1)
+        text = lengths.prompt + 2  # [CLS] and [SEP]
+        return StepWorkload(samples=1, frames=1, encoded=1, text=text, positions=positions, answers=lengths.answer)
 
     def _llm_flops(self, work: StepWorkload) -> tuple[float, float]:
         decoded = work.positions if self.encoder is None else work.answers
@@ -142,10 +224,60 @@ class ModelShape:
         return matrices + attention, matrices + 2 * attention
 
 
+@dataclass(frozen=True)
+class Stage1Shape(ModelShape):
+    """That of BLIP-2's first stage: a Q-Former that runs several ways, with its heads.
+
+    Attributes:
+        heads: parameters of the matrices behind the queries.
+        words: of the language-model head, with the word embeddings that its logits are products with.
+    """
+
+    usual = SampleLengths(0, 14)  # a caption of COCO with [CLS] and [SEP]
+    heads: int
+    words: int
+
+    def by_part(self, work: StepWorkload, outputs: Collection[str]) -> list[PartFlops]:
+        """The heads of queries and texts count with the Q-Former."""
+        supervised = work.text - work.samples if "answer_logits" in outputs else 0.0
+        qformer = self._qformer_flops(work, outputs) + 2 * self.queries * work.frames * self.heads
+        return [
+            self._vision_flops(work),
+            self._trainable("Q-Former and heads", qformer),
+            self._trainable("logits of the captions", 2.0 * supervised * self.words)._replace(recompute=False),
+        ]
+
+    def qformer_passes(self, work: StepWorkload, outputs: Collection[str]) -> list[QFormerPass]:
+        """Queries alone, text alone, three pairs a sample, and the text as a caption of the queries."""
+        pictures, queries, wanted = work.frames, self.queries * work.frames, set(outputs)
+        passes = []
+        if wanted & {"image_projected", "answer_logits"}:
+            passes.append(QFormerPass(pictures, queries, 0.0))
+        if "text_projected" in wanted:
+            passes.append(QFormerPass(work.samples, 0.0, work.text, text_states=True))
+        if "match_logits" in wanted:
+            passes.append(QFormerPass(3 * pictures, 3 * queries, 3 * work.text))
+        if "answer_logits" in wanted:
+            passes.append(QFormerPass(work.samples, 0.0, work.text, cached=self.queries, text_states=True))
+        return passes
+
+    def sample_work(self, lengths: SampleLengths) -> StepWorkload:
+        """Positions are those that `BLIP2.sample_length` counts."""
+        text = lengths.answer
+        return StepWorkload(samples=1, frames=1, encoded=1, text=text, positions=self.queries + text, answers=text - 1)
+
+    def repeated(self, work: StepWorkload, outputs: Collection[str]) -> float:
+        """Features of images and texts; image tokens of a frozen encoder are kept."""
+        if not {"image_projected", "match_logits"} & set(outputs):
+            return 0.0
+        image = self.image_flops * work.encoded if "vision" in self.trained else 0.0
+        return image + self._qformer_flops(work, ("image_projected", "text_projected"))
+
+
 def model_shape(
     vision: VisionEncoder,
     qformer: QFormer,
-    projection: nn.Linear,
+    heads: nn.Module,
     llm: Any,
     trained: Collection[str] = ("qformer",),
 ) -> ModelShape:
@@ -153,24 +285,27 @@ def model_shape(
 
     Args:
         vision: on the meta device, where torch counts every kind of attention; runs once.
-        qformer, projection, llm: on any device; `llm` is the transformers model, quantised or not.
+        qformer: on any device, as the following.
+        heads: the projection into the LLM; without one, what stands behind the Q-Former.
+        llm: the transformers model, quantised or not; None for BLIP-2's first stage.
         trained: parts that train.
     """
-    head = llm.get_output_embeddings()
+    common: dict[str, Any] = {
+        "image_flops": _image_flops(vision),
+        "image_tokens": vision.tokens,
+        "queries": qformer.query_tokens.shape[1],
+        "qformer": qformer,
+        "trained": frozenset(trained),
+    }
+    if llm is None:
+        assert qformer.lm_head is not None
+        words = qformer.word_embeddings.weight.numel() + _matrices(qformer.lm_head)
+        return Stage1Shape(**common, heads=_matrices(heads), words=words)
     decoder, encoder = _stack(llm.base_model), None
     if llm.config.is_encoder_decoder:
         decoder, encoder = _stack(llm.get_decoder()), _stack(llm.get_encoder())
-    return ModelShape(
-        image_flops=_image_flops(vision),
-        image_tokens=vision.tokens,
-        queries=qformer.query_tokens.shape[1],
-        qformer=qformer,
-        projection=_size(projection),
-        decoder=decoder,
-        encoder=encoder,
-        head=_size(head),
-        trained=frozenset(trained),
-    )
+    head = _size(llm.get_output_embeddings())
+    return LLMShape(**common, projection=_matrices(heads), decoder=decoder, encoder=encoder, head=head)
 
 
 def _image_flops(vision: VisionEncoder) -> float:

@@ -24,12 +24,19 @@ from instructblip.models.base import blocks_of
 from instructblip.models.qformer import QFormerLayer
 from instructblip.objectives import make_objectives
 from instructblip.training.parallel import is_sharded
-from instructblip.training.plan.flops import Gpu, ModelShape, PartFlops, StepWorkload, model_shape
+from instructblip.training.plan.flops import (
+    Gpu,
+    ModelShape,
+    PartFlops,
+    QFormerPass,
+    SampleLengths,
+    StepWorkload,
+    model_shape,
+)
 from instructblip.weights.modules import Parts
 
 GIB = 2**30
 USABLE = 0.9  # of a GPU's memory
-PROMPT_TOKENS, ANSWER_TOKENS = 35, 16  # of a usual sample of instruction tuning; the mean of benchmarks/train_step.py
 # Bytes a value: of rounded weights with their scales, without those of rows, which are few.
 _QUANTIZED = {"int8": 1.0, "nf4": 0.5 + 4 / 64}
 
@@ -43,7 +50,7 @@ class PlannedPhase:
     batch_size: int
     micro_batch_size: int | None
     micro_batch_tokens: int | None
-    runs_llm: bool
+    outputs: frozenset[str]  # of the model, that its objectives need
     bounded: bool  # the batching knows a limit of tokens
 
 
@@ -59,7 +66,7 @@ class PlanLayout:
         average: a moving average of the trained weights is kept.
         quantization: of the LLM.
         cached: image tokens come from a cache.
-        longest: tokens of the longest prompt and of the longest answer.
+        longest: lengths of the longest sample.
         trained: parts that train.
     """
 
@@ -73,7 +80,7 @@ class PlanLayout:
     average: bool
     quantization: str | None
     cached: bool
-    longest: tuple[int, int]
+    longest: SampleLengths
     trained: frozenset[str] = frozenset({"qformer"})
 
 
@@ -103,14 +110,10 @@ class Plan:
         """Bytes on each GPU by part."""
         phase = self.heaviest
         static = [Memory(part, size, size) for part, size in self._static()]
-        usual, largest = (self._pass(phase, largest=largest) for largest in (False, True))
         return [
             *static,
-            *(
-                Memory(part, self._kept(part, usual, phase), self._kept(part, largest, phase))
-                for part in _ACTIVATIONS
-                if part != _VISION or "vision" in self.layout.trained
-            ),
+            *self._whole_batch(phase),
+            *(Memory(part, *self._both(part, phase)) for part in self._activities()),
         ]
 
     def needed(self) -> Memory:
@@ -125,20 +128,20 @@ class Plan:
 
     def loading(self) -> float:
         """Bytes of main memory that each process needs to build the model before it goes to its GPU."""
-        parts = (self.parts.vision.backbone, self.parts.llm, self.parts.qformer, self.parts.projection)
-        return sum(sum(_parameter_bytes(part, None).values()) for part in parts)
+        parts = (self.parts.vision.backbone, self.parts.llm, self.parts.qformer, self.parts.heads)
+        return sum(sum(_parameter_bytes(part, None).values()) for part in parts if part is not None)
 
     def sample_flops(self) -> list[PartFlops]:
-        """FLOPs of a usual sample, by part, in the phase that costs most."""
-        runs_llm = any(phase.runs_llm for phase in self.phases)
-        return self.shape.by_part(self._usual(1), runs_llm=runs_llm)
+        """FLOPs of a usual sample, by part, for the outputs of all phases together."""
+        return self.shape.by_part(self._usual(1), frozenset().union(*(phase.outputs for phase in self.phases)))
 
     def samples_per_second(self, phase: PlannedPhase) -> float:
         """Over all GPUs, for usual samples; what is recomputed takes time and is no useful work."""
-        parts = {part.part: part for part in self.shape.by_part(self._usual(1), runs_llm=phase.runs_llm)}
-        flops = sum(part.forward + part.backward for part in parts.values())
+        work = self._usual(1)
+        parts = self.shape.by_part(work, phase.outputs)
+        flops = sum(part.forward + part.backward for part in parts) + self.shape.repeated(work, phase.outputs)
         if self.layout.activation_checkpointing:
-            flops += parts["language model"].forward + parts["Q-Former and projection"].forward
+            flops += sum(part.forward for part in parts if part.recompute)
         return self.layout.gpus * self.layout.gpu.flops * self.layout.mfu / flops
 
     def hours(self) -> float:
@@ -148,47 +151,50 @@ class Plan:
     # --- what a pass holds -------------------------------------------------------------------------------------------
 
     def _usual(self, samples: int) -> StepWorkload:
-        return self._work(samples, PROMPT_TOKENS, ANSWER_TOKENS)
+        return self._work(samples, self.shape.usual)
 
-    def _work(self, samples: int, prompt: int, answer: int) -> StepWorkload:
-        # A decoder's last token is only predicted; an encoder's prompt ends with EOS.
-        positions = self.shape.queries + prompt + answer + (-1 if self.shape.encoder is None else 1)
-        return StepWorkload(
-            samples=samples,
-            frames=samples,
-            encoded=0 if self.layout.cached else samples,
-            text=samples * (prompt + 2),  # [CLS] and [SEP]
-            positions=samples * positions,
-            answers=samples * answer,
-        )
+    def _work(self, samples: int, lengths: SampleLengths) -> StepWorkload:
+        one = dataclasses.asdict(self.shape.sample_work(lengths))
+        if self.layout.cached:
+            one["encoded"] = 0
+        return StepWorkload(**{name: samples * count for name, count in one.items()})
 
     def _pass(self, phase: PlannedPhase, *, largest: bool) -> StepWorkload:
         """A forward pass of one GPU: its share of the batch, cut to the phase's limits."""
-        samples = -(-phase.batch_size // self.layout.gpus)
+        samples = self._share(phase)
         if phase.micro_batch_size is not None:
             samples = min(samples, phase.micro_batch_size)
-        lengths = self.layout.longest if largest else (PROMPT_TOKENS, ANSWER_TOKENS)
+        lengths = self.layout.longest if largest else self.shape.usual
         if phase.micro_batch_tokens is not None:
-            samples = min(samples, max(1, int(phase.micro_batch_tokens / self._work(1, *lengths).positions)))
-        return self._work(samples, *lengths)
+            samples = min(samples, max(1, int(phase.micro_batch_tokens / self._work(1, lengths).positions)))
+        return self._work(samples, lengths)
+
+    def _share(self, phase: PlannedPhase) -> int:
+        """Samples of a step on one GPU."""
+        return -(-phase.batch_size // self.layout.gpus)
 
     # --- memory ------------------------------------------------------------------------------------------------------
 
     def _static(self) -> Iterator[tuple[str, float]]:
         parts = self.parts
-        qformer = nn.ModuleList([parts.norm, parts.qformer, parts.projection])
+        qformer = nn.ModuleList([parts.norm, parts.qformer, parts.heads])
         trained, layers = 0.0, list[nn.Module]()
         for title, part, module in (
             ("vision encoder", "vision", parts.vision.backbone),
             ("language model", "llm", parts.llm),
         ):
+            if module is None:
+                continue
             trains = part in self.layout.trained
             held = self._held(module, self.layout.quantization if part == "llm" else None, trained=trains)
             yield title, held
             if trains:  # in float32, and so are its gradients
                 trained += self._held(module, None, trained=True, gathered=0) / 4
                 layers.append(module)
-        yield "Q-Former and projection", 4.0 * sum(p.numel() for p in qformer.parameters())
+        yield (
+            f"Q-Former and {'heads' if parts.llm is None else 'projection'}",
+            4.0 * sum(p.numel() for p in qformer.parameters()),
+        )
         if "qformer" in self.layout.trained:
             trained += sum(p.numel() for p in qformer.parameters() if p.requires_grad)
             layers.append(qformer)
@@ -219,25 +225,50 @@ class Plan:
         shards = min(layout.shard_size or layout.gpus, layout.gpus)
         return whole - sum(blocks) * (1 - 1 / shards) + gathered * max(blocks, default=0.0)
 
+    def _whole_batch(self, phase: PlannedPhase) -> Iterator[Memory]:
+        """What a phase keeps between its two passes: image tokens of this GPU's samples, and of their wrong partners."""
+        if self.shape.repeated(self._usual(1), phase.outputs) and "vision" not in self.layout.trained:
+            each = self.shape.image_tokens * self.parts.vision.width * self.parts.vision.dtype.itemsize
+            size = float(self._share(phase) * each * (2 if "match_logits" in phase.outputs else 1))
+            yield Memory("image tokens of a step", size, size)
+
+    def _activities(self) -> list[str]:
+        """The parts that keep activations."""
+        left_out = {
+            _VISION: "vision" not in self.layout.trained,
+            _LLM: self.parts.llm is None,
+        }
+        return [part for part in _ACTIVATIONS if not left_out.get(part)]
+
+    def _both(self, part: str, phase: PlannedPhase) -> tuple[float, float]:
+        """Of a part in a usual pass and in the largest."""
+        usual, largest = (self._kept(part, self._pass(phase, largest=largest), phase) for largest in (False, True))
+        return usual, largest
+
     def _activations(self, work: StepWorkload, phase: PlannedPhase) -> float:
-        return sum(self._kept(part, work, phase) for part in _ACTIVATIONS)
+        return sum(self._kept(part, work, phase) for part in self._activities())
 
     def _kept(self, part: str, work: StepWorkload, phase: PlannedPhase) -> float:
         if part == _QFORMER:
-            return self._qformer_kept(work)
+            return self._qformer_kept(work, phase)
         if part == _VISION:
-            return self._vision_kept(work) if "vision" in self.layout.trained else 0.0
-        if not phase.runs_llm:
+            return self._vision_kept(work)
+        if "answer_logits" not in phase.outputs:
             return 0.0
-        if part == _LOGITS:
-            # In the head's type and in float32, its log-softmax, and the gradients of both.
+        return self._logits_kept(work) if part == _LOGITS else self._llm_kept(work)
+
+    def _logits_kept(self, work: StepWorkload) -> float:
+        """In the head's type and in float32, their log-softmax, and the gradients of both."""
+        if self.parts.llm is None:
+            value, words = 2 if self.layout.autocast else 4, self.parts.qformer.word_embeddings.num_embeddings
+        else:
             value = torch.finfo(self.parts.llm.dtype).bits // 8
-            return work.answers * self.parts.llm.get_output_embeddings().out_features * (2 * value + 12)
-        return self._llm_kept(work)
+            words = self.parts.llm.get_output_embeddings().out_features
+        return float(work.answers * words * (2 * value + 12))
 
     def _llm_kept(self, work: StepWorkload) -> float:
         llm = self.parts.llm
-        if self.shape.encoder is None:
+        if not llm.config.is_encoder_decoder:
             return self._stack_kept(llm.base_model, work.positions)
         decoded = self._stack_kept(llm.get_decoder(), work.answers)
         return self._stack_kept(llm.get_encoder(), work.positions - work.answers) + decoded
@@ -273,30 +304,31 @@ class Plan:
             return max(each) + len(each) * tokens * 4 * self.parts.vision.width
         return float(sum(each))
 
-    def _qformer_kept(self, work: StepWorkload) -> float:
+    def _qformer_kept(self, work: StepWorkload, phase: PlannedPhase) -> float:
         """Of each linear layer its input, of attention its inputs and output, the input of norms, masks of dropout."""
-        qformer, value = self.parts.qformer, 2 if self.layout.autocast else 4
-        width, image_width = qformer.width, self.parts.vision.width
-        queries = self.shape.queries * work.frames
-        image = self.shape.image_tokens * work.frames
-        total = 8.0 * image * image_width  # float32 before and after the norm
-        each = []
-        for layer in qformer.layers:
-            assert isinstance(layer, QFormerLayer)
-            hidden = layer.query_ffn.up.out_features
-            tokens = queries + (work.text if qformer.instruction_aware else 0.0)
-            kept = tokens * (value * (8 * width + 2 * hidden) + 10 * width)
-            if layer.cross_attention is not None:
-                kept += queries * (3 * value + 5) * width + image * 2 * value * (width + image_width)
-            each.append(kept)
+        passes = self.shape.qformer_passes(work, phase.outputs)
+        pictures = max(each.rows for each in passes if each.queries)  # wrong pictures of pairs are normalised too
+        norm = 8.0 * self.shape.image_tokens * pictures * self.parts.vision.width  # float32 before and after
+        layers = [[self._layer_kept(layer, each) for layer in self.parts.qformer.layers] for each in passes]
         if self.layout.activation_checkpointing:
-            return total + max(each) + len(each) * 4 * width * (queries + work.text)
-        return total + sum(each)
+            tokens = sum(each.queries + each.text for each in passes)
+            return norm + max(map(max, layers)) + len(layers[0]) * 4 * self.parts.qformer.width * tokens
+        return norm + sum(map(sum, layers))
+
+    def _layer_kept(self, layer: nn.Module, each: QFormerPass) -> float:
+        assert isinstance(layer, QFormerLayer)
+        value = 2 if self.layout.autocast else 4
+        width, image_width, hidden = self.parts.qformer.width, self.parts.vision.width, layer.query_ffn.up.out_features
+        kept = (each.queries + each.text) * (value * (8 * width + 2 * hidden) + 10 * width)
+        if layer.cross_attention is not None and each.queries:
+            image = self.shape.image_tokens * each.rows
+            kept += each.queries * (3 * value + 5) * width + image * 2 * value * (width + image_width)
+        return kept
 
 
 def plan_run(parts: Parts, phases: Sequence[PlannedPhase], layout: PlanLayout) -> Plan:
     """The plan of a run of these parts, which may be on the meta device."""
-    shape = model_shape(parts.vision, parts.qformer, parts.projection, parts.llm, layout.trained)
+    shape = model_shape(parts.vision, parts.qformer, parts.heads, parts.llm, layout.trained)
     return Plan(parts, shape, tuple(phases), layout)
 
 
@@ -312,7 +344,7 @@ def what_fits(plan: Plan) -> tuple[str, Plan] | None:
     changes: list[tuple[str, dict[str, Any]]] = [("", {}), ("parallel.activation_checkpointing=true", recompute)]
     if layout.kind == "ddp" and layout.gpus > 1:
         changes.append(("parallel=fsdp", {"kind": "fsdp", **recompute}))  # as that file in configs/parallel
-    if layout.quantization is None:
+    if layout.quantization is None and plan.parts.llm is not None:
         # Rounded weights are not sharded.
         whole = "parallel=ddp parallel.activation_checkpointing=true " if layout.kind == "fsdp" else ""
         other = {"kind": "ddp", "shard_size": None, **recompute} if whole else {}
@@ -366,7 +398,7 @@ def planned_phases(phases: Mapping[str, PhaseConfig]) -> tuple[PlannedPhase, ...
             batch_size=phase.batch_size,
             micro_batch_size=phase.micro_batch_size,
             micro_batch_tokens=phase.micro_batch_tokens,
-            runs_llm=any("answer_logits" in objective.outputs for objective in make_objectives(phase.objectives)),
+            outputs=frozenset().union(*(objective.outputs for objective in make_objectives(phase.objectives))),
             bounded=phase.batching != "fixed",
         )
         for name, phase in phases.items()

@@ -6,7 +6,8 @@ from rich.table import Table
 
 from instructblip.data.mixture import Mixture, share_table
 from instructblip.training.datasets import Steps
-from instructblip.training.plan.memory import ANSWER_TOKENS, GIB, PROMPT_TOKENS, USABLE, Plan, what_fits
+from instructblip.training.plan.flops import SampleLengths
+from instructblip.training.plan.memory import GIB, USABLE, Plan, what_fits
 
 
 def shares_planned(mixture: Mixture, phases: Sequence[Steps]) -> Table:
@@ -67,11 +68,11 @@ def plan_summary(plan: Plan) -> list[str]:
     """What the table counts on, how long the run takes, and whether it fits, in a line each."""
     layout, needed = plan.layout, plan.needed()
     samples, steps = sum(p.steps * p.batch_size for p in plan.phases), sum(p.steps for p in plan.phases)
-    rate = samples / plan.hours() / 3600
+    rate, usual, longest = samples / plan.hours() / 3600, plan.shape.usual, layout.longest
     lines = [
         "GiB on each GPU, in a usual forward pass and in the largest; GFLOP of a usual sample, without padding. "
-        f"A usual sample has {plan.shape.queries} visual tokens, a prompt of {PROMPT_TOKENS} and an answer of "
-        f"{ANSWER_TOKENS}; the largest pass is full of prompts of {layout.longest[0]} and answers of {layout.longest[1]}.",
+        f"A usual sample has {plan.shape.queries} visual tokens and {_texts(usual, 'a prompt', 'an answer', 'a caption')}; "
+        f"the largest pass is full of {_texts(longest, 'prompts', 'answers', 'captions')}.",
         f"{rate:,.0f} samples/s at {100 * layout.mfu:.0f}% of {layout.gpu.flops / 1e12:,.0f} bf16 TFLOP/s a GPU: "
         f"{steps:,} steps of {samples:,} samples in {plan.hours():,.1f} hours.",
     ]
@@ -90,3 +91,10 @@ def plan_summary(plan: Plan) -> list[str]:
     change, other = found
     after = f"{other.needed().largest / GIB:.1f} GiB, {other.hours():,.1f} hours"
     return [*lines, f"It does not fit: {says}; with {change} it does ({after})."]
+
+
+def _texts(lengths: SampleLengths, prompt: str, answer: str, caption: str) -> str:
+    """What a sample's texts are called, with their lengths."""
+    if not lengths.prompt:
+        return f"{caption} of {lengths.answer}"
+    return f"{prompt} of {lengths.prompt} and {answer} of {lengths.answer}"

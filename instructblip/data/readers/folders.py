@@ -1,0 +1,87 @@
+"""Pictures or videos sorted into a folder per class: `train/hat/a.jpg` is a hat. Folders within a class belong to it.
+
+Reader options, which the card gives: dataset (its name).
+"""
+
+import os
+import unicodedata
+from collections.abc import Iterator
+from pathlib import Path
+
+from instructblip.data.readers.base import Losses, MediaRecords, RawSplit, Reader
+from instructblip.data.readers.common import media_key
+from instructblip.data.readers.files import PICTURE_EXTENSIONS, VIDEO_EXTENSIONS
+from instructblip.data.readers.records import own_files
+from instructblip.data.records import Record
+from instructblip.data.typed import WrongValueError, clean_text, path_below
+from instructblip.errors import UserError
+
+
+def read_folders(source: RawSplit, losses: Losses) -> Iterator[MediaRecords]:
+    """Yield the pictures and videos of a split with one `classification` record each, in the order of their paths.
+
+    The id of an image and of its record is its path below the split's folder; the class is the first part of it.
+
+    Raises:
+        UserError: a folder is missing, cannot be listed, or has no folder in it.
+    """
+    for folder in _class_folders(source):
+        for path in _files(folder):
+            name = path.relative_to(folder).as_posix()
+            with losses.counting(name):
+                yield _media(path, name, source.options["dataset"])
+
+
+def look_at_folders(source: RawSplit) -> None:
+    """Look whether there are folders of classes.
+
+    Raises:
+        UserError: there are none.
+    """
+    _class_folders(source)
+
+
+def _class_folders(source: RawSplit) -> list[Path]:
+    folders = own_files(source, "folder")
+    for folder in folders:
+        if not folder.is_dir() or not any(path.is_dir() for path in folder.iterdir()):
+            raise UserError(f"{folder} must be a folder with a folder for each class; correct the card or raw=")
+    return folders
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """All files below a folder but hidden ones, sorted; links to folders of classes are followed, others are not."""
+    for name in sorted(os.listdir(folder)):
+        path = folder / name
+        if name.startswith("."):
+            continue
+        if not path.is_dir():
+            yield path
+            continue
+        for place, within, files in os.walk(path, onerror=_cannot_be_listed):
+            within[:] = sorted(inner for inner in within if not inner.startswith("."))
+            yield from (Path(place, file) for file in sorted(files) if not file.startswith("."))
+
+
+def _cannot_be_listed(error: OSError) -> None:
+    raise UserError(f"{error.filename} cannot be listed ({error.strerror}); mend its rights") from None
+
+
+def _media(path: Path, name: str, dataset: str) -> MediaRecords:
+    media_id = path_below(unicodedata.normalize("NFC", name))
+    extension = path.suffix[1:].lower()
+    if extension not in (*PICTURE_EXTENSIONS, *VIDEO_EXTENSIONS):
+        raise WrongValueError("file has no extension of a picture or video", name)
+    if media_id is None or (label := clean_text(media_id.partition("/")[0])) is None:
+        raise WrongValueError("file name cannot be printed", repr(name))
+    if "/" not in media_id:
+        raise WrongValueError("picture lies in no folder of a class", name)
+    record = Record(media_id, "classification", answers=(label,))
+    return MediaRecords(media_key(dataset, media_id), media_id, path, [record], extension in VIDEO_EXTENSIONS)
+
+
+READERS = {
+    "folders": Reader(
+        read_folders, needs=("folder",), options=("task",), tasks=("classification",), look=look_at_folders
+    )
+}

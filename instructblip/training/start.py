@@ -1,0 +1,40 @@
+"""The weights that a new run begins with, and what its plan says of them."""
+
+from instructblip.config.schema import TrainConfig
+from instructblip.errors import UserError
+from instructblip.models.base import Model
+from instructblip.training.plan.memory import Plan
+from instructblip.weights.init_from import NOTHING_GIVEN, Begun, plan_alignment, start_from, start_new
+from instructblip.weights.init_sources import check_pinned, find_start, given_weights, read_start
+
+
+def begin_run(model: Model, config: TrainConfig) -> Begun:
+    """Put the weights of `init_from` into a new model; the run does not need their source again.
+
+    Raises:
+        UserError: none are given where the Q-Former has none of its own, or they do not fit.
+    """
+    given = given_weights(config.init_from, config.qformer)
+    if not given:
+        if config.qformer.init == "given":
+            raise UserError(NOTHING_GIVEN)
+        return Begun(start_new(model))
+    weights = [read_start(find_start(source)) for source in given]
+    check_pinned(weights, config.init_sha256)
+    begun = start_from(model, weights, config.qformer, config.llm)
+    if not config.init_from:
+        begun.lines.insert(0, f"qformer.stage1 and stage2 are another spelling of init_from=[{','.join(given)}]")
+    return begun
+
+
+def plan_start(config: TrainConfig, plan: Plan) -> list[str]:
+    """A line where Q-Former and LLM are not aligned to each other at the start; none where there is no LLM.
+
+    Raises:
+        UserError: weights to start from that are here and cannot be opened.
+    """
+    if config.llm is None:
+        return []
+    given, width = given_weights(config.init_from, config.qformer), plan.parts.llm.get_input_embeddings().embedding_dim
+    line = plan_alignment(given, config.qformer, config.llm, width)
+    return [] if line is None else [f"At the start: {line}."]

@@ -1,0 +1,242 @@
+"""What a run can start from that is not its own: runs, transformers' folders and hub ids, files of LAVIS.
+
+Whatever the format, `read_start` gives tensors under this code's names, and what the source says of the language model
+that they were trained beside.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from instructblip.config.schema import LLMConfig, QFormerConfig
+from instructblip.config.validate import read_model_config
+from instructblip.errors import UserError
+from instructblip.files import atomic_path
+from instructblip.models.fingerprint import fingerprint_tensors
+from instructblip.weights.checkpoint import MODEL_FILE, load_checkpoint
+from instructblip.weights.gatekeeper import check_settings, open_config, refuse_other_model
+from instructblip.weights.lavis import read_tensors
+from instructblip.weights.load import find_checkpoint, hub_folder
+from instructblip.weights.names import LLM_PREFIX, native_names
+from instructblip.weights.start import PROJECTION, Start
+from instructblip.weights.transformers_layout import layout_of
+from instructblip.weights.transformers_read import is_huggingface_folder, read_side_tensors, read_weights
+
+TEXT_BRANCH_FILE = "text_branch.safetensors"
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_PTH = (".pth", ".pt", ".bin")
+
+
+class StartSource(NamedTuple):
+    """Weights to start from that were found; nothing of them has been read yet.
+
+    Attributes:
+        given: as the user wrote it.
+        format: `run`, `transformers` or `lavis`.
+        path: the checkpoint folder of a run, the transformers folder, the file.
+        name: of the run, folder, hub repository or file.
+    """
+
+    given: str
+    format: Literal["run", "transformers", "lavis"]
+    path: Path
+    name: str
+
+
+@dataclass(frozen=True)
+class Partner:
+    """The language model that Q-Former and projection were trained beside, as far as a source says.
+
+    Attributes:
+        name: in configs/llm.
+        projection: LAVIS's name of the projection, which tells the family.
+        width: of its embeddings, which the projection leads into.
+        weights: tensors of it under this code's names; empty where the source has none.
+    """
+
+    name: str | None = None
+    projection: str | None = None
+    width: int | None = None
+    weights: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def other_than(self, llm: LLMConfig, width: int) -> str | None:
+        """What it is called where it cannot be `llm`, whose embeddings are of that width; None where it may be."""
+        if self.projection is not None and llm.lavis_projection not in (None, self.projection):
+            return f"an LLM of LAVIS's {self.projection}"
+        if self.name not in (None, llm.name):
+            return self.name
+        return None if self.width in (None, width) else f"{self.name or 'an LLM'} of width {self.width}"
+
+
+@dataclass(frozen=True)
+class StartWeights:
+    """Weights that were read.
+
+    Attributes:
+        source: where they were found.
+        tensors: under this code's names; an LLM's only where the source is a run that trained it.
+        sha256: fingerprint of the tensors.
+        partner: the language model they were trained beside; None for a model without one.
+        frozen: fingerprints of the vision encoder and the LLM that they were trained with, where a run names them by that.
+        untrained: parts among them that were drawn and never trained.
+    """
+
+    source: StartSource
+    tensors: dict[str, Tensor]
+    sha256: str
+    partner: Partner | None
+    frozen: dict[str, str] = field(default_factory=dict)
+    untrained: tuple[str, ...] = ()
+
+
+def given_weights(init_from: Sequence[str], qformer: QFormerConfig) -> list[str]:
+    """What a configuration wants to start from; `qformer.stage1` and `stage2` are another spelling of it."""
+    return [path for path in (qformer.stage1, qformer.stage2) if path is not None] or list(init_from)
+
+
+def find_start(given: str) -> StartSource:
+    """Find weights to start from. A hub id is fetched.
+
+    Raises:
+        UserError: nothing there that can be started from.
+    """
+    path = Path(given).expanduser()
+    if path.is_file() and path.suffix in _PTH:
+        return StartSource(given, "lavis", path, path.stem)
+    if is_huggingface_folder(path):
+        return StartSource(given, "transformers", path, path.absolute().name)
+    if path.exists():
+        refuse_other_model(path)
+    if path.is_dir():
+        checkpoint = find_checkpoint(path)
+        return StartSource(given, "run", checkpoint, checkpoint.absolute().parents[1].name)
+    if path.exists() or path.suffix in _PTH or not _HUB_ID.fullmatch(given):
+        raise UserError(
+            f"init_from={given} is no run, transformers folder, hub id or .pth file; give one that is there"
+        )
+    return StartSource(given, "transformers", hub_folder(given), given)
+
+
+def is_here(given: str) -> bool:
+    """Whether weights to start from lie on this machine, by their path."""
+    return Path(given).expanduser().exists()
+
+
+def find_partner(source: StartSource) -> Partner | None:
+    """The language model that weights were trained beside, as far as it is known before they are read.
+
+    Raises:
+        UserError: no configuration beside them, or weights that cannot be opened.
+    """
+    if source.format == "run":
+        llm = read_model_config(source.path.parents[1] / "config.yaml").llm
+        return None if llm is None else Partner(llm.name, width=_projection_width(source.path / MODEL_FILE))
+    if source.format == "transformers":
+        text = open_config(source.path).text_config
+        return Partner(width=text.hidden_size)
+    tensors, projection = read_tensors(source.path)  # mapped into memory, where they stay on the disk
+    return None if projection is None else Partner(projection=projection, width=len(tensors["projection.weight"]))
+
+
+def read_start(source: StartSource) -> StartWeights:
+    """Read the tensors of a source.
+
+    Raises:
+        UserError: a file that is missing or broken, a tensor that no model here has.
+    """
+    read = {"run": _read_run, "transformers": _read_transformers, "lavis": _read_lavis}
+    return read[source.format](source)
+
+
+def check_pinned(weights: Sequence[StartWeights], sha256: Sequence[str]) -> None:
+    """Refuse weights that are not those that `init_sha256` names, where it names any.
+
+    Raises:
+        UserError: says which, and their own fingerprint.
+    """
+    if sha256 and len(sha256) != len(weights):
+        raise UserError(
+            f"init_sha256 has {len(sha256)} entries for {len(weights)} of init_from; give one each, or none"
+        )
+    for found, wanted in zip(weights, sha256, strict=False):
+        if found.sha256 != wanted:
+            raise UserError(
+                f"init_from={found.source.given} has the fingerprint {found.sha256}, and init_sha256 wants {wanted}; "
+                "give the weights that it names, or leave init_sha256 out"
+            )
+
+
+def save_text_branch(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Keep what a run's own model has no place for beside its checkpoints, for those that start from it.
+
+    Raises:
+        UserError: a full disk, or no right to write.
+    """
+    with atomic_path(folder / TEXT_BRANCH_FILE) as partial:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
+
+
+def _read_run(source: StartSource) -> StartWeights:
+    loaded = load_checkpoint(source.path)
+    folder = source.path.parents[1]
+    llm = read_model_config(folder / "config.yaml").llm
+    tensors = loaded.model | _text_branch(folder, Start.from_json(loaded.state.get("start")).text_branch)
+    width = tensors["projection.weight"].shape[0] if "projection.weight" in tensors else None
+    own = {name: tensor for name, tensor in tensors.items() if name.startswith(LLM_PREFIX)}
+    untrained = tuple(loaded.state.get("untrained", ()))
+    partner = None
+    if llm is not None and PROJECTION not in untrained:
+        partner = Partner(llm.name, width=width, weights=own)
+    frozen = {part: sha256 for part, sha256 in loaded.state["frozen"].items() if part in ("vision", "llm")}
+    return StartWeights(source, tensors, fingerprint_tensors(tensors), partner, frozen, untrained)
+
+
+def _text_branch(folder: Path, sha256: str | None) -> dict[str, Tensor]:
+    """What a run that reads no text keeps for those that start from it."""
+    if sha256 is None:
+        return {}
+    file = folder / TEXT_BRANCH_FILE
+    if not file.is_file():
+        raise UserError(f"{file} is missing, which the run kept for those that start from it; copy the whole run")
+    try:
+        tensors = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{file} cannot be read ({error}); copy the whole run again") from None
+    if fingerprint_tensors(tensors) != sha256:
+        raise UserError(f"{file} is not what the run wrote; copy the whole run again")
+    return tensors
+
+
+def _read_transformers(source: StartSource) -> StartWeights:
+    check_settings(source.path)
+    weights = read_weights(source.path)
+    names = native_names(weights, layout_of(source.path).names, str(source.path))
+    tensors = {native: weights[name] for name, native in names.items()} | read_side_tensors(source.path)
+    llm = {name: tensors.pop(name) for name in list(tensors) if name.startswith(LLM_PREFIX)}
+    partner = Partner(width=tensors["projection.weight"].shape[0], weights=llm) if llm else None
+    return StartWeights(source, tensors, fingerprint_tensors(tensors), partner)
+
+
+def _read_lavis(source: StartSource) -> StartWeights:
+    tensors, projection = read_tensors(source.path)
+    partner = None
+    if projection is not None:
+        partner = Partner(projection=projection, width=tensors["projection.weight"].shape[0])
+    return StartWeights(source, tensors, fingerprint_tensors(tensors), partner)
+
+
+def _projection_width(file: Path) -> int | None:
+    """Rows of the projection in a checkpoint, by the file's header."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            names = set(opened.keys())
+            return opened.get_slice("projection.weight").get_shape()[0] if "projection.weight" in names else None
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{file} cannot be read ({error}); use another checkpoint of the run") from None

@@ -1,0 +1,84 @@
+"""`evaluate.py suite=retrieval` from prepared files: twice and on two ranks the same results, read by table and page."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from instructblip.config.schema import ModelConfig, TrainConfig
+from instructblip.errors import UserError
+from instructblip.evaluation.report.table import as_text, score_table
+from instructblip.evaluation.results_file import read_run
+from instructblip.weights.native import save_native
+from instructblip.weights.parts import build_model
+from tests.kit.runs import World, compose, evaluate_here, run_ranks
+
+SUITE = ("suite=retrieval", "data=synthetic", "name=retrieval", "batch_size=16")
+
+
+@pytest.fixture(scope="module")
+def run(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of BLIP-2's first stage that was never trained."""
+    folder = tmp_path_factory.mktemp("stage1") / "run"
+    parts = [override for override in world.train if not override.startswith("llm")]
+    config = compose(
+        "train",
+        TrainConfig,
+        ["model=blip2_stage1", "~llm", "qformer.extra_tokens=['[DEC]']", *parts, "vision.norm=layer"],
+    )
+    with world.here():
+        model = build_model(config)
+        described = ModelConfig(
+            seed=config.seed, model=config.model, vision=config.vision, qformer=config.qformer, llm=None
+        )
+        save_native(model, described, folder)
+    return folder
+
+
+def results(folder: Path) -> dict[str, Any]:
+    values: dict[str, Any] = json.loads((folder / "results.json").read_text())
+    return values
+
+
+def test_twice_and_on_two_ranks_the_results_are_the_same(world: World, run: Path, tmp_path: Path) -> None:
+    shards = f"data.shards={tmp_path / 'shards'}"
+    first = evaluate_here(world, run, tmp_path / "first", *SUITE, shards)
+    second = evaluate_here(world, run, tmp_path / "second", *SUITE, shards)
+    arguments = [*world.evaluate, *SUITE, shards, f"checkpoint={run}", f"output={tmp_path / 'third'}"]
+    run_ranks(world, "evaluate.py", *arguments, cwd=tmp_path / "ranks")
+    expected = results(first) | {"created": ""}
+    assert results(second) | {"created": ""} == expected
+    third = results(tmp_path / "third/retrieval") | {"created": ""}
+    assert third["datasets"] == expected["datasets"]
+    for dataset in ("coco_retrieval", "flickr30k_retrieval"):
+        entry = expected["datasets"][dataset]
+        assert entry["parts"].keys() == {f"{way}{k}" for way in ("TR", "IR") for k in ("@1", "@5", "@10", " mean")}
+        assert 0 <= entry["parts"]["TR@1"]["value"] <= entry["parts"]["TR@5"]["value"] <= 100
+        assert set(entry["baselines"]) == {"chance"}
+    assert expected["model"]["kind"] == "BLIP2"
+    assert "llm" not in expected["model"]
+    text = as_text(score_table([read_run(first)]))
+    for shown in ("COCO TR@1", "Flickr30K IR@10", "BLIP-2 ViT-g", "97.6", "BLIP CapFilt-L", "made-up data"):
+        assert shown in text
+    page = (first / "report.html").read_text()
+    assert "captions found" in page
+    assert "finds its image at place" in page
+
+
+def test_questions_are_not_asked_of_a_model_without_a_language_model(world: World, run: Path, tmp_path: Path) -> None:
+    says = "has no language model to rank candidates with, which easy_vqa_shape, easy_vqa_yes_no asks for"
+    with pytest.raises(UserError, match=says):
+        evaluate_here(world, run, tmp_path, "suite.held_in=[easy_vqa_shape,easy_vqa_yes_no]", "suite.held_out=[]")
+
+
+def test_captions_are_written_without_a_prompt(world: World, run: Path, tmp_path: Path) -> None:
+    shards = f"data.shards={tmp_path / 'shards'}"
+    arguments = ("suite.held_in=[]", "suite.held_out=[flickr30k]", "data=synthetic", "name=captions")
+    found = results(evaluate_here(world, run, tmp_path, *arguments, shards))
+    assert found["datasets"]["flickr30k"]["metric"] == "cider"
+
+
+def test_an_instructblip_is_not_asked_to_retrieve(world: World, untrained_run: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="has no matching head to retrieve with, which coco_retrieval"):
+        evaluate_here(world, untrained_run, tmp_path, *SUITE, f"data.shards={tmp_path / 'shards'}")
