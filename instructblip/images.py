@@ -27,7 +27,12 @@ Fit = Callable[[Image.Image, int], Tensor]
 
 
 def decode_image(
-    data: bytes, where: str, *, at_least: tuple[int, int] | None = None, upright: bool = True
+    data: bytes,
+    where: str,
+    *,
+    at_least: tuple[int, int] | None = None,
+    upright: bool = True,
+    transparency: str = "white",
 ) -> Image.Image:
     """Decode to RGB, upright, transparency laid on white.
 
@@ -37,6 +42,7 @@ def decode_image(
         at_least: width and height, upright, that are enough: a JPEG may come out as small as that, but never smaller
             unless it is.
         upright: False leaves the picture as it is stored, whatever its EXIF orientation says, as the released code does.
+        transparency: `dropped` shows the colours that lie beneath, often black, as the released code does.
 
     Raises:
         DamagedSample: not an image, cut short, or larger than `MAX_PIXELS`.
@@ -47,7 +53,7 @@ def decode_image(
             image.draft("RGB", at_least[::-1] if _lies_on_its_side(image) else at_least)
         if upright:
             ImageOps.exif_transpose(image, in_place=True)
-        return to_rgb(image)
+        return to_rgb(image) if transparency == "white" else image.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise _damaged(where, error) from None
 
@@ -204,14 +210,23 @@ def to_pixels(image: Image.Image) -> Tensor:
 FITS: dict[str, Fit] = {"resize_square": resize_square, "center_crop": center_crop}
 
 
-def fit_frames(frames: Sequence[bytes], where: str, transform: str, size: int, *, upright: bool = True) -> Tensor:
+def fit_frames(
+    frames: Sequence[bytes],
+    where: str,
+    transform: str,
+    size: int,
+    *,
+    upright: bool = True,
+    transparency: str = "white",
+) -> Tensor:
     """The frames of one sample under a transform that draws nothing: uint8 (F, 3, size, size).
 
     Raises:
         DamagedSample: as `decode_image`, or no frame.
     """
     fit = FITS[transform]
-    return stack_frames([fit(decode_image(frame, where, upright=upright), size) for frame in frames], where)
+    decoded = [decode_image(frame, where, upright=upright, transparency=transparency) for frame in frames]
+    return stack_frames([fit(picture, size) for picture in decoded], where)
 
 
 def stack_frames(frames: list[Tensor], where: str) -> Tensor:

@@ -45,6 +45,7 @@ TextProcessor = Literal["none", "blip_caption", "blip_question"]
 BatchingKind = Literal["fixed", "bucketed", "packed"]
 Gather = Literal["gradient", "detached"]
 Precision = Literal["fp32", "bf16"]
+LossMean = Literal["global", "micro_batch"]
 ParallelKind = Literal["single", "ddp", "fsdp"]
 LoggerKind = Literal["none", "wandb"]
 LoggerMode = Literal["offline", "online"]
@@ -385,6 +386,9 @@ class RecipeConfig(Section):
     betas: Annotated[list[Decay], Field(min_length=2, max_length=2)] = field(default_factory=lambda: [0.9, 0.999])
     clip_norm: PositiveFloat | None = 1.0
     precision: Precision = "fp32"  # bf16: autocast over float32 weights of what trains
+    # global: over the units of the global batch. micro_batch: over those of each micro-batch, then over micro-batches and
+    # ranks, as the released code has it.
+    loss_mean: LossMean = "global"
     non_finite: Literal["stop", "skip"] = "stop"  # what a loss or gradient that is not finite does
     non_finite_limit: AtLeastOne = 10  # of the last 100 steps, how many may be skipped before the run ends
     average_decay: Decay | None = None  # moving average of the trained weights, evaluated in their place; such as 0.999

@@ -64,6 +64,7 @@ class Evaluation(Section):
         may_be_empty: fields that the prompt shows even where a record has none of them.
         transform: how an image becomes a square, one of `transforms.FITS`.
         upright: whether pictures are turned as their EXIF orientation says.
+        transparency: what is seen where a picture is transparent: `white`, or, once that is `dropped`, what lies beneath.
         frames: pictures of a sample, 1 but for videos. This and `ocr` the prepared shards settle; a score on shards that
             were prepared otherwise is marked.
         ocr: whose tokens a prompt with `{ocr_tokens}` shows: `own`, those that come with the dataset; None: not known.
@@ -94,6 +95,7 @@ class Evaluation(Section):
     may_be_empty: tuple[str, ...] = ()
     transform: Literal["resize_square", "center_crop"] = "resize_square"
     upright: bool = True
+    transparency: Literal["white", "dropped"] = "white"
     frames: AtLeastOne = 1
     ocr: Literal["own"] | None = None
     rerank: AtLeastOne = 128

@@ -38,11 +38,17 @@ _AGAIN = "run the same command again (train.py with resume=auto), which encodes 
 
 
 def shard_pixels(
-    shard: ShardReader, row: int, image_size: int, transform: str = "resize_square", upright: bool = True
+    shard: ShardReader,
+    row: int,
+    image_size: int,
+    transform: str = "resize_square",
+    upright: bool = True,
+    transparency: str = "white",
 ) -> Tensor:
     """The frames of one row under a transform of `transforms.FITS`: uint8 (F, 3, image_size, image_size)."""
     frames, _ = shard.read_encoded(row)
-    return fit_frames(frames, f"{shard.keys[row]} of {shard.path}", transform, image_size, upright=upright)
+    where = f"{shard.keys[row]} of {shard.path}"
+    return fit_frames(frames, where, transform, image_size, upright=upright, transparency=transparency)
 
 
 class FeatureCache:

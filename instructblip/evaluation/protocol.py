@@ -48,6 +48,7 @@ class Protocol:
         may_be_empty: fields that the prompt shows even where a record has none of them.
         transform: how an image becomes a square, one of `transforms.FITS`.
         upright: whether pictures are turned as their EXIF orientation says.
+        transparency: what is seen where a picture is transparent: `white`, or, once that is `dropped`, what lies beneath.
         frames: pictures a sample, 1 but for videos.
         ocr: whose tokens the prompt shows and how many at most; empty where it shows none.
         metric: its name; of one's own, file and function.
@@ -84,6 +85,7 @@ class Protocol:
     may_be_empty: tuple[str, ...]
     transform: str
     upright: bool
+    transparency: str
     frames: int
     ocr: str
     metric: str
@@ -107,6 +109,7 @@ class Protocol:
             "metric": self.metric + (f" (sha256 {self.metric_sha256[:16]})" if self.metric_sha256 else ""),
             "images": f"{self.images}, {self.transform}"
             + ", not turned upright" * (not self.upright)
+            + ", transparency dropped" * (self.transparency == "dropped")
             + f", {self.frames} frames a video" * (self.frames > 1),
         }
         if self.text_processor != "none":
@@ -431,6 +434,7 @@ def as_released(rules: Evaluation, llm_kind: str) -> Evaluation:
         text_processor="blip_caption",
         may_be_empty=("context",),  # it compares a list with an empty string
         upright=False,
+        transparency="dropped",
     )
 
 
@@ -546,6 +550,7 @@ _FROM_CARD = (
     "may_be_empty",
     "transform",
     "upright",
+    "transparency",
 )
 
 

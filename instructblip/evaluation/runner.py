@@ -133,9 +133,11 @@ def blank_image(image_size: int) -> Tensor:
     return torch.full((3, image_size, image_size), _GREY, dtype=torch.uint8)
 
 
-def read_pixels(image_size: int, transform: str = "resize_square", *, upright: bool = True) -> ReadImage:
+def read_pixels(
+    image_size: int, transform: str = "resize_square", *, upright: bool = True, transparency: str = "white"
+) -> ReadImage:
     """A reader that decodes images, for use without a feature cache."""
-    return partial(shard_pixels, image_size=image_size, transform=transform, upright=upright)
+    return partial(shard_pixels, image_size=image_size, transform=transform, upright=upright, transparency=transparency)
 
 
 # --- cutting the work ------------------------------------------------------------------------------------------------

@@ -52,8 +52,9 @@ def image_reader(model: Model, tasks: Sequence[Task], cache_folder: Path | None)
 
 
 def takes_cached_images(task: Task) -> bool:
-    """Whether a task shows pictures as `image_reader` gives them, from a cache perhaps: squashed and upright."""
-    return task.protocol.transform == "resize_square" and task.protocol.upright
+    """Whether a task shows pictures as `image_reader` gives them, from a cache perhaps: squashed, upright, on white."""
+    protocol = task.protocol
+    return protocol.transform == "resize_square" and protocol.upright and protocol.transparency == "white"
 
 
 def model_identity(model: Model, frozen: Mapping[str, str], trained: str) -> str:
@@ -195,7 +196,12 @@ def evaluate_tasks(
         home, protocol = folder / task.card.name, task.protocol
         reader = read_image
         if not takes_cached_images(task):
-            reader = read_pixels(model.vision.image_size, protocol.transform, upright=protocol.upright)
+            reader = read_pixels(
+                model.vision.image_size,
+                protocol.transform,
+                upright=protocol.upright,
+                transparency=protocol.transparency,
+            )
         blinded = blind and protocol.mode != "retrieve"
         runs = [(task, home), *([(blind_task(task), home / _WITHHELD)] if blinded else [])]
         try:

@@ -344,13 +344,11 @@ def _fetch_hub(sources: Sources, repository: str, progress: bool, *, anew: bool)
 
 @contextlib.contextmanager
 def hub_errors(name: str, repository: str) -> Iterator[None]:
-    """What goes wrong on the way to the hub as an `UnreachableError`; an id that is none as a `UserError`."""
-    from huggingface_hub.errors import HFValidationError
-
+    """What goes wrong on the way to the hub as an `UnreachableError`; a name that is none as a `UserError`."""
     try:
         yield
-    except HFValidationError as error:
-        raise UserError(f"{name}: {error}") from None
+    except ValueError as error:  # a name that is none, of the repository or of a file in it
+        raise UserError(f"{name}: hub repository {repository}: {error}") from None
     except Exception as error:
         # The hub's own errors are OSErrors; a connection that breaks half-way is an error of whichever httpx it uses.
         from_network = isinstance(error, OSError) or type(error).__module__.startswith("httpx")

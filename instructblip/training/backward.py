@@ -1,4 +1,5 @@
-"""The gradient of a global batch: one backward pass a micro-batch, each objective's sum over its units in the whole batch.
+"""The gradient of a global batch: one backward pass a micro-batch, each objective's sum over its units in the whole batch
+(or, as the released code has it, in the micro-batch).
 
 Objectives that compare samples of the whole batch take two passes (Gao et al. 2021, "Scaling deep contrastive learning batch
 size under memory limited setup"): features of all micro-batches without gradient, gathered over the ranks; the loss and its
@@ -26,11 +27,12 @@ class TermSums(NamedTuple):
     """A term as numbers: what is logged of it.
 
     Attributes:
-        total: sum over units, nats; `per_sample` for each sample.
+        mean: its part of the objective's mean, nats: the sum over its units, divided as for the gradient.
+        per_sample: sum over units, nats, for each sample.
         counts: units of each sample.
     """
 
-    total: float
+    mean: float
     per_sample: list[float]
     counts: list[int]
 
@@ -39,7 +41,7 @@ def backward(
     model: Model,
     inputs: Sequence[Inputs],
     objectives: Sequence[Objective],
-    units: Sequence[int],
+    divisors: Sequence[Sequence[float]],
     *,
     packed: bool,
     seed: int,
@@ -51,7 +53,8 @@ def backward(
         model: whose gradients are empty, or are to be added to.
         inputs: this rank's micro-batches.
         objectives: what is trained for.
-        units: of each objective in the global batch.
+        divisors: for each objective what each micro-batch's sum is divided by: its units in the global batch, or those of
+            the micro-batch, times the number of micro-batches. Of those that compare the whole batch the first counts.
         packed: several samples share a row of the LLM.
         seed: of what objectives draw.
         context: how the passes are carried out.
@@ -59,12 +62,12 @@ def backward(
     Returns:
         For each objective its terms by micro-batch; and what each pass went through.
     """
-    scales = [objective.weight / count for objective, count in zip(objectives, units, strict=True)]
+    pairs = list(zip(objectives, divisors, strict=True))
     first = _FirstPass()
     if any(isinstance(objective, _LooksAround) for objective in objectives):
         inputs = _with_image_tokens(model, inputs, context)
         batch, first.streams = _look_around(model, inputs, objectives, context)
-        _compare(objectives, scales, batch, first)
+        _compare(pairs, batch, first)
         inputs = _with_partners(inputs, objectives, batch, seed, context.ranks)
     wanted = set().union(*(objective.outputs for objective in objectives))
     sums: list[list[TermSums]] = [first.sums.get(objective.name, []) for objective in objectives]
@@ -76,11 +79,11 @@ def backward(
             first.repeat_random_numbers(number)
             outputs = context.forward(model, part, wanted, packed=packed)
             loss = first.surrogate(outputs, slice(start, start + len(part)), with_shared=last)
-            for objective, scale, found in zip(objectives, scales, sums, strict=True):
+            for (objective, of_parts), found in zip(pairs, sums, strict=True):
                 if isinstance(objective, SampleObjective):
                     term = objective.term(outputs.tensors, part)
-                    loss = loss + term.total * scale
-                    found.append(_sums(term))
+                    loss = loss + term.total * (objective.weight / of_parts[number])
+                    found.append(_sums(term, of_parts[number]))
             loss.backward()
         workloads.append(outputs.workload)
         start += len(part)
@@ -167,16 +170,16 @@ def _number(image_id: str) -> int:
     return int.from_bytes(hashlib.blake2b(image_id.encode(), digest_size=8).digest(), "big", signed=True)
 
 
-def _compare(objectives: Sequence[Objective], scales: Sequence[float], batch: WholeBatch, first: "_FirstPass") -> None:
+def _compare(pairs: Sequence[tuple[Objective, Sequence[float]]], batch: WholeBatch, first: "_FirstPass") -> None:
     """Note the terms of the objectives over the whole batch, and their gradient at its outputs."""
     total = torch.zeros((), device=batch.own_rows_B.device)
-    for objective, scale in zip(objectives, scales, strict=True):
+    for objective, of_parts in pairs:
         if isinstance(objective, BatchObjective):
             detached = {name: tensor.detach() for name, tensor in batch.everyone.items()}
             seen = batch._replace(everyone=detached) if objective.gather == "detached" else batch
             term = objective.batch_term(seen)
-            total = total + term.total * scale
-            first.sums[objective.name] = [_sums(term)]
+            total = total + term.total * (objective.weight / of_parts[0])
+            first.sums[objective.name] = [_sums(term, of_parts[0])]
     if not first.sums:
         return
     # Every rank's backward pass through the gather takes part in the exchange of gradients.
@@ -227,5 +230,5 @@ class _RandomState(NamedTuple):
             torch.cuda.set_rng_state(self.device, self.where)
 
 
-def _sums(term: Term) -> TermSums:
-    return TermSums(float(term.total.detach()), term.per_sample.tolist(), term.counts.tolist())
+def _sums(term: Term, divisor: float) -> TermSums:
+    return TermSums(float(term.total.detach()) / divisor, term.per_sample.tolist(), term.counts.tolist())

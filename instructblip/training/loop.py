@@ -16,8 +16,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from instructblip.data.batching import Batch, in_order_of_draws, split_further
 from instructblip.errors import UserError
-from instructblip.models.base import Model, PassWorkload
+from instructblip.models.base import Inputs, Model, PassWorkload
 from instructblip.objectives import Objective
+from instructblip.objectives.base import SampleObjective
 from instructblip.training.backward import TermSums, backward
 from instructblip.training.optim import clip_gradients, set_learning_rate
 from instructblip.training.parallel import StepContext
@@ -29,7 +30,8 @@ class StepResult(NamedTuple):
     """What one optimiser step saw, over all ranks.
 
     Attributes:
-        loss: weighted sum of the objectives' means over their units, nats; `loss_by_dataset` the same for each.
+        loss: weighted sum of the objectives' means over their units, nats; `loss_by_dataset` that for each, always over
+            the units of the global batch.
         loss_by_objective: each objective's mean, without its weight.
         grad_norm: before clipping.
         samples, tokens: trained on; tokens are the units of the first objective, supervised tokens in most phases.
@@ -73,7 +75,8 @@ def train_step(
     """One optimiser step over a global batch, of which `batches` are this rank's micro-batches.
 
     Each objective's sum is divided by the number of its units in the global batch before the backward pass: micro-batches
-    and ranks only add up, so any split of the batch gives the same gradient, whatever objectives are mixed.
+    and ranks only add up, so any split of the batch gives the same gradient, whatever objectives are mixed. With
+    `context.micro_batch_means` it is divided by the units of its micro-batch and the number of these, and the split counts.
 
     Args:
         objectives: what is trained for.
@@ -89,12 +92,14 @@ def train_step(
     ranks = context.ranks
     inputs = [model.prepare(batch) for batch in batches]
     counts = ranks.gather({"passes": len(batches), "units": [sum(map(o.count, inputs)) for o in objectives]})
-    units = [sum(column) for column in zip(*(count["units"] for count in counts), strict=True)]
+    divisors = _divisors(objectives, inputs, counts, micro_batch_means=context.micro_batch_means)
     if context.equal_passes and (passes := max(count["passes"] for count in counts)) > len(batches):
+        wholes = {place: number for number, batch in enumerate(batches) for place in batch.places}
         batches = split_further(batches, passes)
+        divisors = [[of_parts[wholes[batch.places[0]]] for batch in batches] for of_parts in divisors]
         inputs = [model.prepare(batch) for batch in batches]
     with ranks.watched():
-        losses, workloads = backward(model, inputs, objectives, units, packed=packed, seed=seed, context=context)
+        losses, workloads = backward(model, inputs, objectives, divisors, packed=packed, seed=seed, context=context)
     result = _result(objectives, ranks.gather(_report(batches, losses, workloads, context.stop_signal())))
     with ranks.watched():
         norm = clip_gradients(model.parameters(), math.inf if clip_norm is None else clip_norm)
@@ -109,6 +114,25 @@ def train_step(
     set_learning_rate(optimizer, rate, new_parts_scale, part_scales)
     optimizer.step()
     return result
+
+
+def _divisors(
+    objectives: Sequence[Objective],
+    inputs: Sequence[Inputs],
+    counts: Sequence[Mapping[str, Any]],
+    *,
+    micro_batch_means: bool,
+) -> list[list[float]]:
+    """For each objective what the sum of each of this rank's micro-batches is divided by, from the counts of all ranks."""
+    passes = sum(count["passes"] for count in counts)
+    divisors: list[list[float]] = []
+    for number, objective in enumerate(objectives):
+        if micro_batch_means and isinstance(objective, SampleObjective):
+            divisors.append([float(max(objective.count(part), 1) * passes) for part in inputs])
+        else:
+            units = sum(count["units"][number] for count in counts)
+            divisors.append([float(units)] * len(inputs))
+    return divisors
 
 
 def what_is_not_finite(result: StepResult) -> str:
@@ -133,7 +157,7 @@ def _report(
         for dataset, (value, units) in zip(datasets, rows, strict=True):
             sums[dataset] = sums.get(dataset, 0.0) + value
             counts[dataset] = counts.get(dataset, 0) + units
-        terms.append({"total": sum(part.total for part in of_objective), "sums": sums, "counts": counts})
+        terms.append({"mean": sum(part.mean for part in of_objective), "sums": sums, "counts": counts})
     return {
         "terms": terms,
         "ids": in_order_of_draws(batches),
@@ -158,7 +182,7 @@ def _result(objectives: Sequence[Objective], reports: Sequence[dict[str, Any]]) 
         terms = [report["terms"][number] for report in reports]
         counts = _added(term["counts"] for term in terms)
         units.append(int(sum(counts.values())))
-        means[objective.name] = sum(term["total"] for term in terms) / units[-1]
+        means[objective.name] = sum(term["mean"] for term in terms)
         for name, value in _added(term["sums"] for term in terms).items():
             by_dataset[name] = by_dataset.get(name, 0.0) + objective.weight * value / counts[name]
     ids = [sample_id for report in reports for sample_id in report["ids"]]

@@ -37,6 +37,7 @@ class StepContext:
         ranks: this process among the run's.
         wrapped: the model inside DDP, where there are several processes.
         autocast: dtype that matrix products of the trainable part are computed in; None leaves float32.
+        micro_batch_means: the loss is a mean over micro-batches of their own means, not one over the global batch.
         equal_passes: every rank must make equally many forward passes, since blocks are gathered in each.
         skip_non_finite: pass over a step whose loss or gradient is not finite, instead of ending the run.
         stop_signal: number of the signal that asked this process to stop, else 0.
@@ -45,6 +46,7 @@ class StepContext:
     ranks: Ranks = field(default_factory=Ranks)
     wrapped: DistributedDataParallel | None = None
     autocast: torch.dtype | None = None
+    micro_batch_means: bool = False
     equal_passes: bool = False
     skip_non_finite: bool = False
     stop_signal: Callable[[], int] = lambda: 0

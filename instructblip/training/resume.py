@@ -47,6 +47,7 @@ _FREE = (
     "recipe.non_finite_limit",
     "recipe.final_samples",
 )
+# How a batch is cut, where the loss is a mean over all of it.
 _FREE_IN_PHASES = ("batching", "micro_batch_size", "micro_batch_tokens")
 # What a checkpoint names of its inputs -> the key that allows another by its name in resume_allow.
 _ALLOWED_BY = {
@@ -107,7 +108,8 @@ def check_configuration(config: TrainConfig, folder: Path, console: Console) -> 
         if key not in (known := valid_keys(TrainConfig)):
             raise UserError(f"resume_allow: {unknown_key(key, known)}")
     begun = read_config(folder / "config.yaml", TrainConfig)
-    free = (*_FREE, *(f"recipe.phases.{name}.{key}" for name in config.recipe.phases for key in _FREE_IN_PHASES))
+    cut = _FREE_IN_PHASES if config.recipe.loss_mean == "global" else ()
+    free = (*_FREE, *(f"recipe.phases.{name}.{key}" for name in config.recipe.phases for key in cut))
     old, new = to_dict(begun), to_dict(config)
     refused = differences(old, new, ignore=(*free, *config.resume_allow))
     orders = [", ".join(recipe["phases"]) for recipe in (old["recipe"], new["recipe"])]

@@ -243,6 +243,7 @@ def make_optimisation(run: TrainingRun, stop_signal: Callable[[], int]) -> Optim
         ranks=run.ranks,
         wrapped=wrapped,
         autocast=PRECISIONS[recipe.precision],
+        micro_batch_means=recipe.loss_mean == "micro_batch",
         equal_passes=is_sharded(parallel.kind, run.ranks.world_size),
         skip_non_finite=recipe.non_finite == "skip",
         stop_signal=stop_signal,

@@ -51,7 +51,7 @@ def test_held_in_sets_are_scored_on_the_way_and_at_the_end(smoke: tuple[Path, Pa
     run, _, _ = smoke
     suite = compose("train", TrainConfig, ["experiment=smoke"]).suite
     validation = [entry["validation"] for entry in read_lines(run / "metrics.jsonl") if "validation" in entry]
-    assert [set(scores) for scores in validation] == [set(suite.held_in)]
+    assert [set(scores) for scores in validation] == 2 * [set(suite.held_in)]  # half-way and after the last step
     results = json.loads((run / "evaluation/results.json").read_text())["datasets"]
     assert {name: entry["count"] for name, entry in results.items()} == dict.fromkeys(suite.held_in, 1)
 

@@ -1,6 +1,9 @@
 """Archives from elsewhere: what is sound is unpacked, what is hostile or damaged writes nothing outside and says so."""
 
+import bz2
+import gzip
 import io
+import lzma
 import stat
 import tarfile
 import zipfile
@@ -111,6 +114,25 @@ def test_a_bomb_is_refused_before_it_is_written(tmp_path: Path, monkeypatch: pyt
     ) as caught:
         unpack(sound, tmp_path / "out")
     assert not isinstance(caught.value, ArchiveError)
+
+
+def test_what_a_tar_only_passes_over_is_bounded_too(tmp_path: Path) -> None:
+    archive = _tar(tmp_path / "bomb.tar.gz", {"zeros": bytes(64 << 20), "wanted.txt": b"x"})
+    with pytest.raises(ArchiveError, match=r"bomb\.tar\.gz would unpack to more than [\d,]+ bytes"):
+        unpack(archive, tmp_path / "out", members=["wanted.txt"])
+    assert _files(tmp_path / "out") == {}
+
+
+@pytest.mark.parametrize("compress", [gzip.compress, bz2.compress, lzma.compress])
+def test_a_header_that_would_fill_the_memory_is_refused(
+    tmp_path: Path, compress: Callable[[bytes], bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(archives, "_MAX_HEADER", 1 << 20)
+    header = tarfile.TarInfo("long")
+    header.type, header.size = tarfile.GNUTYPE_LONGNAME, 2 << 20
+    (tmp_path / "bomb.tar").write_bytes(compress(header.tobuf() + b"n" * (2 << 20) + bytes(1024)))
+    with pytest.raises(ArchiveError, match=r"bomb\.tar has a header of 2,097,\d+ bytes; it is not to be trusted"):
+        unpack(tmp_path / "bomb.tar", tmp_path / "out")
 
 
 @pytest.mark.parametrize("make", [_zip, _tar])

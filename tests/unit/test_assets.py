@@ -10,8 +10,10 @@ import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from huggingface_hub.hf_api import RepoFile, RepoSibling
 from safetensors import SafetensorError
 
 from instructblip.errors import UserError
@@ -358,10 +360,38 @@ def test_an_unreachable_hub_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_pat
         UserError, match=r"\(Hugging Face hub: no answer for a/b, \w+\); fetch it where .*\(hf download a/b\), or set"
     ):
         part_folder(Sources("tiny", hub="a/b"), progress=False)
-    with pytest.raises(UserError, match="tiny: Repo id must"):
+    with pytest.raises(UserError, match="tiny: hub repository a//b: Repo id must"):
         part_folder(Sources("tiny", hub="a//b"), progress=False)
     with pytest.raises(UserError, match="no source is named"):
         part_folder(Sources("tiny"), progress=False)
+
+
+def test_a_hub_repository_with_a_file_outside_of_it_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    siblings = [RepoSibling(rfilename="../../../evil.json")]
+    info = SimpleNamespace(sha="a" * 40, siblings=siblings)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.hf_api.HfApi.repo_info", lambda *_, **__: info)
+    tree = [RepoFile(path="../../../evil.json", size=2, oid="b" * 40)]
+    monkeypatch.setattr("huggingface_hub.hf_api.HfApi.list_repo_tree", lambda *_, **__: tree)
+    with pytest.raises(UserError, match=r"tiny: hub repository a/b: Invalid filename .*evil\.json") as caught:
+        part_folder(Sources("tiny", hub="a/b"), progress=False)
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.rglob("evil.json"))
+
+
+def test_a_registry_that_sends_more_than_the_wheel_has_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = "import os, time; open(os.path.join(os.environ['TMPDIR'], 'x'), 'wb').write(bytes(5000)); time.sleep(60)"
+    run = wheels._run
+    monkeypatch.setattr(wheels, "_run", lambda command, *rest: run([sys.executable, "-c", code], *rest))
+    monkeypatch.setattr(wheels, "_SLACK_BYTES", 0)
+    wheel = WheelSource("tiny-part", "1.0", "ab" * 32, {"a": "a"}, bytes=4000)
+    with pytest.raises(UserError, match=r"the registry's file tiny_part-1\.0-\*\.whl has more than the 4,000 bytes"):
+        part_folder(Sources("tiny", wheel=wheel), progress=False)
 
 
 def test_several_processes_at_once_make_the_part_once(cache: Path) -> None:

@@ -2,17 +2,20 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import pytest
 import torch
 
 from instructblip.data.batching import Batch, Batching
+from instructblip.distributed import Ranks
 from instructblip.errors import UserError
 from instructblip.models.instructblip import InstructBLIP
 from instructblip.objectives import Objective
 from instructblip.training.loop import StepResult, log_entry, run_steps, train_step
 from instructblip.training.optim import learning_rate, make_adamw
+from instructblip.training.parallel import StepContext
 from instructblip.training.schedule import Phase, StepPosition, locate, rank_positions, total_steps
 from tests.kit.losses import ALIGNMENT, LANGUAGE, term_of
 from tests.kit.tiny import tiny_images, tiny_model
@@ -145,6 +148,82 @@ def test_the_loss_is_the_mean_over_supervised_tokens() -> None:
     per_token = float(expected.per_sample[2:].sum() / expected.counts[2:].sum())
     assert result.loss_by_dataset["shape"] == pytest.approx(per_token, rel=1e-5)
     assert list(result.loss_by_dataset) == ["color", "shape", "yes_no"]
+
+
+# --- means over micro-batches, as the released code has them ---------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TwoRanks(Ranks):
+    """One of two ranks whose other one has said `other` of its micro-batches."""
+
+    world_size: int = 2
+    other: dict[str, Any] = field(default_factory=dict)
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value, self.other] if "passes" in value else [value]
+
+
+def _micro_batch_step(split: Sequence[Sequence[int]], context: StepContext) -> tuple[float, dict[str, torch.Tensor]]:
+    model = tiny_model(0).train()
+    batches, objectives = [_batch(rows) for rows in split], LANGUAGE
+    context = replace(context, micro_batch_means=True)
+    result = train_step(
+        model, _optimizer(model), batches, objectives=objectives, rate=1e-3, clip_norm=None, context=context
+    )
+    return result.loss, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def _mean_of_means(split: Sequence[Sequence[int]]) -> tuple[float, dict[str, torch.Tensor]]:
+    """The loss as LAVIS computes it: each micro-batch's mean over tokens, divided by the number of micro-batches."""
+    model = tiny_model(0).train()
+    images, loss = tiny_images(4, seed=1), torch.zeros(())
+    for rows in split:
+        term = term_of(model, images[list(rows)], [INSTRUCTIONS[row] for row in rows], [TARGETS[row] for row in rows])
+        loss = loss + term.total / term.counts.sum() / len(split)
+    loss.backward()
+    return float(loss.detach()), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def _assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    largest = max(float(gradient.abs().max()) for gradient in expected.values())
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6 * largest)
+
+
+@pytest.mark.parametrize("split", [[[0, 1], [2, 3]], [[0], [1, 2, 3]]])
+def test_a_mean_over_micro_batches_is_that_of_the_released_code(split: list[list[int]]) -> None:
+    expected, gradients = _mean_of_means(split)
+    loss, found = _micro_batch_step(split, StepContext())
+    assert loss == pytest.approx(expected, rel=1e-6)
+    _assert_close(found, gradients)
+    whole, _ = _step(split)
+    assert abs(whole.loss - loss) > 0.01  # answers of different lengths weigh differently
+
+
+def test_ranks_are_averaged_as_micro_batches_are() -> None:
+    split = [[0], [1], [2, 3]]
+    expected, gradients = _mean_of_means(split)
+    first = TwoRanks(rank=0, other={"passes": 1, "units": [99]})
+    second = TwoRanks(rank=1, other={"passes": 2, "units": [99]})
+    losses, found = zip(
+        _micro_batch_step(split[:2], StepContext(ranks=first)),
+        _micro_batch_step(split[2:], StepContext(ranks=second)),
+        strict=True,
+    )
+    assert sum(losses) == pytest.approx(expected, rel=1e-6)
+    _assert_close({name: found[0][name] + found[1][name] for name in gradients}, gradients)
+
+
+def test_a_micro_batch_that_is_cut_for_sharded_ranks_keeps_its_mean() -> None:
+    expected, gradients = _mean_of_means([[0, 1], [2], [3]])
+    context = StepContext(ranks=TwoRanks(rank=0, other={"passes": 2, "units": [99]}), equal_passes=True)
+    first_loss, first = _micro_batch_step([[0, 1]], context)  # in two passes, as the other rank has
+    context = StepContext(ranks=TwoRanks(rank=1, other={"passes": 1, "units": [99]}), equal_passes=True)
+    second_loss, second = _micro_batch_step([[2], [3]], context)
+    assert first_loss + second_loss == pytest.approx(expected, rel=1e-6)
+    _assert_close({name: first[name] + second[name] for name in gradients}, gradients)
 
 
 def test_clipping_limits_the_norm_and_reports_the_one_before() -> None:

@@ -9,8 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pytest
 from PIL import Image
+from pyarrow import parquet
 
 from instructblip.data.readers import READERS, FileSlice
 from instructblip.data.readers.columns import COLUMNS, NEEDED
@@ -504,6 +506,28 @@ def test_a_large_cell_is_read(raw: Path) -> None:
     write_csv(raw / "a.csv", [ASKED | {"answer": "x" * 500_000}])
     media, _, _ = read_own(raw, {"records": "a.csv"})
     assert len(media[0].records[0].answers[0]) == 500_000
+
+
+@pytest.mark.parametrize(("codec", "rows"), [("zstd", None), ("snappy", 10)])
+def test_a_parquet_file_does_not_fill_the_memory(
+    raw: Path, codec: str, rows: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A text of 25 million letters takes a kilobyte or two megabytes of the file, and stands in each row."""
+    asked = [ASKED | {"context": "x" * 25_000_000, "id": str(number)} for number in range(2)]
+    parquet.write_table(pyarrow.Table.from_pylist(asked), raw / "a.parquet", compression=codec)
+    sizes = []
+    iter_batches = parquet.ParquetFile.iter_batches
+    monkeypatch.setattr(
+        parquet.ParquetFile,
+        "iter_batches",
+        lambda file, batch_size, **options: (sizes.append(batch_size), iter_batches(file, batch_size, **options))[1],
+    )
+    if rows is None:
+        with pytest.raises(UserError, match=r"a\.parquet would unpack to 25,\d+,\d+ bytes; it is not to be trusted"):
+            read_own(raw, {"records": "a.parquet"})
+    else:
+        read_own(raw, {"records": "a.parquet"})
+        assert sizes == [rows]
 
 
 def test_columns_of_parquet_that_nobody_reads_may_hold_anything(raw: Path) -> None:

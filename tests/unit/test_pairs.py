@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+from instructblip.evaluation.pairs import caption_pairs, pair_recall
 from torch import Tensor
 
 from instructblip.data.records import Record
 from instructblip.distributed import Ranks
 from instructblip.errors import DamagedSample, UserError
-from instructblip.evaluation.pairs import caption_pairs, pair_recall
 from tests.kit.ranks import on_ranks
 from tests.kit.stage1 import tiny_stage1
 from tests.kit.tiny import tiny_images

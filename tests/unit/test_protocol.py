@@ -178,14 +178,15 @@ def test_the_lavis_preset_is_what_the_released_code_computes(tmp_path: Path) -> 
     paper = synthetic_task(card, tmp_path, 2).protocol
     decoder, t5 = (make_task(card, tmp_path, preset="lavis", llm_kind=kind) for kind in ("decoder", "encoder_decoder"))
     assert (paper.max_new_tokens, paper.min_new_tokens, paper.beam_lengths) == (10, 1, "new_tokens")
-    assert (paper.text_processor, paper.upright) == ("none", True)
+    assert (paper.text_processor, paper.upright, paper.transparency) == ("none", True, "white")
     assert (decoder.protocol.max_new_tokens, decoder.protocol.min_new_tokens) == (9, 0)
     assert (t5.protocol.max_new_tokens, t5.protocol.min_new_tokens) == (10, 0)
     for task in (decoder, t5):
         assert (task.protocol.text_processor, task.protocol.upright) == ("blip_caption", False)
+        assert task.protocol.transparency == "dropped"
         assert (task.protocol.beam_lengths, task.protocol.transform) == ("transformers_4_33", "center_crop")
     told = decoder.protocol.describe()
-    assert told["text processor"] == "blip_caption" and "not turned upright" in told["images"]
+    assert told["text processor"] == "blip_caption" and "not turned upright, transparency dropped" in told["images"]
     assert "beam lengths of transformers_4_33" in told["decoding"]
     captions = synthetic_task(load_card("coco_caption"), tmp_path, 2, preset="lavis").protocol
     assert (captions.max_new_tokens, captions.min_new_tokens) == (79, 9)
@@ -206,6 +207,21 @@ def test_the_lavis_preset_shows_pictures_as_they_are_stored(tmp_path: Path) -> N
         reader = read_pixels(8, task.protocol.transform, upright=task.protocol.upright)
         seen[preset] = int(reader(task.samples[0].shard, 0)[0, 0, 0, 0])
     assert seen == {"paper": 255, "lavis": 0}
+
+
+def test_the_lavis_preset_drops_transparency_as_pillow_does(tmp_path: Path) -> None:
+    picture, buffer = Image.new("RGBA", (40, 40), (200, 0, 0, 0)), io.BytesIO()
+    picture.save(buffer, "PNG")
+    record = Record("1", "question", "what?", answers=("cat",), answer_weights=(10.0,))
+    write_records(tmp_path / "vqav2/val", [record], buffer.getvalue())
+    seen = {}
+    for preset in ("paper", "lavis"):
+        task = make_task(load_card("vqav2"), tmp_path, preset=preset)
+        reader = read_pixels(8, task.protocol.transform, transparency=task.protocol.transparency)
+        seen[preset] = tuple(reader(task.samples[0].shard, 0)[0, :, 0, 0].tolist())
+    with Image.open(io.BytesIO(buffer.getvalue())) as opened:
+        released = opened.convert("RGB").getpixel((0, 0))  # as every dataset class of LAVIS opens a picture
+    assert seen == {"paper": (255, 255, 255), "lavis": released}
 
 
 def test_the_lavis_preset_cleans_the_question_and_nothing_else_of_the_prompt(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from instructblip.data.readers.files import (
 )
 from instructblip.data.typed import Fields, WrongValueError, file_name, kind_of, parse_json, texts
 from instructblip.errors import UserError
+from instructblip.fetch.archives import MAX_GROWTH
 from instructblip.files import read_json
 
 if TYPE_CHECKING:
@@ -33,7 +34,9 @@ if TYPE_CHECKING:
 MAX_CELL = 1 << 26  # characters of a cell of CSV; a quote that is not closed ends there
 _LOOKED_AT = 100  # rows of JSON, whose keys are the columns
 _BUFFER = 1 << 20  # bytes of a column of Parquet that are read at once; else all of a row group's are
-_ROWS_AT_ONCE = 64  # of Parquet and Arrow; a row may hold a picture
+_MAX_SMALL = 1 << 24  # bytes that even a tiny file of Parquet may unpack to
+_MAX_BATCH = 1 << 28  # bytes of rows that are read at once, where one row has less
+_ROWS_AT_ONCE = 64  # at most, of Parquet and Arrow; a row may hold a picture
 _BEFORE_JSON = codecs.BOM_UTF8 + codecs.BOM_UTF16_LE + b" \t\r\n"
 # What Hugging Face's libraries write into the schema of a file: the names of classes, which its cells say as numbers.
 _FEATURES = b"huggingface"
@@ -167,8 +170,23 @@ def _open_parquet(path: Path, wanted: Collection[str]) -> Table:
         raise UserError(f"{path} has no rows; copy or fetch it again")
     names = file.schema_arrow.names
     read = [name for name in names if name in wanted]
-    batches = file.iter_batches(batch_size=_ROWS_AT_ONCE, columns=read, use_threads=False)
+    rows = _rows_at_once(path, file.metadata, read)
+    batches = file.iter_batches(batch_size=rows, columns=read, use_threads=False)
     return Table(tuple(names), _arrow_rows(path, file.schema_arrow, batches))
+
+
+def _rows_at_once(path: Path, facts: "pyarrow.parquet.FileMetaData", read: Collection[str]) -> int:
+    """How many rows fit into memory: a text that is stored once may stand in each of them.
+
+    Raises:
+        UserError: the file would unpack to far more than it is; a text of a gigabyte may take a few bytes.
+    """
+    groups = (facts.row_group(number) for number in range(facts.num_row_groups))
+    chunks = (group.column(number) for group in groups for number in range(group.num_columns))
+    sizes = [c.total_uncompressed_size for c in chunks if c.path_in_schema.partition(".")[0] in read] or [0]
+    if sum(sizes) > path.stat().st_size * MAX_GROWTH + _MAX_SMALL:
+        raise UserError(f"{path} would unpack to {sum(sizes):,} bytes; it is not to be trusted")
+    return max(1, min(_ROWS_AT_ONCE, _MAX_BATCH // max(1, *sizes)))
 
 
 def _open_folder(folder: Path, split: str, wanted: Collection[str]) -> Table:
