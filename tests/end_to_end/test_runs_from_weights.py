@@ -48,6 +48,9 @@ TEN_STEPS = (
 )
 
 
+THREE = ("recipe.phases.instruction.steps=3", "qformer.dropout=0")
+
+
 @dataclass(frozen=True)
 class Source:
     """The same weights in several formats, and a configuration whose parts they fit.
@@ -170,6 +173,8 @@ def test_a_run_goes_on_exactly_without_its_source_and_remembers_it(
 ) -> None:
     source = Path(shutil.copytree(finished_run, tmp_path / "source"))
     arguments = (*TEN_STEPS, f"init_from={source}", "suite.held_out=[easy_vqa_statements]")
+    with pytest.raises(UserError, match="init_sha256 wants abc"):
+        train_here(world, tmp_path / "pinned", *arguments, "init_sha256=abc")
     whole = train_here(world, tmp_path / "whole", *arguments)
     assert read_lines(whole / "metrics.jsonl")[0]["lr"] == pytest.approx(1e-3)  # step 0, a new schedule
     cut = Path(shutil.copytree(whole, tmp_path / "cut/demo", ignore=shutil.ignore_patterns("evaluation")))
@@ -217,23 +222,31 @@ def test_what_was_taken_and_what_is_new_is_printed_and_planned(
     assert f"At the start: {aligned_to}, and the projection, into another width, starts anew." in printed("plan=true")
 
 
+@pytest.fixture(scope="module")
+def tuned_llm(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of three steps that trained its LLM too."""
+    return train_here(world, tmp_path_factory.mktemp("tuned"), *TEN_STEPS, *THREE, "train.llm=full")
+
+
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_two_ranks_start_alike(parallel: str, world: World, finished_run: Path, tmp_path: Path) -> None:
-    few = ("recipe.phases.instruction.steps=3", "qformer.dropout=0", "train.llm=full")
-    arguments = (*TEN_STEPS, f"init_from={finished_run}", *few)
+def test_two_ranks_start_alike_and_hold_what_no_other_file_has(
+    parallel: str, world: World, tuned_llm: Path, tmp_path: Path
+) -> None:
+    """The LLM that another run trained is frozen here; each checkpoint holds it, whole, though its blocks are sharded."""
+    arguments = (*TEN_STEPS, *THREE, f"init_from={tuned_llm}")
     alone = train_here(world, tmp_path / "alone", *arguments)
-    run_ranks(
-        world,
-        "train.py",
-        *world.train,
-        *arguments,
-        f"parallel={parallel}",
-        f"output={tmp_path / 'ranks'}",
-        cwd=tmp_path,
+    ranks = (f"parallel={parallel}", f"output={tmp_path / 'ranks'}")
+    run_ranks(world, "train.py", *world.train, *arguments, *ranks, cwd=tmp_path)
+    found, expected = (
+        [line["loss"] for line in read_lines(run / "metrics.jsonl")] for run in (tmp_path / "ranks/demo", alone)
     )
-    expected = [line["loss"] for line in read_lines(alone / "metrics.jsonl")]
-    found = [line["loss"] for line in read_lines(tmp_path / "ranks/demo/metrics.jsonl")]
     assert found == pytest.approx(expected, rel=5e-6)
+    place = "checkpoints/step_00000003/model.safetensors"
+    held, source = load_file(tmp_path / "ranks/demo" / place), load_file(tuned_llm / place)
+    assert held.keys() == source.keys()
+    llm = {name for name in source if name.startswith("llm.")}
+    assert len(llm) > 10 and not [name for name in llm if not torch.equal(held[name], source[name])]
+    assert [name for name in source.keys() - llm if not torch.equal(held[name], source[name])]
 
 
 # --- evaluation ------------------------------------------------------------------------------------------------------
@@ -268,35 +281,38 @@ def test_an_untrained_projection_is_evaluated_only_when_that_is_allowed(
     assert (model["aligned_to"], model["untrained"], model["allow_untrained"]) == (None, [], False)
 
 
-# --- the chain -------------------------------------------------------------------------------------------------------
+# --- from stage to stage ---------------------------------------------------------------------------------------------
 
 
-def test_stage_1_stage_2_and_instruction_tuning_are_three_commands(world: World, tmp_path: Path) -> None:
+def test_weights_pass_unchanged_from_stage_1_over_stage_2_to_instruction_tuning(world: World, tmp_path: Path) -> None:
+    """Stage 1 learns; the steps of the two others are too small to change a weight."""
     without_llm = replace(world, train=tuple(item for item in world.train if not item.startswith("llm.")))
-    # Steps too small to change a weight: each stage ends with what it began with.
-    short = ("~recipe.phases", "recipe.phases={only: {steps: 2, batch_size: 4, learning_rate: 1e-12, objectives: OWN}}")
-    losses = {"stage1": "{contrastive: 1.0, matching: 1.0, captioning: 1.0}", "other": "{}"}
 
-    def command(world: World, name: str, objectives: str, *overrides: str) -> Path:
-        recipe = [item.replace("OWN", losses[objectives]) for item in short]
-        common = ("recipe.validate_every=9", "vision.norm=layer", "suite=none", f"name={name}", *recipe)
-        return train_here(world, tmp_path, *common, *overrides)
+    def stage(world: World, name: str, rate: str, objectives: str, *overrides: str) -> Path:
+        phase = f"{{steps: 2, batch_size: 4, learning_rate: {rate}, objectives: {objectives}}}"
+        recipe = ("~recipe.phases", f"recipe.phases={{only: {phase}}}", "suite=none", "vision.norm=layer")
+        return train_here(world, tmp_path, *recipe, f"name={name}", *overrides)
 
-    stage1 = command(without_llm, "one", "stage1", "model=blip2_stage1", "llm=null", "qformer.extra_tokens=['[DEC]']")
-    deaf = ("model=blip2", "qformer.instruction_aware=false")
-    stage2 = command(world, "two", "other", *deaf, f"init_from={stage1}")
-    last = command(world, "three", "other", f"init_from={stage2}")
+    pairs, tokens = "{contrastive: 1.0, matching: 1.0, captioning: 1.0}", "qformer.extra_tokens=['[DEC]']"
+    stage1 = stage(without_llm, "stage1", "1e-2", pairs, "model=blip2_stage1", "llm=null", tokens)
+    deaf = ("model=blip2", "qformer.instruction_aware=false", f"init_from={stage1}")
+    stage2 = stage(world, "stage2", "1e-12", "{}", *deaf)
+    tuned = stage(world, "tuned", "1e-12", "{}", f"init_from={stage2}")
 
     first, second, third = (
-        load_file(run / "checkpoints/step_00000002/model.safetensors") for run in (stage1, stage2, last)
+        load_file(run / "checkpoints/step_00000002/model.safetensors") for run in (stage1, stage2, tuned)
     )
     text = {name for name in third if "text_ffn" in name or "word_emb" in name or "position_emb" in name}
-    assert load_file(stage2 / "text_branch.safetensors").keys() == text
+    kept = load_file(stage2 / "text_branch.safetensors")
+    assert kept.keys() == text
+    assert [name for name in text if not torch.equal(kept[name], first[name])] == []
     assert third.keys() == second.keys() | text
     for name, tensor in third.items():
         origin = second[name] if name.startswith("projection.") else first[name][: len(tensor)]  # but for [DEC]
         torch.testing.assert_close(tensor, origin, rtol=0, atol=1e-9, msg=name)
-    starts = [json.loads((run / "checkpoints/step_00000002/state.json").read_text())["start"] for run in (stage2, last)]
+    starts = [
+        json.loads((run / "checkpoints/step_00000002/state.json").read_text())["start"] for run in (stage2, tuned)
+    ]
     assert [(start["new"], start["aligned_to"]) for start in starts] == [
         (["projection"], "no language model"),
         ([], None),

@@ -110,6 +110,10 @@ def test_a_mistake_on_the_command_line(
         ("recipe.phases.alignment.warmup_steps=-3", ["recipe.phases.alignment.warmup_steps=-3 is too small; give 0"]),
         ("parallel.timeout=0", ["parallel.timeout=0 is too small; give more than 0"]),
         ("resume=yes_please", ["resume=yes_please is none of auto, null"]),
+        ("init_from=nowhere.pth", ["init_from=nowhere.pth is no run, transformers folder, hub id or .pth file"]),
+        ("init_from=[configs]", ["there is no checkpoint at configs; give the folder of a run"]),
+        ("init_from=7", ["init_from must be a list, not 7"]),
+        ("qformer=blip2", ["qformer.init=given has no weights of its own", "init_from=RUN, FOLDER"]),
     ],
 )
 def test_a_value_that_fits_its_type_but_not_its_place(
