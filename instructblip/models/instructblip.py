@@ -133,7 +133,7 @@ class InstructBLIP(Model):
 
     def prepare(self, samples: Samples) -> Inputs:
         """Answers end with EOS; too long ones are cut on the right."""
-        count = check_images(samples.images, self.vision.width)
+        count = check_images(samples.images)
         check_texts("instructions", samples.instructions, count)
         check_texts("targets", samples.targets, count)
         answers = [self.llm.prompt_format.target_ids(text) for text in samples.targets]
@@ -141,7 +141,7 @@ class InstructBLIP(Model):
 
     def forward(self, inputs: Inputs, wanted: Collection[str], *, packed: bool = False) -> Outputs:
         """See the class for the outputs. Of the LLM, only `answer_logits` needs its layers."""
-        count = check_images(inputs.images, self.vision.width)
+        count = check_images(inputs.images)
         check_texts("prompts", inputs.prompts, count)
         check_tokens("answers", inputs.answers, count)
         check_names("wanted", wanted, self.OUTPUTS)
@@ -193,7 +193,7 @@ class InstructBLIP(Model):
         Raises:
             ValueError: a wrong argument, by its name, before anything is computed.
         """
-        count = check_images(images, self.vision.width)
+        count = check_images(images)
         check_texts("prompts", prompts, count)
         check_candidates(candidates, count)
         check_choice("normalize", normalize, ("sum", "mean"))
@@ -237,7 +237,7 @@ class InstructBLIP(Model):
             ValueError: a wrong argument, by its name, before anything is computed.
             UserError: logits that are not finite.
         """
-        check_texts("prompts", prompts, check_images(images, self.vision.width))
+        check_texts("prompts", prompts, check_images(images))
         check_decoding(
             num_beams=num_beams,
             max_new_tokens=max_new_tokens,

@@ -3,7 +3,6 @@
 The only place that reads the `vision`, `qformer` and `llm` sections.
 """
 
-import json
 import logging
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from instructblip.config.schema import LLMConfig, QFormerConfig, Quantization, VisionConfig, VisionNorm
 from instructblip.errors import UserError
-from instructblip.fetch.parts import converted_gguf, part_folder, sources
+from instructblip.fetch.parts import part_folder, sources
 from instructblip.models.instructblip import InstructBLIP
 from instructblip.models.llm import LLM
 from instructblip.models.qformer import QFormer
@@ -30,7 +29,17 @@ from instructblip.weights.bert import (
     names_unknown_to_bert,
     qformer_state_from_bert,
 )
-from instructblip.weights.gatekeeper import check_kind, check_language_model, first_line, open_config, open_tokenizer
+from instructblip.weights.gatekeeper import (
+    check_content,
+    check_kind,
+    check_language_model,
+    check_vocabulary,
+    check_weight_file,
+    config_json,
+    open_config,
+    open_tokenizer,
+    reason,
+)
 from instructblip.weights.language_model import finished_llm, load_language_model
 from instructblip.weights.lavis import read_blip2, read_pth
 from instructblip.weights.modules import make_qformer, override_settings, vision_encoder
@@ -120,11 +129,13 @@ def _vision_file(config: VisionConfig) -> Path:
 
 
 def _vision_weights(file: Path) -> dict[str, Tensor]:
+    if file.is_file():
+        check_content(file)
     if file.suffix == ".safetensors":
         try:
             return load_file(file)
         except (OSError, SafetensorError) as error:
-            raise UserError(f"{file} cannot be read ({first_line(error)}); give a .safetensors or .pth file") from None
+            raise UserError(f"{file} cannot be read ({reason(error)}); give a .safetensors or .pth file") from None
     found = read_pth(file)
     if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
         raise UserError(f"{file} is no state dict; give the weights alone, under timm's names")
@@ -164,12 +175,13 @@ def load_qformer(config: QFormerConfig, *, vision_width: int) -> tuple[QFormer, 
     those weights come together with the vision norm's and the projection's.
     """
     folder = part_folder(sources(config.name, config.sources), setting="qformer.sources.path")
-    bert = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    bert = config_json(folder)
     tokenizer = open_tokenizer(folder, f"qformer={config.name}: ", truncation_side="left")
     _add_tokens(tokenizer, config.extra_tokens)
     rows = max(bert["vocab_size"], _rows_needed(tokenizer))
     qformer = make_qformer(config, bert, rows=rows, vision_width=vision_width, where=str(folder))
     if config.init == "bert":
+        check_weight_file(folder / "model.safetensors")
         weights = load_file(folder / "model.safetensors")
         state = qformer_state_from_bert(weights, qformer)
         load_exactly(qformer, state, f"{folder}/model.safetensors", new=names_unknown_to_bert(qformer))
@@ -224,7 +236,7 @@ def load_llm(config: LLMConfig) -> LLM:
         UserError: a folder that is no whole, plain language model of that kind, or settings that do not fit it.
     """
     where = f"llm={config.name}: "
-    folder = _llm_folder(config)
+    folder = part_folder(sources(config.name, config.sources), setting="llm.sources.path")
     check_language_model(folder, where)
     settings = open_config(folder, where)
     check_kind(settings, config.kind, where)
@@ -232,6 +244,7 @@ def load_llm(config: LLMConfig) -> LLM:
     dtype = getattr(torch, config.dtype)
     tokenizer = _llm_tokenizer(config, folder)
     model = load_language_model(config.kind, settings, dtype=dtype, folder=folder, where=where)
+    check_vocabulary(tokenizer, len(model.get_input_embeddings().weight), where)
     if _rows_needed(tokenizer) > len(model.get_input_embeddings().weight):
         resize_vocabulary(model, _rows_needed(tokenizer))
     if config.quantization is not None:
@@ -248,19 +261,6 @@ def load_llm(config: LLMConfig) -> LLM:
         "max_target_tokens": config.max_target_tokens,
     }
     return finished_llm(config.kind, model, tokenizer, conventions, where)
-
-
-def _llm_folder(config: LLMConfig) -> Path:
-    """The folder with its files; a GGUF file, or a folder with nothing but one, is converted once."""
-    path = None if config.sources.path is None else Path(config.sources.path).expanduser()
-    if path is not None and path.is_dir() and not (path / "config.json").is_file():
-        files = sorted(path.glob("*.gguf"))
-        if len(files) > 1:
-            raise UserError(f"llm.sources.path={path} holds {len(files)} GGUF files; give the path of one of them")
-        path = files[0] if files else path
-    if path is not None and path.suffix == ".gguf" and path.is_file():
-        return converted_gguf(path)
-    return part_folder(sources(config.name, config.sources), setting="llm.sources.path")
 
 
 def _llm_tokenizer(config: LLMConfig, folder: Path) -> Any:

@@ -9,6 +9,7 @@ read back as it was, tensor for tensor. One without them is read with the releas
 import logging
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from functools import reduce
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -329,7 +330,9 @@ def _load_llm(config: Any, settings: Settings, weights: Mapping[str, Tensor], fo
     )
     if settings.llm_rows < model.get_input_embeddings().weight.shape[0]:
         resize_vocabulary(model, settings.llm_rows)
-    return finished_llm(settings.llm_kind, model, load_llm_tokenizer(folder), settings.llm, f"{folder}: ")
+    llm = finished_llm(settings.llm_kind, model, load_llm_tokenizer(folder), settings.llm, f"{folder}: ")
+    llm.abilities = replace(llm.abilities, embedding_factor=1.0)  # transformers' class looks prompts up without it
+    return llm
 
 
 def _llm_dtype(kind: Any, state: Mapping[str, Tensor]) -> torch.dtype:
