@@ -33,9 +33,9 @@ logger = logging.getLogger(__name__)
 _TOLERANCE = 1e-3
 # In half precision: multiples of the change that a change of every input by up to half its last bit makes.
 _ROUNDINGS = 4
-_AT_ONCE = (
-    1_000_000_000  # parameters; larger models are widened block by block, lest they take three times their memory
-)
+# Parameters; a larger model has the matrices of its blocks widened in turn, lest it take three times its memory. What is
+# small is wide all the time: T5's table of positions, for one, is used outside its block.
+_AT_ONCE, _SMALL = 1_000_000_000, 1_000_000
 _VISUAL, _PROMPT, _PADDING = 3, 6, 3  # positions: of a prompt that are no tokens, of it all, of padding
 _ANSWER = 3  # tokens of each of the two answers
 _LONGEST_PROMPT = 600  # positions; longer attention windows are not tried
@@ -199,7 +199,7 @@ def _prompt_lengths(llm: LLM) -> list[int]:
     windows = [
         value
         for name, value in settings.items()
-        if isinstance(value, int) and _WINDOW.search(name) and not _NO_WINDOW.search(name)
+        if isinstance(value, int) and value > 0 and _WINDOW.search(name) and not _NO_WINDOW.search(name)
     ]
     wanted = max([_PROMPT, *(value + 2 * _PROMPT for value in windows if value + 2 * _PROMPT <= _LONGEST_PROMPT)])
     limit = llm.max_positions
@@ -389,7 +389,10 @@ def _in_float32(model: nn.Module) -> Iterator[None]:
                 tensor.data = narrow.pop(id(tensor))[1]
 
     large = sum(parameter.numel() for parameter in model.parameters()) > _AT_ONCE
-    blocks = [(block, _tensors(block)) for block in (blocks_of(model) if large else [])]
+    blocks = [
+        (block, [tensor for tensor in _tensors(block) if tensor.numel() > _SMALL])
+        for block in (blocks_of(model) if large else [])
+    ]
     in_turn = {id(tensor) for _, tensors in blocks for tensor in tensors}
     handles = []
     for block, tensors in blocks:

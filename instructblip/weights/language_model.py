@@ -136,18 +136,17 @@ def _text_model(model: Any) -> Any:
 def _measured(llm: LLM) -> LLMAbilities:
     """Its abilities, from the cache where it was measured before (`abilities/<digest>.json`)."""
     file = cache_folder() / "abilities" / f"{_digest(llm)}.json"
-    if (stored := _stored(file)) is not None:
-        return stored
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        lock: Any = exclusive(file.with_suffix(".lock"), "measuring the language model", show=False)
-    except OSError:  # a cache that cannot be written saves no time, and is no error
-        lock = contextlib.nullcontext()
-    with lock:  # of several processes on a machine one measures
-        abilities = _stored(file) or measure(llm)
-        with contextlib.suppress(OSError):
-            write_json(file, asdict(abilities))
-    return abilities
+    with contextlib.ExitStack() as stack:
+        if (found := _stored(file)) is not None:
+            return found
+        with contextlib.suppress(UserError):  # a cache that cannot be written saves no time, and is no error
+            # Of several processes on a machine one measures.
+            stack.enter_context(exclusive(file.with_suffix(".lock"), "measuring the language model", show=False))
+        if (found := _stored(file)) is None:
+            found = measure(llm)
+            with contextlib.suppress(UserError):
+                write_json(file, asdict(found))
+    return found
 
 
 def _stored(file: Path) -> LLMAbilities | None:
