@@ -122,11 +122,13 @@ def test_what_a_killed_evaluation_left_counts_for_nothing(tmp_path: Path) -> Non
 
 def test_who_never_begins_is_named_after_the_timeout(tmp_path: Path) -> None:
     began = time.monotonic()
-    with pytest.raises(
-        UserError, match=r"^rank 1 of the evaluation gave no sign of life for 0\.2 s: .* or has not begun; "
-    ):  # noqa: SIM117
-        with watched(tmp_path, Ranks(0, 2, timeout=0.2)) as ranks:
-            look(ranks, 20.0)
+    with (
+        pytest.raises(
+            UserError, match=r"^rank 1 of the evaluation gave no sign of life for 0\.2 s: .* or has not begun; "
+        ),
+        watched(tmp_path, Ranks(0, 2, timeout=0.2)) as ranks,
+    ):
+        look(ranks, 20.0)
     assert time.monotonic() - began < 5.0
 
 
