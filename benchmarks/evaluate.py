@@ -34,7 +34,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from instructblip.config.entry import compose_config
 from instructblip.config.schema import EvaluateConfig
 from instructblip.data.cards import Card, load_card
-from instructblip.data.prepare.command import ensure_prepared
+from instructblip.data.prepare.command import Needed, shards_folder
 from instructblip.evaluation.protocol import Task, make_task
 from instructblip.evaluation.runner import read_pixels, run_task
 from instructblip.models.instructblip import InstructBLIP
@@ -190,7 +190,8 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     console = Console(width=120)
     config = compose_config("evaluate", EvaluateConfig, [f"checkpoint={arguments.checkpoint}"])
-    ensure_prepared([load_card("easy_vqa")], arguments.shards, config.data.sources, console)
+    config.data.shards = str(arguments.shards)
+    shards_folder([Needed(load_card("easy_vqa"), frozenset({"test"}))], config.data, console)
     model = load_model(arguments.checkpoint, device="cpu").model.eval()
     questions = FAST if arguments.fast else QUESTIONS
     table = Table(title="Questions answered a second, one process", title_justify="left")

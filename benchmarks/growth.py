@@ -147,6 +147,7 @@ def made_up_run(folder: Path, count: int) -> Any:
         dataset=None,
         lost=LostSamples(fraction=0.01, samples=10, say=print),
         validation=[True],
+        final=[True],
         frozen={"vision": "0", "llm": "0"},
         inputs={},
         shape=SimpleNamespace(total=lambda work, outputs: 1e12),

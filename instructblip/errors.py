@@ -12,6 +12,10 @@ class UserError(Exception):
         super().__init__(" ".join(message.split()))
 
 
+class LostRankError(UserError):
+    """Another process of an evaluation is gone: nothing that all of them have a part in comes to an end."""
+
+
 class DamagedSample(UserError):  # noqa: N818
     """One image or record that cannot be used, while the rest of its shard can.
 

@@ -74,6 +74,7 @@ MetricName = Literal[
     "cider",
     "rouge_l",
     "auroc",
+    "retrieval_recall",
     "visdial",
 ]
 

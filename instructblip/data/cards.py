@@ -230,8 +230,13 @@ class OwnCard(Card):
 
     @property
     def prepared_as(self) -> str:
-        """Its path."""
-        return self.path
+        """Its path; of a view of an official dataset, that one's name."""
+        return self.source if self.is_of_official else self.path
+
+    @property
+    def is_of_official(self) -> bool:
+        """Whether it is a view of an official dataset, whose card says what the shards are made of."""
+        return self.source in _official_names()
 
     @property
     def told(self) -> dict[str, Any]:
@@ -280,11 +285,16 @@ def load_cards(names: Iterable[str | Path]) -> list[Card]:
         raise UserError("; ".join(dict.fromkeys(wrong)))
     for number, card in enumerate(cards):
         for other in cards[:number]:
-            if card.name == other.name and card.reference != other.reference:
+            if card.name == other.name and _place(card) != _place(other):
                 raise UserError(
                     f"{other.reference} and {card.reference} are both named {card.name}; rename one of them"
                 )
     return cards
+
+
+def _place(card: Card) -> Path | None:
+    """Where a card of one's own lies, however its path was written."""
+    return Path(card.path).expanduser().resolve() if isinstance(card, OwnCard) else None
 
 
 def _load_official(path: Path) -> Card:
@@ -335,9 +345,11 @@ def source_facts(card: Card, split: str) -> dict[str, Any]:
 
 
 def changed_source(card: Card, manifest: Mapping[str, Any]) -> list[str]:
-    """What a card of one's own says otherwise of a prepared split than the card that it was prepared from: another one of
-    the same name, or this one before it was changed."""
-    if not isinstance(card, OwnCard) or card.source in _official_names() or manifest["split"] not in card.splits:
+    """What a card of one's own says otherwise of a prepared split than the card that it was prepared from.
+
+    That was another one of the same name, or this one before it was changed. An official card changes with the code.
+    """
+    if not isinstance(card, OwnCard) or card.is_of_official or manifest["split"] not in card.splits:
         return []
     now, then = source_facts(card, manifest["split"]), manifest.get("source", {})
     return differences({key: then.get(key) for key in now}, now, ignore=())
@@ -361,8 +373,15 @@ def as_stored(card: OwnCard) -> dict[str, Any]:
     facts: dict[str, Any] = _as_yaml_has(dataclasses.asdict(card))
     templates, evaluation = card.templates, facts["evaluation"]
     named = {} if templates is None else {"templates": card.template_set().name}
-    scored = {} if evaluation is None else {"evaluation": evaluation | {"metric": metric_name(evaluation["metric"])}}
+    scored = {} if evaluation is None else {"evaluation": _with_metric_names(evaluation)}
     return facts | named | scored | {"path": Path(card.path).name}
+
+
+def _with_metric_names(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    """An evaluation, and its presets, with metrics of one's own by the name of their file."""
+    found = {key: _with_metric_names(value) if isinstance(value, dict) else value for key, value in evaluation.items()}
+    metric = found.get("metric")
+    return found | {"metric": metric_name(metric)} if isinstance(metric, str) else found
 
 
 def settled(card: OwnCard) -> list[tuple[str, Any, bool]]:
@@ -418,9 +437,9 @@ def _parents_facts(values: Mapping[str, Any], path: Path, place_of: Callable[[st
     if not isinstance(name, str) or not place_of(name).is_file():
         known = [card.stem for card in sorted(path.parent.glob("*.yaml"))]
         raise UserError(f"{path}: view_of names no card: {name!r}{nearest(str(name), known)}")
-    parent = load_card(place_of(name))
-    if parent.view_of is not None:
+    if read_sections(place_of(name), "card").get("view_of") is not None:
         raise UserError(f"{path}: view_of must name a dataset of its own, but {name} is a view too")
+    parent = load_card(place_of(name))
     facts = _as_yaml_has(dataclasses.asdict(parent))
     taken = {key: facts[key] for key in (*SOURCE_KEYS, *FETCH_KEYS) if key in facts}
     return {"view_of": parent.name} | taken | ({"task": parent.task} if isinstance(parent, OwnCard) else {})

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from instructblip.distributed import Ranks
-from instructblip.errors import UserError
+from instructblip.errors import LostRankError
 
 BEAT_SECONDS = 2.0
 LOST_SECONDS = 30.0
@@ -35,10 +35,11 @@ def watched(folder: Path, ranks: Ranks) -> Iterator[Ranks]:
         ranks: one process alone watches nobody.
 
     Raises:
-        UserError: at `poll_stop`, as `_Heartbeats.look`.
+        LostRankError: at `poll_stop`, as `_Heartbeats.look`.
     """
     if ranks.world_size == 1:
         yield ranks
+        _clear_up(folder)  # of several that were killed before
         return
     beats = _Heartbeats(folder, ranks, min(LOST_SECONDS, ranks.timeout))
 
@@ -48,6 +49,12 @@ def watched(folder: Path, ranks: Ranks) -> Iterator[Ranks]:
 
     with beats.going_on():
         yield dataclasses.replace(ranks, poll_stop=poll)
+
+
+def _clear_up(folder: Path) -> None:
+    for path in folder.glob(".rank-*"):
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
 
 
 class _Sign(NamedTuple):
@@ -93,13 +100,13 @@ class _Heartbeats:
             if state == _FAILED or self._is_there():
                 self._write(state)
             if state == _DONE and self._ranks.is_first:
-                self._clear_up()
+                _clear_up(self._folder)
 
     def look(self) -> None:
         """Return where no other rank is known to be lost.
 
         Raises:
-            UserError: one of them failed, gave no sign for the bound, or has not begun within the ranks' timeout.
+            LostRankError: one of them failed, gave no sign for the bound, or has not begun within the ranks' timeout.
         """
         now = time.monotonic()
         if now - self._looked < self._pause:
@@ -109,17 +116,17 @@ class _Heartbeats:
             if (content := self._read(rank)) != sign.content:
                 self._signs[rank] = _Sign(content, now, heard=True)
                 if sign.heard and content == f"{sign.name} {_FAILED}":
-                    raise UserError(f"rank {rank} of the evaluation failed; {_AGAIN}")
+                    raise LostRankError(f"rank {rank} of the evaluation failed; {_AGAIN}")
             elif not sign.ended_well:
                 self._check_silence(rank, sign, now - sign.since)
 
     def _check_silence(self, rank: int, sign: _Sign, seconds: float) -> None:
-        if sign.heard and seconds > self._bound:
-            raise UserError(
-                f"rank {rank} of the evaluation gave no sign of life for {self._bound:g} s: it died or was stopped; {_AGAIN}"
+        bound = self._bound if sign.heard else self._ranks.timeout
+        if seconds > bound:
+            raise LostRankError(
+                f"rank {rank} of the evaluation gave no sign of life for {bound:g} s: it died, was stopped, or has not "
+                f"begun; {_AGAIN}"
             )
-        if not sign.heard and seconds > self._ranks.timeout:
-            raise UserError(f"rank {rank} of the evaluation has not begun within {self._ranks.timeout:g} s; {_AGAIN}")
 
     def _beat(self) -> None:
         count = 1
@@ -128,11 +135,6 @@ class _Heartbeats:
                 return
             self._write(str(count))
             count += 1
-
-    def _clear_up(self) -> None:
-        for rank in range(self._ranks.world_size):
-            with contextlib.suppress(OSError):
-                self._file(rank).unlink(missing_ok=True)
 
     def _is_there(self) -> bool:
         return self._file(self._ranks.rank).exists()

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from instructblip.distributed import ALONE, SILENCE_SECONDS, Ranks
-from instructblip.errors import UserError
+from instructblip.errors import LostRankError, UserError
 from instructblip.evaluation.heartbeat import watched
 from instructblip.evaluation.outcomes import Failure, Prediction, Ranking
 from instructblip.evaluation.protocol import EvaluationSample, Task, as_json
@@ -138,7 +138,8 @@ class Journal:
         """Return when all answers are there.
 
         Raises:
-            UserError: another process gave up; or nothing new has come for `SILENCE_SECONDS`.
+            UserError: another process gave up this task; a LostRankError, that it is gone, or nothing new has come for
+                `SILENCE_SECONDS`.
         """
         pause, since, before = _FIRST_PAUSE, time.monotonic(), self.missing
         while self.missing:
@@ -151,7 +152,7 @@ class Journal:
             if self.missing != before:
                 since, before = time.monotonic(), self.missing
             elif time.monotonic() - since > SILENCE_SECONDS:
-                raise UserError(
+                raise LostRankError(
                     f"{self.missing} answers of {what} are missing and none has come for {SILENCE_SECONDS / 60:g} minutes: "
                     "another process must have died; run the same command again, it goes on where it stopped"
                 )
@@ -311,11 +312,10 @@ def claimed(folder: Path, ranks: Ranks) -> Iterator[Ranks]:
     Raises:
         UserError: another evaluation is at work there, or the folder cannot be made or written.
     """
-    with claimed_folder(folder, "evaluation", locked=ranks.is_first):
+    with claimed_folder(folder, "evaluation", locked=ranks.is_first), watched(folder, ranks) as watching:
         if ranks.is_first:
             forget_given_up(folder)
-        with watched(folder, ranks) as watching:
-            yield watching
+        yield watching
 
 
 def refuse_others_results(folder: Path, checkpoint: str, tasks: Sequence[Task], llm: str | None = None) -> None:

@@ -9,7 +9,7 @@ from rich.console import Console
 from instructblip.config import entry
 from instructblip.config.schema import EvaluateConfig
 from instructblip.config.validate import to_dict
-from instructblip.data.cards import Card
+from instructblip.data.cards import Card, load_cards
 from instructblip.data.prepare.command import Needed, find_shards
 from instructblip.data.synthetic import NOTE
 from instructblip.distributed import Ranks, choose_device
@@ -18,7 +18,7 @@ from instructblip.evaluation.journal import claimed, refuse_others_results, repl
 from instructblip.evaluation.protocol import Task, make_task, needed_splits, refuse_unable
 from instructblip.evaluation.results_file import NotEvaluated
 from instructblip.evaluation.suite import evaluate_tasks, finish_evaluation, image_reader, log_scores, refuse_failed
-from instructblip.evaluation.suite_tasks import fitting_modes, make_tasks, split_missing, suite_cards
+from instructblip.evaluation.suite_tasks import check_suite, fitting_modes, make_tasks, split_missing
 from instructblip.fetch.parts import cache_folder
 from instructblip.models.fingerprint import fingerprint_tensors
 from instructblip.tracking import make_logger
@@ -40,10 +40,11 @@ def evaluate(config: EvaluateConfig, console: Console) -> None:
     ranks = Ranks.from_environment()
     if not ranks.is_first:
         console = Console(quiet=True)
-    held_in, held_out = suite_cards(config.suite)
+    cards = load_cards([*config.suite.held_in, *config.suite.held_out])
+    check_suite(config.suite, cards)
     source = find_source(config.checkpoint, config.llm)
     device = str(choose_device(ranks.device(config.device)))
-    tasks, absent, shards = _plan([*held_in, *held_out], config, source.llm_kind or "decoder", console)
+    tasks, absent, shards = _plan(cards, config, source.llm_kind or "decoder", console)
     refuse_unable(tasks, source.skills, str(source.path))
     folder = Path(config.output) / config.name
     with claimed(folder, ranks) as ranks:
@@ -57,7 +58,8 @@ def evaluate(config: EvaluateConfig, console: Console) -> None:
         refuse_others_results(
             folder, loaded.source, tasks, llm=loaded.parts["llm"].name if "llm" in loaded.parts else None
         )
-        _evaluate(config, loaded, tasks, absent, shards, folder, ranks, console)
+        failed = _evaluate(config, loaded, tasks, absent, shards, folder, ranks, console)
+    refuse_failed([item for item in (*absent, *failed) if item.why == "failed"], folder, "the same command")
 
 
 def _plan(
@@ -106,8 +108,8 @@ def _evaluate(
     folder: Path,
     ranks: Ranks,
     console: Console,
-) -> None:
-    """Run the tasks, and write and log the results."""
+) -> list[NotEvaluated]:
+    """Run the tasks, and write and log the results; to the first rank, the tasks that failed."""
     # A cache of features has no place for images that cannot be read.
     cache = cache_folder() / "features" if config.data.cache_features and not config.tolerance else None
     model = loaded.model
@@ -128,7 +130,7 @@ def _evaluate(
         ranks=ranks,
     )
     if not ranks.is_first:
-        return
+        return []
     finish_evaluation(
         model,
         results,
@@ -153,4 +155,4 @@ def _evaluate(
     )
     log_scores(logger, results, loaded.step)
     logger.finish()
-    refuse_failed([item for item in (*absent, *failed) if item.why == "failed"], folder, "the same command")
+    return failed

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from instructblip.data.feature_cache import ReadImage, cached_images, feature_cache
 from instructblip.distributed import ALONE, Ranks
-from instructblip.errors import UserError
+from instructblip.errors import LostRankError, UserError
 from instructblip.evaluation.metrics import ModelOutput
 from instructblip.evaluation.outcomes import TaskResult
 from instructblip.evaluation.protocol import Task, blind_task, chance_level, majority_answers
@@ -184,7 +184,7 @@ def evaluate_tasks(
         The results, and the tasks that failed; none to all ranks but the first.
 
     Raises:
-        UserError: as `run_task`, where no task ended well, or without `go_on`.
+        UserError: as `run_task`, where no task ended well, or without `go_on`; another process is gone.
     """
     options: dict[str, Any] = {
         "batch_size": batch_size,
@@ -214,7 +214,7 @@ def evaluate_tasks(
                 shutil.rmtree(home / _WITHHELD)
             results.append(DatasetResult(found[0], baselines(task, shards, found[1] if blinded else None)))
         except UserError as error:
-            if not go_on:
+            if not go_on or isinstance(error, LostRankError):
                 raise
             failed.append(NotEvaluated(task.card.name, "failed", str(error)))
     if not ranks.is_first:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from instructblip.config.schema import Missing, SuiteConfig
-from instructblip.data.cards import Card, load_cards
+from instructblip.data.cards import Card
 from instructblip.data.prepare.command import FoundShards
 from instructblip.errors import UserError
 from instructblip.evaluation.protocol import Task, unfit
@@ -12,17 +12,15 @@ from instructblip.evaluation.results_file import NotEvaluated
 ALONE = "; or evaluate the others alone: suite.missing=skip"
 
 
-def suite_cards(suite: SuiteConfig) -> tuple[list[Card], list[Card]]:
-    """The cards that a suite names as held-in and as held-out, each once.
+def check_suite(suite: SuiteConfig, cards: Sequence[Card]) -> None:
+    """Refuse a suite whose cards, held-in and held-out together, are not each another dataset.
 
     Raises:
-        UserError: a card that is not there or is wrong, or comes twice.
+        UserError: names the one that comes twice.
     """
-    cards = load_cards([*suite.held_in, *suite.held_out])
     names = [card.name for card in cards]
     if twice := [name for number, name in enumerate(names) if name in names[:number]]:
         raise UserError(f"suite {suite.name} names {twice[0]} twice; name it once")
-    return cards[: len(suite.held_in)], cards[len(suite.held_in) :]
 
 
 def fitting_modes(

@@ -6,7 +6,7 @@ size under memory limited setup"): features of all micro-batches without gradien
 gradient at the features; then each micro-batch again, which passes that gradient on to the weights. An objective that reads
 partners from the whole batch draws them in between. Image tokens are computed once where the vision encoder is frozen.
 
-Shape legend: B samples of this rank, N of the global batch, T tokens of its longest answer.
+Shape legend: B samples of this rank, N of the global batch, T tokens of the longest answer and its length in front.
 """
 
 import hashlib
@@ -145,13 +145,14 @@ def _look_around(
         with torch.no_grad():
             parts.append(context.forward(model, part, {*rows, *shared}, through_wrapper=False).tensors)
     own = {name: torch.cat([part[name].float() for part in parts]).requires_grad_() for name in rows}
+    count = sum(map(len, inputs))
     batch = WholeBatch(
         own=own,
         everyone={name: context.ranks.gather_rows(tensor) for name, tensor in own.items()},
         shared={name: parts[0][name].float().clone().requires_grad_() for name in shared},
         image_ids_N=_gathered([_number(image) for part in inputs for image in part.image_ids], model, context.ranks),
         positions_N=_gathered([place for part in inputs for place in part.positions], model, context.ranks),
-        own_rows_B=torch.arange(count := sum(map(len, inputs)), device=model.device) + context.ranks.rank * count,
+        own_rows_B=torch.arange(count, device=model.device) + context.ranks.rank * count,
     )
     return batch, streams
 

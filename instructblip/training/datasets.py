@@ -4,12 +4,11 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
-from instructblip.config.schema import DataConfig, MixtureConfig, TrainConfig
-from instructblip.data.cards import TRAIN_SPLIT, Card, OwnCard, check_prepared_from, is_path, load_cards
+from instructblip.config.schema import DataConfig, MixtureConfig
+from instructblip.data.cards import TRAIN_SPLIT, Card, OwnCard, check_prepared_from
 from instructblip.data.feature_cache import FeatureCache
 from instructblip.data.mixture import Mixture, MixtureEntry, MixtureSegment
 from instructblip.data.mixture_dataset import MakeImage, TrainingSet, cached, decoded
@@ -37,13 +36,12 @@ class CutSteps(Steps, Protocol):
     def micro_batch_size(self) -> int | None: ...
 
 
-def mixture_cards(config: MixtureConfig) -> list[Card]:
-    """The cards that a mixture trains on, in its order.
+def check_mixture(config: MixtureConfig, cards: Sequence[Card]) -> None:
+    """Refuse the cards of a mixture, in its order, for what they say of training.
 
     Raises:
-        UserError: a card that is not there, occurs twice, is held out or has no templates.
+        UserError: a card that occurs twice, is held out, has no split to train on or no templates.
     """
-    cards = load_cards(entry.name for entry in config.datasets)
     for number, card in enumerate(cards):
         if card.name in [other.name for other in cards[:number]]:
             raise UserError(f"mixture {config.name} names {card.name} twice; give it one multiplier")
@@ -59,38 +57,6 @@ def mixture_cards(config: MixtureConfig) -> list[Card]:
             )
         if config.templates is None:
             card.template_set()  # or says that there is none
-    return cards
-
-
-def with_absolute_cards(config: TrainConfig) -> TrainConfig:
-    """The configuration with the paths of own cards made absolute: a run goes on from whichever folder it is started in."""
-    datasets = [replace(entry, name=_absolute(entry.name)) for entry in config.mixture.datasets]
-    held_in, held_out = ([_absolute(name) for name in names] for names in (config.suite.held_in, config.suite.held_out))
-    best = config.recipe.keep_best
-    return replace(
-        config,
-        mixture=replace(config.mixture, datasets=datasets),
-        suite=replace(config.suite, held_in=held_in, held_out=held_out),
-        recipe=replace(config.recipe, keep_best=best if best is None else _absolute(best)),
-    )
-
-
-def _absolute(name_or_path: str) -> str:
-    return str(Path(name_or_path).expanduser().absolute()) if is_path(name_or_path) else name_or_path
-
-
-def best_by(keep_best: str | None, held_in: Sequence[Card]) -> str | None:
-    """What decides which step is the best: None, `mean`, or the name of a dataset, which may be given by its card's path.
-
-    Raises:
-        UserError: no dataset of these.
-    """
-    if keep_best in (None, "mean"):
-        return keep_best
-    for card in held_in:
-        if keep_best in (card.name, card.reference):
-            return card.name
-    raise UserError(f"recipe.keep_best={keep_best} is no dataset of suite.held_in; name one of them, or mean")
 
 
 def open_sets(cards: Sequence[Card], shards: Path, templates: str | None = None) -> list[TrainingSet]:
@@ -136,17 +102,33 @@ def make_mixture(
 
 
 def data_fingerprints(sets: Sequence[TrainingSet], validation: Sequence[Task], shards: Path) -> Inputs:
-    """What a run reads on its way, by name: the prepared `splits`, and of each of its `cards` what makes samples of them."""
+    """What a run reads on its way, by name.
+
+    The prepared `splits`; of each of its `cards` what makes samples of them; and the `protocols` that it is watched by,
+    whose scores decide which step is the best.
+    """
     splits = {f"{item.split.dataset}/{item.split.split}": item.split.fingerprint for item in sets}
     for task in validation:
         split = open_split(shards / task.card.source / task.protocol.split)
         splits[f"{split.dataset}/{split.split}"] = split.fingerprint
-    return {"splits": splits, "cards": {item.name: _card_fingerprint(item) for item in sets}}
+    return {
+        "splits": splits,
+        "cards": {item.name: _card_fingerprint(item) for item in sets},
+        "protocols": {task.card.name: _protocol_fingerprint(task) for task in validation},
+    }
 
 
 def _card_fingerprint(item: TrainingSet) -> str:
     rules = [item.kinds, dataclasses.asdict(item.templates), item.flip]
     return hashlib.sha256(json.dumps(rules).encode()).hexdigest()
+
+
+def _protocol_fingerprint(task: Task) -> str:
+    """Of the rules alone: `splits` has the data."""
+    rules = dataclasses.replace(
+        task.protocol, samples=None, samples_sha256="", vocabulary_size=0, vocabulary_sha256="", frames=0
+    )
+    return rules.sha256()
 
 
 def make_images(config: DataConfig, image_size: int, cache: FeatureCache | None) -> MakeImage:

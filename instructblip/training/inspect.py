@@ -16,14 +16,14 @@ from torch import Tensor
 from instructblip.config.entry import main
 from instructblip.config.schema import InspectConfig
 from instructblip.data.batching import Batching
-from instructblip.data.cards import TRAIN_SPLIT
+from instructblip.data.cards import TRAIN_SPLIT, load_cards
 from instructblip.data.loader import load_batches
 from instructblip.data.mixture import position_generator
 from instructblip.data.mixture_dataset import DrawnImage, MixtureDataset, decoded
 from instructblip.data.prepare.command import Needed, shards_folder
 from instructblip.data.transforms import AUGMENTATIONS, decode_for, draw_view
 from instructblip.images import decode_image, image_size
-from instructblip.training.datasets import make_mixture, mixture_cards, open_sets
+from instructblip.training.datasets import check_mixture, make_mixture, open_sets
 from instructblip.training.plan.tables import shares_planned
 
 
@@ -33,7 +33,8 @@ def inspect(config: InspectConfig, console: Console) -> None:
     Raises:
         UserError: data that is missing or damaged.
     """
-    cards = mixture_cards(config.mixture)
+    cards = load_cards(entry.name for entry in config.mixture.datasets)
+    check_mixture(config.mixture, cards)
     needed = [Needed(card, frozenset({TRAIN_SPLIT})) for card in cards]
     sets = open_sets(cards, shards_folder(needed, config.data, console), config.mixture.templates)
     mixture = make_mixture(config.mixture, sets, [config], seed=config.seed)

@@ -50,7 +50,12 @@ _FREE = (
 # How a batch is cut, where the loss is a mean over all of it.
 _FREE_IN_PHASES = ("batching", "micro_batch_size", "micro_batch_tokens")
 # What a checkpoint names of its inputs -> the key that allows another by its name in resume_allow.
-_ALLOWED_BY = {"splits": "data.shards", "cards": "mixture.datasets", "tokenizers": "{name}.sources.path"}
+_ALLOWED_BY = {
+    "splits": "data.shards",
+    "cards": "mixture.datasets",
+    "protocols": "suite.held_in",
+    "tokenizers": "{name}.sources.path",
+}
 
 
 def find_checkpoint(config: TrainConfig, folder: Path, ranks: Ranks, console: Console) -> LoadedCheckpoint | None:
@@ -174,7 +179,7 @@ def _check_inputs(run: TrainingRun, checkpoint: LoadedCheckpoint) -> None:
             "written, and is not what the run was begun with; put it back as it was, choose another name= for a new run, "
             f"or allow it: resume_allow=[{','.join(refused)}]"
         )
-    _say(run.console, [f"changed on resuming: {what} is other data" for what in changed])
+    _say(run.console, [f"changed on resuming: {what}" for what in changed])
 
 
 def _is_allowed(key: str, allowed: Collection[str]) -> bool:

@@ -22,7 +22,6 @@ from instructblip.distributed import Ranks, choose_device, start_ranks, whole_te
 from instructblip.files import claimed_folder, write_atomically
 from instructblip.progress import TrainingProgress, training_progress
 from instructblip.training.checks import check_objectives
-from instructblip.training.datasets import with_absolute_cards
 from instructblip.training.loop import StepResult, log_entry, run_steps, traced_steps, what_is_not_finite
 from instructblip.training.metrics_log import finite
 from instructblip.training.plan.tables import plan_summary, plan_table, shares_planned, shares_realised
@@ -34,6 +33,7 @@ from instructblip.training.resume import (
     restore,
     restore_optimisation,
 )
+from instructblip.training.run_cards import with_absolute_cards
 from instructblip.training.schedule import StepPosition, locate, rank_positions, step_batching, total_steps
 from instructblip.training.setup import TrainingRun, make_optimisation, make_plan, set_up
 from instructblip.training.signals import Stopped, StopRequest
@@ -113,7 +113,10 @@ def _train(config: TrainConfig, folder: Path, ranks: Ranks, stop: StopRequest, c
         write_atomically(folder / "config.yaml", to_yaml(started))
         run.metrics.truncate_after(start if unvalidated is None else start - 1)  # whose line is to be written anew
     console.print(shares_planned(run.mixture, run.phases))
-    done = _train_steps(run, start, stop, unvalidated)
+    try:
+        done = _train_steps(run, start, stop, unvalidated)
+    finally:
+        run.writer.settle()  # before the folder is let go
     if done < total_steps(run.phases) or stop.stop_signal:
         return _stopped(run, stop, done)
     console.print(shares_realised(run.mixture, run.phases, run.lost.counts))

@@ -16,25 +16,14 @@ from instructblip.config.checks import check_batches
 from instructblip.config.schema import TrainConfig
 from instructblip.config.validate import to_dict
 from instructblip.data.batching import Batching, Length
-from instructblip.data.cards import TRAIN_SPLIT, Card
 from instructblip.data.feature_cache import FeatureCache, ReadImage, cached_images, feature_cache
 from instructblip.data.lost import LostSamples
 from instructblip.data.mixture import Mixture
 from instructblip.data.mixture_dataset import MixtureDataset, TrainingSet
-from instructblip.data.prepare.command import Needed, find_shards
 from instructblip.distributed import Ranks, choose_device
-from instructblip.errors import UserError
-from instructblip.evaluation.protocol import (
-    Task,
-    make_task,
-    make_validation_task,
-    needed_splits,
-    refuse_unable,
-    watched_split,
-)
+from instructblip.evaluation.protocol import Task, make_task, make_validation_task, refuse_unable
 from instructblip.evaluation.results_file import NotEvaluated
 from instructblip.evaluation.runner import read_pixels
-from instructblip.evaluation.suite_tasks import split_missing, suite_cards
 from instructblip.fetch.parts import cache_folder
 from instructblip.files import exclusive, write_atomically
 from instructblip.models.base import Model
@@ -45,11 +34,9 @@ from instructblip.objectives import make_objectives
 from instructblip.tracking import Logger, NoLogger, make_logger
 from instructblip.training.datasets import (
     Inputs,
-    best_by,
     data_fingerprints,
     make_images,
     make_mixture,
-    mixture_cards,
     open_sets,
 )
 from instructblip.training.metrics_log import BestStep, MetricsLog
@@ -57,6 +44,7 @@ from instructblip.training.optim import WeightAverage, layer_decay, make_adamw
 from instructblip.training.parallel import PRECISIONS, StepContext, check_layout, is_sharded, parallelize
 from instructblip.training.plan.flops import GPUS, ModelShape, SampleLengths, device_peak, model_shape
 from instructblip.training.plan.memory import Plan, PlanLayout, plan_run, planned_phases
+from instructblip.training.run_cards import RunCards, find_cards
 from instructblip.training.schedule import Phase
 from instructblip.training.skipped import SkippedSteps
 from instructblip.training.start import begin_run
@@ -175,24 +163,24 @@ def set_up(
     Raises:
         UserError: data, parts or weights to start from are missing and cannot be fetched, or do not fit together.
     """
-    cards = mixture_cards(config.mixture)
-    scored = _scored(config, cards, console)
+    cards = find_cards(config, console)
+    validation, final = _tasks(config, cards)
     model, begun, checkpoint, frozen = _weights(config, folder, ranks, console, checkpoint)
     _place(model, choose_device(config.device), without_llm=is_sharded(config.parallel.kind, ranks.world_size))
-    sets = open_sets(cards, scored.shards, config.mixture.templates)
+    sets = open_sets(cards.trained, cards.shards, config.mixture.templates)
     mixture = make_mixture(config.mixture, sets, config.recipe.phases.values(), seed=config.seed)
-    cache = _feature_cache(config, model, sets, [*scored.validation, *scored.final])
+    cache = _feature_cache(config, model, sets, [*validation, *final])
     images = make_images(config.data, model.vision.image_size, cache)
     dataset = MixtureDataset(mixture, sets, images, config.data.text_processor, cut_prefixes=config.reads_prefixes())
     if isinstance(model.vision_norm, ChannelNorm) and VISION_NORM in begun.start.new and not checkpoint:
         _calibrate(model, model.vision_norm, dataset)
     frozen |= frozen_fingerprints(model, model.PARTS.keys() - frozen.keys())
     _say(differing_parts(begun, frozen), console)
-    inputs = {**data_fingerprints(sets, scored.validation, scored.shards), "tokenizers": tokenizer_fingerprints(model)}
+    inputs = {**data_fingerprints(sets, validation, cards.shards), "tokenizers": tokenizer_fingerprints(model)}
     run = TrainingRun(
         config=config,
         folder=folder,
-        shards=scored.shards,
+        shards=cards.shards,
         console=console,
         ranks=ranks,
         model=model,
@@ -204,9 +192,9 @@ def set_up(
             samples=config.data.tolerance.samples,
             say=lambda line: _say([line], console),
         ),
-        validation=scored.validation,
-        final=scored.final,
-        absent=scored.absent,
+        validation=validation,
+        final=final,
+        absent=cards.absent,
         read_image=read_pixels(model.vision.image_size) if cache is None else cache.tokens,
         start=begun.start,
         frozen=frozen,
@@ -214,7 +202,7 @@ def set_up(
         shape=_shape(config, model),
         peak_flops=ranks.world_size * _peak_flops(config, model, ranks),
         metrics=MetricsLog(folder / "metrics.jsonl"),
-        best=BestStep(scored.watched),
+        best=BestStep(cards.best_by),
         skipped=SkippedSteps(config.recipe.non_finite_limit),
         logger=_logger(config, folder) if ranks.is_first else NoLogger(),
         writer=CheckpointWriter(folder / "checkpoints", config.recipe.keep_checkpoints),
@@ -222,52 +210,17 @@ def set_up(
     return run, checkpoint
 
 
-class _Scored(NamedTuple):
-    """What a run watches and scores.
-
-    Attributes:
-        shards: folder of the prepared splits, those that are trained on too.
-        validation, final: see `TrainingRun`.
-        absent: what of the suite is not prepared.
-        watched: the dataset that decides which step is the best, see `best_by`.
-    """
-
-    shards: Path
-    validation: list[Task]
-    final: list[Task]
-    absent: list[NotEvaluated]
-    watched: str | None
-
-
-def _scored(config: TrainConfig, trained: Sequence[Card], console: Console) -> _Scored:
-    """Find the shards of all that a run reads, and make the tasks of its suite.
+def _tasks(config: TrainConfig, cards: RunCards) -> tuple[list[Task], list[Task]]:
+    """What is asked on the way, and at the end.
 
     Raises:
-        UserError: something is not prepared that the run needs, or cannot be asked of the model.
+        UserError: something that cannot be asked of the model.
     """
-    suite = suite_cards(config.suite)
-    watched = best_by(config.recipe.keep_best, suite[0])
-    found = find_shards(_needed(trained, *suite), config.data, console)
-    scored, absent = split_missing(
-        [*suite[0], *suite[1]], found, config.suite.missing, *(card.name for card in trained)
-    )
-    _say([f"not evaluated: {item.reason}" for item in absent], console)
-    if watched in {item.name for item in absent}:
-        raise UserError(f"recipe.keep_best={config.recipe.keep_best} is not prepared, so no step can be best by it")
-    held_in, shards = scored[: len(scored) - sum(card in scored for card in suite[1])], found.folder
-    validation = [make_validation_task(card, shards, samples=config.recipe.validation_samples) for card in held_in]
-    final = [make_task(card, shards, samples=config.recipe.final_samples) for card in scored]
+    samples, final_samples = config.recipe.validation_samples, config.recipe.final_samples
+    validation = [make_validation_task(card, cards.shards, samples=samples) for card in cards.watched]
+    final = [make_task(card, cards.shards, samples=final_samples) for card in cards.scored]
     refuse_unable([*validation, *final], MODELS[config.model.kind].SKILLS, f"model={config.model.kind}")
-    return _Scored(shards, validation, final, absent, watched)
-
-
-def _needed(trained: Sequence[Card], held_in: Sequence[Card], held_out: Sequence[Card]) -> list[Needed]:
-    """The splits that a run opens of what it trains on, and of what it watches and scores."""
-    return [
-        *(Needed(card, frozenset({TRAIN_SPLIT})) for card in trained),
-        *(Needed(card, needed_splits(card) | {watched_split(card)}) for card in held_in),
-        *(Needed(card, needed_splits(card)) for card in held_out),
-    ]
+    return validation, final
 
 
 def make_optimisation(run: TrainingRun, stop_signal: Callable[[], int]) -> Optimisation:

@@ -95,10 +95,11 @@ def finish(run: TrainingRun, stop: StopRequest) -> None:
         UserError: a dataset of the suite could not be evaluated; the others' results are written.
     """
     with _sharing(run, stop) as ranks, _stoppable(run, stop):
-        _finish(run, ranks)
+        failed = _finish(run, ranks)
+    refuse_failed(failed, run.folder / _EVALUATION, "the same command with resume=auto")
 
 
-def _finish(run: TrainingRun, ranks: Ranks) -> None:
+def _finish(run: TrainingRun, ranks: Ranks) -> list[NotEvaluated]:
     run.metrics.close()
     if run.ranks.is_first:
         draw_curves(run.folder / "metrics.jsonl", run.folder / "curves.png", run.config.name)
@@ -107,7 +108,7 @@ def _finish(run: TrainingRun, ranks: Ranks) -> None:
     run.logger.finish()
     for path in (*(run.folder / name for name in ("config.yaml", "metrics.jsonl", "curves.png")), newest):
         run.console.print(f"wrote {path}", highlight=False, soft_wrap=True)
-    refuse_failed(failed, run.folder / _EVALUATION, "the same command with resume=auto")
+    return failed
 
 
 def _evaluate(run: TrainingRun, checkpoint: Path, ranks: Ranks) -> list[NotEvaluated]:

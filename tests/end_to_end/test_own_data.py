@@ -156,6 +156,30 @@ def test_a_card_is_trained_on_beside_an_official_one_watched_and_scored(
     assert "task" in kept["said"] and "templates" not in kept["said"]
 
 
+def test_a_run_goes_on_from_another_folder_and_notices_a_changed_card(
+    world: World, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "asking.yaml").write_text("templates: ['Q: {question}']\n")
+    card = write_card(tmp_path, templates="./asking.yaml", evaluation={"num_beams": 1})
+
+    def go_on(written: str, *overrides: str) -> Path:
+        mixture = f"mixture.datasets=[{{name: '{written}'}}]"
+        return own_run(world, home, tmp_path / "out", mixture, *suite(held_in=(written,)), *overrides)
+
+    monkeypatch.chdir(tmp_path)
+    run = go_on("./mine.yaml")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert go_on("../mine.yaml", "resume=auto") == run
+    (tmp_path / "asking.yaml").write_text("templates: ['Question: {question}']\n")
+    with pytest.raises(UserError, match=r"card mine changed since .* or allow it: resume_allow=\[mixture.datasets\]"):
+        go_on(str(card), "resume=auto")
+    assert go_on(str(card), "resume=auto", "resume_allow=[mixture.datasets]") == run
+    write_card(tmp_path, templates="./asking.yaml", evaluation={"num_beams": 2})
+    with pytest.raises(UserError, match=r"protocol mine changed since .* or allow it: resume_allow=.*suite.held_in"):
+        go_on(str(card), "resume=auto", "resume_allow=[mixture.datasets]")
+
+
 def test_inspect_takes_a_path(world: World, home: Path) -> None:
     mixture = "mixture=own", f"mixture.datasets=[{{name: '{home / 'mine.yaml'}'}}]"
     config = compose("inspect", InspectConfig, [*mixture, shards_of(home), "timed=2", "samples=2"])

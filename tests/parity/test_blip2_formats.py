@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 import re
 import shutil
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from instructblip.weights.__main__ import main
 from instructblip.weights.lavis import read_lavis, save_lavis
 from instructblip.weights.load import find_source, load_model
 from tests.kit.blip2 import tiny_eva, tiny_stage1, tiny_stage2, write_captioner, write_retrieval
+from tests.kit.runs import DATASETS, World, evaluate_here, predictions
 from tests.kit.tiny import tiny_images
 
 FORMATS = ("huggingface", "native", "lavis")
@@ -284,6 +286,16 @@ def test_a_captioners_folder_in_half_precision(
         assert status == 0, rows
         assert len(rows) == 2 * len(STAGES["stage2"])
     assert_same_files(tmp_path / "again", folder)
+
+
+@pytest.mark.parametrize("mode", ["rank", "generate"])
+def test_a_captioners_folder_is_evaluated(mode: str, world: World, tmp_path: Path) -> None:
+    folder = tmp_path / "half"
+    write_captioner(folder)
+    Blip2ForConditionalGeneration.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(folder)
+    evaluated = evaluate_here(world, folder, tmp_path / "out", "samples=4", "batch_size=4", f"mode={mode}")
+    assert json.loads((evaluated / "results.json").read_text())["model"]["llm"]["dtype"] == "bfloat16"
+    assert {len(predictions(evaluated)[name]) for name in DATASETS} == {4}
 
 
 def assert_same_files(found: Path, wanted: Path) -> None:

@@ -67,9 +67,9 @@ def test_what_may_be_chosen_is_what_the_code_can_do(choices: Any, known: Collect
 
 WRONG = [
     ("train", "vision.norm=foo", "vision.norm=foo is none of layer, channel"),
-    ("train", "qformer.init=foo", "qformer.init=foo is none of bert, blip2, scratch"),
+    ("train", "qformer.init=foo", "qformer.init=foo is none of bert, given, scratch"),
     ("train", "qformer.query_init=foo", "qformer.query_init=foo is none of normal, cls"),
-    ("train", "model.kind=foo", "model.kind=foo is none of instructblip, blip2_stage1"),
+    ("train", "model.kind=foo", "model.kind=foo is none of instructblip, blip2, blip2_stage1"),
     ("train", "llm=null", "model=instructblip needs a language model; give llm=NAME"),
     ("train", "llm.kind=foo", "llm.kind=foo is none of decoder, encoder_decoder"),
     ("train", "llm.quantization=int4", "llm.quantization=int4 is none of int8, nf4, null; did you mean int8?"),

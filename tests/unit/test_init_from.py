@@ -20,9 +20,10 @@ from instructblip.config.validate import to_yaml
 from instructblip.errors import UserError
 from instructblip.models.base import Model
 from instructblip.models.instructblip import InstructBLIP
+from instructblip.training.start import begin_run
 from instructblip.weights.checkpoint import save_checkpoint
 from instructblip.weights.init_from import Begun, differing_parts, plan_alignment, start_from
-from instructblip.weights.init_sources import check_pinned, find_start, given_weights, read_start, save_text_branch
+from instructblip.weights.init_sources import check_pinned, find_start, read_start, save_text_branch
 from instructblip.weights.lavis import save_lavis
 from instructblip.weights.load import frozen_fingerprints, load_run
 from instructblip.weights.names import foreign_names
@@ -76,8 +77,7 @@ def begin(config: TrainConfig, init_from: list[str] | str, **sections: Any) -> t
     """What train.py has before its first step."""
     config = changed(config, init_from=[init_from] if isinstance(init_from, str) else init_from, **sections)
     model = build_model(config, trained=config.train.parts())
-    weights = [read_start(find_start(given)) for given in given_weights(config.init_from, config.qformer)]
-    return model, start_from(model, weights, config.qformer, config.llm)
+    return model, begin_run(model, config)
 
 
 def write_run(folder: Path, config: TrainConfig, model: Model, start: Start = PLAIN.start) -> Path:
@@ -140,10 +140,11 @@ def test_stage_2_lies_over_stage_1_however_it_is_spelt(stages: Stages) -> None:
         assert same(model, stages.model.held_state()) == []
         assert begun.start.new == ()
         assert begun.start.aligned_to is None
-        assert [line.partition(" ")[0] for line in begun.lines] == ["starting", "left"]
-        assert "vision norm, Q-Former, text branch, projection" in begun.lines[0]
-        assert begun.lines[1] == "left out, since this model has none: matching_head, temperature"
+        assert [line.partition(" ")[0] for line in begun.lines[-2:]] == ["starting", "left"]
+        assert "vision norm, Q-Former, text branch, projection" in begun.lines[-2]
+        assert begun.lines[-1] == "left out, since this model has none: matching_head, temperature"
         assert begun.text_branch == {}
+    assert begun.lines[0] == f"qformer.stage1 and stage2 are another spelling of init_from=[{','.join(stages.both)}]"
     assert [item["name"] for item in begun.start.weights] == ["stage1", "stage2"]
     with pytest.raises(UserError, match=r"stage1 and stage2 mean init_from=\[.*give init_from= alone"):
         check(changed(stages.config, init_from=["elsewhere"], qformer=old))

@@ -10,7 +10,7 @@ import pytest
 from instructblip.errors import UserError
 from instructblip.evaluation.metrics import caption_tokenizer as java
 from instructblip.evaluation.metrics import caption_tokenizer as ptb
-from instructblip.evaluation.metrics import cider
+from instructblip.evaluation.metrics import cider, rouge
 from instructblip.evaluation.metrics.captions import PUNCTUATION, cider_d
 
 VECTORS = Path(__file__).parent.parent / "metric_vectors" / "captions_coco.json"
@@ -69,6 +69,14 @@ def test_java_free_cider_of_the_vectors_is_the_official_one() -> None:
     score = cider([case[0] for case in data["cases"]], [case[1] for case in data["cases"]], tokenizer="python")
     assert score.value == pytest.approx(data["overall"]["CIDEr"], abs=1e-12)
     assert score.details["METEOR"] is None and "no Java" in score.details["tokenizer"]
+
+
+def test_java_free_rouge_of_the_vectors_is_the_official_one() -> None:
+    data = json.loads(VECTORS.read_text(encoding="utf-8"))
+    score = rouge([case[0] for case in data["cases"]], [case[1] for case in data["cases"]], tokenizer="python")
+    assert score.value == pytest.approx(data["overall"]["ROUGE_L"], abs=1e-12)
+    assert score.table_value == pytest.approx(100 * score.value)
+    assert "no Java" in score.details["tokenizer"]
 
 
 @needs_java

@@ -169,6 +169,16 @@ def test_cider_by_domain(monkeypatch: pytest.MonkeyPatch) -> None:
     assert METRICS["cider"](text("x", "y", "z"), CAPTIONS).value == 0
 
 
+def test_rouge_is_of_answers_or_of_captions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")  # no Java, which takes seconds
+    records = [Record("1", "dialog", answers=("a big red dog",)), Record("2", "captions", captions=("x", "two cats"))]
+    score = METRICS["rouge_l"](text("a big red dog", "cats"), records)
+    precision, recall = 1, 1 / 2
+    assert score.per_sample == pytest.approx((1, (1 + 1.2**2) * precision * recall / (recall + 1.2**2 * precision)))
+    with pytest.raises(ValueError, match="record '3' has no answers or captions; they may not be public"):
+        METRICS["rouge_l"](text("a"), [Record("3", "dialog")])
+
+
 def test_auroc_finds_the_class_of_label_1_by_the_answers() -> None:
     rows = [(-1.0, -3.0), (-3.0, -1.0), (-1.0, -2.0), (-2.0, -1.0)]  # of no, yes
     assert METRICS["auroc"](ranked(("no", "yes"), *rows), MEMES).value == 1

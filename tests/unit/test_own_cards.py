@@ -192,8 +192,9 @@ def test_a_view_takes_files_and_task_of_reading_from_its_parent(tmp_path: Path) 
             {"question": "q"},
         )
         assert source_facts(view, "train") == source_facts(own(tmp_path / "photos.yaml"), "train")
-    with pytest.raises(UserError, match="view_of must name a dataset of its own"):
-        load_card(write_card(tmp_path, "third.yaml", **(kept | {"view_of": "view", "name": "third"})))
+    for other in ("view", "third"):  # a view of itself too
+        with pytest.raises(UserError, match=f"view_of must name a dataset of its own, but {other} is a view too"):
+            load_card(write_card(tmp_path, "third.yaml", **(kept | {"view_of": other, "name": "third"})))
 
 
 def test_a_view_of_an_official_dataset_asks_it_in_ones_own_way(tmp_path: Path) -> None:
@@ -203,6 +204,7 @@ def test_a_view_of_an_official_dataset_asks_it_in_ones_own_way(tmp_path: Path) -
     assert view.evaluation is not None
     assert (view.evaluation.split, view.evaluation.prompt) == ("test", "Q: {question}")
     assert changed_source(view, {"split": "train", "source": {}}) == []  # its shards are the official card's
+    assert view.prepared_as == "vqav2"
 
 
 def test_two_cards_of_one_name_cannot_stand_together(tmp_path: Path) -> None:
@@ -355,12 +357,13 @@ def test_code_that_comes_with_a_checkpoint_is_refused(tmp_path: Path, around: tu
 def test_what_results_keep_of_a_card_is_whole_and_names_no_place_of_this_machine(tmp_path: Path) -> None:
     (tmp_path / "score.py").touch()
     (tmp_path / "asking.yaml").write_text("templates: ['{question}']\n")
-    card = own(write_card(tmp_path, templates="./asking.yaml", evaluation={"metric": "./score.py:score"}))
+    rules = {"metric": "./score.py:score", "presets": {"lavis": {"metric": "./score.py:score"}}}
+    card = own(write_card(tmp_path, templates="./asking.yaml", evaluation=rules))
     kept = json.loads(json.dumps(as_stored(card)))
     assert str(tmp_path) not in json.dumps(kept)
     again = build(OwnCard, kept)
     assert card.evaluation is not None
-    named = replace(card.evaluation, metric="score.py:score")
+    named = replace(card.evaluation, metric="score.py:score", presets={"lavis": {"metric": "score.py:score"}})
     assert again == replace(card, path="mine.yaml", templates="asking", evaluation=named)
 
 

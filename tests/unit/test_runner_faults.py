@@ -128,7 +128,7 @@ class Killed(BaseException):
 def test_twenty_kills_at_random_moments_change_nothing(
     model: InstructBLIP, task: Task, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    options: dict[str, Any] = {"batch_size": 1, "model_fingerprint": "m"}
+    options: dict[str, Any] = {"batch_size": 2, "model_fingerprint": "m"}
     expected = answer(model, task, folder=tmp_path / "whole", **options)
     stream, append, asked = random.Random(0), journal._append, 0
     rank = InstructBLIP.rank
@@ -181,6 +181,23 @@ def test_a_silent_process_is_given_up_with_one_line(
         answer(model, task, folder=tmp_path, ranks=Ranks(0, 2))
     # Its own share stays, and alone it answers the rest.
     assert answer(model, task, folder=tmp_path).predictions == answer(model, task).predictions
+
+
+def test_a_process_that_gives_up_ends_the_wait_of_the_first_with_its_reason(
+    model: InstructBLIP, task: Task, tmp_path: Path
+) -> None:
+    def broken(shard: ShardReader, row: int) -> Tensor:
+        raise UserError("the disk fails")
+
+    options: dict[str, Any] = {"batch_size": 2, "model_fingerprint": "", "folder": tmp_path}
+    with pytest.raises(UserError, match=r"^the disk fails$"):
+        answer_share(model, task, broken, ranks=Ranks(1, 2), **options)
+    with pytest.raises(UserError, match=r"^the disk fails$"):
+        answer(model, task, folder=tmp_path, ranks=Ranks(0, 2))
+    assert "prediction" in (tmp_path / "journal-0.jsonl").read_text()  # its own share stays
+    journal.forget_given_up(tmp_path.parent)  # as the next evaluation does, of whose ranks none has answered yet
+    assert answer(model, task, folder=tmp_path).predictions == answer(model, task).predictions
+    assert [path.name for path in tmp_path.iterdir()] == ["predictions.jsonl"]
 
 
 def test_several_processes_need_a_folder(model: InstructBLIP, task: Task) -> None:

@@ -8,12 +8,12 @@ import pytest
 from rich.console import Console
 
 from instructblip.config.schema import DataConfig, SourcesConfig, SuiteConfig
-from instructblip.data.cards import Card, load_card
+from instructblip.data.cards import Card, load_card, load_cards
 from instructblip.data.prepare.command import FoundShards, Needed, find_shards, shards_folder
 from instructblip.data.prepare.convert import prepare_dataset
 from instructblip.errors import UserError
 from instructblip.evaluation.protocol import Task, make_task, needed_splits, watched_split
-from instructblip.evaluation.suite_tasks import fitting_modes, make_tasks, split_missing, suite_cards
+from instructblip.evaluation.suite_tasks import check_suite, fitting_modes, make_tasks, split_missing
 from tests.kit.own_data import write_card, write_own_data
 from tests.kit.tiny import write_easy_vqa
 
@@ -41,12 +41,12 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 # --- cards and modes -------------------------------------------------------------------------------------------------
 
 
-def test_a_suite_holds_names_and_paths_each_once(own: tuple[Path, Path]) -> None:
-    held_in, held_out = suite_cards(SuiteConfig(name="s", held_in=["vqav2", str(own[0])], held_out=["vsr"]))
-    assert [[card.name for card in cards] for cards in (held_in, held_out)] == [["vqav2", "mine"], ["vsr"]]
-    for twice in (["vsr"], ["datasets/vsr.yaml"]):
-        with pytest.raises(UserError, match="suite s names vsr twice; name it once"):
-            suite_cards(SuiteConfig(name="s", held_in=twice, held_out=["vsr"]))
+def test_a_suite_names_each_dataset_once_however_it_is_written(own: tuple[Path, Path]) -> None:
+    suite, path = SuiteConfig(name="s"), own[0]
+    check_suite(suite, cards_of("vqav2", path, "vsr"))
+    for twice in (["vsr", "vsr"], ["vsr", "datasets/vsr.yaml"], [path, path.parent / "photos/../mine.yaml"]):
+        with pytest.raises(UserError, match=r"suite s names (vsr|mine) twice; name it once"):
+            check_suite(suite, load_cards(twice))
 
 
 def test_a_mode_is_taken_where_it_can_be_had() -> None:

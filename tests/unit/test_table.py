@@ -161,6 +161,30 @@ def test_the_command_writes_what_it_prints(
     assert page.read_text().startswith("<!doctype html>")
 
 
+def test_what_has_no_score_has_a_column_and_a_mark(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", {"gqa": entry("gqa", 48.0)})
+    values = json.loads((run / "results.json").read_text())
+    values["not_evaluated"] = {"vsr": {"why": "missing", "reason": "not prepared in a < b"}}
+    (run / "results.json").write_text(json.dumps(values))
+    made = score_table([read_run(run)])
+    assert made.datasets == ["gqa", "vsr"]
+    text = as_text(made)
+    assert [line.split()[:3] for line in text.splitlines() if line.startswith("run")] == [["run", "48.0", "-¶"]]
+    assert "¶ no score: it was not prepared, or failed" in text
+    assert '-<abbr class="mark" title="no score: it was not prepared, or failed: not prepared in a &lt; b">' in as_html(
+        made
+    )
+    assert next(csv.DictReader(io.StringIO(as_csv(made))))["vsr_marks"] == "¶"
+
+
+def test_a_metric_of_ones_own_may_be_better_lower(tmp_path: Path) -> None:
+    runs = [
+        read_run(write_run(tmp_path / name, {"gqa": entry("gqa", value) | {"metric": "mine.py:errors"} | facts}))
+        for name, value, facts in (("a", 3.0, {"higher_is_better": False}), ("b", 2.0, {"higher_is_better": False}))
+    ]
+    assert score_table(runs).lower_is_better == {"gqa"}
+
+
 def test_a_training_runs_own_evaluation_is_found(tmp_path: Path) -> None:
     write_run(tmp_path / "evaluation", {"gqa": entry("gqa", 48.0)})
     assert read_run(tmp_path).scores["gqa"].value == 48.0
@@ -188,6 +212,10 @@ def test_a_training_runs_own_evaluation_is_found(tmp_path: Path) -> None:
         ({"predictions_sha256": None}, r"datasets\.gqa\.predictions_sha256 is None"),
         ({"metric_details": {"tokenizer": 3}}, r"metric_details\.tokenizer is 3"),
         ({"protocol": {"split": "val"}}, r"datasets\.gqa\.protocol is not whole"),
+        ({"not_evaluated": []}, r"not_evaluated is no object of datasets"),
+        ({"not_evaluated": {"vsr": 3}}, r"not_evaluated\.vsr does not say why"),
+        ({"not_evaluated": {"vsr": {"why": "lost", "reason": ""}}}, r"not_evaluated\.vsr does not say why"),
+        ({"not_evaluated": {"vsr": {"why": "failed"}}}, r"not_evaluated\.vsr does not say why"),
     ],
 )
 def test_a_damaged_or_foreign_file_is_one_line(tmp_path: Path, content: Any, told: str) -> None:
@@ -196,7 +224,7 @@ def test_a_damaged_or_foreign_file_is_one_line(tmp_path: Path, content: Any, tol
         write_run(tmp_path, {"gqa": entry("gqa", 48.0)})
         values = json.loads(file.read_text())
         (key,) = content
-        head = ("checkpoint", "model")
+        head = ("checkpoint", "model", "not_evaluated")
         place = values if key in head else values["datasets"]
         place = values["datasets"]["gqa"] if key not in (*head, "gqa") else place
         place.update(content)

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from instructblip.config import entry
 from instructblip.config.schema import DataConfig, PrepareConfig, SourcesConfig
-from instructblip.data.cards import Card, OwnCard, load_cards
+from instructblip.data.cards import Card, OwnCard, load_card, load_cards
 from instructblip.data.prepare.audit import audit_prepared, audit_table
 from instructblip.data.prepare.convert import check_prepared, prepare_dataset
 from instructblip.data.prepare.fetch import fetch_raw
@@ -272,6 +272,8 @@ def _audit(folders: Sequence[Path], own: Sequence[Card], console: Console) -> in
 
 
 def _convert(card: Card, config: PrepareConfig, console: Console) -> int:
+    if isinstance(card, OwnCard) and card.is_of_official:
+        card = load_card(card.source)
     raw = _raw(card, config, console)
     manifests = prepare_dataset(
         card,

@@ -302,7 +302,10 @@ INSTRUCTBLIP = {
     "vicuna_7b": "InstructBLIP Vicuna-7B",
     "vicuna_13b": "InstructBLIP Vicuna-13B",
 }
-RETRIEVERS = {  # keys of `paper_parts`
+BLIP = {  # and of other papers
+    "blip2_opt_2_7b": "BLIP-2 OPT-2.7B",
+    "blip2_opt_6_7b": "BLIP-2 OPT-6.7B",
+    "blip2_flan_t5_xl": "BLIP-2 FlanT5-XL",
     "blip_14m": "BLIP 14M",
     "blip_129m": "BLIP 129M",
     "blip_capfilt_l": "BLIP CapFilt-L",
@@ -310,7 +313,7 @@ RETRIEVERS = {  # keys of `paper_parts`
     "blip2_vit_l": "BLIP-2 ViT-L",
     "blip2_vit_g": "BLIP-2 ViT-g",
 }
-MODELS = INSTRUCTBLIP | RETRIEVERS
+MODELS = INSTRUCTBLIP | BLIP
 # Where the paper's numbers are of another split than the one that its card can score.
 PAPER_SPLITS = {"vizwiz": "test-dev"}
 
