@@ -252,6 +252,23 @@ def test_a_second_run_keeps_the_shards_and_removes_what_a_killed_one_left(raw: P
     assert not (tmp_path / "out/.mine.scratch").exists()
 
 
+def test_several_pictures_stand_together_in_a_shard_and_are_lost_together(raw: Path, tmp_path: Path) -> None:
+    asked = {"question": "what differs?", "answer": "all"}
+    (raw / "photos/broken.png").write_bytes(b"<html>")
+    write_jsonl(
+        raw / "several.jsonl", [asked | {"image": [NAMES[1], NAMES[0]]}, asked | {"image": [NAMES[1], "broken.png"]}]
+    )
+    card = own_card(tmp_path, {"train": {"records": "several.jsonl", "images": "photos"}})
+    manifest = _prepare(card, raw, tmp_path / "out")
+    assert (manifest["images"], manifest["frames"], manifest["records"]) == (1, 2, 1)
+    assert [(loss["reason"], loss["records"], loss["examples"]) for loss in manifest["lost"]] == [
+        ("file is not an image", 1, [f"photos/{NAMES[1]} + photos/broken.png"])
+    ]
+    shard = open_split(tmp_path / "out/mine/train").shards[0]
+    assert shard.extensions == ["0.png", "1.jpg"]
+    assert shard.read(0)[0] == tuple((raw / "photos" / name).read_bytes() for name in (NAMES[1], NAMES[0]))
+
+
 @pytest.mark.parametrize("reader", ["records", "folders", "webdataset"])
 def test_what_is_wrong_with_one_split_is_said_before_another_is_converted(
     reader: str, raw: Path, tmp_path: Path

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from instructblip.data.cards import load_card
 from instructblip.data.readers import READERS, FileSlice
 from instructblip.data.readers.columns import COLUMNS, NEEDED
 from instructblip.data.records import Record
@@ -181,7 +180,8 @@ def test_several_images_stand_together_and_a_video_is_one(raw: Path) -> None:
         ASKED,
     ]
     (raw / "a clip.mp4").write_bytes(b"not looked into here")
-    rows.append({"video": "a clip.mp4", "question": "q", "answer": "a"})
+    rows.append({"video": ["a clip.mp4"], "question": "q", "answer": "a"})
+    rows.append({"video": ["a clip.mp4", "b.mp4"], "question": "q", "answer": "a"})
     write_jsonl(raw / "a.jsonl", rows)
     media, lost, _ = read_own(raw, {"records": "a.jsonl"})
     assert [(item.media_id, len(item.records), item.video) for item in media] == [
@@ -195,7 +195,7 @@ def test_several_images_stand_together_and_a_video_is_one(raw: Path) -> None:
         (raw / "b.png", raw / "a.png"),
         raw / "a.png",
     ]
-    assert lost == {}
+    assert lost == {"row has several videos": (1, 1)}
 
 
 # --- dialogues -------------------------------------------------------------------------------------------------------
@@ -272,6 +272,23 @@ def test_a_dialogue_that_is_not_one_is_counted_with_its_answers(raw: Path, row: 
     records, lost = _read(raw, _talk(*TURNS), row, task="conversation")
     assert lost == {reason: count}
     assert len(records) == 2 + (reason.startswith(("turn", "last")))
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_the_first_answer_of_a_dialogue_may_be_a_caption(raw: Path, split: str) -> None:
+    blank = {"from": "gpt", "value": " "}
+    rows = [_talk(*TURNS), _talk(TURNS[0]), _talk(TURNS[0], blank, image="b.png")]
+    write_jsonl(raw / "a.jsonl", rows)
+    media, lost, _ = read_own(raw, {"records": "a.jsonl"}, task="captioning", split=split)
+    assert [(item.media_id, record.answers + record.captions) for item in media for record in item.records] == [
+        ("a.png", ("a car",))
+    ]
+    assert len(media) == 1, "a picture without a record is none"
+    assert lost == {
+        "dialogue has no answer": (1, 1),
+        "last question has no answer": (1, 0),
+        "turn is blank or no text, and so are lost those after it": (1, 1),
+    }
 
 
 def test_a_cell_of_a_table_may_hold_a_dialogue_as_json(raw: Path) -> None:
@@ -371,6 +388,7 @@ def test_pictures_are_looked_for_where_the_card_says_or_beside_the_table(raw: Pa
         ({"question": "x" * 1_000_001}, "question is too long"),
         ({"id": "a\nb"}, "id is no id"),
         ({"id": "x" * 300}, "id is no id"),
+        ({"ocr": "word " * 100_001}, "row holds a list of more than 100,000"),
     ],
 )
 def test_a_cell_that_does_not_hold_what_is_due_costs_its_row(raw: Path, change: dict[str, Any], reason: str) -> None:
@@ -509,6 +527,11 @@ def test_columns_of_parquet_that_nobody_reads_may_hold_anything(raw: Path) -> No
         ("a.csv", b"\n \n", r"a\.csv is empty"),
         ("a.csv", b"image,question,answer\n", r"a\.csv has no rows below its header"),
         ("a.json", b"[]", r"a\.json has no rows"),
+        (
+            "a.json",
+            b'{\n"data": []\n}',
+            r"a\.json must hold a list of objects, or an object on each line; a\.json line 1 is none",
+        ),
         ("a.json", b'[{"image": "a.png", "question": "q", "answer": "a"}, {"ima', r"a\.json is not whole JSON"),
         ("a.jsonl", b"\xff\xffabc", r"a\.jsonl is not UTF-8"),
         ("a.csv", b"image,question,answer\na.png,\xe9,a\n", r"a\.csv is not UTF-8"),
@@ -584,12 +607,3 @@ def test_the_documentation_lists_every_column_task_and_reader() -> None:
     }
     own = {name for name, reader in READERS.items() if reader.tasks}
     assert listed == {*COLUMNS, *NEEDED, *own}
-
-
-def test_the_card_of_the_documentation_is_one(tmp_path: Path) -> None:
-    text = (REPOSITORY / "docs/data.md").read_text(encoding="utf-8")
-    (tmp_path / "my_photos.yaml").write_text(
-        text.partition("\n## Own data\n")[2].partition("```yaml\n")[2].partition("```")[0]
-    )
-    card = load_card(tmp_path / "my_photos.yaml")
-    assert (card.reader, card.splits["val"].files) == ("records", {"records": ("val.csv",), "images": ("photos",)})

@@ -8,6 +8,7 @@ import binascii
 import math
 import re
 import string
+import unicodedata
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,8 +17,8 @@ from typing import Any
 
 from instructblip.data.readers.base import FileSlice, Losses
 from instructblip.data.readers.common import annotators, given_answers, weigh_answers
-from instructblip.data.readers.dialogues import count_answers, read_dialogue
-from instructblip.data.records import Record
+from instructblip.data.readers.dialogues import Dialogue, count_answers, read_dialogue
+from instructblip.data.records import MAX_ITEMS, Record
 from instructblip.data.typed import (
     Fields,
     WrongValueError,
@@ -137,7 +138,15 @@ class Columns:
         with losses.counting(row.place, records=_expected(fields, self.task)):
             media, video = _media(fields)
             records = _RECORDS[self.task](fields, row, media, self, losses)
-            return Example(media, video, tuple(records))
+            if any(
+                len(value) > MAX_ITEMS
+                for record in records
+                for value in vars(record).values()
+                if isinstance(value, tuple)
+            ):
+                raise WrongValueError(f"row holds a list of more than {MAX_ITEMS:,}")
+            # Of a dialogue whose turns are all lost nothing is left; they were counted one by one.
+            return Example(media, video, tuple(records)) if records else None
         return None
 
 
@@ -153,8 +162,7 @@ def _is_empty(value: Any) -> bool:
 def _expected(fields: Fields, task: str) -> int:
     """How many records a row that is lost would have given."""
     if task in ("vqa", "conversation") and fields.has("conversations"):
-        with_turns = count_answers(_maybe_listed(fields.get("conversations")))
-        return max(1, with_turns)
+        return max(1, count_answers(_maybe_listed(fields.get("conversations"))))
     captions = _maybe_listed(fields.get("captions"))
     return max(1, len(captions)) if task == "captioning" and isinstance(captions, list) else 1
 
@@ -172,9 +180,9 @@ def _media(fields: Fields) -> tuple[tuple[MediaValue, ...], bool]:
         raise WrongValueError(f"{column} is missing")
     if not isinstance(value, list):
         return (_one_media(value, column),), column == "video"
-    if column == "video":
-        raise WrongValueError("video is a list where one is due")
-    return tuple(_one_media(item, column) for item in value), False
+    if column == "video" and len(value) > 1:
+        raise WrongValueError("row has several videos")
+    return tuple(_one_media(item, column) for item in value), column == "video"
 
 
 def _one_media(value: Any, column: str) -> MediaValue:
@@ -270,16 +278,9 @@ def _answers(fields: Fields, row: Row, losses: Losses) -> dict[str, Any]:
         raise WrongValueError("answers hold no answer with text")
     answers, weights = weigh_answers(given)
     # A list without repeats says which answers are accepted, and no number of people.
-    equal = set(weights) == {1.0} and annotators(people, given) is None
-    return (
-        {"answers": answers}
-        if equal
-        else {
-            "answers": answers,
-            "answer_weights": weights,
-            "annotators": annotators(people, given),
-        }
-    )
+    if set(weights) == {1.0} and annotators(people, given) is None:
+        return {"answers": answers}
+    return {"answers": answers, "answer_weights": weights, "annotators": annotators(people, given)}
 
 
 def _question_records(
@@ -296,7 +297,7 @@ def _dialogue_records(
     fields: Fields, row: Row, media: Collection[MediaValue], columns: Columns, losses: Losses
 ) -> list[Record]:
     """A record for each answer, with the turns before it as history."""
-    dialogue = read_dialogue(_listed(fields, "conversations"), row.place, losses, images=len(media))
+    dialogue = _dialogue(fields, row, media, losses)
     beside, kind = _beside(fields), _KIND[columns.task]
     beside["context"] = beside["context"] or dialogue.system
     turns = tuple((question.strip(), answer.strip()) for question, answer in dialogue.turns)
@@ -305,6 +306,14 @@ def _dialogue_records(
         Record(ids[number], kind, question, (answer,), history=turns[:number], **beside)
         for number, (question, answer) in enumerate(turns)
     ]
+
+
+def _dialogue(fields: Fields, row: Row, media: Collection[MediaValue], losses: Losses) -> Dialogue:
+    said = _listed(fields, "conversations")
+    dialogue = read_dialogue(said, row.place, losses, images=len(media))
+    if not count_answers(said):
+        raise WrongValueError("dialogue has no answer")
+    return dialogue
 
 
 def _caption_records(
@@ -321,12 +330,11 @@ def _caption_records(
             else [_said(fields, "captions")]
         )
     elif fields.has("conversations"):
-        turns = read_dialogue(_listed(fields, "conversations"), row.place, losses, images=len(media)).turns
-        texts = [turns[0][1].strip()] if turns else []
+        texts = [answer.strip() for _, answer in _dialogue(fields, row, media, losses).turns[:1]]
     else:
         raise WrongValueError("caption is missing")
     beside = _beside(fields)
-    if columns.split != "train":
+    if columns.split != "train" and texts:
         return [Record(_ids(fields, row, 1)[0], "captions", captions=tuple(texts), **beside)]
     ids = _ids(fields, row, len(texts))
     return [Record(record_id, "caption", answers=(text,), **beside) for record_id, text in zip(ids, texts, strict=True)]
@@ -384,7 +392,7 @@ def _class_records(
 ) -> list[Record]:
     (record_id,) = _ids(fields, row, 1)
     question = _said(fields, "question") if fields.has("question") else None
-    name = fields.answer("label")
+    name = unicodedata.normalize("NFC", fields.answer("label"))  # one class, however its letters are written
     return [Record(record_id, "classification", question, answers=(name,), **_beside(fields))]
 
 

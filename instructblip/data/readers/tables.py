@@ -87,7 +87,10 @@ def _entries(path: Path) -> Rows:
 
 def _open_json(rows: Rows, path: Path, losses: Losses) -> Table:
     """The columns are the keys of the first rows."""
-    objects = _objects(rows, losses)
+    first_place, row = next(rows, ("", None))
+    if row is BROKEN and path.suffix.lower() == ".json":  # an object over several lines, most likely
+        raise UserError(f"{path} must hold a list of objects, or an object on each line; {first_place} is none")
+    objects = _objects(itertools.chain([(first_place, row)] if first_place else [], rows), losses)
     first = list(itertools.islice(objects, _LOOKED_AT))
     if not first:
         raise UserError(f"{path} has no rows; copy or fetch it again")
