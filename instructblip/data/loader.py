@@ -4,13 +4,14 @@ A step is decided by its positions alone (`training.schedule.rank_positions`); w
 the sequence. A worker reads one rank's whole share of a step and cuts it into micro-batches (`batching.py`).
 """
 
+import contextlib
 import multiprocessing
 import os
 import signal
 import threading
-import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from multiprocessing.process import BaseProcess
+from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +23,6 @@ from instructblip.data.mixture_dataset import MixtureDataset
 from instructblip.errors import UserError
 
 _GRACE = 30  # seconds that a worker goes on after SIGTERM
-_LOOK = 5.0  # seconds after which it is looked whether the workers are alive
 
 
 class LoadedStep(NamedTuple):
@@ -86,7 +86,6 @@ def load_batches(
         batch_size=None,
         collate_fn=_as_it_is,  # torch would look for numbers to make tensors of
         num_workers=workers,
-        timeout=min(_LOOK, timeout) if workers else 0,
         worker_init_fn=_begin_worker,
         generator=torch.Generator(),  # else it would draw from the global stream
     )
@@ -119,27 +118,51 @@ def _start(loader: DataLoader[Any]) -> tuple[Iterator[Any], list[BaseProcess]]:
 
 
 def _next(loaded: Iterator[Any], processes: Sequence[BaseProcess], timeout: float) -> LoadedStep | _Refused | None:
-    started = time.monotonic()
-    while True:
-        try:
+    try:
+        with _bounded(timeout) if processes else contextlib.nullcontext():
             return next(loaded, None)
-        except (RuntimeError, OSError, EOFError) as error:
-            waits = str(error).startswith("DataLoader timed out")  # torch has looked: all workers are alive
-            for process in () if waits else processes:
-                process.join(timeout=0.1)  # one that broke off a transfer is ending
-            ended = [process for process in processes if not process.is_alive()]
-            if ended:
-                raise UserError(
-                    f"a data worker process was killed (exit code {ended[0].exitcode}); if memory ran out, lower "
-                    "data.workers, and go on with resume=auto"
-                ) from None
-            if not waits:
-                raise
-            if time.monotonic() - started >= timeout:
-                raise UserError(
-                    f"the data workers gave nothing for {timeout:g} s: one was stopped, or what it reads does not come; "
-                    "look at the disk, or raise parallel.timeout, and go on with resume=auto"
-                ) from None
+    except _Silent:
+        raise UserError(
+            f"the data workers gave nothing for {timeout:g} s: one was stopped, or what it reads does not come; look at "
+            "the disk, or raise parallel.timeout, and go on with resume=auto"
+        ) from None
+    except (RuntimeError, OSError, EOFError):
+        for process in processes:
+            process.join(timeout=0.1)  # one that broke off a transfer is ending
+        ended = [process for process in processes if not process.is_alive()]
+        if not ended:
+            raise
+        raise UserError(
+            f"a data worker process was killed (exit code {ended[0].exitcode}); if memory ran out, lower data.workers, "
+            "and go on with resume=auto"
+        ) from None
+
+
+class _Silent(BaseException):
+    """Ends a wait for the workers. No `except Exception` of torch holds it up."""
+
+
+@contextlib.contextmanager
+def _bounded(seconds: float) -> Iterator[None]:
+    """Raise `_Silent` in a wait of the main thread that takes longer.
+
+    torch's own timeout covers the wait for a message. What is in it, shared memory, is asked for from the worker, and one
+    that is stopped never answers.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise _Silent
+
+    before = signal.signal(signal.SIGALRM, end)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def _as_it_is(value: Any) -> Any:

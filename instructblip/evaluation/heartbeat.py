@@ -39,6 +39,7 @@ def watched(folder: Path, ranks: Ranks) -> Iterator[Ranks]:
     """
     if ranks.world_size == 1:
         yield ranks
+        _clear_up(folder)  # of several that were killed before
         return
     beats = _Heartbeats(folder, ranks, min(LOST_SECONDS, ranks.timeout))
 
@@ -48,6 +49,12 @@ def watched(folder: Path, ranks: Ranks) -> Iterator[Ranks]:
 
     with beats.going_on():
         yield dataclasses.replace(ranks, poll_stop=poll)
+
+
+def _clear_up(folder: Path) -> None:
+    for path in folder.glob(".rank-*"):
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
 
 
 class _Sign(NamedTuple):
@@ -93,7 +100,7 @@ class _Heartbeats:
             if state == _FAILED or self._is_there():
                 self._write(state)
             if state == _DONE and self._ranks.is_first:
-                self._clear_up()
+                _clear_up(self._folder)
 
     def look(self) -> None:
         """Return where no other rank is known to be lost.
@@ -114,13 +121,11 @@ class _Heartbeats:
                 self._check_silence(rank, sign, now - sign.since)
 
     def _check_silence(self, rank: int, sign: _Sign, seconds: float) -> None:
-        if sign.heard and seconds > self._bound:
+        bound = self._bound if sign.heard else self._ranks.timeout
+        if seconds > bound:
             raise LostRankError(
-                f"rank {rank} of the evaluation gave no sign of life for {self._bound:g} s: it died or was stopped; {_AGAIN}"
-            )
-        if not sign.heard and seconds > self._ranks.timeout:
-            raise LostRankError(
-                f"rank {rank} of the evaluation has not begun within {self._ranks.timeout:g} s; {_AGAIN}"
+                f"rank {rank} of the evaluation gave no sign of life for {bound:g} s: it died, was stopped, or has not "
+                f"begun; {_AGAIN}"
             )
 
     def _beat(self) -> None:
@@ -130,11 +135,6 @@ class _Heartbeats:
                 return
             self._write(str(count))
             count += 1
-
-    def _clear_up(self) -> None:
-        for rank in range(self._ranks.world_size):
-            with contextlib.suppress(OSError):
-                self._file(rank).unlink(missing_ok=True)
 
     def _is_there(self) -> bool:
         return self._file(self._ranks.rank).exists()

@@ -200,7 +200,7 @@ def _check_inputs(run: TrainingRun, checkpoint: LoadedCheckpoint) -> None:
             "written, and is not what the run was begun with; put it back as it was, choose another name= for a new run, "
             f"or allow it: resume_allow=[{','.join(refused)}]"
         )
-    _say(run.console, [f"changed on resuming: {what} is other data" for what in changed])
+    _say(run.console, [f"changed on resuming: {what}" for what in changed])
 
 
 def _is_allowed(key: str, allowed: Collection[str]) -> bool:

@@ -107,7 +107,10 @@ def _train(config: TrainConfig, folder: Path, ranks: Ranks, stop: StopRequest, c
         write_atomically(folder / "config.yaml", to_yaml(config))
         run.metrics.truncate_after(start if unvalidated is None else start - 1)  # whose line is to be written anew
     console.print(shares_planned(run.mixture, run.phases))
-    done = _train_steps(run, start, stop, unvalidated)
+    try:
+        done = _train_steps(run, start, stop, unvalidated)
+    finally:
+        run.writer.settle()  # before the folder is let go
     if done < total_steps(run.phases) or stop.stop_signal:
         return _stopped(run, stop, done)
     console.print(shares_realised(run.mixture, run.phases, run.lost.counts))

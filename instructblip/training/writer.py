@@ -72,15 +72,19 @@ class CheckpointWriter:
             return error
         return None
 
+    def settle(self) -> None:
+        """Return when the save under way is done, however it ends."""
+        if self._thread is not None:
+            self._thread.join()
+
     def wait(self) -> None:
         """Return when the save under way is done.
 
         Raises:
             UserError: the disk is full; older checkpoints are whole.
         """
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        self.settle()
+        self._thread = None
         if self._error is not None:
             error, self._error = self._error, None
             raise error

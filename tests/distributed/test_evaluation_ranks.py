@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from instructblip.errors import UserError
-from instructblip.evaluation import journal, runner
+from instructblip.evaluation import heartbeat, journal, runner
 from tests.kit.runs import World, evaluate_here, predictions, run, start
 
 OVERRIDES = ("samples=10", "batch_size=1")
@@ -31,8 +31,14 @@ def be_rank(rank: int, count: int, and_then: Callable[[], None] | None = None) -
         and_then()
 
 
+def watch_closely() -> None:
+    """Find out within two seconds that another rank is lost."""
+    heartbeat.BEAT_SECONDS, heartbeat.LOST_SECONDS = 0.1, 2.0
+
+
 def die_at_the_third_answer() -> None:
     """Kill this process in the midst of a line."""
+    watch_closely()
     append, batches = journal._append, 0
 
     def dying(path: Path, lines: list[str]) -> None:
@@ -78,7 +84,7 @@ def assert_same(found: Path, expected: Path) -> None:
     assert predictions(found) == predictions(expected)
     for path in expected.rglob("predictions.jsonl"):
         assert (found / path.relative_to(expected)).read_bytes() == path.read_bytes()
-    assert not list(found.rglob("journal-*"))
+    assert not [*found.rglob("journal-*"), *found.rglob(".rank-*")]
 
 
 @pytest.mark.parametrize("count", [2, 3])
@@ -88,7 +94,7 @@ def test_any_number_of_processes_gives_the_same_files(
     assert_same(evaluate_with(world, untrained_run, tmp_path, count), alone)
 
 
-def test_killed_processes_are_continued_by_another_number_of_them(
+def test_a_lost_process_is_named_and_another_number_of_them_goes_on(
     world: World, untrained_run: Path, alone: Path, tmp_path: Path
 ) -> None:
     commands = [
@@ -97,14 +103,14 @@ def test_killed_processes_are_continued_by_another_number_of_them(
             "evaluate.py",
             *arguments(world, untrained_run, tmp_path),
             cwd=tmp_path / f"rank{rank}",
-            before=partial(be_rank, rank, 2, die_at_the_third_answer if rank else None),
+            before=partial(be_rank, rank, 2, die_at_the_third_answer if rank else watch_closely),
         )
         for rank in range(2)
     ]
     assert commands[1].wait() == -signal.SIGKILL
-    assert commands[0].process.is_alive()  # waits for answers that will not come; torchrun would end it now
-    commands[0].process.kill()
-    commands[0].wait()
+    assert commands[0].wait() == 2  # as no torchrun ends it
+    line = "error: rank 1 of the evaluation gave no sign of life for 2 s: it died, was stopped, "
+    assert commands[0].output.splitlines()[-1].startswith(line)
     assert not (tmp_path / "demo/results.json").exists()
     assert list((tmp_path / "demo").rglob("journal-1.jsonl"))
     shutil.copytree(tmp_path / "demo", tmp_path / "copy/demo")

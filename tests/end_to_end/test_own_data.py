@@ -170,11 +170,10 @@ def test_a_run_goes_on_from_another_folder_and_notices_a_changed_card(
     folder = go_on("./mine.yaml")
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    assert go_on("../mine.yaml", "resume=auto") == folder
     (tmp_path / "asking.yaml").write_text("templates: ['Question: {question}']\n")
     with pytest.raises(UserError, match=r"card mine changed since .* or allow it: resume_allow=\[mixture.datasets\]"):
         go_on(str(card), "resume=auto")
-    assert go_on(str(card), "resume=auto", "resume_allow=[mixture.datasets]") == folder
+    assert go_on("../mine.yaml", "resume=auto", "resume_allow=[mixture.datasets]") == folder
     write_card(tmp_path, templates="./asking.yaml", evaluation={"num_beams": 2})
     with pytest.raises(UserError, match=r"protocol mine changed since .* or allow it: resume_allow=.*suite.held_in"):
         go_on(str(card), "resume=auto", "resume_allow=[mixture.datasets]")

@@ -1,6 +1,7 @@
 """Several ranks end together: told to stop, or when one of them dies or falls silent; another number of them goes on."""
 
 import os
+import re
 import signal
 import time
 from functools import partial
@@ -76,6 +77,25 @@ def test_all_stop_when_one_is_told_in_an_evaluation(
     assert [line["step"] for line in read_lines(tmp_path / "demo/metrics.jsonl")] == list(range(1, ALL_STEPS + 1))
     assert len(scores(tmp_path / "demo/evaluation")) > 0
     assert not (tmp_path / "demo/stopping").exists()
+
+
+def die_validating() -> None:
+    """Rank 1 dies when it is to answer its second question; the bound is parallel.timeout."""
+    runner._BATCHES_PER_CHUNK = 1
+    if os.environ["RANK"] == "1":
+        signal_in_evaluation(2, signal.SIGKILL)
+
+
+def test_a_rank_that_dies_while_validating_ends_the_others_within_the_bound(world: World, tmp_path: Path) -> None:
+    arguments = [*world.train, "parallel.timeout=3", f"output={tmp_path}", "evaluation.batch_size=1"]
+    commands = start_ranks(world, "train.py", *arguments, cwd=tmp_path, before=die_validating)
+    assert commands[1].wait() == -signal.SIGKILL, commands[1].output
+    began = time.monotonic()
+    assert commands[0].wait() == 2, commands[0].output
+    assert time.monotonic() - began < 3 + 7  # the bound, and the end of the process on a loaded machine
+    last = commands[0].output.splitlines()[-1]
+    assert re.match("error: rank (1 of the evaluation gave no sign of life for 3 s|0 lost the others)", last), last
+    assert checkpoint_folders(tmp_path / "demo/checkpoints")[0].name == "step_00000008"
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["dead", "silent"])

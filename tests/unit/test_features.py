@@ -1,6 +1,7 @@
 """The feature cache gives what encoding gives, once per image, and never a half-written or foreign file."""
 
 import os
+import pickle
 import shutil
 from collections import namedtuple
 from pathlib import Path
@@ -155,6 +156,99 @@ def test_a_half_written_file_is_not_taken(tmp_path: Path, shards: list[ShardRead
     fresh.fill(shards[:1], encoder, "encoding")
     assert encoder.images - 1 == 5
     assert all(torch.equal(fresh.tokens(shards[0], row), _direct(shards[0], row)) for row in range(5))
+
+
+def _flip(path: Path, place: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[place] ^= 4
+    path.write_bytes(content)
+
+
+def test_no_flipped_bit_becomes_a_feature(tmp_path: Path, shards: list[ShardReader]) -> None:
+    """Anywhere in the file: what is read is what was encoded, or it is refused, and made anew the next time."""
+    cache = _cache(tmp_path)
+    cache.fill(shards[:1], Encoder(), "encoding")
+    (path,) = cache.folder.iterdir()
+    whole = path.read_bytes()
+    expected = [_direct(shards[0], row) for row in range(5)]
+    refused = []
+    for place in range(0, len(whole), 3):
+        path.write_bytes(whole)
+        _flip(path, place)
+        fresh = _cache(tmp_path)
+        try:
+            assert all(torch.equal(fresh.tokens(shards[0], row), expected[row]) for row in range(5))
+        except UserError as error:
+            refused.append((str(error), path.exists()))
+    line = f"{path} was damaged, and is removed; run the same command again (train.py with resume=auto), which encodes "
+    assert set(refused) == {(line + "those images anew", False)}
+    assert len(refused) > 0.8 * len(whole) / 3  # what else the header says of a file is not read
+    encoder, fresh = Encoder(), _cache(tmp_path)
+    path.unlink(missing_ok=True)
+    fresh.fill(shards[:1], encoder, "encoding")
+    assert encoder.images - 1 == 5
+    assert all(torch.equal(fresh.tokens(shards[0], row), expected[row]) for row in range(5))
+
+
+@pytest.mark.parametrize("place", [-1, -8, -200])
+def test_damage_in_the_midst_of_a_run_is_found_and_made_anew(
+    tmp_path: Path, shards: list[ShardReader], place: int
+) -> None:
+    cache = _cache(tmp_path)
+    cache.fill(shards[:1], Encoder(), "encoding")
+    assert torch.equal(cache.tokens(shards[0], 0), _direct(shards[0], 0))
+    (path,) = cache.folder.iterdir()
+    _flip(path, place)
+    with pytest.raises(UserError, match="was damaged, and is removed"):
+        for row in range(5):
+            assert torch.equal(cache.tokens(shards[0], row), _direct(shards[0], row))
+        _cache(tmp_path).tokens(shards[0], 4)  # the checksums of an open file were read before
+    encoder, fresh = Encoder(), _cache(tmp_path)
+    fresh.fill(shards[:1], encoder, "encoding")
+    assert encoder.images - 1 == 5
+    assert all(torch.equal(fresh.tokens(shards[0], row), _direct(shards[0], row)) for row in range(5))
+
+
+@pytest.mark.parametrize("how", ["cut", "emptied", "deleted"])
+def test_a_file_that_goes_while_it_is_read_is_one_line(tmp_path: Path, shards: list[ShardReader], how: str) -> None:
+    """From a memory map the signal SIGBUS would end the process."""
+    cache = _cache(tmp_path)
+    cache.fill(shards[:1], Encoder(), "encoding")
+    cache.tokens(shards[0], 0)
+    (path,) = cache.folder.iterdir()
+    if how == "deleted":
+        path.unlink()
+    else:
+        os.truncate(path, path.stat().st_size // 2 if how == "cut" else 0)
+    with pytest.raises(UserError, match=r"safetensors (was damaged|cannot be read)"):
+        cache.tokens(shards[0], 4)
+
+
+def test_what_was_kept_without_checksums_is_made_anew(tmp_path: Path, shards: list[ShardReader]) -> None:
+    cache = _cache(tmp_path)
+    cache.fill(shards[:1], Encoder(), "encoding")
+    (path,) = cache.folder.iterdir()
+    save_file({"tokens": load_file(path)["tokens"]}, path)
+    encoder = Encoder()
+    _cache(tmp_path).fill(shards[:1], encoder, "encoding")
+    assert encoder.images - 1 == 5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_features_keep_their_precision(tmp_path: Path, shards: list[ShardReader], dtype: torch.dtype) -> None:
+    cache = _cache(tmp_path)
+    cache.fill(shards, lambda images: Encoder()(images).to(dtype), "encoding")
+    found = cache.tokens(shards[1], 2)
+    assert found.dtype == dtype
+    assert torch.equal(found, _direct(shards[1], 2).to(dtype))
+
+
+def test_an_opened_cache_goes_to_another_process(tmp_path: Path, shards: list[ShardReader]) -> None:
+    cache = _cache(tmp_path)
+    cache.fill(shards, Encoder(), "encoding")
+    cache.tokens(shards[0], 0)
+    read, shard = pickle.loads(pickle.dumps((cache.tokens, shards[1])))
+    assert torch.equal(read(shard, 1), _direct(shards[1], 1))
 
 
 def test_an_image_that_cannot_be_decoded_is_named(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import builtins
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 from instructblip.errors import UserError
 from instructblip.tracking import flatten, make_logger
+from instructblip.training.setup import _tracked_as
 
 
 @pytest.fixture(autouse=True)
@@ -23,8 +25,9 @@ def own_environment() -> Iterator[None]:
     os.environ.update(before)
 
 
-def make(kind: str, folder: Path, mode: Any = "offline") -> Any:
-    return make_logger(kind, mode=mode, project="tests", name="tiny", folder=folder, config={"lr": 1e-4, "a": {"b": 1}})
+def make(kind: str, folder: Path, mode: Any = "offline", run_id: str | None = None) -> Any:
+    settings = {"lr": 1e-4, "a": {"b": 1}}
+    return make_logger(kind, mode=mode, project="tests", name="tiny", folder=folder, config=settings, run_id=run_id)
 
 
 def test_none_keeps_nothing(tmp_path: Path) -> None:
@@ -60,12 +63,12 @@ def test_wandb_offline_writes_only_below_its_folder(tmp_path: Path, monkeypatch:
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)
     folder = tmp_path / "run"
-    logger = make("wandb", folder)
+    logger = make("wandb", folder, run_id="0a1b2c3d")
     logger.log({"loss": 1.25, "loss_by_dataset": {"shape": 0.5}}, step=1)
     logger.log({"loss": 1.0}, step=2)
     logger.log_table("scores", ["dataset", "value"], [["gqa", 49.25], ["vsr", None]], step=2)
     logger.finish()
-    (journal,) = folder.glob("wandb/offline-run-*/*.wandb")
+    (journal,) = folder.glob("wandb/offline-run-*-0a1b2c3d/*.wandb")
     content = journal.read_bytes()
     assert b"1.25" in content
     assert b"loss_by_dataset/shape" in content
@@ -75,3 +78,29 @@ def test_wandb_offline_writes_only_below_its_folder(tmp_path: Path, monkeypatch:
         "data": [["gqa", 49.25], ["vsr", None]],
     }
     assert list(elsewhere.iterdir()) == []
+
+
+@pytest.mark.parametrize(("mode", "resume"), [("online", "allow"), ("offline", None)])
+def test_wandb_is_asked_to_go_on_with_the_run_of_that_id(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str, resume: str | None
+) -> None:
+    wandb = pytest.importorskip("wandb")
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(wandb, "init", lambda **options: asked.append(options))
+    make("wandb", tmp_path, mode, "0a1b2c3d")
+    make("wandb", tmp_path, mode)
+    assert [(options["id"], options["resume"]) for options in asked] == [("0a1b2c3d", resume), (None, None)]
+
+
+def test_a_run_keeps_its_id_over_restarts_until_it_begins_anew(tmp_path: Path) -> None:
+    first = _tracked_as(tmp_path, goes_on=False)
+    assert re.fullmatch("[0-9a-f]{8}", first)
+    assert [_tracked_as(tmp_path, goes_on=True) for _ in range(3)] == [first] * 3
+    second = _tracked_as(tmp_path, goes_on=False)
+    assert second != first
+    assert _tracked_as(tmp_path, goes_on=True) == second
+    for damaged in (b"", b"\0" * 8, b"../../etc", b"\xff\xfe"):
+        (tmp_path / "wandb/run_id").write_bytes(damaged)
+        third = _tracked_as(tmp_path, goes_on=True)
+        assert re.fullmatch("[0-9a-f]{8}", third)
+        assert _tracked_as(tmp_path, goes_on=True) == third
