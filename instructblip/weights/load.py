@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import logging
 import re
 import string
 from collections.abc import Mapping
@@ -24,6 +25,8 @@ from instructblip.weights.lavis import load_lavis, qformer_settings, read_lavis
 from instructblip.weights.names import check_tensors
 from instructblip.weights.parts import build_model, load_llm, warn_aligned
 from instructblip.weights.transformers_read import is_huggingface_folder, load_huggingface, read_transformers_config
+
+logger = logging.getLogger(__name__)
 
 LAVIS_VISION, LAVIS_QFORMER = "eva_vit_g", "blip2"  # names in configs/vision and configs/qformer
 
@@ -354,6 +357,8 @@ def find_checkpoint(source: Path) -> Path:
     checkpoint, complaints = newest_whole(source / "checkpoints")
     if checkpoint is None:
         raise UserError(f"no checkpoint of {source} is whole: {'; '.join(complaints)}")
+    for line in complaints:
+        logger.warning(line)
     return checkpoint
 
 

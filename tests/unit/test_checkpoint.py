@@ -30,6 +30,7 @@ from instructblip.weights.checkpoint import (
     restore_optimizer,
     save_checkpoint,
 )
+from instructblip.weights.load import find_checkpoint
 
 
 def _save(folder: Path, step: int, *, keep: int = 10, size: int = 5, **state: Any) -> Path:
@@ -115,6 +116,15 @@ def test_files_of_another_step_are_no_part_of_a_checkpoint(tmp_path: Path) -> No
     found, complaints = newest_whole(tmp_path)
     assert found == first
     assert "optimizer.safetensors does not match its recorded hash" in complaints[0]
+
+
+def test_a_model_is_not_taken_from_an_older_checkpoint_in_silence(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    older, newer = _save(tmp_path / "checkpoints", 1), _save(tmp_path / "checkpoints", 2)
+    _cut(newer / MODEL_FILE)
+    assert find_checkpoint(tmp_path) == older
+    assert f"{newer} is broken (model.safetensors does not match its recorded hash) and passed over" in caplog.text
 
 
 def test_what_the_disk_cannot_read_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
