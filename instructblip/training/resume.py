@@ -147,15 +147,16 @@ def restore_optimisation(run: TrainingRun, checkpoint: LoadedCheckpoint) -> None
 
 
 def check_equal(run: TrainingRun) -> None:
-    """Every rank starts from the same weights: other files, or another library, on one node would go unnoticed.
+    """Every rank starts from the same weights and reads the same data: other files on one node would go unnoticed.
 
     Raises:
         UserError: names the part and the ranks.
     """
-    own = {"trained weights": fingerprint_tensors(run.model.held_state()), **run.frozen}
+    inputs = {_named(kind, name): value for kind, named in run.inputs.items() for name, value in named.items()}
+    own = {"trained weights": fingerprint_tensors(run.model.held_state()), **run.frozen, **inputs}
     for rank, other in enumerate(run.ranks.gather(own)):
         for part, value in own.items():
-            if other[part] != value:
+            if other.get(part) != value:
                 raise UserError(
                     f"rank {rank} has other {part} than rank {run.ranks.rank}; give all nodes the same files"
                 )
@@ -169,7 +170,7 @@ def _check_inputs(run: TrainingRun, checkpoint: LoadedCheckpoint) -> None:
         for name, fingerprint in stored.items():
             if run.inputs[kind].get(name, fingerprint) == fingerprint:
                 continue
-            changed.append(what := f"{kind.removesuffix('s')} {name}")
+            changed.append(what := _named(kind, name))
             key = _ALLOWED_BY[kind].format(name=name)
             if not _is_allowed(key, run.config.resume_allow):
                 refused.setdefault(key, []).append(what)
@@ -180,6 +181,10 @@ def _check_inputs(run: TrainingRun, checkpoint: LoadedCheckpoint) -> None:
             f"or allow it: resume_allow=[{','.join(refused)}]"
         )
     _say(run.console, [f"changed on resuming: {what}" for what in changed])
+
+
+def _named(kind: str, name: str) -> str:
+    return f"{kind.removesuffix('s')} {name}"
 
 
 def _is_allowed(key: str, allowed: Collection[str]) -> bool:

@@ -20,7 +20,7 @@ class CheckpointWriter:
     """Writes one checkpoint at a time into a run's `checkpoints` folder.
 
     Args:
-        folder: where.
+        folder: where; the run's, above it, is there.
         keep: how many of the newest whole ones stay.
     """
 
@@ -50,6 +50,8 @@ class CheckpointWriter:
 
         def write() -> None:
             try:
+                if not self.folder.parent.is_dir():  # and stays away: nobody wants it back
+                    raise UserError(f"{self.folder.parent} was deleted while the run was writing to it; start again")
                 save_checkpoint(
                     self.folder, step=step, **tensors, average=averages, state=state, keep=self.keep, spare=spare
                 )
@@ -81,7 +83,7 @@ class CheckpointWriter:
         """Return when the save under way is done.
 
         Raises:
-            UserError: the disk is full; older checkpoints are whole.
+            UserError: the disk is full or fails, or the run's folder is gone; older checkpoints are whole.
         """
         self.settle()
         self._thread = None

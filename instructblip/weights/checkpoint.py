@@ -96,7 +96,6 @@ def save_checkpoint(
     It is on the disk before it has its name, and that is on the disk before any other loses its own.
 
     Args:
-        folder: is made where only it is missing.
         step: number of optimiser steps taken.
         model, optimizer: named tensors.
         state: JSON values stored beside them (fingerprints, versions, metrics).
@@ -110,8 +109,7 @@ def save_checkpoint(
     target = folder / f"{_PREFIX}{step:08d}"
     partial = folder / f"{target.name}.{os.getpid()}.partial"
     try:
-        folder.mkdir(exist_ok=True)  # not what is above it: a run's folder that was deleted stays away
-        partial.mkdir()
+        partial.mkdir(parents=True)
         files = {}
         for name, tensors in {MODEL_FILE: model, OPTIMIZER_FILE: optimizer, AVERAGE_FILE: average}.items():
             if tensors is None:

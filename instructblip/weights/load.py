@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import logging
 import re
 import string
 from collections.abc import Collection, Mapping
@@ -45,6 +46,8 @@ from instructblip.weights.start import PLAIN, PROJECTION, Standing, Start
 from instructblip.weights.transformers_layout import layout_of
 from instructblip.weights.transformers_read import is_huggingface_folder, load_huggingface
 from instructblip.weights.transformers_settings import read_transformers_config
+
+logger = logging.getLogger(__name__)
 
 LAVIS_QFORMER = "blip2"  # in configs/qformer
 # In configs/vision, by the width of image tokens; any other width is of an EVA-CLIP that was shrunk.
@@ -450,6 +453,8 @@ def find_checkpoint(source: Path) -> Path:
     checkpoint, complaints = newest_whole(source / "checkpoints")
     if checkpoint is None:
         raise UserError(f"no checkpoint of {source} is whole: {'; '.join(complaints)}")
+    for line in complaints:
+        logger.warning(line)
     return checkpoint
 
 

@@ -85,6 +85,16 @@ def other_shards(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path
     return folder / "shards"
 
 
+def test_a_checkpoint_names_all_that_is_read_on_the_way(finished_run: Path) -> None:
+    inputs = load_checkpoint(checkpoint_folders(finished_run / "checkpoints")[0]).state["inputs"]
+    assert {kind: set(named) for kind, named in inputs.items()} == {
+        "splits": {"easy_vqa/train", "easy_vqa/validation"},
+        "cards": {"easy_vqa_present", "easy_vqa_absent", "easy_vqa_shape", "easy_vqa_color"},
+        "tokenizers": {"llm", "qformer"},
+    }
+    assert len({value for named in inputs.values() for value in named.values()}) >= 6  # yes and no share their rules
+
+
 def test_other_data_is_refused_or_allowed_by_name(world: World, begun: Path, whole: Path, other_shards: Path) -> None:
     other = f"data.shards={other_shards}"
     before = (begun / "metrics.jsonl").read_bytes()

@@ -16,6 +16,7 @@ from torch import nn
 
 from instructblip.errors import UserError
 from instructblip.training.optim import make_adamw, set_learning_rate
+from instructblip.training.writer import CheckpointWriter
 from instructblip.weights import checkpoint
 from instructblip.weights.checkpoint import (
     MODEL_FILE,
@@ -29,6 +30,7 @@ from instructblip.weights.checkpoint import (
     restore_optimizer,
     save_checkpoint,
 )
+from instructblip.weights.load import find_checkpoint
 
 
 def _save(folder: Path, step: int, *, keep: int = 10, size: int = 5, **state: Any) -> Path:
@@ -114,6 +116,15 @@ def test_files_of_another_step_are_no_part_of_a_checkpoint(tmp_path: Path) -> No
     found, complaints = newest_whole(tmp_path)
     assert found == first
     assert "optimizer.safetensors does not match its recorded hash" in complaints[0]
+
+
+def test_a_model_is_not_taken_from_an_older_checkpoint_in_silence(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    older, newer = _save(tmp_path / "checkpoints", 1), _save(tmp_path / "checkpoints", 2)
+    _cut(newer / MODEL_FILE)
+    assert find_checkpoint(tmp_path) == older
+    assert f"{newer} is broken (model.safetensors does not match its recorded hash) and passed over" in caplog.text
 
 
 def test_what_the_disk_cannot_read_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -280,8 +291,10 @@ def test_a_defect_of_the_code_keeps_its_traceback(tmp_path: Path, monkeypatch: p
 
 
 def test_a_run_that_was_deleted_stays_away(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"step_00000001 cannot be written \(No such file or directory\)"):
-        _save(tmp_path / "deleted/checkpoints", 1)
+    writer = CheckpointWriter(tmp_path / "deleted/checkpoints", keep=1)
+    writer.save(1, model={"a": torch.zeros(1)}, optimizer={}, state={})
+    with pytest.raises(UserError, match=r"deleted was deleted while the run was writing to it; start again"):
+        writer.wait()
     assert _names(tmp_path) == []
 
 

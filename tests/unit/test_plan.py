@@ -244,7 +244,7 @@ def test_every_experiment_is_planned_and_nothing_is_opened(
     for name in ("builtins.open", "io.open", "os.open", "socket.socket.connect", "torch.load"):
         monkeypatch.setattr(name, refuse)
     monkeypatch.setattr("instructblip.weights.parts.part_folder", refuse)
-    monkeypatch.setattr("instructblip.training.setup.load_cards", refuse)
+    monkeypatch.setattr("instructblip.training.run_cards.load_cards", refuse)
     console = Console(file=io.StringIO(), width=100)
     status = train(config, console).status
     assert isinstance(console.file, io.StringIO)
