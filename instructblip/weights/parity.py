@@ -143,23 +143,25 @@ def trace_huggingface(folder: Path, *, pad_as_saved: bool = False) -> Trace:
 def _open_huggingface(folder: Path) -> Any:
     read_transformers_config(folder)
     with quiet_transformers():
-        return InstructBlipForConditionalGeneration.from_pretrained(folder).eval()
+        return InstructBlipForConditionalGeneration.from_pretrained(folder, trust_remote_code=False).eval()
 
 
 @torch.inference_mode()
 def _trace_huggingface(model: Any, folder: Path, *, pad_as_saved: bool) -> Trace:
     with quiet_transformers():
-        pictures = AutoImageProcessor.from_pretrained(folder)
+        pictures = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
     size = model.config.vision_config.image_size
     pixels = pictures(list(_pixels(size)), do_resize=False, return_tensors="pt")["pixel_values"]
-    text = AutoTokenizer.from_pretrained(folder / "qformer_tokenizer")([INSTRUCTION] * _BATCH, return_tensors="pt")
-    prompt, answer = _token_ids(folder, AutoTokenizer.from_pretrained(folder))
+    text = AutoTokenizer.from_pretrained(folder / "qformer_tokenizer", trust_remote_code=False)(
+        [INSTRUCTION] * _BATCH, return_tensors="pt"
+    )
+    prompt, answer = _token_ids(folder, AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
     decoder_only = model.config.use_decoder_only_language_model
     if model.config.image_token_index is None:  # the older form: any token that the text has not can mark the places
         used = {
             *prompt,
             *answer,
-            *AutoTokenizer.from_pretrained(folder)(SHORT_INSTRUCTION)["input_ids"],
+            *AutoTokenizer.from_pretrained(folder, trust_remote_code=False)(SHORT_INSTRUCTION)["input_ids"],
             model.config.text_config.pad_token_id,
         }
         model.config.image_token_index = next(i for i in range(model.config.text_config.vocab_size) if i not in used)
@@ -184,7 +186,7 @@ def _first_logits(model: Any, folder: Path, *, pad_as_saved: bool) -> Tensor:
     """What `generate` takes its first token from, for two prompts of unequal length that the folder's processor pads."""
     said, config = _said_of_text(folder), model.config
     with quiet_transformers():
-        processor = InstructBlipProcessor.from_pretrained(folder)
+        processor = InstructBlipProcessor.from_pretrained(folder, trust_remote_code=False)
     processor.num_query_tokens = config.num_query_tokens  # which the older form does not tell it
     processor.tokenizer.init_kwargs.pop("padding_side", None)  # which it would hand on to the Q-Former's tokenizer
     if not pad_as_saved:

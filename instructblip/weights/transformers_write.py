@@ -280,7 +280,7 @@ def _warn_about_text(llm: LLM, folder: Path) -> None:
             llm.prompt_format.prompt_prefix,
             llm.prompt_format.prompt_suffix,
         )
-    processor = InstructBlipProcessor.from_pretrained(folder)
+    processor = InstructBlipProcessor.from_pretrained(folder, trust_remote_code=False)
     if processor(text=["a", "a photo"], padding=True)["qformer_attention_mask"][0][0] == 0:
         logger.warning(
             "transformers' processor pads the Q-Former's text on the left as it does the prompts, which moves its "
