@@ -1,5 +1,6 @@
 """What goes wrong while a task runs: damaged images, too little memory, processes that die at any moment."""
 
+import dataclasses
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,6 +42,20 @@ def model() -> InstructBLIP:
 def answer(model: InstructBLIP, task: Task, **options: Any) -> TaskResult:
     options = {"batch_size": 2, "show_progress": False} | options
     return run_task(model, task, options.pop("read_image", read_pixels(IMAGE_SIZE)), **options)
+
+
+# --- numbers that are none -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["rank", "generate"])
+def test_numbers_that_are_not_finite_stop_the_run_and_leave_no_answer(mode: str, task: Task, tmp_path: Path) -> None:
+    broken = tiny_model()
+    with torch.no_grad():
+        broken.projection.weight[0, 0] = float("nan")
+    asked = dataclasses.replace(task, protocol=dataclasses.replace(task.protocol, mode=mode))
+    with pytest.raises(UserError, match=r"are not finite.*weights are damaged"):
+        answer(broken, asked, folder=tmp_path)
+    assert [line for file in tmp_path.rglob("*.jsonl") for line in file.read_text().splitlines()] == []
 
 
 # --- damaged images --------------------------------------------------------------------------------------------------
