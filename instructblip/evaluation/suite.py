@@ -139,6 +139,20 @@ class DatasetResult:
     baselines: dict[str, float]
 
 
+def check_writes(model: InstructBLIP, tasks: Sequence[Task]) -> None:
+    """Refuse tasks that ask for texts of a language model that cannot write them, before the first is begun.
+
+    Raises:
+        UserError: names the task.
+    """
+    for task in tasks:
+        if task.protocol.mode == "generate":
+            try:
+                model.llm.check_writes(task.protocol.num_beams)
+            except UserError as error:
+                raise UserError(f"{task.card.name} asks for texts: {error}") from None
+
+
 def evaluate_tasks(
     model: InstructBLIP,
     tasks: Sequence[Task],
@@ -168,13 +182,14 @@ def evaluate_tasks(
         The results; none to all ranks but the first.
 
     Raises:
-        UserError: as `run_task`.
+        UserError: as `check_writes` and `run_task`.
     """
     options: dict[str, Any] = {
         "batch_size": batch_size,
         "model_fingerprint": model_identity(model, frozen, trained),
         "tolerance": tolerance,
     }
+    check_writes(model, tasks)
     results = []
     for task in tasks:
         home, protocol = folder / task.card.name, task.protocol

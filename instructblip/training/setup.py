@@ -23,6 +23,7 @@ from instructblip.data.prepare.command import shards_folder
 from instructblip.distributed import Ranks, choose_device
 from instructblip.evaluation.protocol import Task, make_task, make_validation_task
 from instructblip.evaluation.runner import read_pixels
+from instructblip.evaluation.suite import check_writes
 from instructblip.fetch.parts import cache_folder
 from instructblip.files import exclusive
 from instructblip.models.instructblip import InstructBLIP
@@ -136,6 +137,7 @@ def set_up(config: TrainConfig, folder: Path, ranks: Ranks, console: Console) ->
     mixture = make_mixture(config.mixture, sets, config.recipe.phases.values(), seed=config.seed)
     validation = [make_validation_task(card, shards, samples=config.recipe.validation_samples) for card in held_in]
     final = [make_task(card, shards, samples=config.recipe.final_samples) for card in (*held_in, *held_out)]
+    check_writes(model, [*validation, *final])  # the first of them is run hours later
     cache = _feature_cache(config, model, sets, [*validation, *final])
     dataset = MixtureDataset(mixture, sets, make_images(config.data, model.vision.image_size, cache))
     if isinstance(model.vision_norm, ChannelNorm):

@@ -19,7 +19,9 @@ from instructblip.evaluation import journal
 from instructblip.evaluation.outcomes import TaskResult
 from instructblip.evaluation.protocol import Task, make_task
 from instructblip.evaluation.runner import BatchLimit, answer_share, read_pixels, run_task
+from instructblip.evaluation.suite import check_writes, evaluate_tasks
 from instructblip.models.instructblip import InstructBLIP
+from instructblip.models.llm import LLMAbilities
 from tests.kit.tiny import IMAGE_SIZE, tiny_model, write_easy_vqa
 
 KILLS = 20  # by raising where the journal is written; tests/distributed and tests/faults kill real processes
@@ -56,6 +58,32 @@ def test_numbers_that_are_not_finite_stop_the_run_and_leave_no_answer(mode: str,
     with pytest.raises(UserError, match=r"are not finite.*weights are damaged"):
         answer(broken, asked, folder=tmp_path)
     assert [line for file in tmp_path.rglob("*.jsonl") for line in file.read_text().splitlines()] == []
+
+
+@pytest.mark.parametrize(
+    ("abilities", "words"),
+    [({"generates": False}, "does not generate from embeddings"), ({"beams": False}, "set num_beams=1")],
+)
+def test_texts_of_a_model_that_cannot_write_are_refused_before_the_first_task(
+    abilities: dict[str, bool], words: str, task: Task, tmp_path: Path
+) -> None:
+    silent = tiny_model()
+    silent.llm.abilities = LLMAbilities(**abilities)
+    written = dataclasses.replace(task, protocol=dataclasses.replace(task.protocol, mode="generate", num_beams=5))
+    check_writes(silent, [task, task])  # which are ranked
+    with pytest.raises(UserError, match=f"^easy_vqa_yes_no asks for texts: LlamaForCausalLM .*{words}"):
+        evaluate_tasks(
+            silent,
+            [task, written],
+            read_pixels(IMAGE_SIZE),
+            shards=tmp_path,
+            folder=tmp_path / "results",
+            batch_size=2,
+            blind=False,
+            frozen={},
+            trained="",
+        )
+    assert not (tmp_path / "results").exists()
 
 
 # --- damaged images --------------------------------------------------------------------------------------------------
