@@ -152,6 +152,20 @@ class DatasetResult:
     baselines: dict[str, float]
 
 
+def check_writes(model: Model, tasks: Sequence[Task]) -> None:
+    """Refuse tasks that ask for texts of a language model that cannot write them, before the first is begun.
+
+    Raises:
+        UserError: names the task.
+    """
+    for task in tasks:
+        if task.protocol.mode == "generate" and isinstance(model, InstructBLIP):
+            try:
+                model.llm.check_writes(task.protocol.num_beams)
+            except UserError as error:
+                raise UserError(f"{task.card.name} asks for texts: {error}") from None
+
+
 def evaluate_tasks(
     model: Model,
     tasks: Sequence[Task],
@@ -184,13 +198,14 @@ def evaluate_tasks(
         The results, and the tasks that failed; none to all ranks but the first.
 
     Raises:
-        UserError: as `run_task`, where no task ended well, or without `go_on`; another process is gone.
+        UserError: as `check_writes`; as `run_task`, where no task ended well, or without `go_on`; another process is gone.
     """
     options: dict[str, Any] = {
         "batch_size": batch_size,
         "model_fingerprint": model_identity(model, frozen, trained),
         "tolerance": tolerance,
     }
+    check_writes(model, tasks)
     results, failed = [], []
     for task in tasks:
         home, protocol = folder / task.card.name, task.protocol

@@ -316,7 +316,7 @@ def _tree_is_right(trial: _Trial) -> bool:
 
 
 def _log_likelihoods(logits_ASV: Tensor, answers: Sequence[Sequence[int]]) -> Tensor:
-    """Of each answer, in nats."""
+    """Of each of the answers, which are of equal length, in nats."""
     tokens_AS1 = torch.tensor(answers, device=logits_ASV.device)[..., None]
     return logits_ASV.log_softmax(-1).gather(-1, tokens_AS1).sum(dim=(1, 2))
 
@@ -346,9 +346,8 @@ def _continues_right(
     """Whether texts have the likelihoods of the class's own forward: a wrong cache gives others."""
     for prefixes in [trial.prefixes] if together else [[prefix] for prefix in trial.prefixes]:
         found, texts = _continued(llm, prefixes, beams)
-        pairs = zip(prefixes, texts, strict=True)
-        own = [_log_likelihoods(_own_logits(llm, prefix, [text]), [text]) for prefix, text in pairs]
-        if not near(found, torch.cat(own)):
+        own_SV = llm.logits(llm.answer_states(prefixes, texts).hidden_SL)  # rows are right, it was seen
+        if not near(found, _log_likelihoods(own_SV.unflatten(0, (len(texts), -1)), texts)):
             return False
     return True
 

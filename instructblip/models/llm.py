@@ -223,19 +223,27 @@ class LLM(ExactBuffers):
             options: as `continue_rows` takes them.
 
         Raises:
-            UserError: transformers' class cannot generate from embeddings, or not with several beams.
+            UserError: as `check_writes`.
         """
-        if not self.abilities.generates:
-            raise UserError(
-                f"{type(self.model).__name__} does not generate from embeddings what its own forward pass would; "
-                "rank candidates instead"
-            )
-        if not self.abilities.beams and options.get("num_beams", 1) > 1:
-            raise UserError(f"{type(self.model).__name__} does not search with several beams; set num_beams=1")
+        self.check_writes(options.get("num_beams", 1))
         together = self.abilities.padded_prompts or len({len(prefix) for prefix in prefixes}) == 1
         batches = [prefixes] if together else [[prefix] for prefix in prefixes]
         ids = [self.new_tokens(self.continue_rows(batch, **options)) for batch in batches]
         return [text for ids_BT in ids for text in self._decode(ids_BT)]
+
+    def check_writes(self, num_beams: int) -> None:
+        """Refuse to generate what transformers' class of this model cannot.
+
+        Raises:
+            UserError: it cannot generate from embeddings, or not with several beams.
+        """
+        name = type(self.model).__name__
+        if not self.abilities.generates:
+            raise UserError(
+                f"{name} does not generate from embeddings what its own forward pass would; rank candidates instead"
+            )
+        if num_beams > 1 and not self.abilities.beams:
+            raise UserError(f"{name} does not search with several beams; set num_beams=1")
 
     def _decode(self, ids_BT: Tensor) -> list[str]:
         return [text.strip() for text in self.prompt_format.tokenizer.batch_decode(ids_BT, skip_special_tokens=True)]

@@ -24,6 +24,7 @@ from instructblip.distributed import Ranks, choose_device
 from instructblip.evaluation.protocol import Task, make_task, make_validation_task, refuse_unable
 from instructblip.evaluation.results_file import NotEvaluated
 from instructblip.evaluation.runner import read_pixels
+from instructblip.evaluation.suite import check_writes
 from instructblip.fetch.parts import cache_folder
 from instructblip.files import exclusive, write_atomically
 from instructblip.models.base import Model
@@ -166,6 +167,7 @@ def set_up(
     cards = find_cards(config, console)
     validation, final = _tasks(config, cards)
     model, begun, checkpoint, frozen = _weights(config, folder, ranks, console, checkpoint)
+    check_writes(model, [*validation, *final])  # the first of them is run hours later
     _place(model, choose_device(config.device), without_llm=is_sharded(config.parallel.kind, ranks.world_size))
     sets = open_sets(cards.trained, cards.shards, config.mixture.templates)
     mixture = make_mixture(config.mixture, sets, config.recipe.phases.values(), seed=config.seed)

@@ -54,13 +54,13 @@ def trace_huggingface(folder: Path, *, pad_as_saved: bool = False) -> Trace:
 def _open(folder: Path) -> Any:
     read_transformers_config(folder)
     with quiet_transformers():
-        return layout_of(folder).model.from_pretrained(folder).eval()
+        return layout_of(folder).model.from_pretrained(folder, trust_remote_code=False).eval()
 
 
 @torch.inference_mode()
 def _trace(model: Any, folder: Path, *, pad_as_saved: bool) -> Trace:
     with quiet_transformers():
-        pictures = AutoImageProcessor.from_pretrained(folder)
+        pictures = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
     size = model.config.vision_config.image_size
     images = pictures(list(pixels(size)), do_resize=False, return_tensors="pt")["pixel_values"]
     said = read_settings(folder).llm
@@ -73,7 +73,7 @@ def _trace(model: Any, folder: Path, *, pad_as_saved: bool) -> Trace:
 
 
 def _trace_with_llm(model: Any, folder: Path, images: Tensor, said: LLMSettings, *, pad_as_saved: bool) -> Trace:
-    tokenizer, config = AutoTokenizer.from_pretrained(folder), model.config
+    tokenizer, config = AutoTokenizer.from_pretrained(folder, trust_remote_code=False), model.config
     prompt, answer = _token_ids(tokenizer, config, said)
     decoder_only = config.use_decoder_only_language_model
     if config.image_token_index is None:  # the older form: any token that the text has not can mark the places
@@ -103,7 +103,9 @@ def _heard(folder: Path) -> dict[str, Tensor]:
     """What InstructBLIP's Q-Former reads; BLIP-2's reads nothing."""
     if layout_of(folder).kind != "instructblip":
         return {}
-    text = AutoTokenizer.from_pretrained(folder / QFORMER_TOKENIZER)([INSTRUCTION] * BATCH, return_tensors="pt")
+    text = AutoTokenizer.from_pretrained(folder / QFORMER_TOKENIZER, trust_remote_code=False)(
+        [INSTRUCTION] * BATCH, return_tensors="pt"
+    )
     return {"qformer_input_ids": text["input_ids"], "qformer_attention_mask": text["attention_mask"]}
 
 
@@ -111,7 +113,7 @@ def _first_logits(model: Any, folder: Path, said: LLMSettings, *, pad_as_saved: 
     """What `generate` takes its first token from, for two prompts of unequal length that the folder's processor pads."""
     layout, config, conventions = layout_of(folder), model.config, said.conventions
     with quiet_transformers():
-        processor = layout.processor.from_pretrained(folder)
+        processor = layout.processor.from_pretrained(folder, trust_remote_code=False)
     processor.num_query_tokens = config.num_query_tokens  # which the older form does not tell it
     processor.tokenizer.init_kwargs.pop("padding_side", None)  # which it would hand on to the Q-Former's tokenizer
     if not pad_as_saved:
@@ -176,7 +178,7 @@ def _trace_retrieval(model: Any, folder: Path, images: Tensor) -> Trace:
 
 
 def _texts(model: Any, folder: Path) -> dict[str, Tensor]:
-    tokenizer = AutoTokenizer.from_pretrained(folder, truncation_side="right")
+    tokenizer = AutoTokenizer.from_pretrained(folder, truncation_side="right", trust_remote_code=False)
     longest = read_settings(folder).max_text_tokens
     text = tokenizer(list(UNEQUAL), padding=True, truncation=True, max_length=longest, return_tensors="pt")
     ids, mask = text["input_ids"], text["attention_mask"]

@@ -358,7 +358,7 @@ def _warn_about_text(model: InstructBLIP, folder: Path) -> None:
             llm.prompt_format.prompt_prefix,
             llm.prompt_format.prompt_suffix,
         )
-    processor = layout_for(model).processor.from_pretrained(folder)
+    processor = layout_for(model).processor.from_pretrained(folder, trust_remote_code=False)
     padded = processor(text=["a", "a photo"], padding=True)
     if isinstance(processor, InstructBlipProcessor) and padded["qformer_attention_mask"][0][0] == 0:
         logger.warning(

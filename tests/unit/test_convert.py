@@ -89,8 +89,14 @@ WIDTH, HEADS, HIDDEN, LAYERS = 32, 4, 64, 2
 TOKENS = ["<unk>", "<s>", "</s>", "r", "e", "d", "Ġ", "re", "red"]
 
 
-def write_gguf(path: Path) -> dict[str, np.ndarray]:
-    """A random LLaMA with tied embeddings and a byte-pair tokenizer of nine tokens; returns its matrices."""
+def write_gguf(path: Path, tokens: list[str] = TOKENS, leave_out: str = "") -> dict[str, np.ndarray]:
+    """A random LLaMA with tied embeddings and a byte-pair tokenizer of nine tokens; returns its matrices.
+
+    Args:
+        path: to write.
+        tokens: nine, of which the last six are letters and what they merge to.
+        leave_out: name of a tensor that the file lacks.
+    """
     import gguf
 
     writer = gguf.GGUFWriter(path, "llama")
@@ -102,16 +108,16 @@ def write_gguf(path: Path) -> dict[str, np.ndarray]:
     writer.add_head_count_kv(HEADS)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_freq_base(500.0)
-    writer.add_vocab_size(len(TOKENS))
+    writer.add_vocab_size(len(tokens))
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("smollm")
-    writer.add_token_list(TOKENS)
+    writer.add_token_list(tokens)
     writer.add_token_types([3, 3, 3, 1, 1, 1, 1, 1, 1])
     writer.add_token_merges(["r e", "re d"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_unk_token_id(0)
-    shapes: dict[str, tuple[int, ...]] = {"token_embd": (len(TOKENS), WIDTH), "output_norm": (WIDTH,)}
+    shapes: dict[str, tuple[int, ...]] = {"token_embd": (len(tokens), WIDTH), "output_norm": (WIDTH,)}
     for layer in range(LAYERS):
         block: dict[str, tuple[int, ...]] = dict.fromkeys(("attn_q", "attn_k", "attn_v", "attn_output"), (WIDTH, WIDTH))
         block |= {"attn_norm": (WIDTH,), "ffn_norm": (WIDTH,)}
@@ -120,7 +126,8 @@ def write_gguf(path: Path) -> dict[str, np.ndarray]:
     random = np.random.default_rng(0)
     tensors = {f"{name}.weight": random.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
     for name, tensor in tensors.items():
-        writer.add_tensor(name, tensor)
+        if name != leave_out:
+            writer.add_tensor(name, tensor)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -1,6 +1,7 @@
 """Generation: logits that are not finite are refused, and what changes the lengths of beams leaves no trace."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -35,3 +36,33 @@ def test_the_model_is_as_before_when_beams_were_counted_otherwise() -> None:
         beam_lengths(model, "x"),
     ):
         pass
+
+
+@pytest.mark.parametrize("make", [tiny_llm, tiny_encoder_decoder_llm])
+def test_sampling_draws_from_all_tokens(make: Callable[[], LLM]) -> None:
+    """transformers' generation keeps the 50 likeliest tokens where nobody says how many."""
+    model = tiny_model(llm=make())
+    images = tiny_images(1).expand(256, -1, -1, -1, -1)
+    torch.manual_seed(0)
+    options: dict[str, Any] = {"do_sample": True, "temperature": 1e4, "max_new_tokens": 1, "min_new_tokens": 1}
+    assert len(set(model.generate(images, ["a?"] * 256, **options))) > 60
+    (likeliest,) = model.generate(images[:1], ["a?"], max_new_tokens=1)
+    torch.manual_seed(0)
+    nucleus = model.generate(images, ["a?"] * 256, **options | {"top_p": 1e-6})
+    assert set(nucleus) == {likeliest}
+
+
+@pytest.mark.parametrize("make", [tiny_llm, tiny_encoder_decoder_llm])
+def test_a_drawn_token_is_as_likely_as_the_model_says(make: Callable[[], LLM]) -> None:
+    model, drawn = tiny_model(llm=make()), 512
+    images, options = tiny_images(1), {"do_sample": True, "max_new_tokens": 1, "min_new_tokens": 0}
+    prefix = model.llm.prefixes(model.visual_prompt(model.image_tokens(images), ["a?"]), ["a?"])[0]
+    with torch.no_grad():
+        probabilities = model.llm.logits(model.llm.prefill([prefix]).last_BL)[0].softmax(0)
+    torch.manual_seed(0)
+    found = model.llm.new_tokens(model.llm.continue_rows([prefix] * drawn, top_k=0, **options))[:, 0]
+    counts = found.bincount(minlength=len(probabilities))
+    expected = probabilities * drawn
+    often = expected > 8
+    assert ((counts[often] - expected[often]).abs() < 5 * expected[often].sqrt()).all()
+    assert abs(float(counts[~often].sum() - expected[~often].sum())) < 5 * float(expected[~often].sum().sqrt() + 1)

@@ -1,5 +1,6 @@
 """What goes wrong while a task runs: damaged images, too little memory, processes that die at any moment."""
 
+import dataclasses
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +19,9 @@ from instructblip.evaluation import journal
 from instructblip.evaluation.outcomes import TaskResult
 from instructblip.evaluation.protocol import Task, make_task
 from instructblip.evaluation.runner import BatchLimit, answer_share, read_pixels, run_task
+from instructblip.evaluation.suite import check_writes, evaluate_tasks
 from instructblip.models.instructblip import InstructBLIP
+from instructblip.models.llm import LLMAbilities
 from tests.kit.tiny import IMAGE_SIZE, tiny_model, write_easy_vqa
 
 KILLS = 20  # by raising where the journal is written; tests/distributed and tests/faults kill real processes
@@ -41,6 +44,46 @@ def model() -> InstructBLIP:
 def answer(model: InstructBLIP, task: Task, **options: Any) -> TaskResult:
     options = {"batch_size": 2, "show_progress": False} | options
     return run_task(model, task, options.pop("read_image", read_pixels(IMAGE_SIZE)), **options)
+
+
+# --- numbers that are none -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["rank", "generate"])
+def test_numbers_that_are_not_finite_stop_the_run_and_leave_no_answer(mode: str, task: Task, tmp_path: Path) -> None:
+    broken = tiny_model()
+    with torch.no_grad():
+        broken.projection.weight[0, 0] = float("nan")
+    asked = dataclasses.replace(task, protocol=dataclasses.replace(task.protocol, mode=mode))
+    with pytest.raises(UserError, match=r"are not finite.*weights are damaged"):
+        answer(broken, asked, folder=tmp_path)
+    assert [line for file in tmp_path.rglob("*.jsonl") for line in file.read_text().splitlines()] == []
+
+
+@pytest.mark.parametrize(
+    ("abilities", "words"),
+    [({"generates": False}, "does not generate from embeddings"), ({"beams": False}, "set num_beams=1")],
+)
+def test_texts_of_a_model_that_cannot_write_are_refused_before_the_first_task(
+    abilities: dict[str, bool], words: str, task: Task, tmp_path: Path
+) -> None:
+    silent = tiny_model()
+    silent.llm.abilities = LLMAbilities(**abilities)
+    written = dataclasses.replace(task, protocol=dataclasses.replace(task.protocol, mode="generate", num_beams=5))
+    check_writes(silent, [task, task])  # which are ranked
+    with pytest.raises(UserError, match=f"^easy_vqa_yes_no asks for texts: LlamaForCausalLM .*{words}"):
+        evaluate_tasks(
+            silent,
+            [task, written],
+            read_pixels(IMAGE_SIZE),
+            shards=tmp_path,
+            folder=tmp_path / "results",
+            batch_size=2,
+            blind=False,
+            frozen={},
+            trained="",
+        )
+    assert not (tmp_path / "results").exists()
 
 
 # --- damaged images --------------------------------------------------------------------------------------------------
