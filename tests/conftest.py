@@ -68,6 +68,14 @@ def untrained_run(world: "World", tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 @pytest.fixture(scope="session")
+def untrained_stage1(world: "World", tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same of BLIP-2's first stage."""
+    from tests.kit.untrained import write_untrained_stage1
+
+    return write_untrained_stage1(world, tmp_path_factory.mktemp("untrained_stage1") / "run")
+
+
+@pytest.fixture(scope="session")
 def all_datasets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`raw/<dataset>` and `shards/<dataset>/<split>` of all datasets, hand-made; not to be changed by a test."""
     from tests.kit.all_datasets import prepare_all

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -21,16 +22,21 @@ def convert_gguf(source: Path, target: Path) -> None:
     Quantised tensors are expanded; tied embeddings are stored once. Takes seconds per 100 M parameters.
 
     Raises:
-        UserError: not exactly one GGUF file.
+        UserError: not exactly one GGUF file, or one that lacks tensors.
     """
     file = _only_file(source, ".gguf")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     with quiet_transformers():
         tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=file.name, trust_remote_code=False)
-        loaded = AutoModelForCausalLM.from_pretrained(
-            source, gguf_file=file.name, dtype=torch.float32, trust_remote_code=False
+        opened: Any = AutoModelForCausalLM.from_pretrained(
+            source, gguf_file=file.name, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
         )
+        loaded, found = opened
+        if lost := sorted(found["missing_keys"]):  # transformers would draw them
+            raise UserError(
+                f"{file.name} lacks the tensor {lost[0]}, or holds a part of the model; give the whole model"
+            )
         # A model that came from a GGUF file refuses to be saved, though its weights are plain fp32 by now.
         config = loaded.config
         del config.quantization_config

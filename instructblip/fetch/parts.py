@@ -47,7 +47,7 @@ class Sources:
 
     Attributes:
         name: of the part; names its folder in the cache.
-        path: folder that already holds the ready files.
+        path: folder that already holds the ready files, or a language model's GGUF file.
         hub: Hugging Face repository; its files are used unconverted.
         wheel: see `WheelSource`.
         hub_revision: commit, tag or branch of the repository.
@@ -129,14 +129,14 @@ def _hub_settings(name: str, repository: str, revision: str | None, setting: str
         raise UserError(f"{name} has no config.json at hand ({error}); set {setting}=FOLDER") from None
 
 
-def converted_gguf(file: Path, *, progress: bool = True) -> Path:
+def _converted_gguf(file: Path, *, progress: bool = True) -> Path:
     """The transformers folder that a GGUF file is converted to, once, in the cache (`parts/<its name>-<12 digits>/`).
 
     Raises:
         UserError: no GGUF file of a model that transformers reads, the disk is full, or the cache may not be written.
     """
     state = file.stat()
-    recipe = {"format": _FORMAT, "gguf": [str(file.absolute()), state.st_size, state.st_mtime_ns]}
+    recipe = {"format": _FORMAT, "file": [str(file.absolute()), state.st_size, state.st_mtime_ns]}
     digest = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()
     final = cache_folder() / "parts" / f"{file.stem}-{digest[:12]}"
     lock = cache_folder() / "locks" / f"{final.name}.lock"
@@ -144,7 +144,7 @@ def converted_gguf(file: Path, *, progress: bool = True) -> Path:
         if _state(final / "source.json", final, recipe) != "whole":
             with _whole_folder(final) as work, _status(f"converting {file.name} to safetensors (once)", progress):
                 (work / "original").mkdir()
-                (work / "original" / file.name).symlink_to(file.absolute())
+                (work / "original" / f"{file.stem}.gguf").symlink_to(file.absolute())
                 _convert_gguf(work / "original", work / "ready", file)
                 write_json(work / "ready" / "source.json", {"recipe": recipe, "files": _describe_files(work / "ready")})
     return final
@@ -156,21 +156,34 @@ def _convert_gguf(original: Path, ready: Path, file: Path) -> None:
             raise UserError(f"{file} is no GGUF file (a pointer of Git LFS, or a web page?); fetch it again")
     try:
         CONVERTERS["gguf"](original, ready)
-    except (ValueError, KeyError, IndexError, TypeError) as error:  # cut short, or of a model that transformers lacks
-        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
+    except Exception as error:  # cut short, or of a model that transformers lacks
+        if _is_disk_error(error):
+            raise
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise UserError(
             f"{file} cannot be converted ({reason}); fetch it again, or use a transformers folder"
         ) from None
 
 
-__all__ = ["Sources", "WheelSource", "cache_folder", "converted_gguf", "hub_errors", "part_folder", "part_settings"]
+__all__ = ["Sources", "WheelSource", "cache_folder", "hub_errors", "part_folder", "part_settings"]
 
+_WEIGHTS = ("*.safetensors", "*.bin", "*.index.json")
 _FORMAT = 2  # to be raised when a converter's output or the record changes: parts of another format are made anew
 _HASHED_AT_A_TIME = 4  # files
 
 
 def _local_folder(path: str, setting: str) -> Path:
+    """The folder itself, or what a GGUF file is converted to: one that is given, or that is all of a folder's weights."""
     folder = Path(path).expanduser().absolute()
+    if folder.is_file() and folder.suffix.lower() == ".gguf":
+        return _converted_gguf(folder)
+    files = [] if any(any(folder.glob(pattern)) for pattern in _WEIGHTS) else sorted(folder.glob("*.gguf"))
+    if len(files) > 1:
+        raise UserError(f"{setting}={path} holds {len(files)} GGUF files; give the path of one of them")
+    if files:
+        return _converted_gguf(files[0])
     if not folder.is_dir():
         raise UserError(f"{setting}={path} is not a folder; correct it, or leave it out to have the files fetched")
     return folder

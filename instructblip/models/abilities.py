@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from instructblip.errors import UserError
 from instructblip.models.base import blocks_of
-from instructblip.models.llm import LLM, LLMAbilities
+from instructblip.models.llm import LLM, DecoderLLM, LLMAbilities
 from instructblip.models.ranking import rank_candidates
 
 logger = logging.getLogger(__name__)
@@ -33,10 +33,10 @@ logger = logging.getLogger(__name__)
 _TOLERANCE = 1e-3
 # In half precision: multiples of the change that a change of every input by up to half its last bit makes.
 _ROUNDINGS = 4
-_AT_ONCE = (
-    1_000_000_000  # parameters; larger models are widened block by block, lest they take three times their memory
-)
-_VISUAL, _PROMPT, _PADDING = 3, 6, 3  # positions: of a prompt that are no tokens, of it all, that another is shorter
+# Parameters; a larger model has the matrices of its blocks widened in turn, lest it take three times its memory. What is
+# small is wide all the time: T5's table of positions, for one, is used outside its block.
+_AT_ONCE, _SMALL = 1_000_000_000, 1_000_000
+_VISUAL, _PROMPT, _PADDING = 3, 6, 3  # positions: of a prompt that are no tokens, of it all, of padding
 _ANSWER = 3  # tokens of each of the two answers
 _LONGEST_PROMPT = 600  # positions; longer attention windows are not tried
 # Settings that limit how far back a layer looks; and those that only sound alike.
@@ -78,7 +78,7 @@ def limits(llm: LLM) -> list[str]:
 
 @dataclass
 class _Trial:
-    """Two prompts of different lengths, two answers to each, and what the class's own forward makes of them.
+    """Prompts of different lengths, two answers to each, and what the class's own forward makes of them.
 
     Attributes:
         llm: the model, every saving switched on.
@@ -96,6 +96,14 @@ class _Trial:
     own: list[Tensor]
     tolerance: float
     exact: bool
+
+    def one_answer_each(self) -> list[list[int]]:
+        """The answers in turn, one for each prompt."""
+        return [self.answers[number % len(self.answers)] for number in range(len(self.prefixes))]
+
+    def own_of_one_each(self) -> Tensor:
+        """Logits (S, V) that predict those, one after the other."""
+        return torch.cat([logits_ASV[number % len(self.answers)] for number, logits_ASV in enumerate(self.own)])
 
     def near(self, found: Tensor, expected: Tensor) -> bool:
         """Whether logits, or log-likelihoods, are equal up to rounding; NaN never is, a masked token's -inf may be."""
@@ -127,7 +135,7 @@ def _measure(llm: LLM, in_float32: LLMAbilities | None = None) -> LLMAbilities:
     return replace(
         trial.llm.abilities,
         tree=_tries(_tree_is_right, trial),
-        packed=llm.kind == "decoder" and _tries(_packing_is_right, trial),
+        packed=isinstance(llm, DecoderLLM) and _tries(_packing_is_right, trial),
         **_generation(trial),
     )
 
@@ -138,20 +146,21 @@ def _measure(llm: LLM, in_float32: LLMAbilities | None = None) -> LLMAbilities:
 def _start(llm: LLM, embedding_factor: float) -> _Trial:
     """Draw prompts and answers; run each of them alone through the class's own forward.
 
-    The longer prompt begins with what no table holds, as visual tokens are; the shorter one is run as tokens.
+    The longest prompt begins with what no table holds, as visual tokens are; the others are run as tokens.
     """
     trying = copy.copy(llm)
     trying.abilities = LLMAbilities(embedding_factor=embedding_factor)
     draw = _token_source(llm)
     begin = draw(1)
     answers = [begin + draw(_ANSWER - 1) for _ in range(2)]
-    length = _prompt_length(llm)
-    long, short = draw(length - _VISUAL), draw(length - _PADDING)
+    longest, *lengths = _prompt_lengths(llm)
+    long, *others = draw(longest - _VISUAL), *map(draw, lengths)
     visual = torch.randn(_VISUAL, llm.width, generator=torch.Generator().manual_seed(0))
-    prefixes = [prefix.clone() for prefix in trying.embed([long, short])]
+    prefixes = [prefix.clone() for prefix in trying.embed([long, *others])]
     prefixes[0] = torch.cat([(visual * prefixes[0].float().std()).to(prefixes[0]), prefixes[0]])
     try:
-        own = [_own_logits(trying, prefixes[0], answers), _own_logits(trying, short, answers)]
+        prompts: list[Tensor | list[int]] = [prefixes[0], *others]
+        own = [_own_logits(trying, prompt, answers) for prompt in prompts]
         _check_finite(trying, own)
         deviation = torch.stack([logits[logits.isfinite()].std() for logits in own]).mean()
         tolerance = max(_TOLERANCE * float(deviation), _ROUNDINGS * _rounding(trying, prefixes[0], answers, own[0]))
@@ -180,17 +189,22 @@ def _token_source(llm: LLM) -> Callable[[int], list[int]]:
     return lambda count: [kept[place] for place in torch.randint(len(kept), (count,), generator=generator).tolist()]
 
 
-def _prompt_length(llm: LLM) -> int:
-    """Positions of the longer prompt. Both go past the attention windows that the configuration names, but for long ones."""
+def _prompt_lengths(llm: LLM) -> list[int]:
+    """Positions of each prompt, the longest first.
+
+    Two go past the attention windows that the configuration names, but for long ones, so that one of them is padded. The
+    last is short: what a recurrent layer remembers of the sample before is soon forgotten.
+    """
     settings = llm.model.config.get_text_config(decoder=True).to_dict()
     windows = [
         value
         for name, value in settings.items()
-        if isinstance(value, int) and _WINDOW.search(name) and not _NO_WINDOW.search(name)
+        if isinstance(value, int) and value > 0 and _WINDOW.search(name) and not _NO_WINDOW.search(name)
     ]
     wanted = max([_PROMPT, *(value + 2 * _PROMPT for value in windows if value + 2 * _PROMPT <= _LONGEST_PROMPT)])
     limit = llm.max_positions
-    return wanted if limit is None else max(min(wanted, limit - _ANSWER), _VISUAL + 1)
+    longest = wanted if limit is None else max(min(wanted, limit - _ANSWER), _VISUAL + 1)
+    return sorted({longest, longest - _PADDING, min(_PADDING, longest - _PADDING)}, reverse=True)
 
 
 def _own_logits(llm: LLM, prompt: Tensor | list[int], answers: Sequence[Sequence[int]]) -> Tensor:
@@ -276,7 +290,8 @@ def _rows_are_right(trial: _Trial) -> bool:
         UserError: the class cannot take such rows.
     """
     try:
-        return trial.plainly_near(*_found_and_expected(trial, packed=False))
+        found_SL = trial.llm.answer_states(trial.prefixes, trial.one_answer_each()).hidden_SL
+        return trial.plainly_near(trial.llm.logits(found_SL), trial.own_of_one_each())
     except Exception as error:
         raise UserError(
             f"{_name(trial.llm)} cannot be run on rows of embeddings ({_reason(error)}); use another LLM"
@@ -284,15 +299,13 @@ def _rows_are_right(trial: _Trial) -> bool:
 
 
 def _packing_is_right(trial: _Trial) -> bool:
-    """Samples that share a row, none of which may see another."""
-    return trial.near(*_found_and_expected(trial, packed=True))
-
-
-def _found_and_expected(trial: _Trial, *, packed: bool) -> tuple[Tensor, Tensor]:
-    """Logits (S, V) of the first prompt with the first answer, and of the second with the second."""
-    states = trial.llm.answer_states(trial.prefixes, trial.answers, packed=packed)
-    expected_SV = torch.cat([logits_ASV[number] for number, logits_ASV in enumerate(trial.own)])
-    return trial.llm.logits(states.hidden_SL), expected_SV
+    """Samples that share a row, where none may see another."""
+    llm, heard = trial.llm, trial.llm.embed([answer[:-1] for answer in trial.one_answer_each()])
+    assert isinstance(llm, DecoderLLM)
+    samples = [torch.cat(pair) for pair in zip(trial.prefixes, heard, strict=True)]
+    states = llm.states_in_rows(samples, [range(len(samples))])
+    answers = [hidden_TL[len(prefix) - 1 :] for prefix, hidden_TL in zip(trial.prefixes, states, strict=True)]
+    return trial.near(llm.logits(torch.cat(answers)), trial.own_of_one_each())
 
 
 def _tree_is_right(trial: _Trial) -> bool:
@@ -376,7 +389,10 @@ def _in_float32(model: nn.Module) -> Iterator[None]:
                 tensor.data = narrow.pop(id(tensor))[1]
 
     large = sum(parameter.numel() for parameter in model.parameters()) > _AT_ONCE
-    blocks = [(block, _tensors(block)) for block in (blocks_of(model) if large else [])]
+    blocks = [
+        (block, [tensor for tensor in _tensors(block) if tensor.numel() > _SMALL])
+        for block in (blocks_of(model) if large else [])
+    ]
     in_turn = {id(tensor) for _, tensors in blocks for tensor in tensors}
     handles = []
     for block, tensors in blocks:

@@ -14,18 +14,14 @@ from PIL import Image
 from torch import Tensor
 
 
-def check_images(images: Any, width: int | None = None) -> int:
+def check_images(images: Any) -> int:
     """The number of pictures, clips or image tokens.
-
-    Args:
-        images: what was given.
-        width: of the vision encoder's tokens; None: any.
 
     Raises:
         ValueError: names `images`.
     """
     if isinstance(images, Tensor):
-        _check_tensor(images, width)
+        _check_tensor(images)
         return len(images)
     _check_list("images", images, "PIL images")
     for number, clip in enumerate(images):
@@ -203,13 +199,13 @@ def _check_text(name: str, text: Any) -> None:
         raise ValueError(f"{name} is no text: {error.reason} at place {error.start}") from None
 
 
-def _check_tensor(images: Tensor, width: int | None) -> None:
+def _check_tensor(images: Tensor) -> None:
     frames = images.dtype == torch.uint8 and images.ndim == 5 and images.shape[2] == 3
-    tokens = images.is_floating_point() and images.ndim == 4 and width in (None, images.shape[3])
+    tokens = images.is_floating_point() and images.ndim == 4
     if not images.numel() or not (frames or tokens):
         raise ValueError(
             f"images is a tensor of {tuple(images.shape)}, {images.dtype}; give uint8 frames (B, F, 3, H, W), or image "
-            f"tokens (B, F, P, V) of the vision encoder's width{'' if width is None else f' {width}'}"
+            "tokens (B, F, P, V)"
         )
 
 

@@ -146,7 +146,7 @@ class InstructBLIP(Model):
 
     def prepare(self, samples: Samples) -> Inputs:
         """Answers end with EOS; too long ones are cut on the right."""
-        count = check_images(samples.images, self.vision.width)
+        count = check_images(samples.images)
         check_texts("instructions", samples.instructions, count)
         check_texts("targets", samples.targets, count)
         pairs = zip(samples.instructions, samples.targets, strict=True)
@@ -155,7 +155,7 @@ class InstructBLIP(Model):
 
     def forward(self, inputs: Inputs, wanted: Collection[str], *, packed: bool = False) -> Outputs:
         """See the class for the outputs. Of the LLM, only `answer_logits` needs its layers."""
-        count = check_images(inputs.images, self.vision.width)
+        count = check_images(inputs.images)
         check_texts("prompts", inputs.prompts, count)
         check_tokens("answers", inputs.answers, count)
         check_names("wanted", wanted, self.OUTPUTS)
@@ -207,7 +207,7 @@ class InstructBLIP(Model):
         Raises:
             ValueError: a wrong argument, by its name, before anything is computed.
         """
-        count = check_images(images, self.vision.width)
+        count = check_images(images)
         check_texts("prompts", prompts, count)
         check_candidates(candidates, count)
         check_choice("normalize", normalize, ("sum", "mean"))
@@ -257,7 +257,7 @@ class InstructBLIP(Model):
             ValueError: a wrong argument, by its name, before anything is computed.
             UserError: logits that are not finite.
         """
-        count = check_images(images, self.vision.width)
+        count = check_images(images)
         if prompts is None:
             prompts = self._no_prompts(count)
         check_texts("prompts", prompts, count)

@@ -369,22 +369,32 @@ class DecoderLLM(LLM):
         lengths = [len(sample) for sample in samples]
         packed = packed and self.abilities.packed
         rows = pack_rows(lengths, width=self.width) if packed else [[sample] for sample in range(len(samples))]
+        states = self.states_in_rows(samples, rows)
+        hidden_SL = torch.cat(
+            [hidden_TL[len(prefix) - 1 :] for prefix, hidden_TL in zip(prefixes, states, strict=True)]
+        )
+        positions = len(rows) * max(sum(lengths[k] for k in row) for row in rows)
+        return AnswerStates(hidden_SL, positions, positions - sum(lengths))
+
+    def states_in_rows(self, samples: Sequence[Tensor], rows: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Final hidden states (T_i, L) of each of B embedded samples (T_i, L), which share rows but see themselves alone.
+
+        Args:
+            samples: prompts with their answers.
+            rows: the numbers of the samples in each row.
+        """
+        lengths = [len(sample) for sample in samples]
         embeddings_RTL = pad_sequence([torch.cat([samples[k] for k in row]) for row in rows], batch_first=True)
         if len(rows) < len(samples):
-            hidden_RTL = self._isolated_states(
-                embeddings_RTL, packed_layout(rows, lengths, device=embeddings_RTL.device)
-            )
+            layout = packed_layout(rows, lengths, device=embeddings_RTL.device)
+            hidden_RTL = self._isolated_states(embeddings_RTL, layout)
         else:
             hidden_RTL = self.hidden_states(embeddings_RTL)
         states: dict[int, Tensor] = {}
         for row, hidden_TL in zip(rows, hidden_RTL, strict=True):
-            start = 0
-            for k in row:
-                states[k] = hidden_TL[start + len(prefixes[k]) - 1 : start + lengths[k]]
-                start += lengths[k]
-        positions = embeddings_RTL.shape[0] * embeddings_RTL.shape[1]
-        hidden_SL = torch.cat([states[k] for k in range(len(samples))])
-        return AnswerStates(hidden_SL, positions, positions - sum(lengths))
+            filled = [lengths[k] for k in row]
+            states |= zip(row, hidden_TL[: sum(filled)].split(filled), strict=True)
+        return [states[k] for k in range(len(samples))]
 
     def _isolated_states(self, embeddings_RTL: Tensor, layout: RowLayout) -> Tensor:
         """Final hidden states of rows that hold several samples each."""

@@ -177,7 +177,7 @@ def _fit_qformer(model: Model, tensors: Mapping[str, Tensor], config: QFormerCon
     for name, own in expected.items():
         place, found = _place(name), tensors.get(name)
         if found is not None and name in _TOKEN_TABLES:
-            found = _fit_rows(found, own, config, last)
+            found = _fit_rows(found, own, config)
         if found is not None and found.shape == own.shape:
             taken[name] = found
         elif _may_be_new(place, missing=found is None, config=config):
@@ -230,7 +230,7 @@ def _remark(place: str, own: Tensor, found: Tensor | None) -> str:
     return f"{place} (BERT's)" if place == _TEXT_BRANCH else place
 
 
-def _fit_rows(found: Tensor, own: Tensor, config: QFormerConfig, last: StartWeights) -> Tensor:
+def _fit_rows(found: Tensor, own: Tensor, config: QFormerConfig) -> Tensor:
     """A table of tokens with the model's number of rows: tokens that were added to BERT's stand at its end."""
     bert = len(own) - len(config.extra_tokens)
     if len(found) == len(own) or found.shape[1:] != own.shape[1:] or not bert <= len(found) <= bert + _MOST_ADDED:

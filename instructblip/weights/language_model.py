@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -20,11 +19,11 @@ from instructblip.errors import UserError
 from instructblip.fetch.parts import cache_folder
 from instructblip.files import exclusive, read_json, write_json
 from instructblip.models.abilities import limits, measure
-from instructblip.models.llm import LLM, LLM_KINDS, LLMAbilities
-from instructblip.weights.gatekeeper import first_line
+from instructblip.models.llm import LLM, LLM_KINDS, LLMAbilities, body_name
+from instructblip.weights.gatekeeper import check_vocabulary, reason
 
 logger = logging.getLogger(__name__)
-_MEASURED = 1  # to be raised when what is measured, or how, changes
+_MEASURED = 2  # to be raised when what is measured, or how, changes
 _SAMPLED = 64  # values of each tensor that tell one model from another
 
 
@@ -52,17 +51,20 @@ def load_language_model(
     Raises:
         UserError: a file that cannot be read, a tensor that is missing, unknown or of another shape.
     """
-    options = {"config": settings, "dtype": dtype, "output_loading_info": True, "trust_remote_code": False}
+    options = {"config": settings, "dtype": dtype, "output_loading_info": True}
     options["ignore_mismatched_sizes"] = True  # they are named below
+    auto_class = LLM_KINDS[kind].auto_class
     try:
         with quiet_transformers():
             if tensors is None:
-                model, found = LLM_KINDS[kind].auto_class.from_pretrained(folder, **options)
+                model, found = auto_class.from_pretrained(folder, trust_remote_code=False, **options)
             else:
                 class_ = language_model_class(kind, settings)
-                model, found = class_.from_pretrained(None, state_dict=tensors, **options)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"{where}{first_line(error)}") from None
+                model, found = class_.from_pretrained(None, state_dict=tensors, trust_remote_code=False, **options)
+    except Exception as error:  # a class may stumble over settings and files in any way
+        raise UserError(
+            f"{where}{folder} cannot be loaded ({reason(error)}); it is damaged, or of another model"
+        ) from None
     _check_loaded(found, f"{where}{folder}", prefix)
     return _text_model(model) if kind == "decoder" else model
 
@@ -82,12 +84,14 @@ def finished_llm(kind: str, model: Any, tokenizer: Any, conventions: Mapping[str
         where: begins messages (`llm=vicuna_7b: `).
 
     Raises:
-        UserError: a token that the tokenizer does not know, or a model that gives wrong results whatever is done.
+        UserError: the tokenizer of another model, a token that it does not know, or a model that gives wrong results
+            whatever is done.
     """
     try:
         llm = LLM_KINDS[kind](model, tokenizer, **conventions)
     except ValueError as error:
         raise UserError(f"{where}{error}") from None
+    check_vocabulary(tokenizer, len(llm.embeddings.weight), where)
     try:
         llm.abilities = _measured(llm)
     except UserError as error:
@@ -118,7 +122,7 @@ def _text_model(model: Any) -> Any:
         return model
     with torch.device("meta"):
         text = AutoModelForCausalLM.from_config(settings, dtype=model.dtype, trust_remote_code=False)
-    setattr(text, text.base_model_prefix, model.get_decoder())
+    setattr(text, body_name(text), model.get_decoder())
     text.set_output_embeddings(model.get_output_embeddings())
     for name, tensor in text.state_dict().items():
         if tensor.is_meta:
@@ -132,29 +136,28 @@ def _text_model(model: Any) -> Any:
 def _measured(llm: LLM) -> LLMAbilities:
     """Its abilities, from the cache where it was measured before (`abilities/<digest>.json`)."""
     file = cache_folder() / "abilities" / f"{_digest(llm)}.json"
-    if (stored := _stored(file)) is not None:
-        return stored
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        lock: Any = exclusive(file.with_suffix(".lock"), "measuring the language model", show=False)
-    except OSError:  # a cache that cannot be written saves no time, and is no error
-        lock = contextlib.nullcontext()
-    with lock:  # of several processes on a machine one measures
-        abilities = _stored(file) or measure(llm)
-        with contextlib.suppress(OSError):
-            write_json(file, asdict(abilities))
-    return abilities
+    with contextlib.ExitStack() as stack:
+        if (found := _stored(file)) is not None:
+            return found
+        with contextlib.suppress(UserError):  # a cache that cannot be written saves no time, and is no error
+            # Of several processes on a machine one measures.
+            stack.enter_context(exclusive(file.with_suffix(".lock"), "measuring the language model", show=False))
+        if (found := _stored(file)) is None:
+            found = measure(llm)
+            with contextlib.suppress(UserError):
+                write_json(file, asdict(found))
+    return found
 
 
 def _stored(file: Path) -> LLMAbilities | None:
-    if not file.is_file():
-        return None
     try:
         found = read_json(file)
-        assert all(isinstance(value, bool) for value in found.values())
-        return LLMAbilities(**found)
-    except (UserError, TypeError, AttributeError, AssertionError):
+    except (UserError, OSError):
+        return None
+    wanted = {name: type(value) for name, value in asdict(LLMAbilities()).items()}
+    if not isinstance(found, dict) or {name: type(value) for name, value in found.items()} != wanted:
         return None  # damaged, or of other code: it is measured anew
+    return LLMAbilities(**found)
 
 
 def _digest(llm: LLM) -> str:

@@ -114,8 +114,8 @@ def read_pth(path: Path) -> Any:
             f"{path} is no file of tensors and plain values ({reason}), and unpickling anything else could run foreign "
             "code; save its state dict alone, with torch.save, where the file comes from"
         ) from None
-    except (RuntimeError, EOFError, OSError) as error:
-        reason = str(error).partition("\n")[0] or type(error).__name__
+    except Exception as error:  # what is no pickle at all fails in any way
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise UserError(f"{path} cannot be read ({reason}); fetch it again") from None
 
 

@@ -1,5 +1,6 @@
 """One call for every kind of trained model: our runs, transformers' folders and hub ids, LAVIS's files."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -30,7 +31,7 @@ from instructblip.models.blip2 import BLIP2
 from instructblip.models.fingerprint import fingerprint, fingerprint_tensors
 from instructblip.models.instructblip import InstructBLIP
 from instructblip.weights.checkpoint import LoadedCheckpoint, checkpoint_folders, load_checkpoint, newest_whole
-from instructblip.weights.gatekeeper import refuse_other_model
+from instructblip.weights.gatekeeper import foreign_settings, refuse_other_model
 from instructblip.weights.lavis import (
     LavisCheckpoint,
     architecture_settings,
@@ -200,7 +201,8 @@ def load_model(
     place = choose_device(device)
     load = {"run": _load_run, "huggingface": _load_huggingface, "lavis": _load_lavis}
     found = source if isinstance(source, Source) else find_source(source, llm)
-    loaded = load[found.format](found, replaced)
+    with foreign_settings(found.path) if found.format == "huggingface" else contextlib.nullcontext():
+        loaded = load[found.format](found, replaced)
     return loaded._replace(model=loaded.model.to(place).eval())
 
 

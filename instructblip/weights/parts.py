@@ -4,7 +4,6 @@ The only place that reads the `model`, `vision`, `qformer` and `llm` sections. A
 in `MODELS`.
 """
 
-import json
 import logging
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -27,7 +26,7 @@ from instructblip.config.schema import (
     VisionNorm,
 )
 from instructblip.errors import UserError
-from instructblip.fetch.parts import converted_gguf, part_folder, sources
+from instructblip.fetch.parts import part_folder, sources
 from instructblip.models.base import Model
 from instructblip.models.blip2 import BLIP2
 from instructblip.models.instructblip import InstructBLIP
@@ -43,7 +42,17 @@ from instructblip.weights.bert import (
     names_unknown_to_bert,
     qformer_state_from_bert,
 )
-from instructblip.weights.gatekeeper import check_kind, check_language_model, first_line, open_config, open_tokenizer
+from instructblip.weights.gatekeeper import (
+    check_content,
+    check_kind,
+    check_language_model,
+    check_vocabulary,
+    check_weight_file,
+    config_json,
+    open_config,
+    open_tokenizer,
+    reason,
+)
 from instructblip.weights.language_model import finished_llm, load_language_model
 from instructblip.weights.lavis import read_pth
 from instructblip.weights.modules import make_qformer, override_settings, vision_encoder
@@ -161,11 +170,13 @@ def _vision_file(config: VisionConfig) -> Path:
 
 
 def _vision_weights(file: Path) -> dict[str, Tensor]:
+    if file.is_file():
+        check_content(file)
     if file.suffix == ".safetensors":
         try:
             return load_file(file)
         except (OSError, SafetensorError) as error:
-            raise UserError(f"{file} cannot be read ({first_line(error)}); give a .safetensors or .pth file") from None
+            raise UserError(f"{file} cannot be read ({reason(error)}); give a .safetensors or .pth file") from None
     found = read_pth(file)
     if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
         raise UserError(f"{file} is no state dict; give the weights alone, under timm's names")
@@ -207,7 +218,7 @@ def load_qformer(
     language-model head, as those of sentence embeddings do, that starts as BERT's did before it was trained.
     """
     folder = part_folder(sources(config.name, config.sources), setting="qformer.sources.path")
-    bert = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    bert = config_json(folder)
     tokenizer, rows = None, bert["vocab_size"]
     if config.instruction_aware or config.query_init == "cls":
         tokenizer = open_tokenizer(folder, f"qformer={config.name}: ", truncation_side="left")
@@ -222,6 +233,7 @@ def load_qformer(
         reads_and_writes=reads_and_writes,
     )
     if config.init == "bert":
+        check_weight_file(folder / "model.safetensors")
         weights = load_file(folder / "model.safetensors")
         if qformer.lm_head is not None and not has_language_model_head(weights):
             initialize_like_bert(qformer.lm_head)
@@ -245,7 +257,7 @@ def load_llm(config: LLMConfig) -> LLM:
         UserError: a folder that is no whole, plain language model of that kind, or settings that do not fit it.
     """
     where = f"llm={config.name}: "
-    folder = _llm_folder(config)
+    folder = part_folder(sources(config.name, config.sources), setting="llm.sources.path")
     check_language_model(folder, where)
     settings = open_config(folder, where)
     check_kind(settings, config.kind, where)
@@ -253,6 +265,7 @@ def load_llm(config: LLMConfig) -> LLM:
     dtype = getattr(torch, config.dtype)
     tokenizer = _llm_tokenizer(config, folder)
     model = load_language_model(config.kind, settings, dtype=dtype, folder=folder, where=where)
+    check_vocabulary(tokenizer, len(model.get_input_embeddings().weight), where)
     if _rows_needed(tokenizer) > len(model.get_input_embeddings().weight):
         resize_vocabulary(model, _rows_needed(tokenizer))
     if config.quantization is not None:
@@ -270,19 +283,6 @@ def load_llm(config: LLMConfig) -> LLM:
         "max_target_tokens": config.max_target_tokens,
     }
     return finished_llm(config.kind, model, tokenizer, conventions, where)
-
-
-def _llm_folder(config: LLMConfig) -> Path:
-    """The folder with its files; a GGUF file, or a folder with nothing but one, is converted once."""
-    path = None if config.sources.path is None else Path(config.sources.path).expanduser()
-    if path is not None and path.is_dir() and not (path / "config.json").is_file():
-        files = sorted(path.glob("*.gguf"))
-        if len(files) > 1:
-            raise UserError(f"llm.sources.path={path} holds {len(files)} GGUF files; give the path of one of them")
-        path = files[0] if files else path
-    if path is not None and path.suffix == ".gguf" and path.is_file():
-        return converted_gguf(path)
-    return part_folder(sources(config.name, config.sources), setting="llm.sources.path")
 
 
 def _llm_tokenizer(config: LLMConfig, folder: Path) -> Any:

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -216,7 +217,9 @@ def _load_llm(config: Any, settings: LLMSettings, weights: Mapping[str, Tensor],
     )
     if settings.rows < model.get_input_embeddings().weight.shape[0]:
         resize_vocabulary(model, settings.rows)
-    return finished_llm(settings.kind, model, load_llm_tokenizer(folder), settings.conventions, f"{folder}: ")
+    llm = finished_llm(settings.kind, model, load_llm_tokenizer(folder), settings.conventions, f"{folder}: ")
+    llm.abilities = replace(llm.abilities, embedding_factor=1.0)  # transformers' class looks prompts up without it
+    return llm
 
 
 def _llm_dtype(kind: Any, state: Mapping[str, Tensor]) -> torch.dtype:

@@ -14,9 +14,9 @@ from instructblip.evaluation.protocol import Task, chance_level
 from instructblip.evaluation.runner import read_pixels, run_task
 from instructblip.models.blip2 import BLIP2
 from instructblip.models.instructblip import InstructBLIP
+from tests.kit.stage1 import tiny_stage1
 from tests.kit.synthetic_tasks import Oracle, read_number, synthetic_task
 from tests.kit.tiny import IMAGE_SIZE, tiny_model
-from tests.kit.vectors import tiny_stage1
 
 EVALUATED = [card.name for card in all_cards() if card.evaluation is not None]
 BEST = {"cider": 1000.0}  # CIDEr-D is 10 at most, and papers print it times 100
@@ -26,7 +26,7 @@ SIGMAS = 4.0
 @pytest.fixture(scope="module")
 def random_models() -> tuple[InstructBLIP, BLIP2]:
     """Nothing in them was ever trained."""
-    return tiny_model(seed=3), tiny_stage1()
+    return tiny_model(seed=3), tiny_stage1().eval()
 
 
 def task_of(name: str, folder: Path, **options: str) -> Task:

@@ -18,7 +18,7 @@ from instructblip.evaluation.report import compare, table
 from instructblip.training import inspect
 from instructblip.training.run import train
 from tests.kit.own_data import write_card, write_own_data
-from tests.kit.runs import World, compose, evaluate_here, one_thread, read_lines, train_here
+from tests.kit.runs import World, compose, evaluate_here, one_thread, read_lines, run, train_here
 from tests.kit.stored import entry, read_results, write_run
 
 EXACT = "def score(outputs, records):\n    return [100.0 * (o.text in r.answers) for o, r in zip(outputs, records)]\n"
@@ -141,15 +141,15 @@ def own_run(world: World, home: Path, output: Path, *overrides: str) -> Path:
 def test_a_card_is_trained_on_beside_an_official_one_watched_and_scored(
     world: World, home: Path, tmp_path: Path
 ) -> None:
-    run = own_run(world, home, tmp_path)
-    lines = read_lines(run / "metrics.jsonl")
+    folder = own_run(world, home, tmp_path)
+    lines = read_lines(folder / "metrics.jsonl")
     drawn = {sample.split("/")[0] for line in lines for sample in line["sample_ids"]}
     assert drawn == {"mine", "easy_vqa_color"}
     assert [line["validation"].keys() for line in lines if "validation" in line] == [{"mine"}]  # after step 4
-    found = read_results(run / "evaluation")
+    found = read_results(folder / "evaluation")
     assert found["datasets"].keys() == {"mine"}
-    assert (run / "checkpoints/step_00000004").is_dir()  # the best by that dataset
-    assert f"name: {home / 'mine.yaml'}" in (run / "config.yaml").read_text()
+    assert (folder / "checkpoints/step_00000004").is_dir()  # the best by that dataset
+    assert f"name: {home / 'mine.yaml'}" in (folder / "config.yaml").read_text()
     kept = found["datasets"]["mine"]["card"]
     assert (kept["name"], kept["task"], kept["templates"], kept["path"]) == ("mine", "vqa", "vqa", "mine.yaml")
     assert kept["evaluation"]["prompt"] == "Question: {question} Short answer:"
@@ -167,14 +167,13 @@ def test_a_run_goes_on_from_another_folder_and_notices_a_changed_card(
         return own_run(world, home, tmp_path / "out", mixture, *suite(held_in=(written,)), *overrides)
 
     monkeypatch.chdir(tmp_path)
-    run = go_on("./mine.yaml")
+    folder = go_on("./mine.yaml")
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    assert go_on("../mine.yaml", "resume=auto") == run
     (tmp_path / "asking.yaml").write_text("templates: ['Question: {question}']\n")
     with pytest.raises(UserError, match=r"card mine changed since .* or allow it: resume_allow=\[mixture.datasets\]"):
         go_on(str(card), "resume=auto")
-    assert go_on(str(card), "resume=auto", "resume_allow=[mixture.datasets]") == run
+    assert go_on("../mine.yaml", "resume=auto", "resume_allow=[mixture.datasets]") == folder
     write_card(tmp_path, templates="./asking.yaml", evaluation={"num_beams": 2})
     with pytest.raises(UserError, match=r"protocol mine changed since .* or allow it: resume_allow=.*suite.held_in"):
         go_on(str(card), "resume=auto", "resume_allow=[mixture.datasets]")
@@ -324,6 +323,17 @@ def test_what_is_not_prepared_is_skipped_where_that_is_asked_for(
     assert table.main([str(folder), "--csv", str(tmp_path / "table.csv")]) == 0
     assert "gqa,gqa_low,gqa_high,gqa_marks" in (tmp_path / "table.csv").read_text()
     assert compare.main([str(folder), str(folder)]) == 0
+
+
+def test_a_sweep_over_cards_gives_each_a_folder(world: World, untrained_run: Path, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        card = write_own_data(tmp_path / name, 2, name=name, evaluation={"candidates": ["red", "blue"]})
+        command(dataset=str(card), out=str(tmp_path / "data/shards"))
+    cards = "suite.held_out=[./one/mine.yaml],[./two/mine.yaml]"
+    run(world, "evaluate.py", "-m", f"checkpoint={untrained_run}", "suite=own", cards, cwd=tmp_path)
+    found = {path.parent.name: json.loads(path.read_text()) for path in (tmp_path / "outputs").rglob("results.json")}
+    assert [list(results["datasets"]) for _, results in sorted(found.items())] == [["one"], ["two"]]
+    assert sorted(found) == ["own-suite.held_out_._one_mine.yaml_", "own-suite.held_out_._two_mine.yaml_"]
 
 
 def test_a_score_of_ones_own_is_marked_where_it_is_not_as_the_card_says(

@@ -30,7 +30,8 @@ SWEPT_PHASES = (  # key by key: a section that is given as a whole would replace
 )
 README = REPOSITORY / "README.md"
 DOCUMENTS = (README, REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").glob("*.md")))
-WEIGHTS, REPORTS, INSPECT, BENCHMARKS, ONE_TEST = KINDS = (
+FEATURES, WEIGHTS, REPORTS, INSPECT, BENCHMARKS, ONE_TEST = KINDS = (
+    "python -m instructblip.features ",
     "python -m instructblip.weights ",
     "python -m instructblip.evaluation.report.",
     "python -m instructblip.training.inspect ",
@@ -71,6 +72,17 @@ def _write_published(folder: Path) -> None:
     tiny_huggingface(folder / "instructblip-vicuna-7b")
     write_retrieval(folder / "blip2-itm-vit-g")
     write_captioner(folder / "blip2-opt-2.7b")
+
+
+@pytest.mark.parametrize("line", commands(FEATURES))
+def test_features_are_written(line: str, world: World, untrained_stage1: Path, tmp_path: Path) -> None:
+    _, _, module, *arguments = shlex.split(line)
+    given = dict(argument.split("=", 1) for argument in arguments)
+    shutil.copytree(untrained_stage1, tmp_path / given["checkpoint"])
+    (tmp_path / given["images"]).mkdir()
+    Image.new("RGB", (64, 64), (200, 30, 30)).save(tmp_path / given["images"] / "a.png")
+    assert "1 pictures" in run(world, module, *arguments, cwd=tmp_path)
+    assert (tmp_path / given["out"]).is_file()
 
 
 @pytest.mark.parametrize("line", commands(WEIGHTS))
@@ -125,7 +137,7 @@ def _tiny_training(world: World, given: Mapping[str, str], folder: Path) -> tupl
 
 
 @pytest.mark.parametrize("line", commands(*(f"python {script} " for script in SCRIPTS)))
-def test_a_command_runs(line: str, world: World, finished_run: Path, tmp_path: Path) -> None:
+def test_a_command_runs(line: str, world: World, finished_run: Path, untrained_stage1: Path, tmp_path: Path) -> None:
     _, script, *arguments = shlex.split(line)
     given = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
     if "hydra/sweeper" in given:
@@ -134,7 +146,8 @@ def test_a_command_runs(line: str, world: World, finished_run: Path, tmp_path: P
     if {"check", "show", "audit"} & given.keys() or own:
         write_shards(world, tmp_path, own=own)
     if "checkpoint" in given or "resume" in given:
-        shutil.copytree(finished_run, tmp_path / given.get("checkpoint", "outputs/train/demo"))
+        found = untrained_stage1 if given.get("suite") == "retrieval" else finished_run
+        shutil.copytree(found, tmp_path / given.get("checkpoint", "outputs/train/demo"))
     if "init_from" in given:
         shutil.copytree(finished_run, tmp_path / given["init_from"])
     tiny = {

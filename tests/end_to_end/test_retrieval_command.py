@@ -6,34 +6,12 @@ from typing import Any
 
 import pytest
 
-from instructblip.config.schema import ModelConfig, TrainConfig
 from instructblip.errors import UserError
 from instructblip.evaluation.report.table import as_text, score_table
 from instructblip.evaluation.results_file import read_run
-from instructblip.weights.native import save_native
-from instructblip.weights.parts import build_model
-from tests.kit.runs import World, compose, evaluate_here, run_ranks
+from tests.kit.runs import World, evaluate_here, run_ranks
 
 SUITE = ("suite=retrieval", "data=synthetic", "name=retrieval", "batch_size=16")
-
-
-@pytest.fixture(scope="module")
-def run(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of BLIP-2's first stage that was never trained."""
-    folder = tmp_path_factory.mktemp("stage1") / "run"
-    parts = [override for override in world.train if not override.startswith("llm")]
-    config = compose(
-        "train",
-        TrainConfig,
-        ["model=blip2_stage1", "~llm", "qformer.extra_tokens=['[DEC]']", *parts, "vision.norm=layer"],
-    )
-    with world.here():
-        model = build_model(config)
-        described = ModelConfig(
-            seed=config.seed, model=config.model, vision=config.vision, qformer=config.qformer, llm=None
-        )
-        save_native(model, described, folder)
-    return folder
 
 
 def results(folder: Path) -> dict[str, Any]:
@@ -41,11 +19,11 @@ def results(folder: Path) -> dict[str, Any]:
     return values
 
 
-def test_twice_and_on_two_ranks_the_results_are_the_same(world: World, run: Path, tmp_path: Path) -> None:
+def test_twice_and_on_two_ranks_the_results_are_the_same(world: World, untrained_stage1: Path, tmp_path: Path) -> None:
     shards = f"data.shards={tmp_path / 'shards'}"
-    first = evaluate_here(world, run, tmp_path / "first", *SUITE, shards)
-    second = evaluate_here(world, run, tmp_path / "second", *SUITE, shards)
-    arguments = [*world.evaluate, *SUITE, shards, f"checkpoint={run}", f"output={tmp_path / 'third'}"]
+    first = evaluate_here(world, untrained_stage1, tmp_path / "first", *SUITE, shards)
+    second = evaluate_here(world, untrained_stage1, tmp_path / "second", *SUITE, shards)
+    arguments = [*world.evaluate, *SUITE, shards, f"checkpoint={untrained_stage1}", f"output={tmp_path / 'third'}"]
     run_ranks(world, "evaluate.py", *arguments, cwd=tmp_path / "ranks")
     expected = results(first) | {"created": ""}
     assert results(second) | {"created": ""} == expected
@@ -66,16 +44,20 @@ def test_twice_and_on_two_ranks_the_results_are_the_same(world: World, run: Path
     assert "finds its image at place" in page
 
 
-def test_questions_are_not_asked_of_a_model_without_a_language_model(world: World, run: Path, tmp_path: Path) -> None:
+def test_questions_are_not_asked_of_a_model_without_a_language_model(
+    world: World, untrained_stage1: Path, tmp_path: Path
+) -> None:
     says = "has no language model to rank candidates with, which easy_vqa_shape, easy_vqa_yes_no asks for"
     with pytest.raises(UserError, match=says):
-        evaluate_here(world, run, tmp_path, "suite.held_in=[easy_vqa_shape,easy_vqa_yes_no]", "suite.held_out=[]")
+        evaluate_here(
+            world, untrained_stage1, tmp_path, "suite.held_in=[easy_vqa_shape,easy_vqa_yes_no]", "suite.held_out=[]"
+        )
 
 
-def test_captions_are_written_without_a_prompt(world: World, run: Path, tmp_path: Path) -> None:
+def test_captions_are_written_without_a_prompt(world: World, untrained_stage1: Path, tmp_path: Path) -> None:
     shards = f"data.shards={tmp_path / 'shards'}"
     arguments = ("suite.held_in=[]", "suite.held_out=[flickr30k]", "data=synthetic", "name=captions")
-    found = results(evaluate_here(world, run, tmp_path, *arguments, shards))
+    found = results(evaluate_here(world, untrained_stage1, tmp_path, *arguments, shards))
     assert found["datasets"]["flickr30k"]["metric"] == "cider"
 
 

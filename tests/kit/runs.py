@@ -108,6 +108,8 @@ _FIRST_STAGE = (
     "qformer.extra_tokens=['[DEC]']",
     "qformer.dropout=0.1",  # a random stream that a resumed run has to find again
     "mixture.datasets=[{name: coco_caption}]",
+    "suite.held_in=[coco_retrieval]",
+    "suite.held_out=[]",
     "model.feature_width=16",
     "~recipe.phases",
     "recipe.phases={align: {steps: 12, batch_size: 8, micro_batch_size: 3, learning_rate: 1e-3, warmup_steps: 2, "

@@ -1,7 +1,7 @@
 """Training steps of BLIP-2's first stage, on LAVIS's samples and weights or on tiny random ones."""
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -63,7 +63,7 @@ def lavis_batch(rows: Sequence[int], image_ids: Sequence[object] = range(6)) -> 
     return _batch(rows, vectors["texts"], vectors["inputs"]["image_tokens"][:, None], image_ids)
 
 
-def tiny_stage1(seed: int = 0, *, dropout: float = 0.0) -> BLIP2:
+def tiny_stage1(seed: int = 0, *, dropout: float = 0.0, **options: Any) -> BLIP2:
     """A whole model with random weights that all matter, in training mode."""
     torch.manual_seed(seed)
     vision, tokenizer = tiny_vision(), bert_tokenizer()
@@ -79,6 +79,7 @@ def tiny_stage1(seed: int = 0, *, dropout: float = 0.0) -> BLIP2:
         ),
         tokenizer=tokenizer,
         feature_width=16,
+        **options,
     )
     redraw(model.qformer, std=0.3)
     return model.train()

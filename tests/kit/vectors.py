@@ -23,7 +23,7 @@ from instructblip.models.instructblip import InstructBLIP
 from instructblip.models.llm import LLM, DecoderLLM, EncoderDecoderLLM
 from instructblip.models.qformer import QFormer
 from instructblip.weights.names import foreign_names
-from tests.kit.tiny import redraw, tiny_qformer, tiny_vision
+from tests.kit.tiny import tiny_vision
 
 FOLDER = Path(__file__).parents[1] / "lavis_vectors"
 TOLERANCE = {"atol": 3e-4, "rtol": 1e-5}  # the files' own
@@ -97,25 +97,6 @@ def stage1_model() -> BLIP2:
     names = foreign_names(model.held_state(), "lavis")
     model.load_state_dict({name: weights[theirs] for name, theirs in names.items()}, strict=False)
     return model.eval()
-
-
-def tiny_stage1(**options: object) -> BLIP2:
-    """A model of the same kind with random weights, and a vision encoder that runs."""
-    torch.manual_seed(0)
-    vision, tokenizer = tiny_vision(), bert_tokenizer()
-    qformer = tiny_qformer(
-        vision_width=vision.width, text_outputs=True, language_model_head=True, vocab_size=len(tokenizer)
-    )
-    model = BLIP2(
-        vision=vision,
-        vision_norm=nn.LayerNorm(vision.width),
-        qformer=qformer,
-        tokenizer=tokenizer,
-        feature_width=16,
-        **options,  # type: ignore[arg-type]
-    )
-    redraw(model.qformer, std=0.4)
-    model.qformer.requires_grad_(True)
 
 
 def stage2_llm(kind: str, *, supervise_bos: bool = False, max_target_tokens: int = 32) -> LLM:

@@ -8,8 +8,8 @@ from PIL import Image
 from torch import Tensor
 
 from instructblip.models.blip2 import BLIP2
+from tests.kit.stage1 import tiny_stage1
 from tests.kit.tiny import tiny_images, tiny_qformer
-from tests.kit.vectors import tiny_stage1
 
 TEXTS = [
     "a man riding a horse on the grass",
@@ -25,7 +25,7 @@ TEXTS = [
 
 @pytest.fixture(scope="module")
 def model() -> BLIP2:
-    return tiny_stage1()
+    return tiny_stage1().eval()
 
 
 def close(found: Tensor, expected: Tensor) -> None:
@@ -88,7 +88,7 @@ def test_sampled_captions_follow_the_random_stream(model: BLIP2) -> None:
 
 def test_long_texts_lose_their_end_in_matching_and_not_in_features(model: BLIP2) -> None:
     images, long = tiny_images(1), TEXTS[6]
-    short = tiny_stage1(max_text_tokens=10)
+    short = tiny_stage1(max_text_tokens=10).eval()
     other_end = long.replace("cat", "bus")
     assert torch.equal(short.match(images, [long]), short.match(images, [other_end]))
     assert not torch.equal(model.match(images, [long]), model.match(images, [other_end]))
@@ -96,7 +96,7 @@ def test_long_texts_lose_their_end_in_matching_and_not_in_features(model: BLIP2)
 
 
 def test_every_trainable_parameter_trains_and_the_vision_encoder_does_not() -> None:
-    model, images = tiny_stage1().train(), tiny_images(8)
+    model, images = tiny_stage1(), tiny_images(8)
     before = {name: tensor.clone() for name, tensor in model.vision.state_dict().items()}
     ids_BT, mask_BT = model.tokenize(TEXTS)
     image, text = model.encode_images(model.image_tokens(images)), model.encode_texts(ids_BT, mask_BT)

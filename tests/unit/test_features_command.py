@@ -14,14 +14,14 @@ from instructblip.config.schema import FeaturesConfig
 from instructblip.errors import UserError
 from instructblip.features import FeatureFile, features, find_pictures
 from instructblip.models.blip2 import BLIP2
-from tests.kit.vectors import tiny_stage1
+from tests.kit.stage1 import tiny_stage1
 
 TEXTS = ["a dog", "two small cats on the grass", "a bus"]
 
 
 @pytest.fixture(scope="module")
 def model() -> BLIP2:
-    return tiny_stage1()
+    return tiny_stage1().eval()
 
 
 @pytest.fixture
