@@ -13,6 +13,7 @@ import os
 import re
 import shlex
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,18 +76,10 @@ def main(name: str, schema: type[Schema], task: Callable[[Schema, Console], int 
         searched.update([job.results] if job.trials else [])
         try:
             outcome = _run_job(composed, schema, task, job)
-        except UserError as error:  # here, since Hydra would print a traceback of whatever leaves this function
-            if not job.sweeping:
-                _fail(error)
-            failed.append(job.swept)
-            failure = UserError(f"job {job.number} ({job.swept}): {error}")
-            if job.trials and len(failed) == job.trials:
-                _fail(UserError(f"no trial of {job.trials} has a score; {failure}"))
-            if job.trials:
-                raise failure from None  # the search says so, and goes on
-            if os.getpid() != process:  # on SLURM a job ends with its process
-                _fail(error)
-            _print_error(str(failure))
+        except Exception as error:  # here, since Hydra would print a traceback of whatever leaves this function
+            if not (job.trials or isinstance(error, UserError)):
+                raise
+            _tell_failure(error, job, failed, alone=not job.sweeping or os.getpid() != process)
         if job.sweeping:
             gc.collect()  # the next job's model needs the memory of this one's
         if outcome.status:
@@ -106,6 +99,26 @@ def main(name: str, schema: type[Schema], task: Callable[[Schema, Console], int 
         _fail(UserError("interrupted; nothing half-written is left, run the same command again to go on"), status=130)
     if failed:
         raise SystemExit(EXIT_USER_ERROR)
+
+
+def _tell_failure(error: Exception, job: "_Job", failed: list[str], *, alone: bool) -> None:
+    """Say why a job failed, and end what ends with it.
+
+    Args:
+        failed: the jobs that did before, to which it is added.
+        alone: the process ends with it: there is no other job, or SLURM gives each a process of its own.
+    """
+    if job.trials and not isinstance(error, UserError):
+        traceback.print_exception(error)  # of which the search would say the last line only
+    failed.append(job.swept)
+    failure = UserError(f"job {job.number} ({job.swept}): {error}")
+    if job.trials and len(failed) == job.trials:
+        _fail(UserError(f"no trial of {job.trials} has a score; {failure}"))
+    if job.trials:
+        raise failure from None  # the search says so, and goes on
+    if alone:
+        _fail(UserError(str(error)))
+    _print_error(str(failure))
 
 
 def _run_job(

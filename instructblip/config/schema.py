@@ -118,7 +118,7 @@ def _matching(pattern: str, wanted: str) -> AfterValidator:
     return AfterValidator(check)
 
 
-PartFolder = Annotated[str, _matching(r"[^/\\\x00-\x1f.][^/\\\x00-\x1f]{0,99}", "give a name, not a path")]
+PartFolder = Annotated[str, _matching(r"[^/\\\x00-\x1f.][^/\\\x00-\x1f]{0,199}", "give a name, not a path")]
 Sha256 = Annotated[str, AfterValidator(sha256_digits)]
 Project = Annotated[str, _matching(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?", "give the name of a Python project")]
 Version = Annotated[str, _matching(r"[0-9][A-Za-z0-9.!+_-]*", "give a version, such as 1.0.2")]

@@ -155,7 +155,7 @@ def _guarded(read: Callable[[], bytes]) -> Callable[[], bytes]:
         try:
             return read()
         except _BROKEN as error:
-            raise BrokenOffError(f"the connection broke: {type(error).__name__}") from None
+            raise BrokenOffError(f"the connection broke: {type(error).__name__} {error}".strip()) from None
 
     return guarded
 
