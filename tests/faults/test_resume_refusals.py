@@ -12,12 +12,12 @@ from PIL import Image, ImageOps
 from rich.console import Console
 
 from instructblip.config.schema import TrainConfig
+from instructblip.data import cards
 from instructblip.data import templates as templates_module
 from instructblip.data.cards import load_card
 from instructblip.data.prepare.convert import prepare_dataset
 from instructblip.errors import UserError
 from instructblip.files import CHECKSUM, claimed_folder, with_checksum
-from instructblip.training import datasets
 from instructblip.training import run as run_module
 from instructblip.training.run import train
 from instructblip.weights import load as load_module
@@ -135,7 +135,7 @@ def test_other_templates_are_refused(world: World, begun: Path, monkeypatch: pyt
         found = real(name)
         return found.__class__(found.name, found.task_group, (*found.templates[:-1], "{question} Please answer:"))
 
-    monkeypatch.setattr(datasets, "load_templates", edited)
+    monkeypatch.setattr(cards, "load_templates", edited)
     with pytest.raises(UserError, match=r"^card easy_vqa_\w+, .* changed since .* resume_allow=\[mixture\.datasets\]$"):
         run(world, begun.parent, "resume=auto")
 
