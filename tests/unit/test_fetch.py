@@ -185,15 +185,16 @@ def test_the_command_fetches_and_converts(
         {key: list(v) if isinstance(v, tuple) else v for key, v in dataclasses.asdict(item).items()}
         for item in _downloads(server)
     ]
-    (tmp_path / "vqav2.yaml").write_text(yaml.safe_dump(values))
+    values["name"] = "my_vqa"  # that of an official card is not taken for one of one's own
+    (tmp_path / "my_vqa.yaml").write_text(yaml.safe_dump(values))
     monkeypatch.chdir(tmp_path)
     console = Console(file=io.StringIO(), width=300)
-    config = PrepareConfig(dataset=str(tmp_path / "vqav2.yaml"), fetch=True, out="shards", split="val")
+    config = PrepareConfig(dataset=str(tmp_path / "my_vqa.yaml"), fetch=True, out="shards", split="val")
     assert prepare(config, console) == 0
-    assert (tmp_path / "data/raw/vqav2/val2014").is_dir()
-    assert not (tmp_path / "data/raw/vqav2/train2014").exists()
-    assert check_prepared(tmp_path / "shards/vqav2") == []
-    assert read_json(tmp_path / "shards/vqav2/val/manifest.json")["records"] == 1
+    assert (tmp_path / "data/raw/my_vqa/val2014").is_dir()
+    assert not (tmp_path / "data/raw/my_vqa/train2014").exists()
+    assert check_prepared(tmp_path / "shards/my_vqa") == []
+    assert read_json(tmp_path / "shards/my_vqa/val/manifest.json")["records"] == 1
 
 
 def test_every_card_says_how_its_files_come_and_downloads_give_what_readers_look_for() -> None:
