@@ -288,7 +288,7 @@ class InstructBLIP(Model):
 
     def _no_prompts(self, count: int) -> list[str]:
         if self.qformer.instruction_aware:
-            raise ValueError("prompts is None, and this Q-Former reads them; give a list of strings")
+            raise ValueError("prompts is of type NoneType, and this Q-Former reads them; give a list of strings")
         return [""] * count
 
     def _check_positions(
