@@ -13,6 +13,7 @@ import torch
 
 from instructblip.data.synthetic import NOTE
 from instructblip.distributed import Ranks, whole_tensors
+from instructblip.errors import UserError
 from instructblip.evaluation.heartbeat import watched
 from instructblip.evaluation.runner import answer_share, run_task
 from instructblip.evaluation.suite import evaluate_tasks, finish_evaluation, log_scores, model_identity
@@ -96,11 +97,13 @@ def _finish(run: TrainingRun, ranks: Ranks) -> None:
     run.metrics.close()
     if run.ranks.is_first:
         draw_curves(run.folder / "metrics.jsonl", run.folder / "curves.png", run.config.name)
-    newest = checkpoint_folders(run.folder / "checkpoints")[0]
-    if run.final:
-        _evaluate(run, newest, ranks)
+    newest = checkpoint_folders(run.folder / "checkpoints")[:1]
+    if newest and run.final:
+        _evaluate(run, newest[0], ranks)
     run.logger.finish()
-    for path in (*(run.folder / name for name in ("config.yaml", "metrics.jsonl", "curves.png")), newest):
+    if not newest or not newest[0].is_dir():
+        raise UserError(f"{run.folder} was deleted while the run was writing to it; start again")
+    for path in (*(run.folder / name for name in ("config.yaml", "metrics.jsonl", "curves.png")), *newest):
         run.console.print(f"wrote {path}", highlight=False, soft_wrap=True)
 
 
