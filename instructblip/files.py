@@ -207,16 +207,18 @@ def write_problem(error: OSError | SafetensorError, path: Path) -> WriteProblem 
     if isinstance(error, IsADirectoryError):
         place = error.filename2 or error.filename
         return WriteProblem(f"{path} cannot be written: {place} is a folder", "choose another name")
-    if isinstance(error, OSError) and _is_no_place(error, path):
-        return WriteProblem(f"{path} cannot be written ({error.strerror})", "choose another place")
+    if _is_no_place(error, path):
+        return WriteProblem(f"{path} cannot be written ({os.strerror(number or 0)})", "choose another place")
     return None
 
 
-def _is_no_place(error: OSError, path: Path) -> bool:
+def _is_no_place(error: OSError | SafetensorError, path: Path) -> bool:
     """Whether nothing can be written there: a name too long, links in a circle, or a folder that cannot be made.
 
     That a file is missing may be said of any other that was to be read, too.
     """
+    if isinstance(error, SafetensorError):  # which names no file, and is raised for one that is written
+        return error_number(error) == errno.ENOENT
     if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
         return True
     place = Path(os.fsdecode(error.filename or ""))

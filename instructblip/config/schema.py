@@ -390,7 +390,7 @@ class RecipeConfig(Section):
     # ranks, as the released code has it.
     loss_mean: LossMean = "global"
     non_finite: Literal["stop", "skip"] = "stop"  # what a loss or gradient that is not finite does
-    non_finite_limit: AtLeastOne = 10  # of the last 100 steps, how many may be skipped before the run ends
+    non_finite_limit: AtLeastOne = 5  # of the last 100 steps, how many may be skipped before the run ends
     average_decay: Decay | None = None  # moving average of the trained weights, evaluated in their place; such as 0.999
     checkpoint_every: AtLeastOne
     keep_checkpoints: AtLeastOne = 2

@@ -13,6 +13,7 @@ import torch
 
 from instructblip.data.synthetic import NOTE
 from instructblip.distributed import Ranks, whole_tensors
+from instructblip.errors import UserError
 from instructblip.evaluation.heartbeat import watched
 from instructblip.evaluation.journal import forget_given_up
 from instructblip.evaluation.results_file import NotEvaluated
@@ -103,10 +104,12 @@ def _finish(run: TrainingRun, ranks: Ranks) -> list[NotEvaluated]:
     run.metrics.close()
     if run.ranks.is_first:
         draw_curves(run.folder / "metrics.jsonl", run.folder / "curves.png", run.config.name)
-    newest = checkpoint_folders(run.folder / "checkpoints")[0]
-    failed = _evaluate(run, newest, ranks) if run.final else []
+    newest = checkpoint_folders(run.folder / "checkpoints")[:1]
+    failed = _evaluate(run, newest[0], ranks) if newest and run.final else []
     run.logger.finish()
-    for path in (*(run.folder / name for name in ("config.yaml", "metrics.jsonl", "curves.png")), newest):
+    if not newest or not newest[0].is_dir():
+        raise UserError(f"{run.folder} was deleted while the run was writing to it; start again")
+    for path in (*(run.folder / name for name in ("config.yaml", "metrics.jsonl", "curves.png")), *newest):
         run.console.print(f"wrote {path}", highlight=False, soft_wrap=True)
     return failed
 

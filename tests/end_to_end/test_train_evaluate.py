@@ -53,6 +53,7 @@ EVALUATION_FILES = {
     *(f"{name}/predictions.jsonl" for name in DATASETS),
 }
 RUN_FILES = {
+    ".lock",
     "config.yaml",
     "metrics.jsonl",
     "curves.png",
@@ -120,7 +121,17 @@ def test_curves_are_a_picture(finished_run: Path) -> None:
 def test_predictions_say_what_was_asked_and_answered(finished_run: Path) -> None:
     for name in DATASETS:
         for line in read_lines(finished_run / "evaluation" / name / "predictions.jsonl"):
-            assert line.keys() == {"key", "id", "image", "prompt", "answers", "prediction", "score", "scores"}
+            assert line.keys() == {
+                "key",
+                "id",
+                "image",
+                "prompt",
+                "answers",
+                "prediction",
+                "score",
+                "scores",
+                "checksum",
+            }
             assert line["id"].startswith(f"{name}/test-")
             assert line["score"] == 100.0 * (line["prediction"] in line["answers"])
             assert len(line["scores"]) == (VERBALIZERS if name == "easy_vqa_statements" else CANDIDATES)
