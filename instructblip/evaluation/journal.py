@@ -1,9 +1,9 @@
 """The journal of an evaluation: each answer is appended as soon as it is known, keyed by content.
 
 Each process writes its own `journal-<rank>.jsonl`. When all answers are there, they become `predictions.jsonl`; failed
-samples stand in `failures.jsonl`. The key is a hash of model, protocol and sample, so a killed evaluation goes on where it
-stopped, on any number of processes, and no other question takes an answer up. Each line has a checksum: a damaged one is no
-answer, and its sample is answered again.
+samples stand in `failures.jsonl`. The key is a hash of model, sample and protocol but for the metric, so a killed evaluation
+goes on where it stopped, on any number of processes, and no other question takes an answer up. Each line has a checksum: a
+damaged one is no answer, and its sample is answered again.
 """
 
 import contextlib
