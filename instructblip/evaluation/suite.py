@@ -280,8 +280,8 @@ def finish_evaluation(
     Raises:
         UserError: as `write_results`; or the answers are not there any more.
     """
-    for item in results:
-        if not (answers := folder / item.result.task.card.name / PREDICTIONS).is_file():
+    for scored in results:
+        if not (answers := folder / scored.result.task.card.name / PREDICTIONS).is_file():
             raise UserError(f"{answers} was deleted while the evaluation was at work; run the same command again")
     described = describe_model(model, parts, frozen, trained, standing)
     summary = results_json(
