@@ -208,16 +208,8 @@ def evaluate_tasks(
     check_writes(model, tasks)
     results, failed = [], []
     for task in tasks:
-        home, protocol = folder / task.card.name, task.protocol
-        reader = read_image
-        if not takes_cached_images(task):
-            reader = read_pixels(
-                model.vision.image_size,
-                protocol.transform,
-                upright=protocol.upright,
-                transparency=protocol.transparency,
-            )
-        blinded = blind and protocol.mode != "retrieve"
+        home, reader = folder / task.card.name, _reader(model, task, read_image)
+        blinded = blind and task.protocol.mode != "retrieve"
         runs = [(task, home), *([(blind_task(task), home / _WITHHELD)] if blinded else [])]
         try:
             if not ranks.is_first:
@@ -237,6 +229,16 @@ def evaluate_tasks(
     if failed and not results:
         raise UserError("; ".join(dict.fromkeys(item.reason for item in failed)))
     return results, failed
+
+
+def _reader(model: Model, task: Task, read_image: ReadImage) -> ReadImage:
+    """How a task's pictures are read: as given, from a cache perhaps, or as its protocol shows them."""
+    if takes_cached_images(task):
+        return read_image
+    protocol = task.protocol
+    return read_pixels(
+        model.vision.image_size, protocol.transform, upright=protocol.upright, transparency=protocol.transparency
+    )
 
 
 def _run(
