@@ -159,7 +159,8 @@ class InstructBLIP(Model):
         check_texts("prompts", inputs.prompts, count)
         check_tokens("answers", inputs.answers, count)
         check_names("wanted", wanted, self.OUTPUTS)
-        if "answer_logits" in wanted:
+        # Rotary positions go on behind those that a model was made for, which one long sample of many may.
+        if "answer_logits" in wanted and self.llm.has_position_table:
             self._check_positions(inputs.images, inputs.prompts, inputs.answers, training=True)
         visual_BQL, text = self._visual_prompt(self.image_tokens(inputs.images), inputs.prompts)
         tensors, workload = {"visual_prompt": visual_BQL}, PassWorkload(text=text)

@@ -155,6 +155,13 @@ class LLM(ExactBuffers):
         found = [getattr(settings, name, None) for name in ("max_position_embeddings", "max_seq_len")]
         return next((limit for limit in found if isinstance(limit, int) and limit > 0), None)  # -1: no limit
 
+    @property
+    def has_position_table(self) -> bool:
+        """Whether positions are looked up in a table of `max_positions` rows, where none is behind the last."""
+        rows = range(self.max_positions or 0, (self.max_positions or 0) + 3)  # OPT has two more
+        tables = (module for module in self.model.modules() if isinstance(module, nn.Embedding))
+        return any(table.num_embeddings in rows and table is not self.embeddings for table in tables)
+
     @abstractmethod
     def span(self, prompt: int, answer: int) -> int:
         """Positions that the longer of its passes needs, for a prompt and an answer of so many tokens."""

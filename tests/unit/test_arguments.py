@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from torch import nn
 
 from instructblip.models.base import Inputs
 from instructblip.models.instructblip import InstructBLIP
@@ -221,6 +222,8 @@ def test_a_prompt_beyond_the_positions_is_named_and_one_that_just_fits_is_taken(
     frames = tiny_images(1, frames=LIMIT // QUERIES)
     refused(lambda: short.generate(frames, ["a"], max_new_tokens=1), "prompts[0] needs", "fewer frames")
     inputs = Inputs(frames, ["a"], [[1, 2]])
+    assert len(short(inputs, ["answer_logits"]).tensors["answer_logits"]) == 2  # rotary positions go on
+    short.llm.model.positions = nn.Embedding(LIMIT + 2, 4)  # as OPT's, rows of a table do not
     refused(lambda: short(inputs, ["answer_logits"]), "prompts[0] needs")
     assert short(inputs, ["visual_prompt"]).tensors["visual_prompt"].shape[1] == LIMIT  # which needs no positions
 

@@ -1,6 +1,5 @@
 """The start from weights of a run, of transformers or of LAVIS: what is taken, what is new, what is refused."""
 
-import json
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -18,6 +17,7 @@ from instructblip.config.checks import check
 from instructblip.config.schema import SourcesConfig, TrainConfig
 from instructblip.config.validate import to_yaml
 from instructblip.errors import UserError
+from instructblip.files import CHECKSUM, read_json, with_checksum, write_json
 from instructblip.models.base import Model
 from instructblip.models.instructblip import InstructBLIP
 from instructblip.training.start import begin_run
@@ -367,7 +367,9 @@ def test_untrained_parts_stay_untrained_from_run_to_run(stages: Stages, tmp_path
     model, begun = begin(stages.config, stages.both[0])
     run = write_run(tmp_path / "run", stages.config, model, begun.start)
     state = run / "checkpoints/step_00000009/state.json"
-    state.write_text(json.dumps(json.loads(state.read_text()) | {"untrained": begun.start.untrained(("llm",))}))
+    values = read_json(state) | {"untrained": begun.start.untrained(("llm",))}
+    values.pop(CHECKSUM)
+    write_json(state, with_checksum(values))
     assert load_run(run, device="cpu").standing.untrained == ("projection",)
     _, again = begin(stages.config, str(run))
     assert again.start.new == ("projection",)
