@@ -47,7 +47,7 @@ def run(world: World, output: Path, *overrides: str, without_llm: bool = False) 
     common = ["vision=efficientnet_lite0", "qformer=minilm", *own, f"data.shards={output / 'shards'}", "data.workers=0"]
     config = compose("train", TrainConfig, [*common, f"output={output}", "parallel=single", *overrides])
     with world.here(), one_thread():
-        assert train(config, Console(quiet=True)) == 0
+        assert train(config, Console(quiet=True)).status == 0
     return output / config.name
 
 

@@ -92,7 +92,7 @@ def make_source(world: World, folder: Path, write: Callable[[Path], object], *, 
 def first_losses(world: World, config: TrainConfig, folder: Path, by_hand: Model | None = None) -> list[float]:
     """The losses of a run's ten steps, its weights replaced by those of `by_hand` where that is given."""
     with world.here(), one_thread():
-        run = set_up(config, folder, ALONE, Console(quiet=True))
+        run, _ = set_up(config, folder, ALONE, Console(quiet=True))
         if by_hand is not None:
             run.model.load_state_dict(by_hand.state_dict())
         return _take_steps(run)
@@ -210,7 +210,7 @@ def test_what_was_taken_and_what_is_new_is_printed_and_planned(
         config = compose("train", TrainConfig, [*other, f"init_from={finished_run}", f"output={tmp_path}", *overrides])
         text = StringIO()
         with world.here(), one_thread():
-            assert train(config, Console(file=text, width=200)) == 0
+            assert train(config, Console(file=text, width=200)).status == 0
         return text.getvalue()
 
     lines = printed("recipe.phases.instruction.steps=1").splitlines()

@@ -40,7 +40,7 @@ def run(world: World, output: Path, *more: str) -> str:
     config = compose("train", TrainConfig, [*world.train, *SHORT, f"output={output}", *more])
     printed = io.StringIO()
     with world.here(), one_thread():
-        assert train(config, Console(file=printed, width=500)) == 0
+        assert train(config, Console(file=printed, width=500)).status == 0
     return printed.getvalue()
 
 
@@ -91,6 +91,7 @@ def test_a_checkpoint_names_all_that_is_read_on_the_way(finished_run: Path) -> N
         "splits": {"easy_vqa/train", "easy_vqa/validation"},
         "cards": {"easy_vqa_present", "easy_vqa_absent", "easy_vqa_shape", "easy_vqa_color"},
         "tokenizers": {"llm", "qformer"},
+        "protocols": {"easy_vqa_yes_no", "easy_vqa_shape", "easy_vqa_color"},
     }
     assert len({value for named in inputs.values() for value in named.values()}) >= 6  # yes and no share their rules
 

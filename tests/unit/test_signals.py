@@ -81,6 +81,7 @@ def test_a_stop_that_comes_too_late_is_remembered() -> None:
 def own_interrupts() -> Iterator[None]:
     """What a command sets for the rest of its process ends with its test."""
     handler, hook = signal.getsignal(signal.SIGINT), sys.unraisablehook
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background processes ignore it
     yield
     signal.signal(signal.SIGINT, handler)
     sys.unraisablehook = hook
@@ -117,6 +118,7 @@ def test_a_ctrl_c_during_the_imports_needs_no_traceback() -> None:
         lines = (root / script).read_text().splitlines()
         first = next(number for number, line in enumerate(lines) if line.startswith("from instructblip"))
         code = "\n".join(lines[:first]) + "\nimport os\nos.kill(os.getpid(), signal.SIGINT)\nimport time\ntime.sleep(5)"
+        code = f"import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n{code}"
         done = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True)
         assert (done.returncode, done.stderr) == (-signal.SIGINT, ""), script
 
