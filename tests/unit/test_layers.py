@@ -39,13 +39,8 @@ def test_a_circle_is_found() -> None:
 
 
 def test_imports_run_downwards(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-<<<<<<< HEAD
     # It would switch off all loggers that exist, those that later tests listen to.
     monkeypatch.setattr("importlinter.cli._configure_logging", lambda verbose: None)
-=======
-    # It would silence every logger of this process, and tests that look at warnings come after.
-    monkeypatch.setattr(importlinter.cli.logging_config, "dictConfig", lambda settings: None)
->>>>>>> runs
     status = lint_imports(config_filename=str(ROOT / "pyproject.toml"), no_cache=True)
     assert status == 0, capsys.readouterr().out
 
