@@ -65,7 +65,7 @@ def limits(llm: LLM) -> list[str]:
     """One phrase for each saving that is not to be had with a measured model, for the user."""
     phrases = {
         "tree": "candidates are ranked one by one",
-        "packed": "packed batches hold one sample a row",
+        "packed": "packed batches are bucketed instead",
         "padded_prompts": "prompts are answered one by one",
         "shared_beams": "each beam runs its prompt",
         "beams": "it writes with num_beams=1 only",

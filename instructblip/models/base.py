@@ -276,6 +276,10 @@ class Model(PartedModule, ABC):
         """Whether all that trains takes part in computing these outputs; when in doubt, no."""
         return False
 
+    def packs(self) -> bool:
+        """Whether several samples can share a row of the LLM."""
+        return False
+
     @abstractmethod
     def sample_length(self) -> Callable[[str, str, int], int]:
         """A picklable function: how many positions of the largest pass a sample fills, from (prompt, target, frames)."""

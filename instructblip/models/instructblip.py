@@ -180,6 +180,10 @@ class InstructBLIP(Model):
         """Every output comes from the whole Q-Former; a vision encoder may end early, the LLM may be left out."""
         return self.trained_parts <= {"qformer"}
 
+    def packs(self) -> bool:
+        """Where the LLM's class was seen to keep them apart."""
+        return self.llm.abilities.packed
+
     def sample_length(self) -> Callable[[str, str, int], int]:
         """A picklable function: how many positions of the LLM a sample fills, from its (prompt, target, frames)."""
         return partial(self.llm.prompt_format.length, queries=self.qformer.query_tokens.shape[1])

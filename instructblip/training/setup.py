@@ -186,7 +186,7 @@ def set_up(
         console=console,
         ranks=ranks,
         model=model,
-        phases=_phases(config, model.sample_length()),
+        phases=make_phases(config, model.sample_length(), packs=model.packs()),
         mixture=mixture,
         dataset=dataset,
         lost=LostSamples(
@@ -385,14 +385,15 @@ def _peak_flops(config: TrainConfig, model: Model, ranks: Ranks) -> float:
     return device_peak(model.device, dtype) if ranks.is_first else math.inf
 
 
-def _phases(config: TrainConfig, sample_length: Length) -> list[Phase]:
+def make_phases(config: TrainConfig, sample_length: Length, *, packs: bool) -> list[Phase]:
+    """The phases as configured; samples of a model that cannot pack are bucketed, so that no pass holds more than it may."""
     return [
         Phase(
             name=name,
             steps=phase.steps,
             batch_size=phase.batch_size,
             batching=Batching(
-                kind=phase.batching,
+                kind="bucketed" if phase.batching == "packed" and not packs else phase.batching,
                 micro_batch_size=phase.micro_batch_size,
                 micro_batch_tokens=phase.micro_batch_tokens,
                 length=sample_length,

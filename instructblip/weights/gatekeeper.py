@@ -238,8 +238,11 @@ def check_content(file: Path) -> None:
     Raises:
         UserError: says which.
     """
-    with open(file, "rb") as opened:
-        start = opened.read(512)
+    try:
+        with open(file, "rb") as opened:
+            start = opened.read(512)
+    except OSError as error:
+        raise UserError(f"{file} cannot be read ({error.strerror}); mend its rights, or fetch it again") from None
     if not start:
         raise UserError(f"{file} is empty; fetch it again")
     if start.startswith(_LFS_POINTER):

@@ -169,6 +169,7 @@ def _digest(llm: LLM) -> str:
     for name in ("_name_or_path", "transformers_version"):
         settings.pop(name, None)
     versions = [_MEASURED, torch.__version__, transformers.__version__, type(llm.model).__name__]
+    versions.append(llm.model.config._attn_implementation)  # which the settings leave out
     digest = hashlib.sha256(json.dumps([versions, settings], sort_keys=True, default=str).encode())
     for name, tensor in sorted(llm.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())

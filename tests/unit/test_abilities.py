@@ -13,6 +13,8 @@ import torch
 import transformers
 from torch import Tensor
 
+from instructblip.config.entry import compose_config
+from instructblip.config.schema import TrainConfig
 from instructblip.errors import UserError
 from instructblip.models import abilities
 from instructblip.models.abilities import limits, measure
@@ -20,6 +22,7 @@ from instructblip.models.base import blocks_of
 from instructblip.models.instructblip import InstructBLIP
 from instructblip.models.llm import LLM, LLM_KINDS, DecoderLLM, LLMAbilities
 from instructblip.models.ranking import rank_candidates
+from instructblip.training.setup import make_phases
 from instructblip.weights import language_model
 from instructblip.weights.language_model import finished_llm
 from tests.kit.tiny import EOS, PAD, tiny_images, tiny_llm_tokenizer, tiny_model
@@ -472,7 +475,19 @@ def test_what_is_done_the_plain_way_is_said_in_one_line(caplog: pytest.LogCaptur
     assert said.startswith(
         "llm=qwen3_5: Qwen3_5ForCausalLM allows no shortcuts here: candidates are ranked one by one, "
     )
-    assert said.endswith("packed batches hold one sample a row, each beam runs its prompt")
+    assert said.endswith("packed batches are bucketed instead, each beam runs its prompt")
+
+
+@pytest.mark.parametrize(("packs", "kinds"), [(True, ["fixed", "packed"]), (False, ["fixed", "bucketed"])])
+def test_a_model_that_cannot_pack_has_its_batches_bucketed(packs: bool, kinds: list[str]) -> None:
+    """Rows of one sample each would hold many times the tokens that a pass may."""
+    config = compose_config("train", TrainConfig, ["recipe.phases.instruction.batching=packed"])
+    phases = make_phases(config, lambda prompt, target, frames: frames, packs=packs)
+    assert [phase.batching.kind for phase in phases] == kinds
+
+
+def test_a_model_packs_where_its_language_model_does() -> None:
+    assert whole_model("mpt").packs() and not whole_model("qwen3_5").packs()
 
 
 def test_every_ability_has_its_words() -> None:
