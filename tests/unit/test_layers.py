@@ -6,7 +6,6 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import grimp
-import importlinter.cli
 import pytest
 from importlinter.cli import lint_imports
 
