@@ -266,7 +266,7 @@ def test_only_a_qformer_that_reads_no_text_answers_without_prompts() -> None:
     images = tiny_images(2)
     blip2 = tiny_model(instruction_aware=False)
     assert blip2.generate(images, max_new_tokens=4) == blip2.generate(images, ["", ""], max_new_tokens=4)
-    with pytest.raises(ValueError, match="prompts is None, and this Q-Former reads them"):
+    with pytest.raises(ValueError, match="prompts is of type NoneType, and this Q-Former reads them"):
         tiny_model().generate(images)
     with pytest.raises(ValueError, match="reads instructions needs its tokenizer"):
         model = tiny_model()
