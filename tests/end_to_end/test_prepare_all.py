@@ -16,12 +16,9 @@ from instructblip.data.prepare.command import prepare
 from instructblip.data.prepare.convert import check_prepared
 from instructblip.data.records import Record
 from instructblip.data.shards import open_split
-from tests.kit.all_datasets import SOURCES, prepare_source
+from tests.kit.all_datasets import OTHERS, SOURCES, prepare_source
 
 VIEWS = ("vqav2_question_generation", "okvqa_question_generation", "aokvqa_question_generation")
-
-
-OTHERS = ("easy_vqa", "cc3m", "cc12m", "sbu", "laion", "vg_caption")  # of the demo, and of BLIP-2's pre-training
 
 
 def _names() -> set[str]:

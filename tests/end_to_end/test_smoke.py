@@ -10,14 +10,12 @@ from rich.console import Console
 from instructblip.config.schema import EvaluateConfig, TrainConfig
 from instructblip.data.cards import all_cards, load_card
 from instructblip.training.run import train
+from tests.kit.all_datasets import OTHER_WAYS, OTHERS
 from tests.kit.runs import World, compose, evaluate_here, one_thread, read_lines
 
-PAPER_HELD_IN = {
-    card.name
-    for card in all_cards()
-    if card.role == "held-in" and card.source != "easy_vqa" and card.name != "aokvqa_multiple_choice"
-}
-PAPER_HELD_OUT = {card.name for card in all_cards() if card.role == "held-out" and card.source != "easy_vqa"}
+PAPER = [card for card in all_cards() if card.source not in OTHERS and card.name not in OTHER_WAYS]
+PAPER_HELD_IN = {card.name for card in PAPER if card.role == "held-in"}
+PAPER_HELD_OUT = {card.name for card in PAPER if card.role == "held-out"}
 
 
 def _tiny(world: World) -> list[str]:
