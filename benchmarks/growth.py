@@ -69,6 +69,7 @@ from instructblip.training.signals import StopRequest
 from instructblip.training.skipped import SkippedSteps
 from instructblip.training.writer import CheckpointWriter
 from instructblip.weights.checkpoint import checkpoint_folders, load_checkpoint, newest_whole
+from instructblip.weights.start import Start
 
 WHOLE = {"steps": (100, 60_000), "questions": (1_000, 200_000), "records": (100_000, 30_000_000)}
 SMALL = {"steps": (100, 3_000), "questions": (200, 4_000), "records": (10_000, 1_000_000)}
@@ -103,7 +104,7 @@ def steps(folder: Path, count: int) -> Figures:
     shutil.rmtree(checkpoint_folders(folder / "checkpoints")[0])  # as if killed before it was written
     figures["resuming, ms"] = 1e3 * statistics.median(resume(made_up_run(folder, count)) for _ in range(5))
     with timed(figures, "looking for the best step, once, ms", 1e3):
-        resuming._find_best(made_up_run(folder, count), count)
+        resuming.find_best(made_up_run(folder, count), count)
     before = resident_bytes()
     with timed(figures, "curves, s"):
         draw_curves(folder / "metrics.jsonl", folder / "curves.png", "growth")
@@ -116,6 +117,7 @@ def made_up_run(folder: Path, count: int) -> Any:
     model = nn.Module()
     model.projection = nn.Linear(8, 8)
     model.held_state, model.device = model.state_dict, torch.device("cpu")
+    model.trained_parts = frozenset({"qformer"})
     optimizer = make_adamw(model.named_parameters(), weight_decay=0.05, betas=(0.9, 0.999))
     recipe = SimpleNamespace(
         validate_every=EVERY, checkpoint_every=EVERY, clip_norm=1.0, full_disk="stop", keep_best="mean"
@@ -150,6 +152,7 @@ def made_up_run(folder: Path, count: int) -> Any:
         final=[True],
         frozen={"vision": "0", "llm": "0"},
         inputs={},
+        start=Start(),
         shape=SimpleNamespace(total=lambda work, outputs: 1e12),
         peak_flops=1e15,
         metrics=MetricsLog(folder / "metrics.jsonl"),

@@ -338,7 +338,7 @@ def step_figures(arguments: argparse.Namespace) -> dict[str, float]:
     """What a step asks for, and what the device can do: FLOPs, LLM tokens, the largest FLOP/s of a matrix product."""
     config = configuration(arguments)
     parts, work = parts_without_weights(config), work_of(config, arguments.batch, arguments.long)
-    flops = model_shape(parts.vision, parts.qformer, parts.heads, parts.llm).total(work)
+    flops = model_shape(parts.vision, parts.qformer, parts.heads, parts.llm).total(work, {"answer_logits"})
     dtype = torch.bfloat16 if arguments.device == "cuda" else torch.float32
     peak = measured_peak(torch.device(arguments.device), dtype)
     return {"flops": flops, "positions": work.positions, "peak": peak}
