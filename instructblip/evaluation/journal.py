@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -138,22 +138,34 @@ class Journal:
         """Return when all answers are there.
 
         Raises:
+            UserError: as `wait_until_none`.
+        """
+
+        def missing() -> int:
+            self.read()
+            return self.missing
+
+        self.wait_until_none(missing, f"answers of {what}")
+
+    def wait_until_none(self, missing: Callable[[], int], what: str) -> None:
+        """Return when nothing is missing that the other processes make.
+
+        Raises:
             UserError: another process gave up this task; a LostRankError, that it is gone, or nothing new has come for
                 `SILENCE_SECONDS`.
         """
-        pause, since, before = _FIRST_PAUSE, time.monotonic(), self.missing
-        while self.missing:
+        pause, since, before = _FIRST_PAUSE, time.monotonic(), missing()
+        while before:
             time.sleep(pause)
             self.ranks.poll_stop()
-            self.read()
-            if self.missing:
+            if now := missing():
                 self._check_given_up()
             pause = min(2 * pause, _LONGEST_PAUSE)
-            if self.missing != before:
-                since, before = time.monotonic(), self.missing
+            if now != before:
+                since, before = time.monotonic(), now
             elif time.monotonic() - since > SILENCE_SECONDS:
                 raise LostRankError(
-                    f"{self.missing} answers of {what} are missing and none has come for {SILENCE_SECONDS / 60:g} minutes: "
+                    f"{now} {what} are missing and none has come for {SILENCE_SECONDS / 60:g} minutes: "
                     "another process must have died; run the same command again, it goes on where it stopped"
                 )
 

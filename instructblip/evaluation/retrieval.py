@@ -12,9 +12,9 @@ Shape legend: N images, C captions, B pairs, P image tokens, U vision width, Q q
 
 import hashlib
 import shutil
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from instructblip.data.feature_cache import ReadImage
-from instructblip.distributed import SILENCE_SECONDS, Ranks
+from instructblip.distributed import Ranks
 from instructblip.errors import DamagedSample, UserError
 from instructblip.evaluation.journal import Journal
 from instructblip.evaluation.outcomes import Prediction, Ranking
@@ -39,7 +39,6 @@ from instructblip.progress import progress_bar
 _IMAGES_PER_FILE = 64
 _IMAGES_PER_CHUNK = 8  # whose rows are answered together; with their captions some 50 rows
 _KEPT = 10  # best ones of a row that are kept; recall looks no further
-_PAUSE = 0.2  # seconds between looks for the other ranks' files
 _FOLDER = "images-"
 
 
@@ -70,13 +69,17 @@ def answer_pairs(
         return
     limit = BatchLimit(batch_size)
     images = _EncodedImages(None if journal.folder is None else _images_folder(journal.folder, keys))
-    images.fill(model, task, read_image, journal.ranks, limit, show=show)
+    try:
+        images.fill(model, task, read_image, journal.ranks, limit, show=show)
+    except UserError as error:
+        journal.give_up(str(error))  # or the others, the first among them or not, would wait for these files
+        raise
     starts = range(0, len(keys), _IMAGES_PER_CHUNK)
     chunks = [range(start, min(start + _IMAGES_PER_CHUNK, len(keys))) for start in starts]
     left = [chunk for chunk in journal.ranks.share(chunks) if any(keys[number] not in journal for number in chunk)]
     if not left:  # then the first rank may end, and remove the files, before this one has seen all of them
         return
-    images.wait(len(keys), journal.ranks, task.card.name)
+    journal.wait_until_none(partial(images.missing, len(keys)), f"files of {task.card.name}'s images")
     gallery = _gallery(model, task, images, limit)
     with progress_bar("images", show=show) as progress:
         bar = progress.add_task(f"ranking {task.card.name}", total=sum(map(len, left)))
@@ -146,24 +149,9 @@ class _EncodedImages:
                 self._keep(number, _encode(model, read, limit))
                 progress.advance(bar, len(read))
 
-    def wait(self, images: int, ranks: Ranks, what: str) -> None:
-        """Return when the other ranks' shares are there too.
-
-        Raises:
-            UserError: nothing new has come for `SILENCE_SECONDS`.
-        """
-        count = -(-images // _IMAGES_PER_FILE)
-        since, before = time.monotonic(), -1
-        while missing := sum(not self._holds(number) for number in range(count)):
-            ranks.poll_stop()
-            time.sleep(_PAUSE)
-            if missing != before:
-                since, before = time.monotonic(), missing
-            elif time.monotonic() - since > SILENCE_SECONDS:
-                raise UserError(
-                    f"{missing} files of {what}'s images are missing and none has come for {SILENCE_SECONDS / 60:g} "
-                    "minutes: another process must have died; run the same command again"
-                )
+    def missing(self, images: int) -> int:
+        """Files that are not there yet, of so many images."""
+        return sum(not self._holds(number) for number in range(-(-images // _IMAGES_PER_FILE)))
 
     def tokens(self, numbers: Sequence[int]) -> Tensor:
         """Image tokens (B, P, U) as `model.image_tokens` gave them."""

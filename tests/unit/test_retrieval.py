@@ -307,6 +307,32 @@ def test_a_damaged_picture_is_named(model: BLIP2, task: Task) -> None:
         run_task(model, task, read, batch_size=16, show_progress=False)
 
 
+@pytest.mark.parametrize("damaged", [0, 1])
+def test_a_damaged_picture_of_one_rank_ends_the_task_of_both(
+    model: BLIP2, task: Task, tmp_path: Path, damaged: int
+) -> None:
+    ends: list[str] = []
+
+    def work(rank: int) -> None:
+        def read(shard: Any, row: int) -> Tensor:
+            if rank == damaged:
+                raise DamagedSample("image is truncated")
+            return read_tokens(shard, row)
+
+        options: dict[str, Any] = {"batch_size": 16, "folder": tmp_path, "model_fingerprint": ""}
+        with pytest.raises(UserError) as error:
+            (answer_share if rank else run_task)(model, task, read, ranks=Ranks(rank, 2), **options)
+        ends.append(str(error.value))
+
+    threads = [threading.Thread(target=work, args=(rank,), daemon=True) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert len(ends) == 2
+    assert all("image is truncated" in line for line in ends)
+
+
 def test_a_picture_with_two_entries_is_refused(model: BLIP2, task: Task) -> None:
     twice = Task(task.card, task.protocol, (task.samples[0], *task.samples), task.records, task.vocabulary)
     with pytest.raises(UserError, match="have one image, which would look for itself"):
