@@ -64,9 +64,11 @@ class Inputs:
     Attributes:
         images: as in `Samples`.
         prompts: B prompts.
-        answers: B token sequences with their end, none of them empty.
+        answers: B token sequences with their end, none of them empty; more where `answer_counts` says so.
         image_ids, positions: as in `Samples`; read by objectives over the whole batch.
         partners: drawn for an objective that needs them.
+        answer_counts: how many of the answers each sample has, which stand sample after sample; empty: one each.
+        answer_weights: of each answer in its sample's loss; empty: 1.
     """
 
     images: Images
@@ -75,6 +77,8 @@ class Inputs:
     image_ids: Sequence[str] = ()
     positions: Sequence[int] = ()
     partners: Partners | None = None
+    answer_counts: Sequence[int] = ()
+    answer_weights: Sequence[float] = ()
 
     def __len__(self) -> int:
         return len(self.prompts)

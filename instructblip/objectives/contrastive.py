@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from instructblip.models.base import Inputs
-from instructblip.models.blip2 import similarities
+from instructblip.models.pairs import similarities
 from instructblip.objectives.base import BatchObjective, Term, WholeBatch
 
 _LABEL_SMOOTHING = 0.1  # LAVIS, blip2_qformer.py

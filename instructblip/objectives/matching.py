@@ -12,7 +12,7 @@ from torch import Tensor
 from instructblip.data.mixture import seeded_generator
 from instructblip.errors import UserError
 from instructblip.models.base import Inputs
-from instructblip.models.blip2 import similarities
+from instructblip.models.pairs import similarities
 from instructblip.objectives.base import PairedObjective, PartnerRows, Term, WholeBatch, summed_cross_entropy
 
 _PAIRS = 3  # of a sample: its own, its text with another image, its image with another text

@@ -10,8 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from instructblip.models.blip2 import BLIP2, similarities
+from instructblip.models.blip2 import BLIP2
 from instructblip.models.instructblip import InstructBLIP
+from instructblip.models.pairs import similarities
 
 INSTRUCTION = "Question: what color is the shape in the image? Short answer:"
 SHORT_INSTRUCTION = "what is it?"  # beside the other it has to be padded

@@ -1,0 +1,94 @@
+"""Tiny BLIP models with random weights that all matter."""
+
+from typing import Any
+
+import torch
+from transformers import BertTokenizerFast, PreTrainedTokenizerBase
+
+from instructblip.models.blip import BLIPCaption, BLIPPretrain, BLIPRetrieval, BLIPVQA
+from instructblip.models.med import TextModel
+from instructblip.models.vision import VisionEncoder
+from tests.kit.tiny import redraw
+from tests.kit.vectors import FOLDER
+
+SIDE, VISION_WIDTH, TEXT_WIDTH, FEATURES = 32, 48, 32, 16
+
+
+def blip_tokenizer() -> PreTrainedTokenizerBase:
+    """The vocabulary of the vectors, [DEC] and [ENC] behind it."""
+    tokenizer = BertTokenizerFast(vocab=str(FOLDER / "blip2_stage1/vocab.txt"), bos_token="[DEC]")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["[ENC]"]})
+    return tokenizer
+
+
+def tiny_vit(*, drop_path: float = 0.0) -> VisionEncoder:
+    """ViT-B/16 in small, with its final norm."""
+    return VisionEncoder(
+        backbone="vit_base_patch16_224",
+        image_size=SIDE,
+        mean=[122.7709383, 116.7460125, 104.09373615],
+        std=[68.5005327, 66.6321579, 70.32316305],
+        options={"embed_dim": VISION_WIDTH, "depth": 2, "num_heads": 4, "drop_path_rate": drop_path},
+    )
+
+
+def tiny_text_model(tokenizer: PreTrainedTokenizerBase, **options: Any) -> TextModel:
+    """Two layers of width 32."""
+    sizes = {"width": TEXT_WIDTH, "layers": 2, "heads": 4, "hidden_width": 64, "max_text_tokens": 64, "dropout": 0.0}
+    return TextModel(**{"vocab_size": len(tokenizer), "source_width": VISION_WIDTH, **sizes, **options})
+
+
+def tiny_caption(seed: int = 0) -> BLIPCaption:
+    """It writes captions."""
+    torch.manual_seed(seed)
+    tokenizer = blip_tokenizer()
+    decoder = tiny_text_model(tokenizer, language_model_head=True)
+    return _finished(BLIPCaption(vision=tiny_vit(), text_decoder=decoder, tokenizer=tokenizer))
+
+
+def tiny_vqa(seed: int = 0, *, enc_token: bool = True) -> BLIPVQA:
+    """It answers questions."""
+    torch.manual_seed(seed)
+    tokenizer = blip_tokenizer()
+    model = BLIPVQA(
+        vision=tiny_vit(),
+        text_encoder=tiny_text_model(tokenizer),
+        text_decoder=tiny_text_model(tokenizer, language_model_head=True, source_width=TEXT_WIDTH),
+        tokenizer=tokenizer,
+        enc_token=enc_token,
+    )
+    return _finished(model)
+
+
+def tiny_retrieval(seed: int = 0, *, enc_token: bool = True, queue_size: int | None = None) -> BLIPRetrieval:
+    """It contrasts and matches."""
+    torch.manual_seed(seed)
+    tokenizer = blip_tokenizer()
+    model = BLIPRetrieval(
+        vision=tiny_vit(),
+        text_encoder=tiny_text_model(tokenizer),
+        tokenizer=tokenizer,
+        feature_width=FEATURES,
+        enc_token=enc_token,
+        queue_size=queue_size,
+    )
+    return _finished(model)
+
+
+def tiny_pretrain(seed: int = 0, *, queue_size: int | None = 24) -> BLIPPretrain:
+    """It does all of it."""
+    torch.manual_seed(seed)
+    tokenizer = blip_tokenizer()
+    model = BLIPPretrain(
+        vision=tiny_vit(),
+        text_encoder=tiny_text_model(tokenizer, language_model_head=True, decoder_attention=True),
+        tokenizer=tokenizer,
+        feature_width=FEATURES,
+        queue_size=queue_size,
+    )
+    return _finished(model)
+
+
+def _finished(model: Any) -> Any:
+    redraw(model)
+    return model.eval()
