@@ -373,6 +373,10 @@ class PhaseConfig(Section):
     objectives: dict[str, NotNegativeFloat] = field(default_factory=dict)
     # Of objectives over the whole batch. detached: what they compare a sample with has no gradient, as in the released code.
     gather: Gather = "gradient"
+    soft_targets: Fraction = 0.4  # of distillation: share of the momentum copies' likelihoods in the targets
+    soft_targets_ramp: NotNegative = 0  # steps of the phase over which that share grows from 0
+    # Of matching: wrong pairs are drawn among so many samples in a row; None: among all of the global batch.
+    negatives_among: AtLeastOne | None = None
     plateau_steps: AtLeastOne | None = None  # None: a cosine of every step; 3000: the released code's staircase
 
 

@@ -129,6 +129,18 @@ def _by_kind(tensors: Iterable[AnyTensor]) -> list[list[AnyTensor]]:
     return [kind for kind in kinds if kind]
 
 
+@torch.no_grad()
+def follow(copies: Iterable[tuple[Tensor, Tensor]], momentum: float) -> None:
+    """`copy = momentum * copy + (1 - momentum) * original` for each of a model's copies (He et al., "MoCo", 2020).
+
+    All ranks call this: an original may be shared out among them, a copy is whole. What equals its original stays as it is,
+    bit for bit.
+    """
+    for own, original in copies:
+        whole = original.full_tensor() if isinstance(original, DTensor) else original
+        own.lerp_(whole.to(own.dtype), 1 - momentum)
+
+
 class WeightAverage:
     """`average = decay * average + (1 - decay) * weights` after each optimiser step (Polyak and Juditsky 1992).
 

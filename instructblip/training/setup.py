@@ -31,7 +31,7 @@ from instructblip.models.base import Model
 from instructblip.models.blip2 import BLIP2
 from instructblip.models.instructblip import InstructBLIP
 from instructblip.models.vision import ChannelNorm
-from instructblip.objectives import make_objectives
+from instructblip.objectives import ObjectiveSettings, make_objectives
 from instructblip.tracking import Logger, NoLogger, make_logger
 from instructblip.training.datasets import (
     Inputs,
@@ -403,7 +403,10 @@ def make_phases(config: TrainConfig, sample_length: Length, *, packs: bool) -> l
             warmup_learning_rate=phase.warmup_learning_rate,
             final_learning_rate=phase.final_learning_rate,
             new_parts_scale=phase.new_parts_scale,
-            objectives=make_objectives(phase.objectives, phase.gather),
+            objectives=make_objectives(
+                phase.objectives,
+                ObjectiveSettings(phase.gather, phase.soft_targets, phase.soft_targets_ramp, phase.negatives_among),
+            ),
             plateau_steps=phase.plateau_steps,
             part_rates=dict(config.train.learning_rates.items()),
         )
