@@ -3,22 +3,15 @@
 from typing import Any
 
 import torch
-from transformers import BertTokenizerFast, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from instructblip.models.blip import BLIPCaption, BLIPPretrain, BLIPRetrieval, BLIPVQA
+from instructblip.models.blip import BLIPVQA, BLIPCaption, BLIPPretrain, BLIPRetrieval
 from instructblip.models.med import TextModel
 from instructblip.models.vision import VisionEncoder
 from tests.kit.tiny import redraw
-from tests.kit.vectors import FOLDER
+from tests.kit.vectors import blip_tokenizer
 
 SIDE, VISION_WIDTH, TEXT_WIDTH, FEATURES = 32, 48, 32, 16
-
-
-def blip_tokenizer() -> PreTrainedTokenizerBase:
-    """The vocabulary of the vectors, [DEC] and [ENC] behind it."""
-    tokenizer = BertTokenizerFast(vocab=str(FOLDER / "blip2_stage1/vocab.txt"), bos_token="[DEC]")
-    tokenizer.add_special_tokens({"additional_special_tokens": ["[ENC]"]})
-    return tokenizer
 
 
 def tiny_vit(*, drop_path: float = 0.0) -> VisionEncoder:
