@@ -348,6 +348,9 @@ class DataConfig(Section):
     cache_features: bool = False
     transform: Transform = "resize_square"  # of training images
     text_processor: TextProcessor = "none"  # of the texts that training teaches; blip_caption: as the released code's
+    prompt_processor: TextProcessor = (
+        "none"  # of the prompts before them; blip_question: as the released BLIP's for VQA
+    )
     tolerance: ToleranceConfig = field(default_factory=ToleranceConfig)
 
 

@@ -151,7 +151,9 @@ def collate(items: Sequence[Item], places: Sequence[int] | None = None) -> Batch
         places=list(range(len(items)) if places is None else places),
         image_ids=[sample.image_id for sample in samples],
         positions=[sample.position for sample in samples],
-        answers=[sample.answers for sample in samples] if samples[0].answers else (),
+        answers=[sample.answers or ((sample.target or "", 1.0),) for sample in samples]
+        if any(sample.answers for sample in samples)
+        else (),
     )
 
 

@@ -15,7 +15,7 @@ from instructblip.data.lost import LostSample
 from instructblip.data.mixture import Draw, Mixture, position_generator
 from instructblip.data.records import Sample
 from instructblip.data.shards import PreparedSplit, ShardReader
-from instructblip.data.templates import TemplateSet, cut_prefix, render_training
+from instructblip.data.templates import TemplateSet, answer_shares, cut_prefix, render_training
 from instructblip.data.text_processors import TEXT_PROCESSORS
 from instructblip.data.transforms import AUGMENTATIONS, augment_frames
 from instructblip.errors import DamagedSample, UserError
@@ -173,6 +173,7 @@ class MixtureDataset(Dataset[Item]):
             raise DamagedSample(f"{error} (image {shard.keys[row]} of {shard.path})") from None
         instruction = TEXT_PROCESSORS[self.prompt_processor](instruction)
         processed = TEXT_PROCESSORS[self.text_processor]
+        all_answers = self.all_answers and chosen.templates.target == "answer"
         target = processed(target)
         if self.cut_prefixes and not instruction:
             instruction, target = cut_prefix(target, random)
@@ -187,6 +188,6 @@ class MixtureDataset(Dataset[Item]):
             instruction=instruction,
             target=target,
             template=template,
-            answers=tuple((processed(text), share) for text, share in self._answers(record, chosen)),
+            answers=tuple((processed(text), share) for text, share in answer_shares(record)) if all_answers else (),
         )
         return sample, self.make_image(DrawnImage(shard, row, frames, random, chosen.flip))

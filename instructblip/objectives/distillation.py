@@ -7,7 +7,7 @@ Shape legend: B samples of a rank, N of the global batch, K places in the queue,
 """
 
 import copy
-from typing import Self
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ from torch import Tensor
 from instructblip.models.base import Inputs
 from instructblip.objectives.base import BatchObjective, ObjectiveSettings, Term, WholeBatch
 from instructblip.objectives.contrastive import soft_cross_entropy
+
+Side = Literal["image", "text"]
+_OTHER: dict[Side, Side] = {"image": "text", "text": "image"}
 
 
 class Distillation(BatchObjective):
@@ -61,22 +64,19 @@ class Distillation(BatchObjective):
         From `image_projected` (B, 1, E), `text_projected` (B, E), those of the copies (`_m`), `temperature` (),
         `image_queue` and `text_queue` (E, K), `image_id_queue` (1, K).
         """
-        own, shared = batch.own, batch.shared
-        right_BM = self.right(batch).float()
-        right_BM = right_BM / right_BM.sum(dim=1, keepdim=True)
-        keys_ME = {
-            side: torch.cat([batch.everyone[f"{side}_projected_m"].flatten(1), shared[f"{side}_queue"].T])
-            for side in ("image", "text")
-        }
-        losses_B = []
-        for asks, answers in (("image", "text"), ("text", "image")):
-            logits_BM = own[f"{asks}_projected"].flatten(1) @ keys_ME[answers].T / shared["temperature"]
-            with torch.no_grad():
-                soft_BM = own[f"{asks}_projected_m"].flatten(1) @ keys_ME[answers].T / shared["temperature"]
-                targets_BM = torch.lerp(right_BM, soft_BM.softmax(dim=1), self.soft_targets)
-            losses_B.append(soft_cross_entropy(logits_BM, targets_BM))
+        losses_B = [
+            soft_cross_entropy(_logits(batch, side, f"{side}_projected"), self.targets(batch, side)) for side in _OTHER
+        ]
         both_B = (losses_B[0] + losses_B[1]) / 2
         return Term(both_B.sum(), both_B.detach(), torch.ones_like(both_B, dtype=torch.int64))
+
+    @torch.no_grad()
+    def targets(self, batch: WholeBatch, side: Side) -> Tensor:
+        """What each own image (or text) should find: shares of the texts (or images), (B, M)."""
+        right_BM = self.right(batch).float()
+        right_BM = right_BM / right_BM.sum(dim=1, keepdim=True)
+        soft_BM = _logits(batch, side, f"{side}_projected_m").softmax(dim=1)
+        return torch.lerp(right_BM, soft_BM, self.soft_targets)
 
     def right(self, batch: WholeBatch) -> Tensor:
         """Which keys belong to each sample: (B, M). Those of its image, in the queue too."""
@@ -93,3 +93,10 @@ class PairDistillation(Distillation):
         """The sample's own key."""
         keys = len(batch.image_ids_N) + batch.shared["image_id_queue"].shape[1]
         return batch.own_rows_B[:, None] == torch.arange(keys, device=batch.own_rows_B.device)
+
+
+def _logits(batch: WholeBatch, side: Side, queries: str) -> Tensor:
+    """Similarities of own features with the keys of the other side, over the temperature: (B, M)."""
+    other = _OTHER[side]
+    keys_ME = torch.cat([batch.everyone[f"{other}_projected_m"].flatten(1), batch.shared[f"{other}_queue"].T])
+    return batch.own[queries].flatten(1) @ keys_ME.T / batch.shared["temperature"]

@@ -101,7 +101,8 @@ class Matching(PairedObjective):
 
     def _near(self, batch: WholeBatch) -> Tensor:
         """Whether another sample is among those that may be drawn: (B, N)."""
-        group_N = (batch.positions_N - batch.positions_N.min()) // (self.among or len(batch.positions_N))
+        places_N = batch.positions_N - batch.positions_N.min()
+        group_N = torch.zeros_like(places_N) if self.among is None else places_N // self.among
         return group_N[batch.own_rows_B, None] == group_N
 
     def _wrong(self, batch: WholeBatch) -> Tensor:

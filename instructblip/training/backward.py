@@ -172,7 +172,9 @@ def _look_around(
         own=own,
         everyone={name: context.ranks.gather_rows(tensor) for name, tensor in own.items()},
         shared={name: _leaf(parts[0][name]) if name in learnt else parts[0][name] for name in shared},
-        image_ids_N=_gathered([_number(image) for part in inputs for image in part.image_ids], model, context.ranks),
+        image_ids_N=_gathered(
+            [image_number(image) for part in inputs for image in part.image_ids], model, context.ranks
+        ),
         positions_N=_gathered([place for part in inputs for place in part.positions], model, context.ranks),
         own_rows_B=torch.arange(count, device=model.device) + context.ranks.rank * count,
     )
@@ -191,7 +193,7 @@ def _gathered(own: Sequence[int], model: Model, ranks: Ranks) -> Tensor:
     return ranks.gather_rows(torch.tensor(own, dtype=torch.int64, device=model.device))
 
 
-def _number(image_id: str) -> int:
+def image_number(image_id: str) -> int:
     """A number for a text, such that two texts of a batch never share one."""
     return int.from_bytes(hashlib.blake2b(image_id.encode(), digest_size=8).digest(), "big", signed=True)
 

@@ -32,6 +32,7 @@ from instructblip.models.blip2 import BLIP2
 from instructblip.models.instructblip import InstructBLIP
 from instructblip.models.vision import ChannelNorm
 from instructblip.objectives import ObjectiveSettings, make_objectives
+from instructblip.objectives.language_modeling import Answering
 from instructblip.tracking import Logger, NoLogger, make_logger
 from instructblip.training.datasets import (
     Inputs,
@@ -173,7 +174,15 @@ def set_up(
     mixture = make_mixture(config.mixture, sets, config.recipe.phases.values(), seed=config.seed)
     cache = _feature_cache(config, model, sets, [*validation, *final])
     images = make_images(config.data, model.vision.image_size, cache)
-    dataset = MixtureDataset(mixture, sets, images, config.data.text_processor, cut_prefixes=config.reads_prefixes())
+    dataset = MixtureDataset(
+        mixture,
+        sets,
+        images,
+        config.data.text_processor,
+        cut_prefixes=config.reads_prefixes(),
+        all_answers=any(phase.objectives.get(Answering.name) for phase in config.recipe.phases.values()),
+        prompt_processor=config.data.prompt_processor,
+    )
     if isinstance(model.vision_norm, ChannelNorm) and VISION_NORM in begun.start.new and not checkpoint:
         _calibrate(model, model.vision_norm, dataset)
     frozen |= frozen_fingerprints(model, model.PARTS.keys() - frozen.keys())
