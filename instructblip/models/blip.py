@@ -36,6 +36,7 @@ from instructblip.models.ranking import TOKEN_BUDGET, deduplicated, length_group
 from instructblip.models.transformer import KeyValueCache
 from instructblip.models.vision import Images, VisionEncoder, as_frames
 
+BLIP_TOKENS = ("[DEC]", "[ENC]")  # what a written text begins with, and what one that reads an image does
 CAPTION_PROMPT = "a picture of "
 _TEMPERATURES = (0.001, 0.5)  # bounds of the learnt temperature, as released
 _LOGIT_ROWS = 1024  # vocabulary rows in memory at a time
@@ -73,6 +74,7 @@ class BLIP(Model):
         tokenizer: BERT's, with `[DEC]` and `[ENC]`.
         max_text_tokens: longer texts lose their end, but for [SEP].
         enc_token: whether a text that reads an image begins with `[ENC]`, as released; transformers' classes leave [CLS].
+            May be set later.
 
     Raises:
         ValueError: a tokenizer without the tokens.
@@ -92,7 +94,7 @@ class BLIP(Model):
     ) -> None:
         super().__init__()
         vocabulary = tokenizer.get_vocab()
-        for token in ("[DEC]", "[ENC]"):
+        for token in BLIP_TOKENS:
             if token not in vocabulary:
                 raise ValueError(f"the tokenizer has no {token}, which begins a text that reads an image; add it")
         self.vision = vision
@@ -100,8 +102,13 @@ class BLIP(Model):
         self.tokenizer = tokenizer
         self.max_text_tokens = max_text_tokens
         self.enc_token = enc_token
-        self.start_id: int = vocabulary["[DEC]"]
-        self.encode_id: int = vocabulary["[ENC]"] if enc_token else tokenizer.cls_token_id
+        self.start_id: int = vocabulary[BLIP_TOKENS[0]]
+        self.enc_id: int = vocabulary[BLIP_TOKENS[1]]
+
+    @property
+    def encode_id(self) -> int:
+        """What a text that reads an image begins with."""
+        return self.enc_id if self.enc_token else self.tokenizer.cls_token_id
 
     @property
     def device(self) -> torch.device:

@@ -140,7 +140,7 @@ def make_plan(config: TrainConfig) -> Plan:
         longest=SampleLengths(0, config.model.max_text_tokens)
         if llm is None
         else SampleLengths(llm.max_prompt_tokens, llm.max_target_tokens),
-        trained=frozenset(config.train.parts()),
+        trained=frozenset(config.train.parts(config)),
     )
     return plan_run(parts_without_weights(config), planned_phases(config.recipe.phases), layout)
 
@@ -286,7 +286,7 @@ def _weights(
     config: TrainConfig, folder: Path, ranks: Ranks, console: Console, checkpoint: LoadedCheckpoint | None
 ) -> _Weights:
     """Build the model, with a checkpoint's weights or those that the run starts from."""
-    model = build_model(config, trained=config.train.parts())
+    model = build_model(config, trained=config.train.parts(config))
     if checkpoint:
         frozen = frozen_fingerprints(model, model.PARTS.keys() - model.held_parts - held_by(model, checkpoint))
         checkpoint = _with_same_frozen(model, frozen, checkpoint, folder, ranks, console)

@@ -14,14 +14,14 @@ def begin_run(model: Model, config: TrainConfig) -> Begun:
     Raises:
         UserError: none are given where the Q-Former has none of its own, or they do not fit.
     """
-    given = given_weights(config.init_from, config.qformer)
+    given = given_weights(config.init_from, config.q_former())
     if not given:
-        if config.qformer.init == "given":
+        if config.q_former().init == "given":
             raise UserError(NOTHING_GIVEN)
         return Begun(start_new(model))
     weights = [read_start(find_start(source)) for source in given]
     check_pinned(weights, config.init_sha256)
-    begun = start_from(model, weights, config.qformer, config.llm)
+    begun = start_from(model, weights, config.q_former(), config.llm)
     if not config.init_from:
         begun.lines.insert(0, f"qformer.stage1 and stage2 are another spelling of init_from=[{','.join(given)}]")
     return begun
@@ -35,6 +35,9 @@ def plan_start(config: TrainConfig, plan: Plan) -> list[str]:
     """
     if config.llm is None:
         return []
-    given, width = given_weights(config.init_from, config.qformer), plan.parts.llm.get_input_embeddings().embedding_dim
-    line = plan_alignment(given, config.qformer, config.llm, width)
+    given, width = (
+        given_weights(config.init_from, config.q_former()),
+        plan.parts.llm.get_input_embeddings().embedding_dim,
+    )
+    line = plan_alignment(given, config.q_former(), config.llm, width)
     return [] if line is None else [f"At the start: {line}."]

@@ -21,6 +21,7 @@ from instructblip.config.schema import (
     ModelConfig,
     ModelKind,
     QFormerConfig,
+    TextConfig,
     VisionConfig,
 )
 from instructblip.config.validate import read_config, read_model_config, unknown_choice
@@ -58,7 +59,7 @@ _HUB_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
 
 _SOME_OF_EVERYTHING = f"{string.printable} The left bus isn't 1,234.5 years older. Ein grünes Haus, 東京 \U0001f600"
 
-Section = TypeVar("Section", VisionConfig, QFormerConfig, LLMConfig)
+Section = TypeVar("Section", VisionConfig, QFormerConfig, TextConfig, LLMConfig)
 
 
 class FrozenPart(NamedTuple):
@@ -314,7 +315,7 @@ def _load_lavis(found: Source, replaced: Replacements) -> LoadedModel:
     checkpoint = read_lavis(found.path)
     config = _replace_parts(_lavis_config(checkpoint, replaced.llm), replaced._replace(llm=None))
     config.qformer = dataclasses.replace(
-        config.qformer, init="scratch", query_init="normal", **qformer_settings(checkpoint)
+        config.q_former(), init="scratch", query_init="normal", **qformer_settings(checkpoint)
     )
     model = build_model(config)
     assert isinstance(model, InstructBLIP | BLIP2)
@@ -355,7 +356,8 @@ def _replace_parts(config: ModelConfig, replaced: Replacements) -> ModelConfig:
     return dataclasses.replace(
         config,
         vision=_with_path(config.vision, replaced.vision_path),
-        qformer=_with_path(config.qformer, replaced.qformer_path),
+        qformer=None if config.qformer is None else _with_path(config.qformer, replaced.qformer_path),
+        text=None if config.text is None else _with_path(config.text, replaced.qformer_path),
         llm=llm,
     )
 
@@ -406,8 +408,7 @@ def load_run(source: Path, *, device: str = "auto", config: ModelConfig | None =
     own = read_model_config(checkpoint.parents[1] / "config.yaml")
     config = config or own
     # Every trainable tensor comes from the checkpoint: whatever the run started from need not be there any more.
-    qformer = dataclasses.replace(config.qformer, init="scratch", query_init="normal")
-    built = dataclasses.replace(config, qformer=qformer)
+    built = _filled_from_outside(config, vision=any(name.startswith("vision.") for name in loaded.model))
     state, frozen = dict(loaded.model), dict(loaded.state["frozen"])
     # What a checkpoint does not hold it names by a fingerprint.
     trained = MODELS[config.model.kind].PARTS.keys() - frozen.keys()
@@ -427,6 +428,17 @@ def load_run(source: Path, *, device: str = "auto", config: ModelConfig | None =
         model = build_model(built, trained=trained)
     restore_model(model, loaded._replace(model=state, state={**loaded.state, "frozen": frozen}))
     return LoadedRun(model.to(choose_device(device)).eval(), config, checkpoint, loaded.step, standing)
+
+
+def _filled_from_outside(config: ModelConfig, *, vision: bool) -> ModelConfig:
+    """A configuration that draws what a checkpoint holds, whose files need not be there; with `vision` that part, too."""
+    qformer, text = config.qformer, config.text
+    return dataclasses.replace(
+        config,
+        vision=dataclasses.replace(config.vision, init="scratch") if vision else config.vision,
+        qformer=None if qformer is None else dataclasses.replace(qformer, init="scratch", query_init="normal"),
+        text=None if text is None else dataclasses.replace(text, init="scratch"),
+    )
 
 
 def _fit_projection(model: InstructBLIP, state: dict[str, Tensor]) -> bool:

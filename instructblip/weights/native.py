@@ -64,11 +64,14 @@ def save_native(model: Model, config: ModelConfig, folder: Path, standing: Stand
 
 def write_config(config: ModelConfig, folder: Path) -> None:
     """Write config.yaml; paths are made absolute, since the folder may be used from anywhere."""
+    sections = {name: getattr(config, name) for name in ("vision", "qformer", "text", "llm")}
     absolute = dataclasses.replace(
         config,
-        vision=dataclasses.replace(config.vision, sources=_absolute(config.vision.sources)),
-        qformer=dataclasses.replace(config.qformer, sources=_absolute(config.qformer.sources)),
-        llm=None if config.llm is None else dataclasses.replace(config.llm, sources=_absolute(config.llm.sources)),
+        **{
+            name: dataclasses.replace(section, sources=_absolute(section.sources))
+            for name, section in sections.items()
+            if section is not None
+        },
     )
     write_atomically(folder / CONFIG, to_yaml(absolute))
 
