@@ -98,9 +98,10 @@ class PassWorkload(NamedTuple):
     """What one forward pass went through, for the count of floating-point operations.
 
     Attributes:
-        positions: places of the pass through the LLM, an encoder-decoder's in both parts.
+        positions: places of the pass through the LLM, an encoder-decoder's in both parts, or through BLIP's decoder of
+            answers.
         padding: those of them that hold nothing.
-        text: tokens of text in the Q-Former, once a frame.
+        text: tokens of text in the Q-Former, once a frame, or in BLIP's text model.
     """
 
     positions: int = 0

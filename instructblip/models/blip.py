@@ -306,6 +306,11 @@ class _Captioner(BLIP):
                     f"{name}[{number}] has {len(ids)} tokens; the text model has {limit} places: shorten it"
                 )
 
+    @property
+    def prompt_length(self) -> int:
+        """Tokens that begin every caption."""
+        return len(self._prompt_ids(self.prompt))
+
     def _prompt_ids(self, prompt: str) -> list[int]:
         """Those that a caption begins with: of the prompt, [DEC] in the place of [CLS], without [SEP]."""
         return [self.start_id, *self.tokenizer(prompt)["input_ids"][1:-1]]
@@ -426,13 +431,13 @@ class BLIPVQA(BLIP):
         """See the class for the outputs."""
         self._check_forward(packed)
         states_BTD, mask_BT = self.encode_questions(self.image_tokens(inputs.images), inputs.prompts)
-        text = int(mask_BT.sum()) + sum(map(len, inputs.answers))
+        work = PassWorkload(text=int(mask_BT.sum()), positions=sum(map(len, inputs.answers)))
         if inputs.answer_counts:
             counts_B = torch.tensor(inputs.answer_counts, device=self.device)
             states_BTD, mask_BT = (rows.repeat_interleave(counts_B, dim=0) for rows in (states_BTD, mask_BT))
         logits_SV = self._written(self.text_decoder, [self.start_id], inputs.answers, states_BTD, mask_BT)
         tensors = {"answer_logits": logits_SV}
-        return Outputs({name: tensors[name] for name in wanted}, PassWorkload(text=text))
+        return Outputs({name: tensors[name] for name in wanted}, work)
 
     def encode_questions(self, tokens_B1PU: Tensor, questions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """States (B, T, D) of questions in the light of their images, and their mask (B, T)."""

@@ -16,6 +16,8 @@ from instructblip.models.base import Inputs
 from instructblip.objectives.base import BatchObjective, ObjectiveSettings, Term, WholeBatch
 from instructblip.objectives.contrastive import soft_cross_entropy
 
+COPIES = frozenset({"image_projected_m", "text_projected_m"})  # outputs of the momentum copies
+
 Side = Literal["image", "text"]
 _OTHER: dict[Side, Side] = {"image": "text", "text": "image"}
 
@@ -35,7 +37,7 @@ class Distillation(BatchObjective):
     name = "distillation"
     unit = "samples"
     outputs = frozenset({"image_projected", "text_projected", "temperature"})
-    rows = ("image_projected", "text_projected", "image_projected_m", "text_projected_m")
+    rows = ("image_projected", "text_projected", *sorted(COPIES))
     shared = ("temperature", "image_queue", "text_queue", "image_id_queue")
 
     def __init__(self, weight: float = 1.0, *, soft_targets: float = 0.4, ramp: int = 0) -> None:

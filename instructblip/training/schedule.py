@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from instructblip.data.batching import Batching
 from instructblip.objectives import Objective
+from instructblip.objectives.distillation import COPIES
 from instructblip.training.optim import learning_rate
 
 
@@ -43,6 +44,11 @@ class Phase:
     def outputs(self) -> frozenset[str]:
         """The model's outputs that the objectives need."""
         return frozenset[str]().union(*(objective.outputs for objective in self.objectives))
+
+    @property
+    def copied(self) -> frozenset[str]:
+        """Outputs of the model's copies that the objectives compare with."""
+        return frozenset[str]().union(*(objective.needed() for objective in self.objectives)) & COPIES
 
     @property
     def is_validated(self) -> bool:

@@ -28,6 +28,7 @@ from instructblip.evaluation.suite import check_writes
 from instructblip.fetch.parts import cache_folder
 from instructblip.files import exclusive, write_atomically
 from instructblip.models.base import Model
+from instructblip.models.blip import BLIP
 from instructblip.models.blip2 import BLIP2
 from instructblip.models.instructblip import InstructBLIP
 from instructblip.models.vision import ChannelNorm
@@ -44,6 +45,7 @@ from instructblip.training.datasets import (
 from instructblip.training.metrics_log import BestStep, MetricsLog
 from instructblip.training.optim import WeightAverage, layer_decay, make_adamw
 from instructblip.training.parallel import PRECISIONS, StepContext, check_layout, is_sharded, parallelize
+from instructblip.training.plan.blip_flops import blip_shape
 from instructblip.training.plan.flops import GPUS, ModelShape, SampleLengths, device_peak, model_shape
 from instructblip.training.plan.memory import Plan, PlanLayout, plan_run, planned_phases
 from instructblip.training.run_cards import RunCards, find_cards
@@ -380,11 +382,13 @@ def _tracked_as(folder: Path, *, goes_on: bool) -> str:
 
 
 def _shape(config: TrainConfig, model: Model) -> ModelShape:
+    with torch.device("meta"):
+        vision = vision_encoder(config.vision)
+    if isinstance(model, BLIP):
+        return blip_shape(vision, model)
     assert isinstance(model, InstructBLIP | BLIP2)
     llm = model.llm.model if isinstance(model, InstructBLIP) else None
     heads = [part for part in model.part_modules("qformer") if part not in (model.qformer, model.vision_norm)]
-    with torch.device("meta"):
-        vision = vision_encoder(config.vision)
     return model_shape(vision, model.qformer, nn.ModuleList(heads), llm, model.trained_parts)
 
 
