@@ -210,7 +210,7 @@ class VisionConfig(Section):
     # layer: trainable ln_vision; channel: fixed statistics measured on training images; none: as BLIP, whose encoder keeps
     # its own
     norm: VisionNorm = "layer"
-    norm_eps: PositiveFloat = 1e-5  # of norm=layer
+    norm_eps: PositiveFloat = 1e-5  # of norm=layer; with norm=none that of the encoder's own norms
 
 
 @dataclass(kw_only=True)

@@ -113,7 +113,7 @@ class BLIP(Model):
     @property
     def device(self) -> torch.device:
         """That of the text models; all parts lie together."""
-        return self._text_models()[0].word_embeddings.weight.device
+        return self.text_models()[0].word_embeddings.weight.device
 
     def tokenizers(self) -> dict[str, PreTrainedTokenizerBase]:
         """The text models'."""
@@ -126,7 +126,7 @@ class BLIP(Model):
 
     def structure(self) -> dict[str, PartStructure]:
         """The vision encoder may be sharded; the text models are small."""
-        blocks = [layer for model in self._text_models() for layer in model.layers]
+        blocks = [layer for model in self.text_models() for layer in model.layers]
         known = {"vision": self.vision_structure(), "text": PartStructure(blocks)}
         return known | {part: PartStructure() for part in self.PARTS.keys() - known.keys()}
 
@@ -138,7 +138,7 @@ class BLIP(Model):
         """
         if tokens_B1PU.shape[1] != 1:
             raise ValueError(f"{self.title} reads one picture a sample, not {tokens_B1PU.shape[1]} frames")
-        return self.vision_norm(tokens_B1PU[:, 0].to(self._text_models()[0].norm.weight.dtype))
+        return self.vision_norm(tokens_B1PU[:, 0].to(self.text_models()[0].norm.weight.dtype))
 
     def uses_every_weight(self, wanted: Collection[str]) -> bool:
         """Where the vision encoder is frozen: it may end early."""
@@ -148,7 +148,8 @@ class BLIP(Model):
         """Outputs that together need all weights of the text models and their heads."""
         return self.OUTPUTS
 
-    def _text_models(self) -> list[TextModel]:
+    def text_models(self) -> list[TextModel]:
+        """Encoder and decoder, or whichever it has."""
         names = ("text_encoder", "text_decoder")
         return [model for name in names if isinstance(model := getattr(self, name, None), TextModel)]
 

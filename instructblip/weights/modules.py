@@ -71,6 +71,7 @@ def vision_encoder(config: VisionConfig) -> VisionEncoder:
             grid=config.grid,
             options=config.options,
             final_norm=config.final_norm,
+            norm_eps=config.norm_eps if config.norm == "none" else None,
         )
     except ValueError as error:
         raise UserError(f"vision={config.name}: {error}") from None

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from tokenizers import AddedToken
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -37,7 +36,7 @@ from instructblip.models.med import TextModel
 from instructblip.models.qformer import QFormer
 from instructblip.models.quantized import QuantizedLinear, quantize_linears
 from instructblip.models.vision import ChannelNorm, VisionEncoder
-from instructblip.models.vocabulary import resize_vocabulary
+from instructblip.models.vocabulary import add_tokens, resize_vocabulary
 from instructblip.weights.bert import (
     draw_query_tokens_near,
     has_language_model_head,
@@ -298,7 +297,7 @@ def load_qformer(
     tokenizer, rows = None, bert["vocab_size"]
     if config.instruction_aware or config.query_init == "cls":
         tokenizer = open_tokenizer(folder, f"qformer={config.name}: ", truncation_side="left")
-        _add_tokens(tokenizer, config.extra_tokens)
+        add_tokens(tokenizer, config.extra_tokens)
         rows = max(rows, _rows_needed(tokenizer))
     qformer = make_qformer(
         config,
@@ -340,7 +339,7 @@ def load_text_model(
     folder = part_folder(sources(config.name, config.sources), setting="text.sources.path")
     bert = config_json(folder)
     tokenizer = open_tokenizer(folder, f"text={config.name}: ", truncation_side="right")
-    _add_tokens(tokenizer, list(BLIP_TOKENS))
+    add_tokens(tokenizer, BLIP_TOKENS)
     rows = max(bert["vocab_size"], _rows_needed(tokenizer))
     model = make_text_model(config, bert, rows=rows, source_width=source_width, where=str(folder), **options)
     initialize_like_bert(model)
@@ -392,7 +391,7 @@ def load_llm(config: LLMConfig) -> LLM:
 
 def _llm_tokenizer(config: LLMConfig, folder: Path) -> Any:
     tokenizer = open_tokenizer(folder, f"llm={config.name}: ")
-    _add_tokens(tokenizer, config.added_tokens)
+    add_tokens(tokenizer, config.added_tokens)
     tokens = {
         "bos_token": config.bos_token,
         "eos_token": config.eos_token,
@@ -421,10 +420,6 @@ def _quantize(model: Any, kind: Quantization) -> None:
         ) from None
     except ValueError as error:
         raise UserError(f"llm.quantization={kind}: {error}") from None
-
-
-def _add_tokens(tokenizer: Any, tokens: list[str]) -> None:
-    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in tokens], special_tokens=True)
 
 
 def _rows_needed(tokenizer: Any) -> int:

@@ -1,16 +1,32 @@
-"""Tiny BLIP models with random weights that all matter."""
+"""Tiny BLIP models with random weights that all matter, ours and transformers' folders of them."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import (
+    BertTokenizerFast,
+    BlipConfig,
+    BlipForConditionalGeneration,
+    BlipForImageTextRetrieval,
+    BlipForQuestionAnswering,
+    BlipImageProcessor,
+    BlipProcessor,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from instructblip.models.blip import BLIPVQA, BLIPCaption, BLIPPretrain, BLIPRetrieval
 from instructblip.models.med import TextModel
 from instructblip.models.vision import VisionEncoder
 from tests.kit.tiny import redraw
-from tests.kit.vectors import blip_tokenizer
+from tests.kit.vectors import FOLDER, blip_tokenizer
 
+CLASSES = {
+    "caption": BlipForConditionalGeneration,
+    "vqa": BlipForQuestionAnswering,
+    "retrieval": BlipForImageTextRetrieval,
+}
 SIDE, VISION_WIDTH, TEXT_WIDTH, FEATURES = 32, 48, 32, 16
 
 
@@ -80,6 +96,50 @@ def tiny_pretrain(seed: int = 0, *, queue_size: int | None = 24) -> BLIPPretrain
         queue_size=queue_size,
     )
     return _finished(model)
+
+
+def write_blip(
+    folder: Path, task: str, *, eps: float = 1e-5, tokens: bool = False, dtype: torch.dtype = torch.float32
+) -> PreTrainedModel:
+    """Write a folder as `Salesforce/blip-image-captioning-base` and its like.
+
+    Args:
+        folder: to write.
+        task: `caption`, `vqa` or `retrieval`.
+        eps: of the ViT's norms; transformers' default is not the released 1e-6.
+        tokens: the tokenizer has [DEC] and [ENC], which the published ones lack.
+        dtype: of the weights.
+    """
+    tokenizer = blip_tokenizer() if tokens else BertTokenizerFast(vocab=str(FOLDER / "blip_med/vocab.txt"))
+    BlipProcessor(BlipImageProcessor(size={"height": SIDE, "width": SIDE}), tokenizer).save_pretrained(folder)
+    rows = len(blip_tokenizer())
+    config = BlipConfig(
+        text_config={
+            "vocab_size": rows,
+            "hidden_size": VISION_WIDTH if task == "vqa" else TEXT_WIDTH,  # its class has one width of what is read
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "intermediate_size": 64,
+            "max_position_embeddings": 64,
+            "bos_token_id": rows - 2,
+            "sep_token_id": tokenizer.sep_token_id,
+        },
+        vision_config={
+            "hidden_size": VISION_WIDTH,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "intermediate_size": 100,  # no whole multiple of the width
+            "image_size": SIDE,
+            "patch_size": 16,
+            "layer_norm_eps": eps,
+        },
+        image_text_hidden_size=FEATURES,
+    )
+    torch.manual_seed(0)
+    model = CLASSES[task](config).eval()
+    redraw(model)
+    model.to(dtype).save_pretrained(folder)
+    return model
 
 
 def _finished(model: Any) -> Any:

@@ -211,7 +211,15 @@ def test_evaluate_needs_a_checkpoint() -> None:
 
 def test_blip_is_of_parts_that_make_it() -> None:
     def composed(kind: str, *overrides: str) -> TrainConfig:
-        blip = [f"model={kind}", "vision=vit_b16", "text=minilm", "~qformer", "~llm", "train.vision=full"]
+        blip = [
+            f"model={kind}",
+            "vision=vit_b16",
+            "text=minilm",
+            "~qformer",
+            "~llm",
+            "train.vision=full",
+            "data.cache_features=false",
+        ]
         return compose_config("train", TrainConfig, [*blip, *overrides])
 
     config = composed("blip_retrieval")
