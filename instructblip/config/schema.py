@@ -44,7 +44,14 @@ LavisProjection = Literal["llm_proj", "t5_proj", "opt_proj"]
 Converter = Literal["gguf", "efficientnet_pth"]
 Weighting = Literal["sqrt", "proportional", "uniform", "temperature"]
 MixedPer = Literal["sample", "batch", "step"]
-Transform = Literal["resize_square", "center_crop", "blip2_image_train", "blip_image_train", "clip_image_train"]
+Transform = Literal[
+    "resize_square",
+    "center_crop",
+    "blip2_image_train",
+    "blip_image_train",
+    "blip_image_pretrain",
+    "clip_image_train",
+]
 TextProcessor = Literal["none", "blip_caption", "blip_question"]
 BatchingKind = Literal["fixed", "bucketed", "packed"]
 Gather = Literal["gradient", "detached"]
@@ -424,6 +431,7 @@ class PhaseConfig(Section):
     # Of matching: wrong pairs are drawn among so many samples in a row; None: among all of the global batch.
     negatives_among: AtLeastOne | None = None
     plateau_steps: AtLeastOne | None = None  # None: a cosine of every step; 3000: the released code's staircase
+    plateau_decay: PositiveFloat | None = None  # factor from plateau to plateau, in place of the cosine
 
 
 @dataclass(kw_only=True)

@@ -25,6 +25,7 @@ class Phase:
         objectives: what is trained for, each with its weight.
         part_rates: peak learning rate of parts that have their own in place of the phase's; scheduled alike.
         plateau_steps: None is a cosine of every step; a number is the released code's staircase of so long plateaus.
+        plateau_decay: factor from plateau to plateau, in place of the cosine.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Phase:
     new_parts_scale: float
     objectives: tuple[Objective, ...]
     plateau_steps: int | None = None
+    plateau_decay: float | None = None
     part_rates: Mapping[str, float] = field(default_factory=dict)
 
     @property
@@ -70,6 +72,7 @@ class Phase:
             start=self.warmup_learning_rate,
             final=self.final_learning_rate,
             plateau_steps=self.plateau_steps,
+            plateau_decay=self.plateau_decay,
         )
 
 

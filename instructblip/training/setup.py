@@ -421,6 +421,7 @@ def make_phases(config: TrainConfig, sample_length: Length, *, packs: bool) -> l
                 ObjectiveSettings(phase.gather, phase.soft_targets, phase.soft_targets_ramp, phase.negatives_among),
             ),
             plateau_steps=phase.plateau_steps,
+            plateau_decay=phase.plateau_decay,
             part_rates=dict(config.train.learning_rates.items()),
         )
         for name, phase in config.recipe.phases.items()
