@@ -121,8 +121,7 @@ class BLIP(Model):
 
     def conventions(self) -> list[Any]:
         """Tokens of a text, and of its beginning where it reads an image or is written."""
-        ids = token_ids(self.tokenizer, ["A word."], self.max_text_tokens)
-        return [ids, self.max_text_tokens, self.start_id, self.encode_id]
+        return [self.token_ids(["A word."]), self.max_text_tokens, self.start_id, self.encode_id]
 
     def structure(self) -> dict[str, PartStructure]:
         """The vision encoder may be sharded; the text models are small."""
@@ -148,6 +147,10 @@ class BLIP(Model):
         """Outputs that together need all weights of the text models and their heads."""
         return self.OUTPUTS
 
+    def token_ids(self, texts: Sequence[str], limit: int | None = None) -> list[list[int]]:
+        """Tokens of each text with [CLS] and [SEP], of at most `max_text_tokens` or another number."""
+        return token_ids(self.tokenizer, texts, self.max_text_tokens if limit is None else limit)
+
     def text_models(self) -> list[TextModel]:
         """Encoder and decoder, or whichever it has."""
         names = ("text_encoder", "text_decoder")
@@ -157,7 +160,8 @@ class BLIP(Model):
         if packed:
             raise ValueError(f"{self.title} has no LLM whose rows samples could share")
 
-    def _padded(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    def padded(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """Token ids (B, T), padded on the right, and their mask."""
         return padded(rows, self.tokenizer.pad_token_id, self.device)
 
     def _prepared(self, samples: Samples, answers: Sequence[Sequence[int]]) -> Inputs:
@@ -172,7 +176,7 @@ class BLIP(Model):
         source_mask_BP: Tensor | None = None,
     ) -> Tensor:
         """Logits (S, V), in float32, of each token of each answer behind the prompt; source, answer: one each."""
-        ids_BT, mask_BT = self._padded([[*prompt, *answer] for answer in answers])
+        ids_BT, mask_BT = self.padded([[*prompt, *answer] for answer in answers])
         states_BTD = decoder(ids_BT, mask_BT, source_BPU, source_mask_BP, causal=True)
         predicting = mask_BT[:, len(prompt) :].bool()
         return decoder.logits(states_BTD[:, len(prompt) - 1 : -1][predicting]).float()
@@ -224,24 +228,31 @@ class _Captioner(BLIP):
 
     def conventions(self) -> list[Any]:
         """Those of all, and the prompt."""
-        return [*super().conventions(), self._prompt_ids(self.prompt)]
+        return [*super().conventions(), self.caption_start()]
 
     def prepare(self, samples: Samples) -> Inputs:
         """Answers are the captions' tokens behind the prompt, with [SEP]; too long ones lose their end."""
         sizes = len(samples.images), len(samples.targets)
         if len(set(sizes)) > 1:
             raise ValueError(f"{sizes[0]} images and {sizes[1]} captions do not make pairs")
-        texts = [self.prompt + target for target in samples.targets]
-        prompt = len(self._prompt_ids(self.prompt))
-        return self._prepared(samples, [ids[prompt:] for ids in token_ids(self.tokenizer, texts, self.max_text_tokens)])
+        return self._prepared(samples, self.caption_ids(samples.targets))
+
+    def caption_ids(self, captions: Sequence[str]) -> list[list[int]]:
+        """The captions' tokens behind the prompt, with [SEP] at their end."""
+        prompt = len(self.caption_start())
+        return [ids[prompt:] for ids in self.token_ids([self.prompt + caption for caption in captions])]
 
     def sample_length(self) -> Callable[[str, str, int], int]:
         """A picklable function: tokens of prompt and caption, from its (prompt, target, frames)."""
         return partial(_caption_length, self.tokenizer, self.max_text_tokens, self.prompt)
 
+    def caption_start(self) -> list[int]:
+        """What every caption begins with: [DEC] and the prompt's tokens."""
+        return self._prompt_ids(self.prompt)
+
     def caption_logits(self, tokens_BPU: Tensor, answers: Sequence[Sequence[int]]) -> Tensor:
         """Logits (S, V), in float32, of each token of each caption behind the prompt."""
-        return self._written(self.decoder, self._prompt_ids(self.prompt), answers, tokens_BPU)
+        return self._written(self.decoder, self.caption_start(), answers, tokens_BPU)
 
     @torch.inference_mode()
     def generate(
@@ -363,7 +374,7 @@ class BLIPCaption(_Captioner):
         self._check_forward(packed)
         tokens_BPU = self.normalised(self.image_tokens(inputs.images))
         tensors = {"answer_logits": self.caption_logits(tokens_BPU, inputs.answers)}
-        text = sum(map(len, inputs.answers)) + len(inputs) * len(self._prompt_ids(self.prompt))
+        text = sum(map(len, inputs.answers)) + len(inputs) * len(self.caption_start())
         return Outputs({name: tensors[name] for name in wanted}, PassWorkload(text=text))
 
 
@@ -421,8 +432,7 @@ class BLIPVQA(BLIP):
 
     def answer_ids(self, answers: Sequence[str]) -> list[list[int]]:
         """The answers' tokens as the decoder learns them, with [SEP] at their end."""
-        limit = self.text_decoder.max_text_tokens
-        return [ids[1:] for ids in token_ids(self.tokenizer, answers, limit)]
+        return [ids[1:] for ids in self.token_ids(answers, self.text_decoder.max_text_tokens)]
 
     def sample_length(self) -> Callable[[str, str, int], int]:
         """A picklable function: tokens of question and answer, from its (prompt, target, frames)."""
@@ -442,8 +452,7 @@ class BLIPVQA(BLIP):
 
     def encode_questions(self, tokens_B1PU: Tensor, questions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """States (B, T, D) of questions in the light of their images, and their mask (B, T)."""
-        rows = token_ids(self.tokenizer, questions, self.max_text_tokens)
-        ids_BT, mask_BT = self._padded([[self.encode_id, *ids[1:]] for ids in rows])
+        ids_BT, mask_BT = self.padded([[self.encode_id, *ids[1:]] for ids in self.token_ids(questions)])
         return self.text_encoder(ids_BT, mask_BT, self.normalised(tokens_B1PU)), mask_BT
 
     @torch.inference_mode()
@@ -582,7 +591,7 @@ class BLIPVQA(BLIP):
         source, scores = self.text_decoder.keys_values(states_1TD), torch.empty(len(answers))
         for group in length_groups([len(tokens) for tokens in answers], token_budget):
             rows = [answers[place] for place in group]
-            ids_RT, tokens_RT = self._padded([[self.start_id, *row[:-1]] for row in rows])
+            ids_RT, tokens_RT = self.padded([[self.start_id, *row[:-1]] for row in rows])
             hidden_RTD = self.text_decoder(ids_RT, tokens_RT, source, mask_1T, causal=True)
             targets_S = torch.tensor([token for row in rows for token in row], device=self.device)
             losses_S = self._losses(hidden_RTD[tokens_RT.bool()], targets_S, label_smoothing)
@@ -737,6 +746,11 @@ class BLIPRetrieval(BLIP):
         """BLIP for retrieval."""
         return "BLIP for retrieval"
 
+    @property
+    def queue_size(self) -> int | None:
+        """K; None without momentum copies."""
+        return self.momentum.image_queue.shape[1] if isinstance(self.momentum, Momentum) else None
+
     def fixed_parameters(self) -> Iterator[nn.Parameter]:
         """The momentum copies, which follow and never learn."""
         return self.momentum.parameters()
@@ -755,8 +769,7 @@ class BLIPRetrieval(BLIP):
         sizes = len(samples.images), len(samples.targets)
         if len(set(sizes)) > 1:
             raise ValueError(f"{sizes[0]} images and {sizes[1]} texts do not make pairs")
-        rows = token_ids(self.tokenizer, samples.targets, self.max_text_tokens)
-        return self._prepared(samples, [ids[1:] for ids in rows])
+        return self._prepared(samples, [ids[1:] for ids in self.token_ids(samples.targets)])
 
     def sample_length(self) -> Callable[[str, str, int], int]:
         """A picklable function: tokens of a sample's text, from its (prompt, target, frames)."""
@@ -820,7 +833,7 @@ class BLIPRetrieval(BLIP):
         return pairs.logits_B2.float().unflatten(0, (3, -1))
 
     def _texts_of(self, answers: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-        return self._padded([[self.tokenizer.cls_token_id, *answer] for answer in answers])
+        return self.padded([[self.tokenizer.cls_token_id, *answer] for answer in answers])
 
     def _every_task(self) -> frozenset[str]:
         return frozenset({"image_projected", "text_projected", "temperature", "match_logits"})
@@ -832,9 +845,7 @@ class BLIPRetrieval(BLIP):
             texts: B texts.
             max_tokens: in place of `max_text_tokens`.
         """
-        return self._padded(
-            token_ids(self.tokenizer, texts, self.max_text_tokens if max_tokens is None else max_tokens)
-        )
+        return self.padded(self.token_ids(texts, max_tokens))
 
     def encode_images(self, tokens_B1PU: Tensor) -> ImageOutputs:
         """Image tokens (B, 1, P, U) as `image_tokens` gives them, and the projection of their first.

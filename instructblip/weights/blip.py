@@ -17,7 +17,7 @@ from torch import Tensor
 from instructblip.config.schema import ModelKind
 from instructblip.errors import UserError
 from instructblip.files import atomic_path
-from instructblip.models.blip import BLIP, BLIPVQA, BLIPCaption, BLIPPretrain, BLIPRetrieval, Momentum
+from instructblip.models.blip import BLIP, BLIPVQA, BLIPCaption, BLIPPretrain, BLIPRetrieval
 from instructblip.weights.names import check_tensors, foreign_names, is_ignored
 from instructblip.weights.position import resize_position_embedding
 
@@ -69,6 +69,18 @@ class BlipCheckpoint(NamedTuple):
         return 1 + max(int(found[1]) for found in map(_LAYER.match, self.tensors) if found)
 
 
+def is_blip(path: Path, names: Collection[str]) -> bool:
+    """Whether a file's tensors are BLIP's.
+
+    Raises:
+        UserError: as `blip_kind`.
+    """
+    try:
+        return blip_kind(names) is not None
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
 def blip_kind(names: Collection[str]) -> ModelKind | None:
     """The model that tensors of these names, of LAVIS or of BLIP's repository, are of; None where it is no BLIP.
 
@@ -93,10 +105,7 @@ def blip_checkpoint(path: Path, state: Mapping[str, Tensor]) -> BlipCheckpoint:
     Raises:
         UserError: it is of another model, lacks what tells its sizes, or has two different decoders.
     """
-    try:
-        kind = blip_kind(state)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+    kind = blip_kind(state)
     if kind is None:
         raise UserError(
             f"{path} has no visual_encoder with a text_encoder or text_decoder; it is no checkpoint of BLIP"
@@ -144,7 +153,7 @@ def load_blip(checkpoint: BlipCheckpoint, model: BLIP) -> None:
     expected = {names[name]: tensor.shape for name, tensor in own.items()}
     if QUEUE_IDS not in found:  # pre-training has none
         expected.pop(QUEUE_IDS, None)
-    found = {name: _shaped(tensor, expected.get(name)) for name, tensor in found.items()}
+    found = {name: shaped(tensor, expected.get(name)) for name, tensor in found.items()}
     check_tensors(expected, found, where)
     model.load_state_dict({name: found[names[name]] for name in own if names[name] in found}, strict=False)
     model.held_parts |= {"vision"}
@@ -161,6 +170,12 @@ def lavis_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if any(".decoder_attention." in name for name in state):
         found |= {copy: found[name] for copy, name in _copies(found).items()}
     return found
+
+
+def whole(checkpoint: BlipCheckpoint) -> dict[str, Tensor]:
+    """A checkpoint's tensors, a pre-trained model's decoder whole: what any model of BLIP can start from."""
+    copies = _copies(checkpoint.tensors) if checkpoint.kind == "blip_pretrain" else {}
+    return checkpoint.tensors | {copy: checkpoint.tensors[name] for copy, name in copies.items()}
 
 
 def save_blip(model: BLIP, path: Path) -> None:
@@ -230,12 +245,6 @@ def _copies(names: Iterable[str]) -> dict[str, str]:
     return {f"text_decoder.bert.{name.removeprefix(_ENCODER)}": name for name in shared}
 
 
-def _shaped(tensor: Tensor, shape: torch.Size | None) -> Tensor:
-    """A number as the model holds it: files write some as (1,) and some as ()."""
+def shaped(tensor: Tensor, shape: torch.Size | None) -> Tensor:
+    """A tensor of one value in the shape that the model holds it in: files write some as (1,) and some as ()."""
     return tensor.reshape(shape) if shape is not None and tensor.numel() == shape.numel() == 1 else tensor
-
-
-def queue_of(model: BLIP) -> int | None:
-    """Pairs that a model's queue holds; None without one."""
-    found = getattr(model, "momentum", None)
-    return found.image_queue.shape[1] if isinstance(found, Momentum) else None

@@ -4,8 +4,8 @@ Three classes hold its three tasks. What they leave out or do otherwise (models/
 
 * Matching and questions begin with [CLS] where BLIP was trained with [ENC]: `model.enc_token = False` does as they do.
 * A captioner's `generate` begins with [DEC] alone; give it the prompt, or this model `prompts=[""]`.
-* The class for questions reads their padding (`attend_padding=True` does so when it generates), and its decoder reads states as
-  wide as the vision encoder's: ViT-L beside BERT-base cannot be held.
+* The class for questions reads their padding, as `attend_padding=True` does here. Its decoder reads states as wide as the
+  vision encoder's: ViT-L beside BERT-base cannot be held.
 * A configuration that does not say so has 8 heads, norms of the ViT with an eps of 1e-5, no dropout, no label smoothing.
 * The temperature, momentum copies and the queue have no place: `instructblip.safetensors` beside its files holds them.
 """
@@ -185,12 +185,7 @@ def load_blip_tokenizer(folder: Path, settings: BlipSettings) -> Any:
 
 
 def write_blip_folder(model: BLIP, folder: Path) -> None:
-    """Write a model as the folder of its class, into one that is there.
-
-    Raises:
-        UserError: the class cannot hold it.
-    """
-    _check_holdable(model)
+    """Write a model as the folder of its class, which can hold it, into one that is there."""
     layout = layout_for(model)
     transformers_blip(model).save_pretrained(folder)
     BlipProcessor(_image_processor(model.vision), model.tokenizer).save_pretrained(folder)
@@ -222,7 +217,12 @@ def transformers_blip(model: BLIP) -> Any:
     return target
 
 
-def _check_holdable(model: BLIP) -> None:
+def check_blip(model: BLIP) -> None:
+    """Refuse a model that no class can hold.
+
+    Raises:
+        UserError: says what it cannot hold.
+    """
     reason, backbone = None, model.vision.backbone
     if isinstance(model, BLIPPretrain):
         reason = "it has no class for pre-training; write --to lavis, or start a model=blip_retrieval from it"
