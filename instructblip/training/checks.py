@@ -1,16 +1,16 @@
 """What a recipe's phases must keep of the objectives that exist; refused before anything is loaded."""
 
-from instructblip.config.schema import ModelKind, PhaseConfig, RecipeConfig
+from instructblip.config.schema import ArchitectureConfig, ModelKind, PhaseConfig, RecipeConfig
 from instructblip.config.validate import nearest
 from instructblip.errors import UserError
 from instructblip.objectives import OBJECTIVES, Objective, ObjectiveSettings, make_objectives
 from instructblip.objectives.base import BatchObjective, PairedObjective
-from instructblip.objectives.distillation import Distillation
+from instructblip.objectives.distillation import COPIES, Distillation
 from instructblip.objectives.matching import Matching
 from instructblip.weights.parts import MODELS
 
 
-def check_objectives(recipe: RecipeConfig, kind: ModelKind) -> None:
+def check_objectives(recipe: RecipeConfig, model: ArchitectureConfig) -> None:
     """Refuse phases whose objectives are unknown, are none, or do not fit the model or their batches.
 
     Raises:
@@ -28,7 +28,8 @@ def check_objectives(recipe: RecipeConfig, kind: ModelKind) -> None:
             )
         if phase.batching == "packed" and not any("answer_logits" in objective.outputs for objective in objectives):
             raise UserError(f"{key}.batching=packed packs rows of the LLM, which the phase leaves out; set it to fixed")
-        _check_outputs(key, objectives, kind)
+        _check_outputs(key, objectives, model.kind)
+        _check_queue(key, objectives, model)
         _check_whole_batch(key, phase, objectives)
         _check_settings(key, phase, objectives)
 
@@ -40,6 +41,15 @@ def _check_outputs(key: str, objectives: tuple[Objective, ...], kind: ModelKind)
             raise UserError(
                 f"{key}.objectives.{objective.name} needs {missing[0]}, which model={kind} does not give; "
                 f"choose from {', '.join(fitting)}"
+            )
+
+
+def _check_queue(key: str, objectives: tuple[Objective, ...], model: ArchitectureConfig) -> None:
+    for objective in objectives:
+        if model.queue_size is None and objective.needed() & COPIES:
+            raise UserError(
+                f"model.queue_size=null leaves {objective.name} nothing to compare with, no copies and no queue; set "
+                f"it, or leave {key}.objectives.{objective.name} out"
             )
 
 

@@ -61,7 +61,7 @@ def train(config: TrainConfig, console: Console) -> Outcome:
     Raises:
         UserError: anything the user can mend: configuration, missing parts or data, another run in the folder, disk full.
     """
-    check_objectives(config.recipe, config.model.kind)
+    check_objectives(config.recipe, config.model)
     config = with_absolute_cards(config)
     if config.plan:
         return Outcome(_print_plan(config, console))

@@ -21,6 +21,7 @@ from instructblip.data.lost import LostSamples
 from instructblip.data.mixture import Mixture
 from instructblip.data.mixture_dataset import MixtureDataset, TrainingSet
 from instructblip.distributed import Ranks, choose_device
+from instructblip.errors import UserError
 from instructblip.evaluation.protocol import Task, make_task, make_validation_task, refuse_unable
 from instructblip.evaluation.results_file import NotEvaluated
 from instructblip.evaluation.runner import read_pixels
@@ -127,6 +128,8 @@ def make_plan(config: TrainConfig) -> Plan:
     """
     check_layout(config.parallel.kind, config.parallel.shard_size, gpus := _planned_gpus(config))
     check_batches(config.recipe.phases, gpus)
+    if config.qformer is None:
+        raise UserError(f"plan=true plans models with a Q-Former, and model={config.model.kind} has none; leave it out")
     llm = config.llm
     layout = PlanLayout(
         gpu=GPUS[config.plan_gpu],

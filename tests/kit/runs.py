@@ -172,6 +172,13 @@ BLIP_RUNS: dict[str, tuple[str, ...]] = {
         "~recipe.phases",
         f"recipe.phases={{finetune: {{steps: 3, {_BLIP_PHASE}, objectives: {{captioning: 1.0}}}}}}",
     ),
+    "blip_vqa": (
+        "mixture.datasets=[{name: easy_vqa_color}]",
+        "mixture.templates=bare",
+        "suite.held_in=[easy_vqa_color]",
+        "~recipe.phases",
+        f"recipe.phases={{finetune: {{steps: 3, {_BLIP_PHASE}, objectives: {{answering: 1.0}}}}}}",
+    ),
 }
 
 
