@@ -391,6 +391,7 @@ class BLIPVQA(BLIP):
     PARTS = {"vision": ("vision", "vision_norm"), "text": ("text_encoder", "text_decoder")}  # noqa: RUF012
     OUTPUTS = frozenset({"answer_logits"})
     SKILLS = frozenset({"rank", "generate"})
+    RELEASED_RANKING = {"label_smoothing": 0.1, "preselect": 128}  # noqa: RUF012
 
     def __init__(
         self,
