@@ -188,6 +188,8 @@ def _check_start(config: TrainConfig) -> None:
 def _check_phase(key: str, phase: PhaseConfig, config: TrainConfig) -> None:
     if phase.batching == "fixed" and phase.micro_batch_tokens is not None:
         raise UserError(f"{key}.micro_batch_tokens limits no fixed batches; set {key}.batching=bucketed or packed")
+    if phase.plateau_decay is not None and phase.plateau_steps is None:
+        raise UserError(f"{key}.plateau_decay is from plateau to plateau; set {key}.plateau_steps, how long one is")
     if phase.batching == "packed" and (config.llm is None or config.llm.kind != "decoder"):
         found = f"model={config.model.kind} has none" if config.llm is None else f"llm={config.llm.name} is none"
         raise UserError(f"{key}.batching=packed needs a decoder-only LLM, {found}; set it to bucketed")

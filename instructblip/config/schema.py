@@ -44,7 +44,14 @@ LavisProjection = Literal["llm_proj", "t5_proj", "opt_proj"]
 Converter = Literal["gguf", "efficientnet_pth"]
 Weighting = Literal["sqrt", "proportional", "uniform", "temperature"]
 MixedPer = Literal["sample", "batch", "step"]
-Transform = Literal["resize_square", "center_crop", "blip2_image_train", "blip_image_train", "clip_image_train"]
+Transform = Literal[
+    "resize_square",
+    "center_crop",
+    "blip2_image_train",
+    "blip_image_train",
+    "blip_image_pretrain",
+    "clip_image_train",
+]
 TextProcessor = Literal["none", "blip_caption", "blip_question"]
 BatchingKind = Literal["fixed", "bucketed", "packed"]
 Gather = Literal["gradient", "detached"]
@@ -391,6 +398,9 @@ class DataConfig(Section):
     cache_features: bool = False
     transform: Transform = "resize_square"  # of training images
     text_processor: TextProcessor = "none"  # of the texts that training teaches; blip_caption: as the released code's
+    prompt_processor: TextProcessor = (
+        "none"  # of the prompts before them; blip_question: as the released BLIP's for VQA
+    )
     tolerance: ToleranceConfig = field(default_factory=ToleranceConfig)
 
 
@@ -416,7 +426,12 @@ class PhaseConfig(Section):
     objectives: dict[str, NotNegativeFloat] = field(default_factory=dict)
     # Of objectives over the whole batch. detached: what they compare a sample with has no gradient, as in the released code.
     gather: Gather = "gradient"
+    soft_targets: Fraction = 0.4  # of distillation: share of the momentum copies' likelihoods in the targets
+    soft_targets_ramp: NotNegative = 0  # steps of the phase over which that share grows from 0
+    # Of matching: wrong pairs are drawn among so many samples in a row; None: among all of the global batch.
+    negatives_among: AtLeastOne | None = None
     plateau_steps: AtLeastOne | None = None  # None: a cosine of every step; 3000: the released code's staircase
+    plateau_decay: PositiveFloat | None = None  # factor from plateau to plateau, in place of the cosine
 
 
 @dataclass(kw_only=True)

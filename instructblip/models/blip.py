@@ -10,7 +10,8 @@ other), S supervised tokens in the batch, V vocabulary, K places in a queue.
 """
 
 import copy
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple, get_args
 
@@ -317,6 +318,11 @@ class _Captioner(BLIP):
                     f"{name}[{number}] has {len(ids)} tokens; the text model has {limit} places: shorten it"
                 )
 
+    @property
+    def prompt_length(self) -> int:
+        """Tokens that begin every caption."""
+        return len(self._prompt_ids(self.prompt))
+
     def _prompt_ids(self, prompt: str) -> list[int]:
         """Those that a caption begins with: of the prompt, [DEC] in the place of [CLS], without [SEP]."""
         return [self.start_id, *self.tokenizer(prompt)["input_ids"][1:-1]]
@@ -416,11 +422,14 @@ class BLIPVQA(BLIP):
         return "BLIP for visual question answering"
 
     def prepare(self, samples: Samples) -> Inputs:
-        """Answers end with [SEP]; questions are tokenised in `forward`."""
+        """Answers end with [SEP], all of a question where they are given; questions are tokenised in `forward`."""
         sizes = len(samples.images), len(samples.instructions), len(samples.targets)
         if len(set(sizes)) > 1:
             raise ValueError(f"{sizes[0]} images, {sizes[1]} questions and {sizes[2]} answers do not make samples")
-        return self._prepared(samples, self.answer_ids(samples.targets))
+        answers = samples.answers or [[(target, 1.0)] for target in samples.targets]
+        inputs = self._prepared(samples, self.answer_ids([text for given in answers for text, _ in given]))
+        weights = [weight for given in answers for _, weight in given]
+        return replace(inputs, answer_counts=list(map(len, answers)), answer_weights=weights)
 
     def answer_ids(self, answers: Sequence[str]) -> list[list[int]]:
         """The answers' tokens as the decoder learns them, with [SEP] at their end."""
@@ -434,13 +443,13 @@ class BLIPVQA(BLIP):
         """See the class for the outputs."""
         self._check_forward(packed)
         states_BTD, mask_BT = self.encode_questions(self.image_tokens(inputs.images), inputs.prompts)
-        text = int(mask_BT.sum()) + sum(map(len, inputs.answers))
+        work = PassWorkload(text=int(mask_BT.sum()), positions=sum(map(len, inputs.answers)))
         if inputs.answer_counts:
             counts_B = torch.tensor(inputs.answer_counts, device=self.device)
             states_BTD, mask_BT = (rows.repeat_interleave(counts_B, dim=0) for rows in (states_BTD, mask_BT))
         logits_SV = self._written(self.text_decoder, [self.start_id], inputs.answers, states_BTD, mask_BT)
         tensors = {"answer_logits": logits_SV}
-        return Outputs({name: tensors[name] for name in wanted}, PassWorkload(text=text))
+        return Outputs({name: tensors[name] for name in wanted}, work)
 
     def encode_questions(self, tokens_B1PU: Tensor, questions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """States (B, T, D) of questions in the light of their images, and their mask (B, T)."""
@@ -648,22 +657,24 @@ class Momentum(nn.Module):
         self.requires_grad_(False)
 
     @torch.no_grad()
-    def follow(self, model: "BLIPRetrieval", momentum: float = 0.995) -> None:
-        """Move every weight towards the model's: `momentum` of the copy, the rest of the model. 0 copies the model."""
-        for own, theirs in self._pairs(model):
-            own.mul_(momentum).add_(theirs.detach().to(own.dtype), alpha=1 - momentum)
+    def copy_from(self, model: "BLIPRetrieval") -> None:
+        """Take the model's weights as they are, for a start."""
+        for own, theirs in self.pairs(model):
+            own.copy_(theirs)
 
     @torch.no_grad()
     def enqueue(self, image_NE: Tensor, text_NE: Tensor, image_ids_N: Tensor) -> None:
         """Put the pairs of a global batch in the place of the oldest ones, around the end where it is reached."""
-        size = self.image_queue.shape[1]
-        places_N = (self.pointer + torch.arange(len(image_NE), device=self.pointer.device)) % size
-        self.image_queue[:, places_N] = image_NE.T.to(self.image_queue.dtype)
-        self.text_queue[:, places_N] = text_NE.T.to(self.text_queue.dtype)
-        self.image_id_queue[0, places_N] = image_ids_N
-        self.pointer.copy_((self.pointer + len(image_NE)) % size)
+        size, count = self.image_queue.shape[1], len(image_NE)
+        # Of more pairs than there are places the last ones stay.
+        kept = torch.arange(max(0, count - size), count, device=self.pointer.device)
+        places = (self.pointer + kept) % size
+        self.image_queue[:, places] = image_NE[kept].T.to(self.image_queue.dtype)
+        self.text_queue[:, places] = text_NE[kept].T.to(self.text_queue.dtype)
+        self.image_id_queue[0, places] = image_ids_N[kept]
+        self.pointer.copy_((self.pointer + count) % size)
 
-    def _pairs(self, model: "BLIPRetrieval") -> Iterator[tuple[Tensor, Tensor]]:
+    def pairs(self, model: "BLIPRetrieval") -> Iterator[tuple[Tensor, Tensor]]:
         """Each weight of the copies, and the model's."""
         for child in self.COPIED:
             theirs = dict(getattr(model, child).named_parameters())
@@ -675,8 +686,8 @@ class BLIPRetrieval(BLIP):
 
     Outputs by name: `image_projected` (B, 1, E) and `text_projected` (B, E), unit length, and `temperature` (), which their
     scalar products are divided by; `image_projected_m` and `text_projected_m`, the same of the momentum copies, without
-    gradient; `match_logits` (3, B, 2): no match, match, of each sample's own pair, of its text with its partner's image, of
-    its image with its partner's text. Logits are in float32.
+    gradient; `image_queue`, `text_queue` and `image_id_queue`, see `Momentum`; `match_logits` (3, B, 2): no match, match, of
+    each sample's own pair, of its text with its partner's image, of its image with its partner's text. Logits are float32.
 
     Args:
         vision, tokenizer, max_text_tokens, enc_token: see `BLIP`; 35 tokens as released.
@@ -702,11 +713,15 @@ class BLIPRetrieval(BLIP):
             "text_projected",
             "image_projected_m",
             "text_projected_m",
+            "image_queue",
+            "text_queue",
+            "image_id_queue",
             "temperature",
             "match_logits",
         }
     )
     SKILLS = frozenset({"retrieve"})
+    copy_momentum = 0.995  # as released
 
     def __init__(
         self,
@@ -747,6 +762,15 @@ class BLIPRetrieval(BLIP):
         """The momentum copies, which follow and never learn."""
         return self.momentum.parameters()
 
+    def copies(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Those of the momentum encoders."""
+        return self.momentum.pairs(self) if isinstance(self.momentum, Momentum) else iter(())
+
+    def remember(self, rows: Mapping[str, Tensor], image_ids_N: Tensor) -> None:
+        """Momentum features join the queue."""
+        if "image_projected_m" in rows and isinstance(self.momentum, Momentum):
+            self.momentum.enqueue(rows["image_projected_m"][:, 0], rows["text_projected_m"], image_ids_N)
+
     def prepare(self, samples: Samples) -> Inputs:
         """Answers are the texts' tokens behind [CLS], with [SEP]; too long ones lose their end. Prompts are not read."""
         sizes = len(samples.images), len(samples.targets)
@@ -765,6 +789,8 @@ class BLIPRetrieval(BLIP):
         tensors = {"temperature": self._bounded_temperature()}
         if {"image_projected_m", "text_projected_m"} & set(wanted):
             tensors |= self._momentum_features(inputs.images, ids_BT, mask_BT)
+        if queues := [name for name in ("image_queue", "text_queue", "image_id_queue") if name in wanted]:
+            tensors |= {name: getattr(self._copies(), name) for name in queues}
         if "text_projected" in wanted:
             tensors["text_projected"] = self.encode_texts(ids_BT, mask_BT).projected_BE
         if {"image_projected", "match_logits", "answer_logits"} & set(wanted):
@@ -789,11 +815,14 @@ class BLIPRetrieval(BLIP):
         # Not the parameter itself: DDP looks for what is used by walking back from the outputs.
         return self.temperature.clone()
 
-    @torch.no_grad()
-    def _momentum_features(self, images: Images, ids_BT: Tensor, mask_BT: Tensor) -> dict[str, Tensor]:
+    def _copies(self) -> Momentum:
         if not isinstance(self.momentum, Momentum):
             raise ValueError(f"{self.title} was built without momentum copies: queue_size")
-        copies = self.momentum
+        return self.momentum
+
+    @torch.no_grad()
+    def _momentum_features(self, images: Images, ids_BT: Tensor, mask_BT: Tensor) -> dict[str, Tensor]:
+        copies = self._copies()
         if isinstance(images, Tensor) and images.dtype != torch.uint8:
             tokens_B1PU = images.to(self.device)  # of a feature cache: the encoder is frozen, and its copy is its like
         else:

@@ -28,10 +28,12 @@ from instructblip.evaluation.suite import check_writes
 from instructblip.fetch.parts import cache_folder
 from instructblip.files import exclusive, write_atomically
 from instructblip.models.base import Model
+from instructblip.models.blip import BLIP
 from instructblip.models.blip2 import BLIP2
 from instructblip.models.instructblip import InstructBLIP
 from instructblip.models.vision import ChannelNorm
-from instructblip.objectives import make_objectives
+from instructblip.objectives import ObjectiveSettings, make_objectives
+from instructblip.objectives.language_modeling import Answering
 from instructblip.tracking import Logger, NoLogger, make_logger
 from instructblip.training.datasets import (
     Inputs,
@@ -43,6 +45,7 @@ from instructblip.training.datasets import (
 from instructblip.training.metrics_log import BestStep, MetricsLog
 from instructblip.training.optim import WeightAverage, layer_decay, make_adamw
 from instructblip.training.parallel import PRECISIONS, StepContext, check_layout, is_sharded, parallelize
+from instructblip.training.plan.blip_flops import blip_shape
 from instructblip.training.plan.flops import GPUS, ModelShape, SampleLengths, device_peak, model_shape
 from instructblip.training.plan.memory import Plan, PlanLayout, plan_run, planned_phases
 from instructblip.training.run_cards import RunCards, find_cards
@@ -173,7 +176,15 @@ def set_up(
     mixture = make_mixture(config.mixture, sets, config.recipe.phases.values(), seed=config.seed)
     cache = _feature_cache(config, model, sets, [*validation, *final])
     images = make_images(config.data, model.vision.image_size, cache)
-    dataset = MixtureDataset(mixture, sets, images, config.data.text_processor, cut_prefixes=config.reads_prefixes())
+    dataset = MixtureDataset(
+        mixture,
+        sets,
+        images,
+        config.data.text_processor,
+        cut_prefixes=config.reads_prefixes(),
+        all_answers=any(phase.objectives.get(Answering.name) for phase in config.recipe.phases.values()),
+        prompt_processor=config.data.prompt_processor,
+    )
     if isinstance(model.vision_norm, ChannelNorm) and VISION_NORM in begun.start.new and not checkpoint:
         _calibrate(model, model.vision_norm, dataset)
     frozen |= frozen_fingerprints(model, model.PARTS.keys() - frozen.keys())
@@ -371,11 +382,13 @@ def _tracked_as(folder: Path, *, goes_on: bool) -> str:
 
 
 def _shape(config: TrainConfig, model: Model) -> ModelShape:
+    with torch.device("meta"):
+        vision = vision_encoder(config.vision)
+    if isinstance(model, BLIP):
+        return blip_shape(vision, model)
     assert isinstance(model, InstructBLIP | BLIP2)
     llm = model.llm.model if isinstance(model, InstructBLIP) else None
     heads = [part for part in model.part_modules("qformer") if part not in (model.qformer, model.vision_norm)]
-    with torch.device("meta"):
-        vision = vision_encoder(config.vision)
     return model_shape(vision, model.qformer, nn.ModuleList(heads), llm, model.trained_parts)
 
 
@@ -403,8 +416,12 @@ def make_phases(config: TrainConfig, sample_length: Length, *, packs: bool) -> l
             warmup_learning_rate=phase.warmup_learning_rate,
             final_learning_rate=phase.final_learning_rate,
             new_parts_scale=phase.new_parts_scale,
-            objectives=make_objectives(phase.objectives, phase.gather),
+            objectives=make_objectives(
+                phase.objectives,
+                ObjectiveSettings(phase.gather, phase.soft_targets, phase.soft_targets_ramp, phase.negatives_among),
+            ),
             plateau_steps=phase.plateau_steps,
+            plateau_decay=phase.plateau_decay,
             part_rates=dict(config.train.learning_rates.items()),
         )
         for name, phase in config.recipe.phases.items()

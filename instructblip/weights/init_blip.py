@@ -55,7 +55,7 @@ def start_blip_from(model: BLIP, weights: Sequence[StartWeights]) -> Begun:
         model.held_parts |= {"vision"}  # no file of the run's configuration has it
     lines = [f"starting from {_names(weights)}: {', '.join(_places(taken))}"]
     if isinstance(model, BLIPRetrieval) and isinstance(model.momentum, Momentum) and MOMENTUM in new:
-        model.momentum.follow(model, momentum=0.0)
+        model.momentum.copy_from(model)
         lines.append(f"{MOMENTUM} start as what they follow")
         new.remove(MOMENTUM)
     lines += [f"new: {', '.join(new)}"] if new else []

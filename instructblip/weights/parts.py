@@ -216,6 +216,8 @@ def train_parts(model: Model, trained: Collection[str]) -> None:
     for part in trained:
         for module in model.part_modules(part):
             module.float()
+    for own, original in model.copies():  # half precision would lose what they move in a step
+        own.data = own.data.to(original.dtype)
 
 
 # --- vision ----------------------------------------------------------------------------------------------------------
