@@ -222,6 +222,7 @@ class Model(PartedModule, ABC):
         OUTPUTS: names of all outputs that it gives.
         SKILLS: what evaluation may ask of it: to `rank` candidates, to `generate` an answer to a prompt, to `caption` a
             picture without one, to `retrieve` by contrast and matching.
+        RELEASED_RANKING: further arguments of `rank` with which the released code of this model ranks.
         vision: image encoder, a part of its own.
         vision_norm: normalisation between the encoder and what reads its tokens.
         copy_momentum: share of itself that each of the `copies` keeps in a step.
@@ -229,6 +230,7 @@ class Model(PartedModule, ABC):
 
     OUTPUTS: ClassVar[frozenset[str]]
     SKILLS: ClassVar[frozenset[Skill]]
+    RELEASED_RANKING: ClassVar[Mapping[str, Any]] = {}
     copy_momentum: float = 0.0
     vision: VisionEncoder
     vision_norm: nn.Module

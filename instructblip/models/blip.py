@@ -397,6 +397,7 @@ class BLIPVQA(BLIP):
     PARTS = {"vision": ("vision", "vision_norm"), "text": ("text_encoder", "text_decoder")}  # noqa: RUF012
     OUTPUTS = frozenset({"answer_logits"})
     SKILLS = frozenset({"rank", "generate"})
+    RELEASED_RANKING = {"label_smoothing": 0.1, "preselect": 128}  # noqa: RUF012
 
     def __init__(
         self,
@@ -654,6 +655,12 @@ class Momentum(nn.Module):
         self.register_buffer("image_id_queue", torch.full((1, queue_size), -100))
         self.register_buffer("pointer", torch.zeros(1, dtype=torch.int64))
         self.requires_grad_(False)
+
+    @torch.no_grad()
+    def copy_from(self, model: "BLIPRetrieval") -> None:
+        """Take the model's weights as they are, for a start."""
+        for own, theirs in self.pairs(model):
+            own.copy_(theirs)
 
     @torch.no_grad()
     def enqueue(self, image_NE: Tensor, text_NE: Tensor, image_ids_N: Tensor) -> None:

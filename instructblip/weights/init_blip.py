@@ -8,7 +8,6 @@ both are of one width its cross-attention starts from that, else it is new.
 import re
 from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor
 
 from instructblip.errors import UserError
@@ -56,9 +55,7 @@ def start_blip_from(model: BLIP, weights: Sequence[StartWeights]) -> Begun:
         model.held_parts |= {"vision"}  # no file of the run's configuration has it
     lines = [f"starting from {_names(weights)}: {', '.join(_places(taken))}"]
     if isinstance(model, BLIPRetrieval) and isinstance(model.momentum, Momentum) and MOMENTUM in new:
-        with torch.no_grad():
-            for own, original in model.copies():
-                own.copy_(original)
+        model.momentum.copy_from(model)
         lines.append(f"{MOMENTUM} start as what they follow")
         new.remove(MOMENTUM)
     lines += [f"new: {', '.join(new)}"] if new else []
