@@ -166,7 +166,7 @@ MISTAKES = {
     "recipe.phases.pretrain.negatives_among=3": "negatives_among=3 does not cut recipe.phases.pretrain.batch_size=8 into",
     "recipe.phases.pretrain.negatives_among=1": "negatives_among=1 does not cut",
     "recipe.phases.pretrain.gather=detached": "gather=detached is of objectives over the whole batch, and there are none",
-    "recipe.phases.pretrain.objectives={pair_distillation: 0.0, pair_matching: 0.0}": "soft_targets_ramp is of objectives that distil",
+    "recipe.phases.pretrain.objectives={pair_distillation: 0.0, pair_matching: 0.0}": "soft_targets_ramp is of ob",
     "recipe.phases.pretrain.plateau_decay=0.9": "plateau_decay is from plateau to plateau; set recipe.phases.pretrain",
     "recipe.phases.pretrain.objectives={answering: 1.0, alignment: 1.0}": "alignment needs embedding_length, which model=bl",
     "model.queue_size=null": "model.queue_size=null leaves pair_distillation nothing to compare with",

@@ -84,13 +84,16 @@ def tiny_retrieval(seed: int = 0, *, enc_token: bool = True, queue_size: int | N
     return _finished(model)
 
 
-def tiny_pretrain(seed: int = 0, *, queue_size: int | None = 24) -> BLIPPretrain:
+def tiny_pretrain(
+    seed: int = 0, *, queue_size: int | None = 24, dropout: float = 0.0, drop_path: float = 0.0
+) -> BLIPPretrain:
     """It does all of it."""
     torch.manual_seed(seed)
     tokenizer = blip_tokenizer()
+    text = tiny_text_model(tokenizer, language_model_head=True, decoder_attention=True, dropout=dropout)
     model = BLIPPretrain(
-        vision=tiny_vit(),
-        text_encoder=tiny_text_model(tokenizer, language_model_head=True, decoder_attention=True),
+        vision=tiny_vit(drop_path=drop_path),
+        text_encoder=text,
         tokenizer=tokenizer,
         feature_width=FEATURES,
         queue_size=queue_size,

@@ -77,9 +77,9 @@ def image_numbers(ids: Tensor) -> Tensor:
     return torch.tensor(numbers).view(ids.shape)
 
 
-def tiny_blip(parts: Sequence[str] = ("vision", "text"), *, queue_size: int = 24, seed: int = 0) -> BLIPRetrieval:
-    """A tiny model of pre-training whose copies differ from what they follow, in training mode."""
-    model = tiny_pretrain(seed, queue_size=queue_size)
+def tiny_blip(parts: Sequence[str] = ("vision", "text"), *, queue_size: int = 24, **options: Any) -> BLIPRetrieval:
+    """A tiny model of pre-training whose copies differ from what they follow, in training mode; as `tiny_pretrain`."""
+    model = tiny_pretrain(queue_size=queue_size, **options)
     return model.choose_trained(parts).train()
 
 

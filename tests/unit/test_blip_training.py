@@ -9,6 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from instructblip.data.batching import Batch
+from instructblip.distributed import ALONE
 from instructblip.errors import UserError
 from instructblip.models.blip import BLIP, BLIPRetrieval
 from instructblip.objectives import Objective, ObjectiveSettings, make_objectives
@@ -18,7 +19,7 @@ from instructblip.objectives.language_modeling import Answering, Captioning, Lan
 from instructblip.objectives.matching import Matching
 from instructblip.training.loop import train_step
 from instructblip.training.optim import follow, make_adamw
-from instructblip.training.parallel import StepContext
+from instructblip.training.parallel import StepContext, parallelize
 from instructblip.training.plan.blip_flops import blip_shape
 from tests.kit.blip import tiny_caption, tiny_vit, tiny_vqa
 from tests.kit.blip_training import WatchedPairMatching, momentum_of, tiny_batch, tiny_blip
@@ -72,6 +73,33 @@ def test_retrieval_gives_the_same_for_any_micro_batches() -> None:
     assert again == drawn
     assert found.result.loss_by_objective == pytest.approx(expected.result.loss_by_objective, rel=1e-6)
     assert_gradients(found.gradients, expected.gradients)
+
+
+def test_recomputed_activations_give_the_same_gradient(whole: Trained) -> None:
+    model = tiny_blip()
+    parallelize(model, ALONE, kind="single", activation_checkpointing=True)
+    found = trained(SPLITS[8], model=model)
+    assert found.drawn == whole.drawn
+    assert_gradients(found.step.gradients, whole.step.gradients)
+
+
+def test_dropout_and_drop_path_draw_the_same_in_both_passes() -> None:
+    """Features of the first pass, which the gradient is of, are those of the second."""
+    model = tiny_blip(dropout=0.3, drop_path=0.3)
+    forward, seen = model.forward, []
+
+    def watched(*arguments: Any, **options: Any) -> Any:
+        outputs = forward(*arguments, **options)
+        seen.append({name: tensor.detach() for name, tensor in outputs.tensors.items()})
+        return outputs
+
+    model.forward = watched  # type: ignore[method-assign]
+    trained(SPLITS[8], model=model)
+    assert len(seen) == 4
+    for before, after in zip(seen[:2], seen[2:], strict=True):
+        assert "image_projected_m" in before and "image_projected_m" not in after
+        for name in ("image_projected", "text_projected"):
+            assert torch.equal(before[name], after[name])
 
 
 # --- copies ----------------------------------------------------------------------------------------------------------
