@@ -61,7 +61,7 @@ _LAVIS_VISIONS, _LAVIS_VISION = {1024: "clip_vit_l"}, "eva_vit_g"
 
 # The same of BLIP, and its text model in configs/text.
 _BLIP_VISIONS, _BLIP_VISION = {1024: "vit_l16"}, "vit_b16"
-BLIP_TEXT = "bert_base"
+BLIP_TEXT = "blip"
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_FILES = ("*.json", "*.txt", "*.model", "*.jinja")

@@ -72,7 +72,7 @@ def published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]
     assert config.text is not None
     sections = {
         "vision/vit_b16": dataclasses.replace(config.vision, name="vit_b16", init="file", image_size=224),
-        "text/bert_base": dataclasses.replace(config.text, name="bert_base", init="bert", dropout=0.1),
+        "text/blip": dataclasses.replace(config.text, name="blip", init="bert", dropout=0.1),
     }
     for name, section in sections.items():
         file = tmp_path / f"configs/{name}.yaml"
