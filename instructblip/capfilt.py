@@ -792,7 +792,7 @@ def summary(report: Mapping[str, Any]) -> list[str]:
         lines.append(f"{sum(own.values()):,} {what}: {own.get('kept', 0):,} kept" + (f"; {others}" if others else ""))
     if "noise_percent" in report:
         shown = {name: "-" if ratio is None else f"{ratio:.1f}%" for name, ratio in report["noise_percent"].items()}
-        paper = ", ".join(f"{ratio}% by {how}" for how, ratio in report["paper_noise_percent"].items())
+        paper = ", ".join(f"{ratio}% by {how}" for how, ratio in PAPER_NOISE.items())
         lines.append(
             f"noise, the share that the filter took away: {shown['synthetic']} of the captions (BLIP's paper: {paper}), "
             f"{shown['web']} of the web's texts"

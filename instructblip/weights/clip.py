@@ -37,10 +37,12 @@ def find_clip(source: str) -> Path:
     """
     path = Path(source).expanduser()
     if not path.exists() and not is_hub_id(source):
-        raise UserError(f"there is no folder {source}, and it is no hub id; give one of a CLIP")
+        raise UserError(f"filter={source} is no folder and no hub id; give one of a CLIP")
     folder = path if path.exists() else hub_folder(source)
     if (kind := config_json(folder).get("model_type")) != "clip":
-        raise UserError(f"{source} holds a model of type {kind}, wanted is a CLIP: openai/clip-vit-large-patch14, say")
+        raise UserError(
+            f"filter={source} is a model of type {kind}, wanted is a CLIP: openai/clip-vit-large-patch14, say"
+        )
     check_settings(folder)
     check_weights(folder)
     return folder
