@@ -221,7 +221,10 @@ def find_models(config: CapFiltConfig) -> Found:
         UserError: there is none, or one that cannot do its part; a prompt that is missing, or that nothing reads.
     """
     captioner = find_source(config.captioner, config.llm)
-    _refuse_unable(captioner, config.captioner, "generate", "captioner")
+    if captioner.kind not in _RELEASED:
+        raise _unable(
+            captioner, f"captioner={config.captioner}", "caption", [kind for kind in MODELS if kind in _RELEASED]
+        )
     if captioner.kind == "instructblip" and config.prompt is None:
         raise UserError(f"captioner={config.captioner} reads a prompt; give one: prompt='A short image caption:'")
     if captioner.kind == "blip2_stage1" and config.prompt is not None:
@@ -229,14 +232,14 @@ def find_models(config: CapFiltConfig) -> Found:
     if config.variant == "blip2":
         return Found(captioner, find_clip(config.filter))
     judge = find_source(config.filter)
-    _refuse_unable(judge, config.filter, "match", "filter")
+    able = [kind for kind, model in MODELS.items() if model.match is not Model.match]
+    if judge.kind not in able:
+        raise _unable(judge, f"filter={config.filter}", "match", able)
     return Found(captioner, judge)
 
 
-def _refuse_unable(source: Source, given: str, call: str, part: str) -> None:
-    if getattr(MODELS[source.kind], call) is getattr(Model, call):
-        able = [kind for kind, model in MODELS.items() if getattr(model, call) is not getattr(Model, call)]
-        raise UserError(f"{part}={given} is of model={source.kind}, which cannot {call}; give one of {', '.join(able)}")
+def _unable(source: Source, given: str, call: str, able: Sequence[str]) -> UserError:
+    return UserError(f"{given} is of model={source.kind}, which does not {call}; give one of {', '.join(able)}")
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,7 @@ class _Sign(NamedTuple):
 
 
 class _Heartbeats:
-    def __init__(self, folder: Path, ranks: Ranks, bound: float, what: str) -> None:
+    def __init__(self, folder: Path, ranks: Ranks, bound: float, what: str = "evaluation") -> None:
         self._folder, self._ranks, self._bound, self._what = folder, ranks, bound, what
         self._pause = min(BEAT_SECONDS, bound / 5)
         self._name = uuid.uuid4().hex

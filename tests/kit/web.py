@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
 from instructblip import capfilt
-from instructblip.config.schema import CapFiltConfig, ModelKind
+from instructblip.config.schema import CapFiltConfig
 from instructblip.data.cards import load_card
 from instructblip.data.prepare.convert import prepare_dataset
 from instructblip.models.blip2 import BLIP2
@@ -105,7 +105,7 @@ def caption_web(
     *,
     captioner: Any = None,
     judge: Any = None,
-    kind: ModelKind = "blip2_stage1",
+    kind: Any = "blip2_stage1",
     console: Console | None = None,
     **keys: Any,
 ) -> Path:

@@ -393,21 +393,37 @@ def other_model(folder: Path) -> Path:
 
 
 def test_models_that_cannot_do_their_part_are_refused_before_they_are_loaded(
-    finished_run: Path, untrained_stage1: Path
+    untrained_run: Path, untrained_stage1: Path
 ) -> None:
+    writes, matches = str(untrained_run), str(untrained_stage1)
     for line, keys in {
-        r"filter=.* is of model=instructblip, which cannot match; give one of blip2_stage1": {
-            "captioner": str(untrained_stage1),
-            "filter": str(finished_run),
-        },
-        r"captioner=.* reads a prompt; give one": {"captioner": str(finished_run), "filter": str(untrained_stage1)},
+        r"filter=.* is of model=instructblip, which does not match; give one of .*blip2_stage1": (
+            matches,
+            writes,
+            None,
+        ),
+        r"captioner=.* reads a prompt; give one": (writes, matches, None),
+        r"captioner=.* captions without a prompt; leave": (matches, matches, "A photo of"),
     }.items():
         with pytest.raises(UserError, match=line):
-            capfilt.find_models(CapFiltConfig(shards="s", out="o", **keys))
-    prompted = CapFiltConfig(
-        shards="s", out="o", captioner=str(finished_run), filter=str(untrained_stage1), prompt="A photo of"
-    )
-    assert capfilt.find_models(prompted).captioner.kind == "instructblip"
+            capfilt.find_models(asked(*keys))
+    assert capfilt.find_models(asked(writes, matches, "A photo of")).captioner.kind == "instructblip"
+
+
+def asked(captioner: str, judge: str, prompt: str | None) -> CapFiltConfig:
+    return CapFiltConfig(shards="s", out="o", captioner=captioner, filter=judge, prompt=prompt)
+
+
+def test_a_kind_of_model_that_answers_questions_is_no_captioner(web: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"captioner=A is of model=blip_vqa, which does not caption; give one of "):
+        caption_web(web, tmp_path / "out", kind="blip_vqa")
+
+
+def test_scores_that_are_not_finite_stop_it(web: Path, tmp_path: Path) -> None:
+    broken: Any = colour_filter()
+    broken.match = lambda tokens, texts: torch.full((len(texts),), float("nan"))
+    with pytest.raises(UserError, match="the filter's scores are not finite numbers"):
+        caption_web(web, tmp_path / "out", judge=broken)
 
 
 def test_instructblip_captions_by_its_prompt(web: Path, tmp_path: Path) -> None:
