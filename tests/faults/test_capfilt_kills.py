@@ -14,7 +14,8 @@ from unittest.mock import patch
 import pytest
 
 from instructblip import files
-from instructblip.capfilt import Answer, Captioning, Seen
+from instructblip.capfilt.captioning import Answer, Captioning
+from instructblip.capfilt.pictures import Seen
 from instructblip.errors import UserError
 from instructblip.evaluation import journal
 from tests.kit.web import caption_web, files_of, web_pictures, write_web

@@ -16,7 +16,7 @@ from tokenizers import processors
 from torch import Tensor
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
-from instructblip import capfilt
+from instructblip.capfilt import command, models
 from instructblip.config.schema import CapFiltConfig
 from instructblip.data.cards import load_card
 from instructblip.data.prepare.convert import prepare_dataset
@@ -110,7 +110,7 @@ def caption_web(
     **keys: Any,
 ) -> Path:
     """Run the command; `captioner`, which is of a `kind`, and `judge` stand where it would load models. Return `out`."""
-    models = {"A": captioner or tiny_captioner(), "B": judge or captioner or tiny_captioner()}
+    loaded = {"A": captioner or tiny_captioner(), "B": judge or captioner or tiny_captioner()}
     given = {"captioner": "A", "filter": "B", **SHORT, **keys}
     config = CapFiltConfig(shards=str(shards), out=str(out), **given)
 
@@ -118,10 +118,10 @@ def caption_web(
         return Source("run", Path(name), name, kind if name == "A" else "blip2_stage1", None)
 
     def load(source: Source, **_: Any) -> LoadedModel:
-        return LoadedModel(models[source.name], source.name, source.name, 0, None, {})
+        return LoadedModel(loaded[source.name], source.name, source.name, 0, None, {})
 
-    with patch.object(capfilt, "find_source", find), patch.object(capfilt, "load_model", load):
-        capfilt.capfilt(config, console or Console(quiet=True))
+    with patch.object(models, "find_source", find), patch.object(models, "load_model", load):
+        command.capfilt(config, console or Console(quiet=True))
     return out
 
 

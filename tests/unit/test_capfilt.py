@@ -16,8 +16,10 @@ from rich.console import Console
 from torch import Tensor
 from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
 
-from instructblip import capfilt
-from instructblip.capfilt import ClipJudge, Scored, choose_texts, settle, texts_to_judge
+from instructblip.capfilt.captioning import Captioning
+from instructblip.capfilt.models import ClipJudge, find_models
+from instructblip.capfilt.settings import settle
+from instructblip.capfilt.texts import Scored, choose_texts, texts_to_judge
 from instructblip.config.schema import CapFiltConfig
 from instructblip.data.cards import load_card
 from instructblip.data.mixture import Mixture, MixtureEntry, seeded_generator
@@ -349,7 +351,7 @@ def test_the_same_command_again_draws_nothing_and_other_settings_are_refused(
 ) -> None:
     out = shutil.copytree(blip, tmp_path / "out")
     (out / ".work").mkdir()  # as a run leaves it that is killed at the very end
-    monkeypatch.setattr(capfilt.Captioning, "answer", None)
+    monkeypatch.setattr(Captioning, "answer", None)
     caption_web(web, out, console=Console())
     printed = capsys.readouterr().out
     assert "11 pictures: " in printed
@@ -377,6 +379,11 @@ def test_mistakes_are_one_line(web: Path, clip: Path, tmp_path: Path, monkeypatc
         given = {"shards": web, "out": out, **keys}
         with pytest.raises(UserError, match=line):
             caption_web(given.pop("shards"), given.pop("out"), **given)
+    out.mkdir()
+    (out / "report.json").write_text("[]")
+    with pytest.raises(UserError, match=r"report\.json is no report of capfilt, and would be overwritten"):
+        caption_web(web, out)
+    (out / "report.json").unlink()
     (out / SPLIT).mkdir(parents=True)
     with pytest.raises(UserError, match="was not made by capfilt, and would be overwritten"):
         caption_web(web, out)
@@ -406,8 +413,8 @@ def test_models_that_cannot_do_their_part_are_refused_before_they_are_loaded(
         r"captioner=.* captions without a prompt; leave": (matches, matches, "A photo of"),
     }.items():
         with pytest.raises(UserError, match=line):
-            capfilt.find_models(asked(*keys))
-    assert capfilt.find_models(asked(writes, matches, "A photo of")).captioner.kind == "instructblip"
+            find_models(asked(*keys))
+    assert find_models(asked(writes, matches, "A photo of")).captioner.kind == "instructblip"
 
 
 def asked(captioner: str, judge: str, prompt: str | None) -> CapFiltConfig:
