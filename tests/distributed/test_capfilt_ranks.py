@@ -26,7 +26,9 @@ def alone(web: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, byte
 
 def share(ranks: Ranks, web: Path, out: Path, dies: bool) -> tuple[int, str]:
     """One rank's part: how many chunks it answered, and what it ended with."""
-    heartbeat.BEAT_SECONDS, heartbeat.LOST_SECONDS = 0.1, 3.0
+    heartbeat.BEAT_SECONDS = 0.1
+    if dies:
+        heartbeat.LOST_SECONDS = 3.0
     append, chunks = journal._append, 0
 
     def counting(path: Path, lines: list[str]) -> None:
