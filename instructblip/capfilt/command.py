@@ -45,7 +45,7 @@ def capfilt(config: CapFiltConfig, console: Console) -> None:
     ):
         refuse_other(out, plan)
         models = load_models(config, found, device)
-        job = Job(out, settings, {**plan, **models.identities}, models.names)
+        job = Job(out, settings, {**plan, **models.identities}, models.names, config.tolerance)
         job.claim(ranks)
         parts = parts_of(splits)
         if not job.is_finished():

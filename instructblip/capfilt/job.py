@@ -29,12 +29,14 @@ class Job:
         settings: see there.
         plan: all that decides what is written, as JSON values.
         names: of the models.
+        tolerance: pictures of a shard that may be damaged.
     """
 
     out: Path
     settings: Settings
     plan: Mapping[str, Any]
     names: Mapping[str, str]
+    tolerance: int
 
     @property
     def split(self) -> Path:

@@ -15,7 +15,7 @@ from instructblip.data.readers import Losses
 from instructblip.data.shards import MANIFEST_NAME
 from instructblip.distributed import Ranks
 from instructblip.evaluation.journal import Journal
-from instructblip.files import atomic_path, read_json, write_json
+from instructblip.files import atomic_path, errors_for_users, read_json, write_json
 
 # Of synthetic captions, how many the filter took away (BLIP, table 2); percent.
 PAPER_NOISE = {"nucleus sampling": 25, "beam search": 19}
@@ -55,9 +55,10 @@ def _write_manifest(job: Job, parts: Sequence[Part], entries: Sequence[dict[str,
     manifest = shards_manifest(DATASET, TRAIN_SPLIT, entries)
     licences = sorted({str(part.split.manifest["licence"]) for part in parts if "licence" in part.split.manifest})
     manifest |= {"lost": losses.to_list(), "source": {"capfilt": job.plan}, "licence": "; ".join(licences)}
-    job.split.mkdir(parents=True, exist_ok=True)
-    for path in foreign_files(job.split, {job.split / entry["name"] for entry in entries}):
-        path.unlink()
+    with errors_for_users(job.split):
+        job.split.mkdir(parents=True, exist_ok=True)
+        for path in foreign_files(job.split, {job.split / entry["name"] for entry in entries}):
+            path.unlink()
     write_json(job.split / MANIFEST_NAME, manifest)
 
 

@@ -43,9 +43,11 @@ def make_captions(job: Job, parts: Sequence[Part], captioning: Captioning, ranks
                 continue
             journal = Journal(job.journal(part), keys := job.keys(part), ranks)
             for answered in _answer_share(part, keys, captioning, journal):
+                _check_damage(journal, job.tolerance)
                 progress.advance(bar, answered * ranks.world_size)
             if ranks.rank == part.number % ranks.world_size:
                 journal.wait_for_others(f"pictures of {part.reader.path.name}")
+                _check_damage(journal, job.tolerance)
                 _put_together(job, part, keys, journal)
         progress.update(bar, completed=total)
 
@@ -53,13 +55,14 @@ def make_captions(job: Job, parts: Sequence[Part], captioning: Captioning, ranks
 def _answer_share(part: Part, keys: Sequence[str], captioning: Captioning, journal: Journal) -> Iterator[int]:
     """Answer this rank's share of a shard's pictures into the journal; give the number of each chunk.
 
-    A chunk that was interrupted is answered anew, so that each picture stands beside the same others.
+    A chunk that was interrupted, or that damaged pictures are left out of, is answered anew, so that each picture stands
+    beside the same others.
     """
     ranks, size = journal.ranks, captioning.pictures
     chunks = [range(start, min(start + size, len(keys))) for start in range(0, len(keys), size)]
     # Shards of few pictures would all begin with the first rank.
     own = chunks[(ranks.rank - part.number) % ranks.world_size :: ranks.world_size]
-    left = [chunk for chunk in own if any(keys[row] not in journal for row in chunk)]
+    left = [chunk for chunk in own if any(keys[row] not in journal.predictions for row in chunk)]
     rows = [{row: row for row in chunk} for chunk in left]
     see = partial(look, part, captioning.models.fits)
     for chunk, looks in zip(left, read_chunks(rows, see), strict=True):
@@ -71,10 +74,23 @@ def _answer_share(part: Part, keys: Sequence[str], captioning: Captioning, journ
             for (row, picture), answer in zip(seen.items(), answers, strict=True)
         ]
         journal.append(
-            [item for item in predictions if item.key not in journal],
+            [item for item in predictions if item.key not in journal.predictions],
             [item for item in failures if item.key not in journal],
         )
         yield len(chunk)
+
+
+def _check_damage(journal: Journal, tolerance: int) -> None:
+    """Refuse a shard with more damaged pictures than are tolerated.
+
+    Raises:
+        UserError: names the first of them.
+    """
+    if len(journal.failures) > tolerance:
+        first = min(journal.failures.values(), key=lambda failure: failure.id)
+        raise UserError(
+            f"{first.reason}; or give tolerance={len(journal.failures)}, to leave so many pictures of a shard out"
+        )
 
 
 def _seen(part: Part, keys: Sequence[str], looks: Mapping[int, Future[Seen]]) -> tuple[dict[int, Seen], list[Failure]]:

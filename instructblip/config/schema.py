@@ -566,6 +566,7 @@ class CapFiltConfig(Section):
         None  # of what the filter reads; None: blip_caption, or none of variant=blip2
     )
     seed: int = 0
+    tolerance: NotNegative = 0  # damaged pictures, per shard, that are counted and left out
     llm: LLMConfig | None = None  # of a captioner that is a .pth file, or in place of its own
     vision_path: str | None = None
     qformer_path: str | None = None

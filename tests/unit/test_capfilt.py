@@ -272,6 +272,19 @@ def test_the_list_is_read_by_the_reader_of_web_capfilt(web: Path, blip: Path, tm
     read = [record.answers[0] for found in records_of(split).values() for record in found]
     assert sorted(read) == sorted(wanted)
     assert len(split.shards[0]) == report_of(blip)["pictures"]["kept"]
+    # And captioned once more, its pictures are called as in the list.
+    again = caption_web(tmp_path / "shards", tmp_path / "again", threshold=0.0)
+    assert names_in(again) == names_in(blip)
+
+
+def names_in(out: Path) -> set[tuple[str, str]]:
+    """What the pictures of the list are called."""
+    return {
+        (key, item[key])
+        for item in json.loads((out / "captions.json").read_text())
+        for key in ("url", "image")
+        if key in item
+    }
 
 
 def test_the_page_of_samples_shows_them(blip: Path, blip2: Path, tmp_path: Path) -> None:
@@ -286,15 +299,22 @@ def test_the_page_of_samples_shows_them(blip: Path, blip2: Path, tmp_path: Path)
 # --- what is not caption or picture ----------------------------------------------------------------------------------
 
 
-def test_pictures_that_cannot_be_read_are_counted_and_named(tmp_path: Path) -> None:
-    shards = write_web(tmp_path, web_pictures(6))
-    shard = open_split(shards / "cc3m/train").shards[0]
+def test_pictures_that_cannot_be_read_stop_it_or_are_counted_and_named(tmp_path: Path) -> None:
+    shards, out = write_web(tmp_path, web_pictures(9)), tmp_path / "out"
+    shard = open_split(shards / "cc3m/train").shards[1]
+    whole = shard.path.read_bytes()
     damage(shard.path, int(shard.arrays["frame_offset"][2]), b"no picture")
-    report = report_of(caption_web(shards, tmp_path / "out"))
+    with pytest.raises(UserError, match=r"000000006.* cannot be decoded .*; or give tolerance=1, to leave so many"):
+        caption_web(shards, out)
+    copy = shutil.copytree(out, tmp_path / "copy")
+    report = report_of(caption_web(shards, copy, tolerance=1))
     assert report["pictures"]["cannot be read"] == 1
     (loss,) = report["lost"]
-    assert "000000002" in loss["examples"][0]
-    assert sum(report["web"].values()) == sum(report["synthetic"].values()) == 5
+    assert "000000006" in loss["examples"][0]
+    assert sum(report["web"].values()) == sum(report["synthetic"].values()) == 8
+    shard.path.write_bytes(whole)  # mended, it is looked at again
+    assert sum(report_of(caption_web(shards, out))["web"].values()) == 9
+    assert files_of(out) == files_of(caption_web(shards, tmp_path / "never damaged"))
 
 
 def damage(tar: Path, offset: int, content: bytes) -> None:
