@@ -18,6 +18,7 @@ from tests.kit.families import write_llm
 from tests.kit.own_data import write_own_data
 from tests.kit.runs import REPOSITORY, World, run
 from tests.kit.tiny import tiny_huggingface
+from tests.kit.web import caption_web, web_pictures, write_web
 
 SETUP = ("pip install -r requirements.txt && python train.py", "pip install -r requirements.txt && python -m pytest")
 SCRIPTS = ("train.py", "evaluate.py", "prepare.py")
@@ -31,8 +32,9 @@ SWEPT_PHASES = (  # key by key: a section that is given as a whole would replace
 )
 README = REPOSITORY / "README.md"
 DOCUMENTS = (README, REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").glob("*.md")))
-FEATURES, WEIGHTS, REPORTS, INSPECT, BENCHMARKS, ONE_TEST = KINDS = (
+FEATURES, CAPFILT, WEIGHTS, REPORTS, INSPECT, BENCHMARKS, ONE_TEST = KINDS = (
     "python -m instructblip.features ",
+    "python -m instructblip.capfilt ",
     "python -m instructblip.weights ",
     "python -m instructblip.evaluation.report.",
     "python -m instructblip.training.inspect ",
@@ -88,6 +90,20 @@ def test_features_are_written(line: str, world: World, untrained_stage1: Path, t
     assert (tmp_path / given["out"]).is_file()
 
 
+@pytest.mark.parametrize("line", commands(CAPFILT))
+def test_web_pictures_are_captioned(line: str, world: World, untrained_stage1: Path, tmp_path: Path) -> None:
+    _, _, module, *arguments = shlex.split(line)
+    given = dict(argument.split("=", 1) for argument in arguments)
+    shutil.copytree(write_web(tmp_path / "web", web_pictures(3)), tmp_path / given["shards"])
+    for model in ("captioner", "filter"):
+        shutil.copytree(untrained_stage1, tmp_path / given[model])
+    # Which matches nothing for sure, since it was never trained.
+    printed = run(world, module, *arguments, "threshold=0", "max_new_tokens=9", cwd=tmp_path)
+    assert "3 pictures: 3 kept" in printed
+    assert f"wrote {given['out']}/captions.json" in printed
+    assert (tmp_path / given["out"] / "web_capfilt/train/manifest.json").is_file()
+
+
 @pytest.mark.parametrize("line", commands(WEIGHTS))
 def test_a_conversion_runs(line: str, finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, _, _, *arguments = shlex.split(line)
@@ -111,16 +127,21 @@ def test_scores_are_read(line: str, world: World, finished_run: Path, tmp_path: 
 @pytest.mark.parametrize("line", commands(INSPECT))
 def test_a_mixture_is_looked_at(line: str, world: World, tmp_path: Path) -> None:
     _, _, module, *arguments = shlex.split(line)
-    write_shards(world, tmp_path, own="mine.yaml" in line)
+    write_shards(world, tmp_path, own="mine.yaml" in line, captions="data/capfilt" in line)
     printed = run(world, module, *arguments, "timed=64", cwd=tmp_path)
-    assert ("mine/" if "mine.yaml" in line else "easy_vqa_present") in printed
+    drawn = {"mine/": "mine.yaml" in line, "web_capfilt/": "data/capfilt" in line}
+    assert next((name for name, is_drawn in drawn.items() if is_drawn), "easy_vqa_present") in printed
 
 
-def write_shards(world: World, folder: Path, *, own: bool) -> None:
-    """`data/shards` of the demo's dataset; with own data also theirs, beside their card `mine.yaml`."""
+def write_shards(world: World, folder: Path, *, own: bool, captions: bool) -> None:
+    """`data/shards` of the demo's dataset; with own data also theirs, beside their card `mine.yaml`; `data/capfilt`, of
+    web pictures.
+    """
     shutil.copytree(world.shards, folder / "data/shards")
     if own:
         prepare_dataset(load_card(write_own_data(folder)), folder, folder / "data/shards", progress=False)
+    if captions:
+        caption_web(write_web(folder / "data/web", web_pictures()), folder / "data/capfilt", threshold=0.0)
 
 
 def _tiny_training(world: World, given: Mapping[str, str], folder: Path) -> tuple[str, ...]:
@@ -147,7 +168,7 @@ def test_a_command_runs(line: str, world: World, finished_run: Path, untrained_s
         pytest.importorskip("optuna", reason="Hydra's sweeper is not installed (requirements-search.txt)")
     own = "mine.yaml" in line
     if {"check", "show", "audit"} & given.keys() or own:
-        write_shards(world, tmp_path, own=own)
+        write_shards(world, tmp_path, own=own, captions="data/capfilt" in line)
     if "checkpoint" in given or "resume" in given:
         found = untrained_stage1 if given.get("suite") == "retrieval" else finished_run
         shutil.copytree(found, tmp_path / given.get("checkpoint", "outputs/train/demo"))

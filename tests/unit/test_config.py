@@ -17,6 +17,7 @@ from instructblip.config.checks import check
 from instructblip.config.entry import compose_config
 from instructblip.config.schema import (
     CONFIGS,
+    CapFiltConfig,
     EvaluateConfig,
     FeaturesConfig,
     InspectConfig,
@@ -45,6 +46,7 @@ SCHEMAS: dict[str, Any] = {
     "prepare": PrepareConfig,
     "inspect": InspectConfig,
     "features": FeaturesConfig,
+    "capfilt": CapFiltConfig,
 }
 PARTS = ("vision", "qformer", "llm")
 # Launchers need optional plugins: tests/end_to_end/test_sweep.py.
@@ -53,7 +55,7 @@ FILES = sorted(
 )
 COMMAND = re.compile(
     r"# (?:(?:torchrun [^ ]+ |python )(?=\w+\.py)|python -m instructblip\.(?:training\.)?)"
-    r"(train|evaluate|prepare|inspect|features)(?:\.py)?(.*)"
+    r"(train|evaluate|prepare|inspect|features|capfilt)(?:\.py)?(.*)"
 )
 
 

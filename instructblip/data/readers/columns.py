@@ -35,7 +35,7 @@ from instructblip.errors import UserError
 LETTERS = tuple(string.ascii_uppercase)
 COLUMNS = (
     *("id", "image", "video", "question", "answer", "answers", "caption", "captions", "choices", "label"),
-    *("context", "ocr", "conversations"),
+    *("context", "ocr", "conversations", "url"),
 )
 _MEDIA = ("image", "video")
 # Task -> what a table must have: one of each group.
@@ -49,6 +49,7 @@ NEEDED: Mapping[str, tuple[tuple[str, ...], ...]] = {
 }
 _KIND = {"vqa": "question", "conversation": "dialog"}
 _TRUTHS = {"0": 0, "1": 1, "false": 0, "true": 1, "no": 0, "yes": 1}
+_URL = re.compile(r"\s*https?://\S+\s*$")
 _LETTER = re.compile(r"\(?([A-Za-z])[).:]?")
 _DATA_URI = re.compile(r"data:[\w.+/-]*;base64,")
 _LONGEST_PATH = 1000  # bytes; longer text without spaces is an encoded image
@@ -336,6 +337,8 @@ def _caption_records(
     beside = _beside(fields)
     if columns.split != "train" and texts:
         return [Record(_ids(fields, row, 1)[0], "captions", captions=tuple(texts), **beside)]
+    if isinstance(url := fields.get("url"), str) and _URL.match(url):  # by which lists of web captions name a picture
+        beside["tags"] = {"url": url.strip()}
     ids = _ids(fields, row, len(texts))
     return [Record(record_id, "caption", answers=(text,), **beside) for record_id, text in zip(ids, texts, strict=True)]
 
