@@ -50,7 +50,7 @@ class ShownSample:
 class ShownSplit:
     """One card's samples of one split, what they are drawn from, and of a card of one's own what it settles.
 
-    `lost` says what of the split's source could not be kept, a line for each reason. `card` has (key, value, where that comes
+    `lost` says what of the source could not be kept, a line for each reason. `card` has (key, value, where that comes
     from); it is empty for an official card, which says all of it itself.
     """
 
