@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from statistics import fmean
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 from instructblip.config.schema import CardTask, NotNegative, Section, Sha256
 from instructblip.config.validate import build, differences, nearest, read_sections, unknown_key, valid_keys
@@ -320,7 +320,7 @@ def _load_own(path: Path, given: str) -> OwnCard:
     if values.get("view_of") is not None:
         facts = _parents_facts(values, path, lambda name: _own_parent(path, name))
         read_as, values = facts.pop("task", None), values | facts
-    by_loader = {"path": given, "said": said, "read_as": read_as}
+    by_loader = {"path": given, "said": said, "read_as": read_as if read_as in get_args(CardTask) else None}
     card: OwnCard = build(OwnCard, completed(values, path) | by_loader, str(path))
     _check_own(card, path)
     _check_card(card, path)
