@@ -35,7 +35,6 @@ _OTHER_KINDS = {
     re.compile(rb"....ftyp(hei|hev|mif1|msf1)", re.DOTALL): "HEIC, which is not read; save it as JPEG",
     re.compile(rb"%PDF"): "a PDF; save its pages as JPEG or PNG",
     re.compile(rb"\s*(<\?xml[^>]*>\s*)?(<!--.*?-->\s*)?<svg", re.DOTALL): "SVG, which is not read; save it as PNG",
-    re.compile(rb"\s*<(!doctype )?html", re.IGNORECASE): "a web page; fetch the picture again",
     re.compile(rb"version https://git-lfs"): "a pointer of Git LFS; run git lfs pull",
 }
 JPEG_QUALITY = 95  # of what is re-encoded and of video frames; chroma halved, as cameras and videos have it

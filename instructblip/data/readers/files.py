@@ -388,8 +388,9 @@ def _near(path: Path) -> Path | None:
         return None
     candidates = names.get(_stem(path.name), ())
     same = [name for name in candidates if _kind(name) == _kind(path.name)]
-    if not same and "." not in path.name and len(candidates) == 1:  # of what a table calls by its number, say
-        same = [name for name in candidates if _kind(name) == "picture"]
+    if not same and "." not in path.name:  # as a table has it that calls pictures by their numbers
+        pictures = [name for name in candidates if _kind(name) == "picture"]
+        same = pictures if len(pictures) == 1 else []
     return next((path.parent / name for name in same if (path.parent / name).is_file()), None)
 
 
