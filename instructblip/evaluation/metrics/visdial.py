@@ -3,6 +3,8 @@
 import math
 from collections.abc import Sequence
 
+import torch
+
 from instructblip.evaluation.metrics.metric import Outputs, Records, labels_of
 from instructblip.evaluation.metrics.score import Score, mean_score, same_length
 
@@ -95,14 +97,14 @@ def _order(scores: Sequence[float], number: int) -> list[int]:
 
 
 def _ndcg(order: Sequence[int], relevance: Sequence[float], number: int) -> float:
+    from torchmetrics.functional.retrieval import retrieval_normalized_dcg  # slow to import, and for one metric
+
     if len(relevance) != len(order):
         raise ValueError(f"round {number} has {len(order)} options but {len(relevance)} relevances")
-    count = sum(value != 0 for value in relevance)
+    ordered = torch.tensor([relevance[option] for option in order], dtype=torch.float64)
+    count = int(ordered.count_nonzero())
     if count == 0:
         raise ValueError(f"round {number} has no relevant option, so its NDCG is not defined")
-    best = sorted(relevance, reverse=True)
-    return _dcg([relevance[option] for option in order[:count]]) / _dcg(best[:count])
-
-
-def _dcg(relevances: Sequence[float]) -> float:
-    return sum(value / math.log2(place + 2) for place, value in enumerate(relevances))
+    # Places, not scores: it would average over equal scores, and the challenge does not.
+    places = torch.arange(len(order), 0, -1, dtype=torch.float64)
+    return float(retrieval_normalized_dcg(places, ordered, top_k=count))
