@@ -205,6 +205,9 @@ def test_a_key_like_no_other_names_its_neighbours() -> None:
         ("data.cache_features=maybe", ["data.cache_features must be true or false, not 'maybe'"]),
         ("vision.mean=[1, a, 3]", ["vision.mean.1 must be a number, not 'a'"]),
         ("recipe.phases=3", ["recipe.phases must be keys and values, not 3"]),
+        ("mixture.datasets=[./mine.yaml]", ["mixture.datasets.0 must be keys", "; give {name: ./mine.yaml}"]),
+        ("mixture.datasets=./mine.yaml", ["must be a list", "; give mixture.datasets=[{name: ./mine.yaml}]"]),
+        ("suite.held_in=./mine.yaml", ["must be a list", "; give suite.held_in=[./mine.yaml]"]),
         ("+recipe.warmup=3", ["unknown key recipe.warmup", "the keys there are: recipe.name"]),
         (
             "recipe.phases={alignment: {stepps: 1}}",
