@@ -120,10 +120,10 @@ def _check_blip(config: ModelConfig) -> None:
         section = getattr(config, part)
         if section is not None:
             raise UserError(f"model={kind} has no {part}, and {part}={section.name} is one; leave it out: ~{part}")
-    if config.vision.norm != "none" or not config.vision.final_norm:
+    if config.vision.norm == "layer" or not config.vision.final_norm:
         raise UserError(
             f"model={kind} reads the vision encoder's last tokens behind its own norm; set vision.final_norm=true and "
-            "vision.norm=none"
+            "vision.norm=none, or vision.norm=channel of a CNN"
         )
 
 

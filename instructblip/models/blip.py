@@ -40,6 +40,7 @@ from instructblip.models.vision import Images, VisionEncoder, as_frames
 BLIP_TOKENS = ("[DEC]", "[ENC]")  # what a written text begins with, and what one that reads an image does
 CAPTION_PROMPT = "a picture of "
 _TEMPERATURES = (0.001, 0.5)  # bounds of the learnt temperature, as released
+_HEADS = ("vision_projection", "text_projection", "matching_head", "temperature")
 _LOGIT_ROWS = 1024  # vocabulary rows in memory at a time
 
 
@@ -48,7 +49,7 @@ class ImageOutputs(NamedTuple):
 
     Attributes:
         tokens_BPU: image tokens, for `encode_pairs`.
-        projected_BQE: of the first token ([CLS]), which stands for the image; unit length, Q = 1.
+        projected_BQE: of the first token ([CLS]), or of the mean of a CNN's tokens; unit length, Q = 1.
     """
 
     tokens_BPU: Tensor
@@ -77,6 +78,9 @@ class BLIP(Model):
         enc_token: whether a text that reads an image begins with `[ENC]`, as released; transformers' classes leave [CLS].
             May be set later.
 
+    Attributes:
+        vision_norm: none behind a ViT, which has its own. What reads a CNN's tokens is built with a `ChannelNorm` here.
+
     Raises:
         ValueError: a tokenizer without the tokens.
     """
@@ -99,7 +103,7 @@ class BLIP(Model):
             if token not in vocabulary:
                 raise ValueError(f"the tokenizer has no {token}, which begins a text that reads an image; add it")
         self.vision = vision
-        self.vision_norm = nn.Identity()  # the encoder has its own
+        self.vision_norm = nn.Identity()
         self.tokenizer = tokenizer
         self.max_text_tokens = max_text_tokens
         self.enc_token = enc_token
@@ -348,7 +352,7 @@ class BLIPCaption(_Captioner):
         ValueError: a tokenizer without the start tokens, a decoder without a head.
     """
 
-    PARTS = {"vision": ("vision", "vision_norm"), "text": ("text_decoder",)}  # noqa: RUF012
+    PARTS = {"vision": ("vision",), "text": ("vision_norm", "text_decoder")}  # noqa: RUF012
     OUTPUTS = frozenset({"answer_logits"})
     SKILLS = frozenset({"caption"})
 
@@ -398,7 +402,7 @@ class BLIPVQA(BLIP):
         ValueError: a tokenizer without the start tokens, a decoder without a head.
     """
 
-    PARTS = {"vision": ("vision", "vision_norm"), "text": ("text_encoder", "text_decoder")}  # noqa: RUF012
+    PARTS = {"vision": ("vision",), "text": ("vision_norm", "text_encoder", "text_decoder")}  # noqa: RUF012
     OUTPUTS = frozenset({"answer_logits"})
     SKILLS = frozenset({"rank", "generate"})
     RELEASED_RANKING = {"label_smoothing": 0.1, "preselect": 128}  # noqa: RUF012
@@ -709,8 +713,8 @@ class BLIPRetrieval(BLIP):
     """
 
     PARTS = {  # noqa: RUF012
-        "vision": ("vision", "vision_norm"),
-        "text": ("text_encoder", "vision_projection", "text_projection", "matching_head", "temperature"),
+        "vision": ("vision",),
+        "text": ("vision_norm", "text_encoder", *_HEADS),
         "momentum": ("momentum",),
     }
     held_parts = frozenset({"text", "momentum"})
@@ -835,7 +839,7 @@ class BLIPRetrieval(BLIP):
         else:
             frames = as_frames(images, self.vision.image_size).to(self.device)
             tokens_B1PU = copies.vision(frames.flatten(0, 1)).unflatten(0, frames.shape[:2])
-        image = _projected(copies.vision_projection, self.normalised(tokens_B1PU))
+        image = _projected(copies.vision_projection, self._gathered(self.normalised(tokens_B1PU)))
         text = _projected(copies.text_projection, copies.text_encoder(ids_BT, mask_BT))
         return {"image_projected_m": image[:, None], "text_projected_m": text}
 
@@ -862,13 +866,17 @@ class BLIPRetrieval(BLIP):
         return self.padded(self.token_ids(texts, max_tokens))
 
     def encode_images(self, tokens_B1PU: Tensor) -> ImageOutputs:
-        """Image tokens (B, 1, P, U) as `image_tokens` gives them, and the projection of their first.
+        """Image tokens (B, 1, P, U) as `image_tokens` gives them, and the projection of what stands for them all.
 
         Raises:
             ValueError: clips of several frames.
         """
         tokens_BPU = self.normalised(tokens_B1PU)
-        return ImageOutputs(tokens_BPU, _projected(self.vision_projection, tokens_BPU)[:, None])
+        return ImageOutputs(tokens_BPU, _projected(self.vision_projection, self._gathered(tokens_BPU))[:, None])
+
+    def _gathered(self, tokens_BPU: Tensor) -> Tensor:
+        """What stands for the image: its [CLS] in front, or the mean of the tokens where the encoder has none."""
+        return tokens_BPU if self.vision.class_token else tokens_BPU.mean(dim=1, keepdim=True)
 
     def encode_texts(self, ids_BT: Tensor, mask_BT: Tensor) -> TextOutputs:
         """Text alone."""

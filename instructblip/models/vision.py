@@ -111,6 +111,11 @@ class VisionEncoder(ExactBuffers):
         return {f"backbone.{name}": max(0, int(end - layer)) for name, layer in layers.items()}
 
     @property
+    def class_token(self) -> bool:
+        """Whether the first token is a ViT's [CLS], which has gathered the whole image; a CNN's is its first place."""
+        return not self.layers and getattr(self.backbone, "cls_token", None) is not None
+
+    @property
     def dtype(self) -> torch.dtype:
         """Type of the weights, in which images are encoded; mean and deviation stay in float32."""
         return next(self.backbone.parameters()).dtype

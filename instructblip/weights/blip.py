@@ -18,7 +18,7 @@ from instructblip.config.schema import ModelKind
 from instructblip.errors import UserError
 from instructblip.files import atomic_path
 from instructblip.models.blip import BLIP, BLIPVQA, BLIPCaption, BLIPPretrain, BLIPRetrieval
-from instructblip.weights.names import check_tensors, foreign_names, is_ignored
+from instructblip.weights.names import check_tensors, foreign_names, has_place, is_ignored
 from instructblip.weights.position import resize_position_embedding
 
 logger = logging.getLogger(__name__)
@@ -165,7 +165,15 @@ def lavis_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         UserError: a tensor that has no place there.
     """
-    names = foreign_names(state, "lavis_blip")
+    return _renamed(state, foreign_names(state, "lavis_blip"))
+
+
+def meeting_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same, where what LAVIS has no place for, a CNN, keeps its names; other models of BLIP start from these."""
+    return _renamed(state, meeting_names(state))
+
+
+def _renamed(state: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
     found = {names[name]: tensor for name, tensor in state.items()}
     if any(".decoder_attention." in name for name in state):
         found |= {copy: found[name] for copy, name in _copies(found).items()}
@@ -212,6 +220,8 @@ def kind_of(model: BLIP) -> ModelKind:
 
 def fit_positions(model: BLIP, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors, LAVIS's, with position embeddings of the model's image size."""
+    if not any(name in tensors for name in POSITIONS):
+        return dict(tensors)
     embed = model.vision.backbone.patch_embed
     prefix = model.vision.backbone.pos_embed.shape[1] - embed.num_patches
     patches = tuple(embed.grid_size)
@@ -228,6 +238,14 @@ def lavis_names(model: BLIP) -> dict[str, str]:
         UserError: a tensor that has no place there.
     """
     return foreign_names(model.state_dict(), "lavis_blip")
+
+
+def meeting_names(native: Iterable[str]) -> dict[str, str]:
+    """This code's names -> those under which the weights of one BLIP meet another: LAVIS's, a CNN's as they are."""
+    names = list(native)
+    return {name: name for name in names} | foreign_names(
+        [name for name in names if has_place(name, "lavis_blip")], "lavis_blip"
+    )
 
 
 def _without_copies(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

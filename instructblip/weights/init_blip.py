@@ -12,8 +12,8 @@ from torch import Tensor
 
 from instructblip.errors import UserError
 from instructblip.models.blip import BLIP, BLIPRetrieval, Momentum
-from instructblip.weights.blip import fit_positions, lavis_names, shaped
-from instructblip.weights.init_from import Begun
+from instructblip.weights.blip import fit_positions, meeting_names, shaped
+from instructblip.weights.init_from import VISION_NORM, Begun
 from instructblip.weights.init_sources import StartWeights
 from instructblip.weights.start import Start
 
@@ -22,6 +22,7 @@ _ENCODER, _DECODER, _HEAD, _CROSS = "text encoder", "text decoder", "language-mo
 # What a tensor belongs to, by this code's names; the first that matches.
 _PLACES = {
     VISION: re.compile(r"vision\."),
+    VISION_NORM: re.compile(r"vision_norm\."),  # of a CNN
     "image ids of the queue": re.compile(r"momentum\.image_id_queue$"),  # pre-training has none
     QUEUE: re.compile(r"momentum\.(image_queue|text_queue|pointer)$"),
     MOMENTUM: re.compile(r"momentum\."),
@@ -58,6 +59,8 @@ def start_blip_from(model: BLIP, weights: Sequence[StartWeights]) -> Begun:
         model.momentum.copy_from(model)
         lines.append(f"{MOMENTUM} start as what they follow")
         new.remove(MOMENTUM)
+    if VISION in new and "vision" in last.frozen:
+        new.remove(VISION)  # of the configured files, as there
     lines += [f"new: {', '.join(new)}"] if new else []
     start = Start(
         weights=tuple({"source": w.source.given, "name": w.source.name, "sha256": w.sha256} for w in weights),
@@ -74,7 +77,7 @@ def start_blip_new(model: BLIP) -> Start:
 
 def _fitting(model: BLIP, tensors: Mapping[str, Tensor], last: StartWeights) -> tuple[dict[str, Tensor], list[str]]:
     """The tensors that the model takes, under this code's names, and the places that stay new, in part or as a whole."""
-    names, taken, lacking = lavis_names(model), dict[str, Tensor](), dict[str, str]()
+    names, taken, lacking = meeting_names(model.state_dict()), dict[str, Tensor](), dict[str, str]()
     for name, own in model.state_dict().items():
         found = tensors.get(names[name])
         found = None if found is None else shaped(found, own.shape)

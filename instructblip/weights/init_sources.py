@@ -20,7 +20,7 @@ from instructblip.config.validate import read_model_config
 from instructblip.errors import UserError
 from instructblip.files import atomic_path
 from instructblip.models.fingerprint import fingerprint_tensors
-from instructblip.weights.blip import blip_checkpoint, is_blip, lavis_tensors, whole
+from instructblip.weights.blip import blip_checkpoint, is_blip, meeting_tensors, whole
 from instructblip.weights.checkpoint import MODEL_FILE, load_checkpoint
 from instructblip.weights.gatekeeper import check_settings, open_config, refuse_other_model
 from instructblip.weights.lavis import model_state, read_tensors
@@ -192,7 +192,7 @@ def _read_run(source: StartSource) -> StartWeights:
     folder = source.path.parents[1]
     config = read_model_config(folder / "config.yaml")
     if config.model.kind in BLIP_KINDS:
-        return _blip_start(source, lavis_tensors(loaded.model), loaded.state)
+        return _blip_start(source, meeting_tensors(loaded.model), loaded.state)
     llm = config.llm
     tensors = loaded.model | _text_branch(folder, Start.from_json(loaded.state.get("start")).text_branch)
     width = tensors["projection.weight"].shape[0] if "projection.weight" in tensors else None
@@ -224,7 +224,7 @@ def _text_branch(folder: Path, sha256: str | None) -> dict[str, Tensor]:
 def _read_transformers(source: StartSource) -> StartWeights:
     check_settings(source.path)
     if layout_of(source.path).kind in BLIP_KINDS:
-        return _blip_start(source, lavis_tensors(load_blip_folder(source.path).state_dict()))
+        return _blip_start(source, meeting_tensors(load_blip_folder(source.path).state_dict()))
     weights = read_weights(source.path)
     names = native_names(weights, layout_of(source.path).names, str(source.path))
     tensors = {native: weights[name] for name, native in names.items()} | read_side_tensors(source.path)

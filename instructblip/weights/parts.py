@@ -28,7 +28,7 @@ from instructblip.config.schema import (
 from instructblip.errors import UserError
 from instructblip.fetch.parts import part_folder, sources
 from instructblip.models.base import Model
-from instructblip.models.blip import BLIP_TOKENS, BLIPVQA, BLIPCaption, BLIPPretrain, BLIPRetrieval
+from instructblip.models.blip import BLIP, BLIP_TOKENS, BLIPVQA, BLIPCaption, BLIPPretrain, BLIPRetrieval
 from instructblip.models.blip2 import BLIP2
 from instructblip.models.instructblip import InstructBLIP
 from instructblip.models.llm import LLM
@@ -81,6 +81,8 @@ def build_model(config: ModelConfig, *, trained: Collection[str] | None = None) 
         UserError: a part cannot be fetched, or its settings do not fit its files.
     """
     model = _BUILDERS[config.model.kind](config)
+    if isinstance(model, BLIP):
+        model.vision_norm = VISION_NORMS[config.vision.norm](model.vision.width, config.vision.norm_eps)
     train_parts(model, model.trained_parts if trained is None else trained)
     return model
 

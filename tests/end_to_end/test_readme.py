@@ -23,7 +23,7 @@ from tests.kit.web import caption_web, web_pictures, write_web
 SETUP = ("pip install -r requirements.txt && python train.py", "pip install -r requirements.txt && python -m pytest")
 SCRIPTS = ("train.py", "evaluate.py", "prepare.py")
 ENTRIES = tuple(f"python {script} " for script in SCRIPTS)
-STAGES = "python train.py experiment=align_demo"
+ALIGNED, BLIP = STAGES = ("python train.py experiment=align_demo", "python train.py experiment=blip_demo")
 ONE_PHASE = ("~recipe.phases", "recipe.phases={short: {steps: 3, batch_size: 2, learning_rate: 1e-3}}")
 SWEPT_PHASES = (  # key by key: a section that is given as a whole would replace what is swept
     "recipe.phases.alignment.steps=1",
@@ -169,7 +169,7 @@ def _tiny_training(world: World, given: Mapping[str, str], folder: Path) -> tupl
 def test_the_stages_follow_each_other(world: World, tmp_path: Path) -> None:
     """Each starts from the run of the one before, which its experiment names."""
     parts = [item for item in world.train if item.split(".")[0] in ("vision", "qformer", "llm", "data")]
-    for line in commands(STAGES):
+    for line in commands(ALIGNED):
         _, script, *arguments = shlex.split(line)
         alone = arguments == ["experiment=align_demo_stage1"]
         phase = "instruction" if arguments == ["experiment=align_demo"] else "align"
@@ -178,6 +178,20 @@ def test_the_stages_follow_each_other(world: World, tmp_path: Path) -> None:
         printed = run(world, script, *arguments, *tiny, cwd=tmp_path)
         assert ("starting from outputs/train/align_demo_stage" in printed) != alone
         assert "evaluation/results.json" in printed
+
+
+def test_blip_goes_on_from_its_pre_training(world: World, tmp_path: Path) -> None:
+    """Of which the experiments name the run."""
+    parts = [item for item in world.train if item.split(".")[0] in ("vision", "data")]
+    parts += [item.replace("qformer.", "text.") for item in world.train if item.startswith("qformer.sources.path=")]
+    for line in commands(BLIP):
+        _, script, *arguments = shlex.split(line)
+        first = arguments == ["experiment=blip_demo"]
+        phase = "pretrain" if first else "finetune"
+        tiny = [f"recipe.phases.{phase}.steps=2", "recipe.final_samples=2", "recipe.validation_samples=2"]
+        printed = run(world, script, *arguments, *tiny, *parts, cwd=tmp_path)
+        assert ("starting from outputs/train/blip_demo " in printed) != first
+        assert "checkpoints" in printed
 
 
 @pytest.mark.parametrize("line", [line for line in commands(*ENTRIES) if not line.startswith(STAGES)])

@@ -271,6 +271,8 @@ def test_blip_is_of_parts_that_make_it() -> None:
     config = composed("blip_retrieval")
     assert (config.qformer, config.llm, config.text_model().name) == (None, None, "minilm")
     assert config.train.parts(config) == ("vision", "text")
+    cnn = composed("blip_caption", "vision=efficientnet_lite0", "train.vision=frozen")
+    assert cnn.vision.norm == "channel"
     for kind, override, message in (
         (
             "blip_caption",
