@@ -12,6 +12,7 @@ from PIL import Image
 from instructblip.data.cards import load_card
 from instructblip.data.prepare.convert import prepare_dataset
 from instructblip.weights.__main__ import main as convert
+from tests.kit.blip import write_blip
 from tests.kit.blip2 import write_captioner, write_retrieval
 from tests.kit.families import write_llm
 from tests.kit.own_data import write_own_data
@@ -74,6 +75,8 @@ def _write_published(folder: Path) -> None:
     tiny_huggingface(folder / "instructblip-vicuna-7b")
     write_retrieval(folder / "blip2-itm-vit-g")
     write_captioner(folder / "blip2-opt-2.7b")
+    for name, task in {"image-captioning-base": "caption", "vqa-base": "vqa", "itm-base-coco": "retrieval"}.items():
+        write_blip(folder / f"blip-{name}", task)
 
 
 @pytest.mark.parametrize("line", commands(FEATURES))

@@ -7,6 +7,7 @@ families         tiny language models of every family in configs/llm, as transfo
 runs             the entry points on tiny parts and data: in this process, or as real processes that start fast
 ranks            a function on several ranks that meet over gloo
 stage1           training steps of BLIP-2's first stage, on LAVIS's samples or tiny ones
+blip_training    training steps of BLIP, likewise
 callbacks        Hydra callbacks that print what jobs return
 untrained        a run that was never trained, as a checkpoint folder
 mixtures         small prepared training splits, written so that single samples can be damaged

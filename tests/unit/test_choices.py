@@ -74,7 +74,7 @@ def test_what_may_be_chosen_is_what_the_code_can_do(choices: Any, known: Collect
 
 
 WRONG = [
-    ("train", "vision.norm=foo", "vision.norm=foo is none of layer, channel"),
+    ("train", "vision.norm=foo", "vision.norm=foo is none of layer, channel, none"),
     ("train", "qformer.init=foo", "qformer.init=foo is none of bert, given, scratch"),
     ("train", "qformer.query_init=foo", "qformer.query_init=foo is none of normal, cls"),
     ("train", "model.kind=foo", "model.kind=foo is none of instructblip, blip2, blip2_stage1"),
@@ -203,7 +203,7 @@ def test_a_hash_in_capitals_is_the_same_hash() -> None:
 def test_several_wrong_values_are_all_named() -> None:
     with pytest.raises(UserError) as error:
         check_overrides("train", TrainConfig, ["vision.norm=foo", "qformer.init=foo", "llm.kind=foo"])
-    assert str(error.value).endswith("is none of layer, channel (also wrong: qformer.init, llm.kind)")
+    assert str(error.value).endswith("is none of layer, channel, none (also wrong: qformer.init, llm.kind)")
 
 
 @pytest.mark.parametrize("option", [("--help",), ("--cfg", "job"), ("--info", "config")])
@@ -218,7 +218,7 @@ def test_what_hydra_only_shows_is_checked_in_a_real_process() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (
         2,
         "",
-        "error: vision.norm=foo is none of layer, channel\n",
+        "error: vision.norm=foo is none of layer, channel, none\n",
     )
 
 

@@ -211,6 +211,56 @@ def test_evaluate_needs_a_checkpoint() -> None:
         validate(_own(_compose("evaluate", [])), EvaluateConfig)
 
 
+def test_blip_is_of_parts_that_make_it() -> None:
+    def composed(kind: str, *overrides: str) -> TrainConfig:
+        blip = [
+            f"model={kind}",
+            "vision=vit_b16",
+            "text=minilm",
+            "~qformer",
+            "~llm",
+            "train.vision=full",
+            "data.cache_features=false",
+        ]
+        return compose_config("train", TrainConfig, [*blip, *overrides])
+
+    config = composed("blip_retrieval")
+    assert (config.qformer, config.llm, config.text_model().name) == (None, None, "minilm")
+    assert config.train.parts(config) == ("vision", "text")
+    for kind, override, message in (
+        (
+            "blip_caption",
+            "qformer=minilm",
+            "model=blip_caption has no qformer, and qformer=minilm is one; leave it out",
+        ),
+        ("blip_vqa", "llm=opt_2_7b", "model=blip_vqa has no llm, and llm=opt_2_7b is one"),
+        ("blip_vqa", "text=null", "model=blip_vqa needs a text model; give text=NAME"),
+        (
+            "blip_vqa",
+            "model.queue_size=8",
+            "model.queue_size is none of model=blip_vqa; .* or set model=blip_retrieval or",
+        ),
+        ("blip_pretrain", "vision.norm=layer", "reads the vision encoder's last tokens behind its own norm"),
+        ("blip_pretrain", "vision.final_norm=false", "reads the vision encoder's last tokens behind its own norm"),
+        (
+            "blip_caption",
+            "train.learning_rates.qformer=1e-5",
+            "has no qformer to train; leave train.learning_rates.qformer",
+        ),
+    ):
+        kept = [part for part in ("qformer", "llm") if override.startswith(f"{part}=")]
+        with pytest.raises(UserError, match=message):
+            if override == "text=null":
+                compose_config("train", TrainConfig, [f"model={kind}", "vision=vit_b16", "~qformer", "~llm"])
+            elif kept:
+                others = [f"~{part}" for part in ("qformer", "llm") if part not in kept]
+                compose_config(
+                    "train", TrainConfig, [f"model={kind}", "vision=vit_b16", "text=minilm", *others, override]
+                )
+            else:
+                composed(kind, override)
+
+
 def test_the_second_stage_is_of_parts_that_make_it() -> None:
     def composed(*overrides: str) -> TrainConfig:
         return compose_config("train", TrainConfig, ["experiment=blip2_stage2", *overrides])
@@ -220,7 +270,7 @@ def test_the_second_stage_is_of_parts_that_make_it() -> None:
     assert decoder.language_model().eos_token == "\u010a"
     for override, message in (
         ("qformer.instruction_aware=true", "model=blip2 has a Q-Former that reads no text"),
-        ("model.feature_width=8", "model.feature_width is of BLIP-2's first stage"),
+        ("model.feature_width=8", "model.feature_width is none of model=blip2"),
     ):
         with pytest.raises(UserError, match=message):
             composed(override)
