@@ -308,8 +308,8 @@ class _Captioner(BLIP):
         found = [""] * count
         for rows in _of_equal_length(starts):  # no row is padded in front of what it writes
             start_NT = torch.tensor([starts[row] for row in rows], device=self.device)
-            options["noise_BT"] = None if noise is None else noise[rows]
-            ids_NT = self._decoded(self.decoder, start_NT, tokens_BPU[rows], **options)
+            drawn_NT = None if noise is None else noise[rows]
+            ids_NT = self._decoded(self.decoder, start_NT, tokens_BPU[rows], noise_BT=drawn_NT, **options)
             for row, text in zip(rows, self._texts(ids_NT[:, start_NT.shape[1] :]), strict=True):
                 found[row] = text
         return found
@@ -474,6 +474,7 @@ class BLIPVQA(BLIP):
         do_sample: bool = False,
         temperature: float = 1.0,
         top_p: float = 0.9,
+        noise: Tensor | None = None,
         attend_padding: bool = False,
     ) -> list[str]:
         """Answer each question freely; the defaults are the released ones, whose length limits count the start token.
@@ -481,8 +482,8 @@ class BLIPVQA(BLIP):
         Args:
             images: B pictures, or their image tokens.
             prompts: B questions.
-            num_beams, max_new_tokens, min_new_tokens, length_penalty, repetition_penalty, do_sample, temperature, top_p: as
-                `decoding.decode` takes them; sampling draws one text, whatever `num_beams`.
+            num_beams, max_new_tokens, min_new_tokens, length_penalty, repetition_penalty, do_sample, temperature, top_p,
+                noise: as `decoding.decode` takes them; sampling draws one text, whatever `num_beams`.
             attend_padding: the decoder reads a question's padding too, as the released code's does when it generates: the
                 answer then depends on the batch's longest question.
 
@@ -500,6 +501,7 @@ class BLIPVQA(BLIP):
             temperature=temperature,
             top_p=top_p,
         )
+        check_noise(noise, count, max_new_tokens, do_sample=do_sample)
         states_BTD, mask_BT = self.encode_questions(self.image_tokens(images), prompts)
         ids_BT = self._decoded(
             self.text_decoder,
@@ -514,6 +516,7 @@ class BLIPVQA(BLIP):
             do_sample=do_sample,
             temperature=temperature,
             top_p=top_p,
+            noise_BT=noise,
         )
         return self._texts(ids_BT[:, 1:])
 
