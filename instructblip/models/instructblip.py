@@ -147,12 +147,19 @@ class InstructBLIP(Model):
         return self.projection(query_NQD).view(batch, -1, self.llm.width), tokens
 
     def prepare(self, samples: Samples) -> Inputs:
-        """Answers end with EOS; too long ones are cut on the right."""
+        """Answers end with EOS; too long ones are cut on the right.
+
+        Raises:
+            EntryError: a prompt and its answer need more positions than the LLM has a table of.
+        """
         count = check_images(samples.images)
         check_texts("instructions", samples.instructions, count)
         check_texts("targets", samples.targets, count)
         pairs = zip(samples.instructions, samples.targets, strict=True)
         answers = [self.llm.prompt_format.answer_ids(prompt, target) for prompt, target in pairs]
+        # Rotary positions go on behind those that a model was made for, which one long sample of many may.
+        if self.llm.has_position_table:
+            self._check_positions(samples.images, samples.instructions, answers, training=True)
         return Inputs(samples.images, samples.instructions, answers, samples.image_ids, samples.positions)
 
     def forward(self, inputs: Inputs, wanted: Collection[str], *, packed: bool = False) -> Outputs:
@@ -161,9 +168,6 @@ class InstructBLIP(Model):
         check_texts("prompts", inputs.prompts, count)
         check_tokens("answers", inputs.answers, count)
         check_names("wanted", wanted, self.OUTPUTS)
-        # Rotary positions go on behind those that a model was made for, which one long sample of many may.
-        if "answer_logits" in wanted and self.llm.has_position_table:
-            self._check_positions(inputs.images, inputs.prompts, inputs.answers, training=True)
         visual_BQL, text = self._visual_prompt(self.image_tokens(inputs.images), inputs.prompts)
         tensors, workload = {"visual_prompt": visual_BQL}, PassWorkload(text=text)
         if "visual_cosines" in wanted:

@@ -22,6 +22,8 @@ from tests.kit.web import caption_web, web_pictures, write_web
 
 SETUP = ("pip install -r requirements.txt && python train.py", "pip install -r requirements.txt && python -m pytest")
 SCRIPTS = ("train.py", "evaluate.py", "prepare.py")
+ENTRIES = tuple(f"python {script} " for script in SCRIPTS)
+STAGES = "python train.py experiment=align_demo"
 ONE_PHASE = ("~recipe.phases", "recipe.phases={short: {steps: 3, batch_size: 2, learning_rate: 1e-3}}")
 SWEPT_PHASES = (  # key by key: a section that is given as a whole would replace what is swept
     "recipe.phases.alignment.steps=1",
@@ -51,7 +53,11 @@ def bash_lines(markdown: str) -> list[str]:
 
 
 LINES = [line for document in DOCUMENTS for line in bash_lines(document.read_text(encoding="utf-8"))]
-COMMANDS = list(dict.fromkeys(line for line in LINES if line not in SETUP))
+FIVE_MINUTES = (
+    (REPOSITORY / "docs/data.md").read_text(encoding="utf-8").partition("\n## Your own data in five minutes\n")[2]
+).partition("\n## ")[0]
+IN_ORDER = bash_lines(FIVE_MINUTES)  # which test_five_minutes.py runs one after the other
+COMMANDS = list(dict.fromkeys(line for line in LINES if line not in SETUP and line not in IN_ORDER))
 
 
 def commands(*kinds: str) -> list[str]:
@@ -65,7 +71,7 @@ def test_the_set_up_commands_stand_as_agreed() -> None:
 
 
 def test_there_is_no_command_that_nobody_tries() -> None:
-    tried = (*KINDS, *(f"python {script} " for script in SCRIPTS))
+    tried = (*KINDS, *ENTRIES)
     assert [line for line in COMMANDS if not line.startswith(tried)] == []
     assert [kind for kind in tried if not commands(kind)] == []
 
@@ -160,7 +166,21 @@ def _tiny_training(world: World, given: Mapping[str, str], folder: Path) -> tupl
     return world.train if keeps else (*world.train, *short)
 
 
-@pytest.mark.parametrize("line", commands(*(f"python {script} " for script in SCRIPTS)))
+def test_the_stages_follow_each_other(world: World, tmp_path: Path) -> None:
+    """Each starts from the run of the one before, which its experiment names."""
+    parts = [item for item in world.train if item.split(".")[0] in ("vision", "qformer", "llm", "data")]
+    for line in commands(STAGES):
+        _, script, *arguments = shlex.split(line)
+        alone = arguments == ["experiment=align_demo_stage1"]
+        phase = "instruction" if arguments == ["experiment=align_demo"] else "align"
+        tiny = [f"recipe.phases.{phase}.steps=2", "recipe.final_samples=2", "recipe.validation_samples=2"]
+        tiny += [item for item in parts if not (alone and item.startswith("llm."))]
+        printed = run(world, script, *arguments, *tiny, cwd=tmp_path)
+        assert ("starting from outputs/train/align_demo_stage" in printed) != alone
+        assert "evaluation/results.json" in printed
+
+
+@pytest.mark.parametrize("line", [line for line in commands(*ENTRIES) if not line.startswith(STAGES)])
 def test_a_command_runs(line: str, world: World, finished_run: Path, untrained_stage1: Path, tmp_path: Path) -> None:
     _, script, *arguments = shlex.split(line)
     given = dict(argument.split("=", 1) for argument in arguments if "=" in argument)

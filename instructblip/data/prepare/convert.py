@@ -106,11 +106,11 @@ def prepare_dataset(
     numbers = {"workers": workers, "images_per_shard": images_per_shard, "image_size": image_size, "frames": frames}
     if wrong := [name for name, number in numbers.items() if number is not None and number < 1]:
         raise UserError(f"{wrong[0]}={numbers[wrong[0]]} must be 1 or more")
+    if not raw.is_dir():
+        raise UserError(f"raw={raw} is not a folder; {card.how_to_get}")
     chosen = _present_splits(card, raw) if splits is None else list(splits)
     if unknown := [split for split in chosen if split not in card.splits]:
         raise UserError(f"{card.source} has no split {unknown[0]!r}; choose among {', '.join(card.splits)}")
-    if not raw.is_dir():
-        raise UserError(f"raw={raw} is not a folder; {card.how_to_get}")
     if (look := READERS[card.reader].look) is not None:
         for split in chosen:
             look(RawSplit(raw, split, card.splits[split].files, card.told))
@@ -410,10 +410,8 @@ def _finish(job: _Job, split: str, shards: list[ShardReader], losses: Losses) ->
         losses.merge(_lost(shard))
         notes.merge(_lost(shard, "noted"))
     if not sum(len(shard) for shard in shards):
-        found = "; ".join(f"{loss['count']} x {loss['reason']}" for loss in losses.to_list()) or "no entries"
         raise UserError(
-            f"no image of {card.source}/{split} could be kept ({found}); {unpack_hint(job.raw)}check raw=: "
-            f"{card.how_to_get}"
+            f"no image of {card.source}/{split} could be kept ({_why_none(losses)}); {_what_to_do(job, split)}"
         )
     for path in foreign_files(folder, {shard.path for shard in shards}):
         path.unlink()
@@ -433,6 +431,20 @@ def _finish(job: _Job, split: str, shards: list[ShardReader], losses: Losses) ->
         logger.warning("%s/%s: kept %s x %s", card.source, split, f"{note['count']:,}", note["reason"])
     write_json(folder / MANIFEST_NAME, manifest)
     return folder / MANIFEST_NAME
+
+
+def _why_none(losses: Losses) -> str:
+    """Each reason with its first example."""
+    listed = [f"{loss['count']} x {loss['reason']}, first {loss['examples'][0]}" for loss in losses.to_list()]
+    return "; ".join(listed) or "no entries"
+
+
+def _what_to_do(job: _Job, split: str) -> str:
+    places = [place for role in MEDIA_ROLES for place in job.card.splits[split].files.get(role, ())]
+    packed = next(
+        (hint for folder in (job.raw, *(job.raw / place for place in places)) if (hint := unpack_hint(folder))), ""
+    )
+    return f"{packed}check the card and raw=: {job.card.how_to_get}"
 
 
 def _manifest(card: Card, split: str, shards: list[ShardReader], losses: Losses) -> dict[str, Any]:
