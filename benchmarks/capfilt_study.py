@@ -2,10 +2,10 @@
 
     python benchmarks/capfilt_study.py --seeds 1 2
 
-Each seed pre-trains a model on the demo's training pictures (`experiment=blip_demo`), tunes a captioner and a filter from it,
-each for itself (`blip_demo_caption`, `blip_demo_retrieval`), and filters test pictures. The seed also draws which of them
-have a wrong text, and whose. `--steps` shortens runs: `--steps pretrain=60`. Budgets are in steps; the processor's seconds are
-measured beside them and printed, start-up included.
+Each seed pre-trains a model on the demo's training pictures (`experiment=blip_demo`), tunes a captioner and a filter from
+it, each for itself (`blip_demo_caption`, `blip_demo_retrieval`), and filters test pictures. The seed also draws which of
+them have a wrong text, and whose. `--steps` shortens runs: `--steps pretrain=60`. Budgets are in steps; seconds of the
+processor are measured beside them and printed, start-up included.
 
 What was measured is kept in the folder, a line a seed: a study that was interrupted goes on with the same command. Intervals
 are Wilson's, of one seed's texts; they know nothing of seeds.
@@ -73,13 +73,16 @@ class Study:
         folder: of runs, pictures, results and `measured.jsonl`.
         steps: of runs by their names in `RUNS`, where they are not those of their recipes.
         pictures: how many are filtered, at most.
+        threshold: of the filter's probability, above which a text stays.
         parts: overrides of train.py that choose other parts.
     """
 
-    def __init__(self, folder: Path, *, steps: Mapping[str, int], pictures: int, parts: Sequence[str]) -> None:
-        self.folder, self.steps, self.pictures, self.parts = folder, steps, pictures, parts
+    def __init__(
+        self, folder: Path, *, steps: Mapping[str, int], pictures: int, threshold: float, parts: Sequence[str]
+    ) -> None:
+        self.folder, self.steps, self.pictures, self.threshold, self.parts = folder, steps, pictures, threshold, parts
         self.file = folder / "measured.jsonl"
-        self.console = Console(stderr=True)
+        self.console, self.quiet = Console(stderr=True), Console(stderr=True, quiet=True)
 
     def measured(self) -> dict[int, dict[str, Any]]:
         """Seed -> what was measured."""
@@ -97,34 +100,32 @@ class Study:
         return compose_config("train", TrainConfig, [*overrides, f"output={self.folder}"])
 
     def do(self, seed: int) -> None:
-        """Train what is not trained yet, filter, and write down what became of the texts."""
+        """Train the three, filter, and write down what became of the texts."""
         entry: dict[str, Any] = {"seed": seed, "runs": {}}
-        quiet = Console(stderr=True, quiet=True)
         for name, run in RUNS.items():
             self.console.print(f"seed {seed}: {name}", highlight=False)
             config, started = self.config(name, seed), time.process_time()
-            train(config, quiet)
-            phase = config.recipe.phases[run.phase]
-            budget = {"steps": phase.steps, "batch": phase.batch_size, "cpu_seconds": time.process_time() - started}
-            entry["runs"][name] = budget
+            train(config, self.quiet)
+            phase, seconds = config.recipe.phases[run.phase], time.process_time() - started
+            entry["runs"][name] = {"steps": phase.steps, "batch": phase.batch_size, "cpu_seconds": seconds}
         self.console.print(f"seed {seed}: capfilt", highlight=False)
-        shards = Path(config.data.shards) / "easy_vqa/test"
-        pictures = shuffled(read_pictures(shards)[: self.pictures], seed)
-        web, out, started = self.folder / f"web_{seed}", self.folder / f"capfilt_{seed}", time.process_time()
-        write_web(web, pictures)
-        models = (f"captioner={self.folder / f'captioner_{seed}'}", f"filter={self.folder / f'filter_{seed}'}")
-        given = (f"shards={web / 'shards'}", *models, f"out={out}", f"seed={seed}")
-        capfilt(compose_config("capfilt", CapFiltConfig, list(given)), quiet)
-        entry["runs"]["capfilt"] = {"pictures": len(pictures), "cpu_seconds": time.process_time() - started}
-        entry["texts"] = counts(pictures, json.loads((out / "captions.json").read_text(encoding="utf-8")))
-        entry["report"] = {
-            key: value for key, value in json.loads((out / "report.json").read_text()).items() if key in KEPT
-        }
+        started = time.process_time()
+        entry["texts"], entry["report"] = self._filter(seed, Path(config.data.shards) / "easy_vqa/test")
+        entry["runs"]["capfilt"] = {"cpu_seconds": time.process_time() - started}
         with open(self.file, "a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
 
-
-KEPT = ("pictures", "synthetic", "web")  # of a report
+    def _filter(self, seed: int, split: Path) -> tuple[dict[str, list[int]], dict[str, Any]]:
+        """What CapFilt leaves of the pictures' texts, by `counts`, and its report."""
+        pictures = shuffled(read_pictures(split)[: self.pictures], seed)
+        web, out = self.folder / f"web_{seed}", self.folder / f"capfilt_{seed}"
+        write_web(web, pictures)
+        models = (f"captioner={self.folder / f'captioner_{seed}'}", f"filter={self.folder / f'filter_{seed}'}")
+        given = [f"shards={web / 'shards'}", *models, f"out={out}", f"seed={seed}", f"threshold={self.threshold}"]
+        capfilt(compose_config("capfilt", CapFiltConfig, given), self.quiet)
+        report = json.loads((out / "report.json").read_text(encoding="utf-8"))
+        listed = json.loads((out / "captions.json").read_text(encoding="utf-8"))
+        return counts(pictures, listed), {name: report[name] for name in ("pictures", "synthetic", "web")}
 
 
 def read_pictures(split: Path) -> list[Picture]:
@@ -220,6 +221,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--steps", nargs="*", default=[], metavar="RUN=N", help=", ".join(RUNS))
     parser.add_argument("--pictures", type=int, default=400, help="test pictures that are filtered")
+    parser.add_argument("--threshold", type=float, default=0.5, help="probability above which a text stays")
     parser.add_argument("--folder", type=Path, default=Path("outputs/capfilt_study"))
     parser.add_argument("--threads", type=int, default=1, help="threads of torch")
     parser.add_argument("--parts", nargs="*", default=[], help="overrides of train.py that choose other parts")
@@ -227,7 +229,8 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     steps = {name: int(count) for name, _, count in (item.partition("=") for item in arguments.steps)}
     arguments.folder.mkdir(parents=True, exist_ok=True)
-    study = Study(arguments.folder, steps=steps, pictures=arguments.pictures, parts=arguments.parts)
+    given = {"pictures": arguments.pictures, "threshold": arguments.threshold, "parts": arguments.parts}
+    study = Study(arguments.folder, steps=steps, **given)
     for seed in arguments.seeds:
         if seed not in study.measured():
             study.do(seed)
