@@ -66,19 +66,21 @@ class Matching(PairedObjective):
         Raises:
             UserError: all that a sample may be paired with shows its own image.
         """
-        near_BN, wrong_BN = self._near(batch), self._wrong(batch)
-        if not bool((near_BN & wrong_BN).any(dim=1).all()):
+        # Of all samples, own or not: all ranks must refuse.
+        every = batch._replace(own_rows_B=torch.arange(len(batch.positions_N), device=batch.positions_N.device))
+        if not bool((self._near(every) & self._wrong(every)).any(dim=1).all()):
             raise UserError(
-                f"a global batch of {near_BN.shape[1]} samples{self._within()} shows a single image, and matching needs "
-                "wrong ones to draw; raise recipe.phases.NAME.batch_size, or train on more images"
+                f"a global batch of {len(batch.positions_N)} samples{self._within()} shows a single image, and matching "
+                "needs wrong ones to draw; raise recipe.phases.NAME.batch_size, or train on more images"
             )
+        near_BN, wrong_BN = self._near(batch).cpu(), self._wrong(batch).cpu()
         positions = batch.positions_N[batch.own_rows_B].tolist()
         streams = [seeded_generator(seed, "matching", place) for place in positions]
         numbers_2B = torch.from_numpy(np.stack([stream.random(2) for stream in streams], axis=1))
         images_B, answers_B = (
             # In float64 on the CPU: what is drawn must not depend on how a GPU sums.
             _draw(
-                self._likelihoods(logits_BN.detach().cpu().double(), near_BN.cpu(), wrong_BN.cpu()),
+                self._likelihoods(logits_BN.detach().cpu().double(), near_BN, wrong_BN),
                 batch.positions_N,
                 numbers_B,
             )

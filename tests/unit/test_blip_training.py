@@ -1,17 +1,20 @@
 """A step of BLIP's training depends on the global batch and on what came before, however it is cut."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
 
 from instructblip.data.batching import Batch
 from instructblip.distributed import ALONE
 from instructblip.errors import UserError
-from instructblip.models.blip import BLIP, BLIPRetrieval
+from instructblip.models.base import Partners
+from instructblip.models.blip import BLIP, BLIPPretrain, BLIPRetrieval
 from instructblip.objectives import Objective, ObjectiveSettings, make_objectives
 from instructblip.objectives.base import WholeBatch
 from instructblip.objectives.distillation import COPIES, Distillation, PairDistillation
@@ -100,6 +103,63 @@ def test_dropout_and_drop_path_draw_the_same_in_both_passes() -> None:
         assert "image_projected_m" in before and "image_projected_m" not in after
         for name in ("image_projected", "text_projected"):
             assert torch.equal(before[name], after[name])
+
+
+def test_steps_are_those_of_the_algorithm_written_down() -> None:
+    """Four steps (BLIP, section 3.2; ALBEF, algorithm of its appendix): copies move first, the queue is filled last."""
+    ours, theirs, drawn = tiny_blip(queue_size=40), tiny_blip(queue_size=40), list[dict[int, tuple[int, int]]]()
+    distil = PairDistillation(ramp=4)
+    optimizer = make_adamw(ours.named_parameters(), weight_decay=0.05, betas=(0.9, 0.999))
+    for number in range(4):
+        matching = WatchedPairMatching()
+        batches = [tiny_batch(rows, first=16 * number) for rows in SPLITS[8]]
+        objectives = (distil.at(number), matching, Captioning())
+        train_step(ours, optimizer, batches, objectives=objectives, rate=1e-3, clip_norm=None)
+        drawn.append({row: matching.drawn[16 * number + row] for row in range(16)})
+    optimizer, momentum = (
+        make_adamw(theirs.named_parameters(), weight_decay=0.05, betas=(0.9, 0.999)),
+        momentum_of(theirs),
+    )
+    pointer = 0
+    for number in range(4):
+        with torch.no_grad():
+            for name, weight in momentum.named_parameters():
+                weight.copy_(0.995 * weight + 0.005 * theirs.get_parameter(name))
+        wrong = drawn[number]
+        inputs = theirs.prepare(tiny_batch(ROWS))
+        partners = Partners(
+            torch.as_tensor(inputs.images)[[wrong[row][0] - 16 * number for row in ROWS]],
+            [inputs.answers[wrong[row][1] - 16 * number] for row in ROWS],
+        )
+        outputs = theirs(replace(inputs, partners=partners), BLIPPretrain.OUTPUTS).tensors
+        image, text, temperature = outputs["image_projected"][:, 0], outputs["text_projected"], outputs["temperature"]
+        keys = {
+            "image": torch.cat([outputs["image_projected_m"][:, 0], momentum.image_queue.T.clone()]),
+            "text": torch.cat([outputs["text_projected_m"], momentum.text_queue.T.clone()]),
+        }
+        share, losses = 0.4 * number / 4, []
+        for query, own_m, key in ((image, keys["image"][:16], "text"), (text, keys["text"][:16], "image")):
+            soft = (own_m @ keys[key].T / temperature).softmax(dim=1).detach()
+            target = share * soft + (1 - share) * torch.eye(16, 56)
+            losses.append(-(target * (query @ keys[key].T / temperature).log_softmax(dim=1)).sum(dim=1).mean())
+        labels = torch.tensor([1] * 16 + [0] * 32)
+        tokens = torch.tensor([token for ids in inputs.answers for token in ids])
+        match = cross_entropy(outputs["match_logits"].flatten(0, 1), labels)
+        write = cross_entropy(outputs["answer_logits"], tokens, label_smoothing=0.1)
+        optimizer.zero_grad()
+        (sum(losses) / 2 + match + write).backward()  # type: ignore[union-attr]
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-3
+        optimizer.step()
+        places = [(pointer + place) % 40 for place in range(16)]
+        momentum.image_queue[:, places], momentum.text_queue[:, places] = keys["image"][:16].T, keys["text"][:16].T
+        pointer = (pointer + 16) % 40
+    assert int(momentum_of(ours).pointer) == pointer
+    expected = theirs.state_dict()
+    for name, tensor in ours.state_dict().items():
+        # Biases of keys change nothing: their gradient is rounding, which AdamW makes steps of.
+        if name not in ("momentum.pointer", "momentum.image_id_queue") and not name.endswith(("key.bias", "qkv.bias")):
+            torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-4, msg=name)
 
 
 # --- copies ----------------------------------------------------------------------------------------------------------
@@ -219,8 +279,10 @@ def test_a_group_of_one_image_has_no_partners() -> None:
     features = {"image_projected": torch.ones(4, 1, 2), "text_projected": torch.ones(4, 2)}
     batch = WholeBatch(features, features, {"temperature": torch.tensor(1.0)}, ids, rows, rows)
     assert len(Matching().draw(batch, 0).images) == 4
-    with pytest.raises(UserError, match=r"4 samples has 2 in a row \(recipe\.phases\.NAME\.negatives_among\)"):
-        Matching(among=2).draw(batch, 0)
+    of_another_rank = batch._replace(own={}, own_rows_B=rows[2:])
+    for seen in (batch, of_another_rank):
+        with pytest.raises(UserError, match=r"4 samples has 2 in a row \(recipe\.phases\.NAME\.negatives_among\)"):
+            Matching(among=2).draw(seen, 0)
 
 
 def test_the_temperature_stays_within_its_bounds_in_a_step() -> None:
