@@ -178,7 +178,7 @@ def blip_shape(vision: VisionEncoder, model: BLIP) -> BLIPShape:
         "trained": model.trained_parts,
     }
     if isinstance(model, BLIPCaption):
-        return CaptionShape(**common, decoder=model.text_decoder, prompt=model.prompt_length)
+        return CaptionShape(**common, decoder=model.text_decoder, prompt=len(model.caption_start()))
     if isinstance(model, BLIPVQA):
         return AnswerShape(**common, encoder=model.text_encoder, decoder=model.text_decoder)
     assert isinstance(model, BLIPRetrieval)
