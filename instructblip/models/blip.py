@@ -318,11 +318,6 @@ class _Captioner(BLIP):
                     f"{name}[{number}] has {len(ids)} tokens; the text model has {limit} places: shorten it"
                 )
 
-    @property
-    def prompt_length(self) -> int:
-        """Tokens that begin every caption."""
-        return len(self._prompt_ids(self.prompt))
-
     def _prompt_ids(self, prompt: str) -> list[int]:
         """Those that a caption begins with: of the prompt, [DEC] in the place of [CLS], without [SEP]."""
         return [self.start_id, *self.tokenizer(prompt)["input_ids"][1:-1]]
@@ -341,7 +336,7 @@ class BLIPCaption(_Captioner):
         trained: the parts that train; the others are frozen.
 
     Raises:
-        ValueError: a tokenizer without the start tokens, a decoder without a head.
+        ValueError: a tokenizer without the start tokens, a decoder without a head, a prompt that leaves no room.
     """
 
     PARTS = {"vision": ("vision", "vision_norm"), "text": ("text_decoder",)}  # noqa: RUF012
@@ -362,6 +357,8 @@ class BLIPCaption(_Captioner):
         _check_writes(text_decoder)
         self.text_decoder = text_decoder
         self.prompt = prompt
+        if len(self.caption_start()) >= max_text_tokens:
+            raise ValueError(f"the prompt {prompt!r} fills all {max_text_tokens} tokens of a caption; shorten it")
         self.choose_trained(trained)
 
     @property

@@ -2,6 +2,7 @@
 
 import json
 import math
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,13 +15,14 @@ from torch import Tensor
 from instructblip.data.cards import load_card
 from instructblip.data.prepare.convert import prepare_dataset
 from instructblip.data.records import Record
+from instructblip.distributed import Ranks
 from instructblip.evaluation.journal import Journal
 from instructblip.evaluation.outcomes import TaskResult
 from instructblip.evaluation.protocol import EvaluationSample, Task, make_task
 from instructblip.evaluation.retrieval import answer_pairs
-from instructblip.evaluation.runner import read_pixels, run_task
+from instructblip.evaluation.runner import answer_share, read_pixels, run_task
 from instructblip.models.base import Model
-from tests.kit.blip import SIDE, tiny_caption, tiny_pretrain, tiny_vqa
+from tests.kit.blip import SIDE, tiny_caption, tiny_pretrain, tiny_retrieval, tiny_vqa
 from tests.kit.synthetic_tasks import synthetic_task
 from tests.kit.tiny import write_easy_vqa
 from tests.kit.vectors import TOLERANCE, blip_images, blip_pretrain, blip_retrieval, case
@@ -114,3 +116,39 @@ def test_answers_and_captions_are_written(shards: Path, tmp_path: Path) -> None:
     for model in (tiny_caption(), tiny_pretrain()):
         assert shown.needs(model.SKILLS) == "caption"
         assert all(item.prediction for item in answer(model, shown, batch_size=2).predictions)
+
+
+@pytest.mark.parametrize("name", ["nocaps", "flickr30k_retrieval", "easy_vqa_shape"])
+def test_one_and_two_ranks_write_the_same_answers_twice(name: str, shards: Path, tmp_path: Path) -> None:
+    """The three tasks: captions, retrieval, answers ranked."""
+    make = {"nocaps": tiny_caption, "flickr30k_retrieval": tiny_retrieval, "easy_vqa_shape": tiny_vqa}[name]
+    model: Any = make()
+    if name == "easy_vqa_shape":
+        task = make_task(load_card(name), shards, samples=12)
+    else:
+        task = synthetic_task(load_card(name), tmp_path / "shards", 10)
+    found = []
+    for run, world_size in enumerate((1, 1, 2)):
+        options: dict[str, Any] = {"batch_size": 4, "folder": tmp_path / str(run), "model_fingerprint": ""}
+        others = [
+            threading.Thread(
+                target=answer_share, args=(model, task, read_pixels(SIDE)), kwargs=options | {"ranks": Ranks(1, 2)}
+            )
+        ][: world_size - 1]
+        for other in others:
+            other.start()
+        result = run_task(model, task, read_pixels(SIDE), ranks=Ranks(0, world_size), show_progress=False, **options)
+        for other in others:
+            other.join(60)
+        found.append((result.value, result.low, result.high, (tmp_path / str(run) / "predictions.jsonl").read_bytes()))
+    assert found[0] == found[1] == found[2]
+
+
+def test_more_of_the_nearest_may_be_matched_than_a_card_says(tmp_path: Path) -> None:
+    card = load_card("coco_retrieval")
+    few, more = (synthetic_task(card, tmp_path / str(count), 3, rerank=count) for count in (1, 256))
+    assert (few.protocol.rerank, more.protocol.rerank) == (1, 256)
+    assert synthetic_task(card, tmp_path / "own", 3).protocol.rerank == 128
+    found = [answer(tiny_retrieval(), task, batch_size=8) for task in (few, more)]
+    assert [len(item.ranked) for item in found[0].predictions] == [1] * 3
+    assert all(len(item.ranked) > 1 for item in found[1].predictions)

@@ -212,7 +212,7 @@ class TextParts(NamedTuple):
     def of(cls, model: BLIP) -> Self:
         """Those of a built model."""
         if isinstance(model, BLIPCaption):
-            return cls(None, model.text_decoder, nn.ModuleDict(), model.prompt_length)
+            return cls(None, model.text_decoder, nn.ModuleDict(), len(model.caption_start()))
         if isinstance(model, BLIPVQA):
             return cls(model.text_encoder, model.text_decoder, nn.ModuleDict())
         assert isinstance(model, BLIPRetrieval)
