@@ -5,6 +5,7 @@ from typing import Any
 
 from instructblip.config.schema import (
     ArchitectureConfig,
+    CapFiltConfig,
     DataConfig,
     EvaluateConfig,
     InspectConfig,
@@ -47,6 +48,8 @@ def check(config: Any) -> None:
         _check_preparation(config)
     elif isinstance(config, InspectConfig):
         _check_inspection(config)
+    elif isinstance(config, CapFiltConfig):
+        _check_capfilt(config)
 
 
 def check_search(config: Any, direction: str) -> None:
@@ -243,3 +246,13 @@ def _check_inspection(config: InspectConfig) -> None:
         raise UserError("data.cache_features=true leaves nothing to decode; inspect with data.cache_features=false")
     _check_mixture(config.mixture)
     _check_groups("there is", config.mixture, config.batch_size, config.micro_batch_size)
+
+
+def _check_capfilt(config: CapFiltConfig) -> None:
+    if config.variant == "blip2" and config.threshold is not None:
+        raise UserError("threshold= is of variant=blip; variant=blip2 keeps the best of each picture, as many as kept=")
+    if config.variant == "blip" and config.kept is not None:
+        raise UserError("kept= is of variant=blip2; variant=blip keeps all that match with more than threshold=")
+    most, least = config.max_new_tokens, config.min_new_tokens
+    if most is not None and least is not None and least > most:
+        raise UserError(f"min_new_tokens={least} is more than max_new_tokens={most}; lower it")

@@ -65,6 +65,7 @@ Mode = Literal["rank", "generate", "retrieve"]
 Preset = Literal["paper", "lavis"]
 OcrLibrary = Literal["rapidocr"]
 Missing = Literal["stop", "skip"]
+CapFiltVariant = Literal["blip", "blip2"]
 CardTask = Literal["vqa", "captioning", "multiple_choice", "classification", "statement", "conversation"]
 # Scores that a card may name; `evaluation.metrics.METRICS` has them all.
 MetricName = Literal[
@@ -602,6 +603,36 @@ class FeaturesConfig(Section):
     tolerance: NotNegative = 0  # damaged pictures that are left out
     vision_path: str | None = None
     qformer_path: str | None = None
+
+
+@dataclass(kw_only=True)
+class CapFiltConfig(Section):
+    """Everything `python -m instructblip.capfilt` reads."""
+
+    shards: str  # folder of prepared splits
+    captioner: str
+    filter: str  # variant=blip: what matches pictures and texts; blip2: a CLIP
+    out: str
+    variant: CapFiltVariant = "blip"
+    split: str = "train"
+    prompt: str | None = None  # of a captioner that reads one
+    captions: AtLeastOne | None = None  # drawn for each picture; None: 1, or 10 of variant=blip2
+    top_p: Annotated[float, Field(gt=0, le=1)] = 0.9
+    max_new_tokens: AtLeastOne | None = None  # these three: None is as the captioner was released
+    min_new_tokens: NotNegative | None = None
+    repetition_penalty: PositiveFloat | None = None
+    threshold: Annotated[float, Field(ge=0, lt=1)] | None = None  # of variant=blip; None: 0.5
+    kept: AtLeastOne | None = None  # of variant=blip2; None: 2
+    text_processor: TextProcessor | None = (
+        None  # of what the filter reads; None: blip_caption, or none of variant=blip2
+    )
+    seed: int = 0
+    tolerance: NotNegative = 0  # damaged pictures, per shard, that are counted and left out
+    llm: LLMConfig | None = None  # of a captioner that is a .pth file, or in place of its own
+    vision_path: str | None = None
+    qformer_path: str | None = None
+    device: Device = "auto"
+    batch_size: AtLeastOne = 64
 
 
 @dataclass(kw_only=True)

@@ -145,6 +145,14 @@ class _Mistake:
             return f"{given} has {limits['actual_length']} entries; give {'at least ' * (least == 1)}{least}"
         return self._wrong_type(name, kind, error)
 
+    def _as_meant(self, place: KeyPath, value: str) -> str:
+        """A text that is given for a section, or for a list of them, in the form that the schema has: `{name: TEXT}`."""
+        wanted = _bare(_annotation(self.kind, place))
+        inner = _bare(typing.get_args(wanted)[0]) if typing.get_origin(wanted) in (list, tuple) else wanted
+        names = valid_keys(inner) if isinstance(inner, type) and dataclasses.is_dataclass(inner) else ()
+        text = f"{{name: {_shown(value)}}}" if "name" in names else _shown(value)
+        return text if inner is wanted else f"[{text}]"
+
     def _wrong_type(self, name: str, kind: str, error: ErrorDetails) -> str:
         expected = {
             "int_type": "a whole number",
@@ -162,8 +170,9 @@ class _Mistake:
         hint = ""
         if kind == "string_type" and value is not None and not isinstance(value, list | dict):
             hint = f"; put it in quotes: {name}=\"'{_shown(value)}'\"" if self.on_command_line else "; put it in quotes"
-        elif kind in ("list_type", "tuple_type") and isinstance(value, str) and self.on_command_line:
-            hint = f"; give {name}=[{_shown(value)}]"
+        elif kind in ("list_type", "tuple_type", "dataclass_type") and isinstance(value, str) and self.on_command_line:
+            meant = self._as_meant(error["loc"], value)
+            hint = f"; give {name}={meant}" if meant[0] == "[" else f"; give {meant}" if meant[0] == "{" else ""
         return f"{name or 'the file'} must be {expected.get(kind, error['msg'])}, not {_shortened(repr(value))}{hint}"
 
     def _no_choice(self, place: KeyPath, value: Any) -> str:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from statistics import fmean
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 from instructblip.config.schema import CardTask, NotNegative, Section, Sha256
 from instructblip.config.validate import build, differences, nearest, read_sections, unknown_key, valid_keys
@@ -82,6 +82,8 @@ class Download(Section):
             is kept as it is.
         members: patterns (`*_balanced_questions.json`) of the archive's members that are unpacked; empty: all.
         flat: whether the members' own folders are left out, for archives whose folders differ or are not known.
+        below: the folder in the archive that what is wanted lies in, where it has one around all; members are named, and
+            unpacked, from there on.
         splits: those that need it; empty: all.
         bytes, sha256: of the file, where known; the server's file must have them.
     """
@@ -91,6 +93,7 @@ class Download(Section):
     unpack: str | None = None
     members: tuple[str, ...] = ()
     flat: bool = False
+    below: str = ""
     splits: tuple[str, ...] = ()
     bytes: NotNegative | None = None
     sha256: Sha256 | None = None
@@ -317,7 +320,7 @@ def _load_own(path: Path, given: str) -> OwnCard:
     if values.get("view_of") is not None:
         facts = _parents_facts(values, path, lambda name: _own_parent(path, name))
         read_as, values = facts.pop("task", None), values | facts
-    by_loader = {"path": given, "said": said, "read_as": read_as}
+    by_loader = {"path": given, "said": said, "read_as": read_as if read_as in get_args(CardTask) else None}
     card: OwnCard = build(OwnCard, completed(values, path) | by_loader, str(path))
     _check_own(card, path)
     _check_card(card, path)
@@ -537,7 +540,8 @@ def _check_fetch(card: Card, path: Path) -> None:
         key = f"{path}: fetch.{number}"
         if not _URL.fullmatch(item.url):
             raise UserError(f"{key}.url {item.url!r} is no address of http or https")
-        if not item.gives or (item.unpack is None and (len(item.gives) != 1 or item.members or item.flat)):
+        of_archive = item.members or item.flat or item.below
+        if not item.gives or (item.unpack is None and (len(item.gives) != 1 or of_archive)):
             raise UserError(
                 f"{key}.gives must name what is there afterwards: one file, or, with unpack, some of a folder"
             )

@@ -226,10 +226,18 @@ class ShardReader:
 
     def read_records(self, row: int) -> list[Record]:
         """The records of row `row` alone, without reading its frames."""
+        return self._records(row, self._read_text(row))
+
+    def image_id(self, row: int) -> str:
+        """What the source calls the image of row `row`, whose records are sound."""
+        return parse_records(self._read_text(row))[0]
+
+    def _read_text(self, row: int) -> bytes:
+        """The JSON text of row `row`."""
         offset, size = (int(self.arrays[name][row]) for name in JSON_ARRAYS)
         span = self._read_span(offset - tarfile.BLOCKSIZE, tarfile.BLOCKSIZE + size)
         self._check_header(span, f"{self.keys[row]}.json", size)
-        return self._records(row, span[tarfile.BLOCKSIZE :])
+        return span[tarfile.BLOCKSIZE :]
 
     def read_encoded(self, row: int) -> tuple[tuple[bytes, ...], bytes]:
         """The encoded frames and the JSON text of row `row`, as they are stored."""

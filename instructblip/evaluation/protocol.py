@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -24,6 +25,8 @@ from instructblip.evaluation.metrics.own import find_metric
 from instructblip.evaluation.metrics.retrieval import chance_of_recall
 from instructblip.models.base import Skill
 from instructblip.models.ranking import RANKING_PRESETS
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -343,7 +346,7 @@ def train_answers(card: Card, shards: Path) -> tuple[str, ...]:
     """Every answer of the prepared train split, the most frequent first, equally frequent ones by text.
 
     Raises:
-        UserError: that split is not prepared.
+        UserError: that split is not prepared, or has one answer alone.
     """
     folder = shards / card.source / "train"
     if not (folder / MANIFEST_NAME).is_file():
@@ -352,6 +355,11 @@ def train_answers(card: Card, shards: Path) -> tuple[str, ...]:
             f"dataset={card.prepared_as} split=train raw=FOLDER out={shards}, or evaluate with mode=generate"
         )
     counts = Counter(answer for record in _card_records(card, open_split(folder)) for answer in record.answers)
+    if len(counts) == 1:
+        raise UserError(
+            f"{card.name} ranks all answers of its train split, and that has one alone, {next(iter(counts))!r}, which would "
+            "always be chosen; add other classes, list them under evaluation.candidates, or evaluate with mode=generate"
+        )
     return tuple(sorted(counts, key=lambda answer: (-counts[answer], answer)))
 
 
@@ -453,8 +461,25 @@ def released_lengths(max_len: int, min_len: int, llm_kind: str) -> tuple[int, in
 def _vocabulary(card: Card, shards: Path, source: str, samples: Sequence[EvaluationSample]) -> tuple[str, ...]:
     """The texts that all samples are ranked among."""
     if source == "train_answers":
-        return train_answers(card, shards)
+        vocabulary = train_answers(card, shards)
+        _note_unknown(card, frozenset(vocabulary), samples)
+        return vocabulary
     return tuple(text for sample in samples for text in sample.record.captions) if source == "captions" else ()
+
+
+def _note_unknown(card: Card, vocabulary: frozenset[str], samples: Sequence[EvaluationSample]) -> None:
+    """Say how many samples no answer of the train split is right for: a class that is written otherwise there, say."""
+    unknown = [sample for sample in samples if sample.record.answers and vocabulary.isdisjoint(sample.record.answers)]
+    if unknown:
+        logger.warning(
+            "%s: %s of %s samples have an answer that the train split has not, so that none can be chosen which is right; "
+            "the first is %s, %r",
+            card.name,
+            f"{len(unknown):,}",
+            f"{len(samples):,}",
+            unknown[0].id,
+            unknown[0].record.answers[0],
+        )
 
 
 def _answers_public(card: Card, split: str, metric: Metric, samples: Sequence[EvaluationSample]) -> bool:

@@ -29,6 +29,7 @@ from instructblip.evaluation.results_file import PREDICTIONS
 from instructblip.evaluation.retrieval import answer_pairs, remove_images
 from instructblip.evaluation.work import BatchLimit, read_ahead
 from instructblip.files import sha256_file
+from instructblip.models.arguments import of_samples
 from instructblip.models.base import Model
 from instructblip.progress import progress_bar
 
@@ -273,7 +274,18 @@ def _images(
 
 @torch.inference_mode()
 def _ask(model: Any, task: Task, batch: Sequence[tuple[Question, Tensor]]) -> list[Answer]:
-    """The model's answers to questions, from image tokens."""
+    """The model's answers to questions, from image tokens.
+
+    Raises:
+        UserError: a question that the model cannot take, or answers with no numbers; names its sample.
+    """
+    try:
+        return _answers(model, task, batch)
+    except ValueError as error:
+        raise of_samples(error, [question.sample.id for question, _ in batch]) from None
+
+
+def _answers(model: Any, task: Task, batch: Sequence[tuple[Question, Tensor]]) -> list[Answer]:
     protocol, samples = task.protocol, [question.sample for question, _ in batch]
     images, prompts = torch.stack([tokens for _, tokens in batch]), [sample.prompt for sample in samples]
     if protocol.mode == "generate":

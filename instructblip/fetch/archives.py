@@ -54,6 +54,7 @@ def unpack(
     *,
     members: Sequence[str] = (),
     flat: bool = False,
+    below: str = "",
     advance: Callable[[int], None] = lambda number: None,
 ) -> int:
     """Write the files of a zip or tar archive below `folder`, each whole or not at all, over what has the same name.
@@ -61,6 +62,7 @@ def unpack(
     Args:
         members: patterns of the wanted names (`*` stands for `/` too); empty: all.
         flat: write the files without their folders.
+        below: the folder in the archive whose files are written, their names from there on; empty: all files.
         advance: called with the number of bytes of each file that has been written.
 
     Returns:
@@ -75,9 +77,12 @@ def unpack(
     size, limit, free = 0, _limit(archive), _free(folder)
     try:
         for member in _members(archive):
-            if members and not any(fnmatch.fnmatchcase(member.name, pattern) for pattern in members):
+            if below and not member.name.startswith(f"{below}/"):
                 continue
-            name = PurePosixPath(member.name).name if flat else str(PurePosixPath(member.name))
+            name = member.name[len(below) + 1 :] if below else member.name
+            if members and not any(fnmatch.fnmatchcase(name, pattern) for pattern in members):
+                continue
+            name = PurePosixPath(name).name if flat else str(PurePosixPath(name))
             if name in written:
                 raise ArchiveError(f"{archive.name} has two members {name}; the archive is not to be trusted")
             written.add(name)

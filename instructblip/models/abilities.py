@@ -127,6 +127,8 @@ def _measure(llm: LLM, in_float32: LLMAbilities | None = None) -> LLMAbilities:
     if not right and trial.exact:
         trial = _start(llm, _embedding_factor(llm))
         right = trial.llm.abilities.embedding_factor != 1 and _rows_are_right(trial)
+    if not right and not trial.exact:  # which asks for no more than numbers
+        raise _not_finite(llm, "logits of padded rows", "the padding overflows there:")
     if not right:
         raise UserError(
             f"{_name(llm)} gives other logits for padded rows of embeddings than for each row's tokens alone; answers "
@@ -174,11 +176,12 @@ def _start(llm: LLM, embedding_factor: float) -> _Trial:
 def _check_finite(llm: LLM, logits: Sequence[Tensor]) -> None:
     if all((part < torch.inf).all() for part in logits):  # NaN is not
         return
+    raise _not_finite(llm, "logits", "its weights are damaged, or overflow in that dtype: fetch them again, or")
+
+
+def _not_finite(llm: LLM, what: str, why: str) -> UserError:
     dtype = str(llm.embeddings.weight.dtype).removeprefix("torch.")
-    raise UserError(
-        f"{_name(llm)}: logits are not finite numbers in {dtype}; its weights are damaged, or overflow in that dtype: "
-        "fetch them again, or take bfloat16 or float32"
-    )
+    return UserError(f"{_name(llm)}: {what} are not finite numbers in {dtype}; {why} take bfloat16 or float32")
 
 
 def _token_source(llm: LLM) -> Callable[[int], list[int]]:
@@ -236,7 +239,9 @@ def _rounding(llm: LLM, prompt: Tensor, answers: Sequence[Sequence[int]], own: T
         return 0.0
     moves = torch.rand(prompt.shape, generator=torch.Generator().manual_seed(1)).sub(0.5).to(prompt.device)
     moved = prompt.float() * (1 + moves * torch.finfo(prompt.dtype).eps)
-    difference = (_own_logits(llm, moved.to(prompt.dtype), answers) - own).abs()
+    logits = _own_logits(llm, moved.to(prompt.dtype), answers)
+    _check_finite(llm, [logits])
+    difference = (logits - own).abs()
     return float(difference[difference.isfinite()].amax())
 
 

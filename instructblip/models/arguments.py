@@ -13,6 +13,37 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from instructblip.errors import UserError
+
+_MOST_NAMED = 5  # samples in a message
+
+
+class EntryError(ValueError):
+    """A wrong entry of an argument that has one for each sample.
+
+    Attributes:
+        argument: its name, a plural.
+        number: of the entry.
+        reason: what is wrong with it, as it follows the name.
+    """
+
+    def __init__(self, argument: str, number: int, reason: str) -> None:
+        super().__init__(f"{argument}[{number}] {reason}")
+        self.argument, self.number, self.reason = argument, number, reason
+
+
+def of_samples(error: ValueError, ids: Sequence[str]) -> UserError:
+    """What is wrong with a batch of a dataset's samples, for the person whose data they are.
+
+    Args:
+        error: what a method of a model said of the batch.
+        ids: of its samples.
+    """
+    if isinstance(error, EntryError):
+        return UserError(f"{ids[error.number]}: its {error.argument.removesuffix('s')} {error.reason}")
+    named = ", ".join(ids[:_MOST_NAMED]) + (f" and {len(ids) - _MOST_NAMED} more" if len(ids) > _MOST_NAMED else "")
+    return UserError(f"the model cannot take {named}: {error}; correct them in their source, and prepare it again")
+
 
 def check_images(images: Any) -> int:
     """The number of pictures, clips or image tokens.
@@ -56,7 +87,8 @@ def check_texts(name: str, texts: Any, count: int | None) -> None:
     """
     _check_list(name, texts, "strings")
     for number, text in enumerate(texts):
-        _check_text(f"{name}[{number}]", text)
+        if wrong := _what_is_wrong_with(text):
+            raise EntryError(name, number, wrong)
     if count is not None and len(texts) != count:
         raise ValueError(f"{name} has {len(texts)} entries for {count} images; give one for each")
 
@@ -87,7 +119,8 @@ def check_candidates(candidates: Any, count: int) -> None:
         name = f"candidates[{number}]"
         _check_list(name, texts, "strings")
         for place, text in enumerate(texts):
-            _check_text(f"{name}[{place}]", text)
+            if wrong := _what_is_wrong_with(text):
+                raise ValueError(f"{name}[{place}] {wrong}")
     if len(candidates) != count:
         raise ValueError(f"candidates has {len(candidates)} lists for {count} prompts; give one for each")
 
@@ -153,6 +186,26 @@ def check_decoding(
         raise ValueError(f"top_p is {top_p!r}; give a probability above 0, 1 for all tokens")
 
 
+def check_noise(noise: Any, count: int, max_new_tokens: int, *, do_sample: bool) -> None:
+    """What sampling draws with, where it is given: a number in [0, 1) for each new token of each row.
+
+    Raises:
+        ValueError: names `noise`.
+    """
+    if noise is None:
+        return
+    if not do_sample:
+        raise ValueError("noise is what sampling draws with; set do_sample=True, or leave it out")
+    if not isinstance(noise, Tensor) or not noise.is_floating_point() or noise.ndim != 2:
+        raise ValueError("noise is no tensor of numbers (images, tokens); give one of torch.rand")
+    if len(noise) != count or noise.shape[1] < max_new_tokens:
+        raise ValueError(
+            f"noise is of {tuple(noise.shape)} for {count} images and {max_new_tokens} new tokens; give a number for each"
+        )
+    if not ((noise >= 0) & (noise < 1)).all():
+        raise ValueError("noise holds numbers outside of [0, 1); give those of torch.rand")
+
+
 def check_positions(spans: Sequence[int], limit: int | None) -> None:
     """Prompts that fit the language model's positions, together with their answers.
 
@@ -161,13 +214,15 @@ def check_positions(spans: Sequence[int], limit: int | None) -> None:
         limit: positions that there are; None: any number.
 
     Raises:
-        ValueError: names the prompt.
+        EntryError: names the prompt.
     """
     for number, span in enumerate(spans):
         if limit is not None and span > limit:
-            raise ValueError(
-                f"prompts[{number}] needs {span} positions with its visual tokens and its answer; the language model has "
-                f"{limit}: shorten the prompt or the answer, or give fewer frames"
+            raise EntryError(
+                "prompts",
+                number,
+                f"needs {span} positions with its visual tokens and its answer; the language model has {limit}: shorten the "
+                "prompt or the answer, or give fewer frames",
             )
 
 
@@ -190,13 +245,15 @@ def _check_list(name: str, value: Any, of: str) -> None:
         raise ValueError(f"{name} is empty; give a list of {of}")
 
 
-def _check_text(name: str, text: Any) -> None:
+def _what_is_wrong_with(text: Any) -> str:
+    """Nothing: it is a text that a tokenizer takes."""
     if not isinstance(text, str):
-        raise ValueError(f"{name} is of type {type(text).__name__}; give strings")
+        return f"is of type {type(text).__name__}; give strings"
     try:
         text.encode()
-    except UnicodeEncodeError as error:  # half of a character, which no tokenizer takes
-        raise ValueError(f"{name} is no text: {error.reason} at place {error.start}") from None
+    except UnicodeEncodeError as error:  # half of a character
+        return f"is no text: {error.reason} at place {error.start}"
+    return ""
 
 
 def _check_tensor(images: Tensor) -> None:

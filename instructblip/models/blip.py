@@ -26,6 +26,7 @@ from instructblip.models.arguments import (
     check_counts,
     check_decoding,
     check_images,
+    check_noise,
     check_texts,
 )
 from instructblip.models.base import Inputs, Model, Outputs, PartStructure, PassWorkload, Samples
@@ -268,6 +269,7 @@ class _Captioner(BLIP):
         do_sample: bool = False,
         temperature: float = 1.0,
         top_p: float = 0.9,
+        noise: Tensor | None = None,
     ) -> list[str]:
         """Caption each image; the returned text does not hold the prompt.
 
@@ -278,8 +280,8 @@ class _Captioner(BLIP):
             images: B pictures, or their image tokens.
             prompts: beginnings of the B captions in place of `prompt`; "" begins with [DEC] alone, as transformers does.
             repetition_penalty: None takes the released 1.1 where tokens are drawn, and none otherwise.
-            num_beams, max_new_tokens, min_new_tokens, length_penalty, do_sample, temperature, top_p: as `decoding.decode`
-                takes them; sampling draws one text, whatever `num_beams`.
+            num_beams, max_new_tokens, min_new_tokens, length_penalty, do_sample, temperature, top_p, noise: as
+                `decoding.decode` takes them; sampling draws one text, whatever `num_beams`.
 
         Raises:
             ValueError: a wrong argument by its name, before anything is computed.
@@ -298,6 +300,7 @@ class _Captioner(BLIP):
             "top_p": top_p,
         }
         check_decoding(**options)
+        check_noise(noise, count, max_new_tokens, do_sample=do_sample)
         options |= {"do_sample": do_sample, "num_beams": 1 if do_sample else num_beams}
         starts = [self._prompt_ids(text) for text in ([self.prompt] * count if prompts is None else prompts)]
         self._check_room("prompts", starts)
@@ -305,7 +308,8 @@ class _Captioner(BLIP):
         found = [""] * count
         for rows in _of_equal_length(starts):  # no row is padded in front of what it writes
             start_NT = torch.tensor([starts[row] for row in rows], device=self.device)
-            ids_NT = self._decoded(self.decoder, start_NT, tokens_BPU[rows], **options)
+            drawn_NT = None if noise is None else noise[rows]
+            ids_NT = self._decoded(self.decoder, start_NT, tokens_BPU[rows], noise_BT=drawn_NT, **options)
             for row, text in zip(rows, self._texts(ids_NT[:, start_NT.shape[1] :]), strict=True):
                 found[row] = text
         return found
@@ -467,6 +471,7 @@ class BLIPVQA(BLIP):
         do_sample: bool = False,
         temperature: float = 1.0,
         top_p: float = 0.9,
+        noise: Tensor | None = None,
         attend_padding: bool = False,
     ) -> list[str]:
         """Answer each question freely; the defaults are the released ones, whose length limits count the start token.
@@ -474,8 +479,8 @@ class BLIPVQA(BLIP):
         Args:
             images: B pictures, or their image tokens.
             prompts: B questions.
-            num_beams, max_new_tokens, min_new_tokens, length_penalty, repetition_penalty, do_sample, temperature, top_p: as
-                `decoding.decode` takes them; sampling draws one text, whatever `num_beams`.
+            num_beams, max_new_tokens, min_new_tokens, length_penalty, repetition_penalty, do_sample, temperature, top_p,
+                noise: as `decoding.decode` takes them; sampling draws one text, whatever `num_beams`.
             attend_padding: the decoder reads a question's padding too, as the released code's does when it generates: the
                 answer then depends on the batch's longest question.
 
@@ -493,6 +498,7 @@ class BLIPVQA(BLIP):
             temperature=temperature,
             top_p=top_p,
         )
+        check_noise(noise, count, max_new_tokens, do_sample=do_sample)
         states_BTD, mask_BT = self.encode_questions(self.image_tokens(images), prompts)
         ids_BT = self._decoded(
             self.text_decoder,
@@ -507,6 +513,7 @@ class BLIPVQA(BLIP):
             do_sample=do_sample,
             temperature=temperature,
             top_p=top_p,
+            noise_BT=noise,
         )
         return self._texts(ids_BT[:, 1:])
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from instructblip.models.arguments import check_choice, check_decoding, check_images
+from instructblip.models.arguments import check_choice, check_decoding, check_images, check_noise
 from instructblip.models.base import Inputs, Model, Outputs, PartStructure, PassWorkload, Samples
 from instructblip.models.decoding import decode
 from instructblip.models.pairs import Features, MatchHead, TextOutputs, check_pairs, padded, token_ids
@@ -347,14 +347,15 @@ class BLIP2(Model):
         do_sample: bool = False,
         temperature: float = 1.0,
         top_p: float = 0.9,
+        noise: Tensor | None = None,
     ) -> list[str]:
         """Caption each image; the defaults are the released ones, whose length limits count the start token.
 
         Args:
             images: B pictures, or their image tokens.
             prompts: this model captions without one.
-            num_beams, max_new_tokens, min_new_tokens, length_penalty, repetition_penalty, do_sample, temperature, top_p: as
-                `decoding.decode` takes them; sampling draws one text, whatever `num_beams`.
+            num_beams, max_new_tokens, min_new_tokens, length_penalty, repetition_penalty, do_sample, temperature, top_p,
+                noise: as `decoding.decode` takes them; sampling draws one text, whatever `num_beams`.
 
         Raises:
             ValueError: prompts, or a wrong argument by its name, before anything is computed.
@@ -364,7 +365,8 @@ class BLIP2(Model):
             raise self._has_no("language-model head to caption with")
         if prompts is not None:
             raise ValueError("BLIP-2's first stage captions without a prompt: prompts=None")
-        check_images(images)
+        count = check_images(images)
+        check_noise(noise, count, max_new_tokens, do_sample=do_sample)
         check_decoding(
             num_beams=num_beams,
             max_new_tokens=max_new_tokens,
@@ -390,6 +392,7 @@ class BLIP2(Model):
             do_sample=do_sample,
             temperature=temperature,
             top_p=top_p,
+            noise_BT=noise,
         )
         return [text.strip() for text in self.tokenizer.batch_decode(ids_BT[:, 1:], skip_special_tokens=True)]
 

@@ -24,12 +24,14 @@ from instructblip.models.arguments import (
     check_decoding,
     check_images,
     check_names,
+    check_noise,
     check_positions,
     check_texts,
     check_tokens,
     frame_counts,
 )
 from instructblip.models.base import Inputs, Model, Outputs, PartStructure, PassWorkload, Samples, blocks_of
+from instructblip.models.decoding import Draws
 from instructblip.models.llm import LLM
 from instructblip.models.qformer import QFormer
 from instructblip.models.ranking import TOKEN_BUDGET, deduplicated, rank_candidates
@@ -145,12 +147,19 @@ class InstructBLIP(Model):
         return self.projection(query_NQD).view(batch, -1, self.llm.width), tokens
 
     def prepare(self, samples: Samples) -> Inputs:
-        """Answers end with EOS; too long ones are cut on the right."""
+        """Answers end with EOS; too long ones are cut on the right.
+
+        Raises:
+            EntryError: a prompt and its answer need more positions than the LLM has a table of.
+        """
         count = check_images(samples.images)
         check_texts("instructions", samples.instructions, count)
         check_texts("targets", samples.targets, count)
         pairs = zip(samples.instructions, samples.targets, strict=True)
         answers = [self.llm.prompt_format.answer_ids(prompt, target) for prompt, target in pairs]
+        # Rotary positions go on behind those that a model was made for, which one long sample of many may.
+        if self.llm.has_position_table:
+            self._check_positions(samples.images, samples.instructions, answers, training=True)
         return Inputs(samples.images, samples.instructions, answers, samples.image_ids, samples.positions)
 
     def forward(self, inputs: Inputs, wanted: Collection[str], *, packed: bool = False) -> Outputs:
@@ -159,9 +168,6 @@ class InstructBLIP(Model):
         check_texts("prompts", inputs.prompts, count)
         check_tokens("answers", inputs.answers, count)
         check_names("wanted", wanted, self.OUTPUTS)
-        # Rotary positions go on behind those that a model was made for, which one long sample of many may.
-        if "answer_logits" in wanted and self.llm.has_position_table:
-            self._check_positions(inputs.images, inputs.prompts, inputs.answers, training=True)
         visual_BQL, text = self._visual_prompt(self.image_tokens(inputs.images), inputs.prompts)
         tensors, workload = {"visual_prompt": visual_BQL}, PassWorkload(text=text)
         if "visual_cosines" in wanted:
@@ -249,14 +255,16 @@ class InstructBLIP(Model):
         do_sample: bool = False,
         temperature: float = 1.0,
         top_p: float = 1.0,
+        noise: Tensor | None = None,
         beam_lengths: str = "new_tokens",
     ) -> list[str]:
         """Answer each prompt freely; the returned text never holds the prompt. Without prompts BLIP-2 captions the images.
 
         Lengths and the repetition penalty are over new tokens only. Greedy with one beam; with `do_sample` the next token
-        is drawn (torch's global random stream) from the smallest set of probability `top_p`, after division of the logits
-        by `temperature`. The released defaults are 5 beams, 256 tokens, a repetition penalty of 1.5. `beam_lengths` is one
-        of `generation.BEAM_LENGTHS`.
+        is drawn from the smallest set of probability `top_p`, after division of the logits by `temperature`, with torch's
+        global random stream or with `noise`: a number in [0, 1) for each new token of each image (B, max_new_tokens). The
+        released defaults are 5 beams, 256 tokens, a repetition penalty of 1.5. `beam_lengths` is one of
+        `generation.BEAM_LENGTHS`.
 
         Raises:
             ValueError: a wrong argument, by its name, before anything is computed.
@@ -276,9 +284,14 @@ class InstructBLIP(Model):
             top_p=top_p,
         )
         check_choice("beam_lengths", beam_lengths, generation.BEAM_LENGTHS)
+        check_noise(noise, count, max_new_tokens, do_sample=do_sample)
+        if noise is not None and num_beams > 1:
+            raise ValueError("noise draws one text for each image: num_beams=1")
         self._check_positions(images, prompts, [range(max_new_tokens)] * len(prompts))
         sampling: dict[str, Any] = {"do_sample": False}
-        if do_sample:  # top_k=0 sets no limit; left out, transformers' default of 50 would
+        if noise is not None:
+            sampling["draws"] = Draws(noise, temperature, top_p)
+        elif do_sample:  # top_k=0 sets no limit; left out, transformers' default of 50 would
             sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
         with generation.finite_logits(self.llm.model), generation.beam_lengths(self.llm.model, beam_lengths):
             return self.llm.generate(

@@ -16,6 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from instructblip.data.batching import Batch, in_order_of_draws, split_further
 from instructblip.errors import UserError
+from instructblip.models.arguments import of_samples
 from instructblip.models.base import Inputs, Model
 from instructblip.objectives import Objective
 from instructblip.objectives.base import SampleObjective
@@ -86,18 +87,18 @@ def train_step(
 
     Raises:
         UserError: the loss or the gradient is not finite, and is not to be skipped; the weights are as they were, the
-            samples are named. Another rank is lost.
+            samples are named. A sample that the model cannot take, by its name. Another rank is lost.
     """
     optimizer.zero_grad()
     ranks = context.ranks
-    inputs = [model.prepare(batch) for batch in batches]
+    inputs = [_prepared(model, batch) for batch in batches]
     counts = ranks.gather({"passes": len(batches), "units": [sum(map(o.count, inputs)) for o in objectives]})
     divisors = _divisors(objectives, inputs, counts, micro_batch_means=context.micro_batch_means)
     if context.equal_passes and (passes := max(count["passes"] for count in counts)) > len(batches):
         wholes = {place: number for number, batch in enumerate(batches) for place in batch.places}
         batches = split_further(batches, passes)
         divisors = [[of_parts[wholes[batch.places[0]]] for batch in batches] for of_parts in divisors]
-        inputs = [model.prepare(batch) for batch in batches]
+        inputs = [_prepared(model, batch) for batch in batches]
     with ranks.watched():
         follow(model.copies(), model.copy_momentum)
         passes = backward(model, inputs, objectives, divisors, packed=packed, seed=seed, context=context)
@@ -117,6 +118,13 @@ def train_step(
     if passes.batch is not None:
         remember(model, passes.batch)
     return result
+
+
+def _prepared(model: Model, batch: Batch) -> Inputs:
+    try:
+        return model.prepare(batch)
+    except ValueError as error:
+        raise of_samples(error, batch.ids) from None
 
 
 def _divisors(

@@ -248,13 +248,18 @@ def huggingface_source(source: str | Path) -> Path | None:
     path = Path(source).expanduser()
     if is_huggingface_folder(path):
         return path
-    if path.exists() or path.suffix in (".pth", ".pt") or not _HUB_ID.fullmatch(str(source)):
+    if path.exists() or path.suffix in (".pth", ".pt") or not is_hub_id(str(source)):
         return None
     return hub_folder(str(source))
 
 
+def is_hub_id(source: str) -> bool:
+    """Whether a text has the form of a hub id: `OWNER/NAME`."""
+    return _HUB_ID.fullmatch(source) is not None
+
+
 def hub_folder(repository: str) -> Path:
-    """The files of a transformers InstructBLIP model on the hub, fetched once.
+    """The files of a transformers model on the hub, fetched once.
 
     Files that would have to be unpickled are fetched only where there are no others.
 

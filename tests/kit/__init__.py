@@ -14,6 +14,7 @@ mixtures         small prepared training splits, written so that single samples 
 own_data         pictures, questions and a short card of one's own
 own_tables       rows of one's own in every form that is read: tables, dialogues, tars
 raw_files        raw folders in official layouts: the cases of tests/data/readers, with real small images
+web              shards of web pictures with their texts, and capfilt on them
 all_datasets     raw folders and shards of all datasets that have files of their own
 synthetic_tasks  made-up samples of every evaluated dataset, a model that knows the answers, one that guesses
 stored           results.json and predictions.jsonl as evaluate.py leaves them

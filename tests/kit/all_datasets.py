@@ -8,8 +8,8 @@ from instructblip.data.cards import load_card
 from instructblip.data.prepare.convert import prepare_dataset
 from tests.kit.raw_files import write_raw
 
-# Sources of cards that are not among the paper's 26: the demo's, and those of BLIP-2's pre-training.
-OTHERS = ("easy_vqa", "cc3m", "cc12m", "sbu", "laion", "vg_caption")
+# Sources of cards that are not among the paper's 26: the demo's, photos in folders, and those of BLIP-2's pre-training.
+OTHERS = ("easy_vqa", "clothing_small", "cc3m", "cc12m", "sbu", "laion", "vg_caption")
 # Views that ask one of the 26 in another way.
 OTHER_WAYS = (
     "aokvqa_multiple_choice",

@@ -400,6 +400,21 @@ def test_weights_that_overflow_in_half_precision_are_named_as_such() -> None:
     assert "not finite numbers in float16" in refusal(llm)
 
 
+def test_padding_that_overflows_in_half_precision_is_named_as_such() -> None:
+    """In float32 all is well, and so is each row alone: what is wrong is no weight and no class."""
+    llm = unmeasured("llama", torch.float16)
+
+    def overflow(_module: Any, _inputs: Any, named: dict[str, Any]) -> None:
+        rows = named.get("inputs_embeds")
+        if rows is not None and rows.dtype == torch.float16:
+            rows[(rows == 0).all(dim=-1)] = torch.inf
+
+    llm.body.register_forward_pre_hook(overflow, with_kwargs=True)
+    assert refusal(llm).endswith(
+        "logits of padded rows are not finite numbers in float16; the padding overflows there: take bfloat16 or float32"
+    )
+
+
 def test_a_model_that_sees_what_follows_is_refused() -> None:
     torch.manual_seed(0)
     settings = transformers.BertConfig(**SIZES, intermediate_size=64, is_decoder=False)

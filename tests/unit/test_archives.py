@@ -55,6 +55,8 @@ def test_a_sound_archive_is_unpacked(tmp_path: Path, make: Callable[[Path, dict[
     assert sorted(_files(tmp_path / "some")) == ["a/b/two.txt", "a/one.txt"]
     assert unpack(archive, tmp_path / "flat", flat=True) == 3
     assert sorted(_files(tmp_path / "flat")) == ["one.txt", "three.json", "two.txt"]
+    assert unpack(archive, tmp_path / "below", below="a", members=["*.txt"]) == 2
+    assert sorted(_files(tmp_path / "below")) == ["b/two.txt", "one.txt"]
     (tmp_path / "all/three.json").write_bytes(b"half")
     unpack(archive, tmp_path / "all")
     assert _files(tmp_path / "all") == SOUND

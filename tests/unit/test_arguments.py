@@ -221,11 +221,22 @@ def test_a_prompt_beyond_the_positions_is_named_and_one_that_just_fits_is_taken(
     )
     frames = tiny_images(1, frames=LIMIT // QUERIES)
     refused(lambda: short.generate(frames, ["a"], max_new_tokens=1), "prompts[0] needs", "fewer frames")
-    inputs = Inputs(frames, ["a"], [[1, 2]])
-    assert len(short(inputs, ["answer_logits"]).tensors["answer_logits"]) == 2  # rotary positions go on
-    short.llm.model.positions = nn.Embedding(LIMIT + 2, 4)  # as OPT's, rows of a table do not
-    refused(lambda: short(inputs, ["answer_logits"]), "prompts[0] needs")
-    assert short(inputs, ["visual_prompt"]).tensors["visual_prompt"].shape[1] == LIMIT  # which needs no positions
+
+
+def test_rows_of_a_table_end_where_rotary_positions_go_on(short: InstructBLIP) -> None:
+    frames = tiny_images(2, frames=LIMIT // QUERIES)
+    inputs = short.prepare(Samples(frames, ["a", "b"], ["c", "d"]))
+    assert len(short(inputs, ["answer_logits"]).tensors["answer_logits"]) == sum(map(len, inputs.answers))
+    short.llm.model.positions = nn.Embedding(LIMIT + 2, 4)  # as OPT's
+    refused(
+        lambda: short.prepare(Samples(frames, ["a", "b"], ["c", "d"])),
+        "prompts[0] needs",
+        f"the language model has {LIMIT}",
+    )
+    fits, longer = prompt_of(short, LIMIT - QUERIES - 4), prompt_of(short, LIMIT)
+    images = tiny_images(2)
+    assert len(short.prepare(Samples(images, ["a", fits], ["c", "d"])).prompts) == 2
+    refused(lambda: short.prepare(Samples(images, [fits, longer], ["c", "d"])), "prompts[1] needs")
 
 
 def test_an_encoder_and_a_decoder_have_positions_each() -> None:

@@ -13,7 +13,14 @@ import yaml
 
 from instructblip.config import schema
 from instructblip.config.entry import _parse, check_overrides, compose_config
-from instructblip.config.schema import EvaluateConfig, FeaturesConfig, InspectConfig, PrepareConfig, TrainConfig
+from instructblip.config.schema import (
+    CapFiltConfig,
+    EvaluateConfig,
+    FeaturesConfig,
+    InspectConfig,
+    PrepareConfig,
+    TrainConfig,
+)
 from instructblip.config.validate import read_model_config, to_yaml
 from instructblip.data.batching import BATCHINGS
 from instructblip.data.mixture import WEIGHTINGS
@@ -38,6 +45,7 @@ COMMANDS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "prepare": (PrepareConfig, ()),
     "inspect": (InspectConfig, ()),
     "features": (FeaturesConfig, ("checkpoint=x",)),
+    "capfilt": (CapFiltConfig, ("shards=s", "captioner=x", "filter=y", "out=o")),
 }
 
 
@@ -92,6 +100,11 @@ WRONG = [
     ("prepare", "workers=0", "workers=0 is too small; give 1 or more"),
     ("prepare", "check=a show=b", "check= and show= are different tasks"),
     ("inspect", "mixture.per=epoch", "mixture.per=epoch is none of sample, batch, step"),
+    ("capfilt", "variant=blip3", "variant=blip3 is none of blip, blip2"),
+    ("capfilt", "top_p=0", "top_p=0 is too small; give more than 0"),
+    ("capfilt", "variant=blip2 threshold=0.5", "threshold= is of variant=blip; variant=blip2 keeps the best"),
+    ("capfilt", "kept=2", "kept= is of variant=blip2; variant=blip keeps all that match"),
+    ("capfilt", "max_new_tokens=4 min_new_tokens=5", "min_new_tokens=5 is more than max_new_tokens=4"),
 ]
 
 

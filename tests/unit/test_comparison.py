@@ -29,6 +29,7 @@ from instructblip.evaluation.report.table import (
 from instructblip.evaluation.results_file import read_run
 from instructblip.evaluation.suite import DatasetResult, results_json
 from instructblip.files import sha256_file, write_json
+from tests.kit.own_data import write_card
 from tests.kit.stored import entry, write_run
 from tests.kit.synthetic_tasks import PICTURE, synthetic_task
 from tests.kit.tiny import write_easy_vqa
@@ -143,6 +144,15 @@ def test_a_card_cannot_name_what_is_not_there(
 
 
 # --- records that are missing ----------------------------------------------------------------------------------------
+
+
+def test_rows_of_train_that_could_not_be_read_mark_no_score_on_ones_own_data(tmp_path: Path) -> None:
+    train = RecordCounts(None, prepared=98, lost=2, answered=98)
+    records = RecordCounts(None, prepared=60, lost=0, answered=60, scored=60, vocabulary=train)
+    own = load_card(write_card(tmp_path, evaluation={"mode": "rank"}))
+    assert comparison_marks(own, {"split": "val"}, records) == {}
+    official = comparison_marks(load_card("msvd_qa"), {"split": "test"}, replace(records, expected=60))
+    assert official == {OTHER_PROTOCOL: "candidates from 98 of 100 records (98 prepared, 2 lost in preparing) of train"}
 
 
 def flickr30k(expected: int | None) -> Card:

@@ -17,6 +17,7 @@ from instructblip.config.checks import check
 from instructblip.config.entry import compose_config
 from instructblip.config.schema import (
     CONFIGS,
+    CapFiltConfig,
     EvaluateConfig,
     FeaturesConfig,
     InspectConfig,
@@ -45,6 +46,7 @@ SCHEMAS: dict[str, Any] = {
     "prepare": PrepareConfig,
     "inspect": InspectConfig,
     "features": FeaturesConfig,
+    "capfilt": CapFiltConfig,
 }
 PARTS = ("vision", "qformer", "llm")
 # Launchers need optional plugins: tests/end_to_end/test_sweep.py.
@@ -53,7 +55,7 @@ FILES = sorted(
 )
 COMMAND = re.compile(
     r"# (?:(?:torchrun [^ ]+ |python )(?=\w+\.py)|python -m instructblip\.(?:training\.)?)"
-    r"(train|evaluate|prepare|inspect|features)(?:\.py)?(.*)"
+    r"(train|evaluate|prepare|inspect|features|capfilt)(?:\.py)?(.*)"
 )
 
 
@@ -104,8 +106,49 @@ def test_an_entry_point_needs_no_argument(name: str) -> None:
     validate(_own(_compose(name, [])), SCHEMAS[name])
 
 
+def _leaves(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(values, dict) and values:
+        for key, value in values.items():
+            yield from _leaves(value, f"{prefix}.{key}".lstrip("."))
+    else:
+        yield prefix, values
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if file.startswith("experiment/")])
+def test_what_an_experiment_says_holds(file: str) -> None:
+    """Of the configuration that it is part of, too: that comes before it."""
+    said = OmegaConf.to_container(OmegaConf.load(CONFIGS / file))
+    assert isinstance(said, dict)
+    found = _compose("train", [f"experiment={Path(file).stem}"])
+    leaves = {key: value for key, value in _leaves(said) if not key.startswith("defaults") and value != {}}
+    composed = {key: OmegaConf.select(found, key, throw_on_missing=False) for key in leaves}
+    assert {key: OmegaConf.to_container(c) if OmegaConf.is_config(c) else c for key, c in composed.items()} == leaves
+
+
 def test_the_experiment_is_what_train_does_alone() -> None:
     assert _own(_compose("train", [])) == _own(_compose("train", ["experiment=demo"]))
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if file.startswith("experiment/")])
+def test_what_an_experiment_says_holds(file: str) -> None:
+    """Over the defaults of train.yaml: what it starts from and what it trains, too."""
+    said = OmegaConf.to_container(OmegaConf.load(CONFIGS / file))
+    assert isinstance(said, dict)
+    composed = OmegaConf.to_container(_own(_compose("train", [f"experiment={Path(file).stem}"])))
+    for key, value in _leaves({key: value for key, value in said.items() if key != "defaults"}):
+        assert _at(composed, key) == value, ".".join(key)
+
+
+def _leaves(values: dict[Any, Any], *above: Any) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, *above, key)
+        else:
+            yield (*above, key), value
+
+
+def _at(values: Any, key: tuple[Any, ...]) -> Any:
+    return values if not key else _at(values[key[0]], key[1:])
 
 
 # --- no key that nobody reads ----------------------------------------------------------------------------------------
@@ -186,6 +229,9 @@ def test_a_key_like_no_other_names_its_neighbours() -> None:
         ("data.cache_features=maybe", ["data.cache_features must be true or false, not 'maybe'"]),
         ("vision.mean=[1, a, 3]", ["vision.mean.1 must be a number, not 'a'"]),
         ("recipe.phases=3", ["recipe.phases must be keys and values, not 3"]),
+        ("mixture.datasets=[./mine.yaml]", ["mixture.datasets.0 must be keys", "; give {name: ./mine.yaml}"]),
+        ("mixture.datasets=./mine.yaml", ["must be a list", "; give mixture.datasets=[{name: ./mine.yaml}]"]),
+        ("suite.held_in=./mine.yaml", ["must be a list", "; give suite.held_in=[./mine.yaml]"]),
         ("+recipe.warmup=3", ["unknown key recipe.warmup", "the keys there are: recipe.name"]),
         (
             "recipe.phases={alignment: {stepps: 1}}",

@@ -34,11 +34,11 @@ ARCHIVES = {  # name on the server -> what of a raw folder of VQA 2.0 it holds
 
 
 def _pack(source: Path, name: str, kind: str) -> bytes:
-    """A zip, or a compressed tar, of a file or folder."""
+    """A zip of a file or folder; or a compressed tar, in which it lies below a folder, as in those of GitHub."""
     buffer = io.BytesIO()
     if kind.endswith(".gz"):
         with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
-            tar.add(source / name, name)
+            tar.add(source / name, f"vqa-main/{name}")
         return buffer.getvalue()
     with zipfile.ZipFile(buffer, "w") as archive:
         for path in [source / name, *sorted((source / name).rglob("*"))]:
@@ -66,7 +66,7 @@ def _downloads(server: FileServer) -> list[Download]:
         if name not in ("val2017.tar.gz", "val2014.zip")
     ]
     images = [
-        Download(f"{server.url}/val2017.tar.gz", ("val2017",), unpack="."),
+        Download(f"{server.url}/val2017.tar.gz", ("val2017",), unpack=".", below="vqa-main"),
         Download(f"{server.url}/val2014.zip", ("val2014",), unpack=".", splits=("val",)),
     ]
     return [*archives, *images, Download(f"{server.url}/note.txt", ("notes/note.txt",))]

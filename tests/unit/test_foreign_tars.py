@@ -75,6 +75,19 @@ def test_json_gives_columns_and_members_may_be_numbered_pictures_or_a_video(tmp_
     assert lost == {"sample has several files for image": (1, 1)}
 
 
+def test_captions_to_train_on_keep_the_url_of_their_picture(tmp_path: Path) -> None:
+    urls = {"a": "https://a.org/x?y=1 ", "b": "ftp://b.org/x", "c": 7, "d": "two https://d.org words"}
+    members = {}
+    for name, url in urls.items():
+        members[f"{name}.jpg"] = _picture()
+        members[f"{name}.json"] = json.dumps({"caption": "a text", "url": url}).encode()
+    write_tar(tmp_path / "0.tar", members)
+    media, lost = _read(tmp_path)
+    assert lost == {}
+    assert [item.records[0].tags for item in media] == [{"url": "https://a.org/x?y=1"}, {}, {}, {}]
+    assert {str(item.records[0].tags) for item in _read(tmp_path, split="val")[0]} == {"{}"}
+
+
 def test_nothing_but_text_and_json_is_decoded_and_no_member_is_followed(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "0.tar", "w") as tar:
 
@@ -167,7 +180,8 @@ def _folders(raw: Path, *names: str) -> Card:
 
 
 def test_links_to_folders_of_classes_are_followed_and_hidden_files_left_alone(tmp_path: Path) -> None:
-    card = _folders(tmp_path, "photos/hat/a.jpg", "photos/hat/.b.jpg", "photos/.git/c.jpg", "elsewhere/d.JPG")
+    systems = ("photos/hat/Thumbs.db", "photos/desktop.ini", "photos/__MACOSX/hat/._a.jpg", "photos/.DS_Store")
+    card = _folders(tmp_path, *systems, "photos/hat/a.jpg", "photos/hat/.b.jpg", "photos/.git/c.jpg", "elsewhere/d.JPG")
     (tmp_path / "photos/scho\u0308n").symlink_to(tmp_path / "elsewhere")
     (path,) = prepare_dataset(card, tmp_path, tmp_path / "out", progress=False)
     assert json.loads(path.read_text())["lost"] == []
@@ -177,11 +191,28 @@ def test_links_to_folders_of_classes_are_followed_and_hidden_files_left_alone(tm
 
 
 @pytest.mark.parametrize(
-    ("names", "words"), [((), "lacks photos"), (("photos/a.jpg",), "must be a folder with a folder for each")]
+    ("names", "words"),
+    [
+        ((), "lacks photos"),
+        (("photos/a.jpg",), "must be a folder with a folder for each"),
+        (("photos/.git/a.jpg",), "must be a folder with a folder for each"),
+        (
+            ("photos/test/hat/a.jpg", "photos/train/hat/b.jpg"),
+            r"called test, train, which would be classes; .* in the card: splits: {test: {folder: photos/test}}",
+        ),
+    ],
 )
 def test_a_folder_without_classes_is_one_line(tmp_path: Path, names: tuple[str, ...], words: str) -> None:
     with pytest.raises(UserError, match=words):
         prepare_dataset(_folders(tmp_path, *names), tmp_path, tmp_path / "out", progress=False)
+
+
+def test_one_class_alone_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    prepare_dataset(_folders(tmp_path, "photos/hat/a.jpg"), tmp_path, tmp_path / "out", progress=False)
+    assert "split train has one class alone, hat: nothing can be told apart" in caplog.text
+    caplog.clear()
+    prepare_dataset(_folders(tmp_path, "photos/train/b.jpg"), tmp_path, tmp_path / "out", progress=False)
+    assert caplog.text == "", "a class may be called train among others"
 
 
 def test_ids_that_repeat_are_counted_by_prepare(tmp_path: Path) -> None:

@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from instructblip.data.batching import Batch, Batching
 from instructblip.distributed import Ranks
 from instructblip.errors import UserError
+from instructblip.models.arguments import of_samples
 from instructblip.models.instructblip import InstructBLIP
 from instructblip.objectives import Objective
 from instructblip.training.loop import StepResult, log_entry, run_steps, train_step
@@ -63,6 +65,31 @@ def _step(
     batches = [_batch(rows) for rows in split]
     result = train_step(model, optimizer, batches, objectives=objectives, rate=1e-3, clip_norm=clip_norm)
     return result, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_a_sample_that_the_model_cannot_take_is_named_before_anything_is_trained() -> None:
+    model = tiny_model(0).train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    batches = [_batch([0, 1]), _batch([2, 3])]
+    half = "\ud83d"  # of a character, as an answer that was cut has it
+    batches[1] = batches[1]._replace(instructions=[INSTRUCTIONS[2], f"{half} what shape?"])
+    with pytest.raises(UserError, match=r"^shape/3: its instruction is no text"):
+        train_step(model, _optimizer(model), batches, objectives=LANGUAGE, rate=1e-3, clip_norm=None)
+    model.llm.model.config.max_position_embeddings = 8
+    model.llm.model.positions = nn.Embedding(8, 4)
+    with pytest.raises(
+        UserError, match=r"^color/0: its prompt needs \d+ positions .* shorten the prompt or the answer"
+    ):
+        train_step(model, _optimizer(model), [_batch([0, 1])], objectives=LANGUAGE, rate=1e-3, clip_norm=None)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items() if name in before)
+
+
+def test_what_is_wrong_with_a_whole_batch_names_its_samples() -> None:
+    names = [f"mine/{number}" for number in range(7)]
+    assert str(of_samples(ValueError("images has two sizes"), names)) == (
+        "the model cannot take mine/0, mine/1, mine/2, mine/3, mine/4 and 2 more: images has two sizes; "
+        "correct them in their source, and prepare it again"
+    )
 
 
 def _optimizer(model: InstructBLIP) -> torch.optim.Optimizer:

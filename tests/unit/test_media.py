@@ -58,6 +58,13 @@ def _color(image: Image.Image, place: tuple[float, float]) -> str:
     [
         (b"", "image file is empty"),
         (bytes(300), "file is not an image"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "file is not an image but HEIC, which is not read; save it as JPEG"),
+        (b"%PDF-1.7\n", "file is not an image but a PDF; save its pages as JPEG or PNG"),
+        (b'<?xml version="1.0"?>\n<svg/>', "file is not an image but SVG, which is not read; save it as PNG"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\n",
+            "file is not an image but a pointer of Git LFS; run git lfs pull",
+        ),
         (b"<!DOCTYPE html><html>not found</html>", "file is not an image"),
         (_image("JPEG")[:-200], "image is truncated"),
         (_image("PNG")[:300], "image is truncated"),

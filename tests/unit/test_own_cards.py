@@ -292,7 +292,7 @@ def test_a_mistake_is_one_line_that_names_file_and_key(tmp_path: Path, values: d
         load_card(path)
     assert str(path) in str(caught.value)
     assert words in str(caught.value)
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and "also wrong: read_as" not in str(caught.value)
 
 
 BOMB = "a: &a [x,x,x,x,x,x,x,x,x,x]\n" + "".join(

@@ -22,6 +22,7 @@ from tests.kit.own_tables import read_own, write_csv, write_jsonl, write_parquet
 from tests.kit.runs import REPOSITORY
 
 PICTURES = ("a.png", "b.png", "ü.png")
+LISTED = 'holds a list; write it as JSON does, ["a", "b"]'
 ASKED = {"image": "a.png", "question": "what?", "answer": "this"}
 CHOSEN = {"image": "a.png", "question": "which?", "choices": ["cat", "Dog", "10"]}
 
@@ -307,7 +308,7 @@ def test_a_cell_of_a_table_may_hold_a_dialogue_as_json(raw: Path) -> None:
     ("image", "reason"),
     [
         ("none.png", "image file is missing"),
-        ("/etc/passwd", "image is no path below its folder"),
+        ("/etc/passwd", "image is an absolute path; give it as it is below its folder"),
         ("../secret.png", "image is no path below its folder"),
         ("photos/../../secret.png", "image is no path below its folder"),
         ("https://example.org/a.png", "image is a URL; download it, and give the path of the file"),
@@ -386,6 +387,12 @@ def test_pictures_are_looked_for_where_the_card_says_or_beside_the_table(raw: Pa
         ({"answer": True}, "answer is true or false where text is due"),
         ({"answer": {"a": 1}}, "answer is an object where text is due"),
         ({"answer": ["a"]}, "answer is a list where text is due"),
+        *[
+            ({"answer": text}, f"answer {LISTED}, and call its column answers")
+            for text in ("['a', 'b']", '["a", "b"]', "['a' 'b']", " ['a']\n")
+        ],
+        ({"answer": None, "answers": "['a', 'b']"}, f"answers {LISTED}"),
+        ({"answer": None, "answers": "['a' 'b']"}, f"answers {LISTED}"),
         ({"question": None}, "question is missing"),
         ({"question": "x" * 1_000_001}, "question is too long"),
         ({"id": "a\nb"}, "id is no id"),
@@ -396,6 +403,12 @@ def test_pictures_are_looked_for_where_the_card_says_or_beside_the_table(raw: Pa
 def test_a_cell_that_does_not_hold_what_is_due_costs_its_row(raw: Path, change: dict[str, Any], reason: str) -> None:
     records, lost = _read(raw, ASKED, ASKED | change)
     assert ([record.id for record in records], lost) == (["0"], {reason: 1})
+
+
+def test_brackets_in_an_answer_are_no_list(raw: Path) -> None:
+    texts = ["[blank]", "[1, 2]", "['a'] or [b]", "it's [so]"]
+    records, lost = _read(raw, *(ASKED | {"answer": text} for text in texts))
+    assert ([record.answers for record in records], lost) == ([(text,) for text in texts], {})
 
 
 def test_people_who_gave_no_answer_are_counted_and_cost_no_record(raw: Path) -> None:
@@ -435,15 +448,24 @@ def test_a_column_that_is_missing_is_named_with_those_that_are_there(raw: Path) 
     renamed = {"file": "a.png", "q_text": "what?", "answer": "this"}
     write_jsonl(raw / "a.jsonl", [renamed])
     write_csv(raw / "a.csv", [renamed])
-    for name in ("a.jsonl", "a.csv"):
+    for name, header in (("a.jsonl", ""), ("a.csv", " (the first line of a table names them)")):
         with pytest.raises(UserError) as caught:
             read_own(raw, {"records": name}, image="file")
         assert str(caught.value) == (
             f"{raw / name} has no column question or conversations, which task vqa needs; the columns there are: answer, "
-            "file, q_text; name the right one in the card, as columns: {question: NAME}"
+            f"file, q_text{header}; name the right one in the card, as columns: {{question: NAME}}"
         )
         media, lost, _ = read_own(raw, {"records": name}, image="file", question="q_text")
         assert ([record.question for record in media[0].records], lost) == (["what?"], {})
+
+
+@pytest.mark.parametrize(
+    ("there", "meant"), [("Image", "image: Image"), ("images", "image: images"), ("VIDEO", "video: VIDEO")]
+)
+def test_a_column_that_is_called_almost_so_is_proposed(raw: Path, there: str, meant: str) -> None:
+    write_jsonl(raw / "a.jsonl", [{there: "a.png", "question": "q", "answer": "b"}])
+    with pytest.raises(UserError, match=rf"as columns: {{{meant}}}$"):
+        read_own(raw, {"records": "a.jsonl"})
 
 
 def test_a_column_of_the_card_that_no_row_has_is_noted(raw: Path) -> None:
@@ -475,6 +497,24 @@ def test_byte_order_marks_and_line_ends_change_nothing(raw: Path, encoding: str,
         assert wanted[0][0].media_id == "ü.png"
     question = read_own(raw, {"records": "a.csv"})[0][0].records[0].question
     assert question == f'two{ending}lines, "quoted"'
+
+
+def test_a_line_that_tells_the_delimiter_is_none_of_the_table(raw: Path) -> None:
+    (raw / "a.csv").write_text("sep=;\r\nimage;question;answer\r\na.png;q, r;b\r\nnone.png;q;c\r\n")
+    media, lost, places = read_own(raw, {"records": "a.csv"})
+    assert [(record.question, record.answers) for record in media[0].records] == [("q, r", ("b",))]
+    assert (lost, places) == ({"image file is missing": (1, 1)}, ["a.csv line 4: none.png"])
+
+
+def test_paths_from_windows_and_names_without_an_extension_are_found(raw: Path) -> None:
+    (raw / "sub").mkdir(exist_ok=True)
+    for name in ("sub/1.png", "sub/2.png", "sub/2.jpg", "sub/3.txt"):
+        (raw / name).write_bytes((raw / "a.png").read_bytes())
+    rows = [ASKED | {"image": image} for image in (r"sub\1.png", "sub/1", "sub/2", "sub/3", "a")]
+    write_jsonl(raw / "a.jsonl", rows)
+    media, lost, _ = read_own(raw, {"records": "a.jsonl"})
+    assert [item.media for item in media] == [raw / "sub/1.png", raw / "sub/1.png", raw / "a.png"]
+    assert lost == {"image file is missing": (2, 2)}, "of two pictures none is chosen, and a text is none"
 
 
 def test_rows_of_csv_that_cannot_be_read_are_counted_and_the_rest_is_kept(raw: Path) -> None:

@@ -33,6 +33,7 @@ from tests.kit.tiny import redraw, tiny_vision
 from tests.kit.vectors import bert_tokenizer, blip_tokenizer
 
 PAPER = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml"))
+OWN = ("mixture.datasets=[{name: easy_vqa_shape}]",)  # of an experiment for data that the user names
 SMALL = (
     "vision=eva_vit_g",
     "vision.options.depth=2",
@@ -286,7 +287,8 @@ def test_phases_of_unlike_work_are_added_up() -> None:
 def test_every_experiment_is_planned_and_nothing_is_opened(
     experiment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = compose("train", TrainConfig, [f"experiment={experiment}", "plan=true", f"output={tmp_path}/out"])
+    own = OWN if experiment == "finetune_demo" else ()
+    config = compose("train", TrainConfig, [f"experiment={experiment}", "plan=true", f"output={tmp_path}/out", *own])
 
     def refuse(*arguments: object, **_: object) -> Any:
         raise AssertionError(f"a plan opened {arguments}")

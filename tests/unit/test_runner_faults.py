@@ -60,6 +60,18 @@ def test_numbers_that_are_not_finite_stop_the_run_and_leave_no_answer(mode: str,
     assert [line for file in tmp_path.rglob("*.jsonl") for line in file.read_text().splitlines()] == []
 
 
+@pytest.mark.parametrize("mode", ["rank", "generate"])
+def test_a_question_that_the_model_cannot_take_is_named_by_its_sample(mode: str, task: Task) -> None:
+    short, longest = tiny_model(), max(task.samples, key=lambda sample: len(sample.prompt))
+    samples = [dataclasses.replace(s, prompt=s.prompt * 9) if s is longest else s for s in task.samples]
+    short.llm.model.config.max_position_embeddings = 5 * len(short.llm.prompt_format.prompt_ids(longest.prompt))
+    asked = dataclasses.replace(task, samples=samples, protocol=dataclasses.replace(task.protocol, mode=mode))
+    with pytest.raises(
+        UserError, match=f"{longest.id}: its prompt needs .* the language model has .*: shorten the prompt"
+    ):
+        answer(short, asked, batch_size=4)
+
+
 @pytest.mark.parametrize(
     ("abilities", "words"),
     [({"generates": False}, "does not generate from embeddings"), ({"beams": False}, "set num_beams=1")],

@@ -17,10 +17,12 @@ from instructblip.config.schema import PrepareConfig
 from instructblip.data.cards import Card, load_card
 from instructblip.data.prepare import show
 from instructblip.data.prepare.command import prepare
+from instructblip.data.prepare.convert import prepare_dataset
 from instructblip.data.prepare.show import write_samples
 from instructblip.data.records import Record
 from instructblip.data.shards import ShardWriter, shard_path
 from instructblip.errors import UserError
+from tests.kit.own_data import write_own_data
 
 
 def _png(size: tuple[int, int], color: str) -> bytes:
@@ -72,6 +74,21 @@ def test_training_is_shown_as_rendered_and_escaped(tmp_path: Path, cards: list[C
     assert "<script" not in page and "<b>red" not in page
     assert [picture.size for picture in _pictures(page)] == [(16, 16)]
     assert "1 of 1 records (question), 1 images; templates bare" in page
+
+
+def test_a_page_names_what_was_lost_and_the_pictures_of_records_that_have_numbers(tmp_path: Path) -> None:
+    card = write_own_data(tmp_path, 2)
+    rows = (tmp_path / "train.jsonl").read_text()
+    gone = json.dumps({"image": "<b>.png", "question": "what?", "answer": "red"})
+    (tmp_path / "train.jsonl").write_text(f"{rows}{gone}\n{{broken\n")
+    prepare_dataset(load_card(card), tmp_path, tmp_path / "shards", progress=False)
+    page = write_samples(tmp_path / "shards", samples=5, seed=0, image_size=8, own=[load_card(card)]).read_text()
+    assert [unescape(text) for text in re.findall(r'<li class="lost">(.*?)</li>', page)] == [
+        "1 x image file is missing: train.jsonl line 3: <b>.png",
+        "1 x line is not JSON: train.jsonl line 4",
+    ]
+    assert _texts(page, "id") == ["mine/0 (40 x 30)", "mine/1 (40 x 31)"] * 2
+    assert _texts(page, "file") == [f"{split} {number}.png" for split in ("train", "val") for number in (0, 1)]
 
 
 def test_the_page_fetches_nothing(tmp_path: Path, cards: list[Card]) -> None:

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from rich.console import Console
 
 from instructblip.config.schema import DataConfig, SourcesConfig, SuiteConfig
@@ -15,6 +16,7 @@ from instructblip.errors import UserError
 from instructblip.evaluation.protocol import Task, make_task, needed_splits, watched_split
 from instructblip.evaluation.suite_tasks import check_suite, fitting_modes, make_tasks, split_missing
 from tests.kit.own_data import write_card, write_own_data
+from tests.kit.own_tables import own_card, write_jsonl
 from tests.kit.tiny import write_easy_vqa
 
 RULES = {"preset": "paper", "llm_kind": "decoder"}
@@ -183,3 +185,34 @@ def test_tasks_that_cannot_be_made_are_all_told_or_left_out(own: tuple[Path, Pat
     assert [(item.name, item.why) for item in absent] == [("one", "failed"), ("two", "failed")]
     with pytest.raises(UserError, match="one: record 0"):
         make_tasks(bad, make, "skip")
+
+
+def classes_in(folder: Path, **classes: str) -> Card:
+    """A card of pictures that have one class each; `test` has those of its keys."""
+    for split, names in classes.items():
+        rows = [{"image": f"{number}.png", "label": name} for number, name in enumerate(names)]
+        for number in range(len(names)):
+            Image.new("RGB", (8, 8 + number), "red").save(folder / f"{number}.png")
+        write_jsonl(folder / f"{split}.jsonl", rows)
+    card = own_card(folder, {split: {"records": f"{split}.jsonl"} for split in classes}, task="classification")
+    prepare_dataset(card, folder, folder / "shards", progress=False)
+    return card
+
+
+def test_a_choice_of_one_is_no_score(tmp_path: Path) -> None:
+    card = classes_in(tmp_path, train="hh", test="hs")
+    with pytest.raises(
+        UserError, match=r"mine ranks all answers of its train split, and that has one alone, 'h', which"
+    ):
+        make_task(card, tmp_path / "shards")
+    assert make_task(card, tmp_path / "shards", mode="generate").samples
+
+
+def test_classes_that_training_has_not_are_counted_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    card = classes_in(tmp_path, train="hst", test="hHst")
+    make_task(card, tmp_path / "shards")
+    assert "mine: 1 of 4 samples have an answer that the train split has not" in caplog.text
+    assert "the first is mine/1, 'H'" in caplog.text
+    caplog.clear()
+    make_task(card, tmp_path / "shards", split="train")
+    assert caplog.text == ""

@@ -106,11 +106,11 @@ def prepare_dataset(
     numbers = {"workers": workers, "images_per_shard": images_per_shard, "image_size": image_size, "frames": frames}
     if wrong := [name for name, number in numbers.items() if number is not None and number < 1]:
         raise UserError(f"{wrong[0]}={numbers[wrong[0]]} must be 1 or more")
+    if not raw.is_dir():
+        raise UserError(f"raw={raw} is not a folder; {card.how_to_get}")
     chosen = _present_splits(card, raw) if splits is None else list(splits)
     if unknown := [split for split in chosen if split not in card.splits]:
         raise UserError(f"{card.source} has no split {unknown[0]!r}; choose among {', '.join(card.splits)}")
-    if not raw.is_dir():
-        raise UserError(f"raw={raw} is not a folder; {card.how_to_get}")
     if (look := READERS[card.reader].look) is not None:
         for split in chosen:
             look(RawSplit(raw, split, card.splits[split].files, card.told))
@@ -410,12 +410,10 @@ def _finish(job: _Job, split: str, shards: list[ShardReader], losses: Losses) ->
         losses.merge(_lost(shard))
         notes.merge(_lost(shard, "noted"))
     if not sum(len(shard) for shard in shards):
-        found = "; ".join(f"{loss['count']} x {loss['reason']}" for loss in losses.to_list()) or "no entries"
         raise UserError(
-            f"no image of {card.source}/{split} could be kept ({found}); {unpack_hint(job.raw)}check raw=: "
-            f"{card.how_to_get}"
+            f"no image of {card.source}/{split} could be kept ({_why_none(losses)}); {_what_to_do(job, split)}"
         )
-    for path in _foreign_files(folder, {shard.path for shard in shards}):
+    for path in foreign_files(folder, {shard.path for shard in shards}):
         path.unlink()
     manifest = _manifest(card, split, shards, losses)
     manifest["noted"] = notes.to_list()
@@ -435,36 +433,57 @@ def _finish(job: _Job, split: str, shards: list[ShardReader], losses: Losses) ->
     return folder / MANIFEST_NAME
 
 
+def _why_none(losses: Losses) -> str:
+    """Each reason with its first example."""
+    listed = [f"{loss['count']} x {loss['reason']}, first {loss['examples'][0]}" for loss in losses.to_list()]
+    return "; ".join(listed) or "no entries"
+
+
+def _what_to_do(job: _Job, split: str) -> str:
+    places = [place for role in MEDIA_ROLES for place in job.card.splits[split].files.get(role, ())]
+    packed = next(
+        (hint for folder in (job.raw, *(job.raw / place for place in places)) if (hint := unpack_hint(folder))), ""
+    )
+    return f"{packed}check the card and raw=: {job.card.how_to_get}"
+
+
 def _manifest(card: Card, split: str, shards: list[ShardReader], losses: Losses) -> dict[str, Any]:
-    by_kind: Counter[str] = Counter()
-    for shard in shards:
-        by_kind.update(shard.records_by_kind())
+    found = shards_manifest(card.source, split, [shard_entry(shard) for shard in shards])
     expected = card.splits[split]
-    images = sum(len(shard) for shard in shards)
-    return {
-        "format": MANIFEST_FORMAT,
-        "dataset": card.source,
-        "split": split,
+    return found | {
         "card_sha256": source_sha256(card),
-        "images": images,
-        "frames": sum(len(shard.extensions) for shard in shards),
-        "records": by_kind.total(),
-        "records_by_kind": dict(sorted(by_kind.items())),
         "expected": {
             "images": expected.images,
             "records": expected.records,
             "records_by_kind": expected.records_by_kind,
             "verified": card.verified,
         },
-        "differences": _differences(expected, images, by_kind, card.verified),
+        "differences": _differences(expected, found["images"], found["records_by_kind"], card.verified),
         "lost": losses.to_list(),
-        "shards": [_shard_entry(shard) for shard in shards],
         "source": {"homepage": card.homepage, "how_to_get": card.how_to_get, **source_facts(card, split)},
         "licence": card.licence,
     }
 
 
-def _shard_entry(shard: ShardReader) -> dict[str, Any]:
+def shards_manifest(dataset: str, split: str, entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What a manifest says of its shards and of all of them together, given the entries of each."""
+    by_kind: Counter[str] = Counter()
+    for entry in entries:
+        by_kind.update(entry["records_by_kind"])
+    return {
+        "format": MANIFEST_FORMAT,
+        "dataset": dataset,
+        "split": split,
+        "images": sum(entry["images"] for entry in entries),
+        "frames": sum(entry["frames"] for entry in entries),
+        "records": by_kind.total(),
+        "records_by_kind": dict(sorted(by_kind.items())),
+        "shards": list(entries),
+    }
+
+
+def shard_entry(shard: ShardReader) -> dict[str, Any]:
+    """What a manifest says of one shard."""
     return {
         "name": shard.path.name,
         "bytes": shard.tar_bytes,
@@ -477,16 +496,16 @@ def _shard_entry(shard: ShardReader) -> dict[str, Any]:
     }
 
 
-def _differences(expected: SplitCounts, images: int, by_kind: Counter[str], verified: bool) -> list[str]:
+def _differences(expected: SplitCounts, images: int, by_kind: Mapping[str, int], verified: bool) -> list[str]:
     """One line for each number that is not the card's; a number the card leaves out cannot differ."""
     sure = "" if verified else " (a number nobody has verified yet)"
-    numbers = [("images", expected.images, images), ("records", expected.records, by_kind.total())]
+    numbers = [("images", expected.images, images), ("records", expected.records, sum(by_kind.values()))]
     for kind, number in expected.records_by_kind.items():
-        numbers.append((f"{kind} records", number, by_kind[kind]))
+        numbers.append((f"{kind} records", number, by_kind.get(kind, 0)))
     return [f"{what}: expected {a:,}{sure}, found {b:,}" for what, a, b in numbers if a is not None and a != b]
 
 
-def _foreign_files(folder: Path, shards: set[Path]) -> list[Path]:
+def foreign_files(folder: Path, shards: set[Path]) -> list[Path]:
     """Shards and indexes in the folder that are not of this set, and half-written files of a killed run."""
     known = shards | {index_path(shard) for shard in shards} | {folder / MANIFEST_NAME}
     return [path for path in sorted(folder.iterdir()) if _OWN_FILE.fullmatch(path.name) and path not in known]
@@ -556,8 +575,8 @@ def _check_split(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
             continue
         if sha256_file(path) != shard.tar_sha256:
             problems.append(f"{path}: content differs from its index (SHA-256)")
-        if _shard_entry(shard) != entry:
+        if shard_entry(shard) != entry:
             problems.append(f"{path}: shard or index is not the one the manifest lists")
         problems += _unreadable(shard)
-    extra = _foreign_files(folder, {folder / entry["name"] for entry in manifest["shards"]})
+    extra = foreign_files(folder, {folder / entry["name"] for entry in manifest["shards"]})
     return problems + [f"{path}: not in the manifest" for path in extra]

@@ -70,7 +70,14 @@ def _unpack(item: Download, archive: Path, raw: Path) -> None:
     try:
         with bytes_bar(f"unpacking {archive.name}", None) as (bar, task):
             folder = raw / item.unpack
-            unpack(archive, folder, members=item.members, flat=item.flat, advance=lambda done: bar.advance(task, done))
+            unpack(
+                archive,
+                folder,
+                members=item.members,
+                flat=item.flat,
+                below=item.below,
+                advance=lambda done: bar.advance(task, done),
+            )
         if missing := [place for place in item.gives if not (raw / place).exists()]:
             raise ArchiveError(f"{archive.name} holds no {missing[0]}: it was changed at its source")
     except ArchiveError as error:

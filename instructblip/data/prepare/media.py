@@ -9,6 +9,7 @@ not. A JPEG that lacks only its end is given one.
 import contextlib
 import io
 import os
+import re
 import stat
 import warnings
 from collections.abc import Iterator, Sequence
@@ -29,6 +30,13 @@ EXTENSION_OF_FORMAT = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png"}
 REFUSED_FORMATS = ("EPS",)  # a program, which Pillow gives to Ghostscript
 MAX_BYTES = {"image": 1 << 28, "video": 1 << 32}  # 256 MiB is more than the raw pixels of the largest picture read
 _JPEG_START = b"\xff\xd8\xff"
+# What people take for pictures that are read -> what to do about it.
+_OTHER_KINDS = {
+    re.compile(rb"....ftyp(hei|hev|mif1|msf1)", re.DOTALL): "HEIC, which is not read; save it as JPEG",
+    re.compile(rb"%PDF"): "a PDF; save its pages as JPEG or PNG",
+    re.compile(rb"\s*(<\?xml[^>]*>\s*)?(<!--.*?-->\s*)?<svg", re.DOTALL): "SVG, which is not read; save it as PNG",
+    re.compile(rb"version https://git-lfs"): "a pointer of Git LFS; run git lfs pull",
+}
 JPEG_QUALITY = 95  # of what is re-encoded and of video frames; chroma halved, as cameras and videos have it
 
 
@@ -161,7 +169,8 @@ def store_image(content: bytes, image_size: int | None = None) -> StoredImage:
     except Image.DecompressionBombError:
         raise MediaError("image has too many pixels (decompression bomb)") from None
     except UnidentifiedImageError:
-        raise MediaError("file is not an image") from None
+        kind = next((f" but {name}" for pattern, name in _OTHER_KINDS.items() if pattern.match(content)), "")
+        raise MediaError(f"file is not an image{kind}") from None
     except Exception as error:  # a decoder fed with damaged bytes may raise anything; it is counted, not swallowed
         if not (isinstance(error, OSError) and "truncated" in str(error)):
             raise MediaError("image is damaged") from error

@@ -4,7 +4,7 @@ import base64
 import io
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,9 +32,13 @@ _JPEG_QUALITY = 90  # for looking at
 
 @dataclass(frozen=True)
 class ShownSample:
-    """One sample of the page: `pictures` are data URIs of its frames, `target` None where there is no public answer."""
+    """One sample of the page: `pictures` are data URIs of its frames, `target` None where there is no public answer.
+
+    `file` is the picture's name in its source, empty where the record is named after it.
+    """
 
     id: str
+    file: str
     pictures: tuple[str, ...]
     size: str
     instruction: str
@@ -46,12 +50,14 @@ class ShownSample:
 class ShownSplit:
     """One card's samples of one split, what they are drawn from, and of a card of one's own what it settles.
 
-    `card` has (key, value, where that comes from); it is empty for an official card, which says all of it itself.
+    `lost` says what of the source could not be kept, a line for each reason. `card` has (key, value, where that comes
+    from); it is empty for an official card, which says all of it itself.
     """
 
     title: str
     about: str
     samples: tuple[ShownSample, ...]
+    lost: tuple[str, ...] = ()
     card: tuple[tuple[str, str, str], ...] = ()
 
 
@@ -125,6 +131,7 @@ def _show_split(opened: PreparedSplit, card: Card, samples: int, seed: int, imag
     shown = []
     for number, (shard, row, place) in enumerate(locations[chosen].tolist()):
         frames, records = opened.read(shard, row)
+        image_id = opened.shards[shard].image_id(row)
         where = f"{opened.shards[shard].keys[row]} of {opened.shards[shard].path}"
         pictures, size = _pictures(frames, where, image_size)
         record = records[place]
@@ -132,12 +139,22 @@ def _show_split(opened: PreparedSplit, card: Card, samples: int, seed: int, imag
             texts = _as_trained(record, card, position_generator(seed, number))
         else:
             texts = _as_evaluated(record, rules)
-        shown.append(ShownSample(f"{card.name}/{record.id}", pictures, size, *texts))
+        file = "" if record.id.startswith(image_id) else image_id
+        shown.append(ShownSample(f"{card.name}/{record.id}", file, pictures, size, *texts))
     use = f"templates {card.template_set().name}" if training else "evaluation prompt"
     about = (
         f"{len(shown)} of {len(locations):,} records ({', '.join(kinds)}), {opened.manifest['images']:,} images; {use}"
     )
-    return ShownSplit(f"{card.name}, {opened.split}", about, tuple(shown), _card_rows(card))
+    lost = _lost(opened.manifest.get("lost", []))
+    return ShownSplit(f"{card.name}, {opened.split}", about, tuple(shown), lost, _card_rows(card))
+
+
+def _lost(losses: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    return tuple(
+        f"{loss['records']:,} x {loss['reason']}: {'; '.join(loss['examples'])}"
+        + ("; ..." if loss["count"] > len(loss["examples"]) else "")
+        for loss in losses
+    )
 
 
 def _card_rows(card: Card) -> tuple[tuple[str, str, str], ...]:

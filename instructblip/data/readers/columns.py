@@ -5,11 +5,12 @@ docs/data.md, "Own data", lists the columns. A cell of a table that holds text (
 
 import base64
 import binascii
+import difflib
 import math
 import re
 import string
 import unicodedata
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -35,7 +36,7 @@ from instructblip.errors import UserError
 LETTERS = tuple(string.ascii_uppercase)
 COLUMNS = (
     *("id", "image", "video", "question", "answer", "answers", "caption", "captions", "choices", "label"),
-    *("context", "ocr", "conversations"),
+    *("context", "ocr", "conversations", "url"),
 )
 _MEDIA = ("image", "video")
 # Task -> what a table must have: one of each group.
@@ -49,6 +50,11 @@ NEEDED: Mapping[str, tuple[tuple[str, ...], ...]] = {
 }
 _KIND = {"vqa": "question", "conversation": "dialog"}
 _TRUTHS = {"0": 0, "1": 1, "false": 0, "true": 1, "no": 0, "yes": 1}
+_URL = re.compile(r"\s*https?://\S+\s*$")
+# A list that stands as text: as JSON, or as Python and numpy print it.
+_LIST = re.compile(r"""\s*\[\s*(['"]).*\1\s*\]\s*""", re.DOTALL)
+_PLURAL = ("answers", "captions", "choices")
+_WITH_HEADER = (".csv", ".tsv", ".tab")
 _LETTER = re.compile(r"\(?([A-Za-z])[).:]?")
 _DATA_URI = re.compile(r"data:[\w.+/-]*;base64,")
 _LONGEST_PATH = 1000  # bytes; longer text without spaces is an encoded image
@@ -117,9 +123,11 @@ class Columns:
             if not any(self.names.get(column, column) in known for column in group):
                 missing = " or ".join(dict.fromkeys(self.names.get(column, column) for column in group))
                 there = ", ".join(sorted(known)[:20]) or "none"
+                header = " (the first line of a table names them)" if path.suffix in _WITH_HEADER else ""
+                column, name = _likeliest(group, known)
                 raise UserError(
-                    f"{path} has no column {missing}, which task {self.task} needs; the columns there are: {there}; name "
-                    f"the right one in the card, as columns: {{{group[0]}: NAME}}"
+                    f"{path} has no column {missing}, which task {self.task} needs; the columns there are: {there}{header}; "
+                    f"name the right one in the card, as columns: {{{column}: {name}}}"
                 )
         for column, name in self.names.items():
             if name not in known:
@@ -148,6 +156,15 @@ class Columns:
             # Of a dialogue whose turns are all lost nothing is left; they were counted one by one.
             return Example(media, video, tuple(records)) if records else None
         return None
+
+
+def _likeliest(columns: Sequence[str], known: Collection[str]) -> tuple[str, str]:
+    """Which of some columns is there under another name, and that name; NAME where none is like them."""
+    plain = {name.strip().lower(): name for name in known}
+    for column in columns:
+        if near := difflib.get_close_matches(column, plain, n=1):
+            return column, plain[near[0]]
+    return columns[0], "NAME"
 
 
 def _is_empty(value: Any) -> bool:
@@ -199,9 +216,10 @@ def _one_media(value: Any, column: str) -> MediaValue:
         raise WrongValueError(f"{column} is a URL; download it, and give the path of the file", text)
     if len(text) > _LONGEST_PATH and " " not in text:
         return _decoded(text, column)
-    path = path_below(text)
+    path = path_below(text.replace("\\", "/"))  # as tables from Windows have it
     if path is None:
-        raise WrongValueError(f"{column} is no path below its folder", repr(text))
+        what = "an absolute path; give it as it is below its folder" if text[0] == "/" else "no path below its folder"
+        raise WrongValueError(f"{column} is {what}", repr(text))
     return path
 
 
@@ -239,7 +257,14 @@ def _listed(fields: Fields, column: str) -> list[Any]:
 
 
 def _said(fields: Fields, column: str) -> str:
-    """Text as it stands, which may be a number."""
+    """Text as it stands, which may be a number.
+
+    Raises:
+        WrongValueError: there is none, or a list stands there as text.
+    """
+    if isinstance(text := fields.get(column), str) and _LIST.fullmatch(text):
+        plural = "" if column in _PLURAL else f", and call its column {column}s"
+        raise WrongValueError(f'{column} holds a list; write it as JSON does, ["a", "b"]{plural}', text)
     return Fields({column: spoken(fields.get(column))}).verbatim(column)
 
 
@@ -336,6 +361,8 @@ def _caption_records(
     beside = _beside(fields)
     if columns.split != "train" and texts:
         return [Record(_ids(fields, row, 1)[0], "captions", captions=tuple(texts), **beside)]
+    if isinstance(url := fields.get("url"), str) and _URL.match(url):  # by which lists of web captions name a picture
+        beside["tags"] = {"url": url.strip()}
     ids = _ids(fields, row, len(texts))
     return [Record(record_id, "caption", answers=(text,), **beside) for record_id, text in zip(ids, texts, strict=True)]
 

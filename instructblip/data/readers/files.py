@@ -113,7 +113,7 @@ def _decoded(file: TextIO, path: Path) -> Iterator[str]:
         raise UserError(f"{path} cannot be read ({error.strerror}); copy or fetch it again") from None
     except UnicodeError as error:
         place = f" (byte {error.start})" if isinstance(error, UnicodeDecodeError) else ""
-        raise UserError(f"{path} is not UTF-8{place}; fetch it again") from None
+        raise UserError(f"{path} is not UTF-8{place}; save it as UTF-8, or fetch it again") from None
 
 
 def json_lines(path: Path, losses: Losses, records: int = 1) -> Iterator[tuple[str, Any]]:
@@ -374,7 +374,7 @@ def find_image(folders: Sequence[Path], names: Sequence[str]) -> Path | None:
     """The first of these names that is a file in one of the folders; earlier folders first.
 
     Where there is none, a file that differs in the case or kind of its extension (`PICTURE_EXTENSIONS`), or in the form
-    of its Unicode, as archives unpacked on another system do.
+    of its Unicode, as archives unpacked on another system do; for a name without an extension the one picture of that name.
     """
     paths = [folder / name for folder in folders for name in names]
     found = next((path for path in paths if path.is_file()), None)
@@ -388,6 +388,9 @@ def _near(path: Path) -> Path | None:
         return None
     candidates = names.get(_stem(path.name), ())
     same = [name for name in candidates if _kind(name) == _kind(path.name)]
+    if not same and "." not in path.name:  # as a table has it that calls pictures by their numbers
+        pictures = [name for name in candidates if _kind(name) == "picture"]
+        same = pictures if len(pictures) == 1 else []
     return next((path.parent / name for name in same if (path.parent / name).is_file()), None)
 
 

@@ -8,6 +8,7 @@ import codecs
 import contextlib
 import csv
 import itertools
+import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     import pyarrow
 
 MAX_CELL = 1 << 26  # characters of a cell of CSV; a quote that is not closed ends there
+_TOLD = re.compile(r"sep=(.)\r?")
 _LOOKED_AT = 100  # rows of JSON, whose keys are the columns
 _BUFFER = 1 << 20  # bytes of a column of Parquet that are read at once; else all of a row group's are
 _MAX_SMALL = 1 << 24  # bytes that even a tiny file of Parquet may unpack to
@@ -113,15 +115,26 @@ def _objects(rows: Rows, losses: Losses) -> Rows:
 
 
 def _open_csv(path: Path, wanted: Collection[str], losses: Losses) -> Table:
-    """The first line names the columns, with any of `DELIMITERS` between them."""
+    """The first line names the columns, with any of `DELIMITERS` between them.
+
+    Before it may stand the line that tells spreadsheets the delimiter, `sep=;`.
+    """
     csv.field_size_limit(MAX_CELL)
-    first = next(text_lines(path), "")
+    lines = text_lines(path)
+    first = next(lines, "")
+    told = _TOLD.fullmatch(first)
+    if told:
+        first = next(lines, "")
     tabs = path.suffix.lower() != ".csv"
-    delimiter = max(DELIMITERS, key=lambda mark: (len(set(_header(first, mark)) & set(wanted)), tabs and mark == "\t"))
+    delimiter = (
+        told[1]
+        if told
+        else max(DELIMITERS, key=lambda mark: (len(set(_header(first, mark)) & set(wanted)), tabs and mark == "\t"))
+    )
     columns = _header(first, delimiter)
     if twice := next((name for name in columns if columns.count(name) > 1 and name in wanted), None):
         raise UserError(f"{path} has two columns {twice}; rename one of them")
-    return Table(tuple(columns), _csv_rows(path, delimiter, columns, losses))
+    return Table(tuple(columns), _csv_rows(path, delimiter, columns, losses, before=1 if told else 0))
 
 
 def _header(line: str, delimiter: str) -> list[str]:
@@ -131,13 +144,15 @@ def _header(line: str, delimiter: str) -> list[str]:
         return []
 
 
-def _csv_rows(path: Path, delimiter: str, columns: list[str], losses: Losses) -> Rows:
+def _csv_rows(path: Path, delimiter: str, columns: list[str], losses: Losses, before: int) -> Rows:
+    """The rows behind the header, which some lines stand before."""
     # A cell in quotes may go over several lines: each gets its line feed back.
-    reader = csv.reader((f"{line}\n" for line in text_lines(path)), strict=True, delimiter=delimiter)
+    lines = itertools.islice(text_lines(path), before, None)
+    reader = csv.reader((f"{line}\n" for line in lines), strict=True, delimiter=delimiter)
     next(reader, None)
     found = False
     while True:
-        place = f"{path.name} line {reader.line_num + 1}"
+        place = f"{path.name} line {before + reader.line_num + 1}"
         try:
             cells = next(reader)
         except StopIteration:

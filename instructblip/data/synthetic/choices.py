@@ -81,7 +81,15 @@ def write_hateful_memes(splits: Sequence[MadeUpSplit]) -> None:
         _write_lines(split.place("memes"), lines)
 
 
+def write_folders(splits: Sequence[MadeUpSplit]) -> None:
+    """A folder for each shape."""
+    for split in splits:
+        for scene in split.scenes:
+            write_picture(split.place("folder") / scene.shape / f"{scene.number}.png", scene)
+
+
 WRITERS = {
+    "folders": write_folders,
     "hateful_memes": write_hateful_memes,
     "iconqa": write_iconqa,
     "scienceqa_img": write_scienceqa_img,

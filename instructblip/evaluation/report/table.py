@@ -357,16 +357,17 @@ def comparison_marks(
     rules = card.evaluation
     if rules is None:
         return found
-    wanted = protocol_fields(rules, rules.mode)
-    if isinstance(card, OwnCard):  # which no paper has a number of
+    wanted, vocabulary = protocol_fields(rules, rules.mode), None if records is None else records.vocabulary
+    if isinstance(card, OwnCard):  # which no paper has a number of, nor of its rows
         wanted |= {"split": rules.split}
+        vocabulary = None
     else:
         wanted |= expected_shard_fields(rules)
         split = PAPER_SPLITS.get(card.name, rules.split)
         if protocol["split"] != split:
             found[OTHER_SPLIT] = f"{protocol['split']}, the paper: {split}"
     changed = _changes(wanted, protocol)
-    if records is not None and records.vocabulary is not None and (short := records.vocabulary.shortfall()):
+    if vocabulary is not None and (short := vocabulary.shortfall()):
         changed.append(f"candidates from {short} of train")
     if protocol.get("images", "shown") != "shown":
         changed.append("images withheld")
