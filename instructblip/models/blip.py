@@ -742,9 +742,10 @@ class BLIPRetrieval(BLIP):
     ) -> None:
         super().__init__(vision=vision, tokenizer=tokenizer, max_text_tokens=max_text_tokens, enc_token=enc_token)
         self.text_encoder = text_encoder
-        self.vision_projection = nn.Linear(vision.width, feature_width)
-        self.text_projection = nn.Linear(text_encoder.width, feature_width)
-        self.matching_head = nn.Linear(text_encoder.width, 2)
+        heads = pair_heads(vision.width, text_encoder.width, feature_width)
+        self.vision_projection = heads["vision_projection"]
+        self.text_projection = heads["text_projection"]
+        self.matching_head = heads["matching_head"]
         self.temperature = nn.Parameter(torch.tensor(temperature))
         self.momentum: nn.Module = nn.Identity()
         if queue_size is not None:
@@ -983,6 +984,15 @@ class BLIPPretrain(BLIPRetrieval, _Captioner):
 
     def _every_task(self) -> frozenset[str]:
         return super()._every_task() | {"answer_logits"}
+
+
+def pair_heads(vision_width: int, text_width: int, feature_width: int) -> dict[str, nn.Linear]:
+    """What contrasts and matches: projections of both sides' first tokens, and the matching head."""
+    return {
+        "vision_projection": nn.Linear(vision_width, feature_width),
+        "text_projection": nn.Linear(text_width, feature_width),
+        "matching_head": nn.Linear(text_width, 2),
+    }
 
 
 def _reading_half(text_model: TextModel) -> TextModel:
