@@ -12,11 +12,12 @@ from torch import Tensor
 
 import instructblip
 from instructblip.errors import UserError
+from instructblip.files import read_json
 from instructblip.models.blip import BLIPPretrain
 from instructblip.training import loop, run
 from instructblip.weights.blip import save_blip
 from tests.kit.blip_training import momentum_of
-from tests.kit.runs import BLIP_RUNS, World, read_lines, run_ranks, train_here
+from tests.kit.runs import BLIP_RUNS, World, evaluate_here, read_lines, run_ranks, train_here
 
 STEPS, BATCH, QUEUE = 12, 8, 20
 EXACT = ("step", "loss", "loss_by_objective", "loss_by_dataset", "lr", "grad_norm", "sample_ids", "validation")
@@ -53,6 +54,18 @@ def test_a_run_logs_each_objective_and_its_checkpoint_holds_copies_and_queue(fin
     assert not bool((held["momentum.image_id_queue"] == -100).any())
     moved = [name for name in held if name.startswith("momentum.vision.backbone.")]
     assert moved and all(not torch.equal(held[name], held[name.removeprefix("momentum.")]) for name in moved[:4])
+
+
+def test_copies_that_follow_are_no_frozen_part_of_what_is_evaluated(
+    blip_world: World, finished: Path, tmp_path: Path
+) -> None:
+    """They move while the run goes: a fingerprint of theirs would make another model of each resumed run."""
+    assert read_json(finished / f"checkpoints/step_{STEPS:08d}/state.json")["frozen"] == {}
+    suite = ("suite=own", "suite.held_in=[coco_retrieval]", "blind_baseline=true")
+    folder = evaluate_here(blip_world, finished, tmp_path, *suite)
+    ours, runs = (read_json(place / "results.json") for place in (folder, finished / "evaluation"))
+    assert ours["model"]["sha256"] == runs["model"]["sha256"]
+    assert ours["datasets"]["coco_retrieval"]["value"] == runs["datasets"]["coco_retrieval"]["value"]
 
 
 class Killed(BaseException):
