@@ -1,7 +1,9 @@
 """Whole runs of BLIP: killed ones go on bit for bit with their momentum copies and queue, and others start from them."""
 
 import math
+import os
 import random
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +19,20 @@ from instructblip.models.blip import BLIPPretrain
 from instructblip.training import loop, run
 from instructblip.weights.blip import save_blip
 from tests.kit.blip_training import momentum_of
-from tests.kit.runs import BLIP_RUNS, World, evaluate_here, read_lines, run_ranks, train_here
+from tests.kit.runs import BLIP_RUNS, World, evaluate_here, read_lines, run_ranks, start, train_here
+from tests.kit.runs import run as run_command
 
 STEPS, BATCH, QUEUE = 12, 8, 20
 EXACT = ("step", "loss", "loss_by_objective", "loss_by_dataset", "lr", "grad_norm", "sample_ids", "validation")
 
 
+def world_of(world: World, experiment: str, *overrides: str) -> World:
+    train = (f"experiment={experiment}", *world.train, *BLIP_RUNS[experiment], *overrides)
+    return World(world.folder, train, world.evaluate)
+
+
 def trained(world: World, output: Path, experiment: str = "blip_pretrain", *overrides: str) -> Path:
-    options = (f"experiment={experiment}", *BLIP_RUNS[experiment], *overrides)
-    return train_here(World(world.folder, (*options[:1], *world.train, *options[1:]), world.evaluate), output)
+    return train_here(world_of(world, experiment, *overrides), output)
 
 
 @pytest.fixture(scope="module")
@@ -102,11 +109,28 @@ def test_ten_kills_leave_no_trace(blip_world: World, finished: Path, tmp_path: P
             with pytest.raises(Killed):
                 trained(blip_world, tmp_path, "blip_pretrain", *resume)
     trained(blip_world, tmp_path, "blip_pretrain", "resume=auto")
-    assert metrics_of(folder) == metrics_of(finished)
+    assert_same_run(folder, finished)
+
+
+@pytest.mark.slow
+def test_ten_real_kills_leave_no_trace(blip_world: World, finished: Path, tmp_path: Path) -> None:
+    """Of processes, wherever they are when metrics.jsonl has so many lines."""
+    folder, train = tmp_path / "blip_pretrain", world_of(blip_world, "blip_pretrain", f"output={tmp_path}").train
+    for lines in sorted(random.Random(6).choices(range(1, STEPS - 1), k=10)):
+        command = start(blip_world, "train.py", *train, "resume=auto", cwd=tmp_path)
+        command.wait_for_lines(folder / "metrics.jsonl", lines)
+        os.kill(command.process.pid or 0, signal.SIGKILL)
+        assert command.wait() == -signal.SIGKILL, command.output
+    run_command(blip_world, "train.py", *train, "resume=auto", cwd=tmp_path)
+    assert_same_run(folder, finished)
+
+
+def assert_same_run(found: Path, expected: Path) -> None:
+    assert metrics_of(found) == metrics_of(expected)
     for name in ("model", "optimizer"):
-        tensors, expected = last(folder, name), last(finished, name)
-        assert tensors.keys() == expected.keys()
-        assert [key for key, tensor in tensors.items() if not torch.equal(tensor, expected[key])] == []
+        tensors, others = last(found, name), last(expected, name)
+        assert tensors.keys() == others.keys()
+        assert [key for key, tensor in tensors.items() if not torch.equal(tensor, others[key])] == []
 
 
 def test_two_ranks_and_other_micro_batches_are_like_one_process(blip_world: World, tmp_path: Path) -> None:
