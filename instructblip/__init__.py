@@ -1,6 +1,6 @@
 """InstructBLIP: instruction tuning of vision-language models with a Q-Former, training and evaluation.
 
-`instructblip.load(source)` returns a model ready to `generate` and `rank`.
+`instructblip.load(source)` returns a model ready to `generate`, `rank` or `match`.
 """
 
 from pathlib import Path
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, cast
 from instructblip._torchvision import declare_missing_operators
 
 if TYPE_CHECKING:
+    from instructblip.models.blip import BLIP
     from instructblip.models.blip2 import BLIP2
     from instructblip.models.instructblip import InstructBLIP
 
@@ -25,12 +26,12 @@ def load(
     vision_path: str | None = None,
     qformer_path: str | None = None,
     device: str = "auto",
-) -> "InstructBLIP | BLIP2":
+) -> "InstructBLIP | BLIP2 | BLIP":
     """Load a trained model: what `instructblip.weights.load.load_model` does and documents, the model alone.
 
     Args:
         source: a run (`outputs/train/<name>`) or one of its checkpoints, a transformers folder or hub id, a LAVIS `.pth`; of
-            InstructBLIP, or of either stage of BLIP-2.
+            InstructBLIP, of either stage of BLIP-2, of BLIP for captions, questions or retrieval.
         llm: a name in configs/llm; a `.pth` of a model with a language model needs it.
         llm_path, vision_path, qformer_path: files of frozen parts in place of the configured sources.
         device: `auto` takes a GPU where there is one.
@@ -41,4 +42,4 @@ def load(
     from instructblip.weights.load import load_model
 
     parts = {"llm": llm, "llm_path": llm_path, "vision_path": vision_path, "qformer_path": qformer_path}
-    return cast("InstructBLIP | BLIP2", load_model(source, device=device, **parts).model)
+    return cast("InstructBLIP | BLIP2 | BLIP", load_model(source, device=device, **parts).model)

@@ -2,10 +2,10 @@
 
     python -m instructblip.features checkpoint=RUN images=FOLDER out=features.safetensors
 
-`out` has a row for each picture, in the order of their paths: `image` (N, Q, D), states of the queries, and
-`image_projected` (N, Q, E), of unit length; and one for each line of `texts`: `text_projected` (M, E). The similarity of
-picture and text is the largest product of the text with a query (`models.blip2.similarities`). Metadata: the paths as
-`images`, the lines as `texts`, both JSON lists.
+`out` has a row for each picture, in the order of their paths: `image` (N, Q, D), states of BLIP-2's queries or BLIP's image
+tokens, and `image_projected` (N, Q, E), of unit length, Q = 1 for BLIP; and one for each line of `texts`: `text_projected`
+(M, E). The similarity of picture and text is the largest product of the text with a projected row
+(`models.pairs.similarities`). Metadata: the paths as `images`, the lines as `texts`, both JSON lists.
 """
 
 import json
@@ -24,6 +24,7 @@ from instructblip.config.schema import FeaturesConfig
 from instructblip.errors import DamagedSample, UserError
 from instructblip.files import atomic_path, errors_for_users
 from instructblip.images import fit_frames
+from instructblip.models.blip import BLIPRetrieval
 from instructblip.models.blip2 import BLIP2
 from instructblip.progress import progress_bar
 from instructblip.weights.load import find_source, load_model
@@ -45,11 +46,13 @@ def features(config: FeaturesConfig, console: Console) -> None:
     texts = [] if config.texts is None else read_lines(Path(config.texts).expanduser())
     source = find_source(config.checkpoint)
     if "retrieve" not in source.skills:
-        raise UserError(f"{config.checkpoint} has no features to give; take a checkpoint of BLIP-2's first stage")
+        raise UserError(
+            f"{config.checkpoint} has no features to give; take a checkpoint of BLIP-2's first stage or of BLIP's retrieval"
+        )
     model = load_model(
         source, vision_path=config.vision_path, qformer_path=config.qformer_path, device=config.device
     ).model
-    assert isinstance(model, BLIP2)
+    assert isinstance(model, BLIP2 | BLIPRetrieval)
     out = Path(config.out).expanduser()
     kept: list[str] = []
     failed: list[str] = []
@@ -108,7 +111,7 @@ def read_lines(path: Path) -> list[str]:
     return [line for line in lines if line]
 
 
-def _read(path: Path, model: BLIP2, config: FeaturesConfig, failed: list[str]) -> Tensor | None:
+def _read(path: Path, model: BLIP2 | BLIPRetrieval, config: FeaturesConfig, failed: list[str]) -> Tensor | None:
     """The pixels of a picture; None where it is damaged and that is tolerated.
 
     Raises:
@@ -124,7 +127,7 @@ def _read(path: Path, model: BLIP2, config: FeaturesConfig, failed: list[str]) -
 
 
 @torch.inference_mode()
-def _image_rows(model: BLIP2, pixels: Sequence[Tensor]) -> dict[str, Tensor]:
+def _image_rows(model: BLIP2 | BLIPRetrieval, pixels: Sequence[Tensor]) -> dict[str, Tensor]:
     if not pixels:
         return {}
     found = model.features(torch.stack(list(pixels)))
@@ -134,7 +137,7 @@ def _image_rows(model: BLIP2, pixels: Sequence[Tensor]) -> dict[str, Tensor]:
 
 
 @torch.inference_mode()
-def _text_rows(model: BLIP2, texts: Sequence[str]) -> dict[str, Tensor]:
+def _text_rows(model: BLIP2 | BLIPRetrieval, texts: Sequence[str]) -> dict[str, Tensor]:
     found = model.features(texts=list(texts)).text_projected
     assert found is not None
     return {"text_projected": found}

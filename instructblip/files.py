@@ -148,20 +148,21 @@ def exclusive(path: Path, doing: str, *, show: bool = True, busy: str | None = N
 
 
 @contextlib.contextmanager
-def claimed_folder(folder: Path, what: str, *, locked: bool = True) -> Iterator[None]:
+def claimed_folder(folder: Path, what: str, *, locked: bool = True, setting: str = "name") -> Iterator[None]:
     """Make an output folder, and keep other processes that write there out of it. Who ends, however, lets go.
 
     Args:
         folder: with a file `.lock` from now on.
         what: is at work there: `run`.
         locked: whether this process takes the lock, for all that belong together.
+        setting: by which another folder is given.
 
     Raises:
         UserError: another one is at work there, or the folder cannot be made or written.
     """
     with errors_for_users(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    busy = f"another {what} is writing to {folder}; wait until it has ended, or give another name="
+    busy = f"another {what} is writing to {folder}; wait until it has ended, or give another {setting}="
     with exclusive(folder / _LOCK, f"writing to {folder}", busy=busy) if locked else contextlib.nullcontext():
         yield
 

@@ -63,6 +63,14 @@ def caption_world(tmp_path_factory: pytest.TempPathFactory) -> "World":
 
 
 @pytest.fixture(scope="session")
+def blip_world(tmp_path_factory: pytest.TempPathFactory) -> "World":
+    """As `world`, for runs of BLIP."""
+    from tests.kit.runs import make_blip_world
+
+    return make_blip_world(tmp_path_factory.mktemp("blip_world"))
+
+
+@pytest.fixture(scope="session")
 def untrained_run(world: "World", tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a run on the tiny world whose model is as it was drawn; not to be changed by a test."""
     from tests.kit.untrained import write_untrained_run

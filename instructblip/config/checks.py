@@ -5,11 +5,13 @@ from typing import Any
 
 from instructblip.config.schema import (
     ArchitectureConfig,
+    CapFiltConfig,
     DataConfig,
     EvaluateConfig,
     InspectConfig,
     MixtureConfig,
     ModelConfig,
+    ModelKind,
     PhaseConfig,
     PrepareConfig,
     QFormerConfig,
@@ -17,6 +19,19 @@ from instructblip.config.schema import (
 )
 from instructblip.config.validate import nearest
 from instructblip.errors import UserError
+
+_PAIRED = ("feature_width", "max_text_tokens", "temperature")
+# What each kind of model reads of the section `model`.
+ARCHITECTURE: dict[ModelKind, tuple[str, ...]] = {
+    "instructblip": (),
+    "blip2": (),
+    "blip2_stage1": (*_PAIRED, "language_model_head"),
+    "blip_caption": ("max_text_tokens", "prompt"),
+    "blip_vqa": ("max_text_tokens", "enc_token"),
+    "blip_retrieval": (*_PAIRED, "enc_token", "queue_size"),
+    "blip_pretrain": (*_PAIRED, "enc_token", "queue_size"),
+}
+BLIP_KINDS = tuple(kind for kind in ARCHITECTURE if kind.startswith("blip_"))
 
 
 def check(config: Any) -> None:
@@ -33,6 +48,8 @@ def check(config: Any) -> None:
         _check_preparation(config)
     elif isinstance(config, InspectConfig):
         _check_inspection(config)
+    elif isinstance(config, CapFiltConfig):
+        _check_capfilt(config)
 
 
 def check_search(config: Any, direction: str) -> None:
@@ -72,19 +89,42 @@ def check_model(config: ModelConfig) -> None:
     Raises:
         UserError: names the key.
     """
-    kind = config.model.kind
+    kind, architecture = config.model.kind, config.model
+    plain = asdict(ArchitectureConfig(kind=kind))
+    if other := [
+        name for name, value in asdict(architecture).items() if value != plain[name] and name not in ARCHITECTURE[kind]
+    ]:
+        owners = " or ".join(owner for owner, names in ARCHITECTURE.items() if other[0] in names)
+        raise UserError(f"model.{other[0]} is none of model={kind}; leave it out, or set model={owners}")
+    if kind in BLIP_KINDS:
+        _check_blip(config)
+        return
+    if config.text is not None:
+        raise UserError(f"model={kind} has no text model, and text={config.text.name} is one; leave it out: ~text")
+    qformer = config.q_former()
     if kind != "blip2_stage1":
         config.language_model()
-        plain = asdict(ArchitectureConfig(kind=kind))
-        if other := [name for name, value in asdict(config.model).items() if value != plain[name]]:
-            raise UserError(f"model.{other[0]} is of BLIP-2's first stage; leave it out, or set model=blip2_stage1")
-        if kind == "blip2" and config.qformer.instruction_aware:
+        if kind == "blip2" and qformer.instruction_aware:
             raise UserError("model=blip2 has a Q-Former that reads no text; set qformer.instruction_aware=false")
         return
     if config.llm is not None:
         raise UserError(f"model=blip2_stage1 has no language model, and llm={config.llm.name} is one; set llm=null")
-    if not config.qformer.instruction_aware:
+    if not qformer.instruction_aware:
         raise UserError("model=blip2_stage1 reads texts with the Q-Former; set qformer.instruction_aware=true")
+
+
+def _check_blip(config: ModelConfig) -> None:
+    kind = config.model.kind
+    config.text_model()
+    for part in ("qformer", "llm"):
+        section = getattr(config, part)
+        if section is not None:
+            raise UserError(f"model={kind} has no {part}, and {part}={section.name} is one; leave it out: ~{part}")
+    if config.vision.norm != "none" or not config.vision.final_norm:
+        raise UserError(
+            f"model={kind} reads the vision encoder's last tokens behind its own norm; set vision.final_norm=true and "
+            "vision.norm=none"
+        )
 
 
 def _check_training(config: TrainConfig) -> None:
@@ -96,7 +136,8 @@ def _check_training(config: TrainConfig) -> None:
     _check_mixture(config.mixture)
     for name, phase in recipe.phases.items():
         _check_groups(f"recipe.phases.{name} has", config.mixture, phase.batch_size, phase.micro_batch_size)
-    _check_qformer(config.qformer)
+    if config.qformer is not None:
+        _check_qformer(config.qformer)
     by_path = any("/" in name or name.endswith((".yaml", ".yml")) for name in config.suite.held_in)
     named = ("mean", *config.suite.held_in)
     if recipe.keep_best is not None and recipe.keep_best not in named and not by_path:  # a card's path says no name yet
@@ -113,8 +154,12 @@ def _check_training(config: TrainConfig) -> None:
 
 
 def _check_trained(config: TrainConfig) -> None:
-    if not config.train.parts():
-        raise UserError("train has no part that is full, so nothing would be learned; set train.qformer=full")
+    if not config.train.parts(config):
+        part = "text" if config.qformer is None else "qformer"
+        raise UserError(f"train has no part that is full, so nothing would be learned; set train.{part}=full")
+    for part in ("qformer", "text"):
+        if getattr(config, part) is None and part in config.train.learning_rates:
+            raise UserError(f"model={config.model.kind} has no {part} to train; leave train.learning_rates.{part} out")
     if config.train.vision != "full" and config.train.layer_decay != 1.0:
         raise UserError(
             f"train.layer_decay={config.train.layer_decay:g} is of the vision encoder's layers, which are frozen; set "
@@ -136,6 +181,8 @@ def _check_trained(config: TrainConfig) -> None:
 
 
 def _check_start(config: TrainConfig) -> None:
+    if config.qformer is None:
+        return
     files = [path for path in (config.qformer.stage1, config.qformer.stage2) if path is not None]
     if files and config.init_from:
         raise UserError(f"qformer.stage1 and stage2 mean init_from=[{', '.join(files)}]; give init_from= alone")
@@ -144,6 +191,8 @@ def _check_start(config: TrainConfig) -> None:
 def _check_phase(key: str, phase: PhaseConfig, config: TrainConfig) -> None:
     if phase.batching == "fixed" and phase.micro_batch_tokens is not None:
         raise UserError(f"{key}.micro_batch_tokens limits no fixed batches; set {key}.batching=bucketed or packed")
+    if phase.plateau_decay is not None and phase.plateau_steps is None:
+        raise UserError(f"{key}.plateau_decay is from plateau to plateau; set {key}.plateau_steps, how long one is")
     if phase.batching == "packed" and (config.llm is None or config.llm.kind != "decoder"):
         found = f"model={config.model.kind} has none" if config.llm is None else f"llm={config.llm.name} is none"
         raise UserError(f"{key}.batching=packed needs a decoder-only LLM, {found}; set it to bucketed")
@@ -197,3 +246,13 @@ def _check_inspection(config: InspectConfig) -> None:
         raise UserError("data.cache_features=true leaves nothing to decode; inspect with data.cache_features=false")
     _check_mixture(config.mixture)
     _check_groups("there is", config.mixture, config.batch_size, config.micro_batch_size)
+
+
+def _check_capfilt(config: CapFiltConfig) -> None:
+    if config.variant == "blip2" and config.threshold is not None:
+        raise UserError("threshold= is of variant=blip; variant=blip2 keeps the best of each picture, as many as kept=")
+    if config.variant == "blip" and config.kept is not None:
+        raise UserError("kept= is of variant=blip2; variant=blip keeps all that match with more than threshold=")
+    most, least = config.max_new_tokens, config.min_new_tokens
+    if most is not None and least is not None and least > most:
+        raise UserError(f"min_new_tokens={least} is more than max_new_tokens={most}; lower it")

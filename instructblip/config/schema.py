@@ -28,19 +28,30 @@ class Section:
 # --- choices ---------------------------------------------------------------------------------------------------------
 
 Dtype = Literal["float32", "bfloat16", "float16"]
-VisionNorm = Literal["layer", "channel"]
+VisionNorm = Literal["layer", "channel", "none"]
+VisionInit = Literal["file", "scratch"]
 QFormerInit = Literal["bert", "given", "scratch"]
+TextInit = Literal["bert", "scratch"]
 QueryInit = Literal["normal", "cls"]
-ModelKind = Literal["instructblip", "blip2", "blip2_stage1"]
+ModelKind = Literal[
+    "instructblip", "blip2", "blip2_stage1", "blip_caption", "blip_vqa", "blip_retrieval", "blip_pretrain"
+]
 LLMKind = Literal["decoder", "encoder_decoder"]
 TrainMode = Literal["frozen", "full"]
-PartName = Literal["vision", "qformer", "llm"]
+PartName = Literal["vision", "qformer", "text", "llm"]
 Quantization = Literal["int8", "nf4"]
 LavisProjection = Literal["llm_proj", "t5_proj", "opt_proj"]
 Converter = Literal["gguf", "efficientnet_pth"]
 Weighting = Literal["sqrt", "proportional", "uniform", "temperature"]
 MixedPer = Literal["sample", "batch", "step"]
-Transform = Literal["resize_square", "center_crop", "blip2_image_train", "blip_image_train", "clip_image_train"]
+Transform = Literal[
+    "resize_square",
+    "center_crop",
+    "blip2_image_train",
+    "blip_image_train",
+    "blip_image_pretrain",
+    "clip_image_train",
+]
 TextProcessor = Literal["none", "blip_caption", "blip_question"]
 BatchingKind = Literal["fixed", "bucketed", "packed"]
 Gather = Literal["gradient", "detached"]
@@ -54,6 +65,7 @@ Mode = Literal["rank", "generate", "retrieve"]
 Preset = Literal["paper", "lavis"]
 OcrLibrary = Literal["rapidocr"]
 Missing = Literal["stop", "skip"]
+CapFiltVariant = Literal["blip", "blip2"]
 CardTask = Literal["vqa", "captioning", "multiple_choice", "classification", "statement", "conversation"]
 # Scores that a card may name; `evaluation.metrics.METRICS` has them all.
 MetricName = Literal[
@@ -189,10 +201,11 @@ class SourcesConfig(Section):
 
 @dataclass(kw_only=True)
 class VisionConfig(Section):
-    """The frozen image encoder."""
+    """The image encoder."""
 
     name: PartFolder
     sources: SourcesConfig = field(default_factory=SourcesConfig)
+    init: VisionInit = "file"  # scratch: drawn, or given by init_from=; no file is opened
     backbone: str
     options: VisionOptions = field(default_factory=dict)  # of timm.create_model
     dtype: Dtype = "float32"
@@ -202,8 +215,10 @@ class VisionConfig(Section):
     layers: list[str] = field(default_factory=list)
     grid: AtLeastOne | None = None
     final_norm: bool = True  # false leaves the backbone's own last norm out
-    norm: VisionNorm = "layer"  # layer: trainable ln_vision; channel: fixed statistics measured on training images
-    norm_eps: PositiveFloat = 1e-5  # of norm=layer
+    # layer: trainable ln_vision; channel: fixed statistics measured on training images; none: as BLIP, whose encoder keeps
+    # its own
+    norm: VisionNorm = "layer"
+    norm_eps: PositiveFloat = 1e-5  # of norm=layer; with norm=none that of the encoder's own norms
 
 
 @dataclass(kw_only=True)
@@ -228,6 +243,18 @@ class QFormerConfig(Section):
     instruction_aware: bool = True
     max_instruction_tokens: AtLeastOne = 128
     train_text_embeddings: bool = True
+
+
+@dataclass(kw_only=True)
+class TextConfig(Section):
+    """BLIP's text model: what its encoder, its decoder or both are made of, and what they start from."""
+
+    name: PartFolder
+    sources: SourcesConfig = field(default_factory=SourcesConfig)  # BERT: sizes, tokenizer and, for init=bert, weights
+    init: TextInit = "bert"
+    sizes: dict[str, Any] = field(default_factory=dict)  # as in BERT's config.json, for what opens no file: a plan
+    layers: AtLeastOne | None = None  # the first ones of BERT's; null: all
+    dropout: Decay = 0.1
 
 
 @dataclass(kw_only=True)
@@ -263,11 +290,14 @@ class ArchitectureConfig(Section):
     """Which model the parts are put together to."""
 
     kind: ModelKind = "instructblip"
-    # Of BLIP-2's first stage alone:
+    # What each kind reads of the rest, `checks.ARCHITECTURE` says.
     feature_width: AtLeastOne = 256  # of the features that image and text are contrasted by
     max_text_tokens: AtLeastOne = 32
     temperature: PositiveFloat = 0.07  # that similarities are divided by; trained from here on
     language_model_head: bool = True  # false: it does not caption, as transformers' retrieval models
+    prompt: str = "a picture of "  # that a caption begins with
+    enc_token: bool = True  # a text that reads an image begins with [ENC]; false: with [CLS], as in transformers
+    queue_size: AtLeastOne | None = None  # pairs whose momentum features are contrasted with; null: no momentum copies
 
 
 @dataclass(kw_only=True)
@@ -277,12 +307,33 @@ class ModelConfig(Section):
     seed: int = 0
     model: ArchitectureConfig = field(default_factory=ArchitectureConfig)
     vision: VisionConfig
-    qformer: QFormerConfig
-    llm: LLMConfig | None = None  # BLIP-2's first stage has none
+    qformer: QFormerConfig | None = None  # BLIP has none
+    text: TextConfig | None = None  # BLIP alone has one
+    llm: LLMConfig | None = None  # BLIP and BLIP-2's first stage have none
 
     def reads_prefixes(self) -> bool:
         """Whether captions are cut for prefix language modelling: BLIP-2's second stage with an encoder-decoder."""
         return self.model.kind == "blip2" and self.llm is not None and self.llm.kind == "encoder_decoder"
+
+    def q_former(self) -> QFormerConfig:
+        """The Q-Former, of a model that has one.
+
+        Raises:
+            UserError: it is missing.
+        """
+        if self.qformer is None:
+            raise UserError(f"model={self.model.kind} needs a Q-Former; give qformer=NAME, one of configs/qformer")
+        return self.qformer
+
+    def text_model(self) -> TextConfig:
+        """The text model, of a BLIP.
+
+        Raises:
+            UserError: it is missing.
+        """
+        if self.text is None:
+            raise UserError(f"model={self.model.kind} needs a text model; give text=NAME, one of configs/text")
+        return self.text
 
     def language_model(self) -> LLMConfig:
         """The language model, of a model that has one.
@@ -348,6 +399,9 @@ class DataConfig(Section):
     cache_features: bool = False
     transform: Transform = "resize_square"  # of training images
     text_processor: TextProcessor = "none"  # of the texts that training teaches; blip_caption: as the released code's
+    prompt_processor: TextProcessor = (
+        "none"  # of the prompts before them; blip_question: as the released BLIP's for VQA
+    )
     tolerance: ToleranceConfig = field(default_factory=ToleranceConfig)
 
 
@@ -373,7 +427,12 @@ class PhaseConfig(Section):
     objectives: dict[str, NotNegativeFloat] = field(default_factory=dict)
     # Of objectives over the whole batch. detached: what they compare a sample with has no gradient, as in the released code.
     gather: Gather = "gradient"
+    soft_targets: Fraction = 0.4  # of distillation: share of the momentum copies' likelihoods in the targets
+    soft_targets_ramp: NotNegative = 0  # steps of the phase over which that share grows from 0
+    # Of matching: wrong pairs are drawn among so many samples in a row; None: among all of the global batch.
+    negatives_among: AtLeastOne | None = None
     plateau_steps: AtLeastOne | None = None  # None: a cosine of every step; 3000: the released code's staircase
+    plateau_decay: PositiveFloat | None = None  # factor from plateau to plateau, in place of the cosine
 
 
 @dataclass(kw_only=True)
@@ -407,15 +466,17 @@ class TrainedPartsConfig(Section):
 
     vision: TrainMode = "frozen"
     qformer: TrainMode = "full"  # with its normalisation of image tokens and the projection into the LLM
+    text: TrainMode = "full"  # BLIP's text models and heads
     llm: TrainMode = "frozen"
     learning_rates: dict[PartName, PositiveFloat] = field(
         default_factory=dict
     )  # of a part: peak, in place of its phase's
     layer_decay: LayerDecay = 1.0  # of the vision encoder's learning rate, from each block to the one before
 
-    def parts(self) -> tuple[str, ...]:
-        """The names of the parts that train."""
-        return tuple(part for part in get_args(PartName) if getattr(self, part) == "full")
+    def parts(self, model: ModelConfig) -> tuple[str, ...]:
+        """The names of the parts that train, of those that the model has."""
+        missing = {part for part in ("qformer", "text") if getattr(model, part) is None}
+        return tuple(part for part in get_args(PartName) if getattr(self, part) == "full" and part not in missing)
 
 
 @dataclass(kw_only=True)
@@ -541,6 +602,36 @@ class FeaturesConfig(Section):
     tolerance: NotNegative = 0  # damaged pictures that are left out
     vision_path: str | None = None
     qformer_path: str | None = None
+
+
+@dataclass(kw_only=True)
+class CapFiltConfig(Section):
+    """Everything `python -m instructblip.capfilt` reads."""
+
+    shards: str  # folder of prepared splits
+    captioner: str
+    filter: str  # variant=blip: what matches pictures and texts; blip2: a CLIP
+    out: str
+    variant: CapFiltVariant = "blip"
+    split: str = "train"
+    prompt: str | None = None  # of a captioner that reads one
+    captions: AtLeastOne | None = None  # drawn for each picture; None: 1, or 10 of variant=blip2
+    top_p: Annotated[float, Field(gt=0, le=1)] = 0.9
+    max_new_tokens: AtLeastOne | None = None  # these three: None is as the captioner was released
+    min_new_tokens: NotNegative | None = None
+    repetition_penalty: PositiveFloat | None = None
+    threshold: Annotated[float, Field(ge=0, lt=1)] | None = None  # of variant=blip; None: 0.5
+    kept: AtLeastOne | None = None  # of variant=blip2; None: 2
+    text_processor: TextProcessor | None = (
+        None  # of what the filter reads; None: blip_caption, or none of variant=blip2
+    )
+    seed: int = 0
+    tolerance: NotNegative = 0  # damaged pictures, per shard, that are counted and left out
+    llm: LLMConfig | None = None  # of a captioner that is a .pth file, or in place of its own
+    vision_path: str | None = None
+    qformer_path: str | None = None
+    device: Device = "auto"
+    batch_size: AtLeastOne = 64
 
 
 @dataclass(kw_only=True)

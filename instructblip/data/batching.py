@@ -27,7 +27,7 @@ class Batch(NamedTuple):
 
     F is 1 for pictures, the number of frames for videos. `places` says where each sample stands in its rank's share of the
     step, in the order of the draws, `positions` where it was drawn in the run; `image_ids` are equal for samples of one
-    image.
+    image. `answers` has all accepted ones of each sample with their weights, where all are learnt; else it is empty.
     """
 
     ids: list[str]
@@ -38,6 +38,7 @@ class Batch(NamedTuple):
     places: list[int]
     image_ids: list[str]
     positions: list[int]
+    answers: Sequence[Sequence[tuple[str, float]]] = ()
 
 
 @dataclass(frozen=True)
@@ -150,6 +151,9 @@ def collate(items: Sequence[Item], places: Sequence[int] | None = None) -> Batch
         places=list(range(len(items)) if places is None else places),
         image_ids=[sample.image_id for sample in samples],
         positions=[sample.position for sample in samples],
+        answers=[sample.answers or ((sample.target or "", 1.0),) for sample in samples]
+        if any(sample.answers for sample in samples)
+        else (),
     )
 
 

@@ -15,7 +15,7 @@ from instructblip.data.lost import LostSample
 from instructblip.data.mixture import Draw, Mixture, position_generator
 from instructblip.data.records import Sample
 from instructblip.data.shards import PreparedSplit, ShardReader
-from instructblip.data.templates import TemplateSet, cut_prefix, render_training
+from instructblip.data.templates import TemplateSet, answer_shares, cut_prefix, render_training
 from instructblip.data.text_processors import TEXT_PROCESSORS
 from instructblip.data.transforms import AUGMENTATIONS, augment_frames
 from instructblip.errors import DamagedSample, UserError
@@ -115,6 +115,8 @@ class MixtureDataset(Dataset[Item]):
         make_image: gives the image tokens or pixels of a drawn image.
         text_processor: what is done to each target, one of `text_processors.TEXT_PROCESSORS`.
         cut_prefixes: a target without an instruction gives its beginning to it (`templates.cut_prefix`).
+        all_answers: a sample holds all accepted answers beside the one that is drawn.
+        prompt_processor: what is done to each instruction.
     """
 
     def __init__(
@@ -125,12 +127,16 @@ class MixtureDataset(Dataset[Item]):
         text_processor: TextProcessor = "none",
         *,
         cut_prefixes: bool = False,
+        all_answers: bool = False,
+        prompt_processor: TextProcessor = "none",
     ) -> None:
         self.mixture = mixture
         self.sets = list(sets)
         self.make_image = make_image
         self.text_processor = text_processor
         self.cut_prefixes = cut_prefixes
+        self.all_answers = all_answers
+        self.prompt_processor = prompt_processor
 
     def __getitem__(self, position: int) -> Item:
         return self.read(position)[0]
@@ -165,7 +171,10 @@ class MixtureDataset(Dataset[Item]):
             instruction, target, template = render_training(record, chosen.templates, random)
         except ValueError as error:
             raise DamagedSample(f"{error} (image {shard.keys[row]} of {shard.path})") from None
-        target = TEXT_PROCESSORS[self.text_processor](target)
+        instruction = TEXT_PROCESSORS[self.prompt_processor](instruction)
+        processed = TEXT_PROCESSORS[self.text_processor]
+        all_answers = self.all_answers and chosen.templates.target == "answer"
+        target = processed(target)
         if self.cut_prefixes and not instruction:
             instruction, target = cut_prefix(target, random)
         sample = Sample(
@@ -179,5 +188,6 @@ class MixtureDataset(Dataset[Item]):
             instruction=instruction,
             target=target,
             template=template,
+            answers=tuple((processed(text), share) for text, share in answer_shares(record)) if all_answers else (),
         )
         return sample, self.make_image(DrawnImage(shard, row, frames, random, chosen.flip))

@@ -145,6 +145,7 @@ class Sample:
         position: where it was drawn in the run.
         instruction, target: text in and text out; `target` is None where the answer is not public.
         template: the template that made them.
+        answers: all accepted ones with their weights, where a model is to learn them all; else empty.
     """
 
     id: str
@@ -157,3 +158,4 @@ class Sample:
     instruction: str
     target: str | None
     template: str
+    answers: tuple[tuple[str, float], ...] = ()

@@ -143,6 +143,13 @@ def cut_prefix(target: str, random: np.random.Generator) -> tuple[str, str]:
     return target[: words[count - 1].end()], target[words[count].start() :]
 
 
+def answer_shares(record: Record) -> list[tuple[str, float]]:
+    """All answers that people gave to a question, each with the share of those who gave it, most usual first."""
+    weights = record.answer_weights or [1.0] * len(record.answers)
+    people = record.annotators or sum(weights)
+    return [(answer, weight / people) for answer, weight in zip(record.answers, weights, strict=True)]
+
+
 def _draw_target(record: Record, target: str, random: np.random.Generator) -> tuple[str | None, str]:
     """The answer that the instruction may show, and the text that the model is to write."""
     if target == "choice":

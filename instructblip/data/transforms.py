@@ -129,6 +129,7 @@ def show_view(data: bytes, where: str, view: View, size: int) -> Tensor:
 # By the names of the released code. At level 5 the factor of brightness and of sharpness is 1: they change nothing there.
 AUGMENTATIONS: dict[str, Augmentation] = {
     "blip_image_train": Augmentation((0.5, 1.0), flip=True, operations=(2, 5)),
+    "blip_image_pretrain": Augmentation((0.2, 1.0), flip=True, operations=(2, 5)),  # BLIP's own repository, pretrain.py
     "blip2_image_train": Augmentation((0.5, 1.0), flip=True),
     "clip_image_train": Augmentation((0.9, 1.0), flip=False),
 }

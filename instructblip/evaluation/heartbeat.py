@@ -25,7 +25,7 @@ _AGAIN = "look at what it said last; run the same command again, it goes on wher
 
 
 @contextlib.contextmanager
-def watched(folder: Path, ranks: Ranks) -> Iterator[Ranks]:
+def watched(folder: Path, ranks: Ranks, what: str = "evaluation") -> Iterator[Ranks]:
     """Tell the other ranks that this one is at work; give its `Ranks`, whose `poll_stop` looks whether they are too.
 
     Where ranks have a shorter `timeout` than `LOST_SECONDS`, that is the bound.
@@ -33,6 +33,7 @@ def watched(folder: Path, ranks: Ranks) -> Iterator[Ranks]:
     Args:
         folder: is there, and all ranks see it.
         ranks: one process alone watches nobody.
+        what: they are the ranks of.
 
     Raises:
         LostRankError: at `poll_stop`, as `_Heartbeats.look`.
@@ -41,7 +42,7 @@ def watched(folder: Path, ranks: Ranks) -> Iterator[Ranks]:
         yield ranks
         _clear_up(folder)  # of several that were killed before
         return
-    beats = _Heartbeats(folder, ranks, min(LOST_SECONDS, ranks.timeout))
+    beats = _Heartbeats(folder, ranks, min(LOST_SECONDS, ranks.timeout), what)
 
     def poll() -> None:
         ranks.poll_stop()
@@ -74,8 +75,8 @@ class _Sign(NamedTuple):
 
 
 class _Heartbeats:
-    def __init__(self, folder: Path, ranks: Ranks, bound: float) -> None:
-        self._folder, self._ranks, self._bound = folder, ranks, bound
+    def __init__(self, folder: Path, ranks: Ranks, bound: float, what: str = "evaluation") -> None:
+        self._folder, self._ranks, self._bound, self._what = folder, ranks, bound, what
         self._pause = min(BEAT_SECONDS, bound / 5)
         self._name = uuid.uuid4().hex
         self._ended = threading.Event()
@@ -116,7 +117,7 @@ class _Heartbeats:
             if (content := self._read(rank)) != sign.content:
                 self._signs[rank] = _Sign(content, now, heard=True)
                 if sign.heard and content == f"{sign.name} {_FAILED}":
-                    raise LostRankError(f"rank {rank} of the evaluation failed; {_AGAIN}")
+                    raise LostRankError(f"rank {rank} of the {self._what} failed; {_AGAIN}")
             elif not sign.ended_well:
                 self._check_silence(rank, sign, now - sign.since)
 
@@ -124,7 +125,7 @@ class _Heartbeats:
         bound = self._bound if sign.heard else self._ranks.timeout
         if seconds > bound:
             raise LostRankError(
-                f"rank {rank} of the evaluation gave no sign of life for {bound:g} s: it died, was stopped, or has not "
+                f"rank {rank} of the {self._what} gave no sign of life for {bound:g} s: it died, was stopped, or has not "
                 f"begun; {_AGAIN}"
             )
 

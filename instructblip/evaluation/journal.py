@@ -122,7 +122,9 @@ class Journal:
                 )
             _append(self._path, lines)
             self._appended = True
-        self.predictions.update((item.key, item) for item in predictions)
+        for prediction in predictions:
+            self.predictions[prediction.key] = prediction
+            self.failures.pop(prediction.key, None)  # it had failed before
         self.failures.update((item.key, item) for item in failures)
 
     def give_up(self, reason: str) -> None:

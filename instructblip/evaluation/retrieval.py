@@ -33,7 +33,7 @@ from instructblip.evaluation.outcomes import Prediction, Ranking
 from instructblip.evaluation.protocol import EvaluationSample, Task
 from instructblip.evaluation.work import BatchLimit, read_ahead
 from instructblip.files import atomic_path, errors_for_users
-from instructblip.models.blip2 import similarities
+from instructblip.models.pairs import similarities
 from instructblip.progress import progress_bar
 
 _IMAGES_PER_FILE = 64

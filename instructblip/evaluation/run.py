@@ -92,9 +92,10 @@ def _plan(
 def _refuse_untrained(loaded: LoadedModel, *, allowed: bool) -> None:
     """Scores of a model that cannot see say nothing of its parts, and look like any others in a table."""
     if loaded.standing.untrained and not allowed:
-        untrained, llm = ", ".join(loaded.standing.untrained), loaded.parts["llm"].name
+        untrained = ", ".join(loaded.standing.untrained)
+        beside = f" with llm={loaded.parts['llm'].name}" if "llm" in loaded.parts else ""
         raise UserError(
-            f"{untrained} of {loaded.name} with llm={llm} was never trained; "
+            f"{untrained} of {loaded.name}{beside} was never trained; "
             f"train it first (train.py init_from={loaded.source}), or evaluate it as it is with allow_untrained=true"
         )
 

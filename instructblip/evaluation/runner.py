@@ -5,6 +5,7 @@ number of processes changes no answer. docs/evaluate.md, "Design", explains chun
 """
 
 import logging
+import math
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
@@ -291,13 +292,18 @@ def _answers(model: Any, task: Task, batch: Sequence[tuple[Question, Tensor]]) -
         decoding = {name: getattr(protocol, name) for name in _DECODING}
         if task.needs(model.SKILLS) == "caption":
             return [(text, (), ()) for text in model.generate(images, **decoding)]
-        texts = model.generate(images, prompts, beam_lengths=protocol.beam_lengths, **decoding)
+        # Beams are counted in more ways than one by transformers, which runs language models alone.
+        counted = {"beam_lengths": protocol.beam_lengths} if "llm" in model.PARTS else {}
+        texts = model.generate(images, prompts, **counted, **decoding)
         classes = {normalize_answer(text): label for text, label in protocol.verbalizers}
         return [(classes.get(normalize_answer(text), text), (), ()) for text in texts]
     candidates = [task.candidates(sample.record) for sample in samples]
-    scores = model.rank(images, prompts, candidates, normalize=protocol.normalize, include_eos=protocol.include_eos)
+    released = dict(model.RELEASED_RANKING) if protocol.preset == "lavis" else {}
+    options = {"normalize": protocol.normalize, "include_eos": protocol.include_eos, **released}
+    scores = model.rank(images, prompts, candidates, **options)
     for sample, row in zip(samples, scores, strict=True):
-        if not row.isfinite().all():
+        # What a model did not choose to rank has -inf.
+        if not (row[row > -torch.inf] if "preselect" in released else row).isfinite().all() or row.isnan().any():
             raise _not_finite(sample)
     return [_ranked(task, texts, row.tolist()) for texts, row in zip(candidates, scores, strict=True)]
 
@@ -312,9 +318,10 @@ def _ranked(task: Task, candidates: Sequence[str], scores: list[float]) -> Answe
     """The likeliest class, the first of equals, and the scores to keep."""
     names, values = class_scores(task.protocol, candidates, scores)
     best = names[values.index(max(values))]
-    if len(scores) <= _MOST_SCORES:
+    scored = [number for number, score in enumerate(scores) if score > -math.inf]
+    if len(scored) == len(scores) <= _MOST_SCORES:
         return best, tuple(scores), ()
-    ranked = sorted(range(len(scores)), key=lambda number: -scores[number])[:_BEST_SCORES]
+    ranked = sorted(scored, key=lambda number: -scores[number])[:_BEST_SCORES]
     return best, tuple(scores[number] for number in ranked), tuple(ranked)
 
 

@@ -2,7 +2,7 @@
 
 import gc
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -16,6 +16,7 @@ from instructblip.evaluation.protocol import EvaluationSample
 logger = logging.getLogger(__name__)
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+Key = TypeVar("Key", bound=Hashable)
 
 _READERS = 4  # threads that read and decode the next chunk's images meanwhile
 
@@ -62,11 +63,18 @@ def read_ahead(
     chunks: Sequence[Sequence[EvaluationSample]], read_image: ReadImage
 ) -> Iterator[dict[str, Future[Tensor]]]:
     """The images of each chunk of samples by key, the next chunk's being read meanwhile."""
+    keyed = [{sample.image_key: sample for sample in chunk} for chunk in chunks]
+    return read_chunks(keyed, lambda sample: read_image(sample.shard, sample.row))
+
+
+def read_chunks(
+    chunks: Sequence[Mapping[Key, Item]], read: Callable[[Item], Result]
+) -> Iterator[dict[Key, Future[Result]]]:
+    """What `read` gives for the items of each chunk, by key, the next chunk's being read meanwhile."""
     with ThreadPoolExecutor(_READERS) as pool:
 
-        def start(chunk: Sequence[EvaluationSample]) -> dict[str, Future[Tensor]]:
-            samples = {sample.image_key: sample for sample in chunk}
-            return {key: pool.submit(read_image, sample.shard, sample.row) for key, sample in samples.items()}
+        def start(chunk: Mapping[Key, Item]) -> dict[Key, Future[Result]]:
+            return {key: pool.submit(read, item) for key, item in chunk.items()}
 
         try:
             following = start(chunks[0]) if chunks else {}

@@ -186,6 +186,26 @@ def check_decoding(
         raise ValueError(f"top_p is {top_p!r}; give a probability above 0, 1 for all tokens")
 
 
+def check_noise(noise: Any, count: int, max_new_tokens: int, *, do_sample: bool) -> None:
+    """What sampling draws with, where it is given: a number in [0, 1) for each new token of each row.
+
+    Raises:
+        ValueError: names `noise`.
+    """
+    if noise is None:
+        return
+    if not do_sample:
+        raise ValueError("noise is what sampling draws with; set do_sample=True, or leave it out")
+    if not isinstance(noise, Tensor) or not noise.is_floating_point() or noise.ndim != 2:
+        raise ValueError("noise is no tensor of numbers (images, tokens); give one of torch.rand")
+    if len(noise) != count or noise.shape[1] < max_new_tokens:
+        raise ValueError(
+            f"noise is of {tuple(noise.shape)} for {count} images and {max_new_tokens} new tokens; give a number for each"
+        )
+    if not ((noise >= 0) & (noise < 1)).all():
+        raise ValueError("noise holds numbers outside of [0, 1); give those of torch.rand")
+
+
 def check_positions(spans: Sequence[int], limit: int | None) -> None:
     """Prompts that fit the language model's positions, together with their answers.
 

@@ -6,6 +6,7 @@ named outputs: features, hidden states, logits. Objectives (`instructblip/object
 Shape legend: B batch, F frames, P image tokens, V vision width, N rows of any kind.
 """
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -44,6 +45,10 @@ class Samples(Protocol):
     def positions(self) -> Sequence[int]:
         """B places in the run."""
 
+    @property
+    def answers(self) -> Sequence[Sequence[tuple[str, float]]]:
+        """Of B samples all accepted answers with their weights, where a model is to learn them all; else empty."""
+
 
 class Partners(NamedTuple):
     """For each sample of a micro-batch another one's image, and another one's answer, which do not belong to it.
@@ -64,9 +69,11 @@ class Inputs:
     Attributes:
         images: as in `Samples`.
         prompts: B prompts.
-        answers: B token sequences with their end, none of them empty.
+        answers: B token sequences with their end, none of them empty; more where `answer_counts` says so.
         image_ids, positions: as in `Samples`; read by objectives over the whole batch.
         partners: drawn for an objective that needs them.
+        answer_counts: how many of the answers each sample has, which stand sample after sample; empty: one each.
+        answer_weights: of each answer in its sample's loss; empty: 1.
     """
 
     images: Images
@@ -75,18 +82,26 @@ class Inputs:
     image_ids: Sequence[str] = ()
     positions: Sequence[int] = ()
     partners: Partners | None = None
+    answer_counts: Sequence[int] = ()
+    answer_weights: Sequence[float] = ()
 
     def __len__(self) -> int:
         return len(self.prompts)
+
+    def answers_by_sample(self) -> list[Sequence[Sequence[int]]]:
+        """Each sample's answers."""
+        ends = list(itertools.accumulate(self.answer_counts or [1] * len(self)))
+        return [self.answers[start:end] for start, end in zip([0, *ends], ends, strict=False)]
 
 
 class PassWorkload(NamedTuple):
     """What one forward pass went through, for the count of floating-point operations.
 
     Attributes:
-        positions: places of the pass through the LLM, an encoder-decoder's in both parts.
+        positions: places of the pass through the LLM, an encoder-decoder's in both parts, or through BLIP's decoder of
+            answers.
         padding: those of them that hold nothing.
-        text: tokens of text in the Q-Former, once a frame.
+        text: tokens of text in the Q-Former, once a frame, or in BLIP's text model.
     """
 
     positions: int = 0
@@ -207,12 +222,16 @@ class Model(PartedModule, ABC):
         OUTPUTS: names of all outputs that it gives.
         SKILLS: what evaluation may ask of it: to `rank` candidates, to `generate` an answer to a prompt, to `caption` a
             picture without one, to `retrieve` by contrast and matching.
+        RELEASED_RANKING: further arguments of `rank` with which the released code of this model ranks.
         vision: image encoder, a part of its own.
         vision_norm: normalisation between the encoder and what reads its tokens.
+        copy_momentum: share of itself that each of the `copies` keeps in a step.
     """
 
     OUTPUTS: ClassVar[frozenset[str]]
     SKILLS: ClassVar[frozenset[Skill]]
+    RELEASED_RANKING: ClassVar[Mapping[str, Any]] = {}
+    copy_momentum: float = 0.0
     vision: VisionEncoder
     vision_norm: nn.Module
 
@@ -270,6 +289,18 @@ class Model(PartedModule, ABC):
 
         Raises:
             ValueError: packed, and the LLM is no decoder-only one.
+        """
+
+    def copies(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Weights that never learn and follow others, with those: (copy, original). Training moves them before each step."""
+        return iter(())
+
+    def remember(self, rows: Mapping[str, Tensor], image_ids_N: Tensor) -> None:
+        """Keep what later steps compare with; training says it after each step in which objectives compared a whole batch.
+
+        Args:
+            rows: the outputs that they compared, (N, ...) of the N samples of all ranks, in the order of their positions.
+            image_ids_N: a number of each sample's image.
         """
 
     def uses_every_weight(self, wanted: Collection[str]) -> bool:

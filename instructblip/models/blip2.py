@@ -9,22 +9,20 @@ of the projected features, N rows of any kind, S supervised tokens in the batch,
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from instructblip.models.arguments import check_choice, check_decoding, check_images, check_texts
+from instructblip.models.arguments import check_choice, check_decoding, check_images, check_noise
 from instructblip.models.base import Inputs, Model, Outputs, PartStructure, PassWorkload, Samples
 from instructblip.models.decoding import decode
+from instructblip.models.pairs import Features, MatchHead, TextOutputs, check_pairs, padded, token_ids
 from instructblip.models.qformer import QFormer
 from instructblip.models.transformer import KeyValueCache
 from instructblip.models.vision import Images, VisionEncoder
-
-MatchHead = Literal["itm", "itc"]
 
 
 class ImageOutputs(NamedTuple):
@@ -41,18 +39,6 @@ class ImageOutputs(NamedTuple):
     query_BQD: Tensor
     projected_BQE: Tensor
     cache: KeyValueCache
-
-
-class TextOutputs(NamedTuple):
-    """What `BLIP2.encode_texts` returns.
-
-    Attributes:
-        text_BTD: states of the text alone.
-        projected_BE: of the first token ([CLS]), which stands for the text; unit length.
-    """
-
-    text_BTD: Tensor
-    projected_BE: Tensor
 
 
 class PairOutputs(NamedTuple):
@@ -81,26 +67,6 @@ class CaptionOutputs(NamedTuple):
     logits_NW: Tensor
     targets_N: Tensor
     tokens_B: Tensor
-
-
-class Features(NamedTuple):
-    """What `features` returns; None where it was not asked for.
-
-    Attributes:
-        image: states of the queries alone (B, Q, D).
-        image_projected: (B, Q, E), unit length.
-        text: states of the text alone (B, T, D).
-        text_projected: (B, E), unit length.
-        text_mask: 1 at the text's tokens, 0 at padding (B, T).
-        multimodal: states of the queries in the light of the text (B, Q, D).
-    """
-
-    image: Tensor | None = None
-    image_projected: Tensor | None = None
-    text: Tensor | None = None
-    text_projected: Tensor | None = None
-    text_mask: Tensor | None = None
-    multimodal: Tensor | None = None
 
 
 class BLIP2(Model):
@@ -275,18 +241,13 @@ class BLIP2(Model):
         return self._padded(self._token_ids(texts, self.max_text_tokens if max_tokens is None else max_tokens))
 
     def _token_ids(self, texts: Sequence[str], limit: int) -> list[list[int]]:
-        # Not the tokenizer's own truncation: InstructBLIP's loses the beginning.
-        rows = self.tokenizer(list(texts), truncation=False)["input_ids"]
-        return [ids if len(ids) <= limit else [*ids[: limit - 1], ids[-1]] for ids in rows]
+        return token_ids(self.tokenizer, texts, limit)
 
     def _captions(self, answers: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         return self._padded([[self.tokenizer.cls_token_id, *answer] for answer in answers])
 
     def _padded(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-        tensors = [torch.tensor(ids, device=self.device) for ids in rows]
-        ids_BT = pad_sequence(tensors, batch_first=True, padding_value=self.tokenizer.pad_token_id)
-        mask_BT = pad_sequence([torch.ones_like(ids) for ids in tensors], batch_first=True)
-        return ids_BT, mask_BT
+        return padded(rows, self.tokenizer.pad_token_id, self.device)
 
     def encode_images(self, tokens_B1PU: Tensor) -> ImageOutputs:
         """Queries alone, of image tokens (B, 1, P, U) as `image_tokens` gives them.
@@ -337,7 +298,7 @@ class BLIP2(Model):
         Raises:
             ValueError: unequal numbers of images and texts, an unknown head.
         """
-        _check(images, texts)
+        check_pairs(images, texts)
         check_choice("head", head, get_args(MatchHead))
         ids_BT, mask_BT = self.tokenize(texts)
         tokens_B1PU = self.image_tokens(images)
@@ -359,7 +320,7 @@ class BLIP2(Model):
         Raises:
             ValueError: neither, or unequal numbers.
         """
-        _check(images, texts)
+        check_pairs(images, texts)
         image = None if images is None else self.encode_images(self.image_tokens(images))
         features = Features()
         if image is not None:
@@ -386,14 +347,15 @@ class BLIP2(Model):
         do_sample: bool = False,
         temperature: float = 1.0,
         top_p: float = 0.9,
+        noise: Tensor | None = None,
     ) -> list[str]:
         """Caption each image; the defaults are the released ones, whose length limits count the start token.
 
         Args:
             images: B pictures, or their image tokens.
             prompts: this model captions without one.
-            num_beams, max_new_tokens, min_new_tokens, length_penalty, repetition_penalty, do_sample, temperature, top_p: as
-                `decoding.decode` takes them; sampling draws one text, whatever `num_beams`.
+            num_beams, max_new_tokens, min_new_tokens, length_penalty, repetition_penalty, do_sample, temperature, top_p,
+                noise: as `decoding.decode` takes them; sampling draws one text, whatever `num_beams`.
 
         Raises:
             ValueError: prompts, or a wrong argument by its name, before anything is computed.
@@ -403,7 +365,8 @@ class BLIP2(Model):
             raise self._has_no("language-model head to caption with")
         if prompts is not None:
             raise ValueError("BLIP-2's first stage captions without a prompt: prompts=None")
-        check_images(images)
+        count = check_images(images)
+        check_noise(noise, count, max_new_tokens, do_sample=do_sample)
         check_decoding(
             num_beams=num_beams,
             max_new_tokens=max_new_tokens,
@@ -429,6 +392,7 @@ class BLIP2(Model):
             do_sample=do_sample,
             temperature=temperature,
             top_p=top_p,
+            noise_BT=noise,
         )
         return [text.strip() for text in self.tokenizer.batch_decode(ids_BT[:, 1:], skip_special_tokens=True)]
 
@@ -448,20 +412,7 @@ def blip2_heads(width: int, feature_width: int) -> dict[str, nn.Linear]:
     }
 
 
-def similarities(image_BQE: Tensor, text_CE: Tensor) -> Tensor:
-    """Cosine (B, C) of every image and every text: that of the text and its nearest query; no temperature."""
-    return torch.einsum("bqe,ce->bcq", image_BQE, text_CE).amax(dim=2)
-
-
 def _pair_length(
     tokenizer: PreTrainedTokenizerBase, limit: int, queries: int, prompt: str, target: str, frames: int
 ) -> int:
     return frames * queries + min(len(tokenizer(target)["input_ids"]), limit)
-
-
-def _check(images: Images | None, texts: Sequence[str] | None) -> None:
-    if images is None and texts is None:
-        raise ValueError("images and texts are both missing: give one of them, or both")
-    count = None if images is None else check_images(images)
-    if texts is not None:
-        check_texts("texts", texts, count)

@@ -6,13 +6,16 @@ log-likelihood of a text that never ended by another length, so that they find o
 Shape legend: B batch, N beams, R = B x N rows, T tokens, W vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import repeat
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import (
+    LogitsProcessor,
     LogitsProcessorList,
     MinLengthLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
@@ -27,6 +30,9 @@ Step = Callable[[Tensor, KeyValueCache], Tensor]
 
 # (token ids so far (R, T), scores (R, W) of the next one) -> changed scores.
 Process = Callable[[Any, Any], Tensor]
+
+# Scores (B, W) -> the next token of each row (B,).
+Choose = Callable[[Tensor], Tensor]
 
 
 @torch.no_grad()
@@ -45,6 +51,7 @@ def decode(
     do_sample: bool = False,
     temperature: float = 1.0,
     top_p: float = 1.0,
+    noise_BT: Tensor | None = None,
 ) -> Tensor:
     """Continue token sequences.
 
@@ -59,8 +66,10 @@ def decode(
         min_new_tokens: at least so many stand before the end token.
         length_penalty: of beam search: exponent of the length that a text's log-likelihood is divided by.
         repetition_penalty: on the tokens that a row already holds, those of the start among them.
-        do_sample: draw each token, with torch's global random stream, from the smallest set of probability `top_p`, after
-            division of the logits by `temperature`.
+        do_sample: draw each token from the smallest set of probability `top_p`, after division of the logits by
+            `temperature`.
+        noise_BT: what sampling draws with, a number in [0, 1) for each new token of each row: a row is then a function of
+            its own numbers, whatever stands beside it. None: torch's global random stream.
 
     Returns:
         Start and new tokens (B, T).
@@ -77,12 +86,12 @@ def decode(
     if min_new_tokens > 0:
         processors.append(MinLengthLogitsProcessor(first + min_new_tokens, eos_id, device=device))
     if do_sample:
-        processors.append(TemperatureLogitsWarper(float(temperature)))
-        processors.append(TopPLogitsWarper(top_p))
+        processors += nucleus(temperature, top_p)
     tokens = _Tokens(eos_id, pad_id, first + max_new_tokens)
     if num_beams > 1:
         return _beam_search(step, start_BT, cache, processors, tokens, num_beams, length_penalty)
-    return _one_text_each(step, start_BT, cache, processors, tokens, _draw if do_sample else _likeliest)
+    choices = _draws(noise_BT, start_BT.device) if do_sample else repeat(_likeliest)
+    return _one_text_each(step, start_BT, cache, processors, tokens, choices)
 
 
 class _Tokens(NamedTuple):
@@ -99,18 +108,66 @@ def _draw(scores_BW: Tensor) -> Tensor:
     return torch.multinomial(scores_BW.softmax(dim=1), 1)[:, 0]
 
 
+def _draws(noise_BT: Tensor | None, device: torch.device) -> Iterator[Choose]:
+    """How each new token is drawn, in turn."""
+    if noise_BT is None:
+        return repeat(_draw)
+    return (partial(drawn_with, noise_B=noise_B) for noise_B in noise_BT.to(device).T)
+
+
+def nucleus(temperature: float, top_p: float) -> list[LogitsProcessor]:
+    """What leaves to scores the smallest set of probability `top_p`, after division by `temperature`."""
+    return [TemperatureLogitsWarper(float(temperature)), TopPLogitsWarper(top_p)]
+
+
+def drawn_with(scores_BW: Tensor, noise_B: Tensor) -> Tensor:
+    """The token (B,) of each row that a number in [0, 1) falls on, where all tokens share that interval by their
+    probabilities; never one of score -inf.
+    """
+    # In float64 no order of summation, which a GPU does not promise, moves a border by what a draw would notice.
+    borders_BW = scores_BW.double().softmax(dim=1).cumsum(dim=1)
+    total_B1 = borders_BW[:, -1:]
+    # Rounding may bring the product to the total itself, which is behind every token.
+    last_B1 = torch.nextafter(total_B1, torch.zeros_like(total_B1))
+    wanted_B1 = torch.minimum(noise_B.to(borders_BW)[:, None] * total_B1, last_B1)
+    return torch.searchsorted(borders_BW, wanted_B1, right=True)[:, 0]
+
+
+class Draws(NamedTuple):
+    """How transformers' greedy search is made to draw, each row with its own numbers; arguments as of `decode`."""
+
+    noise_BT: Tensor
+    temperature: float
+    top_p: float
+
+    def processors(self, rows: Sequence[int], device: torch.device) -> list[LogitsProcessor]:
+        """For one call over some of the B rows; they come last."""
+        return [*nucleus(self.temperature, self.top_p), _OnlyDrawn(self.noise_BT[list(rows)], device)]
+
+
+class _OnlyDrawn(LogitsProcessor):
+    """Of each row's scores (R, W) it leaves the token that was drawn; sees every step of one call."""
+
+    def __init__(self, noise_RT: Tensor, device: torch.device) -> None:
+        self._choices = _draws(noise_RT, device)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        chosen_R1 = next(self._choices)(scores)[:, None]
+        return torch.full_like(scores, -torch.inf).scatter(1, chosen_R1, 0.0)
+
+
 def _one_text_each(
     step: Step,
     start_BT: Tensor,
     cache: KeyValueCache,
     process: Process,
     tokens: _Tokens,
-    choose: Callable[[Tensor], Tensor],
+    choices: Iterator[Choose],
 ) -> Tensor:
     ids_BT, new_BT, cache = start_BT, start_BT, replace(cache)
     ended_B = torch.zeros(len(ids_BT), dtype=torch.bool, device=ids_BT.device)
     while ids_BT.shape[1] < tokens.max_length and not ended_B.all():
-        next_B = choose(process(ids_BT, step(new_BT, cache).float()))
+        next_B = next(choices)(process(ids_BT, step(new_BT, cache).float()))
         next_B = next_B.masked_fill(ended_B, tokens.pad_id)
         ended_B = ended_B | (next_B == tokens.eos_id)
         new_BT = next_B[:, None]

@@ -24,12 +24,14 @@ from instructblip.models.arguments import (
     check_decoding,
     check_images,
     check_names,
+    check_noise,
     check_positions,
     check_texts,
     check_tokens,
     frame_counts,
 )
 from instructblip.models.base import Inputs, Model, Outputs, PartStructure, PassWorkload, Samples, blocks_of
+from instructblip.models.decoding import Draws
 from instructblip.models.llm import LLM
 from instructblip.models.qformer import QFormer
 from instructblip.models.ranking import TOKEN_BUDGET, deduplicated, rank_candidates
@@ -253,14 +255,16 @@ class InstructBLIP(Model):
         do_sample: bool = False,
         temperature: float = 1.0,
         top_p: float = 1.0,
+        noise: Tensor | None = None,
         beam_lengths: str = "new_tokens",
     ) -> list[str]:
         """Answer each prompt freely; the returned text never holds the prompt. Without prompts BLIP-2 captions the images.
 
         Lengths and the repetition penalty are over new tokens only. Greedy with one beam; with `do_sample` the next token
-        is drawn (torch's global random stream) from the smallest set of probability `top_p`, after division of the logits
-        by `temperature`. The released defaults are 5 beams, 256 tokens, a repetition penalty of 1.5. `beam_lengths` is one
-        of `generation.BEAM_LENGTHS`.
+        is drawn from the smallest set of probability `top_p`, after division of the logits by `temperature`, with torch's
+        global random stream or with `noise`: a number in [0, 1) for each new token of each image (B, max_new_tokens). The
+        released defaults are 5 beams, 256 tokens, a repetition penalty of 1.5. `beam_lengths` is one of
+        `generation.BEAM_LENGTHS`.
 
         Raises:
             ValueError: a wrong argument, by its name, before anything is computed.
@@ -280,9 +284,14 @@ class InstructBLIP(Model):
             top_p=top_p,
         )
         check_choice("beam_lengths", beam_lengths, generation.BEAM_LENGTHS)
+        check_noise(noise, count, max_new_tokens, do_sample=do_sample)
+        if noise is not None and num_beams > 1:
+            raise ValueError("noise draws one text for each image: num_beams=1")
         self._check_positions(images, prompts, [range(max_new_tokens)] * len(prompts))
         sampling: dict[str, Any] = {"do_sample": False}
-        if do_sample:  # top_k=0 sets no limit; left out, transformers' default of 50 would
+        if noise is not None:
+            sampling["draws"] = Draws(noise, temperature, top_p)
+        elif do_sample:  # top_k=0 sets no limit; left out, transformers' default of 50 would
             sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
         with generation.finite_logits(self.llm.model), generation.beam_lengths(self.llm.model, beam_lengths):
             return self.llm.generate(

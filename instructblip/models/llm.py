@@ -32,6 +32,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import ModelOutput
 
 from instructblip.errors import UserError
+from instructblip.models.decoding import Draws
 from instructblip.models.exact_buffers import ExactBuffers
 from instructblip.models.packing import RowLayout, block_causal_mask, pack_rows, packed_layout
 from instructblip.models.prompt_format import DecoderPromptFormat, EncoderDecoderPromptFormat, PromptFormat
@@ -211,10 +212,18 @@ class LLM(ExactBuffers):
         """
 
     @abstractmethod
-    def continue_rows(self, prefixes: Sequence[Tensor], *, repetition_penalty: float = 1.0, **options: Any) -> Any:
+    def continue_rows(
+        self,
+        prefixes: Sequence[Tensor],
+        *,
+        repetition_penalty: float = 1.0,
+        processors: Sequence[LogitsProcessor] = (),
+        **options: Any,
+    ) -> Any:
         """Continue embedded prompts (T_i, L) in one batch by transformers' generation; what that returns.
 
-        `options` are transformers' generation options. Length limits and the repetition penalty count new tokens only.
+        `options` are transformers' generation options, `processors` of scores come behind the penalty. Length limits and the
+        repetition penalty count new tokens only.
         """
 
     @abstractmethod
@@ -222,11 +231,12 @@ class LLM(ExactBuffers):
         """Those of the token ids that `continue_rows` returned which are new."""
 
     @torch.inference_mode()
-    def generate(self, prefixes: Sequence[Tensor], **options: Any) -> list[str]:
+    def generate(self, prefixes: Sequence[Tensor], *, draws: Draws | None = None, **options: Any) -> list[str]:
         """Continue each embedded prompt (T_i, L); return the new text only, stripped.
 
         Args:
             prefixes: B embedded prompts.
+            draws: draw each token with the row's own numbers; `options` say a greedy search then.
             options: as `continue_rows` takes them.
 
         Raises:
@@ -234,8 +244,12 @@ class LLM(ExactBuffers):
         """
         self.check_writes(options.get("num_beams", 1))
         together = self.abilities.padded_prompts or len({len(prefix) for prefix in prefixes}) == 1
-        batches = [prefixes] if together else [[prefix] for prefix in prefixes]
-        ids = [self.new_tokens(self.continue_rows(batch, **options)) for batch in batches]
+        device = self.embeddings.weight.device
+        ids = []
+        for rows in [range(len(prefixes))] if together else [[row] for row in range(len(prefixes))]:
+            processors = [] if draws is None else draws.processors(rows, device)
+            found = self.continue_rows([prefixes[row] for row in rows], processors=processors, **options)
+            ids.append(self.new_tokens(found))
         return [text for ids_BT in ids for text in self._decode(ids_BT)]
 
     def check_writes(self, num_beams: int) -> None:
@@ -453,7 +467,14 @@ class DecoderLLM(LLM):
         return {"full_attention": full_B1NK, "sliding_attention": sliding_B1NK}
 
     @torch.inference_mode()
-    def continue_rows(self, prefixes: Sequence[Tensor], *, repetition_penalty: float = 1.0, **options: Any) -> Any:
+    def continue_rows(
+        self,
+        prefixes: Sequence[Tensor],
+        *,
+        repetition_penalty: float = 1.0,
+        processors: Sequence[LogitsProcessor] = (),
+        **options: Any,
+    ) -> Any:
         """Rows are padded on the left, so that all of them continue at the same place; beams share a prompt's keys."""
         longest = max(len(prefix) for prefix in prefixes)
         (padding,) = self.embed([[self.prompt_format.pad_id]])
@@ -469,7 +490,7 @@ class DecoderLLM(LLM):
             inputs_embeds=rows_BTL,
             attention_mask=mask_BT,
             repetition_penalty=1.0,
-            logits_processor=_penalty(repetition_penalty, skipped=0),
+            logits_processor=_processors(repetition_penalty, processors, skipped=0),
             **options,
         )
 
@@ -554,14 +575,21 @@ class EncoderDecoderLLM(LLM):
         return hidden_BNL
 
     @torch.inference_mode()
-    def continue_rows(self, prefixes: Sequence[Tensor], *, repetition_penalty: float = 1.0, **options: Any) -> Any:
+    def continue_rows(
+        self,
+        prefixes: Sequence[Tensor],
+        *,
+        repetition_penalty: float = 1.0,
+        processors: Sequence[LogitsProcessor] = (),
+        **options: Any,
+    ) -> Any:
         """The decoder's start token counts neither as new nor for the penalty."""
         mask_BT = _row_mask(prefixes)
         return self.model.generate(  # type: ignore[operator]
             inputs_embeds=pad_sequence(list(prefixes), batch_first=True),
             attention_mask=mask_BT,
             repetition_penalty=1.0,
-            logits_processor=_penalty(repetition_penalty, skipped=1),
+            logits_processor=_processors(repetition_penalty, processors, skipped=1),
             **options,
         )
 
@@ -606,8 +634,8 @@ class _NewTokensPenalty(LogitsProcessor):
         return self.penalty(input_ids[:, self.skipped :], scores)
 
 
-def _penalty(repetition_penalty: float, *, skipped: int) -> LogitsProcessorList:
-    return LogitsProcessorList([] if repetition_penalty == 1 else [_NewTokensPenalty(repetition_penalty, skipped)])
+def _processors(penalty: float, further: Sequence[LogitsProcessor], *, skipped: int) -> LogitsProcessorList:
+    return LogitsProcessorList([*([] if penalty == 1 else [_NewTokensPenalty(penalty, skipped)]), *further])
 
 
 def body_name(model: PreTrainedModel) -> str:

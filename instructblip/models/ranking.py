@@ -118,7 +118,7 @@ def rank_candidates(
         rows = zip(prefixes, list_of, strict=True)
         return [_score_rows(llm, prefix, candidates[number], normalize, token_budget) for prefix, number in rows]
     scores: list[Tensor] = [torch.empty(0)] * len(prefixes)
-    for group in _groups([len(prefix) for prefix in prefixes], token_budget):
+    for group in length_groups([len(prefix) for prefix in prefixes], token_budget):
         prompts = llm.prefill([prefixes[row] for row in group])
         numbers, inverse = deduplicated([list_of[row] for row in group])
         lists = [candidates[number] for number in numbers]
@@ -148,7 +148,7 @@ def _check(candidates: Sequence[Sequence[Sequence[int]]], list_of: Sequence[int]
                 )
 
 
-def _groups(lengths: list[int], token_budget: int) -> Iterator[list[int]]:
+def length_groups(lengths: list[int], token_budget: int) -> Iterator[list[int]]:
     """Rows of like length together, each group within the budget when padded to its longest."""
     group: list[int] = []
     for row in sorted(range(len(lengths)), key=lengths.__getitem__):
@@ -165,7 +165,7 @@ def _score_rows(
 ) -> Tensor:
     """Scores of one prompt's candidates, each in a row of its own."""
     scores = torch.empty(len(candidates))
-    for group in _groups([len(prefix) + len(tokens) for tokens in candidates], token_budget):
+    for group in length_groups([len(prefix) + len(tokens) for tokens in candidates], token_budget):
         answers = [candidates[number] for number in group]
         hidden_SL = llm.answer_states([prefix] * len(answers), answers).hidden_SL
         tokens_S = torch.tensor([token for answer in answers for token in answer], device=hidden_SL.device)

@@ -93,13 +93,17 @@ class Attention(nn.Module):
         # The order of the three projections is part of the golden losses: gradients of x are summed in it.
         q_BHSE = self._split_heads(self.query(x_BSD))
         if not isinstance(source, KeysValues):
-            source = KeysValues(self._split_heads(self.key(source)), self._split_heads(self.value(source)))
+            source = self.keys_values(source)
         if past is not None:
             source = past.followed_by(source)
         dropout = self.dropout if self.training else 0.0
         out_BHSE = F.scaled_dot_product_attention(q_BHSE, *source, attn_mask=mask_B1SK, dropout_p=dropout)
         out_BSD = self.output(out_BHSE.transpose(1, 2).flatten(2))
         return self.norm(x_BSD + F.dropout(out_BSD, self.dropout, self.training)), source
+
+    def keys_values(self, source_BKU: Tensor) -> KeysValues:
+        """Keys and values of what is attended to."""
+        return KeysValues(self._split_heads(self.key(source_BKU)), self._split_heads(self.value(source_BKU)))
 
     def _split_heads(self, x_BND: Tensor) -> Tensor:
         return x_BND.unflatten(2, (self.heads, -1)).transpose(1, 2)

@@ -42,6 +42,7 @@ class VisionEncoder(ExactBuffers):
         grid: side of that grid, tokens; needed with `layers`.
         options: further arguments of the timm model, such as a depth of 39 for the released EVA-CLIP-g.
         final_norm: False leaves the backbone's own last norm out, where `ln_vision` takes its place.
+        norm_eps: of the backbone's own norms; None: timm's.
 
     Raises:
         ValueError: an unknown backbone, layer name or option, an image size that the backbone cannot be built for, `layers`
@@ -62,11 +63,16 @@ class VisionEncoder(ExactBuffers):
         grid: int | None = None,
         options: Mapping[Any, Any] | None = None,
         final_norm: bool = True,
+        norm_eps: float | None = None,
     ) -> None:
         super().__init__()
         self.backbone = _create_backbone(backbone, image_size, dict(options or {}))
         if not final_norm:
             _leave_out_final_norm(backbone, self.backbone)
+        if norm_eps is not None:
+            for module in self.backbone.modules():
+                if isinstance(module, nn.LayerNorm):
+                    module.eps = norm_eps
         self.image_size = image_size
         self.grid = grid
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)

@@ -1,12 +1,14 @@
-"""Rows of a language model's token table and output head, taken away or added.
+"""Rows of a language model's token table and output head, taken away or added, and tokens of its tokenizer.
 
 transformers has a function for it that draws new rows at random and ties the two tables again, though weights such as
 FlanT5's have a head of their own.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from tokenizers import AddedToken
 from torch import Tensor, nn
 
 
@@ -31,3 +33,8 @@ def with_rows(table: Tensor, rows: int) -> Tensor:
         return table[:rows].clone()
     mean = table.float().mean(dim=0, keepdim=True).to(table.dtype)
     return torch.cat([table, mean.expand(rows - len(table), *mean.shape[1:])])
+
+
+def add_tokens(tokenizer: Any, tokens: Sequence[str]) -> None:
+    """Add special tokens behind a tokenizer's own, those that it lacks."""
+    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in tokens], special_tokens=True)

@@ -5,12 +5,12 @@ To add one, write its class in a file here and name it in `OBJECTIVES`; a recipe
 
 from collections.abc import Mapping
 
-from instructblip.config.schema import Gather
 from instructblip.objectives.alignment import Alignment
-from instructblip.objectives.base import BatchObjective, Objective
+from instructblip.objectives.base import Objective, ObjectiveSettings
 from instructblip.objectives.contrastive import Contrastive
-from instructblip.objectives.language_modeling import Captioning, LanguageModeling
-from instructblip.objectives.matching import Matching
+from instructblip.objectives.distillation import Distillation, PairDistillation
+from instructblip.objectives.language_modeling import Answering, Captioning, LanguageModeling
+from instructblip.objectives.matching import Matching, PairMatching
 
 OBJECTIVES: dict[str, type[Objective]] = {
     "language_modeling": LanguageModeling,
@@ -18,20 +18,18 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "contrastive": Contrastive,
     "matching": Matching,
     "captioning": Captioning,
+    "answering": Answering,
+    "distillation": Distillation,
+    "pair_distillation": PairDistillation,
+    "pair_matching": PairMatching,
 }
 _DEFAULT = {LanguageModeling.name: 1.0}
+_PLAIN = ObjectiveSettings()
 
 
-def make_objectives(weights: Mapping[str, float], gather: Gather = "gradient") -> tuple[Objective, ...]:
-    """The objectives of a phase, by name and weight: language modelling where none is named; 0 leaves one out.
-
-    `gather` is of those over the whole batch, see `BatchObjective`.
-    """
-    return tuple(_make(OBJECTIVES[name], weight, gather) for name, weight in (weights or _DEFAULT).items() if weight)
+def make_objectives(weights: Mapping[str, float], settings: ObjectiveSettings = _PLAIN) -> tuple[Objective, ...]:
+    """The objectives of a phase, by name and weight: language modelling where none is named; 0 leaves one out."""
+    return tuple(OBJECTIVES[name].of(weight, settings) for name, weight in (weights or _DEFAULT).items() if weight)
 
 
-def _make(kind: type[Objective], weight: float, gather: Gather) -> Objective:
-    return kind(weight, gather) if issubclass(kind, BatchObjective) else kind(weight)
-
-
-__all__ = ["OBJECTIVES", "Objective", "make_objectives"]
+__all__ = ["OBJECTIVES", "Objective", "ObjectiveSettings", "make_objectives"]

@@ -9,7 +9,8 @@ Shape legend: B batch, N global batch, S units in the batch, V classes.
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, NamedTuple
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +34,16 @@ class Term(NamedTuple):
     counts: Tensor
 
 
+@dataclass(frozen=True)
+class ObjectiveSettings:
+    """What a phase says of its objectives beside their weights; see `config.PhaseConfig`."""
+
+    gather: Gather = "gradient"
+    soft_targets: float = 0.4
+    soft_targets_ramp: int = 0
+    negatives_among: int | None = None
+
+
 class Objective(ABC):
     """What a phase of training is for.
 
@@ -43,12 +54,30 @@ class Objective(ABC):
     name: ClassVar[str]
     unit: ClassVar[str]
     outputs: ClassVar[frozenset[str]]
-    """The model's outputs that it needs."""
+    """The model's outputs that its gradient flows through."""
+    rows: ClassVar[tuple[str, ...]] = ()
+    """Outputs with one row a sample, (B, ...), of which it reads those of the whole batch."""
+    shared: ClassVar[tuple[str, ...]] = ()
+    """Outputs that are the same for every micro-batch, such as a temperature."""
     validated: ClassVar[bool] = True
     """Whether what it teaches shows in a validation."""
 
     def __init__(self, weight: float = 1.0) -> None:
         self.weight = weight
+
+    @classmethod
+    def of(cls, weight: float, settings: ObjectiveSettings) -> Self:
+        """The objective as a phase has it."""
+        return cls(weight)
+
+    @classmethod
+    def needed(cls) -> frozenset[str]:
+        """All outputs of the model that it reads, with gradient or without."""
+        return cls.outputs | {*cls.rows, *cls.shared}
+
+    def at(self, step: int) -> "Objective":
+        """What it is at a step of its phase, counted from 0: the same, unless something of it follows the steps."""
+        return self
 
     @abstractmethod
     def count(self, inputs: Inputs) -> int:
@@ -69,7 +98,7 @@ class WholeBatch(NamedTuple):
     Attributes:
         own: outputs with one row a sample, (B, ...).
         everyone: the same outputs of all ranks, (N, ...).
-        shared: outputs that all samples share, such as a temperature.
+        shared: outputs that all samples share, such as a temperature or a queue.
         image_ids_N: a number of each sample's image, int64.
         positions_N: where each sample was drawn in the run, int64.
         own_rows_B: this rank's samples among the N.
@@ -91,7 +120,7 @@ class BatchObjective(Objective):
     """An objective that compares samples with all others of the global batch.
 
     The loop computes `rows` of all micro-batches without gradient, gathers them over the ranks, asks for the term and
-    its gradient at the rows, and passes that on through a second forward pass of each micro-batch.
+    its gradient at those rows that are `outputs`, and passes that on through a second forward pass of each micro-batch.
 
     Args:
         weight: as in `Objective`.
@@ -99,14 +128,14 @@ class BatchObjective(Objective):
             constants, as LAVIS does: each sample learns from its own comparisons alone.
     """
 
-    rows: ClassVar[tuple[str, ...]]
-    """Outputs with one row a sample, (B, ...)."""
-    shared: ClassVar[tuple[str, ...]] = ()
-    """Outputs that are the same for every micro-batch, such as a temperature."""
-
     def __init__(self, weight: float = 1.0, gather: Gather = "gradient") -> None:
         super().__init__(weight)
         self.gather = gather
+
+    @classmethod
+    def of(cls, weight: float, settings: ObjectiveSettings) -> Self:
+        """With the phase's gather."""
+        return cls(weight, settings.gather)
 
     @abstractmethod
     def batch_term(self, batch: WholeBatch) -> Term:
@@ -126,11 +155,6 @@ class PairedObjective(SampleObjective):
     The loop computes `rows` as for a `BatchObjective`, asks for the partners, fetches them from the ranks that have them,
     and puts them into the inputs of the second forward pass.
     """
-
-    rows: ClassVar[tuple[str, ...]]
-    """Outputs with one row a sample, (B, ...)."""
-    shared: ClassVar[tuple[str, ...]] = ()
-    """Outputs that are the same for every micro-batch."""
 
     @abstractmethod
     def draw(self, batch: WholeBatch, seed: int) -> PartnerRows:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from instructblip.models.base import Inputs
-from instructblip.models.blip2 import similarities
+from instructblip.models.pairs import similarities
 from instructblip.objectives.base import BatchObjective, Term, WholeBatch
 
 _LABEL_SMOOTHING = 0.1  # LAVIS, blip2_qformer.py
@@ -39,10 +39,11 @@ class Contrastive(BatchObjective):
         to_texts_BN = similarities(own["image_projected"], everyone["text_projected"])
         to_images_BN = similarities(everyone["image_projected"], own["text_projected"]).T
         losses_B = torch.stack(
-            [_soft_cross_entropy(scores / temperature, targets_BN) for scores in (to_texts_BN, to_images_BN)]
+            [soft_cross_entropy(scores / temperature, targets_BN) for scores in (to_texts_BN, to_images_BN)]
         ).mean(dim=0)
         return Term(losses_B.sum(), losses_B.detach(), torch.ones_like(losses_B, dtype=torch.int64))
 
 
-def _soft_cross_entropy(logits_BN: Tensor, targets_BN: Tensor) -> Tensor:
+def soft_cross_entropy(logits_BN: Tensor, targets_BN: Tensor) -> Tensor:
+    """Cross-entropy (nats) of each row with a distribution over its columns: (B,)."""
     return -(logits_BN.log_softmax(dim=1) * targets_BN).sum(dim=1)

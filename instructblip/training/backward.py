@@ -37,6 +37,20 @@ class TermSums(NamedTuple):
     counts: list[int]
 
 
+class Passes(NamedTuple):
+    """What the passes of a step leave beside gradients.
+
+    Attributes:
+        sums: for each objective its terms by micro-batch.
+        workloads: what each pass went through.
+        batch: the whole batch, where objectives have looked at it.
+    """
+
+    sums: list[list[TermSums]]
+    workloads: list[PassWorkload]
+    batch: WholeBatch | None
+
+
 def backward(
     model: Model,
     inputs: Sequence[Inputs],
@@ -46,7 +60,7 @@ def backward(
     packed: bool,
     seed: int,
     context: StepContext,
-) -> tuple[list[list[TermSums]], list[PassWorkload]]:
+) -> Passes:
     """Add the global batch's gradient to the weights, this rank's share of it.
 
     Args:
@@ -58,12 +72,9 @@ def backward(
         packed: several samples share a row of the LLM.
         seed: of what objectives draw.
         context: how the passes are carried out.
-
-    Returns:
-        For each objective its terms by micro-batch; and what each pass went through.
     """
     pairs = list(zip(objectives, divisors, strict=True))
-    first = _FirstPass()
+    first, batch = _FirstPass(), None
     if any(isinstance(objective, _LooksAround) for objective in objectives):
         inputs = _with_image_tokens(model, inputs, context)
         batch, first.streams = _look_around(model, inputs, objectives, context)
@@ -87,7 +98,14 @@ def backward(
             loss.backward()
         workloads.append(outputs.workload)
         start += len(part)
-    return sums, workloads
+    return Passes(sums, workloads, batch)
+
+
+def remember(model: Model, batch: WholeBatch) -> None:
+    """Tell the model what the objectives have compared, in the order of the samples' positions, whatever rank had them."""
+    order_N = batch.positions_N.argsort()
+    rows = {name: tensor.detach()[order_N] for name, tensor in batch.everyone.items()}
+    model.remember(rows, batch.image_ids_N[order_N])
 
 
 @dataclass
@@ -135,7 +153,10 @@ def _with_image_tokens(model: Model, inputs: Sequence[Inputs], context: StepCont
 def _look_around(
     model: Model, inputs: Sequence[Inputs], objectives: Sequence[Objective], context: StepContext
 ) -> tuple[WholeBatch, list["_RandomState"]]:
-    """The outputs of the whole batch that objectives compare; and the random streams that each micro-batch began with."""
+    """The outputs of the whole batch that objectives compare; and the random streams that each micro-batch began with.
+
+    Those of a model's copies, which never learn, need no second pass.
+    """
     looking = [objective for objective in objectives if isinstance(objective, _LooksAround)]
     rows, shared = _names(o.rows for o in looking), _names(o.shared for o in looking)
     parts: list[Mapping[str, Tensor]] = []
@@ -144,17 +165,24 @@ def _look_around(
         streams.append(_RandomState.now(model.device))
         with torch.no_grad():
             parts.append(context.forward(model, part, {*rows, *shared}, through_wrapper=False).tensors)
-    own = {name: torch.cat([part[name].float() for part in parts]).requires_grad_() for name in rows}
+    learnt = frozenset[str]().union(*(objective.outputs for objective in looking))
+    own = {name: torch.cat([part[name].float() for part in parts]).requires_grad_(name in learnt) for name in rows}
     count = sum(map(len, inputs))
     batch = WholeBatch(
         own=own,
         everyone={name: context.ranks.gather_rows(tensor) for name, tensor in own.items()},
-        shared={name: parts[0][name].float().clone().requires_grad_() for name in shared},
-        image_ids_N=_gathered([_number(image) for part in inputs for image in part.image_ids], model, context.ranks),
+        shared={name: _leaf(parts[0][name]) if name in learnt else parts[0][name] for name in shared},
+        image_ids_N=_gathered(
+            [image_number(image) for part in inputs for image in part.image_ids], model, context.ranks
+        ),
         positions_N=_gathered([place for part in inputs for place in part.positions], model, context.ranks),
         own_rows_B=torch.arange(count, device=model.device) + context.ranks.rank * count,
     )
     return batch, streams
+
+
+def _leaf(output: Tensor) -> Tensor:
+    return output.float().clone().requires_grad_()
 
 
 def _names(groups: Iterable[Collection[str]]) -> list[str]:
@@ -165,7 +193,7 @@ def _gathered(own: Sequence[int], model: Model, ranks: Ranks) -> Tensor:
     return ranks.gather_rows(torch.tensor(own, dtype=torch.int64, device=model.device))
 
 
-def _number(image_id: str) -> int:
+def image_number(image_id: str) -> int:
     """A number for a text, such that two texts of a batch never share one."""
     return int.from_bytes(hashlib.blake2b(image_id.encode(), digest_size=8).digest(), "big", signed=True)
 
@@ -183,10 +211,15 @@ def _compare(pairs: Sequence[tuple[Objective, Sequence[float]]], batch: WholeBat
     if not first.sums:
         return
     # Every rank's backward pass through the gather takes part in the exchange of gradients.
-    leaves = [*batch.own.values(), *batch.shared.values()]
+    own, shared = _with_gradient(batch.own), _with_gradient(batch.shared)
+    leaves = [*own.values(), *shared.values()]
     gradients = torch.autograd.grad(total, leaves, allow_unused=True, materialize_grads=True)
-    first.gradients = dict(zip(batch.own, gradients, strict=False))
-    first.shared = dict(zip(batch.shared, gradients[len(batch.own) :], strict=True))
+    first.gradients = dict(zip(own, gradients, strict=False))
+    first.shared = dict(zip(shared, gradients[len(own) :], strict=True))
+
+
+def _with_gradient(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if tensor.requires_grad}
 
 
 @torch.no_grad()

@@ -1,14 +1,16 @@
 """What a recipe's phases must keep of the objectives that exist; refused before anything is loaded."""
 
-from instructblip.config.schema import ModelKind, PhaseConfig, RecipeConfig
+from instructblip.config.schema import ArchitectureConfig, ModelKind, PhaseConfig, RecipeConfig
 from instructblip.config.validate import nearest
 from instructblip.errors import UserError
-from instructblip.objectives import OBJECTIVES, Objective, make_objectives
+from instructblip.objectives import OBJECTIVES, Objective, ObjectiveSettings, make_objectives
 from instructblip.objectives.base import BatchObjective, PairedObjective
+from instructblip.objectives.distillation import COPIES, Distillation
+from instructblip.objectives.matching import Matching
 from instructblip.weights.parts import MODELS
 
 
-def check_objectives(recipe: RecipeConfig, kind: ModelKind) -> None:
+def check_objectives(recipe: RecipeConfig, model: ArchitectureConfig) -> None:
     """Refuse phases whose objectives are unknown, are none, or do not fit the model or their batches.
 
     Raises:
@@ -26,17 +28,28 @@ def check_objectives(recipe: RecipeConfig, kind: ModelKind) -> None:
             )
         if phase.batching == "packed" and not any("answer_logits" in objective.outputs for objective in objectives):
             raise UserError(f"{key}.batching=packed packs rows of the LLM, which the phase leaves out; set it to fixed")
-        _check_outputs(key, objectives, kind)
+        _check_outputs(key, objectives, model.kind)
+        _check_queue(key, objectives, model)
         _check_whole_batch(key, phase, objectives)
+        _check_settings(key, phase, objectives)
 
 
 def _check_outputs(key: str, objectives: tuple[Objective, ...], kind: ModelKind) -> None:
     for objective in objectives:
-        if missing := sorted(objective.outputs - MODELS[kind].OUTPUTS):
-            fitting = [name for name, other in OBJECTIVES.items() if other.outputs <= MODELS[kind].OUTPUTS]
+        if missing := sorted(objective.needed() - MODELS[kind].OUTPUTS):
+            fitting = [name for name, other in OBJECTIVES.items() if other.needed() <= MODELS[kind].OUTPUTS]
             raise UserError(
                 f"{key}.objectives.{objective.name} needs {missing[0]}, which model={kind} does not give; "
                 f"choose from {', '.join(fitting)}"
+            )
+
+
+def _check_queue(key: str, objectives: tuple[Objective, ...], model: ArchitectureConfig) -> None:
+    for objective in objectives:
+        if model.queue_size is None and objective.needed() & COPIES:
+            raise UserError(
+                f"model.queue_size=null leaves {objective.name} nothing to compare with, no copies and no queue; set "
+                f"it, or leave {key}.objectives.{objective.name} out"
             )
 
 
@@ -47,7 +60,27 @@ def _check_whole_batch(key: str, phase: PhaseConfig, objectives: tuple[Objective
             f"{key}.batch_size={phase.batch_size} leaves {comparing[0].name} nothing to compare a sample with; set it to 2 "
             "or more"
         )
-    if phase.gather == "detached" and not any(isinstance(objective, BatchObjective) for objective in objectives):
+    if phase.gather == "detached" and not any(_has_keys_with_gradient(objective) for objective in objectives):
         raise UserError(
             f"{key}.gather=detached is of objectives over the whole batch, and there are none; leave it out"
+        )
+
+
+def _has_keys_with_gradient(objective: Objective) -> bool:
+    return isinstance(objective, BatchObjective) and not isinstance(objective, Distillation)
+
+
+def _check_settings(key: str, phase: PhaseConfig, objectives: tuple[Objective, ...]) -> None:
+    plain, distils = ObjectiveSettings(), any(isinstance(objective, Distillation) for objective in objectives)
+    for name in ("soft_targets", "soft_targets_ramp"):
+        if getattr(phase, name) != getattr(plain, name) and not distils:
+            raise UserError(f"{key}.{name} is of objectives that distil, and there are none; leave it out")
+    if (among := phase.negatives_among) is None:
+        return
+    if not any(isinstance(objective, Matching) for objective in objectives):
+        raise UserError(f"{key}.negatives_among is of objectives that match, and there are none; leave it out")
+    if among < 2 or phase.batch_size % among:
+        raise UserError(
+            f"{key}.negatives_among={among} does not cut {key}.batch_size={phase.batch_size} into equal parts of two and "
+            "more samples; change one of them"
         )

@@ -40,7 +40,9 @@ def inspect(config: InspectConfig, console: Console) -> None:
     mixture = make_mixture(config.mixture, sets, [config], seed=config.seed)
     console.print(shares_planned(mixture, [config]))
     images = decoded(config.data.transform, config.image_size)
-    dataset = MixtureDataset(mixture, sets, images, config.data.text_processor)
+    dataset = MixtureDataset(
+        mixture, sets, images, config.data.text_processor, prompt_processor=config.data.prompt_processor
+    )
     for position in range(config.samples):
         _show(dataset, position, console)
     console.print(_timing(dataset, config))

@@ -17,11 +17,11 @@ from torch.profiler import ProfilerActivity, profile
 from instructblip.data.batching import Batch, in_order_of_draws, split_further
 from instructblip.errors import UserError
 from instructblip.models.arguments import of_samples
-from instructblip.models.base import Inputs, Model, PassWorkload
+from instructblip.models.base import Inputs, Model
 from instructblip.objectives import Objective
 from instructblip.objectives.base import SampleObjective
-from instructblip.training.backward import TermSums, backward
-from instructblip.training.optim import clip_gradients, set_learning_rate
+from instructblip.training.backward import Passes, backward, remember
+from instructblip.training.optim import clip_gradients, follow, set_learning_rate
 from instructblip.training.parallel import StepContext
 from instructblip.training.plan.flops import StepWorkload
 from instructblip.training.schedule import Phase, StepPosition, locate
@@ -100,8 +100,9 @@ def train_step(
         divisors = [[of_parts[wholes[batch.places[0]]] for batch in batches] for of_parts in divisors]
         inputs = [_prepared(model, batch) for batch in batches]
     with ranks.watched():
-        losses, workloads = backward(model, inputs, objectives, divisors, packed=packed, seed=seed, context=context)
-    result = _result(objectives, ranks.gather(_report(batches, losses, workloads, context.stop_signal())))
+        follow(model.copies(), model.copy_momentum)
+        passes = backward(model, inputs, objectives, divisors, packed=packed, seed=seed, context=context)
+    result = _result(objectives, ranks.gather(_report(batches, passes, context.stop_signal())))
     with ranks.watched():
         norm = clip_gradients(model.parameters(), math.inf if clip_norm is None else clip_norm)
     result = result._replace(grad_norm=norm)
@@ -114,6 +115,8 @@ def train_step(
         )
     set_learning_rate(optimizer, rate, new_parts_scale, part_scales)
     optimizer.step()
+    if passes.batch is not None:
+        remember(model, passes.batch)
     return result
 
 
@@ -149,15 +152,10 @@ def what_is_not_finite(result: StepResult) -> str:
     return f"loss {result.loss} and gradient norm {result.grad_norm} are not both finite in the batch {ids}"
 
 
-def _report(
-    batches: Sequence[Batch],
-    losses: Sequence[Sequence[TermSums]],
-    workloads: Sequence[PassWorkload],
-    stop_signal: int,
-) -> dict[str, Any]:
+def _report(batches: Sequence[Batch], passes: Passes, stop_signal: int) -> dict[str, Any]:
     """What a rank tells the others of its micro-batches: sums, which add up."""
     terms = []
-    for of_objective in losses:
+    for of_objective in passes.sums:
         sums: dict[str, float] = {}
         counts: dict[str, int] = {}
         datasets = [name for batch in batches for name in batch.datasets]
@@ -171,9 +169,9 @@ def _report(
         "ids": in_order_of_draws(batches),
         "frames": sum(_frames(batch) for batch in batches),
         "encoded": sum(_frames(batch) for batch in batches if batch.images.dtype == torch.uint8),  # others are tokens
-        "text": sum(work.text for work in workloads),
-        "positions": sum(work.positions for work in workloads),
-        "padding": sum(work.padding for work in workloads),
+        "text": sum(work.text for work in passes.workloads),
+        "positions": sum(work.positions for work in passes.workloads),
+        "padding": sum(work.padding for work in passes.workloads),
         "stop_signal": stop_signal,
     }
 
@@ -256,7 +254,7 @@ def run_steps(
             model,
             optimizer,
             micro_batches,
-            objectives=place.phase.objectives,
+            objectives=[objective.at(place.step) for objective in place.phase.objectives],
             packed=place.phase.batching.kind == "packed",
             rate=rate,
             new_parts_scale=place.phase.new_parts_scale,

@@ -77,16 +77,20 @@ def learning_rate(
     start: float,
     final: float,
     plateau_steps: int | None = None,
+    plateau_decay: float | None = None,
 ) -> float:
     """Learning rate of a step: linear from `start` to `peak` over the warm-up, then a per-step cosine to `final`.
 
     With `plateau_steps` it is what the released code computes (`linear_warmup_cosine_lr` of LAVIS): the warm-up ends with
-    the first plateau at the latest, and the cosine is evaluated once a plateau, over all steps from the first.
+    the first plateau at the latest, and the cosine is evaluated once a plateau, over all steps from the first. A
+    `plateau_decay` takes the cosine's place: each plateau's rate is that share of the one before, and no less than `final`.
     """
     if plateau_steps is not None:
         plateau = step // plateau_steps
         if plateau == 0:
             return min(peak, start + (peak - start) * step / max(1, warmup_steps))
+        if plateau_decay is not None:
+            return max(final, peak * plateau_decay**plateau)
         return final + (peak - final) * 0.5 * (1 + math.cos(math.pi * plateau / (steps / plateau_steps)))
     if step < warmup_steps:
         return start + (peak - start) * (step + 1) / warmup_steps
@@ -127,6 +131,18 @@ def _by_kind(tensors: Iterable[AnyTensor]) -> list[list[AnyTensor]]:
     tensors = list(tensors)
     kinds = [[t for t in tensors if isinstance(t, DTensor) == sharded] for sharded in (False, True)]
     return [kind for kind in kinds if kind]
+
+
+@torch.no_grad()
+def follow(copies: Iterable[tuple[Tensor, Tensor]], momentum: float) -> None:
+    """`copy = momentum * copy + (1 - momentum) * original` for each of a model's copies (He et al., "MoCo", 2020).
+
+    All ranks call this: an original may be shared out among them, a copy is whole. What equals its original stays as it is,
+    bit for bit.
+    """
+    for own, original in copies:
+        whole = original.full_tensor() if isinstance(original, DTensor) else original
+        own.lerp_(whole.to(own.dtype), 1 - momentum)
 
 
 class WeightAverage:

@@ -61,7 +61,7 @@ def train(config: TrainConfig, console: Console) -> Outcome:
     Raises:
         UserError: anything the user can mend: configuration, missing parts or data, another run in the folder, disk full.
     """
-    check_objectives(config.recipe, config.model.kind)
+    check_objectives(config.recipe, config.model)
     config = with_absolute_cards(config)
     if config.plan:
         return Outcome(_print_plan(config, console))
@@ -173,7 +173,9 @@ def _train_steps(run: TrainingRun, start: int, stop: StopRequest, unvalidated: d
             if result.skipped:
                 progress.say(f"step {done} is skipped: {what_is_not_finite(result)}")
                 run.skipped.add(done)
-            timer.step(result.samples, result.tokens, run.shape.total(result.work, place.phase.outputs))
+            timer.step(
+                result.samples, result.tokens, run.shape.total(result.work, place.phase.outputs | place.phase.copied)
+            )
             entry = log_entry(step, place, rate, result, _measures(timer, run))
             stop.stop_signal = result.stop_signal or None
             trace(done)

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from instructblip.data.batching import Batching
 from instructblip.objectives import Objective
+from instructblip.objectives.distillation import COPIES
 from instructblip.training.optim import learning_rate
 
 
@@ -24,6 +25,7 @@ class Phase:
         objectives: what is trained for, each with its weight.
         part_rates: peak learning rate of parts that have their own in place of the phase's; scheduled alike.
         plateau_steps: None is a cosine of every step; a number is the released code's staircase of so long plateaus.
+        plateau_decay: factor from plateau to plateau, in place of the cosine.
     """
 
     name: str
@@ -37,12 +39,18 @@ class Phase:
     new_parts_scale: float
     objectives: tuple[Objective, ...]
     plateau_steps: int | None = None
+    plateau_decay: float | None = None
     part_rates: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def outputs(self) -> frozenset[str]:
         """The model's outputs that the objectives need."""
         return frozenset[str]().union(*(objective.outputs for objective in self.objectives))
+
+    @property
+    def copied(self) -> frozenset[str]:
+        """Outputs of the model's copies that the objectives compare with."""
+        return frozenset[str]().union(*(objective.needed() for objective in self.objectives)) & COPIES
 
     @property
     def is_validated(self) -> bool:
@@ -64,6 +72,7 @@ class Phase:
             start=self.warmup_learning_rate,
             final=self.final_learning_rate,
             plateau_steps=self.plateau_steps,
+            plateau_decay=self.plateau_decay,
         )
 
 

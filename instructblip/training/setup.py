@@ -21,6 +21,7 @@ from instructblip.data.lost import LostSamples
 from instructblip.data.mixture import Mixture
 from instructblip.data.mixture_dataset import MixtureDataset, TrainingSet
 from instructblip.distributed import Ranks, choose_device
+from instructblip.errors import UserError
 from instructblip.evaluation.protocol import Task, make_task, make_validation_task, refuse_unable
 from instructblip.evaluation.results_file import NotEvaluated
 from instructblip.evaluation.runner import read_pixels
@@ -28,10 +29,12 @@ from instructblip.evaluation.suite import check_writes
 from instructblip.fetch.parts import cache_folder
 from instructblip.files import exclusive, write_atomically
 from instructblip.models.base import Model
+from instructblip.models.blip import BLIP
 from instructblip.models.blip2 import BLIP2
 from instructblip.models.instructblip import InstructBLIP
 from instructblip.models.vision import ChannelNorm
-from instructblip.objectives import make_objectives
+from instructblip.objectives import ObjectiveSettings, make_objectives
+from instructblip.objectives.language_modeling import Answering
 from instructblip.tracking import Logger, NoLogger, make_logger
 from instructblip.training.datasets import (
     Inputs,
@@ -43,6 +46,7 @@ from instructblip.training.datasets import (
 from instructblip.training.metrics_log import BestStep, MetricsLog
 from instructblip.training.optim import WeightAverage, layer_decay, make_adamw
 from instructblip.training.parallel import PRECISIONS, StepContext, check_layout, is_sharded, parallelize
+from instructblip.training.plan.blip_flops import blip_shape
 from instructblip.training.plan.flops import GPUS, ModelShape, SampleLengths, device_peak, model_shape
 from instructblip.training.plan.memory import Plan, PlanLayout, plan_run, planned_phases
 from instructblip.training.run_cards import RunCards, find_cards
@@ -124,6 +128,8 @@ def make_plan(config: TrainConfig) -> Plan:
     """
     check_layout(config.parallel.kind, config.parallel.shard_size, gpus := _planned_gpus(config))
     check_batches(config.recipe.phases, gpus)
+    if config.qformer is None:
+        raise UserError(f"plan=true plans models with a Q-Former, and model={config.model.kind} has none; leave it out")
     llm = config.llm
     layout = PlanLayout(
         gpu=GPUS[config.plan_gpu],
@@ -139,7 +145,7 @@ def make_plan(config: TrainConfig) -> Plan:
         longest=SampleLengths(0, config.model.max_text_tokens)
         if llm is None
         else SampleLengths(llm.max_prompt_tokens, llm.max_target_tokens),
-        trained=frozenset(config.train.parts()),
+        trained=frozenset(config.train.parts(config)),
     )
     return plan_run(parts_without_weights(config), planned_phases(config.recipe.phases), layout)
 
@@ -173,7 +179,15 @@ def set_up(
     mixture = make_mixture(config.mixture, sets, config.recipe.phases.values(), seed=config.seed)
     cache = _feature_cache(config, model, sets, [*validation, *final])
     images = make_images(config.data, model.vision.image_size, cache)
-    dataset = MixtureDataset(mixture, sets, images, config.data.text_processor, cut_prefixes=config.reads_prefixes())
+    dataset = MixtureDataset(
+        mixture,
+        sets,
+        images,
+        config.data.text_processor,
+        cut_prefixes=config.reads_prefixes(),
+        all_answers=any(phase.objectives.get(Answering.name) for phase in config.recipe.phases.values()),
+        prompt_processor=config.data.prompt_processor,
+    )
     if isinstance(model.vision_norm, ChannelNorm) and VISION_NORM in begun.start.new and not checkpoint:
         _calibrate(model, model.vision_norm, dataset)
     frozen |= frozen_fingerprints(model, model.PARTS.keys() - frozen.keys())
@@ -277,7 +291,7 @@ def _weights(
     config: TrainConfig, folder: Path, ranks: Ranks, console: Console, checkpoint: LoadedCheckpoint | None
 ) -> _Weights:
     """Build the model, with a checkpoint's weights or those that the run starts from."""
-    model = build_model(config, trained=config.train.parts())
+    model = build_model(config, trained=config.train.parts(config))
     if checkpoint:
         frozen = frozen_fingerprints(model, model.PARTS.keys() - model.held_parts - held_by(model, checkpoint))
         checkpoint = _with_same_frozen(model, frozen, checkpoint, folder, ranks, console)
@@ -371,11 +385,13 @@ def _tracked_as(folder: Path, *, goes_on: bool) -> str:
 
 
 def _shape(config: TrainConfig, model: Model) -> ModelShape:
+    with torch.device("meta"):
+        vision = vision_encoder(config.vision)
+    if isinstance(model, BLIP):
+        return blip_shape(vision, model)
     assert isinstance(model, InstructBLIP | BLIP2)
     llm = model.llm.model if isinstance(model, InstructBLIP) else None
     heads = [part for part in model.part_modules("qformer") if part not in (model.qformer, model.vision_norm)]
-    with torch.device("meta"):
-        vision = vision_encoder(config.vision)
     return model_shape(vision, model.qformer, nn.ModuleList(heads), llm, model.trained_parts)
 
 
@@ -403,8 +419,12 @@ def make_phases(config: TrainConfig, sample_length: Length, *, packs: bool) -> l
             warmup_learning_rate=phase.warmup_learning_rate,
             final_learning_rate=phase.final_learning_rate,
             new_parts_scale=phase.new_parts_scale,
-            objectives=make_objectives(phase.objectives, phase.gather),
+            objectives=make_objectives(
+                phase.objectives,
+                ObjectiveSettings(phase.gather, phase.soft_targets, phase.soft_targets_ramp, phase.negatives_among),
+            ),
             plateau_steps=phase.plateau_steps,
+            plateau_decay=phase.plateau_decay,
             part_rates=dict(config.train.learning_rates.items()),
         )
         for name, phase in config.recipe.phases.items()

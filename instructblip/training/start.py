@@ -3,7 +3,9 @@
 from instructblip.config.schema import TrainConfig
 from instructblip.errors import UserError
 from instructblip.models.base import Model
+from instructblip.models.blip import BLIP
 from instructblip.training.plan.memory import Plan
+from instructblip.weights.init_blip import start_blip_from, start_blip_new
 from instructblip.weights.init_from import NOTHING_GIVEN, Begun, plan_alignment, start_from, start_new
 from instructblip.weights.init_sources import check_pinned, find_start, given_weights, read_start
 
@@ -14,17 +16,27 @@ def begin_run(model: Model, config: TrainConfig) -> Begun:
     Raises:
         UserError: none are given where the Q-Former has none of its own, or they do not fit.
     """
-    given = given_weights(config.init_from, config.qformer)
+    if isinstance(model, BLIP):
+        return _begin_blip(model, config)
+    given = given_weights(config.init_from, config.q_former())
     if not given:
-        if config.qformer.init == "given":
+        if config.q_former().init == "given":
             raise UserError(NOTHING_GIVEN)
         return Begun(start_new(model))
     weights = [read_start(find_start(source)) for source in given]
     check_pinned(weights, config.init_sha256)
-    begun = start_from(model, weights, config.qformer, config.llm)
+    begun = start_from(model, weights, config.q_former(), config.llm)
     if not config.init_from:
         begun.lines.insert(0, f"qformer.stage1 and stage2 are another spelling of init_from=[{','.join(given)}]")
     return begun
+
+
+def _begin_blip(model: BLIP, config: TrainConfig) -> Begun:
+    if not config.init_from:
+        return Begun(start_blip_new(model))
+    weights = [read_start(find_start(source)) for source in config.init_from]
+    check_pinned(weights, config.init_sha256)
+    return start_blip_from(model, weights)
 
 
 def plan_start(config: TrainConfig, plan: Plan) -> list[str]:
@@ -35,6 +47,9 @@ def plan_start(config: TrainConfig, plan: Plan) -> list[str]:
     """
     if config.llm is None:
         return []
-    given, width = given_weights(config.init_from, config.qformer), plan.parts.llm.get_input_embeddings().embedding_dim
-    line = plan_alignment(given, config.qformer, config.llm, width)
+    given, width = (
+        given_weights(config.init_from, config.q_former()),
+        plan.parts.llm.get_input_embeddings().embedding_dim,
+    )
+    line = plan_alignment(given, config.q_former(), config.llm, width)
     return [] if line is None else [f"At the start: {line}."]

@@ -5,10 +5,11 @@
     python -m instructblip.weights outputs/train/mine mine.pth --to lavis
     python -m instructblip.weights blip2_pretrained.pth models/blip2_retrieval --to huggingface
 
-SOURCE is a run or a checkpoint of ours, a transformers folder or hub id, or a .pth file of LAVIS: of InstructBLIP, or of one
-of BLIP-2's stages. Prints the largest absolute difference between SOURCE and the re-opened TARGET at each stage, on a fixed
-random input, in the types that they are loaded in; of a model in half precision also in float32. Ends with status 1, and
-without TARGET, when one is above the bound; with 2 and one line when something has to be mended first.
+SOURCE is a run or a checkpoint of ours, a transformers folder or hub id, or a .pth file of LAVIS: of InstructBLIP, of one of
+BLIP-2's stages, or of BLIP, whose own repository's files are read, too. Prints the largest absolute difference between
+SOURCE and the re-opened TARGET at each stage, on a fixed random input, in the types that they are loaded in; of a model in
+half precision also in float32. Ends with status 1, and without TARGET, when one is above the bound; with 2 and one line when
+something has to be mended first.
 """
 
 import argparse
@@ -27,13 +28,24 @@ from instructblip.config.schema import ModelConfig
 from instructblip.errors import UserError
 from instructblip.files import atomic_folder, atomic_path
 from instructblip.models.base import Model
+from instructblip.models.blip import BLIP
 from instructblip.models.blip2 import BLIP2
 from instructblip.models.instructblip import InstructBLIP
-from instructblip.weights.lavis import LN_VISION_EPS, load_lavis, read_lavis, save_lavis
+from instructblip.weights.blip import blip_checkpoint, load_blip, save_blip
+from instructblip.weights.lavis import LN_VISION_EPS, load_lavis, model_state, read_lavis, save_lavis
 from instructblip.weights.load import LoadedModel, huggingface_source, llm_config, load_model, load_run
 from instructblip.weights.names import SIDECAR
-from instructblip.weights.native import CONFIG, parts_config, save_native, save_parts, write_config
+from instructblip.weights.native import (
+    CONFIG,
+    blip_parts_config,
+    parts_config,
+    save_blip_parts,
+    save_native,
+    save_parts,
+    write_config,
+)
 from instructblip.weights.parity import (
+    KnownModel,
     Trace,
     Traces,
     model_dtype,
@@ -147,8 +159,7 @@ def _convert(options: argparse.Namespace, partial: Path) -> tuple[torch.dtype, T
     if options.to == "huggingface":
         save_huggingface(model, partial)
     elif options.to == "lavis":
-        llm = None if loaded.config is None else loaded.config.llm
-        save_lavis(model, partial, projection=None if llm is None else llm.lavis_projection)
+        _save_lavis(loaded, model, partial)
     else:
         config = _save_native(loaded, model, folder, options, partial)
     source = source or traces_native(model)
@@ -162,7 +173,7 @@ def _convert(options: argparse.Namespace, partial: Path) -> tuple[torch.dtype, T
     return dtype, source, target
 
 
-def _load(options: argparse.Namespace) -> tuple[LoadedModel, InstructBLIP | BLIP2]:
+def _load(options: argparse.Namespace) -> tuple[LoadedModel, KnownModel]:
     loaded = load_model(
         options.source,
         llm=options.llm,
@@ -174,14 +185,22 @@ def _load(options: argparse.Namespace) -> tuple[LoadedModel, InstructBLIP | BLIP
     return loaded, _known(loaded.model)
 
 
-def _known(model: Model) -> InstructBLIP | BLIP2:
-    assert isinstance(model, InstructBLIP | BLIP2)
+def _save_lavis(loaded: LoadedModel, model: KnownModel, path: Path) -> None:
+    if isinstance(model, BLIP):
+        save_blip(model, path)
+        return
+    llm = None if loaded.config is None else loaded.config.llm
+    save_lavis(model, path, projection=None if llm is None else llm.lavis_projection)
+
+
+def _known(model: Model) -> KnownModel:
+    assert isinstance(model, InstructBLIP | BLIP2 | BLIP)
     return model
 
 
 def _save_native(
     loaded: LoadedModel,
-    model: InstructBLIP | BLIP2,
+    model: KnownModel,
     folder: Path | None,
     options: argparse.Namespace,
     partial: Path,
@@ -191,6 +210,13 @@ def _save_native(
         assert loaded.config is not None
         save_native(model, loaded.config, partial, loaded.standing)
         return loaded.config
+    if isinstance(model, BLIP):
+        save_blip_parts(model, partial)
+        here, there = (
+            blip_parts_config(model, place, loaded.name) for place in (partial, Path(options.target).absolute())
+        )
+        save_native(model, here, partial, loaded.standing)
+        return there
     settings = read_settings(folder)
     llm = None if options.llm is None else llm_config(options.llm, options.llm_path)
     save_parts(model, settings, partial, with_llm=llm is None)
@@ -202,8 +228,13 @@ def _save_native(
     return there
 
 
-def _with_lavis(path: Path, model: InstructBLIP | BLIP2) -> InstructBLIP | BLIP2:
-    """The written file between the source's frozen parts, which such a file does not hold."""
+def _with_lavis(path: Path, model: KnownModel) -> KnownModel:
+    """The written file between the source's frozen parts, which such a file does not hold; BLIP's holds all."""
+    if isinstance(model, BLIP):
+        for tensor in model.state_dict().values():
+            tensor.fill_(float("nan") if tensor.is_floating_point() else -1)  # whatever the file lacks will show
+        load_blip(blip_checkpoint(path, model_state(path)), model)
+        return model
     for tensor in model.held_state().values():
         tensor.fill_(float("nan"))  # whatever the file lacks will show
     if isinstance(model.vision_norm, nn.LayerNorm):

@@ -1,4 +1,4 @@
-"""BERT weights as the start of a Q-Former (BLIP-2, section 3.1)."""
+"""BERT weights as the start of a Q-Former (BLIP-2, section 3.1), or of BLIP's text model (BLIP, section 3.2)."""
 
 from collections.abc import Mapping
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from instructblip.errors import UserError
+from instructblip.models.med import TextLayer, TextModel
 from instructblip.models.qformer import QFormer, QFormerLayer
 
 _ATTENTION = {
@@ -38,19 +39,51 @@ def qformer_state_from_bert(bert: Mapping[str, Tensor], qformer: QFormer) -> dic
         branches = ["query_ffn"] if layer.text_ffn is None else ["query_ffn", "text_ffn"]
         for branch in branches:
             names |= {f"layers.{index}.{branch}.{own}": f"{source}.{theirs}" for own, theirs in _FEED_FORWARD.items()}
-    has_head = qformer.lm_head is not None and has_language_model_head(bert)
-    if has_head:
-        names |= {f"lm_head.{own}": f"cls.predictions.transform.{theirs}" for own, theirs in _HEAD.items()}
-    state = {
+    rows = qformer.word_embeddings.num_embeddings if qformer.instruction_aware else None
+    return _taken(bert, names) | _tables(bert, rows, head=qformer.lm_head is not None)
+
+
+def text_model_state_from_bert(bert: Mapping[str, Tensor], model: TextModel) -> dict[str, Tensor]:
+    """Name BERT's tensors as BLIP's text model does; a decoder's own self-attention starts from BERT's, too.
+
+    Token types and added tokens are as in `qformer_state_from_bert`. Cross-attention is not in it.
+
+    Raises:
+        UserError: a tensor is missing.
+    """
+    names = {"norm": "embeddings.LayerNorm"}
+    for index, layer in enumerate(model.layers):
+        assert isinstance(layer, TextLayer)
+        source = f"encoder.layer.{index}"
+        own_attentions = (
+            ["self_attention"] if layer.decoder_attention is None else ["self_attention", "decoder_attention"]
+        )
+        for attention in own_attentions:
+            names |= {f"layers.{index}.{attention}.{own}": f"{source}.{theirs}" for own, theirs in _ATTENTION.items()}
+        names |= {f"layers.{index}.ffn.{own}": f"{source}.{theirs}" for own, theirs in _FEED_FORWARD.items()}
+    return _taken(bert, names) | _tables(bert, model.word_embeddings.num_embeddings, head=model.lm_head is not None)
+
+
+def _taken(bert: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
+    """Weight and bias of layers: this code's names -> BERT's."""
+    return {
         f"{own}.{part}": _find(bert, f"{theirs}.{part}") for own, theirs in names.items() for part in ("weight", "bias")
     }
-    if qformer.instruction_aware:
+
+
+def _tables(bert: Mapping[str, Tensor], rows: int | None, *, head: bool) -> dict[str, Tensor]:
+    """Embeddings of `rows` tokens (None: there are none) and of positions; the language-model head where BERT has it."""
+    state: dict[str, Tensor] = {}
+    if rows is not None:
         types = _find(bert, "embeddings.token_type_embeddings.weight")
         words = _find(bert, "embeddings.word_embeddings.weight")
-        added = max(qformer.word_embeddings.num_embeddings - len(words), 0)
+        added = max(rows - len(words), 0)
         state["word_embeddings.weight"] = torch.cat([words, words.mean(dim=0, keepdim=True).expand(added, -1)])
         state["position_embeddings.weight"] = _find(bert, "embeddings.position_embeddings.weight") + types[0]
-        if has_head:
+        if head and has_language_model_head(bert):
+            state |= _taken(
+                bert, {f"lm_head.{own}": f"cls.predictions.transform.{name}" for own, name in _HEAD.items()}
+            )
             bias = _find(bert, "cls.predictions.bias")
             state["lm_head.bias"] = torch.cat([bias, bias.new_zeros(added)])
     return state
@@ -61,15 +94,15 @@ def has_language_model_head(bert: Mapping[str, Tensor]) -> bool:
     return any("cls.predictions." in name for name in bert)
 
 
-def names_unknown_to_bert(bert: Mapping[str, Tensor], qformer: QFormer) -> list[str]:
-    """The Q-Former's tensors that BERT has none for, and which start at random: query tokens and cross-attention.
+def names_unknown_to_bert(bert: Mapping[str, Tensor], model: QFormer | TextModel) -> list[str]:
+    """A model's tensors that BERT has none for, and which start at random: query tokens and cross-attention.
 
     The language-model head too, where the file has none.
     """
     heads = () if has_language_model_head(bert) else ("lm_head.",)
     return [
         name
-        for name in qformer.state_dict()
+        for name in model.state_dict()
         if name == "query_tokens" or ".cross_attention." in name or name.startswith(heads)
     ]
 

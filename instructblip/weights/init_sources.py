@@ -8,23 +8,26 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from instructblip.config.checks import BLIP_KINDS
 from instructblip.config.schema import LLMConfig, QFormerConfig
 from instructblip.config.validate import read_model_config
 from instructblip.errors import UserError
 from instructblip.files import atomic_path
 from instructblip.models.fingerprint import fingerprint_tensors
+from instructblip.weights.blip import blip_checkpoint, is_blip, lavis_tensors, whole
 from instructblip.weights.checkpoint import MODEL_FILE, load_checkpoint
 from instructblip.weights.gatekeeper import check_settings, open_config, refuse_other_model
-from instructblip.weights.lavis import read_tensors
+from instructblip.weights.lavis import model_state, read_tensors
 from instructblip.weights.load import find_checkpoint, hub_folder
 from instructblip.weights.names import LLM_PREFIX, native_names
 from instructblip.weights.start import PROJECTION, Start
+from instructblip.weights.transformers_blip import load_blip_folder
 from instructblip.weights.transformers_layout import layout_of
 from instructblip.weights.transformers_read import is_huggingface_folder, read_side_tensors, read_weights
 
@@ -81,7 +84,8 @@ class StartWeights:
 
     Attributes:
         source: where they were found.
-        tensors: under this code's names; an LLM's only where the source is a run that trained it.
+        tensors: under this code's names; an LLM's only where the source is a run that trained it. Of BLIP under LAVIS's, in
+            which its models meet.
         sha256: fingerprint of the tensors.
         partner: the language model they were trained beside; None for a model without one.
         frozen: fingerprints of the vision encoder and the LLM that they were trained with, where a run names them by that.
@@ -186,7 +190,10 @@ def save_text_branch(folder: Path, tensors: Mapping[str, Tensor]) -> None:
 def _read_run(source: StartSource) -> StartWeights:
     loaded = load_checkpoint(source.path)
     folder = source.path.parents[1]
-    llm = read_model_config(folder / "config.yaml").llm
+    config = read_model_config(folder / "config.yaml")
+    if config.model.kind in BLIP_KINDS:
+        return _blip_start(source, lavis_tensors(loaded.model), loaded.state)
+    llm = config.llm
     tensors = loaded.model | _text_branch(folder, Start.from_json(loaded.state.get("start")).text_branch)
     width = tensors["projection.weight"].shape[0] if "projection.weight" in tensors else None
     own = {name: tensor for name, tensor in tensors.items() if name.startswith(LLM_PREFIX)}
@@ -216,6 +223,8 @@ def _text_branch(folder: Path, sha256: str | None) -> dict[str, Tensor]:
 
 def _read_transformers(source: StartSource) -> StartWeights:
     check_settings(source.path)
+    if layout_of(source.path).kind in BLIP_KINDS:
+        return _blip_start(source, lavis_tensors(load_blip_folder(source.path).state_dict()))
     weights = read_weights(source.path)
     names = native_names(weights, layout_of(source.path).names, str(source.path))
     tensors = {native: weights[name] for name, native in names.items()} | read_side_tensors(source.path)
@@ -224,7 +233,19 @@ def _read_transformers(source: StartSource) -> StartWeights:
     return StartWeights(source, tensors, fingerprint_tensors(tensors), partner)
 
 
+def _blip_start(
+    source: StartSource, tensors: dict[str, Tensor], state: Mapping[str, Any] | None = None
+) -> StartWeights:
+    """BLIP's tensors under LAVIS's names; `state` is a checkpoint's."""
+    frozen = {} if state is None else {part: sha256 for part, sha256 in state["frozen"].items() if part == "vision"}
+    untrained = () if state is None else tuple(state.get("untrained", ()))
+    return StartWeights(source, tensors, fingerprint_tensors(tensors), None, frozen, untrained)
+
+
 def _read_lavis(source: StartSource) -> StartWeights:
+    state = model_state(source.path)
+    if is_blip(source.path, state):
+        return _blip_start(source, whole(blip_checkpoint(source.path, state)))
     tensors, projection = read_tensors(source.path)
     partner = None
     if projection is not None:

@@ -65,7 +65,7 @@ def load_language_model(
         raise UserError(
             f"{where}{folder} cannot be loaded ({reason(error)}); it is damaged, or of another model"
         ) from None
-    _check_loaded(found, f"{where}{folder}", prefix)
+    check_loaded(found, f"{where}{folder}", prefix)
     return _text_model(model) if kind == "decoder" else model
 
 
@@ -101,7 +101,17 @@ def finished_llm(kind: str, model: Any, tokenizer: Any, conventions: Mapping[str
     return llm
 
 
-def _check_loaded(found: Mapping[str, Any], where: str, prefix: str) -> None:
+def check_loaded(found: Mapping[str, Any], where: str, prefix: str) -> None:
+    """Refuse weights that are not those of the model that transformers put them into.
+
+    Args:
+        found: what transformers' loading found.
+        where: begins the message.
+        prefix: of the tensors' names in the file.
+
+    Raises:
+        UserError: names the first that is missing, unknown or of another shape.
+    """
     problems = [
         *(f"lacks the tensor {prefix}{name}" for name in sorted(found["missing_keys"])),
         *(

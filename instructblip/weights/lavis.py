@@ -127,7 +127,7 @@ def read_lavis(path: Path) -> LavisCheckpoint:
     Raises:
         UserError: not such a file.
     """
-    trained, vision = _split(_model_state(path))
+    trained, vision = _split(model_state(path))
     projection = _projection(trained)
     if projection is None and _MATCHING_HEAD not in trained:
         raise UserError(
@@ -250,7 +250,7 @@ def read_tensors(path: Path) -> LavisTensors:
     Raises:
         UserError: no state dict of LAVIS's in it, or an unknown tensor.
     """
-    state = _model_state(path)
+    state = model_state(path)
     if (projection := _projection(state)) is not None:
         state = _with_one_projection(state, projection)
     names = native_names(state, "lavis", str(path))
@@ -262,7 +262,12 @@ def _projection(state: Mapping[str, Tensor]) -> str | None:
     return next((name for name in PROJECTIONS if f"{name}.weight" in state), None)
 
 
-def _model_state(path: Path) -> dict[str, Tensor]:
+def model_state(path: Path) -> dict[str, Tensor]:
+    """The state dict of a checkpoint of LAVIS.
+
+    Raises:
+        UserError: there is none.
+    """
     content = read_pth(path)
     state = content.get("model") if isinstance(content, dict) else None
     if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):

@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple, TypeVar
 
 from torch import Tensor
 
+from instructblip.config.checks import BLIP_KINDS
 from instructblip.config.schema import (
     CONFIGS,
     ArchitectureConfig,
@@ -21,6 +22,7 @@ from instructblip.config.schema import (
     ModelConfig,
     ModelKind,
     QFormerConfig,
+    TextConfig,
     VisionConfig,
 )
 from instructblip.config.validate import read_config, read_model_config, unknown_choice
@@ -28,21 +30,25 @@ from instructblip.distributed import choose_device
 from instructblip.errors import UserError
 from instructblip.fetch.parts import Sources, part_folder
 from instructblip.models.base import Model, Skill
+from instructblip.models.blip import BLIP
 from instructblip.models.blip2 import BLIP2
 from instructblip.models.fingerprint import fingerprint, fingerprint_tensors
 from instructblip.models.instructblip import InstructBLIP
+from instructblip.weights.blip import blip_checkpoint, blip_settings, is_blip, load_blip
 from instructblip.weights.checkpoint import LoadedCheckpoint, checkpoint_folders, load_checkpoint, newest_whole
 from instructblip.weights.gatekeeper import foreign_settings, refuse_other_model
 from instructblip.weights.lavis import (
     LavisCheckpoint,
     architecture_settings,
     load_lavis,
+    model_state,
     qformer_settings,
     read_lavis,
 )
 from instructblip.weights.names import check_tensors
 from instructblip.weights.parts import MODELS, build_model, load_llm, warn_aligned
 from instructblip.weights.start import PLAIN, PROJECTION, Standing, Start
+from instructblip.weights.transformers_blip import load_blip_folder
 from instructblip.weights.transformers_layout import layout_of
 from instructblip.weights.transformers_read import is_huggingface_folder, load_huggingface
 from instructblip.weights.transformers_settings import read_transformers_config
@@ -53,12 +59,22 @@ LAVIS_QFORMER = "blip2"  # in configs/qformer
 # In configs/vision, by the width of image tokens; any other width is of an EVA-CLIP that was shrunk.
 _LAVIS_VISIONS, _LAVIS_VISION = {1024: "clip_vit_l"}, "eva_vit_g"
 
+# The same of BLIP, and its text model in configs/text.
+_BLIP_VISIONS, _BLIP_VISION = {1024: "vit_l16"}, "vit_b16"
+BLIP_TEXT = "blip"
+
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
 
 _SOME_OF_EVERYTHING = f"{string.printable} The left bus isn't 1,234.5 years older. Ein grünes Haus, 東京 \U0001f600"
 
-Section = TypeVar("Section", VisionConfig, QFormerConfig, LLMConfig)
+# By whether it is that.
+_WITHOUT_LLM = {
+    True: "BLIP-2's first stage, which has no language model",
+    False: "BLIP, which has no language model of its own",
+}
+
+Section = TypeVar("Section", VisionConfig, QFormerConfig, TextConfig, LLMConfig)
 
 
 class FrozenPart(NamedTuple):
@@ -154,10 +170,11 @@ def find_source(source: str | Path, llm: str | LLMConfig | None = None) -> Sourc
 
 
 def _find_lavis(path: Path, llm: str | LLMConfig | None) -> Source:
-    kind = read_lavis(path).kind
-    if kind == "blip2_stage1":
+    state = model_state(path)
+    kind = blip_checkpoint(path, state).kind if is_blip(path, state) else read_lavis(path).kind
+    if kind == "blip2_stage1" or kind in BLIP_KINDS:
         if llm is not None:
-            raise UserError(f"{path} is of BLIP-2's first stage, which has no language model; leave llm= out")
+            raise UserError(f"{path} is of {_WITHOUT_LLM[kind == 'blip2_stage1']}; leave llm= out")
         return Source("lavis", path, path.stem, kind, None)
     if llm is None:
         known = ", ".join(sorted(file.stem for file in (CONFIGS / "llm").glob("*.yaml")))
@@ -167,9 +184,9 @@ def _find_lavis(path: Path, llm: str | LLMConfig | None) -> Source:
 
 def _find_huggingface(folder: Path, name: str, llm: str | LLMConfig | None) -> Source:
     kind, config = layout_of(folder).kind, read_transformers_config(folder)
-    if kind == "blip2_stage1":
+    if kind == "blip2_stage1" or kind in BLIP_KINDS:
         if llm is not None:
-            raise UserError(f"{folder} is BLIP-2's first stage, which has no language model; leave llm= out")
+            raise UserError(f"{folder} is {_WITHOUT_LLM[kind == 'blip2_stage1']}; leave llm= out")
         return Source("huggingface", folder, name, kind, None)
     own_kind: LLMKind = "decoder" if config.use_decoder_only_language_model else "encoder_decoder"
     return Source("huggingface", folder, name, kind, own_kind if llm is None else llm_config(llm, None).kind)
@@ -188,13 +205,13 @@ def load_model(
 
     Args:
         source: folder of a run (its newest whole checkpoint is taken) or one of its checkpoints; a transformers folder or
-            the hub id of one; a `.pth` file of LAVIS, which needs `llm` but for BLIP-2's first stage. Or what `find_source`
-            found.
+            the hub id of one; a `.pth` file of LAVIS, which needs `llm` but for BLIP-2's first stage and BLIP, whose own
+            repository's files are read, too. Or what `find_source` found.
         llm: a name in configs/llm, or such a configuration. Projection and Q-Former were aligned to one language model; with
             another they work badly, or where its width differs not at all, until they are trained: a warning says so.
         llm_path: folder with that language model's files, in place of the configured sources.
         vision_path: folder or file with the frozen ViT's weights, likewise; LAVIS's `eva_vit_g.pth` will do.
-        qformer_path: folder with BERT's config.json and tokenizer, likewise.
+        qformer_path: folder with BERT's config.json and tokenizer, likewise; for BLIP's text model, too.
         device: `auto` takes a GPU where there is one.
 
     Raises:
@@ -231,13 +248,18 @@ def huggingface_source(source: str | Path) -> Path | None:
     path = Path(source).expanduser()
     if is_huggingface_folder(path):
         return path
-    if path.exists() or path.suffix in (".pth", ".pt") or not _HUB_ID.fullmatch(str(source)):
+    if path.exists() or path.suffix in (".pth", ".pt") or not is_hub_id(str(source)):
         return None
     return hub_folder(str(source))
 
 
+def is_hub_id(source: str) -> bool:
+    """Whether a text has the form of a hub id: `OWNER/NAME`."""
+    return _HUB_ID.fullmatch(source) is not None
+
+
 def hub_folder(repository: str) -> Path:
-    """The files of a transformers InstructBLIP model on the hub, fetched once.
+    """The files of a transformers model on the hub, fetched once.
 
     Files that would have to be unpickled are fetched only where there are no others.
 
@@ -298,23 +320,26 @@ def _load_huggingface(found: Source, replaced: Replacements) -> LoadedModel:
         )
     vision = {"vision": FrozenPart(f"ViT of {name}", str(folder))}
     if found.llm_kind is None:
-        return LoadedModel(load_huggingface(folder), name, str(folder), 0, None, vision)
+        model: Model = load_blip_folder(folder) if found.kind in BLIP_KINDS else load_huggingface(folder)
+        return LoadedModel(model, name, str(folder), 0, None, vision)
     language = read_transformers_config(folder).text_config
     parts = vision | {"llm": FrozenPart(f"{language.model_type} of {name}", str(folder))}
     if replaced.llm is None:
         return LoadedModel(load_huggingface(folder), name, str(folder), 0, None, parts)
     config = llm_config(replaced.llm, replaced.llm_path)
-    model = as_instructblip(load_huggingface(folder, llm=load_llm(config)), name)
-    fits = language.hidden_size == model.llm.width
+    beside = as_instructblip(load_huggingface(folder, llm=load_llm(config)), name)
+    fits = language.hidden_size == beside.llm.width
     standing = _beside(f"the LLM of {name}", config.name, projection_fits=fits)
-    return LoadedModel(model, name, str(folder), 0, None, parts | {"llm": _frozen_part(config)}, standing)
+    return LoadedModel(beside, name, str(folder), 0, None, parts | {"llm": _frozen_part(config)}, standing)
 
 
 def _load_lavis(found: Source, replaced: Replacements) -> LoadedModel:
+    if found.kind in BLIP_KINDS:
+        return _load_lavis_blip(found, replaced)
     checkpoint = read_lavis(found.path)
     config = _replace_parts(_lavis_config(checkpoint, replaced.llm), replaced._replace(llm=None))
     config.qformer = dataclasses.replace(
-        config.qformer, init="scratch", query_init="normal", **qformer_settings(checkpoint)
+        config.q_former(), init="scratch", query_init="normal", **qformer_settings(checkpoint)
     )
     model = build_model(config)
     assert isinstance(model, InstructBLIP | BLIP2)
@@ -323,6 +348,25 @@ def _load_lavis(found: Source, replaced: Replacements) -> LoadedModel:
         trained_with = f"an LLM of width {checkpoint.llm_width} (LAVIS's {checkpoint.projection})"
         standing = _beside(trained_with, llm.name, projection_fits=fits)
     return LoadedModel(model, found.name, str(found.path), 0, config, frozen_parts(config.vision, llm), standing)
+
+
+def _load_lavis_blip(found: Source, replaced: Replacements) -> LoadedModel:
+    checkpoint = blip_checkpoint(found.path, model_state(found.path))
+    if replaced.vision_path is not None:
+        raise UserError(f"{found.path} has its own ViT; leave vision_path= out")
+    vision = part_config("vision", _BLIP_VISIONS.get(checkpoint.vision_width, _BLIP_VISION), VisionConfig)
+    text = part_config("text", BLIP_TEXT, TextConfig)
+    config = ModelConfig(
+        model=ArchitectureConfig(kind=checkpoint.kind, **blip_settings(checkpoint)),
+        vision=dataclasses.replace(vision, init="scratch", image_size=checkpoint.image_size),
+        text=dataclasses.replace(text, init="scratch", layers=checkpoint.layers),
+    )
+    config = _replace_parts(config, replaced)
+    model = build_model(config)
+    assert isinstance(model, BLIP)
+    load_blip(checkpoint, model)
+    parts = {"vision": FrozenPart(config.vision.name, str(found.path))}
+    return LoadedModel(model, found.name, str(found.path), 0, config, parts)
 
 
 def _lavis_config(checkpoint: LavisCheckpoint, llm: str | LLMConfig | None) -> ModelConfig:
@@ -355,7 +399,8 @@ def _replace_parts(config: ModelConfig, replaced: Replacements) -> ModelConfig:
     return dataclasses.replace(
         config,
         vision=_with_path(config.vision, replaced.vision_path),
-        qformer=_with_path(config.qformer, replaced.qformer_path),
+        qformer=None if config.qformer is None else _with_path(config.qformer, replaced.qformer_path),
+        text=None if config.text is None else _with_path(config.text, replaced.qformer_path),
         llm=llm,
     )
 
@@ -406,8 +451,7 @@ def load_run(source: Path, *, device: str = "auto", config: ModelConfig | None =
     own = read_model_config(checkpoint.parents[1] / "config.yaml")
     config = config or own
     # Every trainable tensor comes from the checkpoint: whatever the run started from need not be there any more.
-    qformer = dataclasses.replace(config.qformer, init="scratch", query_init="normal")
-    built = dataclasses.replace(config, qformer=qformer)
+    built = _filled_from_outside(config, vision=any(name.startswith("vision.") for name in loaded.model))
     state, frozen = dict(loaded.model), dict(loaded.state["frozen"])
     # What a checkpoint does not hold it names by a fingerprint.
     trained = MODELS[config.model.kind].PARTS.keys() - frozen.keys()
@@ -427,6 +471,17 @@ def load_run(source: Path, *, device: str = "auto", config: ModelConfig | None =
         model = build_model(built, trained=trained)
     restore_model(model, loaded._replace(model=state, state={**loaded.state, "frozen": frozen}))
     return LoadedRun(model.to(choose_device(device)).eval(), config, checkpoint, loaded.step, standing)
+
+
+def _filled_from_outside(config: ModelConfig, *, vision: bool) -> ModelConfig:
+    """A configuration that draws what a checkpoint holds, whose files need not be there; with `vision` that part, too."""
+    qformer, text = config.qformer, config.text
+    return dataclasses.replace(
+        config,
+        vision=dataclasses.replace(config.vision, init="scratch") if vision else config.vision,
+        qformer=None if qformer is None else dataclasses.replace(qformer, init="scratch", query_init="normal"),
+        text=None if text is None else dataclasses.replace(text, init="scratch"),
+    )
 
 
 def _fit_projection(model: InstructBLIP, state: dict[str, Tensor]) -> bool:

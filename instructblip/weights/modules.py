@@ -12,11 +12,12 @@ import torch
 from torch import nn
 from transformers import AutoConfig
 
-from instructblip.config.schema import LLMConfig, ModelConfig, QFormerConfig, VisionConfig
+from instructblip.config.schema import LLMConfig, ModelConfig, QFormerConfig, TextConfig, VisionConfig
 from instructblip.errors import UserError
 from instructblip.fetch.parts import part_settings, sources
 from instructblip.models.blip2 import blip2_heads
 from instructblip.models.llm import LLM_KINDS
+from instructblip.models.med import TextModel
 from instructblip.models.qformer import QFormer
 from instructblip.models.vision import VisionEncoder
 from instructblip.models.vocabulary import resize_vocabulary
@@ -45,10 +46,10 @@ def parts_without_weights(config: ModelConfig) -> Parts:
         vision = vision_encoder(config.vision)
         norm = nn.LayerNorm(vision.width) if config.vision.norm == "layer" else nn.Identity()
         if config.model.kind == "blip2_stage1":
-            qformer = qformer_of_sizes(config.qformer, vision_width=vision.width, reads_and_writes=True)
+            qformer = qformer_of_sizes(config.q_former(), vision_width=vision.width, reads_and_writes=True)
             heads = blip2_heads(qformer.width, config.model.feature_width)
             return Parts(vision, norm, qformer, nn.ModuleDict(heads), None)
-        qformer = qformer_of_sizes(config.qformer, vision_width=vision.width)
+        qformer = qformer_of_sizes(config.q_former(), vision_width=vision.width)
         llm = language_model_of_sizes(config.language_model())
         projection = nn.Linear(qformer.width, llm.get_input_embeddings().weight.shape[1])
     return Parts(vision, norm, qformer, nn.ModuleDict({"projection": projection}), llm)
@@ -70,6 +71,7 @@ def vision_encoder(config: VisionConfig) -> VisionEncoder:
             grid=config.grid,
             options=config.options,
             final_norm=config.final_norm,
+            norm_eps=config.norm_eps if config.norm == "none" else None,
         )
     except ValueError as error:
         raise UserError(f"vision={config.name}: {error}") from None
@@ -132,6 +134,31 @@ def qformer_of_sizes(config: QFormerConfig, *, vision_width: int, reads_and_writ
         vision_width=vision_width,
         where="qformer.sizes",
         reads_and_writes=reads_and_writes,
+    )
+
+
+def make_text_model(
+    config: TextConfig, bert: Mapping[str, Any], *, rows: int, source_width: int, where: str, **options: bool
+) -> TextModel:
+    """BLIP's text model over a BERT of these sizes, with `rows` of embeddings; `options` are those of `TextModel`.
+
+    Raises:
+        UserError: more layers than BERT has.
+    """
+    layers = bert["num_hidden_layers"] if config.layers is None else config.layers
+    if not 1 <= layers <= bert["num_hidden_layers"]:
+        raise UserError(f"text.layers={layers}: {where} has {bert['num_hidden_layers']}; give 1 to that many")
+    return TextModel(
+        vocab_size=rows,
+        width=bert["hidden_size"],
+        layers=layers,
+        heads=bert["num_attention_heads"],
+        hidden_width=bert["intermediate_size"],
+        source_width=source_width,
+        max_text_tokens=bert["max_position_embeddings"],
+        dropout=config.dropout,
+        norm_eps=bert["layer_norm_eps"],
+        **options,
     )
 
 

@@ -1,7 +1,7 @@
-"""The names of tensors: this code's, LAVIS's, transformers'. One table, read in both directions.
+"""The names of tensors: this code's, LAVIS's, transformers'. One table, read in both directions; a second one for BLIP.
 
 A state dict of this code (`InstructBLIP.state_dict()`, `BLIP2.state_dict()`) is compared with the formats in which the two
-were released. timm's EVA uses LAVIS's names without their prefix. A language model's tensors differ by their prefix only.
+were released. timm's ViTs use LAVIS's names without their prefix. A language model's tensors differ by their prefix only.
 """
 
 import fnmatch
@@ -15,8 +15,9 @@ from torch import Tensor
 from instructblip.errors import UserError
 from instructblip.models.vision import VisionEncoder
 
-# `huggingface` is the layout of InstructBLIP's classes, `huggingface_blip2` that of BLIP-2's.
-Format = Literal["lavis", "huggingface", "huggingface_blip2"]
+# `huggingface` is the layout of InstructBLIP's classes, `huggingface_blip2` that of BLIP-2's. BLIP's files, those of its own
+# repository among them, and its classes have a table of their own.
+Format = Literal["lavis", "huggingface", "huggingface_blip2", "lavis_blip", "huggingface_blip"]
 
 
 class Part(NamedTuple):
@@ -114,6 +115,91 @@ TABLE = (
     ),
 )
 
+_VIT = (
+    ("cls_token", "cls_token", "embeddings.class_embedding"),
+    ("pos_embed", "pos_embed", "embeddings.position_embedding"),
+    ("patch_embed.proj.*", "patch_embed.proj.*", "embeddings.patch_embedding.*"),
+    ("blocks.{i}.norm1.*", "blocks.{i}.norm1.*", "encoder.layers.{i}.layer_norm1.*"),
+    ("blocks.{i}.norm2.*", "blocks.{i}.norm2.*", "encoder.layers.{i}.layer_norm2.*"),
+    ("blocks.{i}.attn.qkv.*", "blocks.{i}.attn.qkv.*", "encoder.layers.{i}.self_attn.qkv.*"),
+    ("blocks.{i}.attn.proj.*", "blocks.{i}.attn.proj.*", "encoder.layers.{i}.self_attn.projection.*"),
+    ("blocks.{i}.mlp.fc1.*", "blocks.{i}.mlp.fc1.*", "encoder.layers.{i}.mlp.fc1.*"),
+    ("blocks.{i}.mlp.fc2.*", "blocks.{i}.mlp.fc2.*", "encoder.layers.{i}.mlp.fc2.*"),
+    ("norm.*", "norm.*", "post_layernorm.*"),
+)
+_TEXT_EMBEDDINGS = (
+    ("word_embeddings.weight", "word_embeddings.weight"),
+    ("position_embeddings.weight", "position_embeddings.weight"),
+    ("norm.*", "LayerNorm.*"),
+)
+_SELF_ATTENTION = (
+    ("query.*", "self.query.*"),
+    ("key.*", "self.key.*"),
+    ("value.*", "self.value.*"),
+    ("output.*", "output.dense.*"),
+    ("norm.*", "output.LayerNorm.*"),
+)
+_TEXT_LAYER = (
+    *((f"self_attention.{own}", f"attention.{theirs}") for own, theirs in _SELF_ATTENTION),
+    *((f"cross_attention.{own}", f"crossattention.{theirs}") for own, theirs in _SELF_ATTENTION),
+    ("ffn.up.*", "intermediate.dense.*"),
+    ("ffn.down.*", "output.dense.*"),
+    ("ffn.norm.*", "output.LayerNorm.*"),
+)
+_TEXT_HEAD = (("dense.*", "transform.dense.*"), ("norm.*", "transform.LayerNorm.*"), ("bias", "bias"))
+
+
+def _alike(native: str, foreign: str, rows: Iterable[tuple[str, str]], *, in_transformers: bool = True) -> Part:
+    """A part whose names are BERT's in LAVIS and in transformers alike."""
+    return Part(native, foreign, foreign, tuple((own, name, name if in_transformers else None) for own, name in rows))
+
+
+# BLIP, of LAVIS and of its own repository; momentum copies, the queue and the temperature have no place in transformers.
+BLIP_TABLE = (
+    Part("vision.backbone.", "visual_encoder.", "vision_model.", _VIT),
+    Part("momentum.vision.backbone.", "visual_encoder_m.", "", tuple((own, name, None) for own, name, _ in _VIT)),
+    _alike("text_encoder.", "text_encoder.embeddings.", _TEXT_EMBEDDINGS),
+    _alike("text_encoder.layers.{i}.", "text_encoder.encoder.layer.{i}.", _TEXT_LAYER),
+    _alike("momentum.text_encoder.", "text_encoder_m.embeddings.", _TEXT_EMBEDDINGS, in_transformers=False),
+    _alike(
+        "momentum.text_encoder.layers.{i}.", "text_encoder_m.encoder.layer.{i}.", _TEXT_LAYER, in_transformers=False
+    ),
+    _alike("text_decoder.", "text_decoder.bert.embeddings.", _TEXT_EMBEDDINGS),
+    _alike("text_decoder.layers.{i}.", "text_decoder.bert.encoder.layer.{i}.", _TEXT_LAYER),
+    _alike("text_decoder.lm_head.", "text_decoder.cls.predictions.", _TEXT_HEAD),
+    # Pre-training's decoder is the encoder but for these. Files hold it whole: see `blip.LAVIS_SHARED`.
+    _alike(
+        "text_encoder.layers.{i}.decoder_attention.",
+        "text_decoder.bert.encoder.layer.{i}.attention.",
+        _SELF_ATTENTION,
+        in_transformers=False,
+    ),
+    _alike("text_encoder.lm_head.", "text_decoder.cls.predictions.", _TEXT_HEAD, in_transformers=False),
+    _alike(
+        "",
+        "",
+        (
+            ("vision_projection.*", "vision_proj.*"),
+            ("text_projection.*", "text_proj.*"),
+            ("matching_head.*", "itm_head.*"),
+        ),
+    ),
+    _alike(
+        "",
+        "",
+        (
+            ("temperature", "temp"),
+            ("momentum.vision_projection.*", "vision_proj_m.*"),
+            ("momentum.text_projection.*", "text_proj_m.*"),
+            ("momentum.image_queue", "image_queue"),
+            ("momentum.text_queue", "text_queue"),
+            ("momentum.image_id_queue", "idx_queue"),
+            ("momentum.pointer", "queue_ptr"),
+        ),
+        in_transformers=False,
+    ),
+)
+
 # BLIP-2's classes keep the text embeddings outside the Q-Former, and its first norm inside.
 _BLIP2_PREFIXES = {"qformer.embeddings.layernorm.": "qformer.layernorm.", "qformer.embeddings.": "embeddings."}
 
@@ -133,10 +219,13 @@ LAVIS_ALIASES = (
 # Copies in the files of BLIP-2's first stage: of the word embeddings, and of the head's bias.
 LAVIS_TIED = ("Qformer.cls.predictions.decoder.weight", "Qformer.cls.predictions.decoder.bias")
 
-_PLACES: dict[Format, str] = {
-    "lavis": "a LAVIS",
-    "huggingface": "a transformers InstructBLIP",
-    "huggingface_blip2": "a transformers BLIP-2",
+# How each format is called in messages, and what it holds.
+_PLACES: dict[Format, tuple[str, str]] = {
+    "lavis": ("a LAVIS file", "its parts are EVA-CLIP ViT and Q-Former"),
+    "huggingface": ("a transformers InstructBLIP file", "its parts are EVA-CLIP ViT and Q-Former"),
+    "huggingface_blip2": ("a transformers BLIP-2 file", "its parts are EVA-CLIP ViT and Q-Former"),
+    "lavis_blip": ("a BLIP file of LAVIS", "its vision part is a plain ViT, its text part a BERT"),
+    "huggingface_blip": ("a transformers BLIP file", "its vision part is a plain ViT, its text part a BERT"),
 }
 
 # Tensors that may stand in a file and mean nothing here.
@@ -155,19 +244,26 @@ IGNORED: dict[Format, tuple[str, ...]] = {
         "embeddings.position_ids",
         "*.rotary_emb.inv_freq",
     ),
+    "lavis_blip": ("*.position_ids", "*.cls.predictions.decoder.*"),
+    "huggingface_blip": ("*.position_ids", "*.cls.predictions.decoder.*"),
 }
 
 
 def _expand() -> dict[str, dict[Format, str]]:
     table: dict[str, dict[Format, str]] = {}
-    for part in TABLE:
-        for native, lavis, huggingface in part.rows:
-            for ending in ("weight", "bias") if native.endswith(".*") else ("",):
-                names: dict[Format, str] = {"lavis": part.lavis + _ended(lavis, ending)}
-                if huggingface is not None:
-                    name = part.huggingface + _ended(huggingface, ending)
-                    names |= {"huggingface": name, "huggingface_blip2": _blip2_name(name)}
-                table[part.native + _ended(native, ending)] = names
+    tables: tuple[tuple[tuple[Part, ...], Format, tuple[Format, ...]], ...] = (
+        (TABLE, "lavis", ("huggingface", "huggingface_blip2")),
+        (BLIP_TABLE, "lavis_blip", ("huggingface_blip",)),
+    )
+    for parts, of_lavis, of_transformers in tables:
+        for part in parts:
+            for native, lavis, huggingface in part.rows:
+                for ending in ("weight", "bias") if native.endswith(".*") else ("",):
+                    names = table.setdefault(part.native + _ended(native, ending), {})
+                    names[of_lavis] = part.lavis + _ended(lavis, ending)
+                    for form in of_transformers if huggingface is not None else ():
+                        name = part.huggingface + _ended(huggingface or "", ending)
+                        names[form] = _blip2_name(name) if form == "huggingface_blip2" else name
     return table
 
 
@@ -200,7 +296,8 @@ def foreign_names(native: Iterable[str], to: Format) -> dict[str, str]:
         layer = _NUMBER.search(name)
         row = _BY_NATIVE.get(_NUMBER.sub("{i}", name))
         if row is None or to not in row:
-            raise UserError(f"{name} has no place in {_PLACES[to]} file; its parts are EVA-CLIP ViT and Q-Former")
+            place, parts = _PLACES[to]
+            raise UserError(f"{name} has no place in {place}; {parts}")
         names[name] = row[to].replace("{i}", layer.group()) if layer else row[to]
     return names
 

@@ -20,17 +20,22 @@ from instructblip.config.schema import (
     ModelConfig,
     QFormerConfig,
     SourcesConfig,
+    TextConfig,
     VisionConfig,
 )
 from instructblip.config.validate import to_yaml
 from instructblip.files import write_atomically, write_json
 from instructblip.models.base import Model
+from instructblip.models.blip import BLIP, BLIPCaption, BLIPRetrieval
 from instructblip.models.blip2 import BLIP2
 from instructblip.models.instructblip import InstructBLIP
+from instructblip.models.med import TextLayer
+from instructblip.weights.blip import kind_of
 from instructblip.weights.checkpoint import save_checkpoint
 from instructblip.weights.load import frozen_fingerprints
 from instructblip.weights.start import PLAIN, Standing
-from instructblip.weights.transformers_settings import Settings
+from instructblip.weights.transformers_blip import BACKBONE
+from instructblip.weights.transformers_settings import Settings, ratio_of
 
 CONFIG = "config.yaml"
 
@@ -64,11 +69,14 @@ def save_native(model: Model, config: ModelConfig, folder: Path, standing: Stand
 
 def write_config(config: ModelConfig, folder: Path) -> None:
     """Write config.yaml; paths are made absolute, since the folder may be used from anywhere."""
+    sections = {name: getattr(config, name) for name in ("vision", "qformer", "text", "llm")}
     absolute = dataclasses.replace(
         config,
-        vision=dataclasses.replace(config.vision, sources=_absolute(config.vision.sources)),
-        qformer=dataclasses.replace(config.qformer, sources=_absolute(config.qformer.sources)),
-        llm=None if config.llm is None else dataclasses.replace(config.llm, sources=_absolute(config.llm.sources)),
+        **{
+            name: dataclasses.replace(section, sources=_absolute(section.sources))
+            for name, section in sections.items()
+            if section is not None
+        },
     )
     write_atomically(folder / CONFIG, to_yaml(absolute))
 
@@ -132,6 +140,68 @@ def parts_config(
             max_instruction_tokens=settings.max_text_tokens,
         ),
         llm=llm or _own_llm(model, settings, folder, name),
+    )
+
+
+def save_blip_parts(model: BLIP, folder: Path) -> None:
+    """Write the sizes and tokenizer of a BLIP that came from a transformers folder; a checkpoint holds all its weights."""
+    text = model.text_models()[0]
+    layer = text.layers[0]
+    assert isinstance(layer, TextLayer)
+    (folder / "text").mkdir(parents=True)
+    with quiet_transformers():
+        model.tokenizer.save_pretrained(folder / "text")
+    bert = {
+        "model_type": "bert",
+        "vocab_size": text.word_embeddings.num_embeddings,
+        "hidden_size": text.width,
+        "num_hidden_layers": len(text.layers),
+        "num_attention_heads": layer.self_attention.heads,
+        "intermediate_size": layer.ffn.up.out_features,
+        "max_position_embeddings": text.max_text_tokens,
+        "layer_norm_eps": text.norm.eps,
+    }
+    write_json(folder / "text/config.json", bert)
+
+
+def blip_parts_config(model: BLIP, folder: Path, name: str) -> ModelConfig:
+    """The configuration that builds a BLIP from what `save_blip_parts` wrote below `folder`; `name` names its parts."""
+    backbone, settings = model.vision.backbone, ArchitectureConfig(kind=kind_of(model))
+    settings.max_text_tokens = model.max_text_tokens
+    if isinstance(model, BLIPCaption):
+        settings.prompt = model.prompt
+    else:
+        settings.enc_token = model.enc_token
+    if isinstance(model, BLIPRetrieval):
+        settings.feature_width = model.text_projection.out_features
+        settings.queue_size = model.queue_size
+    block = backbone.blocks[0]
+    return ModelConfig(
+        model=settings,
+        vision=VisionConfig(
+            name=f"{name}_vision",
+            init="scratch",
+            backbone=BACKBONE,
+            options={
+                "patch_size": backbone.patch_embed.patch_size[0],
+                "embed_dim": model.vision.width,
+                "depth": len(backbone.blocks),
+                "num_heads": block.attn.num_heads,
+                "mlp_ratio": ratio_of(model.vision.width, block.mlp.fc1.out_features),
+            },
+            dtype=_dtype_name(model.vision.dtype),
+            image_size=model.vision.image_size,
+            mean=model.vision.mean.flatten().tolist(),
+            std=model.vision.std.flatten().tolist(),
+            norm="none",
+            norm_eps=block.norm1.eps,
+        ),
+        text=TextConfig(
+            name=f"{name}_text",
+            sources=SourcesConfig(path=str(folder / "text")),
+            init="scratch",
+            dropout=model.text_models()[0].dropout,
+        ),
     )
 
 

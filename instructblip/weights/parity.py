@@ -10,12 +10,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from instructblip.models.blip2 import BLIP2, similarities
+from instructblip.models.base import Inputs
+from instructblip.models.blip import BLIP, BLIPVQA, BLIPCaption, BLIPPretrain, BLIPRetrieval, Momentum
+from instructblip.models.blip2 import BLIP2
 from instructblip.models.instructblip import InstructBLIP
+from instructblip.models.pairs import similarities
 
 INSTRUCTION = "Question: what color is the shape in the image? Short answer:"
 SHORT_INSTRUCTION = "what is it?"  # beside the other it has to be padded
 ANSWER = "it is a blue rectangle"
+ANSWERS = ("blue", ANSWER)
 BATCH = 2
 UNEQUAL = (SHORT_INSTRUCTION, INSTRUCTION)
 _SEED = 0
@@ -33,7 +37,14 @@ _OVER_WORDS = ("logits", "padded")
 #   contrast    cosine of every image and text
 #   matching    logits of each image and its text
 #   captions    logits of each token of the texts as captions; missing without a language-model head
+# Of BLIP: vision, image tokens; captions of its captioner; of its answerer
+#   questions   states of two questions of unequal length in the light of their images
+#   answers     logits of each token of two answers to them
+# text, contrast and matching of its retriever, captions with them of its pre-training; and where it has momentum copies
+#   momentum    their projections, and the queue
 Trace = dict[str, Tensor]
+
+KnownModel = InstructBLIP | BLIP2 | BLIP
 
 
 class Traces(NamedTuple):
@@ -69,22 +80,28 @@ def rounding_bounds(source: Trace, dtype: torch.dtype) -> dict[str, float]:
     return {stage: unit * float(values.abs().max()) for stage, values in source.items()}
 
 
-def model_dtype(model: InstructBLIP | BLIP2) -> torch.dtype:
+def model_dtype(model: KnownModel) -> torch.dtype:
     """The coarsest type that a part of the model is held in."""
-    parts = [model.vision.dtype] + ([model.llm.model.dtype] if isinstance(model, InstructBLIP) else [])
+    parts = [model.vision.dtype]
+    if isinstance(model, InstructBLIP):
+        parts.append(model.llm.model.dtype)
+    elif isinstance(model, BLIP):
+        parts += [text.norm.weight.dtype for text in model.text_models()]
     return max(parts, key=lambda dtype: torch.finfo(dtype).eps)
 
 
-def traces_native(model: InstructBLIP | BLIP2) -> Traces:
+def traces_native(model: KnownModel) -> Traces:
     """Run this code's model twice; it is left in float32."""
     loaded = trace_native(model)
     return Traces(loaded, loaded if model_dtype(model) == torch.float32 else trace_native(model.float()))
 
 
 @torch.inference_mode()
-def trace_native(model: InstructBLIP | BLIP2) -> Trace:
+def trace_native(model: KnownModel) -> Trace:
     """Run this code's model in the types it has."""
     model = model.cpu().eval()
+    if isinstance(model, BLIP):
+        return _trace_blip(model)
     return _trace_stage1(model) if isinstance(model, BLIP2) else _trace_with_llm(model)
 
 
@@ -125,6 +142,44 @@ def _trace_stage1(model: BLIP2) -> Trace:
     if model.qformer.lm_head is None:
         return trace
     return trace | in_float32(captions=model.encode_captions(image.cache, ids_BT, mask_BT).logits_NW)
+
+
+def _trace_blip(model: BLIP) -> Trace:
+    tokens_B1PU = model.vision(pixels(model.vision.image_size))[:, None]
+    trace = in_float32(vision=model.normalised(tokens_B1PU))
+    if isinstance(model, BLIPVQA):
+        states_BTD, mask_BT = model.encode_questions(tokens_B1PU, UNEQUAL)
+        answers = Inputs(tokens_B1PU, UNEQUAL, model.answer_ids(ANSWERS))
+        logits_SV = model(answers, {"answer_logits"}).tensors["answer_logits"]
+        return trace | in_float32(questions=states_BTD[mask_BT.bool()], answers=logits_SV)
+    if isinstance(model, BLIPCaption):
+        return trace | in_float32(
+            captions=model.caption_logits(model.normalised(tokens_B1PU), model.caption_ids(UNEQUAL))
+        )
+    assert isinstance(model, BLIPRetrieval)
+    image, (ids_BT, mask_BT) = model.encode_images(tokens_B1PU), model.tokenize(UNEQUAL)
+    text = model.encode_texts(ids_BT, mask_BT)
+    trace |= in_float32(
+        text=text.text_BTD[mask_BT.bool()],
+        contrast=similarities(image.projected_BQE, text.projected_BE),
+        matching=model.encode_pairs(image.tokens_BPU, ids_BT, mask_BT).logits_B2,
+    )
+    if isinstance(model, BLIPPretrain):
+        trace |= in_float32(captions=model.caption_logits(image.tokens_BPU, model.caption_ids(UNEQUAL)))
+    if isinstance(model.momentum, Momentum):
+        trace |= in_float32(momentum=_momentum(model))
+    return trace
+
+
+def _momentum(model: BLIPRetrieval) -> Tensor:
+    """What the momentum copies make of the images and texts, and the queue, in one column."""
+    wanted = ("image_projected_m", "text_projected_m")
+    frames = pixels(model.vision.image_size)[:, None]
+    inputs = Inputs(frames, [""] * BATCH, [ids[1:] for ids in model.token_ids(UNEQUAL)])
+    outputs = model(inputs, wanted).tensors
+    assert isinstance(model.momentum, Momentum)
+    queues = model.momentum.image_queue, model.momentum.text_queue
+    return torch.cat([values.float().flatten() for values in (*(outputs[name] for name in wanted), *queues)])
 
 
 def in_float32(**stages: Tensor) -> Trace:

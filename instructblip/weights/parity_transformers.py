@@ -8,10 +8,12 @@ from torch import Tensor
 from transformers import AutoImageProcessor, AutoTokenizer
 
 from instructblip._transformers import quiet_transformers
+from instructblip.models.blip import BLIPVQA, BLIPCaption, BLIPRetrieval
 from instructblip.models.blip2 import BLIP2
 from instructblip.weights.names import QFORMER_TOKENIZER, SIDE_TENSORS
 from instructblip.weights.parity import (
     ANSWER,
+    ANSWERS,
     BATCH,
     INSTRUCTION,
     UNEQUAL,
@@ -21,6 +23,7 @@ from instructblip.weights.parity import (
     pixels,
     trace_native,
 )
+from instructblip.weights.transformers_blip import is_blip_folder, load_blip_folder
 from instructblip.weights.transformers_layout import layout_of
 from instructblip.weights.transformers_read import load_huggingface
 from instructblip.weights.transformers_settings import LLMSettings, read_settings, read_transformers_config
@@ -63,6 +66,8 @@ def _trace(model: Any, folder: Path, *, pad_as_saved: bool) -> Trace:
         pictures = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
     size = model.config.vision_config.image_size
     images = pictures(list(pixels(size)), do_resize=False, return_tensors="pt")["pixel_values"]
+    if is_blip_folder(folder):
+        return _trace_blip(model, folder, images)
     said = read_settings(folder).llm
     if said is None:
         return _trace_retrieval(model, folder, images)
@@ -186,3 +191,45 @@ def _texts(model: Any, folder: Path) -> dict[str, Tensor]:
         marks = ids.new_full((len(ids), model.config.num_query_tokens), model.config.image_token_index)
         ids, mask = torch.cat([marks, ids], dim=1), torch.cat([torch.ones_like(marks), mask], dim=1)
     return {"input_ids": ids, "attention_mask": mask}
+
+
+# --- BLIP ------------------------------------------------------------------------------------------------------------
+
+
+def _trace_blip(model: Any, folder: Path, images: Tensor) -> Trace:
+    """Texts begin as this code's model has them: its class takes them from outside. What it has no place for is this code's.
+
+    Each question runs alone, since transformers' decoder reads its padding.
+    """
+    own = load_blip_folder(folder)
+    own = own.float() if model.dtype == torch.float32 else own
+    images = images.to(model.dtype)
+    tokens = model.vision_model(images).last_hidden_state
+    trace = in_float32(vision=tokens)
+    if isinstance(own, BLIPVQA):
+        return trace | _trace_questions(model, own, tokens)
+    if isinstance(own, BLIPCaption):
+        prompt = len(own.caption_start())
+        ids, mask = own.padded([[*own.caption_start(), *answer] for answer in own.caption_ids(UNEQUAL)])
+        logits = model(images, input_ids=ids, attention_mask=mask).logits
+        return trace | in_float32(captions=logits[:, prompt - 1 : -1][mask[:, prompt:].bool()])
+    assert isinstance(own, BLIPRetrieval)
+    ids, mask = own.tokenize(UNEQUAL)
+    paired = torch.cat([torch.full_like(ids[:, :1], own.encode_id), ids[:, 1:]], dim=1)
+    trace |= in_float32(
+        text=model.text_encoder(ids, attention_mask=mask).last_hidden_state[mask.bool()],
+        contrast=model(ids, images, use_itm_head=False, attention_mask=mask).itm_score,
+        matching=model(paired, images, use_itm_head=True, attention_mask=mask).itm_score,
+    )
+    return trace | {stage: values for stage, values in trace_native(own).items() if stage == "momentum"}
+
+
+def _trace_questions(model: Any, own: BLIPVQA, tokens: Tensor) -> Trace:
+    questions, answers = [], []
+    for row, (question, answer) in enumerate(zip(UNEQUAL, own.answer_ids(ANSWERS), strict=True)):
+        asked = torch.tensor([[own.encode_id, *own.token_ids([question])[0][1:]]])
+        states = model.text_encoder(asked, encoder_hidden_states=tokens[row : row + 1]).last_hidden_state
+        written = torch.tensor([[own.start_id, *answer[:-1]]])
+        questions.append(states[0])
+        answers.append(model.text_decoder(written, encoder_hidden_states=states).logits[0])
+    return in_float32(questions=torch.cat(questions), answers=torch.cat(answers))

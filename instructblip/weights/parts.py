@@ -1,7 +1,7 @@
 """From a validated configuration to a model: parts by name, put together in the open.
 
-The only place that reads the `model`, `vision`, `qformer` and `llm` sections. A kind of model is a function here and a class
-in `MODELS`.
+The only place that reads the `model`, `vision`, `qformer`, `text` and `llm` sections. A kind of model is a function here and
+a class in `MODELS`.
 """
 
 import logging
@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from tokenizers import AddedToken
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -22,25 +21,29 @@ from instructblip.config.schema import (
     ModelKind,
     QFormerConfig,
     Quantization,
+    TextConfig,
     VisionConfig,
     VisionNorm,
 )
 from instructblip.errors import UserError
 from instructblip.fetch.parts import part_folder, sources
 from instructblip.models.base import Model
+from instructblip.models.blip import BLIP_TOKENS, BLIPVQA, BLIPCaption, BLIPPretrain, BLIPRetrieval
 from instructblip.models.blip2 import BLIP2
 from instructblip.models.instructblip import InstructBLIP
 from instructblip.models.llm import LLM
+from instructblip.models.med import TextModel
 from instructblip.models.qformer import QFormer
 from instructblip.models.quantized import QuantizedLinear, quantize_linears
 from instructblip.models.vision import ChannelNorm, VisionEncoder
-from instructblip.models.vocabulary import resize_vocabulary
+from instructblip.models.vocabulary import add_tokens, resize_vocabulary
 from instructblip.weights.bert import (
     draw_query_tokens_near,
     has_language_model_head,
     initialize_like_bert,
     names_unknown_to_bert,
     qformer_state_from_bert,
+    text_model_state_from_bert,
 )
 from instructblip.weights.gatekeeper import (
     check_content,
@@ -55,7 +58,7 @@ from instructblip.weights.gatekeeper import (
 )
 from instructblip.weights.language_model import finished_llm, load_language_model
 from instructblip.weights.lavis import read_pth
-from instructblip.weights.modules import make_qformer, override_settings, vision_encoder
+from instructblip.weights.modules import make_qformer, make_text_model, override_settings, vision_encoder
 from instructblip.weights.names import check_tensors
 from instructblip.weights.position import resize_position_embedding
 from instructblip.weights.start import not_aligned
@@ -65,17 +68,20 @@ logger = logging.getLogger(__name__)
 VISION_NORMS: dict[VisionNorm, Callable[[int, float], nn.Module]] = {
     "layer": lambda width, eps: nn.LayerNorm(width, eps=eps),
     "channel": lambda width, _eps: ChannelNorm(width),
+    "none": lambda _width, _eps: nn.Identity(),
 }
 
 
-def build_model(config: ModelConfig, *, trained: Collection[str] = ("qformer",)) -> Model:
+def build_model(config: ModelConfig, *, trained: Collection[str] | None = None) -> Model:
     """Fetch the parts and assemble them; what is new starts from the seed, and `trained` parts are to train.
+
+    None trains what the class trains: the Q-Former, all of BLIP.
 
     Raises:
         UserError: a part cannot be fetched, or its settings do not fit its files.
     """
     model = _BUILDERS[config.model.kind](config)
-    train_parts(model, trained)
+    train_parts(model, model.trained_parts if trained is None else trained)
     return model
 
 
@@ -84,7 +90,8 @@ def build_instructblip(config: ModelConfig) -> InstructBLIP:
     encoder = load_vision(config.vision)
     language = load_llm(config.language_model())
     torch.manual_seed(config.seed)
-    trainable, tokenizer = load_qformer(config.qformer, vision_width=encoder.width)
+    qformer = config.q_former()
+    trainable, tokenizer = load_qformer(qformer, vision_width=encoder.width)
     norm = VISION_NORMS[config.vision.norm](encoder.width, config.vision.norm_eps)
     return InstructBLIP(
         vision=encoder,
@@ -92,7 +99,7 @@ def build_instructblip(config: ModelConfig) -> InstructBLIP:
         qformer=trainable,
         qformer_tokenizer=tokenizer,
         llm=language,
-        max_instruction_tokens=config.qformer.max_instruction_tokens,
+        max_instruction_tokens=qformer.max_instruction_tokens,
     )
 
 
@@ -100,7 +107,8 @@ def build_blip2_stage1(config: ModelConfig) -> BLIP2:
     """BLIP-2's first stage, its Q-Former and heads trained and the vision encoder frozen; as `build_model`."""
     encoder = load_vision(config.vision)
     torch.manual_seed(config.seed)
-    trainable, tokenizer = load_qformer(config.qformer, vision_width=encoder.width, reads_and_writes=True)
+    qformer = config.q_former()
+    trainable, tokenizer = load_qformer(qformer, vision_width=encoder.width, reads_and_writes=True)
     assert tokenizer is not None
     if not config.model.language_model_head:
         trainable.lm_head = None
@@ -115,15 +123,79 @@ def build_blip2_stage1(config: ModelConfig) -> BLIP2:
             temperature=config.model.temperature,
         )
     except ValueError as error:
-        raise UserError(f"qformer={config.qformer.name} does not fit model=blip2_stage1: {error}") from None
+        raise UserError(f"qformer={qformer.name} does not fit model=blip2_stage1: {error}") from None
+
+
+def build_blip_caption(config: ModelConfig) -> BLIPCaption:
+    """BLIP for captions, all of it trained; as `build_model`, and so are the next."""
+    vision = _blip_vision(config)
+    decoder, tokenizer = load_text_model(config.text_model(), source_width=vision.width, language_model_head=True)
+    return BLIPCaption(
+        vision=vision,
+        text_decoder=decoder,
+        tokenizer=tokenizer,
+        max_text_tokens=config.model.max_text_tokens,
+        prompt=config.model.prompt,
+    )
+
+
+def build_blip_vqa(config: ModelConfig) -> BLIPVQA:
+    """BLIP for questions; its decoder reads the states of the questions."""
+    vision = _blip_vision(config)
+    encoder, tokenizer = load_text_model(config.text_model(), source_width=vision.width)
+    decoder, _ = load_text_model(config.text_model(), source_width=encoder.width, language_model_head=True)
+    return BLIPVQA(
+        vision=vision,
+        text_encoder=encoder,
+        text_decoder=decoder,
+        tokenizer=tokenizer,
+        max_text_tokens=config.model.max_text_tokens,
+        enc_token=config.model.enc_token,
+    )
+
+
+def build_blip_retrieval(config: ModelConfig) -> BLIPRetrieval:
+    """BLIP for retrieval, or for pre-training, whose text model also writes."""
+    vision, writes = _blip_vision(config), config.model.kind == "blip_pretrain"
+    encoder, tokenizer = load_text_model(
+        config.text_model(), source_width=vision.width, language_model_head=writes, decoder_attention=writes
+    )
+    kind = BLIPPretrain if writes else BLIPRetrieval
+    return kind(
+        vision=vision,
+        text_encoder=encoder,
+        tokenizer=tokenizer,
+        feature_width=config.model.feature_width,
+        max_text_tokens=config.model.max_text_tokens,
+        enc_token=config.model.enc_token,
+        temperature=config.model.temperature,
+        queue_size=config.model.queue_size,
+    )
+
+
+def _blip_vision(config: ModelConfig) -> VisionEncoder:
+    torch.manual_seed(config.seed)
+    return load_vision(config.vision)
 
 
 # By kind of model: its class, and the function that builds it.
-MODELS: dict[ModelKind, type[Model]] = {"instructblip": InstructBLIP, "blip2": InstructBLIP, "blip2_stage1": BLIP2}
+MODELS: dict[ModelKind, type[Model]] = {
+    "instructblip": InstructBLIP,
+    "blip2": InstructBLIP,
+    "blip2_stage1": BLIP2,
+    "blip_caption": BLIPCaption,
+    "blip_vqa": BLIPVQA,
+    "blip_retrieval": BLIPRetrieval,
+    "blip_pretrain": BLIPPretrain,
+}
 _BUILDERS: dict[ModelKind, Callable[[ModelConfig], Model]] = {
     "instructblip": build_instructblip,
     "blip2": build_instructblip,
     "blip2_stage1": build_blip2_stage1,
+    "blip_caption": build_blip_caption,
+    "blip_vqa": build_blip_vqa,
+    "blip_retrieval": build_blip_retrieval,
+    "blip_pretrain": build_blip_retrieval,
 }
 
 
@@ -144,17 +216,22 @@ def train_parts(model: Model, trained: Collection[str]) -> None:
     for part in trained:
         for module in model.part_modules(part):
             module.float()
+    for own, original in model.copies():  # half precision would lose what they move in a step
+        own.data = own.data.to(original.dtype)
 
 
 # --- vision ----------------------------------------------------------------------------------------------------------
 
 
 def load_vision(config: VisionConfig) -> VisionEncoder:
-    """The frozen image encoder with its weights: those of a folder's model.safetensors, or of a file under timm's names.
+    """The image encoder with its weights: those of a folder's model.safetensors, or of a file under timm's names.
 
     Positions are resized to the configured image size. A file may hold more than is built: its classification head, the
-    last norm where `final_norm` is false, and the blocks past `options.depth`.
+    last norm where `final_norm` is false, and the blocks past `options.depth`. With `init=scratch` no file is opened, and
+    the weights are those that timm draws.
     """
+    if config.init == "scratch":
+        return vision_encoder(config)
     file, encoder = _vision_file(config), vision_encoder(config)
     weights = _vision_weights(file)
     _fit_positions(encoder.backbone, weights)
@@ -222,7 +299,7 @@ def load_qformer(
     tokenizer, rows = None, bert["vocab_size"]
     if config.instruction_aware or config.query_init == "cls":
         tokenizer = open_tokenizer(folder, f"qformer={config.name}: ", truncation_side="left")
-        _add_tokens(tokenizer, config.extra_tokens)
+        add_tokens(tokenizer, config.extra_tokens)
         rows = max(rows, _rows_needed(tokenizer))
     qformer = make_qformer(
         config,
@@ -245,6 +322,35 @@ def load_qformer(
     else:
         initialize_like_bert(qformer)
     return qformer, tokenizer
+
+
+# --- BLIP's text model -----------------------------------------------------------------------------------------------
+
+
+def load_text_model(
+    config: TextConfig, *, source_width: int, **options: bool
+) -> tuple[TextModel, PreTrainedTokenizerBase]:
+    """BLIP's text model and its tokenizer, with `[DEC]` and `[ENC]`; `options` are those of `TextModel`.
+
+    Everything is drawn as BERT is before pre-training. With `init=bert` all but cross-attention then starts from BERT's
+    weights, and the language-model head where the file has one.
+
+    Raises:
+        UserError: it cannot be fetched, or is no BERT.
+    """
+    folder = part_folder(sources(config.name, config.sources), setting="text.sources.path")
+    bert = config_json(folder)
+    tokenizer = open_tokenizer(folder, f"text={config.name}: ", truncation_side="right")
+    add_tokens(tokenizer, BLIP_TOKENS)
+    rows = max(bert["vocab_size"], _rows_needed(tokenizer))
+    model = make_text_model(config, bert, rows=rows, source_width=source_width, where=str(folder), **options)
+    initialize_like_bert(model)
+    if config.init == "bert":
+        check_weight_file(folder / "model.safetensors")
+        weights = load_file(folder / "model.safetensors")
+        new = names_unknown_to_bert(weights, model)
+        load_exactly(model, text_model_state_from_bert(weights, model), f"{folder}/model.safetensors", new=new)
+    return model, tokenizer
 
 
 # --- language model --------------------------------------------------------------------------------------------------
@@ -287,7 +393,7 @@ def load_llm(config: LLMConfig) -> LLM:
 
 def _llm_tokenizer(config: LLMConfig, folder: Path) -> Any:
     tokenizer = open_tokenizer(folder, f"llm={config.name}: ")
-    _add_tokens(tokenizer, config.added_tokens)
+    add_tokens(tokenizer, config.added_tokens)
     tokens = {
         "bos_token": config.bos_token,
         "eos_token": config.eos_token,
@@ -316,10 +422,6 @@ def _quantize(model: Any, kind: Quantization) -> None:
         ) from None
     except ValueError as error:
         raise UserError(f"llm.quantization={kind}: {error}") from None
-
-
-def _add_tokens(tokenizer: Any, tokens: list[str]) -> None:
-    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in tokens], special_tokens=True)
 
 
 def _rows_needed(tokenizer: Any) -> int:

@@ -15,7 +15,7 @@ class Start:
 
     Attributes:
         weights: `source`, `name` and `sha256` of each, in their order; none where each part came from its own files.
-        new: what was drawn: parts of the model's part `qformer`, which the weights did not hold.
+        new: what was drawn: parts of the model's part `qformer`, or of BLIP's `text`, which the weights did not hold.
         aligned_to: the LLM that Q-Former and projection were trained beside, where it is not the run's; `NO_LLM` where there
             was none; None where it is the run's, or the run has none.
         text_branch: fingerprint of the Q-Former's text branch, which the run keeps beside its checkpoints for others that
@@ -40,7 +40,7 @@ class Start:
 
     def untrained(self, trained_parts: Collection[str]) -> tuple[str, ...]:
         """What is still as it was drawn after steps that trained these parts."""
-        return () if "qformer" in trained_parts else self.new
+        return () if {"qformer", "text"} & set(trained_parts) else self.new
 
 
 class Standing(NamedTuple):

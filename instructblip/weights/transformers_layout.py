@@ -1,4 +1,4 @@
-"""Which of transformers' classes holds which model: InstructBLIP, and BLIP-2's second and first stage."""
+"""Which of transformers' classes holds which model: InstructBLIP, BLIP-2's second and first stage, BLIP's three tasks."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,12 +10,18 @@ from transformers import (
     Blip2ForConditionalGeneration,
     Blip2ForImageTextRetrieval,
     Blip2Processor,
+    BlipForConditionalGeneration,
+    BlipForImageTextRetrieval,
+    BlipForQuestionAnswering,
+    BlipProcessor,
     InstructBlipForConditionalGeneration,
     InstructBlipProcessor,
 )
 
 from instructblip.config.schema import ModelKind
 from instructblip.errors import UserError
+from instructblip.models.base import Model
+from instructblip.models.blip import BLIPVQA, BLIPCaption, BLIPRetrieval
 from instructblip.models.blip2 import BLIP2
 from instructblip.models.instructblip import InstructBLIP
 from instructblip.weights.gatekeeper import MODEL_TYPES, config_json
@@ -46,13 +52,21 @@ class Layout:
 _INSTRUCTBLIP = Layout("instructblip", "huggingface", InstructBlipForConditionalGeneration, InstructBlipProcessor)
 _BLIP2 = Layout("blip2", "huggingface_blip2", Blip2ForConditionalGeneration, Blip2Processor)
 _RETRIEVAL = Layout("blip2_stage1", "huggingface_blip2", Blip2ForImageTextRetrieval, Blip2Processor)
-_BY_CLASS = {layout.title: layout for layout in (_INSTRUCTBLIP, _BLIP2, _RETRIEVAL)}
+_BLIP: dict[type[Model], Layout] = {
+    BLIPCaption: Layout("blip_caption", "huggingface_blip", BlipForConditionalGeneration, BlipProcessor),
+    BLIPVQA: Layout("blip_vqa", "huggingface_blip", BlipForQuestionAnswering, BlipProcessor),
+    BLIPRetrieval: Layout("blip_retrieval", "huggingface_blip", BlipForImageTextRetrieval, BlipProcessor),
+}
+_BY_CLASS = {layout.title: layout for layout in (_INSTRUCTBLIP, _BLIP2, _RETRIEVAL, *_BLIP.values())}
 
 
-def layout_for(model: InstructBLIP | BLIP2) -> Layout:
-    """The class that a model is written for."""
+def layout_for(model: Model) -> Layout:
+    """The class that a model is written for; pre-training of BLIP has none."""
+    if type(model) in _BLIP:
+        return _BLIP[type(model)]
     if isinstance(model, BLIP2):
         return _RETRIEVAL
+    assert isinstance(model, InstructBLIP)
     return _INSTRUCTBLIP if model.qformer.instruction_aware else _BLIP2
 
 
@@ -69,7 +83,9 @@ def layout_of(folder: Path) -> Layout:
         )
     classes = config.get("architectures") or [_usual_class(config)]
     if len(classes) != 1 or classes[0] not in _BY_CLASS:
-        raise UserError(f"{folder} holds a {', '.join(classes)}; wanted is one of {', '.join(_BY_CLASS)}")
+        raise UserError(
+            f"{folder} holds a {', '.join(classes) or 'model of no class'}; wanted is one of {', '.join(_BY_CLASS)}"
+        )
     return _BY_CLASS[classes[0]]
 
 
@@ -77,6 +93,8 @@ def _usual_class(config: Mapping[str, Any]) -> str:
     """What a configuration without a class is of: BLIP-2's retrieval alone gives text to its Q-Former."""
     if config["model_type"] == "instructblip":
         return _INSTRUCTBLIP.title
+    if config["model_type"] == "blip":
+        return ""
     reads_text = (config.get("qformer_config") or {}).get("use_qformer_text_input")
     return (_RETRIEVAL if reads_text else _BLIP2).title
 

@@ -136,7 +136,7 @@ def _fill(
 def read_weights(folder: Path) -> dict[str, Tensor]:
     """Every tensor of a folder under transformers' names, mapped into memory; what means nothing here is left out.
 
-    The vision part's `qkv.bias` comes in two pieces, `[query]` and `[value]`.
+    The `qkv.bias` of an EVA-CLIP comes in two pieces, `[query]` and `[value]`.
 
     Raises:
         UserError: no weights, a file that is missing or damaged, or one that lacks what the index says it has.
@@ -151,7 +151,8 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     lost = [tensor for tensor in wanted if tensor not in weights]
     if lost:
         raise UserError(f"{folder}: {index.name} names the tensor {lost[0]}, which no file has; fetch the whole model")
-    return unpack_qkv_bias({name: tensor for name, tensor in weights.items() if not is_ignored(name, form)})
+    known = {name: tensor for name, tensor in weights.items() if not is_ignored(name, form)}
+    return known if form == "huggingface_blip" else unpack_qkv_bias(known)  # a plain ViT has a key bias
 
 
 def read_side_tensors(folder: Path) -> dict[str, Tensor]:
@@ -189,7 +190,7 @@ def _load_vision(settings: Settings, weights: Mapping[str, Tensor], folder: Path
             module.k_bias.zero_()  # a buffer that no file has
     vision.mean.copy_(torch.tensor(settings.vision["mean"]).view_as(vision.mean))
     vision.std.copy_(torch.tensor(settings.vision["std"]).view_as(vision.std))
-    vision.to(_widest(found.values()))  # buffers with the weights
+    vision.to(widest(found.values()))  # buffers with the weights
     eps = read_transformers_config(folder).vision_config.layer_norm_eps
     if vision.backbone.blocks[0].norm1.eps != eps:
         raise UserError(
@@ -224,9 +225,9 @@ def _load_llm(config: Any, settings: LLMSettings, weights: Mapping[str, Tensor],
 
 def _llm_dtype(kind: Any, state: Mapping[str, Tensor]) -> torch.dtype:
     """The type to hold a language model in: that of its tensors, besides those that transformers keeps in float32."""
-    others = _widest(tensor for name, tensor in state.items() if not kept_in_float32(kind, name))
+    others = widest(tensor for name, tensor in state.items() if not kept_in_float32(kind, name))
     # In any other type transformers would round what it keeps in float16's company.
-    return others if others == torch.float16 else _widest(state.values())
+    return others if others == torch.float16 else widest(state.values())
 
 
 def kept_in_float32(kind: Any, name: str) -> bool:
@@ -235,7 +236,7 @@ def kept_in_float32(kind: Any, name: str) -> bool:
     return any(part in name for part in kind._keep_in_fp32_modules or ())
 
 
-def _widest(tensors: Iterable[Tensor]) -> torch.dtype:
+def widest(tensors: Iterable[Tensor]) -> torch.dtype:
     """The narrowest type that holds every value of all floating-point tensors."""
     return reduce(
         torch.promote_types, {tensor.dtype for tensor in tensors if tensor.is_floating_point()} or {torch.float32}

@@ -86,7 +86,7 @@ def read_settings(folder: Path) -> Settings:
     if said is not None and said["format"] != SIDECAR_FORMAT:
         raise UserError(f"{folder / SIDECAR} is of format {said['format']}, this code reads {SIDECAR_FORMAT}")
     limit = min(_MAX_TEXT_TOKENS[kind], config.qformer_config.max_position_embeddings)
-    statistics = said["vision"] if said else _image_statistics(folder, config)
+    statistics = said["vision"] if said else image_statistics(folder, config)
     return Settings(
         kind=kind,
         vision=_vision_arguments(config.vision_config, statistics, folder),
@@ -135,18 +135,16 @@ def load_llm_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def _vision_arguments(config: Any, said: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    image_size, patch_size = _one_number(config.image_size), _one_number(config.patch_size)
+    image_size, patch_size = one_number(config.image_size), one_number(config.patch_size)
     if image_size is None or patch_size is None or config.hidden_act != "gelu":
         raise UserError(f"{folder}: vision_config is not that of a ViT on square images with gelu; it is another model")
-    width, hidden_width = config.hidden_size, config.intermediate_size
-    ratio = hidden_width / width
+    width = config.hidden_size
     options = {
         "patch_size": patch_size,
         "embed_dim": width,
         "depth": config.num_hidden_layers,
         "num_heads": config.num_attention_heads,
-        # timm takes the whole part of width * ratio, which a quotient rounded down would miss by one.
-        "mlp_ratio": ratio if int(width * ratio) == hidden_width else math.nextafter(ratio, math.inf),
+        "mlp_ratio": ratio_of(width, config.intermediate_size),
     }
     if not config.qkv_bias:
         options["qkv_bias"] = False
@@ -160,13 +158,25 @@ def _vision_arguments(config: Any, said: Mapping[str, Any], folder: Path) -> dic
     }
 
 
-def _one_number(size: Any) -> int | None:
+def ratio_of(width: int, hidden_width: int) -> float:
+    """The ratio from which timm makes a feed-forward of that hidden width."""
+    ratio = hidden_width / width
+    # timm takes the whole part of width * ratio, which a quotient rounded down would miss by one.
+    return ratio if int(width * ratio) == hidden_width else math.nextafter(ratio, math.inf)
+
+
+def one_number(size: Any) -> int | None:
+    """The side of a square, which transformers writes as a number or a pair."""
     sides = {size} if isinstance(size, int) else set(size)
     return sides.pop() if len(sides) == 1 else None
 
 
-def _image_statistics(folder: Path, config: Any) -> dict[str, list[float]]:
-    """Mean and deviation on the 0..255 scale, from the image processor's file."""
+def image_statistics(folder: Path, config: Any) -> dict[str, list[float]]:
+    """Mean and deviation on the 0..255 scale, from the image processor's file.
+
+    Raises:
+        UserError: it says none, or prepares images of another size.
+    """
     if (folder / "preprocessor_config.json").is_file():
         found = read_json(folder / "preprocessor_config.json")
     else:
@@ -175,7 +185,7 @@ def _image_statistics(folder: Path, config: Any) -> dict[str, list[float]]:
         raise UserError(
             f"{folder} does not say how images are normalised (preprocessor_config.json); fetch the whole model"
         )
-    size, wanted = found.get("size", {}), _one_number(config.vision_config.image_size)
+    size, wanted = found.get("size", {}), one_number(config.vision_config.image_size)
     if {size.get("height", wanted), size.get("width", wanted)} != {wanted}:
         raise UserError(f"{folder}: the image processor gives images of {size}, the vision part takes {wanted} pixels")
     # In float32, as transformers does it, to the last bit.

@@ -25,6 +25,7 @@ from instructblip._transformers import quiet_transformers
 from instructblip.errors import UserError
 from instructblip.files import atomic_folder, write_json
 from instructblip.models.base import Model
+from instructblip.models.blip import BLIP
 from instructblip.models.blip2 import BLIP2
 from instructblip.models.instructblip import InstructBLIP
 from instructblip.models.llm import LLM, EncoderDecoderLLM
@@ -43,6 +44,7 @@ from instructblip.weights.names import (
     foreign_names,
     pack_qkv_bias,
 )
+from instructblip.weights.transformers_blip import check_blip, write_blip_folder
 from instructblip.weights.transformers_layout import beside, layout_for
 from instructblip.weights.transformers_read import kept_in_float32
 
@@ -63,13 +65,18 @@ def save_huggingface(model: Model, folder: Path, *, overwrite: bool = False) -> 
     written in the type of the other parts where that loses nothing, as for a model that was read from a folder of that type.
 
     Args:
-        model: EVA-CLIP (any size), LayerNorm, an unquantised language model.
+        model: EVA-CLIP (any size), LayerNorm, an unquantised language model; or BLIP with a plain ViT.
         folder: must not exist, or be empty.
         overwrite: replace a folder that was written by this function.
 
     Raises:
         UserError: a part that transformers' format cannot hold, something else in the folder's place, or a full disk.
     """
+    if isinstance(model, BLIP):
+        check_blip(model)
+        with atomic_folder(folder, overwrite_if=SIDECAR if overwrite else None) as partial, quiet_transformers():
+            write_blip_folder(model, partial)
+        return
     assert isinstance(model, InstructBLIP | BLIP2)
     _check_holdable(model)
     with atomic_folder(folder, overwrite_if=SIDECAR if overwrite else None) as partial, quiet_transformers():

@@ -94,6 +94,7 @@ def test_any_number_of_processes_gives_the_same_files(
     assert_same(evaluate_with(world, untrained_run, tmp_path, count), alone)
 
 
+@pytest.mark.slow
 def test_a_lost_process_is_named_and_another_number_of_them_goes_on(
     world: World, untrained_run: Path, alone: Path, tmp_path: Path
 ) -> None:
@@ -131,6 +132,7 @@ def fail_at_colours() -> None:
     runner._ask = failing
 
 
+@pytest.mark.slow
 def test_what_one_process_cannot_answer_does_not_lose_the_other_datasets(
     world: World, untrained_run: Path, alone: Path, tmp_path: Path
 ) -> None:

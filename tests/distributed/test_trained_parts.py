@@ -56,6 +56,7 @@ def assert_like(found: Path, expected: Path) -> None:
             torch.testing.assert_close(tensors[key], tensor, rtol=1e-3, atol=2e-5, msg=key)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ranks", "parallel"), [(2, ("parallel=ddp",)), (4, ("parallel=fsdp", "parallel.shard_size=2"))]
 )

@@ -87,6 +87,7 @@ def test_two_ranks_are_like_one(world: World, alone: Path, tmp_path: Path, paral
     assert "metrics.jsonl" in printed[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "shard_size"), [(2, 2), (4, 2)])
 def test_ranks_that_share_the_encoder_too_are_like_one(
     world: World, alone_encoding: Path, tmp_path: Path, ranks: int, shard_size: int

@@ -4,9 +4,12 @@ import json
 import subprocess
 import sys
 
+import pytest
+
 from tests.kit.runs import REPOSITORY, SECONDS
 
 
+@pytest.mark.slow
 def test_steps_are_measured() -> None:
     command = [sys.executable, str(REPOSITORY / "benchmarks/growth.py"), "--variant", "steps=100"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=True)

@@ -30,6 +30,7 @@ def test_a_script_is_valid_and_can_be_run(script: Path) -> None:
     assert len(SCRIPTS) == 3
 
 
+@pytest.mark.slow
 def test_a_killed_process_is_started_again_and_the_run_goes_on(world: World, tmp_path: Path) -> None:
     environment = os.environ | world.environment | {"PROCESSES": "2", "RESTARTS": "1", "OMP_NUM_THREADS": "1"}
     environment["TORCHRUN"] = str(Path(sys.executable).with_name("torchrun"))

@@ -12,14 +12,18 @@ from PIL import Image
 from instructblip.data.cards import load_card
 from instructblip.data.prepare.convert import prepare_dataset
 from instructblip.weights.__main__ import main as convert
+from tests.kit.blip import write_blip
 from tests.kit.blip2 import write_captioner, write_retrieval
 from tests.kit.families import write_llm
 from tests.kit.own_data import write_own_data
 from tests.kit.runs import REPOSITORY, World, run
 from tests.kit.tiny import tiny_huggingface
+from tests.kit.web import caption_web, web_pictures, write_web
 
 SETUP = ("pip install -r requirements.txt && python train.py", "pip install -r requirements.txt && python -m pytest")
 SCRIPTS = ("train.py", "evaluate.py", "prepare.py")
+ENTRIES = tuple(f"python {script} " for script in SCRIPTS)
+STAGES = "python train.py experiment=align_demo"
 ONE_PHASE = ("~recipe.phases", "recipe.phases={short: {steps: 3, batch_size: 2, learning_rate: 1e-3}}")
 SWEPT_PHASES = (  # key by key: a section that is given as a whole would replace what is swept
     "recipe.phases.alignment.steps=1",
@@ -30,8 +34,9 @@ SWEPT_PHASES = (  # key by key: a section that is given as a whole would replace
 )
 README = REPOSITORY / "README.md"
 DOCUMENTS = (README, REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").glob("*.md")))
-FEATURES, WEIGHTS, REPORTS, INSPECT, BENCHMARKS, ONE_TEST = KINDS = (
+FEATURES, CAPFILT, WEIGHTS, REPORTS, INSPECT, BENCHMARKS, ONE_TEST = KINDS = (
     "python -m instructblip.features ",
+    "python -m instructblip.capfilt ",
     "python -m instructblip.weights ",
     "python -m instructblip.evaluation.report.",
     "python -m instructblip.training.inspect ",
@@ -66,7 +71,7 @@ def test_the_set_up_commands_stand_as_agreed() -> None:
 
 
 def test_there_is_no_command_that_nobody_tries() -> None:
-    tried = (*KINDS, *(f"python {script} " for script in SCRIPTS))
+    tried = (*KINDS, *ENTRIES)
     assert [line for line in COMMANDS if not line.startswith(tried)] == []
     assert [kind for kind in tried if not commands(kind)] == []
 
@@ -76,6 +81,8 @@ def _write_published(folder: Path) -> None:
     tiny_huggingface(folder / "instructblip-vicuna-7b")
     write_retrieval(folder / "blip2-itm-vit-g")
     write_captioner(folder / "blip2-opt-2.7b")
+    for name, task in {"image-captioning-base": "caption", "vqa-base": "vqa", "itm-base-coco": "retrieval"}.items():
+        write_blip(folder / f"blip-{name}", task)
 
 
 @pytest.mark.parametrize("line", commands(FEATURES))
@@ -87,6 +94,20 @@ def test_features_are_written(line: str, world: World, untrained_stage1: Path, t
     Image.new("RGB", (64, 64), (200, 30, 30)).save(tmp_path / given["images"] / "a.png")
     assert "1 pictures" in run(world, module, *arguments, cwd=tmp_path)
     assert (tmp_path / given["out"]).is_file()
+
+
+@pytest.mark.parametrize("line", commands(CAPFILT))
+def test_web_pictures_are_captioned(line: str, world: World, untrained_stage1: Path, tmp_path: Path) -> None:
+    _, _, module, *arguments = shlex.split(line)
+    given = dict(argument.split("=", 1) for argument in arguments)
+    shutil.copytree(write_web(tmp_path / "web", web_pictures(3)), tmp_path / given["shards"])
+    for model in ("captioner", "filter"):
+        shutil.copytree(untrained_stage1, tmp_path / given[model])
+    # Which matches nothing for sure, since it was never trained.
+    printed = run(world, module, *arguments, "threshold=0", "max_new_tokens=9", cwd=tmp_path)
+    assert "3 pictures: 3 kept" in printed
+    assert f"wrote {given['out']}/captions.json" in printed
+    assert (tmp_path / given["out"] / "web_capfilt/train/manifest.json").is_file()
 
 
 @pytest.mark.parametrize("line", commands(WEIGHTS))
@@ -112,16 +133,21 @@ def test_scores_are_read(line: str, world: World, finished_run: Path, tmp_path: 
 @pytest.mark.parametrize("line", commands(INSPECT))
 def test_a_mixture_is_looked_at(line: str, world: World, tmp_path: Path) -> None:
     _, _, module, *arguments = shlex.split(line)
-    write_shards(world, tmp_path, own="mine.yaml" in line)
+    write_shards(world, tmp_path, own="mine.yaml" in line, captions="data/capfilt" in line)
     printed = run(world, module, *arguments, "timed=64", cwd=tmp_path)
-    assert ("mine/" if "mine.yaml" in line else "easy_vqa_present") in printed
+    drawn = {"mine/": "mine.yaml" in line, "web_capfilt/": "data/capfilt" in line}
+    assert next((name for name, is_drawn in drawn.items() if is_drawn), "easy_vqa_present") in printed
 
 
-def write_shards(world: World, folder: Path, *, own: bool) -> None:
-    """`data/shards` of the demo's dataset; with own data also theirs, beside their card `mine.yaml`."""
+def write_shards(world: World, folder: Path, *, own: bool, captions: bool) -> None:
+    """`data/shards` of the demo's dataset; with own data also theirs, beside their card `mine.yaml`; `data/capfilt`, of
+    web pictures.
+    """
     shutil.copytree(world.shards, folder / "data/shards")
     if own:
         prepare_dataset(load_card(write_own_data(folder)), folder, folder / "data/shards", progress=False)
+    if captions:
+        caption_web(write_web(folder / "data/web", web_pictures()), folder / "data/capfilt", threshold=0.0)
 
 
 def _tiny_training(world: World, given: Mapping[str, str], folder: Path) -> tuple[str, ...]:
@@ -140,7 +166,21 @@ def _tiny_training(world: World, given: Mapping[str, str], folder: Path) -> tupl
     return world.train if keeps else (*world.train, *short)
 
 
-@pytest.mark.parametrize("line", commands(*(f"python {script} " for script in SCRIPTS)))
+def test_the_stages_follow_each_other(world: World, tmp_path: Path) -> None:
+    """Each starts from the run of the one before, which its experiment names."""
+    parts = [item for item in world.train if item.split(".")[0] in ("vision", "qformer", "llm", "data")]
+    for line in commands(STAGES):
+        _, script, *arguments = shlex.split(line)
+        alone = arguments == ["experiment=align_demo_stage1"]
+        phase = "instruction" if arguments == ["experiment=align_demo"] else "align"
+        tiny = [f"recipe.phases.{phase}.steps=2", "recipe.final_samples=2", "recipe.validation_samples=2"]
+        tiny += [item for item in parts if not (alone and item.startswith("llm."))]
+        printed = run(world, script, *arguments, *tiny, cwd=tmp_path)
+        assert ("starting from outputs/train/align_demo_stage" in printed) != alone
+        assert "evaluation/results.json" in printed
+
+
+@pytest.mark.parametrize("line", [line for line in commands(*ENTRIES) if not line.startswith(STAGES)])
 def test_a_command_runs(line: str, world: World, finished_run: Path, untrained_stage1: Path, tmp_path: Path) -> None:
     _, script, *arguments = shlex.split(line)
     given = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
@@ -148,7 +188,7 @@ def test_a_command_runs(line: str, world: World, finished_run: Path, untrained_s
         pytest.importorskip("optuna", reason="Hydra's sweeper is not installed (requirements-search.txt)")
     own = "mine.yaml" in line
     if {"check", "show", "audit"} & given.keys() or own:
-        write_shards(world, tmp_path, own=own)
+        write_shards(world, tmp_path, own=own, captions="data/capfilt" in line)
     if "checkpoint" in given or "resume" in given:
         found = untrained_stage1 if given.get("suite") == "retrieval" else finished_run
         shutil.copytree(found, tmp_path / given.get("checkpoint", "outputs/train/demo"))

@@ -11,6 +11,7 @@ from tests.end_to_end.test_readme import BENCHMARKS, commands
 from tests.kit.runs import REPOSITORY, SECONDS, World
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("line", commands(BENCHMARKS))
 def test_a_benchmark_runs(line: str, world: World, tmp_path: Path) -> None:
     """Each variant once; its figures say nothing here."""

@@ -228,6 +228,7 @@ def tuned_llm(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train_here(world, tmp_path_factory.mktemp("tuned"), *TEN_STEPS, *THREE, "train.llm=full")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_two_ranks_start_alike_and_hold_what_no_other_file_has(
     parallel: str, world: World, tuned_llm: Path, tmp_path: Path

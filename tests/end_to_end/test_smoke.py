@@ -34,6 +34,7 @@ def smoke(world: World, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
     return folder / "train/smoke", folder / "data", printed
 
 
+@pytest.mark.slow
 def test_all_held_in_datasets_train_together(smoke: tuple[Path, Path, str]) -> None:
     run, _, printed = smoke
     steps = read_lines(run / "metrics.jsonl")
@@ -45,6 +46,7 @@ def test_all_held_in_datasets_train_together(smoke: tuple[Path, Path, str]) -> N
     assert "no score on them means anything" in printed and "scores mean nothing" in printed
 
 
+@pytest.mark.slow
 def test_held_in_sets_are_scored_on_the_way_and_at_the_end(smoke: tuple[Path, Path, str]) -> None:
     run, _, _ = smoke
     suite = compose("train", TrainConfig, ["experiment=smoke"]).suite
@@ -54,6 +56,7 @@ def test_held_in_sets_are_scored_on_the_way_and_at_the_end(smoke: tuple[Path, Pa
     assert {name: entry["count"] for name, entry in results.items()} == dict.fromkeys(suite.held_in, 1)
 
 
+@pytest.mark.slow
 def test_all_held_out_datasets_are_evaluated(
     world: World, smoke: tuple[Path, Path, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -67,6 +67,7 @@ RUN_FILES = {
 }
 
 
+@pytest.mark.slow
 def test_the_two_commands_as_a_user_types_them(world: World, finished_run: Path, tmp_path: Path) -> None:
     before = listing(world)
     trained = python(world, "train.py", world.train, tmp_path)
@@ -214,6 +215,7 @@ def test_withheld_images_are_not_looked_at(world: World, finished_run: Path, tmp
     ]
 
 
+@pytest.mark.slow
 def test_wandb_stays_below_the_output_folder(world: World, finished_run: Path, tmp_path: Path) -> None:
     arguments = [*world.evaluate, f"checkpoint={finished_run}", "samples=2", "logger=wandb", "name=tracked"]
     run(world, "evaluate.py", *arguments, cwd=tmp_path)
@@ -224,6 +226,7 @@ def test_wandb_stays_below_the_output_folder(world: World, finished_run: Path, t
     assert {path.name for path in (tmp_path / "outputs/evaluate").iterdir()} == {"tracked"}
 
 
+@pytest.mark.slow
 def test_the_ablations_are_other_models(world: World, finished_run: Path, tmp_path: Path) -> None:
     own = [line["loss"] for line in read_lines(finished_run / "metrics.jsonl")]
     few = "recipe.final_samples=3"
@@ -236,6 +239,7 @@ def test_the_ablations_are_other_models(world: World, finished_run: Path, tmp_pa
     assert drawn != balanced  # by which shares, tests/unit/test_mixture.py shows
 
 
+@pytest.mark.slow
 def test_prepare_fetch_and_check(world: World, tmp_path: Path) -> None:
     arguments = ["dataset=easy_vqa", f"raw={world.raw}", "out=shards"]
     printed = run(world, "prepare.py", *arguments, cwd=tmp_path)

@@ -67,6 +67,7 @@ def test_test_tools_are_an_extra(wheel: Path) -> None:
     assert not TEST_TOOLS & needed.keys()
 
 
+@pytest.mark.slow
 def test_an_installed_package_trains_elsewhere(wheel: Path, world: World, tmp_path: Path) -> None:
     environment, elsewhere = tmp_path / "environment", tmp_path / "elsewhere"
     elsewhere.mkdir()

@@ -59,6 +59,7 @@ def test_the_best_checkpoint_stays_and_metrics_are_not_read_again(world: World, 
     assert printed.count(OPENED) == 1  # for the curves
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kept", [True, False])
 def test_a_killed_run_knows_its_best_step(world: World, tmp_path: Path, kept: bool) -> None:
     """Where no checkpoint says which it was, the metrics do, once."""

@@ -71,6 +71,7 @@ def die_saving(step: int) -> None:
     checkpoint_module.save_file = dying  # type: ignore[assignment]
 
 
+@pytest.mark.slow
 def test_ten_kills_leave_no_trace(world: World, finished_run: Path, tmp_path: Path) -> None:
     """Four between steps, three while saving, three while validating or evaluating what was learned."""
     arguments, metrics = overrides(world, tmp_path), tmp_path / "demo/metrics.jsonl"
@@ -156,6 +157,7 @@ def stop_while_saving() -> None:
     checkpoint_module.save_file = stopped  # type: ignore[assignment]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("before", "number", "steps"),
     [

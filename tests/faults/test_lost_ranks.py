@@ -56,6 +56,7 @@ def signal_to_the_second(number: int) -> None:
         signal_in_evaluation(number, signal.SIGTERM)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 @pytest.mark.parametrize(("number", "step"), [(2, 10), (29, ALL_STEPS)], ids=["validating", "evaluating"])
 def test_all_stop_when_one_is_told_in_an_evaluation(

@@ -1,8 +1,9 @@
 """Whole runs of BLIP-2's first stage: killed ones go on bit for bit, what they leave is loaded, mistakes are one line."""
 
 import os
-import random
 import signal
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ from instructblip.errors import UserError
 from instructblip.evaluation.run import evaluate
 from instructblip.files import read_json
 from instructblip.models.blip2 import BLIP2
+from instructblip.training.metrics_log import MetricsLog
 from instructblip.training.run import train
-from tests.kit.runs import World, compose, read_lines, run, run_ranks, start, train_here
+from tests.faults.test_kill_resume import die_saving
+from tests.kit.runs import World, compose, read_lines, run_ranks, start, train_here
 
 STEPS = 12
 EXACT = ("step", "loss", "loss_by_objective", "loss_by_dataset", "lr", "grad_norm", "sample_ids", "validation")
@@ -64,15 +67,38 @@ def test_a_checkpoint_holds_what_trains_and_knows_what_does_not(finished: Path) 
     assert state["frozen"].keys() == {"vision"}
 
 
-def test_kills_leave_no_trace(caption_world: World, finished: Path, tmp_path: Path) -> None:
-    """In another process, at three places: same samples, negatives, losses, scores and weights."""
-    arguments, folder = [*caption_world.train, f"output={tmp_path}"], tmp_path / "blip2_stage1"
-    for step in sorted(random.Random(17).sample(range(1, STEPS), 3)):
-        command = start(caption_world, "train.py", *arguments, "resume=auto", cwd=tmp_path)
-        command.wait_for_lines(folder / "metrics.jsonl", step)
-        os.kill(command.process.pid or 0, signal.SIGKILL)
-        assert command.wait() == -signal.SIGKILL
-    assert "continuing" in run(caption_world, "train.py", *arguments, "resume=auto", cwd=tmp_path)
+def die_logging(step: int) -> None:
+    """Kill this process when a step stands in metrics.jsonl."""
+    append = MetricsLog.append
+
+    def dying(self: MetricsLog, entry: dict[str, Any]) -> None:
+        append(self, entry)
+        if entry["step"] == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    MetricsLog.append = dying  # type: ignore[method-assign]
+
+
+def be_killed(arguments: Sequence[str], kills: Sequence[Callable[[], None]]) -> None:
+    """Before train.py begins: as many processes that began it, went on where the last one was, and were killed."""
+    config = compose("train", TrainConfig, arguments)
+    for before in kills:
+        if not (child := os.fork()):
+            before()
+            train(config, Console(quiet=True))
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+
+def test_ten_kills_leave_no_trace(caption_world: World, finished: Path, tmp_path: Path) -> None:
+    """In other processes, eight between steps and two while saving: same samples, negatives, losses, scores and weights."""
+    arguments, folder = [*caption_world.train, f"output={tmp_path}", "resume=auto"], tmp_path / "blip2_stage1"
+    kills = {step: partial(die_logging, step) for step in (1, 2, 3, 4, 5, 7, 8, 11)}
+    kills |= {step: partial(die_saving, step) for step in (6, STEPS)}
+    before = partial(be_killed, arguments, [kills[step] for step in sorted(kills)])
+    command = start(caption_world, "train.py", *arguments, cwd=tmp_path, before=before)
+    assert command.wait() == 0, command.output
+    assert "continuing" in command.output
     assert metrics_of(folder) == metrics_of(finished)
     for name in ("model", "optimizer"):
         tensors, expected = last(folder, name), last(finished, name)

@@ -7,12 +7,14 @@ families         tiny language models of every family in configs/llm, as transfo
 runs             the entry points on tiny parts and data: in this process, or as real processes that start fast
 ranks            a function on several ranks that meet over gloo
 stage1           training steps of BLIP-2's first stage, on LAVIS's samples or tiny ones
+blip_training    training steps of BLIP, likewise
 callbacks        Hydra callbacks that print what jobs return
 untrained        a run that was never trained, as a checkpoint folder
 mixtures         small prepared training splits, written so that single samples can be damaged
 own_data         pictures, questions and a short card of one's own
 own_tables       rows of one's own in every form that is read: tables, dialogues, tars
 raw_files        raw folders in official layouts: the cases of tests/data/readers, with real small images
+web              shards of web pictures with their texts, and capfilt on them
 all_datasets     raw folders and shards of all datasets that have files of their own
 synthetic_tasks  made-up samples of every evaluated dataset, a model that knows the answers, one that guesses
 stored           results.json and predictions.jsonl as evaluate.py leaves them

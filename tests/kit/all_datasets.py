@@ -11,7 +11,14 @@ from tests.kit.raw_files import write_raw
 # Sources of cards that are not among the paper's 26: the demo's, photos in folders, and those of BLIP-2's pre-training.
 OTHERS = ("easy_vqa", "clothing_small", "cc3m", "cc12m", "sbu", "laion", "vg_caption")
 # Views that ask one of the 26 in another way.
-OTHER_WAYS = ("aokvqa_multiple_choice", "coco_retrieval", "flickr30k_retrieval", "coco_caption_blip2")
+OTHER_WAYS = (
+    "aokvqa_multiple_choice",
+    "coco_retrieval",
+    "flickr30k_retrieval",
+    "coco_caption_blip2",
+    "coco_caption_blip",
+    "vqav2_blip",
+)
 # dataset -> split -> (images, frames, records, records lost)
 SOURCES: dict[str, dict[str, tuple[int, int, int, int]]] = {
     "coco_caption": {"train": (2, 2, 3, 0), "val": (1, 1, 3, 0), "test": (1, 1, 1, 0)},

@@ -131,6 +131,66 @@ def make_caption_world(folder: Path) -> World:
     return World(folder, (*_FIRST_STAGE, *(f"{key}={value}" for key, value in parts.items()), *data), data)
 
 
+_BLIP = (
+    "vision=vit_b16",
+    "vision.init=scratch",
+    "vision.image_size=32",
+    "vision.options={embed_dim: 32, depth: 2, num_heads: 4, drop_path_rate: 0.1}",
+    "text.dropout=0.1",  # random streams that a resumed run has to find again
+    "train.vision=full",
+    "recipe.precision=fp32",
+    "recipe.checkpoint_every=3",
+    "recipe.validate_every=6",
+    "recipe.validation_samples=4",
+    "recipe.keep_best=null",
+    "data.workers=0",
+    "parallel.activation_checkpointing=false",
+)
+_BLIP_PHASE = "batch_size: 8, micro_batch_size: 3, learning_rate: 1e-3, warmup_steps: 2"
+# experiment -> what of it is made small; the queue is none that the batch divides
+BLIP_RUNS: dict[str, tuple[str, ...]] = {
+    "blip_pretrain": (
+        "mixture.datasets=[{name: coco_caption}]",
+        "suite.held_in=[coco_retrieval]",
+        "suite.held_out=[]",
+        "model.feature_width=16",
+        "model.queue_size=20",
+        "~recipe.phases",
+        f"recipe.phases={{pretrain: {{steps: 12, {_BLIP_PHASE}, soft_targets_ramp: 6, negatives_among: 4, "
+        "objectives: {pair_distillation: 1.0, pair_matching: 1.0, captioning: 1.0}}}",
+    ),
+    "blip_retrieval_coco": (
+        "suite.held_in=[coco_retrieval]",
+        "suite.held_out=[]",
+        "model.feature_width=16",
+        "model.queue_size=20",
+        "~recipe.phases",
+        f"recipe.phases={{finetune: {{steps: 3, {_BLIP_PHASE}, soft_targets_ramp: 6, "
+        "objectives: {distillation: 1.0, matching: 1.0}}}",
+    ),
+    "blip_caption_coco": (
+        "~recipe.phases",
+        f"recipe.phases={{finetune: {{steps: 3, {_BLIP_PHASE}, objectives: {{captioning: 1.0}}}}}}",
+    ),
+    "blip_vqa": (
+        "mixture.datasets=[{name: easy_vqa_color}]",
+        "mixture.templates=bare",
+        "suite.held_in=[easy_vqa_color]",
+        "~recipe.phases",
+        f"recipe.phases={{finetune: {{steps: 3, {_BLIP_PHASE}, objectives: {{answering: 1.0}}}}}}",
+    ),
+}
+
+
+def make_blip_world(folder: Path) -> World:
+    """Write a world for BLIP: the pictures and captions of `make_caption_world`; `train` is to follow an experiment."""
+    text = tiny_parts(folder / "parts")["qformer.sources.path"]
+    write_coco_captions(folder / "raw")
+    prepare_dataset(load_card("coco_caption"), folder / "raw", folder / "shards", progress=False)
+    data = (f"data.shards={folder / 'shards'}",)
+    return World(folder, (*_BLIP, f"text.sources.path={text}", *data), data)
+
+
 # --- in this process -------------------------------------------------------------------------------------------------
 
 

@@ -43,11 +43,15 @@ class WatchedMatching(Matching):
         self.drawn: dict[int, tuple[int, int]] = {}
 
     def draw(self, batch: WholeBatch, seed: int) -> PartnerRows:
-        found = super().draw(batch, seed)
-        positions = batch.positions_N.tolist()
-        for row, image, text in zip(batch.own_rows_B.tolist(), found.images, found.answers, strict=True):
-            self.drawn[positions[row]] = positions[image], positions[text]
-        return found
+        return noted(self.drawn, batch, super().draw(batch, seed))
+
+
+def noted(drawn: dict[int, tuple[int, int]], batch: WholeBatch, found: PartnerRows) -> PartnerRows:
+    """Note by position what was drawn, and give it on."""
+    positions = batch.positions_N.tolist()
+    for row, image, text in zip(batch.own_rows_B.tolist(), found.images, found.answers, strict=True):
+        drawn[positions[row]] = positions[image], positions[text]
+    return found
 
 
 class Step(NamedTuple):

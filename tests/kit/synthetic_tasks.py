@@ -2,7 +2,7 @@
 
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -96,6 +96,8 @@ class Oracle:
     training = False
     device = torch.device("cpu")
     SKILLS = frozenset({"rank", "generate", "retrieve"})
+    PARTS: Mapping[str, tuple[str, ...]] = {}
+    RELEASED_RANKING: Mapping[str, Any] = {}
 
     def __init__(self, task: Task) -> None:
         self.records = {sample.row: sample.record for sample in task.samples}

@@ -18,10 +18,13 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from instructblip.models.blip import BLIP, BLIPVQA, BLIPCaption, BLIPPretrain, BLIPRetrieval
 from instructblip.models.blip2 import BLIP2
 from instructblip.models.instructblip import InstructBLIP
 from instructblip.models.llm import LLM, DecoderLLM, EncoderDecoderLLM
+from instructblip.models.med import TextModel
 from instructblip.models.qformer import QFormer
+from instructblip.models.vision import VisionEncoder
 from instructblip.weights.names import foreign_names
 from tests.kit.tiny import tiny_vision
 
@@ -44,7 +47,9 @@ def read(name: str) -> Any:
 def case(of: str, name: str) -> dict[str, Any]:
     """A case with the tensors of `inputs` and `expected` in place of their keys."""
     found = dict(read(f"{of}/cases")[name])
-    inputs = read(f"{of}/cases")[found["inputs_of"]]["inputs"] if "inputs_of" in found else found.get("inputs", {})
+    # `inputs_of` may say which of them behind the case's name.
+    shared = read(f"{of}/cases")[found["inputs_of"].split()[0]]["inputs"] if "inputs_of" in found else {}
+    inputs = shared | found.get("inputs", {})
     found["inputs"] = {key: _filled(value, f"{of}/inputs") for key, value in inputs.items()}
     found["expected"] = {key: _filled(value, f"{of}/expected") for key, value in found["expected"].items()}
     return found
@@ -158,3 +163,113 @@ def stage2_model(llm: LLM) -> InstructBLIP:
     state = {name: weights[theirs.replace("llm_proj", f"{kind}_proj")] for name, theirs in names.items()}
     model.load_state_dict(state, strict=False)
     return model.eval()
+
+
+def blip_tokenizer() -> PreTrainedTokenizerBase:
+    """The vocabulary of the vectors, [DEC] and [ENC] behind it."""
+    tokenizer = BertTokenizerFast(vocab=str(FOLDER / "blip_med/vocab.txt"), bos_token="[DEC]")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["[ENC]"]})
+    return tokenizer
+
+
+def blip_vision() -> VisionEncoder:
+    """The ViT of `blip_med`, with new weights; a case's pixels enter it through `blip_images`."""
+    sizes = read("blip_med/config")["sizes"]
+    return VisionEncoder(
+        backbone="vit_base_patch16_224",
+        image_size=sizes["image_size"],
+        mean=[0.0] * 3,
+        std=[1.0] * 3,
+        options={
+            "patch_size": sizes["patch_size"],
+            "embed_dim": sizes["vision_width"],
+            "depth": sizes["vision_depth"],
+            "num_heads": sizes["vision_heads"],
+        },
+    )
+
+
+def blip_images(model: BLIP, vectors: dict[str, Any]) -> Tensor:
+    """Image tokens (B, 1, P, U) of a case's normalised pixels, which no picture of 8 bits gives."""
+    tokens_BPU: Tensor = model.vision.backbone.forward_features(vectors["inputs"]["image"])
+    return tokens_BPU[:, None]
+
+
+def _blip_text_model(**options: Any) -> TextModel:
+    config = read("blip_med/config")
+    sizes = config["sizes"]["text"]
+    return TextModel(
+        **{
+            "vocab_size": sizes["vocab_size"],
+            "width": sizes["hidden_size"],
+            "layers": sizes["num_hidden_layers"],
+            "heads": sizes["num_attention_heads"],
+            "hidden_width": sizes["intermediate_size"],
+            "source_width": config["sizes"]["vision_width"],
+            "max_text_tokens": sizes["max_position_embeddings"],
+            "dropout": 0.0,
+            "norm_eps": sizes["layer_norm_eps"],
+            **options,
+        }
+    )
+
+
+def blip_caption() -> BLIPCaption:
+    """The captioner of `blip_med` with LAVIS's weights, in evaluation mode."""
+    model = BLIPCaption(
+        vision=blip_vision(), text_decoder=_blip_text_model(language_model_head=True), tokenizer=blip_tokenizer()
+    )
+    return _blip_filled(model, "caption")
+
+
+def blip_vqa() -> BLIPVQA:
+    """The model for questions of `blip_med`, likewise."""
+    width = read("blip_med/config")["sizes"]["text"]["hidden_size"]
+    model = BLIPVQA(
+        vision=blip_vision(),
+        text_encoder=_blip_text_model(),
+        text_decoder=_blip_text_model(language_model_head=True, source_width=width),
+        tokenizer=blip_tokenizer(),
+    )
+    return _blip_filled(model, "vqa")
+
+
+def blip_retrieval() -> BLIPRetrieval:
+    """The model for retrieval: encoder, heads and momentum copies of `blip_med`'s pre-training."""
+    weights = tensors("blip_med/pretrain_weights")
+    model = BLIPRetrieval(
+        vision=blip_vision(),
+        text_encoder=_blip_text_model(),
+        tokenizer=blip_tokenizer(),
+        feature_width=read("blip_med/config")["sizes"]["embed_dim"],
+        queue_size=weights["image_queue"].shape[1],
+    )
+    return _blip_filled(model, "pretrain")
+
+
+def blip_pretrain() -> BLIPPretrain:
+    """The model of `blip_med`'s pre-training, momentum copies and queue with it."""
+    weights = tensors("blip_med/pretrain_weights")
+    model = BLIPPretrain(
+        vision=blip_vision(),
+        text_encoder=_blip_text_model(language_model_head=True, decoder_attention=True),
+        tokenizer=blip_tokenizer(),
+        feature_width=read("blip_med/config")["sizes"]["embed_dim"],
+        queue_size=weights["image_queue"].shape[1],
+    )
+    return _blip_filled(model, "pretrain")
+
+
+def _blip_filled(model: Any, file: str) -> Any:
+    weights = tensors(f"blip_med/{file}_weights")
+    names = foreign_names(model.state_dict(), "lavis_blip")
+    found = {
+        name: weights[theirs].view(own.shape) for (name, theirs), own in _beside(names, model) if theirs in weights
+    }
+    missing, _ = model.load_state_dict(found, strict=False)
+    assert set(missing) <= {"momentum.image_id_queue"}, missing  # which pre-training has not
+    return model.eval()
+
+
+def _beside(names: dict[str, str], model: nn.Module) -> Any:
+    return zip(names.items(), model.state_dict().values(), strict=True)

@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from instructblip.models.blip2 import BLIP2, similarities
+from instructblip.models.blip2 import BLIP2
+from instructblip.models.pairs import similarities
 from tests.kit.vectors import TOLERANCE, case, read, stage1_model
 
 

@@ -16,8 +16,9 @@ from transformers import (
     PreTrainedModel,
 )
 
-from instructblip.models.blip2 import BLIP2, similarities
+from instructblip.models.blip2 import BLIP2
 from instructblip.models.instructblip import InstructBLIP
+from instructblip.models.pairs import similarities
 from instructblip.weights.parity import stage_differences, trace_native
 from instructblip.weights.parity_transformers import trace_huggingface
 from instructblip.weights.transformers_read import load_huggingface

@@ -13,7 +13,14 @@ import yaml
 
 from instructblip.config import schema
 from instructblip.config.entry import _parse, check_overrides, compose_config
-from instructblip.config.schema import EvaluateConfig, FeaturesConfig, InspectConfig, PrepareConfig, TrainConfig
+from instructblip.config.schema import (
+    CapFiltConfig,
+    EvaluateConfig,
+    FeaturesConfig,
+    InspectConfig,
+    PrepareConfig,
+    TrainConfig,
+)
 from instructblip.config.validate import read_model_config, to_yaml
 from instructblip.data.batching import BATCHINGS
 from instructblip.data.mixture import WEIGHTINGS
@@ -38,6 +45,7 @@ COMMANDS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "prepare": (PrepareConfig, ()),
     "inspect": (InspectConfig, ()),
     "features": (FeaturesConfig, ("checkpoint=x",)),
+    "capfilt": (CapFiltConfig, ("shards=s", "captioner=x", "filter=y", "out=o")),
 }
 
 
@@ -66,7 +74,7 @@ def test_what_may_be_chosen_is_what_the_code_can_do(choices: Any, known: Collect
 
 
 WRONG = [
-    ("train", "vision.norm=foo", "vision.norm=foo is none of layer, channel"),
+    ("train", "vision.norm=foo", "vision.norm=foo is none of layer, channel, none"),
     ("train", "qformer.init=foo", "qformer.init=foo is none of bert, given, scratch"),
     ("train", "qformer.query_init=foo", "qformer.query_init=foo is none of normal, cls"),
     ("train", "model.kind=foo", "model.kind=foo is none of instructblip, blip2, blip2_stage1"),
@@ -92,6 +100,11 @@ WRONG = [
     ("prepare", "workers=0", "workers=0 is too small; give 1 or more"),
     ("prepare", "check=a show=b", "check= and show= are different tasks"),
     ("inspect", "mixture.per=epoch", "mixture.per=epoch is none of sample, batch, step"),
+    ("capfilt", "variant=blip3", "variant=blip3 is none of blip, blip2"),
+    ("capfilt", "top_p=0", "top_p=0 is too small; give more than 0"),
+    ("capfilt", "variant=blip2 threshold=0.5", "threshold= is of variant=blip; variant=blip2 keeps the best"),
+    ("capfilt", "kept=2", "kept= is of variant=blip2; variant=blip keeps all that match"),
+    ("capfilt", "max_new_tokens=4 min_new_tokens=5", "min_new_tokens=5 is more than max_new_tokens=4"),
 ]
 
 
@@ -190,7 +203,7 @@ def test_a_hash_in_capitals_is_the_same_hash() -> None:
 def test_several_wrong_values_are_all_named() -> None:
     with pytest.raises(UserError) as error:
         check_overrides("train", TrainConfig, ["vision.norm=foo", "qformer.init=foo", "llm.kind=foo"])
-    assert str(error.value).endswith("is none of layer, channel (also wrong: qformer.init, llm.kind)")
+    assert str(error.value).endswith("is none of layer, channel, none (also wrong: qformer.init, llm.kind)")
 
 
 @pytest.mark.parametrize("option", [("--help",), ("--cfg", "job"), ("--info", "config")])
@@ -205,7 +218,7 @@ def test_what_hydra_only_shows_is_checked_in_a_real_process() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (
         2,
         "",
-        "error: vision.norm=foo is none of layer, channel\n",
+        "error: vision.norm=foo is none of layer, channel, none\n",
     )
 
 

@@ -17,6 +17,7 @@ from instructblip.config.checks import check
 from instructblip.config.entry import compose_config
 from instructblip.config.schema import (
     CONFIGS,
+    CapFiltConfig,
     EvaluateConfig,
     FeaturesConfig,
     InspectConfig,
@@ -45,6 +46,7 @@ SCHEMAS: dict[str, Any] = {
     "prepare": PrepareConfig,
     "inspect": InspectConfig,
     "features": FeaturesConfig,
+    "capfilt": CapFiltConfig,
 }
 PARTS = ("vision", "qformer", "llm")
 # Launchers need optional plugins: tests/end_to_end/test_sweep.py.
@@ -53,7 +55,7 @@ FILES = sorted(
 )
 COMMAND = re.compile(
     r"# (?:(?:torchrun [^ ]+ |python )(?=\w+\.py)|python -m instructblip\.(?:training\.)?)"
-    r"(train|evaluate|prepare|inspect|features)(?:\.py)?(.*)"
+    r"(train|evaluate|prepare|inspect|features|capfilt)(?:\.py)?(.*)"
 )
 
 
@@ -104,27 +106,30 @@ def test_an_entry_point_needs_no_argument(name: str) -> None:
     validate(_own(_compose(name, [])), SCHEMAS[name])
 
 
-def _leaves(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(values, dict) and values:
-        for key, value in values.items():
-            yield from _leaves(value, f"{prefix}.{key}".lstrip("."))
-    else:
-        yield prefix, values
+def test_the_experiment_is_what_train_does_alone() -> None:
+    assert _own(_compose("train", [])) == _own(_compose("train", ["experiment=demo"]))
 
 
 @pytest.mark.parametrize("file", [file for file in FILES if file.startswith("experiment/")])
 def test_what_an_experiment_says_holds(file: str) -> None:
-    """Of the configuration that it is part of, too: that comes before it."""
+    """Over the defaults of train.yaml: what it starts from and what it trains, too."""
     said = OmegaConf.to_container(OmegaConf.load(CONFIGS / file))
     assert isinstance(said, dict)
-    found = _compose("train", [f"experiment={Path(file).stem}"])
-    leaves = {key: value for key, value in _leaves(said) if not key.startswith("defaults") and value != {}}
-    composed = {key: OmegaConf.select(found, key, throw_on_missing=False) for key in leaves}
-    assert {key: OmegaConf.to_container(c) if OmegaConf.is_config(c) else c for key, c in composed.items()} == leaves
+    composed = OmegaConf.to_container(_own(_compose("train", [f"experiment={Path(file).stem}"])))
+    for key, value in _leaves({key: value for key, value in said.items() if key != "defaults"}):
+        assert _at(composed, key) == value, ".".join(key)
 
 
-def test_the_experiment_is_what_train_does_alone() -> None:
-    assert _own(_compose("train", [])) == _own(_compose("train", ["experiment=demo"]))
+def _leaves(values: dict[Any, Any], *above: Any) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, *above, key)
+        else:
+            yield (*above, key), value
+
+
+def _at(values: Any, key: tuple[Any, ...]) -> Any:
+    return values if not key else _at(values[key[0]], key[1:])
 
 
 # --- no key that nobody reads ----------------------------------------------------------------------------------------
@@ -231,6 +236,56 @@ def test_evaluate_needs_a_checkpoint() -> None:
         validate(_own(_compose("evaluate", [])), EvaluateConfig)
 
 
+def test_blip_is_of_parts_that_make_it() -> None:
+    def composed(kind: str, *overrides: str) -> TrainConfig:
+        blip = [
+            f"model={kind}",
+            "vision=vit_b16",
+            "text=minilm",
+            "~qformer",
+            "~llm",
+            "train.vision=full",
+            "data.cache_features=false",
+        ]
+        return compose_config("train", TrainConfig, [*blip, *overrides])
+
+    config = composed("blip_retrieval")
+    assert (config.qformer, config.llm, config.text_model().name) == (None, None, "minilm")
+    assert config.train.parts(config) == ("vision", "text")
+    for kind, override, message in (
+        (
+            "blip_caption",
+            "qformer=minilm",
+            "model=blip_caption has no qformer, and qformer=minilm is one; leave it out",
+        ),
+        ("blip_vqa", "llm=opt_2_7b", "model=blip_vqa has no llm, and llm=opt_2_7b is one"),
+        ("blip_vqa", "text=null", "model=blip_vqa needs a text model; give text=NAME"),
+        (
+            "blip_vqa",
+            "model.queue_size=8",
+            "model.queue_size is none of model=blip_vqa; .* or set model=blip_retrieval or",
+        ),
+        ("blip_pretrain", "vision.norm=layer", "reads the vision encoder's last tokens behind its own norm"),
+        ("blip_pretrain", "vision.final_norm=false", "reads the vision encoder's last tokens behind its own norm"),
+        (
+            "blip_caption",
+            "train.learning_rates.qformer=1e-5",
+            "has no qformer to train; leave train.learning_rates.qformer",
+        ),
+    ):
+        kept = [part for part in ("qformer", "llm") if override.startswith(f"{part}=")]
+        with pytest.raises(UserError, match=message):
+            if override == "text=null":
+                compose_config("train", TrainConfig, [f"model={kind}", "vision=vit_b16", "~qformer", "~llm"])
+            elif kept:
+                others = [f"~{part}" for part in ("qformer", "llm") if part not in kept]
+                compose_config(
+                    "train", TrainConfig, [f"model={kind}", "vision=vit_b16", "text=minilm", *others, override]
+                )
+            else:
+                composed(kind, override)
+
+
 def test_the_second_stage_is_of_parts_that_make_it() -> None:
     def composed(*overrides: str) -> TrainConfig:
         return compose_config("train", TrainConfig, ["experiment=blip2_stage2", *overrides])
@@ -240,7 +295,7 @@ def test_the_second_stage_is_of_parts_that_make_it() -> None:
     assert decoder.language_model().eos_token == "\u010a"
     for override, message in (
         ("qformer.instruction_aware=true", "model=blip2 has a Q-Former that reads no text"),
-        ("model.feature_width=8", "model.feature_width is of BLIP-2's first stage"),
+        ("model.feature_width=8", "model.feature_width is none of model=blip2"),
     ):
         with pytest.raises(UserError, match=message):
             composed(override)

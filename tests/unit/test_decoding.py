@@ -6,8 +6,9 @@ from itertools import pairwise, product
 import pytest
 import torch
 from torch import Tensor
+from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
-from instructblip.models.decoding import Step, decode
+from instructblip.models.decoding import Step, decode, drawn_with
 from instructblip.models.transformer import KeysValues, KeyValueCache
 
 END, PAD, WORDS = 3, 0, 6
@@ -140,3 +141,55 @@ def test_the_cache_given_stays_as_it_is(beams: int) -> None:
     assert (cache.text, len(cache.layers)) == (1, 1)
     assert torch.equal(cache.layers[0].keys_BHKE, kept)
     assert torch.equal(decode(step, starts(), cache, **options), first)
+
+
+def even_noise(tokens: int, *, steps: int) -> Tensor:
+    """Every combination of `steps` even numbers in [0, 1), of so many tokens in a row."""
+    even = (torch.arange(steps, dtype=torch.float64) + 0.5) / steps
+    return torch.cartesian_prod(*[even] * tokens)
+
+
+@pytest.mark.parametrize(("top_p", "temperature"), [(1.0, 1.0), (0.9, 1.0), (0.5, 1.3)])
+def test_noise_falls_on_texts_in_the_proportions_of_transformers_nucleus(top_p: float, temperature: float) -> None:
+    steps, log_probabilities = 60, table(4)
+    noise = even_noise(2, steps=steps)
+    start = torch.zeros(len(noise), 1, dtype=torch.long)  # leaves the table of `chain` as it is
+    options = {"eos_id": END, "pad_id": PAD, "max_new_tokens": 2, "min_new_tokens": 0, "do_sample": True}
+    found = decode(
+        chain(log_probabilities),
+        start,
+        KeyValueCache(),
+        noise_BT=noise,
+        top_p=top_p,
+        temperature=temperature,
+        **options,  # type: ignore[arg-type]
+    )
+    counts = Counter(map(tuple, found[:, 1:].tolist()))
+    warped = TopPLogitsWarper(top_p)(None, TemperatureLogitsWarper(temperature)(None, log_probabilities))
+    shares = warped.softmax(dim=1).tolist()
+    expected = {(one, other): shares[0][one] * shares[one][other] for one, other in product(range(WORDS), repeat=2)}
+    for text in expected:
+        if text[0] == END:
+            expected[text] = shares[0][END] if text[1] == PAD else 0.0
+    for text, share in expected.items():
+        assert counts[text] / len(noise) == pytest.approx(share, abs=2 / steps)
+        assert share > 0 or not counts[text]
+
+
+def test_a_row_with_noise_is_a_function_of_its_own_numbers() -> None:
+    options = {"eos_id": END, "pad_id": PAD, "max_new_tokens": 6, "do_sample": True, "top_p": 0.9}
+    noise = torch.rand(8, 9, generator=torch.Generator().manual_seed(0))  # more numbers than are needed
+    torch.manual_seed(1)
+    together = decode(chain(table(1)), starts(8), KeyValueCache(), noise_BT=noise, **options)
+    torch.manual_seed(2)  # of no consequence
+    assert len({tuple(row) for row in together.tolist()}) > 4
+    for row, start, own in zip(together, starts(8), noise, strict=True):
+        alone = decode(chain(table(1)), start[None], KeyValueCache(), noise_BT=own[None], **options)[0]
+        assert row.tolist() == alone.tolist() + [PAD] * (len(row) - len(alone))
+
+
+def test_the_ends_of_the_interval_fall_on_tokens_that_can_be() -> None:
+    scores = torch.full((2, 5), -torch.inf)
+    scores[:, 1:4] = torch.tensor([0.3, -0.2, 0.1])
+    for almost_one in (1 - 2**-53, 1 - 2**-24):
+        assert drawn_with(scores, torch.tensor([0.0, almost_one], dtype=torch.float64)).tolist() == [1, 3]

@@ -13,15 +13,17 @@ from instructblip import features as command
 from instructblip.config.schema import FeaturesConfig
 from instructblip.errors import UserError
 from instructblip.features import FeatureFile, features, find_pictures
+from instructblip.models.blip import BLIPRetrieval
 from instructblip.models.blip2 import BLIP2
+from tests.kit.blip import tiny_retrieval
 from tests.kit.stage1 import tiny_stage1
 
 TEXTS = ["a dog", "two small cats on the grass", "a bus"]
 
 
-@pytest.fixture(scope="module")
-def model() -> BLIP2:
-    return tiny_stage1().eval()
+@pytest.fixture(scope="module", params=[tiny_stage1, tiny_retrieval], ids=["blip2", "blip"])
+def model(request: pytest.FixtureRequest) -> BLIP2 | BLIPRetrieval:
+    return request.param().eval()
 
 
 @pytest.fixture
@@ -36,7 +38,7 @@ def pictures(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def loaded(model: BLIP2, monkeypatch: pytest.MonkeyPatch) -> None:
+def loaded(model: BLIP2 | BLIPRetrieval, monkeypatch: pytest.MonkeyPatch) -> None:
     """Loading is tested elsewhere: every checkpoint is the tiny model."""
 
     class Found:
@@ -56,7 +58,7 @@ def run(**keys: object) -> None:
 
 @pytest.mark.parametrize("batch_size", [1, 3, 64])
 def test_rows_are_the_models_features_in_the_order_of_the_paths(
-    model: BLIP2, pictures: Path, tmp_path: Path, batch_size: int
+    model: BLIP2 | BLIPRetrieval, pictures: Path, tmp_path: Path, batch_size: int
 ) -> None:
     (tmp_path / "texts.txt").write_text("\ufeff" + "\n\n".join(TEXTS) + "\n", encoding="utf-8")
     out = tmp_path / "new/features.safetensors"

@@ -75,6 +75,19 @@ def test_json_gives_columns_and_members_may_be_numbered_pictures_or_a_video(tmp_
     assert lost == {"sample has several files for image": (1, 1)}
 
 
+def test_captions_to_train_on_keep_the_url_of_their_picture(tmp_path: Path) -> None:
+    urls = {"a": "https://a.org/x?y=1 ", "b": "ftp://b.org/x", "c": 7, "d": "two https://d.org words"}
+    members = {}
+    for name, url in urls.items():
+        members[f"{name}.jpg"] = _picture()
+        members[f"{name}.json"] = json.dumps({"caption": "a text", "url": url}).encode()
+    write_tar(tmp_path / "0.tar", members)
+    media, lost = _read(tmp_path)
+    assert lost == {}
+    assert [item.records[0].tags for item in media] == [{"url": "https://a.org/x?y=1"}, {}, {}, {}]
+    assert {str(item.records[0].tags) for item in _read(tmp_path, split="val")[0]} == {"{}"}
+
+
 def test_nothing_but_text_and_json_is_decoded_and_no_member_is_followed(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "0.tar", "w") as tar:
 

@@ -1,12 +1,15 @@
 """Generation: logits that are not finite are refused, and what changes the lengths of beams leaves no trace."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
 from instructblip.errors import UserError
+from instructblip.models.decoding import Draws
 from instructblip.models.generation import beam_lengths
 from instructblip.models.llm import LLM
 from tests.kit.tiny import tiny_encoder_decoder_llm, tiny_images, tiny_llm, tiny_model
@@ -66,3 +69,53 @@ def test_a_drawn_token_is_as_likely_as_the_model_says(make: Callable[[], LLM]) -
     often = expected > 8
     assert ((counts[often] - expected[often]).abs() < 5 * expected[often].sqrt()).all()
     assert abs(float(counts[~often].sum() - expected[~often].sum())) < 5 * float(expected[~often].sum().sqrt() + 1)
+
+
+@pytest.mark.parametrize("make", [tiny_llm, tiny_encoder_decoder_llm])
+def test_a_text_drawn_with_noise_is_a_function_of_its_own_numbers(make: Callable[[], LLM]) -> None:
+    model = tiny_model(llm=make())
+    images, prompts = tiny_images(6), ["a?", "what is there in it?", "b?", "c?", "dd?", "e?"]
+    options: dict[str, Any] = {"do_sample": True, "max_new_tokens": 7, "top_p": 0.9, "repetition_penalty": 1.1}
+    noise = torch.rand(6, 7, generator=torch.Generator().manual_seed(0))
+    together = model.generate(images, prompts, noise=noise, **options)
+    assert len(set(together)) == 6
+    torch.manual_seed(5)  # of no consequence
+    alone = [
+        model.generate(images[row : row + 1], prompts[row : row + 1], noise=noise[row : row + 1], **options)
+        for row in range(6)
+    ]
+    assert [text for texts in alone for text in texts] == together
+    model.llm.abilities = replace(model.llm.abilities, padded_prompts=False)
+    assert model.generate(images, prompts, noise=noise, **options) == together
+
+
+@pytest.mark.parametrize("make", [tiny_llm, tiny_encoder_decoder_llm])
+def test_even_noise_draws_first_tokens_in_the_proportions_of_the_nucleus(make: Callable[[], LLM]) -> None:
+    model, rows = tiny_model(llm=make()), 256
+    images = tiny_images(1)
+    prefix = model.llm.prefixes(model.visual_prompt(model.image_tokens(images), ["a?"]), ["a?"])[0]
+    with torch.no_grad():
+        logits_1V = model.llm.logits(model.llm.prefill([prefix]).last_BL)
+    shares = TopPLogitsWarper(0.8)(None, TemperatureLogitsWarper(1.5)(None, logits_1V))[0].softmax(0)
+    noise = ((torch.arange(rows) + 0.5) / rows)[:, None]
+    processors = Draws(noise, 1.5, 0.8).processors(range(rows), torch.device("cpu"))
+    options = {"processors": processors, "max_new_tokens": 1, "min_new_tokens": 0, "do_sample": False}
+    found = model.llm.new_tokens(model.llm.continue_rows([prefix] * rows, **options))[:, 0]
+    counts = found.bincount(minlength=len(shares))
+    assert ((counts - shares * rows).abs() <= 1).all()
+    assert counts[shares == 0].sum() == 0
+
+
+def test_wrong_noise_is_named() -> None:
+    model, images = tiny_model(), tiny_images(2)
+    options: dict[str, Any] = {"do_sample": True, "max_new_tokens": 3}
+    for noise, more, line in (
+        (torch.rand(2, 3), {"do_sample": False}, "noise is what sampling draws with; set do_sample=True"),
+        (torch.rand(2, 2), {}, r"noise is of \(2, 2\) for 2 images and 3 new tokens"),
+        (torch.rand(1, 3), {}, r"noise is of \(1, 3\)"),
+        (torch.ones(2, 3), {}, r"noise holds numbers outside of \[0, 1\)"),
+        ([[0.5] * 3] * 2, {}, "noise is no tensor of numbers"),
+        (torch.rand(2, 3), {"num_beams": 2}, "num_beams=1"),
+    ):
+        with pytest.raises(ValueError, match=line):
+            model.generate(images, ["a", "b"], noise=noise, **options | more)

@@ -76,7 +76,7 @@ def changed(config: TrainConfig, **sections: Any) -> TrainConfig:
 def begin(config: TrainConfig, init_from: list[str] | str, **sections: Any) -> tuple[Model, Begun]:
     """What train.py has before its first step."""
     config = changed(config, init_from=[init_from] if isinstance(init_from, str) else init_from, **sections)
-    model = build_model(config, trained=config.train.parts())
+    model = build_model(config, trained=config.train.parts(config))
     return model, begin_run(model, config)
 
 
@@ -336,7 +336,7 @@ def test_weights_can_be_pinned(stages: Stages) -> None:
 
 def test_parts_that_a_run_trained_are_taken_too_and_held(stages: Stages, tmp_path: Path) -> None:
     config = changed(stages.config, train={"vision": "full", "llm": "full"})
-    source = shift(build_model(config, trained=config.train.parts()), ("vision", "qformer", "llm"))
+    source = shift(build_model(config, trained=config.train.parts(config)), ("vision", "qformer", "llm"))
     run = write_run(tmp_path / "whole", config, source)
     model, begun = begin(stages.config, str(run))
     assert same(model, source.held_state()) == []

@@ -125,3 +125,11 @@ def test_the_lines_that_compare_reads_have_a_checksum_too(tmp_path: Path) -> Non
     assert Journal(tmp_path, KEYS[:2]).missing == 0
     path.write_bytes(path.read_bytes().replace(b"100.0", b"900.0", 1))
     assert Journal(tmp_path, KEYS[:2]).missing == 1
+
+
+def test_an_answer_takes_the_place_of_a_failure(tmp_path: Path) -> None:
+    journal = Journal(tmp_path, KEYS)
+    journal.append([], [Failure(KEYS[0], "vqa/0", "image is truncated")])
+    journal.append(ANSWERS[:1])
+    for found in (journal, Journal(tmp_path, KEYS)):
+        assert (found.predictions, found.failures, found.missing) == ({KEYS[0]: ANSWERS[0]}, {}, 5)

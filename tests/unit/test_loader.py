@@ -7,13 +7,14 @@ import json
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 from torch import Tensor
 
-from instructblip.data.batching import Batch, Batching, collate
+from instructblip.data.batching import Batch, Batching, Item, collate, split_further
 from instructblip.data.loader import LoadedStep, load_batches
 from instructblip.data.mixture import Mixture, MixtureEntry
 from instructblip.data.mixture_dataset import MixtureDataset, TrainingSet, decoded
@@ -180,6 +181,32 @@ def test_targets_are_processed_as_the_released_code_does(tmp_path: Path) -> None
         sample, _ = dataset[0]
         assert sample.target == expected
         assert "What?" in sample.instruction
+
+
+def test_a_sample_has_all_its_answers_where_a_model_learns_them_all(tmp_path: Path) -> None:
+    """Each with the share of the people who gave it, of whom some gave none; questions as the released code cleans them."""
+    asked = Record(
+        "0", "color", 'What (color) is "it"?', answers=("red", "A dog."), answer_weights=(6.0, 3.0), annotators=10
+    )
+    plain = Record("1", "color", "Which?", answers=("blue",))
+    with ShardWriter.open(shard_path(tmp_path, 0)) as writer:
+        writer.add("image_0", {"png": _png(0)}, "0", [asked, plain])
+    entry = {"name": "shard-000000.tar", "sha256": hashlib.sha256(shard_path(tmp_path, 0).read_bytes()).hexdigest()}
+    manifest = {"format": 1, "dataset": "tiny", "split": "train", "shards": [entry | {"records_by_kind": {"color": 2}}]}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest | {"records_by_kind": {"color": 2}}))
+    bare, mixture = TemplateSet("bare", "", ("{question}",)), Mixture([MixtureEntry("color", 2)])
+    sets = [TrainingSet("color", open_split(tmp_path), (), bare)]
+
+    def drawn(**options: Any) -> dict[str, Item]:
+        dataset = MixtureDataset(mixture, sets, decoded("resize_square", 4), "blip_caption", **options)
+        return {item[0].id: item for item in (dataset[place] for place in range(2))}
+
+    items = drawn(all_answers=True, prompt_processor="blip_question")
+    assert items["color/0"][0].instruction == "what color is it?"
+    batch = collate([items["color/0"], items["color/1"]])
+    assert [dict(answers) for answers in batch.answers] == [{"red": 0.6, "a dog": 0.3}, {"blue": 1.0}]
+    assert [part.answers for part in split_further([batch], 2)] == [batch.answers[:1], batch.answers[1:]]
+    assert not collate(list(drawn().values())).answers
 
 
 def test_micro_batches_have_their_size(dataset: MixtureDataset) -> None:

@@ -3,6 +3,7 @@
 import itertools
 import math
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -40,6 +41,16 @@ def test_the_papers_schedule() -> None:
     assert learning_rate(1000, **options) == 1e-5
     assert learning_rate(30_500, **options) == pytest.approx(5e-6)
     assert learning_rate(60_000, **options) == 0.0
+
+
+def test_plateaus_of_blips_pre_training_fall_by_a_factor_down_to_the_last_rate() -> None:
+    """BLIP's utils.py: the warm-up within the first epoch, then `max(min_lr, init_lr * decay_rate ** epoch)`."""
+    options: dict[str, Any] = {"steps": 100, "peak": 3e-4, "warmup_steps": 4, "start": 1e-6, "final": 1e-6}
+    found = [learning_rate(step, **options, plateau_steps=5, plateau_decay=0.85) for step in range(100)]
+    warm = [1e-6 + (3e-4 - 1e-6) * step / 4 for step in range(5)]
+    assert found[:5] == pytest.approx(warm)
+    assert found[5:] == pytest.approx([max(1e-6, 3e-4 * 0.85 ** (step // 5)) for step in range(5, 100)])
+    assert learning_rate(99, **(options | {"final": 1e-4}), plateau_steps=5, plateau_decay=0.85) == 1e-4
 
 
 @pytest.mark.parametrize(("steps", "warmup", "first"), [(1, 0, 1.0), (1, 1, 1.0), (3, 3, 1 / 3), (2, 5, 0.2)])

@@ -89,6 +89,7 @@ def test_activation_checkpointing_gives_the_same_bits_with_less_memory(kind: str
     assert all(torch.equal(weights[name], others[name]) for name in weights)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("traced")
 @pytest.mark.parametrize(("kind", "recompute"), [("decoder", False), ("encoder_decoder", True)])
 def test_compiled_blocks_compute_the_same(kind: str, recompute: bool) -> None:
@@ -101,6 +102,7 @@ def test_compiled_blocks_compute_the_same(kind: str, recompute: bool) -> None:
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 5
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("traced")
 @pytest.mark.parametrize("compiled", [True, False])
 def test_evaluations_compile_nothing(compiled: bool) -> None:

@@ -66,7 +66,7 @@ _COUNTED: dict[int, float] = {}
 @pytest.fixture
 def encoders_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lay out each vision encoder once for all tests."""
-    build, count = architecture.vision_encoder, flops._image_flops
+    build, count = architecture.vision_encoder, flops.image_flops
 
     def encoder(config: VisionConfig) -> Any:
         if repr(config) not in _ENCODERS:
@@ -79,7 +79,7 @@ def encoders_once(monkeypatch: pytest.MonkeyPatch) -> None:
         return _COUNTED[id(vision)]
 
     monkeypatch.setattr(architecture, "vision_encoder", encoder)
-    monkeypatch.setattr(flops, "_image_flops", counted)
+    monkeypatch.setattr(flops, "image_flops", counted)
 
 
 def plan(*overrides: str) -> Plan:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from instructblip.data.readers import READERS, Losses, RawSplit
-from instructblip.data.readers.easy_vqa import STATEMENT_OF_QUESTION, split_of_image, statement_of
+from instructblip.data.readers.easy_vqa import STATEMENT_OF_QUESTION, caption_of, split_of_image, statement_of
 from instructblip.data.readers.files import PICTURE_EXTENSIONS
 from instructblip.data.readers.web_capfilt import file_of_url
 from instructblip.errors import UserError
@@ -243,6 +243,15 @@ def test_the_formats_of_easy_vqas_questions_give_statements_and_others_are_never
         assert statement_of(question) == statement
     for other in ("is there a purple shape?", "is there a circle", "Is there a circle?", "is there a red circle?"):
         assert statement_of(other) is None
+
+
+def test_captions_say_what_the_questions_of_a_picture_tell_and_nothing_that_they_do_not() -> None:
+    shape, color = ("what is the blue shape?", "circle"), ("what color is the shape?", "blue")
+    there, not_there = ("does the image not contain a blue shape?", "no"), ("is there a triangle?", "no")
+    for questions in ([shape], [color, ("is a circle present?", "yes")], [there, ("what shape is present?", "circle")]):
+        assert caption_of([*questions, not_there]) == "a blue circle"
+    assert caption_of([color, not_there, ("is there not a red shape?", "yes")]) is None  # no shape is told
+    assert caption_of([shape, ("what is the color of the circle?", "red")]) is None  # the source contradicts itself
 
 
 def test_extensions_of_pictures_are_known_in_lower_case() -> None:

@@ -1,6 +1,7 @@
 """Retrieval: LAVIS's numbers, recall as torchmetrics has it, one result for every batch size, rank count, interruption."""
 
 import json
+import random
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -18,6 +19,7 @@ from instructblip.data.cards import load_card
 from instructblip.data.records import Record
 from instructblip.distributed import Ranks
 from instructblip.errors import DamagedSample, UserError
+from instructblip.evaluation import journal, retrieval
 from instructblip.evaluation.journal import Journal
 from instructblip.evaluation.metrics import retrieval_recall
 from instructblip.evaluation.metrics.retrieval import chance_of_recall
@@ -270,6 +272,60 @@ def test_an_interrupted_task_goes_on_where_it_stopped(
     run_task(model, task, read, **options)
     assert len(reads) == COUNT - sum(64 if path.stem == "000000" else COUNT - 64 for path in kept)
     assert predictions(tmp_path) == alone[1]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_ten_kills_leave_the_same_results(
+    model: BLIP2,
+    task: Task,
+    alone: tuple[TaskResult, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    world_size: int,
+) -> None:
+    """Of any of the ranks, behind each file of encoded images and each chunk of answers, whose last line may be cut."""
+    stream, save, append, kills = random.Random(world_size), retrieval.save_file, journal._append, 0
+
+    def saving(tensors: dict[str, Tensor], path: str) -> None:
+        save(tensors, path)
+        raise Stopped  # before it has its name
+
+    def appending(path: Path, lines: Sequence[str]) -> None:
+        append(path, lines)
+        whole = path.read_bytes()
+        path.write_bytes(whole[: len(whole) - stream.choice([0, 1, 30])])
+        raise Stopped
+
+    def waiting(self: Journal, missing: Callable[[], int], what: str) -> None:
+        if missing():
+            raise Stopped  # those that it waits for are gone, too
+
+    options: dict[str, Any] = {"batch_size": 16, "folder": tmp_path, "model_fingerprint": ""}
+    with monkeypatch.context() as patch:
+        patch.setattr(journal, "_append", appending)
+        patch.setattr(Journal, "wait_until_none", waiting)
+        while kills < 10:
+            with patch.context() as first:
+                if kills < 2:
+                    first.setattr(retrieval, "save_file", saving)
+                try:
+                    rank = stream.randrange(world_size)
+                    answer_share(model, task, read_tokens, ranks=Ranks(rank, world_size), **options)
+                except Stopped:
+                    kills += 1
+    others = [
+        threading.Thread(
+            target=answer_share, args=(model, task, read_tokens), kwargs=options | {"ranks": Ranks(rank, world_size)}
+        )
+        for rank in range(1, world_size)
+    ]
+    for other in others:
+        other.start()
+    result = run_task(model, task, read_tokens, ranks=Ranks(0, world_size), show_progress=False, **options)
+    for other in others:
+        other.join()
+    assert predictions(tmp_path) == alone[1]
+    assert result.to_json() == alone[0].to_json()
 
 
 def test_equal_captions_have_equal_scores_and_stand_in_their_order(model: BLIP2, tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ def model_of(options: argparse.Namespace) -> InstructBLIP:
     return benchmark.build(benchmark.configuration(options), "cpu")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("llm", ["vicuna_7b", "flan_t5_xl"])
 def test_every_variant_starts_at_one_loss(llm: str) -> None:
     options = arguments(llm)
@@ -45,6 +46,7 @@ def test_every_variant_starts_at_one_loss(llm: str) -> None:
     assert second == pytest.approx(dict.fromkeys(second, second["fixed"]), abs=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("llm", ["vicuna_7b", "flan_t5_xl"])
 def test_its_work_is_that_of_the_step(llm: str) -> None:
     options = arguments(llm)

@@ -413,7 +413,7 @@ def _finish(job: _Job, split: str, shards: list[ShardReader], losses: Losses) ->
         raise UserError(
             f"no image of {card.source}/{split} could be kept ({_why_none(losses)}); {_what_to_do(job, split)}"
         )
-    for path in _foreign_files(folder, {shard.path for shard in shards}):
+    for path in foreign_files(folder, {shard.path for shard in shards}):
         path.unlink()
     manifest = _manifest(card, split, shards, losses)
     manifest["noted"] = notes.to_list()
@@ -448,35 +448,42 @@ def _what_to_do(job: _Job, split: str) -> str:
 
 
 def _manifest(card: Card, split: str, shards: list[ShardReader], losses: Losses) -> dict[str, Any]:
-    by_kind: Counter[str] = Counter()
-    for shard in shards:
-        by_kind.update(shard.records_by_kind())
+    found = shards_manifest(card.source, split, [shard_entry(shard) for shard in shards])
     expected = card.splits[split]
-    images = sum(len(shard) for shard in shards)
-    return {
-        "format": MANIFEST_FORMAT,
-        "dataset": card.source,
-        "split": split,
+    return found | {
         "card_sha256": source_sha256(card),
-        "images": images,
-        "frames": sum(len(shard.extensions) for shard in shards),
-        "records": by_kind.total(),
-        "records_by_kind": dict(sorted(by_kind.items())),
         "expected": {
             "images": expected.images,
             "records": expected.records,
             "records_by_kind": expected.records_by_kind,
             "verified": card.verified,
         },
-        "differences": _differences(expected, images, by_kind, card.verified),
+        "differences": _differences(expected, found["images"], found["records_by_kind"], card.verified),
         "lost": losses.to_list(),
-        "shards": [_shard_entry(shard) for shard in shards],
         "source": {"homepage": card.homepage, "how_to_get": card.how_to_get, **source_facts(card, split)},
         "licence": card.licence,
     }
 
 
-def _shard_entry(shard: ShardReader) -> dict[str, Any]:
+def shards_manifest(dataset: str, split: str, entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What a manifest says of its shards and of all of them together, given the entries of each."""
+    by_kind: Counter[str] = Counter()
+    for entry in entries:
+        by_kind.update(entry["records_by_kind"])
+    return {
+        "format": MANIFEST_FORMAT,
+        "dataset": dataset,
+        "split": split,
+        "images": sum(entry["images"] for entry in entries),
+        "frames": sum(entry["frames"] for entry in entries),
+        "records": by_kind.total(),
+        "records_by_kind": dict(sorted(by_kind.items())),
+        "shards": list(entries),
+    }
+
+
+def shard_entry(shard: ShardReader) -> dict[str, Any]:
+    """What a manifest says of one shard."""
     return {
         "name": shard.path.name,
         "bytes": shard.tar_bytes,
@@ -489,16 +496,16 @@ def _shard_entry(shard: ShardReader) -> dict[str, Any]:
     }
 
 
-def _differences(expected: SplitCounts, images: int, by_kind: Counter[str], verified: bool) -> list[str]:
+def _differences(expected: SplitCounts, images: int, by_kind: Mapping[str, int], verified: bool) -> list[str]:
     """One line for each number that is not the card's; a number the card leaves out cannot differ."""
     sure = "" if verified else " (a number nobody has verified yet)"
-    numbers = [("images", expected.images, images), ("records", expected.records, by_kind.total())]
+    numbers = [("images", expected.images, images), ("records", expected.records, sum(by_kind.values()))]
     for kind, number in expected.records_by_kind.items():
-        numbers.append((f"{kind} records", number, by_kind[kind]))
+        numbers.append((f"{kind} records", number, by_kind.get(kind, 0)))
     return [f"{what}: expected {a:,}{sure}, found {b:,}" for what, a, b in numbers if a is not None and a != b]
 
 
-def _foreign_files(folder: Path, shards: set[Path]) -> list[Path]:
+def foreign_files(folder: Path, shards: set[Path]) -> list[Path]:
     """Shards and indexes in the folder that are not of this set, and half-written files of a killed run."""
     known = shards | {index_path(shard) for shard in shards} | {folder / MANIFEST_NAME}
     return [path for path in sorted(folder.iterdir()) if _OWN_FILE.fullmatch(path.name) and path not in known]
@@ -568,8 +575,8 @@ def _check_split(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
             continue
         if sha256_file(path) != shard.tar_sha256:
             problems.append(f"{path}: content differs from its index (SHA-256)")
-        if _shard_entry(shard) != entry:
+        if shard_entry(shard) != entry:
             problems.append(f"{path}: shard or index is not the one the manifest lists")
         problems += _unreadable(shard)
-    extra = _foreign_files(folder, {folder / entry["name"] for entry in manifest["shards"]})
+    extra = foreign_files(folder, {folder / entry["name"] for entry in manifest["shards"]})
     return problems + [f"{path}: not in the manifest" for path in extra]

@@ -36,7 +36,7 @@ from instructblip.errors import UserError
 LETTERS = tuple(string.ascii_uppercase)
 COLUMNS = (
     *("id", "image", "video", "question", "answer", "answers", "caption", "captions", "choices", "label"),
-    *("context", "ocr", "conversations"),
+    *("context", "ocr", "conversations", "url"),
 )
 _MEDIA = ("image", "video")
 # Task -> what a table must have: one of each group.
@@ -50,6 +50,7 @@ NEEDED: Mapping[str, tuple[tuple[str, ...], ...]] = {
 }
 _KIND = {"vqa": "question", "conversation": "dialog"}
 _TRUTHS = {"0": 0, "1": 1, "false": 0, "true": 1, "no": 0, "yes": 1}
+_URL = re.compile(r"\s*https?://\S+\s*$")
 # A list that stands as text: as JSON, or as Python and numpy print it.
 _LIST = re.compile(r"""\s*\[\s*(['"]).*\1\s*\]\s*""", re.DOTALL)
 _PLURAL = ("answers", "captions", "choices")
@@ -360,6 +361,8 @@ def _caption_records(
     beside = _beside(fields)
     if columns.split != "train" and texts:
         return [Record(_ids(fields, row, 1)[0], "captions", captions=tuple(texts), **beside)]
+    if isinstance(url := fields.get("url"), str) and _URL.match(url):  # by which lists of web captions name a picture
+        beside["tags"] = {"url": url.strip()}
     ids = _ids(fields, row, len(texts))
     return [Record(record_id, "caption", answers=(text,), **beside) for record_id, text in zip(ids, texts, strict=True)]
 

@@ -5,12 +5,13 @@ Raw folder: the `data/` of the official package `easy-vqa` 1.0: `{train,test}/qu
 
 The package's train split is divided into `train` and `validation` by image, so that no picture is in both; `test` is
 the package's own. A yes/no question is of the kind `present` or `absent`, by what the picture shows, and also gives a
-`statement` record, to be judged true or false.
+`statement` record, to be judged true or false. A picture whose questions tell both its shape and its colour, as those of
+nine in ten do, has a `caption` record besides.
 """
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from instructblip.data.readers.base import Losses, MediaRecords, RawSplit, Reader
@@ -35,6 +36,7 @@ KIND_OF_ANSWER = {
 PACKAGE_SPLIT = {"train": "train", "validation": "train", "test": "test"}
 VALIDATION_SHARE = 10  # one image in ten of the package's train split
 
+_WORD = re.compile(r"\w+")
 _THING = rf"(?P<thing>(?:{'|'.join(COLORS)}) shape|{'|'.join(SHAPES)})"
 # The 8 yes/no forms of the source, each asked of a shape or of a colour: 16 in all. "Yes" makes the statement true,
 # in the negated forms as well: "is there not a red shape?" is answered "yes" where there is none.
@@ -102,6 +104,17 @@ def statement_of(question: str) -> str | None:
     return None
 
 
+def caption_of(questions: Sequence[tuple[str, str]]) -> str | None:
+    """What the (question, answer) pairs of a picture tell of it, such as "a red circle"; None unless both are told.
+
+    All pairs but those about what is not there speak of what is.
+    """
+    about = [pair for pair in questions if pair[1] not in ("yes", "no") or _yes_no_kind(*pair) == "present"]
+    told = {word for pair in about for text in pair for word in _WORD.findall(text)}
+    colors, shapes = told.intersection(COLORS), told.intersection(SHAPES)
+    return f"a {colors.pop()} {shapes.pop()}" if len(colors) == len(shapes) == 1 else None
+
+
 def _yes_no_kind(question: str, answer: str) -> str:
     """Whether the picture shows the thing that is asked about; "yes" to a negated question says that it does not."""
     negated = re.search(r"\b(not|no)\b", question) is not None
@@ -135,6 +148,8 @@ def _records(image: str, questions: list[tuple[str, str]], losses: Losses) -> li
         label = int(answer == "yes")
         truth = ("false", "true")[label]
         records.append(Record(f"{record_id}-statement", "statement", statement, answers=(truth,), label=label))
+    if caption := caption_of(questions):
+        records.append(Record(f"{image}-caption", "caption", captions=(caption,)))
     return records
 
 

@@ -98,19 +98,13 @@ class ModelShape(ABC):
     """The sizes of a model that its FLOPs follow from.
 
     Attributes:
-        usual: lengths of a usual sample, as a plan counts with.
         image_flops: of one picture through the vision encoder, as torch's `FlopCounterMode` counts them.
         image_tokens: it gives.
-        queries: of a frame.
-        qformer: its layers, whose weights are not looked at.
         trained: parts that train: their backward pass computes gradients of weights too.
     """
 
-    usual: ClassVar[SampleLengths]
     image_flops: float
     image_tokens: int
-    queries: int
-    qformer: QFormer
     trained: frozenset[str]
 
     @abstractmethod
@@ -119,14 +113,6 @@ class ModelShape(ABC):
 
         Lengths within the attention's square are means over samples.
         """
-
-    @abstractmethod
-    def qformer_passes(self, work: StepWorkload, outputs: Collection[str]) -> list[QFormerPass]:
-        """What goes through the Q-Former for these outputs."""
-
-    @abstractmethod
-    def sample_work(self, lengths: SampleLengths) -> StepWorkload:
-        """What a picture and its texts of these lengths ask for."""
 
     def repeated(self, work: StepWorkload, outputs: Collection[str]) -> float:
         """FLOPs of a first pass over the whole batch, which computes again what the second one does."""
@@ -139,6 +125,29 @@ class ModelShape(ABC):
     def _vision_flops(self, work: StepWorkload) -> PartFlops:
         image, trains = self.image_flops * work.encoded, "vision" in self.trained
         return PartFlops("vision encoder", image, 2 * image if trains else 0.0, recompute=False)
+
+
+@dataclass(frozen=True)
+class QFormerShape(ModelShape):
+    """That of a model with a Q-Former.
+
+    Attributes:
+        usual: lengths of a usual sample, as a plan counts with.
+        queries: of a frame.
+        qformer: its layers, whose weights are not looked at.
+    """
+
+    usual: ClassVar[SampleLengths]
+    queries: int
+    qformer: QFormer
+
+    @abstractmethod
+    def qformer_passes(self, work: StepWorkload, outputs: Collection[str]) -> list[QFormerPass]:
+        """What goes through the Q-Former for these outputs."""
+
+    @abstractmethod
+    def sample_work(self, lengths: SampleLengths) -> StepWorkload:
+        """What a picture and its texts of these lengths ask for."""
 
     def _trainable(self, part: str, forward: float) -> PartFlops:
         """A part of the Q-Former's, through which gradients always pass."""
@@ -160,20 +169,22 @@ def _qformer_flops(qformer: QFormer, image_tokens: int, each: QFormerPass) -> fl
         assert isinstance(layer, QFormerLayer)
         wants_text = each.text_states or not layer.is_last
         own, seen = layer.self_attention, both if wants_text else each.queries
-        total += 2 * seen * (_size(own.query) + _size(own.output)) + 2 * both * (_size(own.key) + _size(own.value))
-        total += 4 * seen * attended * own.query.out_features + 2 * each.queries * _matrices(layer.query_ffn)
+        total += 2 * seen * (size_of(own.query) + size_of(own.output)) + 2 * both * (
+            size_of(own.key) + size_of(own.value)
+        )
+        total += 4 * seen * attended * own.query.out_features + 2 * each.queries * matrices(layer.query_ffn)
         if layer.text_ffn is not None and wants_text:
-            total += 2 * each.text * _matrices(layer.text_ffn)
+            total += 2 * each.text * matrices(layer.text_ffn)
         if layer.cross_attention is not None and each.queries:
             cross, image = layer.cross_attention, image_tokens * each.rows
-            total += 2 * each.queries * (_size(cross.query) + _size(cross.output))
-            total += 2 * image * (_size(cross.key) + _size(cross.value))
+            total += 2 * each.queries * (size_of(cross.query) + size_of(cross.output))
+            total += 2 * image * (size_of(cross.key) + size_of(cross.value))
             total += 4 * each.queries * image_tokens * cross.query.out_features
     return total
 
 
 @dataclass(frozen=True)
-class LLMShape(ModelShape):
+class LLMShape(QFormerShape):
     """InstructBLIP's, or that of BLIP-2's second stage: a Q-Former in front of a language model.
 
     Attributes:
@@ -225,7 +236,7 @@ class LLMShape(ModelShape):
 
 
 @dataclass(frozen=True)
-class Stage1Shape(ModelShape):
+class Stage1Shape(QFormerShape):
     """That of BLIP-2's first stage: a Q-Former that runs several ways, with its heads.
 
     Attributes:
@@ -280,7 +291,7 @@ def model_shape(
     heads: nn.Module,
     llm: Any,
     trained: Collection[str] = ("qformer",),
-) -> ModelShape:
+) -> QFormerShape:
     """The shape of these parts, whose weights are not looked at.
 
     Args:
@@ -291,7 +302,7 @@ def model_shape(
         trained: parts that train.
     """
     common: dict[str, Any] = {
-        "image_flops": _image_flops(vision),
+        "image_flops": image_flops(vision),
         "image_tokens": vision.tokens,
         "queries": qformer.query_tokens.shape[1],
         "qformer": qformer,
@@ -299,16 +310,17 @@ def model_shape(
     }
     if llm is None:
         assert qformer.lm_head is not None
-        words = qformer.word_embeddings.weight.numel() + _matrices(qformer.lm_head)
-        return Stage1Shape(**common, heads=_matrices(heads), words=words)
+        words = qformer.word_embeddings.weight.numel() + matrices(qformer.lm_head)
+        return Stage1Shape(**common, heads=matrices(heads), words=words)
     decoder, encoder = _stack(llm.base_model), None
     if llm.config.is_encoder_decoder:
         decoder, encoder = _stack(llm.get_decoder()), _stack(llm.get_encoder())
-    head = _size(llm.get_output_embeddings())
-    return LLMShape(**common, projection=_matrices(heads), decoder=decoder, encoder=encoder, head=head)
+    head = size_of(llm.get_output_embeddings())
+    return LLMShape(**common, projection=matrices(heads), decoder=decoder, encoder=encoder, head=head)
 
 
-def _image_flops(vision: VisionEncoder) -> float:
+def image_flops(vision: VisionEncoder) -> float:
+    """Of one picture through an encoder on the meta device, where torch counts every kind of attention."""
     device = next(vision.parameters()).device
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         vision(torch.zeros(1, 3, vision.image_size, vision.image_size, dtype=torch.uint8, device=device))
@@ -321,9 +333,9 @@ def _stack(layers: nn.Module) -> Stack:
     for name, layer in _linears(layers):
         last, crossing = name.rpartition(".")[2], "EncDecAttention" in name
         if crossing and last in ("k", "v"):
-            source += _size(layer)
+            source += size_of(layer)
         else:
-            matrices += _size(layer)
+            matrices += size_of(layer)
         if last in ("q", "q_proj"):
             attention += 0 if crossing else layer.out_features
             cross += layer.out_features if crossing else 0
@@ -337,11 +349,13 @@ def _linears(module: nn.Module) -> Iterator[tuple[str, Any]]:
             yield name, layer
 
 
-def _matrices(module: nn.Module) -> int:
-    return sum(_size(layer) for _, layer in _linears(module))
+def matrices(module: nn.Module) -> int:
+    """Parameters of a module's linear layers, without their biases."""
+    return sum(size_of(layer) for _, layer in _linears(module))
 
 
-def _size(layer: Any) -> int:
+def size_of(layer: Any) -> int:
+    """Parameters of a linear layer's matrix, rounded or not."""
     return int(layer.in_features * layer.out_features)
 
 

@@ -26,9 +26,9 @@ from instructblip.objectives import make_objectives
 from instructblip.training.parallel import is_sharded
 from instructblip.training.plan.flops import (
     Gpu,
-    ModelShape,
     PartFlops,
     QFormerPass,
+    QFormerShape,
     SampleLengths,
     StepWorkload,
     model_shape,
@@ -97,7 +97,7 @@ class Plan:
     """A run's needs, which follow from these; `plan_run` makes one."""
 
     parts: Parts
-    shape: ModelShape
+    shape: QFormerShape
     phases: tuple[PlannedPhase, ...]
     layout: PlanLayout
 

@@ -1,0 +1,378 @@
+"""BLIP in every format: read by one call, converted with a certificate, bit-equal out and in again."""
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import instructblip
+from instructblip.config.schema import ModelConfig
+from instructblip.config.validate import to_yaml
+from instructblip.errors import UserError
+from instructblip.models.blip import BLIP, BLIPVQA, BLIPRetrieval, Momentum
+from instructblip.weights import load as loading
+from instructblip.weights.__main__ import main
+from instructblip.weights.blip import blip_checkpoint, save_blip
+from instructblip.weights.init_blip import start_blip_from
+from instructblip.weights.init_sources import find_start, read_start
+from instructblip.weights.lavis import model_state
+from instructblip.weights.load import find_source, load_model
+from instructblip.weights.names import foreign_names
+from instructblip.weights.native import blip_parts_config, save_blip_parts, save_native
+from instructblip.weights.parts import build_model
+from instructblip.weights.transformers_blip import load_blip_folder
+from tests.kit.blip import (
+    CLASSES,
+    tiny_caption,
+    tiny_pretrain,
+    tiny_retrieval,
+    tiny_text_model,
+    tiny_vit,
+    tiny_vqa,
+    write_blip,
+)
+from tests.kit.vectors import blip_tokenizer, tensors
+
+TINY = {"caption": tiny_caption, "vqa": tiny_vqa, "retrieval": tiny_retrieval, "pretrain": tiny_pretrain}
+COPIED = {
+    "decoder.weight": "text_decoder.bert.embeddings.word_embeddings.weight",
+    "decoder.bias": "text_decoder.cls.predictions.bias",
+}
+
+
+def assert_same(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype, name
+        assert torch.equal(found[name], tensor), name
+
+
+def square_vqa() -> BLIPVQA:
+    """One width throughout, as transformers' class for questions wants it."""
+    torch.manual_seed(0)
+    tokenizer, width = blip_tokenizer(), tiny_vit().width
+    model = BLIPVQA(
+        vision=tiny_vit(),
+        text_encoder=tiny_text_model(tokenizer, width=width),
+        text_decoder=tiny_text_model(tokenizer, width=width, language_model_head=True),
+        tokenizer=tokenizer,
+    )
+    return model.eval()
+
+
+@pytest.fixture
+def published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Options of `load` that build the released files' parts in small: a configs/ of tiny ones, and a BERT folder."""
+    config = _config_of(tiny_caption(), tmp_path / "parts")
+    assert config.text is not None
+    sections = {
+        "vision/vit_b16": dataclasses.replace(config.vision, name="vit_b16", init="file", image_size=224),
+        "text/blip": dataclasses.replace(config.text, name="blip", init="bert", dropout=0.1),
+    }
+    for name, section in sections.items():
+        file = tmp_path / f"configs/{name}.yaml"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(to_yaml(section))
+    monkeypatch.setattr(loading, "CONFIGS", tmp_path / "configs")
+    return {"qformer_path": str(tmp_path / "parts/text"), "device": "cpu"}
+
+
+def _config_of(model: BLIP, folder: Path) -> ModelConfig:
+    save_blip_parts(model, folder)
+    return blip_parts_config(model, folder, "tiny")
+
+
+# --- LAVIS -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task", TINY)
+def test_a_file_of_lavis_is_loaded_and_goes_out_as_it_came(
+    task: str, published: dict[str, Any], tmp_path: Path
+) -> None:
+    model = TINY[task]()
+    save_blip(model, tmp_path / "model.pth")
+    found = load_model(tmp_path / "model.pth", **published)
+    assert found.config is not None
+    assert find_source(tmp_path / "model.pth").kind == f"blip_{task}"
+    assert_same(found.model.state_dict(), model.state_dict())
+    assert found.model.conventions() == model.conventions()
+    save_blip(found.model, tmp_path / "again.pth")
+    first, again = (torch.load(tmp_path / name, weights_only=True)["model"] for name in ("model.pth", "again.pth"))
+    assert_same(again, first)
+
+
+@pytest.mark.parametrize(("task", "file"), [("caption", "caption"), ("vqa", "vqa"), ("pretrain", "pretrain")])
+def test_lavis_own_tensors_go_through(task: str, file: str, published: dict[str, Any], tmp_path: Path) -> None:
+    weights = dict(tensors(f"blip_med/{file}_weights"))
+    torch.save({"model": weights, "epoch": 3, "optimizer": {}}, tmp_path / "theirs.pth")
+    found = load_model(tmp_path / "theirs.pth", **published)
+    assert found.model.vision.image_size == 32
+    save_blip(found.model, tmp_path / "ours.pth")
+    content = torch.load(tmp_path / "ours.pth", weights_only=True)["model"]
+    assert_same({name: content[name] for name in weights}, weights)
+    added = content.keys() - weights.keys()
+    if task != "pretrain":
+        assert added and all(
+            "position_ids" in name or name.startswith("text_decoder.cls.predictions.decoder") for name in added
+        )
+        return
+    copies = {name for name in added if name.startswith("text_decoder.bert.") and "position_ids" not in name}
+    assert copies and not any(".attention." in name for name in copies)
+    for name in copies:
+        assert torch.equal(content[name], weights[name.replace("text_decoder.bert.", "text_encoder.")]), name
+    for ending, name in COPIED.items():
+        assert torch.equal(content[f"text_decoder.cls.predictions.{ending}"], content[name])
+
+
+def test_blips_own_repository_calls_the_pointer_otherwise(published: dict[str, Any], tmp_path: Path) -> None:
+    model = tiny_retrieval(queue_size=6)
+    assert isinstance(model.momentum, Momentum)
+    model.momentum.pointer.fill_(4)
+    model.momentum.image_id_queue.copy_(torch.arange(6)[None])
+    save_blip(model, tmp_path / "model.pth")
+    state = torch.load(tmp_path / "model.pth", weights_only=True)["model"]
+    state["ptr_queue"] = state.pop("queue_ptr")
+    state["temp"] = state["temp"].view(1)
+    torch.save({"model": state}, tmp_path / "theirs.pth")
+    assert_same(load_model(tmp_path / "theirs.pth", **published).model.state_dict(), model.state_dict())
+
+
+def test_momentum_is_dropped_where_nothing_trains_with_it(
+    published: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = tiny_caption()
+    save_blip(model, tmp_path / "model.pth")
+    state = torch.load(tmp_path / "model.pth", weights_only=True)["model"]
+    extra = {"visual_encoder_m.cls_token": torch.zeros(1), "image_queue": torch.zeros(4, 4), "temp": torch.ones(())}
+    torch.save({"model": state | extra}, tmp_path / "theirs.pth")
+    with caplog.at_level(logging.INFO, logger="instructblip.weights.blip"):
+        found = load_model(tmp_path / "theirs.pth", **published)
+    assert "passed over 3 tensors of momentum and contrast: visual_encoder_m.cls_token" in caplog.text
+    assert_same(found.model.state_dict(), model.state_dict())
+
+
+def test_what_is_no_blip_is_refused_in_one_line(published: dict[str, Any], tmp_path: Path) -> None:
+    model = tiny_pretrain()
+    save_blip(model, tmp_path / "model.pth")
+    whole = torch.load(tmp_path / "model.pth", weights_only=True)["model"]
+    shared = "text_decoder.bert.encoder.layer.0.intermediate.dense.bias"
+    cases = {
+        "it is BLIP for NLVR2": whole | {"text_encoder.encoder.layer.0.crossattention.self0.query.bias": torch.ones(1)},
+        f"{shared} differs from text_encoder": whole | {shared: whole[shared] + 1},
+        "lacks the tensor visual_encoder.cls_token": {
+            n: t for n, t in whole.items() if n != "visual_encoder.cls_token"
+        },
+        "lacks the tensor itm_head.bias": {n: t for n, t in whole.items() if n != "itm_head.bias"},
+        "has the unknown tensor text_encoder.pooler": whole | {"text_encoder.pooler": torch.ones(1)},
+    }
+    for message, state in cases.items():
+        torch.save({"model": state}, tmp_path / "wrong.pth")
+        with pytest.raises(UserError, match=message) as caught:
+            load_model(tmp_path / "wrong.pth", **published)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="BLIP, which has no language model of its own; leave llm= out"):
+        find_source(tmp_path / "model.pth", "opt_2_7b")
+
+
+# --- transformers ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task", CLASSES)
+@pytest.mark.parametrize("tokens", [False, True], ids=["as_published", "with_tokens"])
+def test_a_published_folder_goes_out_as_it_came(task: str, tokens: bool, tmp_path: Path) -> None:
+    theirs = write_blip(tmp_path / "theirs", task, tokens=tokens)
+    model = instructblip.load(tmp_path / "theirs", device="cpu")
+    model.save_huggingface(tmp_path / "again")
+    again, info = CLASSES[task].from_pretrained(tmp_path / "again", output_loading_info=True)
+    assert not any(info.values()), info
+    assert_same(again.state_dict(), theirs.state_dict())
+    assert again.config.text_config.num_attention_heads == 4
+    assert again.config.vision_config.layer_norm_eps == 1e-5
+    assert_same(load_blip_folder(tmp_path / "again").state_dict(), model.state_dict())
+    assert find_source(tmp_path / "again").kind == f"blip_{task}"
+
+
+@pytest.mark.parametrize("task", CLASSES)
+def test_lavis_and_transformers_and_back(task: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    makers = {"caption": tiny_caption, "vqa": square_vqa, "retrieval": lambda: tiny_retrieval(queue_size=6)}
+    model = makers[task]()
+    save_blip(model, tmp_path / "model.pth")
+    model.save_huggingface(tmp_path / "folder")
+    again = load_blip_folder(tmp_path / "folder")
+    assert_same(again.state_dict(), model.state_dict())
+    assert again.conventions() == model.conventions()
+    assert torch.equal(again.vision.mean, model.vision.mean)
+    save_blip(again, tmp_path / "again.pth")
+    first, second = (torch.load(tmp_path / name, weights_only=True)["model"] for name in ("model.pth", "again.pth"))
+    assert_same(second, first)
+    warned = " ".join(record.message for record in caplog.records)
+    assert ("set the first of input_ids to 199" in warned) == (task != "caption")
+    assert ("has no place for the temperature, momentum copies and queue" in warned) == (task == "retrieval")
+
+
+def test_what_transformers_cannot_hold_is_said_in_one_line(tmp_path: Path) -> None:
+    for model, message in (
+        (
+            tiny_vqa(),
+            r"BlipForQuestionAnswering cannot hold this model: its decoder reads states as wide as the vision .*\(48\)",
+        ),
+        (tiny_pretrain(), "it has no class for pre-training; write --to lavis"),
+    ):
+        with pytest.raises(UserError, match=message) as caught:
+            model.save_huggingface(tmp_path / "folder")
+        assert "\n" not in str(caught.value)
+        assert not (tmp_path / "folder").exists()
+
+
+def test_another_tokenizer_is_refused(tmp_path: Path) -> None:
+    write_blip(tmp_path, "caption")
+    file = tmp_path / "config.json"
+    file.write_text(file.read_text().replace('"bos_token_id": 198', '"bos_token_id": 190'))
+    with pytest.raises(
+        UserError, match=r"the tokenizer has \[DEC\], \[ENC\], \[SEP\] as 198, 199, 102, where .* \[DEC\] as 190"
+    ):
+        load_blip_folder(tmp_path)
+
+
+# --- certificates ----------------------------------------------------------------------------------------------------
+
+STAGES = {
+    "caption": {"vision", "captions"},
+    "vqa": {"vision", "questions", "answers"},
+    "retrieval": {"vision", "text", "contrast", "matching"},
+}
+
+
+@pytest.mark.parametrize("task", CLASSES)
+def test_conversions_have_a_certificate(task: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_blip(tmp_path / "theirs", task, dtype=torch.float16 if task == "vqa" else torch.float32)
+    for source, target, form in (
+        ("theirs", "run", "native"),
+        ("run", "folder", "huggingface"),
+        ("run", "run.pth", "lavis"),
+    ):
+        assert main([str(tmp_path / source), str(tmp_path / target), "--to", form]) == 0
+        shown = capsys.readouterr().out
+        assert all(stage in shown for stage in STAGES[task]), shown
+    expected = load_blip_folder(tmp_path / "theirs").state_dict()
+    for found in (load_model(tmp_path / "run", device="cpu").model, load_blip_folder(tmp_path / "folder")):
+        state = found.state_dict()
+        assert state.keys() == expected.keys()
+        assert all(torch.equal(state[name].to(tensor.dtype), tensor) for name, tensor in expected.items())
+
+
+def test_a_certificate_covers_momentum(
+    published: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_blip(tiny_pretrain(), tmp_path / "model.pth")
+    arguments = ["--qformer-path", published["qformer_path"]]
+    for source, target, form in (("model.pth", "run", "native"), ("run", "again.pth", "lavis")):
+        extra = arguments if source == "model.pth" else []
+        assert main([str(tmp_path / source), str(tmp_path / target), "--to", form, *extra]) == 0
+        shown = capsys.readouterr().out
+        assert "momentum" in shown and "captions" in shown
+    first, again = (model_state(tmp_path / name) for name in ("model.pth", "again.pth"))
+    assert_same(again, first)
+
+
+# --- runs and starts -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task", TINY)
+def test_a_run_is_loaded_without_files_of_its_parts(task: str, tmp_path: Path) -> None:
+    model = TINY[task]()
+    model.held_parts |= {"vision"}
+    (tmp_path / "run").mkdir()
+    config = _config_of(model, tmp_path / "parts")
+    text = dataclasses.replace(config.text, init="bert")
+    save_native(model, dataclasses.replace(config, text=text), tmp_path / "run")
+    found = load_model(tmp_path / "run", device="cpu")
+    assert_same(found.model.state_dict(), model.state_dict())
+    assert found.model.conventions() == model.conventions()
+
+
+def started(model: BLIP, path: Path) -> Any:
+    return start_blip_from(model, [read_start(find_start(str(path)))])
+
+
+def test_a_retriever_starts_from_pre_training_with_its_momentum(tmp_path: Path) -> None:
+    pretrained, model = tiny_pretrain(seed=1), tiny_retrieval(seed=2, queue_size=24)
+    save_blip(pretrained, tmp_path / "pretrained.pth")
+    begun = started(model, tmp_path / "pretrained.pth")
+    theirs = pretrained.state_dict()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, theirs[name]) or name == "momentum.image_id_queue", name
+    assert begun.start.new == ("image ids of the queue",)
+    assert "vision" in model.held_parts
+    smaller = tiny_retrieval(seed=2, queue_size=8)
+    begun = started(smaller, tmp_path / "pretrained.pth")
+    assert "queue" in begun.start.new and "momentum copies" not in begun.start.new
+
+
+def test_momentum_copies_start_as_what_they_follow(tmp_path: Path) -> None:
+    theirs, model = tiny_retrieval(seed=1), tiny_retrieval(seed=2, queue_size=8)
+    theirs.save_huggingface(tmp_path / "folder")
+    begun = started(model, tmp_path / "folder")
+    assert "momentum copies start as what they follow" in begun.lines
+    assert isinstance(model.momentum, Momentum)
+    for part in Momentum.COPIED:
+        own, copied = getattr(theirs, part).state_dict(), getattr(model.momentum, part).state_dict()
+        assert_same(copied, own)
+
+
+def test_captioner_and_answerer_start_from_pre_training(tmp_path: Path) -> None:
+    pretrained, captioner, answerer = tiny_pretrain(seed=1), tiny_caption(seed=2), tiny_vqa(seed=3)
+    save_blip(pretrained, tmp_path / "pretrained.pth")
+    begun = started(captioner, tmp_path / "pretrained.pth")
+    assert begun.start.new == ()
+    layer, theirs = captioner.text_decoder.layers[1], pretrained.text_encoder.layers[1]
+    assert torch.equal(layer.self_attention.query.weight, theirs.decoder_attention.query.weight)
+    assert torch.equal(layer.ffn.up.weight, theirs.ffn.up.weight)
+    before = answerer.text_decoder.layers[0].cross_attention.key.weight.clone()
+    begun = started(answerer, tmp_path / "pretrained.pth")
+    assert begun.start.new == ("cross-attention",)  # into states of another width
+    assert torch.equal(answerer.text_decoder.layers[0].cross_attention.key.weight, before)
+    assert torch.equal(answerer.text_encoder.layers[1].cross_attention.key.weight, theirs.cross_attention.key.weight)
+
+
+def test_a_start_at_another_image_size_resizes_positions(tmp_path: Path) -> None:
+    pretrained, model = tiny_pretrain(seed=1), tiny_retrieval(seed=2, queue_size=24)
+    save_blip(pretrained, tmp_path / "pretrained.pth")
+    config = _config_of(model, tmp_path / "parts")
+    config.vision.image_size = 64
+    larger = build_model(config)
+    assert isinstance(larger, BLIPRetrieval)
+    started(larger, tmp_path / "pretrained.pth")
+    for vision in (larger.vision, larger.momentum.vision):
+        assert vision.backbone.pos_embed.shape == (1, 17, 48)
+    assert torch.equal(larger.vision.backbone.pos_embed[:, 0], pretrained.vision.backbone.pos_embed[:, 0])
+    assert larger.match(torch.zeros(1, 1, 3, 64, 64, dtype=torch.uint8), ["a dog"]).isfinite().all()
+
+
+def test_weights_of_another_model_do_not_start_a_blip(tmp_path: Path) -> None:
+    torch.save({"model": {"query_tokens": torch.zeros(1, 2, 3)}}, tmp_path / "qformer.pth")
+    with pytest.raises(UserError, match="holds nothing that BLIP for captions has; give weights of BLIP"):
+        started(tiny_caption(), tmp_path / "qformer.pth")
+    save_blip(tiny_pretrain(), tmp_path / "pretrained.pth")
+    state = model_state(tmp_path / "pretrained.pth")
+    wide = {
+        name: torch.cat([tensor, tensor]) if name.endswith("mlp.fc1.bias") else tensor for name, tensor in state.items()
+    }
+    torch.save({"model": wide}, tmp_path / "wide.pth")
+    with pytest.raises(
+        UserError, match=r"vision.backbone.blocks.0.mlp.fc1.bias is \(384,\), this model needs \(192,\)"
+    ):
+        started(tiny_caption(), tmp_path / "wide.pth")
+
+
+def test_every_tensor_has_one_name() -> None:
+    for make in TINY.values():
+        state = make().state_dict()
+        names = foreign_names(state, "lavis_blip")
+        assert len(set(names.values())) == len(state)
+    assert blip_checkpoint(Path("x"), dict(tensors("blip_med/vqa_weights"))).kind == "blip_vqa"
