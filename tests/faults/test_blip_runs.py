@@ -12,11 +12,12 @@ from torch import Tensor
 
 import instructblip
 from instructblip.errors import UserError
+from instructblip.files import read_json
 from instructblip.models.blip import BLIPPretrain
 from instructblip.training import loop, run
 from instructblip.weights.blip import save_blip
 from tests.kit.blip_training import momentum_of
-from tests.kit.runs import BLIP_RUNS, World, read_lines, run_ranks, train_here
+from tests.kit.runs import BLIP_RUNS, World, evaluate_here, read_lines, run_ranks, train_here
 
 STEPS, BATCH, QUEUE = 12, 8, 20
 EXACT = ("step", "loss", "loss_by_objective", "loss_by_dataset", "lr", "grad_norm", "sample_ids", "validation")
@@ -53,6 +54,18 @@ def test_a_run_logs_each_objective_and_its_checkpoint_holds_copies_and_queue(fin
     assert not bool((held["momentum.image_id_queue"] == -100).any())
     moved = [name for name in held if name.startswith("momentum.vision.backbone.")]
     assert moved and all(not torch.equal(held[name], held[name.removeprefix("momentum.")]) for name in moved[:4])
+
+
+def test_copies_that_follow_are_no_frozen_part_of_what_is_evaluated(
+    blip_world: World, finished: Path, tmp_path: Path
+) -> None:
+    """They move while the run goes: a fingerprint of theirs would make another model of each resumed run."""
+    assert read_json(finished / f"checkpoints/step_{STEPS:08d}/state.json")["frozen"] == {}
+    suite = ("suite=own", "suite.held_in=[coco_retrieval]", "blind_baseline=true")
+    folder = evaluate_here(blip_world, finished, tmp_path, *suite)
+    ours, runs = (read_json(place / "results.json") for place in (folder, finished / "evaluation"))
+    assert ours["model"]["sha256"] == runs["model"]["sha256"]
+    assert ours["datasets"]["coco_retrieval"]["value"] == runs["datasets"]["coco_retrieval"]["value"]
 
 
 class Killed(BaseException):
@@ -146,20 +159,28 @@ def test_a_file_with_copies_and_queue_goes_on_as_the_run_it_is_of(
     assert differ <= {"momentum.image_id_queue"}  # which LAVIS's pre-training does not have
 
 
-@pytest.mark.parametrize("experiment", ["blip_retrieval_coco", "blip_caption_coco", "blip_vqa"])
+# experiment -> what it is validated by
+FINETUNED = {
+    "blip_retrieval_coco": "coco_retrieval",
+    "blip_caption_coco": "coco_caption_blip",
+    "blip_vqa": "easy_vqa_color",
+}
+
+
+@pytest.mark.parametrize("experiment", FINETUNED)
 def test_what_was_pre_trained_is_fine_tuned(
     experiment: str, blip_world: World, world: World, finished: Path, tmp_path: Path
 ) -> None:
     """It goes on from there: after three steps each weight of the vision encoder is near where it was, and another."""
-    questions = (f"data.shards={world.shards}",) if experiment == "blip_vqa" else ("suite=none", "suite.held_in=[]")
-    folder = trained(blip_world, tmp_path, experiment, *questions, f"init_from={finished}")
+    shards = (f"data.shards={world.shards}",) if experiment == "blip_vqa" else ()
+    folder = trained(blip_world, tmp_path, experiment, *shards, f"init_from={finished}")
     held, before = last(folder, step=3), last(finished)
     name = "vision.backbone.blocks.0.mlp.fc1.weight"
     assert 0 < float((held[name] - before[name]).abs().max()) < 0.02
     assert any(key.startswith("momentum.") for key in held) == (experiment == "blip_retrieval_coco")
     lines = read_lines(folder / "metrics.jsonl")
     assert len(lines) == 3 and all(math.isfinite(line["loss"]) and line["mfu"] > 0 for line in lines)
-    assert ("easy_vqa_color" in lines[-1].get("validation", {})) == (experiment == "blip_vqa")
+    assert lines[-1]["validation"].keys() == {FINETUNED[experiment]}
 
 
 MISTAKES = {
