@@ -35,6 +35,7 @@ from instructblip.config.entry import compose_config
 from instructblip.config.schema import CapFiltConfig, TrainConfig
 from instructblip.data.cards import load_card
 from instructblip.data.prepare.convert import prepare_dataset
+from instructblip.data.readers.easy_vqa import COLORS, SHAPES
 from instructblip.data.shards import open_split
 from instructblip.evaluation.statistics import wilson_interval
 from instructblip.training.run import train
@@ -170,23 +171,33 @@ def write_web(folder: Path, pictures: Sequence[Picture]) -> None:
 
 def counts(pictures: Sequence[Picture], listed: Sequence[Mapping[str, Any]]) -> dict[str, list[int]]:
     """Of the web's wrong texts those that are gone, of its right ones those that are left, each beside all of them; of the
-    drawn captions that are left, and of all texts before and after, those that are right."""
+    drawn captions that are left, and of all texts before and after, those that are right, word for word.
+
+    A drawn caption that has a stray word is not right, but may name the colour and shape that are shown, and no others.
+    """
     row_of = {url(row): row for row in range(len(pictures))}
     kept: dict[str, set[int]] = {"web": set(), "synthetic": set()}
-    right = {"web": 0, "synthetic": 0}
+    right, named = {"web": 0, "synthetic": 0}, 0
     for item in listed:
         row = row_of[item["url"]]
         kept[item["source"]].add(row)
         right[item["source"]] += item["caption"] == pictures[row].caption
+        named += item["source"] == "synthetic" and things(item["caption"]) == things(pictures[row].caption)
     wrong = {row for row, picture in enumerate(pictures) if picture.text != picture.caption}
     sound = set(range(len(pictures))) - wrong
     return {
         "wrong texts of the web that go": [len(wrong - kept["web"]), len(wrong)],
         "right texts of the web that stay": [len(sound & kept["web"]), len(sound)],
         "right among captions that stay": [right["synthetic"], len(kept["synthetic"])],
+        "colour and shape right among those": [named, len(kept["synthetic"])],
         "right among all texts before": [len(sound), len(pictures)],
         "right among all texts after": [sum(right.values()), len(listed)],
     }
+
+
+def things(text: str) -> set[str]:
+    """The colours and shapes that a text names."""
+    return set(text.split()) & {*COLORS, *SHAPES}
 
 
 def share(correct: int, count: int) -> str:
