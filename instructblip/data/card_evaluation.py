@@ -188,7 +188,7 @@ def _check_rules(evaluation: Evaluation, splits: Collection[str], path: Path) ->
     stated = bool(evaluation.candidates) + bool(evaluation.verbalizers) + (evaluation.candidates_from is not None)
     if stated != (evaluation.mode == "rank"):
         ways = "candidates, verbalizers and candidates_from"
-        raise UserError(f"{path}: evaluation needs one of {ways} to rank, none of them otherwise")
+        raise UserError(f"{path}: evaluation needs one of {ways} to rank, none of them to generate, retrieve or match")
     if (evaluation.candidates_from == "answer_list") != (evaluation.answer_list is not None):
         raise UserError(f"{path}: candidates_from: answer_list and answer_list, its address, go together; give both")
     if set("{}") & set(_FIELD.sub("", evaluation.prompt)):
