@@ -39,7 +39,7 @@ from instructblip.models.vision import Images, VisionEncoder, as_frames
 
 BLIP_TOKENS = ("[DEC]", "[ENC]")  # what a written text begins with, and what one that reads an image does
 CAPTION_PROMPT = "a picture of "
-_TEMPERATURES = (0.001, 0.5)  # bounds of the learnt temperature, as released
+TEMPERATURES = (0.001, 0.5)  # bounds of the learnt temperature, as released
 _LOGIT_ROWS = 1024  # vocabulary rows in memory at a time
 
 
@@ -814,9 +814,11 @@ class BLIPRetrieval(BLIP):
         return {}
 
     def _bounded_temperature(self) -> Tensor:
+        if self.training and not self.temperature.requires_grad:
+            return self.temperature.clamp(*TEMPERATURES)  # what is frozen stays as it is
         if self.training:
             with torch.no_grad():
-                self.temperature.clamp_(*_TEMPERATURES)
+                self.temperature.clamp_(*TEMPERATURES)
         # Not the parameter itself: DDP looks for what is used by walking back from the outputs.
         return self.temperature.clone()
 

@@ -414,6 +414,16 @@ def test_mistakes_are_one_line(web: Path, clip: Path, tmp_path: Path, monkeypatc
         caption_web(bare, tmp_path / "other")
 
 
+def test_two_splits_whose_pictures_would_have_the_same_names_are_refused(web: Path, tmp_path: Path) -> None:
+    for place in ("a", "b"):
+        shutil.copytree(web / "cc3m", tmp_path / "shards" / place / "cc3m")
+    with pytest.raises(
+        UserError, match=r"a/cc3m/train and .*b/cc3m/train are both cc3m/train; give shards= that hold one"
+    ):
+        caption_web(tmp_path / "shards", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def other_model(folder: Path) -> Path:
     (folder / "bert").mkdir()
     (folder / "bert/config.json").write_text('{"model_type": "bert"}')
