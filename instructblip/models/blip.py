@@ -899,7 +899,8 @@ class BLIPRetrieval(BLIP):
         image = self.encode_images(self.image_tokens(images))
         if head == "itm":
             return self.encode_pairs(image.tokens_BPU, ids_BT, mask_BT).logits_B2.float().softmax(dim=1)[:, 1]
-        return (image.projected_BQE[:, 0] * self.encode_texts(ids_BT, mask_BT).projected_BE).sum(dim=1)
+        text_BE = self.encode_texts(ids_BT, mask_BT).projected_BE.float()  # in half precision near pairs would be equal
+        return (image.projected_BQE[:, 0].float() * text_BE).sum(dim=1)
 
     @torch.inference_mode()
     def features(self, images: Images | None = None, texts: Sequence[str] | None = None) -> Features:
