@@ -13,6 +13,7 @@ from instructblip.capfilt.settings import Settings
 from instructblip.data.cards import TRAIN_SPLIT
 from instructblip.distributed import Ranks
 from instructblip.errors import UserError
+from instructblip.evaluation.journal import Journal
 from instructblip.files import errors_for_users, read_json, write_json
 
 DATASET = "web_capfilt"
@@ -74,12 +75,15 @@ class Job:
             shutil.rmtree(self.work, ignore_errors=True)
 
     def claim(self, ranks: Ranks) -> None:
-        """Say what is made here, before anything is.
+        """Say what is made here, before anything is: the first rank does, the others wait for it.
 
         Raises:
-            UserError: as `refuse_other`.
+            UserError: as `refuse_other`; the first rank is lost.
         """
-        if not refuse_other(self.out, self.plan) and ranks.is_first:
+        if not ranks.is_first:
+            # A shard of theirs would be taken for another's by a first rank that looks later.
+            Journal(self.work, (), ranks).wait_until_none(lambda: _held_plan(self.out) is None, "plans")
+        if not refuse_other(self.out, self.plan):
             write_json(self.work / _PLAN, self.plan)
 
 

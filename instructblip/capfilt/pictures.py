@@ -49,7 +49,7 @@ def web_splits(folder: Path, split: str) -> list[PreparedSplit]:
     """The prepared splits of a name below a folder, in the order of their paths.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or two of one dataset.
     """
     if not folder.is_dir():
         raise UserError(f"shards={folder} is no folder; give one that prepare.py wrote to")
@@ -59,6 +59,13 @@ def web_splits(folder: Path, split: str) -> list[PreparedSplit]:
         others = ", ".join(sorted({opened.split for opened in found}))
         way_out = f"it has {others}: set split=" if others else "prepare web pictures first (prepare.py)"
         raise UserError(f"shards={folder} has no prepared split {split}; {way_out}")
+    places: dict[str, Path] = {}
+    for opened in wanted:
+        # Pictures are told apart by dataset and key: in captions, and in what is trained on them.
+        if (other := places.setdefault(opened.dataset, opened.folder)) != opened.folder:
+            raise UserError(
+                f"{other} and {opened.folder} are both {opened.dataset}/{split}; give shards= that hold one of them"
+            )
     return wanted
 
 

@@ -31,6 +31,7 @@ ARCHITECTURE: dict[ModelKind, tuple[str, ...]] = {
     "blip_retrieval": (*_PAIRED, "enc_token", "queue_size"),
     "blip_pretrain": (*_PAIRED, "enc_token", "queue_size"),
 }
+_MARKS = 2  # [CLS] and [SEP], or [DEC] and [SEP]
 BLIP_KINDS = tuple(kind for kind in ARCHITECTURE if kind.startswith("blip_"))
 
 
@@ -96,6 +97,11 @@ def check_model(config: ModelConfig) -> None:
     ]:
         owners = " or ".join(owner for owner, names in ARCHITECTURE.items() if other[0] in names)
         raise UserError(f"model.{other[0]} is none of model={kind}; leave it out, or set model={owners}")
+    if "max_text_tokens" in ARCHITECTURE[kind] and architecture.max_text_tokens <= _MARKS:
+        raise UserError(
+            f"model.max_text_tokens={architecture.max_text_tokens} leaves nothing of a text beside its {_MARKS} marks; set "
+            f"it to {_MARKS + 1} or more"
+        )
     if kind in BLIP_KINDS:
         _check_blip(config)
         return

@@ -161,6 +161,8 @@ def _draw_target(record: Record, target: str, random: np.random.Generator) -> tu
     if not record.answers:
         raise ValueError(f"record {record.id} has no answer and cannot be trained on")
     weights = np.array(record.answer_weights or [1.0] * len(record.answers))
+    if not weights.any():
+        raise ValueError(f"record {record.id} has no answer of a weight above 0 and cannot be trained on")
     answer = record.answers[int(random.choice(len(record.answers), p=weights / weights.sum()))]
     if target != "question":
         return None, answer

@@ -39,7 +39,7 @@ from instructblip.models.vision import Images, VisionEncoder, as_frames
 
 BLIP_TOKENS = ("[DEC]", "[ENC]")  # what a written text begins with, and what one that reads an image does
 CAPTION_PROMPT = "a picture of "
-_TEMPERATURES = (0.001, 0.5)  # bounds of the learnt temperature, as released
+TEMPERATURES = (0.001, 0.5)  # bounds of the learnt temperature, as released
 _HEADS = ("vision_projection", "text_projection", "matching_head", "temperature")
 _LOGIT_ROWS = 1024  # vocabulary rows in memory at a time
 
@@ -819,9 +819,11 @@ class BLIPRetrieval(BLIP):
         return {}
 
     def _bounded_temperature(self) -> Tensor:
+        if self.training and not self.temperature.requires_grad:
+            return self.temperature.clamp(*TEMPERATURES)  # what is frozen stays as it is
         if self.training:
             with torch.no_grad():
-                self.temperature.clamp_(*_TEMPERATURES)
+                self.temperature.clamp_(*TEMPERATURES)
         # Not the parameter itself: DDP looks for what is used by walking back from the outputs.
         return self.temperature.clone()
 
@@ -906,7 +908,8 @@ class BLIPRetrieval(BLIP):
         image = self.encode_images(self.image_tokens(images))
         if head == "itm":
             return self.encode_pairs(image.tokens_BPU, ids_BT, mask_BT).logits_B2.float().softmax(dim=1)[:, 1]
-        return (image.projected_BQE[:, 0] * self.encode_texts(ids_BT, mask_BT).projected_BE).sum(dim=1)
+        text_BE = self.encode_texts(ids_BT, mask_BT).projected_BE.float()  # in half precision near pairs would be equal
+        return (image.projected_BQE[:, 0].float() * text_BE).sum(dim=1)
 
     @torch.inference_mode()
     def features(self, images: Images | None = None, texts: Sequence[str] | None = None) -> Features:

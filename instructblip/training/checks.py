@@ -62,6 +62,11 @@ def _check_whole_batch(key: str, phase: PhaseConfig, objectives: tuple[Objective
             f"{key}.batch_size={phase.batch_size} leaves {comparing[0].name} nothing to compare a sample with; set it to 2 "
             "or more"
         )
+    if len(drawing := [item.name for item in objectives if isinstance(item, PairedObjective)]) > 1:
+        raise UserError(
+            f"{key}.objectives {' and '.join(drawing)} draw the wrong pairs in different ways, and a batch has one draw; "
+            f"leave {key}.objectives.{drawing[-1]} out"
+        )
     if phase.gather == "detached" and not any(_has_keys_with_gradient(objective) for objective in objectives):
         raise UserError(
             f"{key}.gather=detached is of objectives over the whole batch, and there are none; leave it out"

@@ -27,6 +27,7 @@ POSITIONS = ("visual_encoder.pos_embed", "visual_encoder_m.pos_embed")
 QUEUE_IDS = "idx_queue"
 _VISION, _ENCODER, _DECODER, _MATCHING = "visual_encoder.", "text_encoder.", "text_decoder.", "itm_head."
 _MOMENTUM = re.compile(r"(\w+_m\.|(image|text|idx)_queue$|queue_ptr$)")
+_CONTRAST = re.compile(r"(vision|text)_proj\.|temp$")
 _POINTER = {"ptr_queue": "queue_ptr"}  # as BLIP's own repository calls it in its retrieval
 _WORDS = "embeddings.word_embeddings.weight"
 _LAYER = re.compile(r"text_(?:encoder|decoder\.bert)\.encoder\.layer\.(\d+)\.")
@@ -130,7 +131,7 @@ def blip_settings(checkpoint: BlipCheckpoint) -> dict[str, Any]:
                 f"{checkpoint.path} lacks the tensor vision_proj.bias; it is of another model, or incomplete"
             )
         settings["feature_width"] = checkpoint.tensors["vision_proj.bias"].shape[0]
-        if "image_queue" in checkpoint.tensors:
+        if "image_queue" in checkpoint.tensors and any("_m." in name for name in checkpoint.tensors):
             settings["queue_size"] = checkpoint.tensors["image_queue"].shape[1]
     return settings
 
@@ -143,12 +144,9 @@ def load_blip(checkpoint: BlipCheckpoint, model: BLIP) -> None:
     """
     own, names = model.state_dict(), lavis_names(model)
     found, where = dict(checkpoint.tensors), str(checkpoint.path)
-    if not isinstance(model, BLIPRetrieval):  # momentum is of another task's training
-        passed = [
-            name for name in found if _MOMENTUM.match(name) or name.startswith(("vision_proj.", "text_proj.", "temp"))
-        ]
-        if passed:
-            logger.info("passed over %d tensors of momentum and contrast: %s", len(passed), ", ".join(passed[:3]))
+    passed = _passed_over(model, found)
+    if passed:
+        logger.info("passed over %d tensors of momentum and contrast: %s", len(passed), ", ".join(passed[:3]))
         found = {name: tensor for name, tensor in found.items() if name not in passed}
     expected = {names[name]: tensor.shape for name, tensor in own.items()}
     if QUEUE_IDS not in found:  # pre-training has none
@@ -157,6 +155,14 @@ def load_blip(checkpoint: BlipCheckpoint, model: BLIP) -> None:
     check_tensors(expected, found, where)
     model.load_state_dict({name: found[names[name]] for name in own if names[name] in found}, strict=False)
     model.held_parts |= {"vision"}
+
+
+def _passed_over(model: BLIP, names: Collection[str]) -> list[str]:
+    """Those that the model has no place for, and that are none of another model."""
+    if not isinstance(model, BLIPRetrieval):  # momentum and contrast are of another task's training
+        return [name for name in names if _MOMENTUM.match(name) or _CONTRAST.match(name)]
+    # Copies without a queue, or a queue without copies: nothing can go on with either.
+    return [name for name in names if _MOMENTUM.match(name)] if model.queue_size is None else []
 
 
 def lavis_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -17,13 +17,13 @@ from instructblip.weights.init_from import VISION_NORM, Begun
 from instructblip.weights.init_sources import StartWeights
 from instructblip.weights.start import Start
 
-VISION, MOMENTUM, QUEUE = "vision encoder", "momentum copies", "queue"
+VISION, MOMENTUM, QUEUE, QUEUE_IDS = "vision encoder", "momentum copies", "queue", "image ids of the queue"
 _ENCODER, _DECODER, _HEAD, _CROSS = "text encoder", "text decoder", "language-model head", "cross-attention"
 # What a tensor belongs to, by this code's names; the first that matches.
 _PLACES = {
     VISION: re.compile(r"vision\."),
     VISION_NORM: re.compile(r"vision_norm\."),  # of a CNN
-    "image ids of the queue": re.compile(r"momentum\.image_id_queue$"),  # pre-training has none
+    QUEUE_IDS: re.compile(r"momentum\.image_id_queue$"),  # pre-training has none
     QUEUE: re.compile(r"momentum\.(image_queue|text_queue|pointer)$"),
     MOMENTUM: re.compile(r"momentum\."),
     _HEAD: re.compile(r"text_\w+\.lm_head\."),
@@ -85,6 +85,9 @@ def _fitting(model: BLIP, tensors: Mapping[str, Tensor], last: StartWeights) -> 
             taken[name] = found
         else:
             lacking.setdefault(_place(name), _unlike(name, own, found))
+    if QUEUE in lacking:  # features, their images and the place of the oldest belong together
+        taken = {name: tensor for name, tensor in taken.items() if _place(name) not in (QUEUE, QUEUE_IDS)}
+        lacking.setdefault(QUEUE_IDS, "")
     filled = set(_places(taken))
     if not filled & {VISION, _ENCODER, _DECODER}:
         raise UserError(f"init_from={last.source.given} holds nothing that {model.title} has; give weights of BLIP")

@@ -28,7 +28,15 @@ from instructblip.config.schema import (
 from instructblip.errors import UserError
 from instructblip.fetch.parts import part_folder, sources
 from instructblip.models.base import Model
-from instructblip.models.blip import BLIP, BLIP_TOKENS, BLIPVQA, BLIPCaption, BLIPPretrain, BLIPRetrieval
+from instructblip.models.blip import (
+    BLIP,
+    BLIP_TOKENS,
+    BLIPVQA,
+    TEMPERATURES,
+    BLIPCaption,
+    BLIPPretrain,
+    BLIPRetrieval,
+)
 from instructblip.models.blip2 import BLIP2
 from instructblip.models.instructblip import InstructBLIP
 from instructblip.models.llm import LLM
@@ -112,6 +120,7 @@ def build_blip2_stage1(config: ModelConfig) -> BLIP2:
     qformer = config.q_former()
     trainable, tokenizer = load_qformer(qformer, vision_width=encoder.width, reads_and_writes=True)
     assert tokenizer is not None
+    _check_length(config, trainable.max_text_tokens)
     if not config.model.language_model_head:
         trainable.lm_head = None
     try:
@@ -132,6 +141,7 @@ def build_blip_caption(config: ModelConfig) -> BLIPCaption:
     """BLIP for captions, all of it trained; as `build_model`, and so are the next."""
     vision = _blip_vision(config)
     decoder, tokenizer = load_text_model(config.text_model(), source_width=vision.width, language_model_head=True)
+    _check_length(config, decoder.max_text_tokens)
     try:
         return BLIPCaption(
             vision=vision,
@@ -148,6 +158,7 @@ def build_blip_vqa(config: ModelConfig) -> BLIPVQA:
     """BLIP for questions; its decoder reads the states of the questions."""
     vision = _blip_vision(config)
     encoder, tokenizer = load_text_model(config.text_model(), source_width=vision.width)
+    _check_length(config, encoder.max_text_tokens)
     decoder, _ = load_text_model(config.text_model(), source_width=encoder.width, language_model_head=True)
     return BLIPVQA(
         vision=vision,
@@ -165,6 +176,8 @@ def build_blip_retrieval(config: ModelConfig) -> BLIPRetrieval:
     encoder, tokenizer = load_text_model(
         config.text_model(), source_width=vision.width, language_model_head=writes, decoder_attention=writes
     )
+    _check_length(config, encoder.max_text_tokens)
+    _check_temperature(config.model.temperature)
     kind = BLIPPretrain if writes else BLIPRetrieval
     return kind(
         vision=vision,
@@ -176,6 +189,22 @@ def build_blip_retrieval(config: ModelConfig) -> BLIPRetrieval:
         temperature=config.model.temperature,
         queue_size=config.model.queue_size,
     )
+
+
+def _check_length(config: ModelConfig, places: int) -> None:
+    # Else the first text that is longer would end the run.
+    if config.model.max_text_tokens > places:
+        raise UserError(
+            f"model.max_text_tokens={config.model.max_text_tokens} is more than the text model's {places} places; lower it"
+        )
+
+
+def _check_temperature(temperature: float) -> None:
+    lowest, highest = TEMPERATURES
+    if not lowest <= temperature <= highest:
+        raise UserError(
+            f"model.temperature={temperature:g} is not between {lowest:g} and {highest:g}, where BLIP's is kept; set another"
+        )
 
 
 def _blip_vision(config: ModelConfig) -> VisionEncoder:

@@ -214,6 +214,7 @@ MISTAKES = {
     "recipe.phases.pretrain.objectives={pair_distillation: 0.0, pair_matching: 0.0}": "soft_targets_ramp is of ob",
     "recipe.phases.pretrain.plateau_decay=0.9": "plateau_decay is from plateau to plateau; set recipe.phases.pretrain",
     "recipe.phases.pretrain.objectives={answering: 1.0, alignment: 1.0}": "alignment needs embedding_length, which model=bl",
+    "recipe.phases.pretrain.objectives={pair_matching: 1.0, matching: 1.0}": "and matching draw the wrong pairs in diff",
     "model.queue_size=null": "model.queue_size=null leaves pair_distillation nothing to compare with",
 }
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from tests.kit.blip import (
     tiny_vqa,
     write_blip,
 )
+from tests.kit.blip_training import momentum_of
 from tests.kit.vectors import blip_tokenizer, tensors
 
 TINY = {"caption": tiny_caption, "vqa": tiny_vqa, "retrieval": tiny_retrieval, "pretrain": tiny_pretrain}
@@ -154,6 +156,21 @@ def test_momentum_is_dropped_where_nothing_trains_with_it(
         found = load_model(tmp_path / "theirs.pth", **published)
     assert "passed over 3 tensors of momentum and contrast: visual_encoder_m.cls_token" in caplog.text
     assert_same(found.model.state_dict(), model.state_dict())
+
+
+@pytest.mark.parametrize("lacks", [r"_m\.", r"_queue$|^queue_ptr$"], ids=["copies", "queue"])
+def test_a_file_with_half_of_momentum_is_loaded_without_it(
+    lacks: str, published: dict[str, Any], tmp_path: Path
+) -> None:
+    model = tiny_retrieval(queue_size=8)
+    save_blip(model, tmp_path / "model.pth")
+    state = torch.load(tmp_path / "model.pth", weights_only=True)["model"]
+    kept = {name: tensor for name, tensor in state.items() if not re.search(lacks, name)}
+    torch.save({"model": kept}, tmp_path / "theirs.pth")
+    found = load_model(tmp_path / "theirs.pth", **published).model
+    assert isinstance(found, BLIPRetrieval) and found.queue_size is None
+    own = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("momentum.")}
+    assert_same(found.state_dict(), own)
 
 
 def test_what_is_no_blip_is_refused_in_one_line(published: dict[str, Any], tmp_path: Path) -> None:
@@ -323,6 +340,21 @@ def test_momentum_copies_start_as_what_they_follow(tmp_path: Path) -> None:
     for part in Momentum.COPIED:
         own, copied = getattr(theirs, part).state_dict(), getattr(model.momentum, part).state_dict()
         assert_same(copied, own)
+
+
+def test_a_queue_is_taken_whole_or_not_at_all(tmp_path: Path) -> None:
+    """Else the images of a file's features would be said of features that are drawn at random."""
+    theirs, model = tiny_retrieval(seed=1, queue_size=8), tiny_retrieval(seed=2, queue_size=8)
+    momentum_of(theirs).enqueue(torch.randn(3, 16), torch.randn(3, 16), torch.tensor([5, 6, 7]))
+    save_blip(theirs, tmp_path / "model.pth")
+    state = model_state(tmp_path / "model.pth")
+    torch.save({"model": state | {"text_queue": torch.zeros(8, 8)}}, tmp_path / "narrow.pth")
+    before = momentum_of(model).image_queue.clone()
+    begun = started(model, tmp_path / "narrow.pth")
+    assert begun.start.new == ("queue", "image ids of the queue")
+    assert torch.equal(momentum_of(model).image_queue, before)
+    assert set(momentum_of(model).image_id_queue.flatten().tolist()) == {-100}
+    assert int(momentum_of(model).pointer) == 0
 
 
 def test_captioner_and_answerer_start_from_pre_training(tmp_path: Path) -> None:

@@ -10,7 +10,9 @@ from PIL import Image
 from instructblip.errors import UserError
 from instructblip.models import blip as module
 from instructblip.models.blip import BLIP
+from instructblip.models.pairs import similarities
 from tests.kit.blip import SIDE, tiny_caption, tiny_pretrain, tiny_retrieval, tiny_text_model, tiny_vit, tiny_vqa
+from tests.kit.blip2 import tiny_stage1
 from tests.kit.losses import Samples
 from tests.kit.vectors import bert_tokenizer, blip_tokenizer
 
@@ -138,6 +140,16 @@ def test_models_that_were_cast_answer(dtype: torch.dtype) -> None:
     model = tiny_pretrain()
     full = model.match(images, TEXTS[:2], head="itc")
     torch.testing.assert_close(model.to(dtype).match(images, TEXTS[:2], head="itc").float(), full, atol=3e-2, rtol=0)
+
+
+@pytest.mark.parametrize("make", [tiny_retrieval, tiny_stage1])
+def test_cosines_of_models_in_half_precision_are_not_rounded_to_it(make: Callable[[], Any]) -> None:
+    model = make().to(torch.bfloat16)
+    found = model.match(pictures(3), TEXTS, head="itc")
+    features = model.features(pictures(3), TEXTS)
+    cosines_BC = similarities(features.image_projected.float(), features.text_projected.float())
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, cosines_BC.diagonal(), atol=1e-6, rtol=0)
 
 
 def test_an_evaluation_reads_how_texts_enter() -> None:

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import BertConfig, BertForMaskedLM, BertTokenizerFast
 
+from instructblip.config.checks import check_model
 from instructblip.config.schema import (
     ArchitectureConfig,
     ModelConfig,
@@ -17,7 +18,7 @@ from instructblip.config.schema import (
     VisionConfig,
 )
 from instructblip.errors import UserError
-from instructblip.models.blip import BLIPVQA, BLIPCaption, BLIPPretrain, BLIPRetrieval, Momentum
+from instructblip.models.blip import BLIP, BLIPVQA, BLIPCaption, BLIPPretrain, BLIPRetrieval, Momentum
 from instructblip.models.vision import VisionEncoder
 from instructblip.weights.parts import MODELS, build_model
 from tests.kit.tiny import redraw
@@ -128,11 +129,27 @@ def test_what_cannot_be_built_is_said_in_one_line(folder: Path) -> None:
     config = configured(folder, "blip_caption", max_text_tokens=4)
     with pytest.raises(UserError, match=r"model.prompt: the prompt 'a picture of ' fills all 4 tokens"):
         build_model(config)
+    config = configured(folder, "blip_retrieval", temperature=0.9)
+    with pytest.raises(UserError, match=r"model.temperature=0.9 is not between 0.001 and 0.5"):
+        build_model(config)
     config = configured(folder, "blip_caption")
     assert config.text is not None
     config.text = dataclasses.replace(config.text, layers=3)
     with pytest.raises(UserError, match=r"text.layers=3: .* has 2; give 1 to that many"):
         build_model(config)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_texts_longer_than_the_positions_are_refused_before_one_comes(kind: ModelKind, folder: Path) -> None:
+    with pytest.raises(UserError, match=r"max_text_tokens=65 is more than the text model's 64 places; lower it"):
+        build_model(configured(folder, kind, max_text_tokens=65))
+    with pytest.raises(UserError, match="max_text_tokens=2 leaves nothing of a text beside its 2 marks; set it to 3"):
+        check_model(configured(folder, kind, max_text_tokens=2))
+    check_model(configured(folder, kind, max_text_tokens=3))
+    model = build_model(configured(folder, kind, max_text_tokens=64))
+    assert isinstance(model, BLIP)
+    (ids,) = model.token_ids(["a man " * 64])
+    assert len(ids) == 64 and ids[-1] == model.tokenizer.sep_token_id
 
 
 def test_without_files_everything_is_drawn_from_the_seed(folder: Path) -> None:

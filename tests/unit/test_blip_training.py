@@ -294,6 +294,15 @@ def test_the_temperature_stays_within_its_bounds_in_a_step() -> None:
         assert float(model.temperature.detach()) == pytest.approx(bound)
 
 
+def test_a_frozen_temperature_is_bounded_where_it_is_read_and_stays() -> None:
+    model = tiny_blip(("vision",))
+    with torch.no_grad():
+        model.temperature.fill_(3.0)
+    outputs = model(model.prepare(tiny_batch(ROWS[:2])), {"temperature"})
+    assert float(outputs.tensors["temperature"]) == 0.5
+    assert float(model.temperature) == 3.0
+
+
 # --- answers ---------------------------------------------------------------------------------------------------------
 
 

@@ -1,7 +1,9 @@
 """`python -m instructblip.capfilt`: what is kept, counted and written, and that captions depend on the picture alone."""
 
+import dataclasses
 import json
 import shutil
+import threading
 from collections import Counter
 from collections.abc import Mapping
 from html import unescape
@@ -17,6 +19,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
 
 from instructblip.capfilt.captioning import Captioning
+from instructblip.capfilt.job import Job
 from instructblip.capfilt.models import ClipJudge, find_models
 from instructblip.capfilt.settings import settle
 from instructblip.capfilt.texts import Scored, choose_texts, texts_to_judge
@@ -31,6 +34,7 @@ from instructblip.data.records import Record
 from instructblip.data.shards import PreparedSplit, open_split
 from instructblip.data.templates import load_templates
 from instructblip.data.text_processors import blip_caption
+from instructblip.distributed import Ranks
 from instructblip.errors import UserError
 from instructblip.images import center_crop, decode_image
 from instructblip.weights.clip import find_clip, load_clip
@@ -412,6 +416,31 @@ def test_mistakes_are_one_line(web: Path, clip: Path, tmp_path: Path, monkeypatc
     bare.mkdir()
     with pytest.raises(UserError, match="prepare web pictures first"):
         caption_web(bare, tmp_path / "other")
+
+
+def test_two_splits_whose_pictures_would_have_the_same_names_are_refused(web: Path, tmp_path: Path) -> None:
+    for place in ("a", "b"):
+        shutil.copytree(web / "cc3m", tmp_path / "shards" / place / "cc3m")
+    with pytest.raises(
+        UserError, match=r"a/cc3m/train and .*b/cc3m/train are both cc3m/train; give shards= that hold one"
+    ):
+        caption_web(tmp_path / "shards", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_nothing_is_made_before_the_first_rank_has_said_what(tmp_path: Path) -> None:
+    """A shard that was there already would be another's."""
+    settings = settle(CapFiltConfig(shards="", captioner="", filter="", out=""), "blip_caption")
+    job = Job(tmp_path, settings, {"seed": 0}, {}, tolerance=0)
+    other = threading.Thread(target=job.claim, args=(Ranks(1, 2),))
+    other.start()
+    other.join(0.2)
+    assert other.is_alive() and not list(tmp_path.iterdir())
+    job.claim(Ranks(0, 2))
+    other.join(10)
+    assert not other.is_alive()
+    with pytest.raises(UserError, match="holds captions of another seed"):
+        dataclasses.replace(job, plan={"seed": 1}).claim(Ranks(1, 2))
 
 
 def other_model(folder: Path) -> Path:

@@ -245,6 +245,9 @@ def test_without_weights_all_answers_are_equal() -> None:
 def test_a_record_without_answer_cannot_be_trained_on() -> None:
     with pytest.raises(ValueError, match="record 9 has no answer"):
         render_training(Record("9", "color", "what?"), SET, np.random.default_rng(0))
+    unwanted = Record("9", "color", "what?", answers=("a", "b"), answer_weights=(0.0, 0.0))
+    with pytest.raises(ValueError, match="record 9 has no answer of a weight above 0"):
+        render_training(unwanted, SET, np.random.default_rng(0))
 
 
 def test_load_templates(tmp_path: Path) -> None:
