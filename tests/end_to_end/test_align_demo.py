@@ -13,7 +13,7 @@ from tests.kit.runs import REPOSITORY, World, compose, one_thread
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 
 import align_study
-from align_study import DATASETS, RUNS, Study, tables
+from align_study import DATASETS, RUNS, Found, Study, tables
 
 STAGES = ("align_demo_stage1", "align_demo_stage2", "align_demo")
 STEPS = {"stage1": 2, "stage2": 2, "cosine": 2, "tuned": 2}
@@ -54,7 +54,7 @@ def test_all_are_tuned_alike_and_asked_alike(study: Study) -> None:
     assert found["stage1", 1]["scores"].keys() == {"caption", "itc", "itm"}
     assert found["stage2", 1]["scores"].keys() == {"caption"}
     assert all(entry["cpu_seconds"] > 0 for entry in found.values())
-    assert [table.row_count for table in tables(found, [1])] == [5, 16]
+    assert [table.row_count for table in tables(Found(found, [1]))] == [5, 16]
 
 
 def test_spread_and_intervals_are_over_seeds() -> None:
