@@ -553,6 +553,7 @@ class EvaluateConfig(Section):
     mode: Mode | None = None  # None takes each card's own
     preset: Preset = "paper"  # lavis: what the released code computes
     samples: AtLeastOne | None = None  # per dataset; None is all of them
+    rerank: AtLeastOne | None = None  # in retrieval, how many of the nearest are matched; None takes each card's own
     withhold_images: bool = False
     blind_baseline: bool = False
     allow_untrained: bool = False  # evaluate a model of which a part was drawn and never trained

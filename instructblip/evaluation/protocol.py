@@ -224,6 +224,7 @@ def make_task(
     withhold_images: bool = False,
     preset: str = "paper",
     llm_kind: str = "decoder",
+    rerank: int | None = None,
 ) -> Task:
     """Open a card's split and settle its protocol.
 
@@ -236,12 +237,14 @@ def make_task(
         withhold_images: the blind baseline.
         preset: `paper`, or `lavis` for what the released code computes.
         llm_kind: `decoder` or `encoder_decoder`; the released code treats them differently.
+        rerank: in `retrieve` mode, instead of the card's own number.
 
     Raises:
         UserError: the card says nothing of evaluation, the split (or the train split that candidates come from) is not
             prepared or has no public answers, or the mode or the number of samples does not suit the card's metric.
     """
     rules = _rules(card, preset, llm_kind)
+    rules = rules if rerank is None else replace(rules, rerank=rerank)
     split, mode = split or rules.split, mode or rules.mode
     if reason := _unfit(card, rules, mode):
         raise UserError(reason)

@@ -82,6 +82,7 @@ def _plan(
             samples=config.samples,
             mode=modes[card.name],
             withhold_images=config.withhold_images,
+            rerank=config.rerank,
             **rules,
         )
 

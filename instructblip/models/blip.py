@@ -322,11 +322,6 @@ class _Captioner(BLIP):
                     f"{name}[{number}] has {len(ids)} tokens; the text model has {limit} places: shorten it"
                 )
 
-    @property
-    def prompt_length(self) -> int:
-        """Tokens that begin every caption."""
-        return len(self._prompt_ids(self.prompt))
-
     def _prompt_ids(self, prompt: str) -> list[int]:
         """Those that a caption begins with: of the prompt, [DEC] in the place of [CLS], without [SEP]."""
         return [self.start_id, *self.tokenizer(prompt)["input_ids"][1:-1]]
@@ -345,7 +340,7 @@ class BLIPCaption(_Captioner):
         trained: the parts that train; the others are frozen.
 
     Raises:
-        ValueError: a tokenizer without the start tokens, a decoder without a head.
+        ValueError: a tokenizer without the start tokens, a decoder without a head, a prompt that leaves no room.
     """
 
     PARTS = {"vision": ("vision", "vision_norm"), "text": ("text_decoder",)}  # noqa: RUF012
@@ -366,6 +361,8 @@ class BLIPCaption(_Captioner):
         _check_writes(text_decoder)
         self.text_decoder = text_decoder
         self.prompt = prompt
+        if len(self.caption_start()) >= max_text_tokens:
+            raise ValueError(f"the prompt {prompt!r} fills all {max_text_tokens} tokens of a caption; shorten it")
         self.choose_trained(trained)
 
     @property
@@ -745,9 +742,10 @@ class BLIPRetrieval(BLIP):
     ) -> None:
         super().__init__(vision=vision, tokenizer=tokenizer, max_text_tokens=max_text_tokens, enc_token=enc_token)
         self.text_encoder = text_encoder
-        self.vision_projection = nn.Linear(vision.width, feature_width)
-        self.text_projection = nn.Linear(text_encoder.width, feature_width)
-        self.matching_head = nn.Linear(text_encoder.width, 2)
+        heads = pair_heads(vision.width, text_encoder.width, feature_width)
+        self.vision_projection = heads["vision_projection"]
+        self.text_projection = heads["text_projection"]
+        self.matching_head = heads["matching_head"]
         self.temperature = nn.Parameter(torch.tensor(temperature))
         self.momentum: nn.Module = nn.Identity()
         if queue_size is not None:
@@ -986,6 +984,15 @@ class BLIPPretrain(BLIPRetrieval, _Captioner):
 
     def _every_task(self) -> frozenset[str]:
         return super()._every_task() | {"answer_logits"}
+
+
+def pair_heads(vision_width: int, text_width: int, feature_width: int) -> dict[str, nn.Linear]:
+    """What contrasts and matches: projections of both sides' first tokens, and the matching head."""
+    return {
+        "vision_projection": nn.Linear(vision_width, feature_width),
+        "text_projection": nn.Linear(text_width, feature_width),
+        "matching_head": nn.Linear(text_width, 2),
+    }
 
 
 def _reading_half(text_model: TextModel) -> TextModel:

@@ -21,7 +21,6 @@ from instructblip.data.lost import LostSamples
 from instructblip.data.mixture import Mixture
 from instructblip.data.mixture_dataset import MixtureDataset, TrainingSet
 from instructblip.distributed import Ranks, choose_device
-from instructblip.errors import UserError
 from instructblip.evaluation.protocol import Task, make_task, make_validation_task, refuse_unable
 from instructblip.evaluation.results_file import NotEvaluated
 from instructblip.evaluation.runner import read_pixels
@@ -46,7 +45,8 @@ from instructblip.training.datasets import (
 from instructblip.training.metrics_log import BestStep, MetricsLog
 from instructblip.training.optim import WeightAverage, layer_decay, make_adamw
 from instructblip.training.parallel import PRECISIONS, StepContext, check_layout, is_sharded, parallelize
-from instructblip.training.plan.blip_flops import blip_shape
+from instructblip.training.plan.blip_flops import TextParts, blip_shape
+from instructblip.training.plan.blip_memory import plan_blip
 from instructblip.training.plan.flops import GPUS, ModelShape, SampleLengths, device_peak, model_shape
 from instructblip.training.plan.memory import Plan, PlanLayout, plan_run, planned_phases
 from instructblip.training.run_cards import RunCards, find_cards
@@ -64,7 +64,7 @@ from instructblip.weights.load import (
     restore_model,
     tokenizer_fingerprints,
 )
-from instructblip.weights.modules import parts_without_weights, vision_encoder
+from instructblip.weights.modules import blip_without_weights, parts_without_weights, vision_encoder
 from instructblip.weights.parts import MODELS, build_model
 from instructblip.weights.start import Start
 
@@ -128,8 +128,6 @@ def make_plan(config: TrainConfig) -> Plan:
     """
     check_layout(config.parallel.kind, config.parallel.shard_size, gpus := _planned_gpus(config))
     check_batches(config.recipe.phases, gpus)
-    if config.qformer is None:
-        raise UserError(f"plan=true plans models with a Q-Former, and model={config.model.kind} has none; leave it out")
     llm = config.llm
     layout = PlanLayout(
         gpu=GPUS[config.plan_gpu],
@@ -142,12 +140,20 @@ def make_plan(config: TrainConfig) -> Plan:
         average=config.recipe.average_decay is not None,
         quantization=None if llm is None else llm.quantization,
         cached=config.data.cache_features,
-        longest=SampleLengths(0, config.model.max_text_tokens)
-        if llm is None
-        else SampleLengths(llm.max_prompt_tokens, llm.max_target_tokens),
+        longest=_longest_sample(config),
         trained=frozenset(config.train.parts(config)),
     )
+    if config.text is not None:
+        return plan_blip(blip_without_weights(config), planned_phases(config.recipe.phases), layout)
     return plan_run(parts_without_weights(config), planned_phases(config.recipe.phases), layout)
+
+
+def _longest_sample(config: TrainConfig) -> SampleLengths:
+    if config.llm is not None:
+        return SampleLengths(config.llm.max_prompt_tokens, config.llm.max_target_tokens)
+    longest = config.model.max_text_tokens
+    # As many answers as people were asked, of four tokens each.
+    return SampleLengths(longest, 40) if config.model.kind == "blip_vqa" else SampleLengths(0, longest)
 
 
 def _planned_gpus(config: TrainConfig) -> int:
@@ -388,7 +394,7 @@ def _shape(config: TrainConfig, model: Model) -> ModelShape:
     with torch.device("meta"):
         vision = vision_encoder(config.vision)
     if isinstance(model, BLIP):
-        return blip_shape(vision, model)
+        return blip_shape(vision, TextParts.of(model), model.trained_parts)
     assert isinstance(model, InstructBLIP | BLIP2)
     llm = model.llm.model if isinstance(model, InstructBLIP) else None
     heads = [part for part in model.part_modules("qformer") if part not in (model.qformer, model.vision_norm)]

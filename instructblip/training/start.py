@@ -49,7 +49,7 @@ def plan_start(config: TrainConfig, plan: Plan) -> list[str]:
         return []
     given, width = (
         given_weights(config.init_from, config.q_former()),
-        plan.parts.llm.get_input_embeddings().embedding_dim,
+        plan.llm.get_input_embeddings().embedding_dim,
     )
     line = plan_alignment(given, config.q_former(), config.llm, width)
     return [] if line is None else [f"At the start: {line}."]

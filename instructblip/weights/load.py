@@ -36,7 +36,7 @@ from instructblip.models.fingerprint import fingerprint, fingerprint_tensors
 from instructblip.models.instructblip import InstructBLIP
 from instructblip.weights.blip import blip_checkpoint, blip_settings, is_blip, load_blip
 from instructblip.weights.checkpoint import LoadedCheckpoint, checkpoint_folders, load_checkpoint, newest_whole
-from instructblip.weights.gatekeeper import foreign_settings, refuse_other_model
+from instructblip.weights.gatekeeper import check_content, foreign_settings, refuse_other_model
 from instructblip.weights.lavis import (
     LavisCheckpoint,
     architecture_settings,
@@ -156,7 +156,6 @@ def find_source(source: str | Path, llm: str | LLMConfig | None = None) -> Sourc
     """
     path = Path(source).expanduser()
     if path.is_file():
-        refuse_other_model(path)
         return _find_lavis(path, llm)
     if folder := huggingface_source(source):
         return _find_huggingface(folder, path.absolute().name, llm)
@@ -170,6 +169,17 @@ def find_source(source: str | Path, llm: str | LLMConfig | None = None) -> Sourc
 
 
 def _find_lavis(path: Path, llm: str | LLMConfig | None) -> Source:
+    known = ", ".join(sorted(file.stem for file in (CONFIGS / "llm").glob("*.yaml")))
+    try:
+        check_content(path)
+    except UserError as error:
+        if llm is not None:
+            raise
+        # Most such files need a name, too: who mends this one would fail a second time.
+        raise UserError(
+            f"{error}; where it was trained with a language model, say which: llm= one of {known}"
+        ) from None
+    refuse_other_model(path)
     state = model_state(path)
     kind = blip_checkpoint(path, state).kind if is_blip(path, state) else read_lavis(path).kind
     if kind == "blip2_stage1" or kind in BLIP_KINDS:
@@ -177,7 +187,6 @@ def _find_lavis(path: Path, llm: str | LLMConfig | None) -> Source:
             raise UserError(f"{path} is of {_WITHOUT_LLM[kind == 'blip2_stage1']}; leave llm= out")
         return Source("lavis", path, path.stem, kind, None)
     if llm is None:
-        known = ", ".join(sorted(file.stem for file in (CONFIGS / "llm").glob("*.yaml")))
         raise UserError(f"{path} has no language model in it; say which one it was trained with: llm= one of {known}")
     return Source("lavis", path, path.stem, kind, llm_config(llm, None).kind)
 

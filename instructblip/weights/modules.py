@@ -15,6 +15,7 @@ from transformers import AutoConfig
 from instructblip.config.schema import LLMConfig, ModelConfig, QFormerConfig, TextConfig, VisionConfig
 from instructblip.errors import UserError
 from instructblip.fetch.parts import part_settings, sources
+from instructblip.models.blip import BLIP_TOKENS, pair_heads
 from instructblip.models.blip2 import blip2_heads
 from instructblip.models.llm import LLM_KINDS
 from instructblip.models.med import TextModel
@@ -34,6 +35,23 @@ class Parts:
         nn.ModuleDict
     )  # what stands behind the Q-Former: InstructBLIP's projection, the heads of BLIP-2's first stage
     llm: Any  # a transformers model; None where there is none
+
+
+@dataclass(frozen=True)
+class BLIPParts:
+    """The parts of a BLIP without its tokenizer.
+
+    Attributes:
+        encoder, decoder: None where the model has none; one and the same in pre-training.
+        heads: what contrasts and matches, by name.
+        queue_size: pairs that a queue beside momentum copies holds; None without them.
+    """
+
+    vision: VisionEncoder
+    encoder: TextModel | None
+    decoder: TextModel | None
+    heads: nn.ModuleDict
+    queue_size: int | None
 
 
 def parts_without_weights(config: ModelConfig) -> Parts:
@@ -162,6 +180,30 @@ def make_text_model(
     )
 
 
+def blip_without_weights(config: ModelConfig) -> BLIPParts:
+    """The parts of a BLIP on the meta device, its text models in the `sizes` of their YAML, else of BERT's config.json.
+
+    Raises:
+        UserError: a part without either, or settings that do not fit.
+    """
+    kind, text = config.model.kind, config.text_model()
+    bert = _sizes("text", text)
+    common: dict[str, Any] = {"bert": bert, "rows": bert["vocab_size"] + len(BLIP_TOKENS), "where": "text.sizes"}
+    writes = kind != "blip_retrieval"
+    with torch.device("meta"):
+        vision = vision_encoder(config.vision)
+        decoder_reads = bert["hidden_size"] if kind == "blip_vqa" else vision.width
+        if kind in ("blip_caption", "blip_vqa"):
+            decoder = make_text_model(text, source_width=decoder_reads, language_model_head=True, **common)
+            encoder = make_text_model(text, source_width=vision.width, **common) if kind == "blip_vqa" else None
+            return BLIPParts(vision, encoder, decoder, nn.ModuleDict(), None)
+        one = make_text_model(
+            text, source_width=vision.width, language_model_head=writes, decoder_attention=writes, **common
+        )
+        heads = pair_heads(vision.width, one.width, config.model.feature_width)
+    return BLIPParts(vision, one, one if writes else None, nn.ModuleDict(heads), config.model.queue_size)
+
+
 def language_model_of_sizes(config: LLMConfig) -> Any:
     """The transformers model of the `sizes` in its YAML, else of its config.json, the text part alone where it has others.
 
@@ -200,7 +242,7 @@ def override_settings(settings: Any, options: Mapping[Any, Any]) -> None:
         setattr(settings, name, value)
 
 
-def _sizes(part: str, config: LLMConfig | QFormerConfig) -> Mapping[str, Any]:
+def _sizes(part: str, config: LLMConfig | QFormerConfig | TextConfig) -> Mapping[str, Any]:
     if config.sizes:
         return config.sizes
     try:

@@ -130,13 +130,16 @@ def build_blip_caption(config: ModelConfig) -> BLIPCaption:
     """BLIP for captions, all of it trained; as `build_model`, and so are the next."""
     vision = _blip_vision(config)
     decoder, tokenizer = load_text_model(config.text_model(), source_width=vision.width, language_model_head=True)
-    return BLIPCaption(
-        vision=vision,
-        text_decoder=decoder,
-        tokenizer=tokenizer,
-        max_text_tokens=config.model.max_text_tokens,
-        prompt=config.model.prompt,
-    )
+    try:
+        return BLIPCaption(
+            vision=vision,
+            text_decoder=decoder,
+            tokenizer=tokenizer,
+            max_text_tokens=config.model.max_text_tokens,
+            prompt=config.model.prompt,
+        )
+    except ValueError as error:
+        raise UserError(f"model.prompt: {error}, or raise model.max_text_tokens") from None
 
 
 def build_blip_vqa(config: ModelConfig) -> BLIPVQA:

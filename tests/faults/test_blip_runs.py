@@ -170,7 +170,6 @@ MISTAKES = {
     "recipe.phases.pretrain.plateau_decay=0.9": "plateau_decay is from plateau to plateau; set recipe.phases.pretrain",
     "recipe.phases.pretrain.objectives={answering: 1.0, alignment: 1.0}": "alignment needs embedding_length, which model=bl",
     "model.queue_size=null": "model.queue_size=null leaves pair_distillation nothing to compare with",
-    "plan=true": "plan=true plans models with a Q-Former",
 }
 
 

@@ -68,6 +68,9 @@ def test_parts_that_do_not_fit_are_refused() -> None:
     tokenizer = blip_tokenizer()
     with pytest.raises(ValueError, match="a text model that writes needs a language-model head"):
         module.BLIPCaption(vision=tiny_vit(), text_decoder=tiny_text_model(tokenizer), tokenizer=tokenizer)
+    decoder = tiny_text_model(tokenizer, language_model_head=True)
+    with pytest.raises(ValueError, match="the prompt 'a picture of ' fills all 4 tokens of a caption"):
+        module.BLIPCaption(vision=tiny_vit(), text_decoder=decoder, tokenizer=tokenizer, max_text_tokens=4)
     plain = bert_tokenizer()
     with pytest.raises(ValueError, match=r"the tokenizer has no \[ENC\], which begins"):
         module.BLIPRetrieval(vision=tiny_vit(), text_encoder=tiny_text_model(plain), tokenizer=plain)

@@ -142,3 +142,13 @@ def test_one_and_two_ranks_write_the_same_answers_twice(name: str, shards: Path,
             other.join(60)
         found.append((result.value, result.low, result.high, (tmp_path / str(run) / "predictions.jsonl").read_bytes()))
     assert found[0] == found[1] == found[2]
+
+
+def test_more_of_the_nearest_may_be_matched_than_a_card_says(tmp_path: Path) -> None:
+    card = load_card("coco_retrieval")
+    few, more = (synthetic_task(card, tmp_path / str(count), 3, rerank=count) for count in (1, 256))
+    assert (few.protocol.rerank, more.protocol.rerank) == (1, 256)
+    assert synthetic_task(card, tmp_path / "own", 3).protocol.rerank == 128
+    found = [answer(tiny_retrieval(), task, batch_size=8) for task in (few, more)]
+    assert [len(item.ranked) for item in found[0].predictions] == [1] * 3
+    assert all(len(item.ranked) > 1 for item in found[1].predictions)

@@ -34,6 +34,7 @@ from instructblip.data.text_processors import blip_caption
 from instructblip.errors import UserError
 from instructblip.images import center_crop, decode_image
 from instructblip.weights.clip import find_clip, load_clip
+from tests.kit.blip import tiny_caption, tiny_retrieval
 from tests.kit.tiny import COLORS, tiny_model
 from tests.kit.web import (
     caption_web,
@@ -478,3 +479,20 @@ def test_instructblip_captions_by_its_prompt(web: Path, tmp_path: Path) -> None:
             noise=torch.from_numpy(noise)[None],
         )
         assert " ".join(caption.split()) in [record.answers[0] for record in kept[key]]
+
+
+@pytest.mark.parametrize("batch_size", [1, 64])
+def test_blip_captions_and_filters_as_released(web: Path, tmp_path: Path, batch_size: int) -> None:
+    captioner, judge = tiny_caption(), tiny_retrieval()
+    keys = {"max_new_tokens": None, "min_new_tokens": None, "batch_size": batch_size, "threshold": 0.0}
+    out = caption_web(web, tmp_path / "out", captioner=captioner, judge=judge, kind="blip_caption", **keys)
+    kept = records_of(open_split(out / SPLIT))
+    for shard in open_split(web / "cc3m/train").shards:
+        for row, key in enumerate(shard.keys):
+            noise = seeded_generator(0, "caption", f"cc3m/train/{key}", 0).random(16)
+            picture = decode_image(shard.read(row)[0][0], key)
+            (caption,) = captioner.generate([picture], do_sample=True, top_p=0.9, noise=torch.from_numpy(noise)[None])
+            record = next(item for item in kept[key] if item.tags["source"] == "synthetic")
+            assert record.answers == (" ".join(caption.split()),)
+            probability = float(judge.match([picture], [blip_caption(record.answers[0])]))
+            assert float(record.tags["score"]) == pytest.approx(probability, abs=1e-4)

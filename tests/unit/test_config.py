@@ -106,25 +106,6 @@ def test_an_entry_point_needs_no_argument(name: str) -> None:
     validate(_own(_compose(name, [])), SCHEMAS[name])
 
 
-def _leaves(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(values, dict) and values:
-        for key, value in values.items():
-            yield from _leaves(value, f"{prefix}.{key}".lstrip("."))
-    else:
-        yield prefix, values
-
-
-@pytest.mark.parametrize("file", [file for file in FILES if file.startswith("experiment/")])
-def test_what_an_experiment_says_holds(file: str) -> None:
-    """Of the configuration that it is part of, too: that comes before it."""
-    said = OmegaConf.to_container(OmegaConf.load(CONFIGS / file))
-    assert isinstance(said, dict)
-    found = _compose("train", [f"experiment={Path(file).stem}"])
-    leaves = {key: value for key, value in _leaves(said) if not key.startswith("defaults") and value != {}}
-    composed = {key: OmegaConf.select(found, key, throw_on_missing=False) for key in leaves}
-    assert {key: OmegaConf.to_container(c) if OmegaConf.is_config(c) else c for key, c in composed.items()} == leaves
-
-
 def test_the_experiment_is_what_train_does_alone() -> None:
     assert _own(_compose("train", [])) == _own(_compose("train", ["experiment=demo"]))
 

@@ -357,6 +357,12 @@ def test_a_file_of_lavis_that_is_none(content: str, words: str, tmp_path: Path) 
     assert words in refusal(lambda: instructblip.load(tmp_path / "model.pth", llm="vicuna_7b", device="cpu"))
 
 
+def test_a_file_without_content_and_without_a_language_models_name_is_refused_for_both(tmp_path: Path) -> None:
+    (tmp_path / "model.pth").touch()
+    told = refusal(lambda: instructblip.load(tmp_path / "model.pth", device="cpu"))
+    assert "is empty" in told and "vicuna_7b" in told
+
+
 # --- GGUF ------------------------------------------------------------------------------------------------------------
 
 

@@ -17,6 +17,7 @@ from instructblip.config.schema import CONFIGS, LLMConfig, TrainConfig, VisionCo
 from instructblip.config.validate import read_config
 from instructblip.errors import UserError
 from instructblip.models.base import Inputs, Partners
+from instructblip.models.blip import BLIPPretrain
 from instructblip.models.blip2 import BLIP2
 from instructblip.training.plan import flops
 from instructblip.training.plan.memory import Plan, what_fits
@@ -24,12 +25,12 @@ from instructblip.training.plan.tables import plan_summary
 from instructblip.training.run import train
 from instructblip.training.setup import make_plan
 from instructblip.weights import modules as architecture
-from instructblip.weights.modules import language_model_of_sizes, qformer_of_sizes
+from instructblip.weights.modules import blip_without_weights, language_model_of_sizes, qformer_of_sizes
 from instructblip.weights.parts import load_llm
 from tests.kit.families import llm_config, write_llm
 from tests.kit.runs import compose
-from tests.kit.tiny import tiny_vision
-from tests.kit.vectors import bert_tokenizer
+from tests.kit.tiny import redraw, tiny_vision
+from tests.kit.vectors import bert_tokenizer, blip_tokenizer
 
 PAPER = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml"))
 OWN = ("mixture.datasets=[{name: easy_vqa_shape}]",)  # of an experiment for data that the user names
@@ -179,6 +180,55 @@ def test_activations_of_the_first_stage_are_those_that_autograd_keeps() -> None:
     assert rows["activations, Q-Former"] + rows["bfloat16 copies"] == pytest.approx(expected, rel=0.2)
     assert rows["image tokens of a step"] == 2 * 4 * 65 * 128 * 2
     assert "language model" not in rows
+
+
+BLIP_SMALL = (
+    "vision.options={embed_dim: 128, depth: 2, num_heads: 4, drop_path_rate: 0.0}",
+    "vision.image_size=112",
+    "text.dropout=0",
+    *(f"text.sizes.{key}={value}" for key, value in {"hidden_size": 192, "intermediate_size": 768}.items()),
+    "text.sizes.num_hidden_layers=4",
+    "text.sizes.vocab_size=198",
+    "model.feature_width=64",
+    "model.queue_size=10",
+    "parallel=single",
+    "plan=true",
+)
+
+
+def test_memory_of_blips_pre_training_is_what_modules_hold_and_autograd_keeps() -> None:
+    """Contrast, matching with three pairs a sample, captions; two images a sample pass through the encoder."""
+    phase = ("recipe.phases.pretrain.batch_size=4", "recipe.phases.pretrain.negatives_among=4")
+    config = compose("train", TrainConfig, ["experiment=blip_pretrain", *BLIP_SMALL, *phase])
+    rows = {row.part: row.usual for row in make_plan(config).memory()}
+    parts, tokenizer = blip_without_weights(config), blip_tokenizer()
+    assert parts.encoder is not None
+    model = BLIPPretrain(
+        vision=parts.vision.to_empty(device="cpu"),
+        text_encoder=parts.encoder.to_empty(device="cpu"),
+        tokenizer=tokenizer,
+        feature_width=64,
+        queue_size=10,
+    )
+    model.vision.mean, model.vision.std = torch.zeros(1, 3, 1, 1), torch.ones(1, 3, 1, 1)
+    redraw(model)
+    trained = [p for name in ("vision", "text") for m in model.part_modules(name) for p in m.parameters()]
+    assert rows["gradients"] == 4 * sum(p.numel() for p in trained)
+    assert rows["AdamW's moments"] == 2 * rows["gradients"]
+    assert rows["momentum copies and queue"] == pytest.approx(
+        sum(tensor.numel() * tensor.element_size() for tensor in model.part_state("momentum").values()), abs=64
+    )
+    images, captions = torch.zeros(4, 1, 3, 112, 112, dtype=torch.uint8), [[5] * 13] * 4
+    inputs = Inputs(images, [""] * 4, captions, partners=Partners(images.clone(), captions))
+    wanted = {"image_projected", "text_projected", "temperature", "answer_logits", "match_logits"}
+
+    def forward() -> Any:
+        with torch.autocast("cpu", torch.bfloat16):
+            return model.train()(inputs, wanted)
+
+    expected = saved_bytes(forward, model)
+    found = sum(rows[f"activations, {part}"] for part in ("vision encoder", "text models")) + rows["bfloat16 copies"]
+    assert found == pytest.approx(expected, rel=0.2)
 
 
 @pytest.mark.usefixtures("encoders_once")

@@ -13,6 +13,7 @@ from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import webdataset
@@ -133,8 +134,8 @@ def _prepare_waiting(raw: Path, out: Path, workers: int) -> dict[str, Any]:
             record = (WaitingRecord if number == 4 else Record)(**fields)
             yield MediaRecords(f"k{number}", str(number), raw / f"test/images/{number}.png", [record])
 
-    READERS["waiting"] = Reader(read)
-    return _prepare(raw, out, dataclasses.replace(CARD, reader="waiting"), workers=workers)
+    with mock.patch.dict(READERS, waiting=Reader(read)):
+        return _prepare(raw, out, dataclasses.replace(CARD, reader="waiting"), workers=workers)
 
 
 @contextlib.contextmanager

@@ -7,13 +7,23 @@ every layer then makes keys and values of them.
 from abc import abstractmethod
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
+
+from torch import nn
 
 from instructblip.models.blip import BLIP, BLIPVQA, BLIPCaption, BLIPRetrieval
 from instructblip.models.med import TextLayer, TextModel
 from instructblip.models.vision import VisionEncoder
 from instructblip.objectives.distillation import COPIES
-from instructblip.training.plan.flops import ModelShape, PartFlops, StepWorkload, image_flops, matrices, size_of
+from instructblip.training.plan.flops import (
+    ModelShape,
+    PartFlops,
+    SampleLengths,
+    StepWorkload,
+    image_flops,
+    matrices,
+    size_of,
+)
 
 
 class TextPass(NamedTuple):
@@ -75,8 +85,14 @@ class CaptionShape(BLIPShape):
         prompt: tokens before a caption, which are not learnt.
     """
 
+    usual = SampleLengths(0, 17)  # a caption of COCO with the prompt's 4 tokens, and [SEP]
     decoder: TextModel
     prompt: int
+
+    def sample_work(self, lengths: SampleLengths) -> StepWorkload:
+        """Prompt and caption are one text."""
+        text = lengths.answer
+        return StepWorkload(samples=1, frames=1, encoded=1, text=text, positions=text, answers=text - self.prompt)
 
     def text_passes(self, work: StepWorkload, outputs: Collection[str]) -> list[TextPass]:
         """One, over prompt and caption."""
@@ -96,8 +112,14 @@ class AnswerShape(BLIPShape):
         decoder: of answers; a question's are counted as one row.
     """
 
+    usual = SampleLengths(10, 9)  # three answers of two words and [SEP]
     encoder: TextModel
     decoder: TextModel
+
+    def sample_work(self, lengths: SampleLengths) -> StepWorkload:
+        """All answers to a question together."""
+        prompt, answer = lengths
+        return StepWorkload(samples=1, frames=1, encoded=1, text=prompt, positions=answer, answers=answer)
 
     def text_passes(self, work: StepWorkload, outputs: Collection[str]) -> list[TextPass]:
         """Questions read images, answers questions."""
@@ -121,8 +143,14 @@ class PairShape(BLIPShape):
         heads: parameters of the projections of both sides.
     """
 
+    usual = SampleLengths(0, 14)  # a caption of COCO with [CLS] and [SEP]
     encoder: TextModel
     heads: int
+
+    def sample_work(self, lengths: SampleLengths) -> StepWorkload:
+        """One text."""
+        text = lengths.answer
+        return StepWorkload(samples=1, frames=1, encoded=1, text=text, positions=text, answers=text - 1)
 
     def by_part(self, work: StepWorkload, outputs: Collection[str]) -> list[PartFlops]:
         """With the momentum copies, where their outputs are among these."""
@@ -166,24 +194,54 @@ class PairShape(BLIPShape):
         return self.image_flops * work.encoded if "vision" in self.trained else 0.0
 
 
-def blip_shape(vision: VisionEncoder, model: BLIP) -> BLIPShape:
-    """The shape of a model, whose weights are not looked at.
+class TextParts(NamedTuple):
+    """The text part of a BLIP; weights are not looked at.
+
+    Attributes:
+        encoder, decoder: None where the model has none; one and the same in pre-training.
+        heads: projections and the like, by name.
+        prompt: tokens that begin a caption.
+    """
+
+    encoder: TextModel | None
+    decoder: TextModel | None
+    heads: nn.ModuleDict
+    prompt: int = 1
+
+    @classmethod
+    def of(cls, model: BLIP) -> Self:
+        """Those of a built model."""
+        if isinstance(model, BLIPCaption):
+            return cls(None, model.text_decoder, nn.ModuleDict(), len(model.caption_start()))
+        if isinstance(model, BLIPVQA):
+            return cls(model.text_encoder, model.text_decoder, nn.ModuleDict())
+        assert isinstance(model, BLIPRetrieval)
+        encoder, names = model.text_encoder, ("vision_projection", "text_projection", "matching_head")
+        heads = nn.ModuleDict({name: getattr(model, name) for name in names})
+        return cls(encoder, encoder if encoder.lm_head is not None else None, heads)
+
+
+def blip_shape(vision: VisionEncoder, parts: TextParts, trained: Collection[str]) -> BLIPShape:
+    """The shape of a model of these parts.
 
     Args:
         vision: like the model's, on the meta device; runs once.
+        parts: its text part.
+        trained: parts that train.
     """
     common: dict[str, Any] = {
         "image_flops": image_flops(vision),
         "image_tokens": vision.tokens,
-        "trained": model.trained_parts,
+        "trained": frozenset(trained),
     }
-    if isinstance(model, BLIPCaption):
-        return CaptionShape(**common, decoder=model.text_decoder, prompt=model.prompt_length)
-    if isinstance(model, BLIPVQA):
-        return AnswerShape(**common, encoder=model.text_encoder, decoder=model.text_decoder)
-    assert isinstance(model, BLIPRetrieval)
-    heads = size_of(model.vision_projection) + size_of(model.text_projection)
-    return PairShape(**common, encoder=model.text_encoder, heads=heads)
+    encoder, decoder = parts.encoder, parts.decoder
+    if encoder is None:
+        assert decoder is not None
+        return CaptionShape(**common, decoder=decoder, prompt=parts.prompt)
+    if decoder is not None and decoder is not encoder:
+        return AnswerShape(**common, encoder=encoder, decoder=decoder)
+    heads = sum(size_of(parts.heads[name]) for name in ("vision_projection", "text_projection"))
+    return PairShape(**common, encoder=encoder, heads=heads)
 
 
 def _text_flops(each: TextPass) -> float:

@@ -98,14 +98,25 @@ class ModelShape(ABC):
     """The sizes of a model that its FLOPs follow from.
 
     Attributes:
+        usual: lengths of a usual sample, as a plan counts with.
         image_flops: of one picture through the vision encoder, as torch's `FlopCounterMode` counts them.
         image_tokens: it gives.
         trained: parts that train: their backward pass computes gradients of weights too.
     """
 
+    usual: ClassVar[SampleLengths]
     image_flops: float
     image_tokens: int
     trained: frozenset[str]
+
+    @property
+    def visual_tokens(self) -> int:
+        """Of a picture, that texts are written by."""
+        return self.image_tokens
+
+    @abstractmethod
+    def sample_work(self, lengths: SampleLengths) -> StepWorkload:
+        """What a picture and its texts of these lengths ask for."""
 
     @abstractmethod
     def by_part(self, work: StepWorkload, outputs: Collection[str]) -> list[PartFlops]:
@@ -132,22 +143,21 @@ class QFormerShape(ModelShape):
     """That of a model with a Q-Former.
 
     Attributes:
-        usual: lengths of a usual sample, as a plan counts with.
         queries: of a frame.
         qformer: its layers, whose weights are not looked at.
     """
 
-    usual: ClassVar[SampleLengths]
     queries: int
     qformer: QFormer
+
+    @property
+    def visual_tokens(self) -> int:
+        """The queries' states."""
+        return self.queries
 
     @abstractmethod
     def qformer_passes(self, work: StepWorkload, outputs: Collection[str]) -> list[QFormerPass]:
         """What goes through the Q-Former for these outputs."""
-
-    @abstractmethod
-    def sample_work(self, lengths: SampleLengths) -> StepWorkload:
-        """What a picture and its texts of these lengths ask for."""
 
     def _trainable(self, part: str, forward: float) -> PartFlops:
         """A part of the Q-Former's, through which gradients always pass."""

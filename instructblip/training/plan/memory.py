@@ -12,6 +12,7 @@ Shape legend of the names: L width of the LLM, D of the Q-Former, V of the visio
 """
 
 import dataclasses
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -22,10 +23,13 @@ from torch import Tensor, nn
 from instructblip.config.schema import PhaseConfig
 from instructblip.models.base import blocks_of
 from instructblip.models.qformer import QFormerLayer
+from instructblip.models.vision import VisionEncoder
 from instructblip.objectives import make_objectives
+from instructblip.objectives.distillation import COPIES
 from instructblip.training.parallel import is_sharded
 from instructblip.training.plan.flops import (
     Gpu,
+    ModelShape,
     PartFlops,
     QFormerPass,
     QFormerShape,
@@ -50,7 +54,7 @@ class PlannedPhase:
     batch_size: int
     micro_batch_size: int | None
     micro_batch_tokens: int | None
-    outputs: frozenset[str]  # of the model, that its objectives need
+    outputs: frozenset[str]  # of the model, that its objectives need, with those of its copies
     bounded: bool  # the batching knows a limit of tokens
 
 
@@ -93,13 +97,18 @@ class Memory(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(ABC):
     """A run's needs, which follow from these; `plan_run` makes one."""
 
-    parts: Parts
-    shape: QFormerShape
+    vision: VisionEncoder
+    shape: ModelShape
     phases: tuple[PlannedPhase, ...]
     layout: PlanLayout
+
+    @property
+    def llm(self) -> Any:
+        """A transformers model; None where there is none."""
+        return None
 
     @property
     def heaviest(self) -> PlannedPhase:
@@ -128,8 +137,8 @@ class Plan:
 
     def loading(self) -> float:
         """Bytes of main memory that each process needs to build the model before it goes to its GPU."""
-        parts = (self.parts.vision.backbone, self.parts.llm, self.parts.qformer, self.parts.heads)
-        return sum(sum(_parameter_bytes(part, None).values()) for part in parts if part is not None)
+        parts = (self.vision.backbone, self.llm, self._text_part()[2])
+        return sum(sum(_parameter_bytes(part, None).values()) for part in parts if part is not None) + self._copies()
 
     def sample_flops(self) -> list[PartFlops]:
         """FLOPs of a usual sample, by part, for the outputs of all phases together."""
@@ -175,13 +184,19 @@ class Plan:
 
     # --- memory ------------------------------------------------------------------------------------------------------
 
+    @abstractmethod
+    def _text_part(self) -> tuple[str, str, nn.Module]:
+        """Title, name and modules of the part that is small, and that each GPU holds in float32."""
+
+    def _copies(self) -> float:
+        """Bytes of what follows the weights, and of a queue."""
+        return 0.0
+
     def _static(self) -> Iterator[tuple[str, float]]:
-        parts = self.parts
-        qformer = nn.ModuleList([parts.norm, parts.qformer, parts.heads])
         trained, layers = 0.0, list[nn.Module]()
         for title, part, module in (
-            ("vision encoder", "vision", parts.vision.backbone),
-            ("language model", "llm", parts.llm),
+            ("vision encoder", "vision", self.vision.backbone),
+            ("language model", "llm", self.llm),
         ):
             if module is None:
                 continue
@@ -191,13 +206,13 @@ class Plan:
             if trains:  # in float32, and so are its gradients
                 trained += self._held(module, None, trained=True, gathered=0) / 4
                 layers.append(module)
-        yield (
-            f"Q-Former and {'heads' if parts.llm is None else 'projection'}",
-            4.0 * sum(p.numel() for p in qformer.parameters()),
-        )
-        if "qformer" in self.layout.trained:
-            trained += sum(p.numel() for p in qformer.parameters() if p.requires_grad)
-            layers.append(qformer)
+        title, part, module = self._text_part()
+        yield title, 4.0 * sum(p.numel() for p in module.parameters())
+        if part in self.layout.trained:
+            trained += sum(p.numel() for p in module.parameters() if p.requires_grad)
+            layers.append(module)
+        if copies := self._copies():
+            yield "momentum copies and queue", copies
         yield "gradients", 4.0 * trained
         yield "AdamW's moments", 8.0 * trained
         if self.layout.average:
@@ -228,17 +243,17 @@ class Plan:
     def _whole_batch(self, phase: PlannedPhase) -> Iterator[Memory]:
         """What a phase keeps between its two passes: image tokens of this GPU's samples, and of their wrong partners."""
         if self.shape.repeated(self._usual(1), phase.outputs) and "vision" not in self.layout.trained:
-            each = self.shape.image_tokens * self.parts.vision.width * self.parts.vision.dtype.itemsize
+            each = self.shape.image_tokens * self.vision.width * self.vision.dtype.itemsize
             size = float(self._share(phase) * each * (2 if "match_logits" in phase.outputs else 1))
             yield Memory("image tokens of a step", size, size)
 
+    @abstractmethod
     def _activities(self) -> list[str]:
         """The parts that keep activations."""
-        left_out = {
-            _VISION: "vision" not in self.layout.trained,
-            _LLM: self.parts.llm is None,
-        }
-        return [part for part in _ACTIVATIONS if not left_out.get(part)]
+
+    @abstractmethod
+    def _kept(self, part: str, work: StepWorkload, phase: PlannedPhase) -> float:
+        """Bytes of the activations that a part keeps."""
 
     def _both(self, part: str, phase: PlannedPhase) -> tuple[float, float]:
         """Of a part in a usual pass and in the largest."""
@@ -248,14 +263,48 @@ class Plan:
     def _activations(self, work: StepWorkload, phase: PlannedPhase) -> float:
         return sum(self._kept(part, work, phase) for part in self._activities())
 
+    def _vision_kept(self, work: StepWorkload) -> float:
+        """Of each linear layer its input, of attention and activation their outputs, of norms their float32 inputs."""
+        backbone, value = self.vision.backbone, 2 if self.layout.autocast else 4
+        tokens, each = self.shape.image_tokens * work.encoded, []
+        for block in blocks_of(backbone):
+            inputs = [layer.in_features for layer in block.modules() if isinstance(layer, nn.Linear)]
+            norms = [module for module in block.modules() if isinstance(module, nn.LayerNorm)]
+            width = norms[0].normalized_shape[0] if norms else max(inputs, default=0)
+            each.append(tokens * (value * (sum(inputs) + 2 * max(inputs, default=0)) + 4 * len(norms) * width))
+        if self.layout.activation_checkpointing and each:
+            return max(each) + len(each) * tokens * 4 * self.vision.width
+        return float(sum(each))
+
+
+@dataclass(frozen=True)
+class QFormerPlan(Plan):
+    """Of a run of a model with a Q-Former."""
+
+    shape: QFormerShape
+    parts: Parts
+
+    @property
+    def llm(self) -> Any:
+        """A transformers model; None in BLIP-2's first stage."""
+        return self.parts.llm
+
+    def _text_part(self) -> tuple[str, str, nn.Module]:
+        modules = nn.ModuleList([self.parts.norm, self.parts.qformer, self.parts.heads])
+        return f"Q-Former and {'heads' if self.llm is None else 'projection'}", "qformer", modules
+
+    def _activities(self) -> list[str]:
+        left_out = {VISION: "vision" not in self.layout.trained, _LLM: self.llm is None}
+        return [part for part in (VISION, _QFORMER, _LLM, LOGITS) if not left_out.get(part)]
+
     def _kept(self, part: str, work: StepWorkload, phase: PlannedPhase) -> float:
         if part == _QFORMER:
             return self._qformer_kept(work, phase)
-        if part == _VISION:
+        if part == VISION:
             return self._vision_kept(work)
         if "answer_logits" not in phase.outputs:
             return 0.0
-        return self._logits_kept(work) if part == _LOGITS else self._llm_kept(work)
+        return self._logits_kept(work) if part == LOGITS else self._llm_kept(work)
 
     def _logits_kept(self, work: StepWorkload) -> float:
         """In the head's type and in float32, their log-softmax, and the gradients of both."""
@@ -291,19 +340,6 @@ class Plan:
             return tokens * (len(blocks) * value * width + kept)
         return tokens * len(blocks) * kept
 
-    def _vision_kept(self, work: StepWorkload) -> float:
-        """Of each linear layer its input, of attention and activation their outputs, of norms their float32 inputs."""
-        backbone, value = self.parts.vision.backbone, 2 if self.layout.autocast else 4
-        tokens, each = self.shape.image_tokens * work.encoded, []
-        for block in blocks_of(backbone):
-            inputs = [layer.in_features for layer in block.modules() if isinstance(layer, nn.Linear)]
-            norms = [module for module in block.modules() if isinstance(module, nn.LayerNorm)]
-            width = norms[0].normalized_shape[0] if norms else max(inputs, default=0)
-            each.append(tokens * (value * (sum(inputs) + 2 * max(inputs, default=0)) + 4 * len(norms) * width))
-        if self.layout.activation_checkpointing and each:
-            return max(each) + len(each) * tokens * 4 * self.parts.vision.width
-        return float(sum(each))
-
     def _qformer_kept(self, work: StepWorkload, phase: PlannedPhase) -> float:
         """Of each linear layer its input, of attention its inputs and output, the input of norms, masks of dropout."""
         passes = self.shape.qformer_passes(work, phase.outputs)
@@ -329,12 +365,11 @@ class Plan:
 def plan_run(parts: Parts, phases: Sequence[PlannedPhase], layout: PlanLayout) -> Plan:
     """The plan of a run of these parts, which may be on the meta device."""
     shape = model_shape(parts.vision, parts.qformer, parts.heads, parts.llm, layout.trained)
-    return Plan(parts, shape, tuple(phases), layout)
+    return QFormerPlan(vision=parts.vision, shape=shape, phases=tuple(phases), layout=layout, parts=parts)
 
 
-_QFORMER, _LLM, _LOGITS = "activations, Q-Former", "activations, language model", "logits of the answers"
-_VISION = "activations, vision encoder"  # none where it is frozen
-_ACTIVATIONS = (_VISION, _QFORMER, _LLM, _LOGITS)
+_QFORMER, _LLM, LOGITS = "activations, Q-Former", "activations, language model", "logits of the answers"
+VISION = "activations, vision encoder"  # none where it is frozen
 
 
 def what_fits(plan: Plan) -> tuple[str, Plan] | None:
@@ -344,7 +379,7 @@ def what_fits(plan: Plan) -> tuple[str, Plan] | None:
     changes: list[tuple[str, dict[str, Any]]] = [("", {}), ("parallel.activation_checkpointing=true", recompute)]
     if layout.kind == "ddp" and layout.gpus > 1:
         changes.append(("parallel=fsdp", {"kind": "fsdp", **recompute}))  # as that file in configs/parallel
-    if layout.quantization is None and plan.parts.llm is not None:
+    if layout.quantization is None and plan.llm is not None:
         # Rounded weights are not sharded.
         whole = "parallel=ddp parallel.activation_checkpointing=true " if layout.kind == "fsdp" else ""
         other = {"kind": "ddp", "shard_size": None, **recompute} if whole else {}
@@ -398,8 +433,15 @@ def planned_phases(phases: Mapping[str, PhaseConfig]) -> tuple[PlannedPhase, ...
             batch_size=phase.batch_size,
             micro_batch_size=phase.micro_batch_size,
             micro_batch_tokens=phase.micro_batch_tokens,
-            outputs=frozenset().union(*(objective.outputs for objective in make_objectives(phase.objectives))),
+            outputs=_outputs(phase),
             bounded=phase.batching != "fixed",
         )
         for name, phase in phases.items()
     )
+
+
+def _outputs(phase: PhaseConfig) -> frozenset[str]:
+    """Those that the objectives need with gradient, and those of a model's copies."""
+    objectives = make_objectives(phase.objectives)
+    needed = frozenset[str]().union(*(objective.needed() for objective in objectives))
+    return frozenset[str]().union(*(objective.outputs for objective in objectives)) | (needed & COPIES)

@@ -71,8 +71,9 @@ def plan_summary(plan: Plan) -> list[str]:
     rate, usual, longest = samples / plan.hours() / 3600, plan.shape.usual, layout.longest
     lines = [
         "GiB on each GPU, in a usual forward pass and in the largest; GFLOP of a usual sample, without padding. "
-        f"A usual sample has {plan.shape.queries} visual tokens and {_texts(usual, 'a prompt', 'an answer', 'a caption')}; "
-        f"the largest pass is full of {_texts(longest, 'prompts', 'answers', 'captions')}.",
+        f"A usual sample has {plan.shape.visual_tokens} visual tokens and "
+        f"{_texts(usual, 'a prompt', 'an answer', 'a caption')}; the largest pass is full of "
+        f"{_texts(longest, 'prompts', 'answers', 'captions')}.",
         f"{rate:,.0f} samples/s at {100 * layout.mfu:.0f}% of {layout.gpu.flops / 1e12:,.0f} bf16 TFLOP/s a GPU: "
         f"{steps:,} steps of {samples:,} samples in {plan.hours():,.1f} hours.",
     ]
