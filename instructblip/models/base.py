@@ -225,12 +225,14 @@ class Model(PartedModule, ABC):
         RELEASED_RANKING: further arguments of `rank` with which the released code of this model ranks.
         vision: image encoder, a part of its own.
         vision_norm: normalisation between the encoder and what reads its tokens.
+        FOLLOWERS: parts that neither train nor stay as they are, since they hold the `copies`.
         copy_momentum: share of itself that each of the `copies` keeps in a step.
     """
 
     OUTPUTS: ClassVar[frozenset[str]]
     SKILLS: ClassVar[frozenset[Skill]]
     RELEASED_RANKING: ClassVar[Mapping[str, Any]] = {}
+    FOLLOWERS: ClassVar[frozenset[str]] = frozenset()
     copy_momentum: float = 0.0
     vision: VisionEncoder
     vision_norm: nn.Module

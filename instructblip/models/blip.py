@@ -725,6 +725,7 @@ class BLIPRetrieval(BLIP):
         }
     )
     SKILLS = frozenset({"retrieve"})
+    FOLLOWERS = frozenset({"momentum"})
     copy_momentum = 0.995  # as released
 
     def __init__(

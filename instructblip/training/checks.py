@@ -36,8 +36,10 @@ def check_objectives(recipe: RecipeConfig, model: ArchitectureConfig) -> None:
 
 def _check_outputs(key: str, objectives: tuple[Objective, ...], kind: ModelKind) -> None:
     for objective in objectives:
-        if missing := sorted(objective.needed() - MODELS[kind].OUTPUTS):
-            fitting = [name for name, other in OBJECTIVES.items() if other.needed() <= MODELS[kind].OUTPUTS]
+        given = MODELS[kind].OUTPUTS
+        # What its loss is made of says more than what it only looks at.
+        if missing := sorted(objective.outputs - given) or sorted(objective.needed() - given):
+            fitting = [name for name, other in OBJECTIVES.items() if other.needed() <= given]
             raise UserError(
                 f"{key}.objectives.{objective.name} needs {missing[0]}, which model={kind} does not give; "
                 f"choose from {', '.join(fitting)}"

@@ -463,7 +463,8 @@ def load_run(source: Path, *, device: str = "auto", config: ModelConfig | None =
     built = _filled_from_outside(config, vision=any(name.startswith("vision.") for name in loaded.model))
     state, frozen = dict(loaded.model), dict(loaded.state["frozen"])
     # What a checkpoint does not hold it names by a fingerprint.
-    trained = MODELS[config.model.kind].PARTS.keys() - frozen.keys()
+    kind = MODELS[config.model.kind]
+    trained = kind.PARTS.keys() - kind.FOLLOWERS - frozen.keys()
     start = Start.from_json(loaded.state.get("start"))
     # Steps align what they train to the run's own LLM.
     aligned_to = start.aligned_to if loaded.step == 0 else None
@@ -525,7 +526,7 @@ def find_checkpoint(source: Path) -> Path:
 def frozen_fingerprints(model: Model, parts: Collection[str] | None = None) -> dict[str, str]:
     """What a checkpoint remembers of the weights that do not train; `parts` limits it to some of them."""
     found = {}
-    frozen = model.PARTS.keys() - model.trained_parts
+    frozen = model.PARTS.keys() - model.trained_parts - model.FOLLOWERS
     for part in sorted(frozen if parts is None else frozen & set(parts), reverse=True):
         modules = model.part_modules(part)
         found[part] = fingerprint(modules[0]) if len(modules) == 1 else fingerprint_tensors(model.part_state(part))

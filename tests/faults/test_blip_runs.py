@@ -1,7 +1,9 @@
 """Whole runs of BLIP: killed ones go on bit for bit with their momentum copies and queue, and others start from them."""
 
 import math
+import os
 import random
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +14,25 @@ from torch import Tensor
 
 import instructblip
 from instructblip.errors import UserError
+from instructblip.files import read_json
 from instructblip.models.blip import BLIPPretrain
 from instructblip.training import loop, run
 from instructblip.weights.blip import save_blip
 from tests.kit.blip_training import momentum_of
-from tests.kit.runs import BLIP_RUNS, World, read_lines, run_ranks, train_here
+from tests.kit.runs import BLIP_RUNS, World, evaluate_here, read_lines, run_ranks, start, train_here
+from tests.kit.runs import run as run_command
 
 STEPS, BATCH, QUEUE = 12, 8, 20
 EXACT = ("step", "loss", "loss_by_objective", "loss_by_dataset", "lr", "grad_norm", "sample_ids", "validation")
 
 
+def world_of(world: World, experiment: str, *overrides: str) -> World:
+    train = (f"experiment={experiment}", *world.train, *BLIP_RUNS[experiment], *overrides)
+    return World(world.folder, train, world.evaluate)
+
+
 def trained(world: World, output: Path, experiment: str = "blip_pretrain", *overrides: str) -> Path:
-    options = (f"experiment={experiment}", *BLIP_RUNS[experiment], *overrides)
-    return train_here(World(world.folder, (*options[:1], *world.train, *options[1:]), world.evaluate), output)
+    return train_here(world_of(world, experiment, *overrides), output)
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +61,18 @@ def test_a_run_logs_each_objective_and_its_checkpoint_holds_copies_and_queue(fin
     assert not bool((held["momentum.image_id_queue"] == -100).any())
     moved = [name for name in held if name.startswith("momentum.vision.backbone.")]
     assert moved and all(not torch.equal(held[name], held[name.removeprefix("momentum.")]) for name in moved[:4])
+
+
+def test_copies_that_follow_are_no_frozen_part_of_what_is_evaluated(
+    blip_world: World, finished: Path, tmp_path: Path
+) -> None:
+    """They move while the run goes: a fingerprint of theirs would make another model of each resumed run."""
+    assert read_json(finished / f"checkpoints/step_{STEPS:08d}/state.json")["frozen"] == {}
+    suite = ("suite=own", "suite.held_in=[coco_retrieval]", "blind_baseline=true")
+    folder = evaluate_here(blip_world, finished, tmp_path, *suite)
+    ours, runs = (read_json(place / "results.json") for place in (folder, finished / "evaluation"))
+    assert ours["model"]["sha256"] == runs["model"]["sha256"]
+    assert ours["datasets"]["coco_retrieval"]["value"] == runs["datasets"]["coco_retrieval"]["value"]
 
 
 class Killed(BaseException):
@@ -89,11 +109,28 @@ def test_ten_kills_leave_no_trace(blip_world: World, finished: Path, tmp_path: P
             with pytest.raises(Killed):
                 trained(blip_world, tmp_path, "blip_pretrain", *resume)
     trained(blip_world, tmp_path, "blip_pretrain", "resume=auto")
-    assert metrics_of(folder) == metrics_of(finished)
+    assert_same_run(folder, finished)
+
+
+@pytest.mark.slow
+def test_ten_real_kills_leave_no_trace(blip_world: World, finished: Path, tmp_path: Path) -> None:
+    """Of processes, wherever they are when metrics.jsonl has so many lines."""
+    folder, train = tmp_path / "blip_pretrain", world_of(blip_world, "blip_pretrain", f"output={tmp_path}").train
+    for lines in sorted(random.Random(6).choices(range(1, STEPS - 1), k=10)):
+        command = start(blip_world, "train.py", *train, "resume=auto", cwd=tmp_path)
+        command.wait_for_lines(folder / "metrics.jsonl", lines)
+        os.kill(command.process.pid or 0, signal.SIGKILL)
+        assert command.wait() == -signal.SIGKILL, command.output
+    run_command(blip_world, "train.py", *train, "resume=auto", cwd=tmp_path)
+    assert_same_run(folder, finished)
+
+
+def assert_same_run(found: Path, expected: Path) -> None:
+    assert metrics_of(found) == metrics_of(expected)
     for name in ("model", "optimizer"):
-        tensors, expected = last(folder, name), last(finished, name)
-        assert tensors.keys() == expected.keys()
-        assert [key for key, tensor in tensors.items() if not torch.equal(tensor, expected[key])] == []
+        tensors, others = last(found, name), last(expected, name)
+        assert tensors.keys() == others.keys()
+        assert [key for key, tensor in tensors.items() if not torch.equal(tensor, others[key])] == []
 
 
 def test_two_ranks_and_other_micro_batches_are_like_one_process(blip_world: World, tmp_path: Path) -> None:
@@ -146,20 +183,28 @@ def test_a_file_with_copies_and_queue_goes_on_as_the_run_it_is_of(
     assert differ <= {"momentum.image_id_queue"}  # which LAVIS's pre-training does not have
 
 
-@pytest.mark.parametrize("experiment", ["blip_retrieval_coco", "blip_caption_coco", "blip_vqa"])
+# experiment -> what it is validated by
+FINETUNED = {
+    "blip_retrieval_coco": "coco_retrieval",
+    "blip_caption_coco": "coco_caption_blip",
+    "blip_vqa": "easy_vqa_color",
+}
+
+
+@pytest.mark.parametrize("experiment", FINETUNED)
 def test_what_was_pre_trained_is_fine_tuned(
     experiment: str, blip_world: World, world: World, finished: Path, tmp_path: Path
 ) -> None:
     """It goes on from there: after three steps each weight of the vision encoder is near where it was, and another."""
-    questions = (f"data.shards={world.shards}",) if experiment == "blip_vqa" else ("suite=none", "suite.held_in=[]")
-    folder = trained(blip_world, tmp_path, experiment, *questions, f"init_from={finished}")
+    shards = (f"data.shards={world.shards}",) if experiment == "blip_vqa" else ()
+    folder = trained(blip_world, tmp_path, experiment, *shards, f"init_from={finished}")
     held, before = last(folder, step=3), last(finished)
     name = "vision.backbone.blocks.0.mlp.fc1.weight"
     assert 0 < float((held[name] - before[name]).abs().max()) < 0.02
     assert any(key.startswith("momentum.") for key in held) == (experiment == "blip_retrieval_coco")
     lines = read_lines(folder / "metrics.jsonl")
     assert len(lines) == 3 and all(math.isfinite(line["loss"]) and line["mfu"] > 0 for line in lines)
-    assert ("easy_vqa_color" in lines[-1].get("validation", {})) == (experiment == "blip_vqa")
+    assert lines[-1]["validation"].keys() == {FINETUNED[experiment]}
 
 
 MISTAKES = {

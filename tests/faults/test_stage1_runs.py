@@ -167,7 +167,7 @@ def test_mistakes_are_one_line(caption_world: World, tmp_path: Path, override: s
 
 def test_settings_of_one_model_are_refused_with_another() -> None:
     for override, line in {
-        "model.feature_width=8": "model.feature_width is of BLIP-2's first stage",
+        "model.feature_width=8": "model.feature_width is none of model=instructblip",
         "llm=null": "model=instructblip needs a language model",
     }.items():
         with pytest.raises(UserError, match=line):
