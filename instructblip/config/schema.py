@@ -61,7 +61,7 @@ ParallelKind = Literal["single", "ddp", "fsdp"]
 LoggerKind = Literal["none", "wandb"]
 LoggerMode = Literal["offline", "online"]
 GPUName = Literal["a100_40", "a100_80", "h100", "h200", "l40s", "rtx_4090"]
-Mode = Literal["rank", "generate", "retrieve"]
+Mode = Literal["rank", "generate", "retrieve", "match"]
 Preset = Literal["paper", "lavis"]
 OcrLibrary = Literal["rapidocr"]
 Missing = Literal["stop", "skip"]
@@ -554,6 +554,7 @@ class EvaluateConfig(Section):
     preset: Preset = "paper"  # lavis: what the released code computes
     samples: AtLeastOne | None = None  # per dataset; None is all of them
     rerank: AtLeastOne | None = None  # in retrieval, how many of the nearest are matched; None takes each card's own
+    answers: str | None = None  # the list of a card that ranks one (`candidates_from: answer_list`)
     withhold_images: bool = False
     blind_baseline: bool = False
     allow_untrained: bool = False  # evaluate a model of which a part was drawn and never trained

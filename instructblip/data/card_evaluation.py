@@ -47,7 +47,8 @@ class Evaluation(Section):
         split: the split that is scored.
         prompt: instruction, with fields of the record in braces.
         mode: `rank` scores given answers by log-likelihood, `generate` writes one, `retrieve` looks for each image's
-            captions among those of all images, and for each caption's image.
+            captions among those of all images, and for each caption's image, `match` judges the question, a statement, by
+            whether it and the image match, and shows no prompt.
         normalize: log-likelihood of a candidate as the sum or the mean over its tokens.
         include_eos: whether the end-of-sequence token counts as one of them.
         max_new_tokens, num_beams: decoding in `generate` mode (tokens; beam size).
@@ -55,8 +56,10 @@ class Evaluation(Section):
         candidates: the answers to rank, the same for all records.
         verbalizers: class -> the texts that stand for it.
         aggregate: a class is as likely as any of its texts (`sum` of likelihoods) or as the likeliest (`max`).
-        candidates_from: where the answers to rank come from: each record's own `choices`, or `train_answers`, all
-            answers of the train split. With `rank`, exactly one of candidates, verbalizers and candidates_from.
+        candidates_from: where the answers to rank come from: each record's own `choices`; `train_answers`, all answers of
+            the train split; or `answer_list`, a file that whoever evaluates has fetched and gives as `answers=`. With
+            `rank`, exactly one of candidates, verbalizers and candidates_from.
+        answer_list: address of that file, a JSON list of texts.
         min_new_tokens, length_penalty, repetition_penalty: further decoding in `generate` mode (tokens; exponent of the
             length that a beam's log-likelihood is divided by; factor against tokens that were written before, 1 for none).
         beam_lengths: how lengths of beams are counted, one of `generation.BEAM_LENGTHS`.
@@ -69,7 +72,8 @@ class Evaluation(Section):
             were prepared otherwise is marked.
         ocr: whose tokens a prompt with `{ocr_tokens}` shows: `own`, those that come with the dataset; None: not known.
         rerank: in `retrieve` mode, how many of the nearest by contrast the matching head ranks anew.
-        max_text_tokens: of a caption in `retrieve` mode, with [CLS] and [SEP]; longer ones lose their end.
+        max_text_tokens: of a caption in `retrieve` mode and a statement in `match` mode, with [CLS] and [SEP]; longer ones
+            lose their end.
         kinds: the record kinds that are scored; empty: the card's own.
         validation_split: the split that training watches; None: the scored one.
         presets: name of a preset -> the keys that differ there.
@@ -86,7 +90,8 @@ class Evaluation(Section):
     candidates: tuple[str, ...] = ()
     verbalizers: dict[str, tuple[str, ...]] = field(default_factory=dict)
     aggregate: Literal["sum", "max"] = "sum"
-    candidates_from: Literal["choices", "train_answers"] | None = None
+    candidates_from: Literal["choices", "train_answers", "answer_list"] | None = None
+    answer_list: str | None = None
     min_new_tokens: NotNegative = 1
     length_penalty: float = 1.0
     repetition_penalty: PositiveFloat = 1.0
@@ -183,7 +188,9 @@ def _check_rules(evaluation: Evaluation, splits: Collection[str], path: Path) ->
     stated = bool(evaluation.candidates) + bool(evaluation.verbalizers) + (evaluation.candidates_from is not None)
     if stated != (evaluation.mode == "rank"):
         ways = "candidates, verbalizers and candidates_from"
-        raise UserError(f"{path}: evaluation needs one of {ways} to rank, none of them to generate or retrieve")
+        raise UserError(f"{path}: evaluation needs one of {ways} to rank, none of them to generate, retrieve or match")
+    if (evaluation.candidates_from == "answer_list") != (evaluation.answer_list is not None):
+        raise UserError(f"{path}: candidates_from: answer_list and answer_list, its address, go together; give both")
     if set("{}") & set(_FIELD.sub("", evaluation.prompt)):
         raise UserError(f"{path}: evaluation.prompt {evaluation.prompt!r} has a brace without its partner")
     for name in _FIELD.findall(evaluation.prompt):

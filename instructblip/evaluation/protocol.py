@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from instructblip.config.schema import Mode
 from instructblip.data.card_evaluation import Evaluation, metric_name, metric_sha256, with_preset
 from instructblip.data.cards import Card, check_prepared_from
 from instructblip.data.coverage import RecordCounts, prepared_counts
@@ -23,6 +24,7 @@ from instructblip.evaluation.metrics import METRICS, Metric
 from instructblip.evaluation.metrics.metric import captions_of_record
 from instructblip.evaluation.metrics.own import find_metric
 from instructblip.evaluation.metrics.retrieval import chance_of_recall
+from instructblip.files import errors_for_users, read_json
 from instructblip.models.base import Skill
 from instructblip.models.ranking import RANKING_PRESETS
 
@@ -36,8 +38,8 @@ class Protocol:
     Attributes:
         preset: `paper`, or `lavis` for what the released code computes.
         candidates_from: where ranked texts come from: `card`, each record's `choices`, or a vocabulary of `vocabulary_size`
-            texts with the hash `vocabulary_sha256`: `train_answers`, or the `captions` of the chosen samples; `none` when
-            the model writes freely.
+            texts with the hash `vocabulary_sha256`: `train_answers`, an `answer_list`, or the `captions` of the chosen
+            samples; `none` when the model writes freely.
         candidates: the card's texts to rank; `classes` beside them names the class each text stands for (itself, without
             verbalizers).
         aggregate: a class's log-likelihood is that of any of its texts (`sum` of likelihoods) or of the best (`max`).
@@ -45,7 +47,7 @@ class Protocol:
         normalize, include_eos: of a candidate's token log-likelihoods.
         max_new_tokens, min_new_tokens, num_beams, length_penalty, repetition_penalty: of generation.
         beam_lengths: how lengths of beams are counted, one of `generation.BEAM_LENGTHS`.
-        rerank, max_text_tokens: of retrieval, see `card_evaluation.Evaluation`; 0 otherwise.
+        rerank, max_text_tokens: of retrieval, the latter of matching too, see `card_evaluation.Evaluation`; 0 otherwise.
         text_processor: what is done to a question, or to a caption that is looked for, one of
             `text_processors.TEXT_PROCESSORS`.
         may_be_empty: fields that the prompt shows even where a record has none of them.
@@ -66,7 +68,7 @@ class Protocol:
     split: str
     preset: str
     prompt: str
-    mode: str
+    mode: Mode
     candidates_from: str
     candidates: tuple[str, ...]
     classes: tuple[str, ...]
@@ -126,6 +128,9 @@ class Protocol:
                 f"the {self.rerank} nearest by contrast, by logit of a match plus cosine; equal ones in order"
             )
             shown["captions"] = f"{self.vocabulary_size:,}, of {self.max_text_tokens} tokens at most"
+        elif self.mode == "match":
+            shown["matching"] = "true where the probability that statement and image match is above 0.5"
+            shown["statements"] = f"of {self.max_text_tokens} tokens at most"
         else:
             tokens = f"{self.min_new_tokens} to {self.max_new_tokens} new tokens"
             penalties = f"length penalty {self.length_penalty:g}, repetition penalty {self.repetition_penalty:g}"
@@ -137,6 +142,7 @@ class Protocol:
         candidates = {
             "choices": "each sample's own choices",
             "train_answers": f"{self.vocabulary_size:,} answers of the train split (sha256 {self.vocabulary_sha256[:16]})",
+            "answer_list": f"a list of {self.vocabulary_size:,} answers (sha256 {self.vocabulary_sha256[:16]})",
         }.get(self.candidates_from, ", ".join(self.candidates))
         eos = "EOS counted" if self.include_eos else "EOS not counted"
         shown = {"candidates": candidates, "normalisation": f"{self.normalize} of token log-likelihoods, {eos}"}
@@ -174,7 +180,7 @@ class Task:
     Attributes:
         card, protocol, samples: what is run.
         records: how many there should be and are in the prepared split.
-        vocabulary: the texts to rank where they come from the train split, or the captions of all samples.
+        vocabulary: the texts to rank where they come from the train split or a list, or the captions of all samples.
         answers_public: whether the samples can be scored here; a leaderboard's server does it otherwise.
         made_up: whether the prepared split holds made-up data, on which no score means anything.
         own_metric: what scores it where that is no metric of `METRICS`.
@@ -196,10 +202,8 @@ class Task:
 
     def needs(self, skills: Collection[Skill]) -> Skill:
         """What a model of these skills is asked: a model that takes no prompt can still caption."""
-        if self.protocol.mode == "retrieve":
-            return "retrieve"
-        if self.protocol.mode == "rank":
-            return "rank"
+        if self.protocol.mode != "generate":
+            return self.protocol.mode
         captions = self.metric.references is captions_of_record
         return "caption" if captions and "generate" not in skills else "generate"
 
@@ -220,11 +224,12 @@ def make_task(
     *,
     split: str | None = None,
     samples: int | None = None,
-    mode: str | None = None,
+    mode: Mode | None = None,
     withhold_images: bool = False,
     preset: str = "paper",
     llm_kind: str = "decoder",
     rerank: int | None = None,
+    answers: Path | None = None,
 ) -> Task:
     """Open a card's split and settle its protocol.
 
@@ -233,30 +238,34 @@ def make_task(
         shards: folder of prepared datasets.
         split: instead of the card's own evaluation split.
         samples: how many to score; None is all.
-        mode: `rank` or `generate` instead of the card's own.
+        mode: instead of the card's own.
         withhold_images: the blind baseline.
         preset: `paper`, or `lavis` for what the released code computes.
         llm_kind: `decoder` or `encoder_decoder`; the released code treats them differently.
         rerank: in `retrieve` mode, instead of the card's own number.
+        answers: the list of a card that ranks one.
 
     Raises:
         UserError: the card says nothing of evaluation, the split (or the train split that candidates come from) is not
-            prepared or has no public answers, or the mode or the number of samples does not suit the card's metric.
+            prepared or has no public answers, the mode or the number of samples does not suit the card's metric, or a list
+            of answers is not given or is none.
     """
     rules = _rules(card, preset, llm_kind)
     rules = rules if rerank is None else replace(rules, rerank=rerank)
     split, mode = split or rules.split, mode or rules.mode
     if reason := _unfit(card, rules, mode):
         raise UserError(reason)
-    metric = find_metric(rules.metric)
+    metric, choices = find_metric(rules.metric), protocol_fields(rules, mode)
+    given = _given_answers(card, rules, answers) if choices["candidates_from"] == "answer_list" else ()
     opened = open_split(shards / card.source / split)
     check_prepared_from(card, opened.manifest)
-    chosen = _choose(card, opened, rules, samples)
+    chosen = _choose(card, opened, replace(rules, prompt=choices["prompt"]), samples)
     public = _answers_public(card, split, metric, chosen)
     if public:
         _check_records(card, metric, chosen)
-    choices = protocol_fields(rules, mode)
-    vocabulary = _vocabulary(card, shards, choices["candidates_from"], chosen)
+    if mode == "match":
+        _check_statements(card, chosen)
+    vocabulary = given or _vocabulary(card, shards, choices["candidates_from"], chosen)
     protocol = Protocol(
         dataset=card.name,
         split=split,
@@ -265,7 +274,7 @@ def make_task(
         vocabulary_size=len(vocabulary),
         vocabulary_sha256=hashlib.sha256("\n".join(vocabulary).encode()).hexdigest() if vocabulary else "",
         frames=max(sample.frames for sample in chosen),
-        ocr=describe_ocr(opened.manifest.get("options", {}).get("ocr")) if shows_ocr(rules.prompt) else "",
+        ocr=describe_ocr(opened.manifest.get("options", {}).get("ocr")) if shows_ocr(choices["prompt"]) else "",
         samples=samples,
         samples_sha256=_samples_sha256(opened, chosen),
         images="withheld" if withhold_images else "shown",
@@ -280,7 +289,7 @@ def make_task(
 
 
 def needed_splits(
-    card: Card, *, split: str | None = None, mode: str | None = None, preset: str = "paper", llm_kind: str = "decoder"
+    card: Card, *, split: str | None = None, mode: Mode | None = None, preset: str = "paper", llm_kind: str = "decoder"
 ) -> frozenset[str]:
     """The prepared splits that `make_task` opens.
 
@@ -292,7 +301,7 @@ def needed_splits(
     return frozenset({split or rules.split, *(["train"] if ranked == "train_answers" else [])})
 
 
-def unfit(card: Card, mode: str, *, preset: str = "paper", llm_kind: str = "decoder") -> str:
+def unfit(card: Card, mode: Mode, *, preset: str = "paper", llm_kind: str = "decoder") -> str:
     """Why a card cannot be evaluated in a mode; empty where it can.
 
     Raises:
@@ -301,7 +310,7 @@ def unfit(card: Card, mode: str, *, preset: str = "paper", llm_kind: str = "deco
     return _unfit(card, _rules(card, preset, llm_kind), mode)
 
 
-def _unfit(card: Card, rules: Evaluation, mode: str) -> str:
+def _unfit(card: Card, rules: Evaluation, mode: Mode) -> str:
     metric, choices = find_metric(rules.metric), protocol_fields(rules, mode)
     if metric.needs_ranks != (mode == "retrieve"):
         return (
@@ -315,7 +324,17 @@ def _unfit(card: Card, rules: Evaluation, mode: str) -> str:
         )
     if choices["candidates_from"] == "card" and not choices["candidates"]:
         return f"{card.name} has no candidates to rank; evaluate it with mode=generate"
+    if mode == "match" and not _has_statements(rules):
+        return (
+            f"{card.name} has no statements, which are true or false of an image, and mode=match judges those alone; leave "
+            "mode to the card, or take it out of the suite"
+        )
     return ""
+
+
+def _has_statements(rules: Evaluation) -> bool:
+    """Whether what is asked of an image is a statement, to be judged true or false."""
+    return rules.mode == "match" or set(rules.verbalizers) == set(STATEMENT_CLASSES)
 
 
 def watched_split(card: Card) -> str:
@@ -334,7 +353,15 @@ def make_validation_task(card: Card, shards: Path, *, samples: int | None) -> Ta
     Raises:
         UserError: as `make_task`.
     """
-    return make_task(card, shards, split=watched_split(card), samples=samples)
+    return make_task(card, shards, split=watched_split(card), samples=samples, mode=mode_in_training(card))
+
+
+def mode_in_training(card: Card) -> Mode | None:
+    """The mode that a run which trains evaluates a card in; None: the card's own.
+
+    A list of thousands of answers is ranked by evaluate.py, which is told where it is; a run lets the model write.
+    """
+    return "generate" if card.evaluation and card.evaluation.candidates_from == "answer_list" else None
 
 
 def blind_task(task: Task) -> Task:
@@ -403,8 +430,12 @@ def refuse_unable(tasks: Iterable[Task], skills: Collection[Skill], what: str) -
         UserError: names all of them.
     """
     for need, reason in _LACKS.items():
-        if asked := [task.card.name for task in tasks if task.needs(skills) == need and need not in skills]:
-            raise UserError(f"{what} {reason}, which {', '.join(asked)} asks for; take it out of the suite")
+        if asked := [task.card for task in tasks if task.needs(skills) == need and need not in skills]:
+            names = ", ".join(card.name for card in asked)
+            judged = need == "rank" and "match" in skills
+            statements = judged and all(card.evaluation and _has_statements(card.evaluation) for card in asked)
+            hint = "let evaluate.py judge its statements with mode=match, or " if statements else ""
+            raise UserError(f"{what} {reason}, which {names} asks for; {hint}take it out of the suite")
 
 
 _LACKS: dict[Skill, str] = {
@@ -412,6 +443,7 @@ _LACKS: dict[Skill, str] = {
     "generate": "has no language model to answer a prompt with",
     "caption": "writes no captions",
     "retrieve": "has no matching head to retrieve with",
+    "match": "has no matching head to judge statements with",
 }
 
 
@@ -435,14 +467,14 @@ def _rules(card: Card, preset: str, llm_kind: str) -> Evaluation:
 def as_released(rules: Evaluation, llm_kind: str) -> Evaluation:
     """What the released code does with every dataset, whatever its card says: LAVIS 506965b on transformers 4.33."""
     most, fewest = released_lengths(rules.max_new_tokens, rules.min_new_tokens, llm_kind)
-    if rules.mode == "rank":
+    if rules.mode == "rank" and rules.candidates_from != "answer_list":  # which BLIP ranks, with the end of each
         rules = replace(rules, **RANKING_PRESETS["lavis"][llm_kind])
     return replace(
         rules,
         max_new_tokens=most,
         min_new_tokens=fewest,
         beam_lengths="transformers_4_33",
-        text_processor="blip_caption",
+        text_processor="blip_caption" if rules.text_processor == "none" else rules.text_processor,
         may_be_empty=("context",),  # it compares a list with an empty string
         upright=False,
         transparency="dropped",
@@ -465,6 +497,29 @@ def _vocabulary(card: Card, shards: Path, source: str, samples: Sequence[Evaluat
         _note_unknown(card, frozenset(vocabulary), samples)
         return vocabulary
     return tuple(text for sample in samples for text in sample.record.captions) if source == "captions" else ()
+
+
+def _given_answers(card: Card, rules: Evaluation, path: Path | None) -> tuple[str, ...]:
+    """The list of answers that a card ranks.
+
+    Raises:
+        UserError: it is not given, or is no list of several texts.
+    """
+    if path is None:
+        raise UserError(
+            f"{card.name} ranks a list of answers; fetch {rules.answer_list} and give its path as answers=, or evaluate "
+            "with mode=generate"
+        )
+    with errors_for_users(path):
+        answers = read_json(path)
+    if not isinstance(answers, list) or not all(isinstance(text, str) and text.strip() for text in answers):
+        raise UserError(f"{path} is no JSON list of texts; answers= takes what is at {rules.answer_list}")
+    different = tuple(dict.fromkeys(answers))  # of equals the first would be taken anyway
+    if len(different) < 2:
+        raise UserError(
+            f"{path} lists {len(different)} answers, and ranking needs two; answers= takes what is at {rules.answer_list}"
+        )
+    return different
 
 
 def _note_unknown(card: Card, vocabulary: frozenset[str], samples: Sequence[EvaluationSample]) -> None:
@@ -510,6 +565,17 @@ def _check_records(card: Card, metric: Metric, samples: Sequence[EvaluationSampl
             f"{card.name}: {metric.title} needs samples of both labels, and all chosen ones ({len(samples)}) have label "
             f"{shown}; give more with samples="
         )
+
+
+def _check_statements(card: Card, samples: Sequence[EvaluationSample]) -> None:
+    """Refuse what cannot be true or false."""
+    for sample in samples:
+        if not sample.record.question or not set(sample.record.answers) <= set(STATEMENT_CLASSES):
+            said = "no text" if not sample.record.question else f"the answer {sample.record.answers[0]!r}"
+            raise UserError(
+                f"{card.name}: {sample.id} has {said}, and mode=match judges statements whose answers are true and false; "
+                "evaluate it in another mode"
+            )
 
 
 def _card_records(card: Card, opened: PreparedSplit) -> Iterable[Record]:
@@ -562,6 +628,10 @@ def _samples_sha256(opened: PreparedSplit, samples: Sequence[EvaluationSample]) 
     return digest.hexdigest()
 
 
+# The classes of statements in the order of the matching head's logits: no match, match. Of equals the first is taken, so a
+# statement is true where the probability of a match is above 0.5.
+STATEMENT_CLASSES = ("false", "true")
+_STATEMENT = "{question}"  # a prompt that shows nothing else
 _OWN_OCR = "the dataset's own"
 _FROM_CARD = (
     "prompt",
@@ -584,7 +654,9 @@ _FROM_CARD = (
 
 def protocol_fields(rules: Evaluation, mode: str) -> dict[str, Any]:
     """The choices of a `Protocol`, by name, that follow from a card's evaluation in this mode."""
-    source = {"rank": rules.candidates_from or "card", "retrieve": "captions"}.get(mode, "none")
+    if mode == "match":
+        rules = replace(rules, prompt=_STATEMENT, candidates=STATEMENT_CLASSES, verbalizers={}, candidates_from=None)
+    source = {"rank": rules.candidates_from or "card", "retrieve": "captions", "match": "card"}.get(mode, "none")
     verbalizers = tuple((text, label) for label, synonyms in rules.verbalizers.items() for text in synonyms)
     ranked = source == "card"
     return {name: getattr(rules, name) for name in _FROM_CARD} | {
@@ -595,7 +667,7 @@ def protocol_fields(rules: Evaluation, mode: str) -> dict[str, Any]:
         "classes": rules.candidates + tuple(label for _, label in verbalizers) if ranked else (),
         "verbalizers": verbalizers,
         "rerank": rules.rerank if mode == "retrieve" else 0,
-        "max_text_tokens": rules.max_text_tokens if mode == "retrieve" else 0,
+        "max_text_tokens": rules.max_text_tokens if mode in ("retrieve", "match") else 0,
     }
 
 

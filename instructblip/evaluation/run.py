@@ -18,7 +18,7 @@ from instructblip.evaluation.journal import claimed, refuse_others_results, repl
 from instructblip.evaluation.protocol import Task, make_task, needed_splits, refuse_unable
 from instructblip.evaluation.results_file import NotEvaluated
 from instructblip.evaluation.suite import evaluate_tasks, finish_evaluation, image_reader, log_scores, refuse_failed
-from instructblip.evaluation.suite_tasks import check_suite, fitting_modes, make_tasks, split_missing
+from instructblip.evaluation.suite_tasks import check_answers, check_suite, fitting_modes, make_tasks, split_missing
 from instructblip.fetch.parts import cache_folder
 from instructblip.models.fingerprint import fingerprint_tensors
 from instructblip.tracking import make_logger
@@ -67,6 +67,7 @@ def _plan(
 ) -> tuple[list[Task], list[NotEvaluated], Path]:
     """What is evaluated, what is not, and the folder of the shards."""
     rules: dict[str, Any] = {"preset": config.preset, "llm_kind": llm_kind}
+    check_answers(cards, config.answers)
     modes, note = fitting_modes(cards, config.mode, **rules)
     if note:
         console.print(note, markup=False, highlight=False, soft_wrap=True)
@@ -83,6 +84,7 @@ def _plan(
             mode=modes[card.name],
             withhold_images=config.withhold_images,
             rerank=config.rerank,
+            answers=None if config.answers is None else Path(config.answers),
             **rules,
         )
 

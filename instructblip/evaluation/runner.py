@@ -288,6 +288,8 @@ def _ask(model: Any, task: Task, batch: Sequence[tuple[Question, Tensor]]) -> li
 def _answers(model: Any, task: Task, batch: Sequence[tuple[Question, Tensor]]) -> list[Answer]:
     protocol, samples = task.protocol, [question.sample for question, _ in batch]
     images, prompts = torch.stack([tokens for _, tokens in batch]), [sample.prompt for sample in samples]
+    if protocol.mode == "match":
+        return _judgements(model, task, images, samples)
     if protocol.mode == "generate":
         decoding = {name: getattr(protocol, name) for name in _DECODING}
         if task.needs(model.SKILLS) == "caption":
@@ -306,6 +308,24 @@ def _answers(model: Any, task: Task, batch: Sequence[tuple[Question, Tensor]]) -
         if not (row[row > -torch.inf] if "preselect" in released else row).isfinite().all() or row.isnan().any():
             raise _not_finite(sample)
     return [_ranked(task, texts, row.tolist()) for texts, row in zip(candidates, scores, strict=True)]
+
+
+def _judgements(model: Any, task: Task, images: Tensor, samples: Sequence[EvaluationSample]) -> list[Answer]:
+    """Whether each statement is true of its image, with the log-probabilities of no match and match.
+
+    These are kept where `match` gives a probability, which is 1 in float32 for many a statement: AUROC orders them.
+    """
+    statements = [sample.prompt for sample in samples]
+    texts = model.tokenize(statements, max_tokens=task.protocol.max_text_tokens)
+    logits_B2 = model.encode_pairs(model.normalised(model.image_tokens(images)), *texts).logits_B2
+    scores_B2 = logits_B2.float().log_softmax(dim=1)
+    for sample, row in zip(samples, scores_B2, strict=True):
+        if not row.isfinite().all():
+            raise _not_finite(sample)
+    return [
+        _ranked(task, task.candidates(sample.record), row)
+        for sample, row in zip(samples, scores_B2.tolist(), strict=True)
+    ]
 
 
 def _not_finite(sample: EvaluationSample) -> UserError:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
-from instructblip.config.schema import Missing, SuiteConfig
+from instructblip.config.schema import Missing, Mode, SuiteConfig
 from instructblip.data.cards import Card
 from instructblip.data.prepare.command import FoundShards
 from instructblip.errors import UserError
@@ -23,9 +23,26 @@ def check_suite(suite: SuiteConfig, cards: Sequence[Card]) -> None:
         raise UserError(f"suite {suite.name} names {twice[0]} twice; name it once")
 
 
+def check_answers(cards: Sequence[Card], answers: str | None) -> None:
+    """Refuse one list of answers for cards that rank different ones.
+
+    Args:
+        cards: of the suite.
+        answers: place of the list, where one is given.
+
+    Raises:
+        UserError: names the cards.
+    """
+    lists = {
+        card.name: card.evaluation.answer_list for card in cards if card.evaluation and card.evaluation.answer_list
+    }
+    if answers is not None and len(set(lists.values())) > 1:
+        raise UserError(f"{', '.join(lists)} rank lists of their own, and answers= gives one; evaluate them one by one")
+
+
 def fitting_modes(
-    cards: Sequence[Card], mode: str | None, *, preset: str, llm_kind: str
-) -> tuple[dict[str, str | None], str]:
+    cards: Sequence[Card], mode: Mode | None, *, preset: str, llm_kind: str
+) -> tuple[dict[str, Mode | None], str]:
     """The mode that each card of a suite is evaluated in, by name: the given one where it can be had, else the card's own.
 
     Returns:

@@ -212,7 +212,7 @@ class PartedModule(nn.Module):
         return [getattr(self, name) for name in self.PARTS[part]]
 
 
-Skill = Literal["rank", "generate", "caption", "retrieve"]
+Skill = Literal["rank", "generate", "caption", "retrieve", "match"]
 
 
 class Model(PartedModule, ABC):
@@ -221,7 +221,7 @@ class Model(PartedModule, ABC):
     Attributes:
         OUTPUTS: names of all outputs that it gives.
         SKILLS: what evaluation may ask of it: to `rank` candidates, to `generate` an answer to a prompt, to `caption` a
-            picture without one, to `retrieve` by contrast and matching.
+            picture without one, to `retrieve` by contrast and matching, to judge statements by whether they `match`.
         RELEASED_RANKING: further arguments of `rank` with which the released code of this model ranks.
         vision: image encoder, a part of its own.
         vision_norm: normalisation between the encoder and what reads its tokens.

@@ -724,7 +724,7 @@ class BLIPRetrieval(BLIP):
             "match_logits",
         }
     )
-    SKILLS = frozenset({"retrieve"})
+    SKILLS = frozenset({"retrieve", "match"})
     FOLLOWERS = frozenset({"momentum"})
     copy_momentum = 0.995  # as released
 
@@ -941,7 +941,7 @@ class BLIPPretrain(BLIPRetrieval, _Captioner):
     """
 
     OUTPUTS = BLIPRetrieval.OUTPUTS | {"answer_logits"}
-    SKILLS = frozenset({"retrieve", "caption"})
+    SKILLS = frozenset({"retrieve", "match", "caption"})
     prompt = ""  # pre-training knows none
 
     def __init__(

@@ -107,7 +107,7 @@ class BLIP2(Model):
 
     held_parts = frozenset({"qformer"})
     OUTPUTS = frozenset({"image_projected", "text_projected", "temperature", "answer_logits", "match_logits"})
-    SKILLS = frozenset({"caption", "retrieve"})
+    SKILLS = frozenset({"caption", "retrieve", "match"})
 
     def __init__(
         self,

@@ -21,7 +21,7 @@ from instructblip.data.lost import LostSamples
 from instructblip.data.mixture import Mixture
 from instructblip.data.mixture_dataset import MixtureDataset, TrainingSet
 from instructblip.distributed import Ranks, choose_device
-from instructblip.evaluation.protocol import Task, make_task, make_validation_task, refuse_unable
+from instructblip.evaluation.protocol import Task, make_task, make_validation_task, mode_in_training, refuse_unable
 from instructblip.evaluation.results_file import NotEvaluated
 from instructblip.evaluation.runner import read_pixels
 from instructblip.evaluation.suite import check_writes
@@ -240,7 +240,7 @@ def _tasks(config: TrainConfig, cards: RunCards) -> tuple[list[Task], list[Task]
     """
     samples, final_samples = config.recipe.validation_samples, config.recipe.final_samples
     validation = [make_validation_task(card, cards.shards, samples=samples) for card in cards.watched]
-    final = [make_task(card, cards.shards, samples=final_samples) for card in cards.scored]
+    final = [make_task(card, cards.shards, samples=final_samples, mode=mode_in_training(card)) for card in cards.scored]
     refuse_unable([*validation, *final], MODELS[config.model.kind].SKILLS, f"model={config.model.kind}")
     return validation, final
 

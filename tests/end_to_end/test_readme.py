@@ -190,7 +190,8 @@ def test_a_command_runs(line: str, world: World, finished_run: Path, untrained_s
     if {"check", "show", "audit"} & given.keys() or own:
         write_shards(world, tmp_path, own=own, captions="data/capfilt" in line)
     if "checkpoint" in given or "resume" in given:
-        found = untrained_stage1 if given.get("suite") == "retrieval" else finished_run
+        pairs = given.get("suite") == "retrieval" or given.get("mode") == "match"
+        found = untrained_stage1 if pairs else finished_run
         shutil.copytree(found, tmp_path / given.get("checkpoint", "outputs/train/demo"))
     if "init_from" in given:
         shutil.copytree(finished_run, tmp_path / given["init_from"])

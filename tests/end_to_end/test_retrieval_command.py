@@ -1,4 +1,4 @@
-"""`evaluate.py suite=retrieval` from prepared files: twice and on two ranks the same results, read by table and page."""
+"""`evaluate.py` with models that match: retrieval and statements, twice and on ranks the same results, in table and page."""
 
 import json
 from pathlib import Path
@@ -64,3 +64,21 @@ def test_captions_are_written_without_a_prompt(world: World, untrained_stage1: P
 def test_an_instructblip_is_not_asked_to_retrieve(world: World, untrained_run: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has no matching head to retrieve with, which coco_retrieval"):
         evaluate_here(world, untrained_run, tmp_path, *SUITE, f"data.shards={tmp_path / 'shards'}")
+
+
+def test_statements_are_judged_by_matching(world: World, untrained_stage1: Path, tmp_path: Path) -> None:
+    arguments = ("suite=own", "suite.held_out=[vsr]", "mode=match", "data=synthetic", "name=statements", "batch_size=2")
+    shards = f"data.shards={tmp_path / 'shards'}"
+    folders = [
+        evaluate_here(world, untrained_stage1, tmp_path / name, *arguments, shards, "blind_baseline=true")
+        for name in ("first", "second")
+    ]
+    first, second = (results(folder) | {"created": ""} for folder in folders)
+    assert first == second
+    entry = first["datasets"]["vsr"]
+    assert (entry["protocol"]["mode"], entry["protocol"]["prompt"]) == ("match", "{question}")
+    assert set(entry["baselines"]) == {"images withheld", "chance"}
+    assert "matching" in (folders[0] / "report.html").read_text()
+    assert "\u2021" in as_text(score_table([read_run(folders[0])]))  # another protocol than the card's
+    with pytest.raises(UserError, match="gqa has no statements, which are true or false of an image"):
+        evaluate_here(world, untrained_stage1, tmp_path, "suite=own", "suite.held_out=[gqa]", "mode=match", "name=gqa")

@@ -18,6 +18,9 @@ OTHER_WAYS = (
     "coco_caption_blip2",
     "coco_caption_blip",
     "vqav2_blip",
+    "okvqa_blip",
+    "aokvqa_blip",
+    "nocaps_blip",
 )
 # dataset -> split -> (images, frames, records, records lost)
 SOURCES: dict[str, dict[str, tuple[int, int, int, int]]] = {

@@ -34,6 +34,9 @@ def synthetic_task(card: Card, shards: Path, count: int, **options: Any) -> Task
     stream = random.Random(card.name)
     for split in {card.evaluation.split, *(["train"] if card.evaluation.candidates_from == "train_answers" else [])}:
         _write_split(card, shards / card.source / split, count, stream)
+    if card.evaluation.candidates_from == "answer_list" and "mode" not in options:
+        write_json(shards / "answers.json", list(WORDS))
+        options = {"answers": shards / "answers.json"} | options
     return make_task(card, shards, **options)
 
 
@@ -95,11 +98,12 @@ class Oracle:
 
     training = False
     device = torch.device("cpu")
-    SKILLS = frozenset({"rank", "generate", "retrieve"})
+    SKILLS = frozenset({"rank", "generate", "retrieve", "match"})
     PARTS: Mapping[str, tuple[str, ...]] = {}
     RELEASED_RANKING: Mapping[str, Any] = {}
 
     def __init__(self, task: Task) -> None:
+        self.judges = task.protocol.mode == "match"
         self.records = {sample.row: sample.record for sample in task.samples}
         self.asked: list[str] = []
 
@@ -148,7 +152,10 @@ class Oracle:
         return images
 
     def encode_pairs(self, images: Tensor, ids: Tensor, mask: Tensor) -> SimpleNamespace:
-        """A match where the caption is the image's."""
+        """A match where the caption is the image's, or the statement true."""
+        if self.judges:
+            match = torch.tensor([float(record.answers == ("true",)) for record in self._records(images)])
+            return SimpleNamespace(logits_B2=torch.stack([0.5 - match, match - 0.5], dim=1))
         match = (images.flatten().long() == self.images[ids[:, 0]]).float()
         return SimpleNamespace(logits_B2=torch.stack([-match, match], dim=1))
 

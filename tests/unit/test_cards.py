@@ -183,8 +183,13 @@ def test_a_view_takes_the_source_from_its_parent(folder: Path) -> None:
         ({"evaluation.candidates_from": "choices"}, "needs one of candidates, verbalizers and candidates_from to rank"),
         (
             {"evaluation.candidates_from": "options"},
-            "candidates_from=options is none of choices, train_answers, null",
+            "candidates_from=options is none of choices, train_answers, answer_list, null",
         ),
+        (
+            {"evaluation.candidates": ..., "evaluation.candidates_from": "answer_list"},
+            "candidates_from: answer_list and answer_list, its address, go together; give both",
+        ),
+        ({"evaluation.answer_list": "https://example.org/a.json"}, "go together; give both"),
         ({"evaluation": ..., "role": "held-out"}, "a held-out dataset needs the key evaluation"),
         ({"templates": ...}, "a held-in dataset needs templates"),
         ({"shared_images": {"vqav2": "why"}}, "shared_images is for held-out datasets to say"),

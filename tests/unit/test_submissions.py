@@ -19,6 +19,7 @@ def rows(dataset: str, record_id: str, output: ModelOutput, choices: tuple[str, 
 def test_rows_of_every_leaderboard() -> None:
     found = {
         "vqav2": rows("vqav2", "262148000", ModelOutput("down")),
+        "vqav2_blip": rows("vqav2_blip", "7", ModelOutput("up")),
         "textvqa": rows("textvqa", "34602", ModelOutput("nokia")),
         "vizwiz": rows("vizwiz", "VizWiz_test_00000003", ModelOutput("unanswerable")),
         "nocaps": rows("nocaps", "0", ModelOutput("a baby in a bath")),
@@ -26,6 +27,7 @@ def test_rows_of_every_leaderboard() -> None:
     }
     assert found == {
         "vqav2": [{"question_id": 262148000, "answer": "down"}],
+        "vqav2_blip": [{"question_id": 7, "answer": "up"}],
         "textvqa": [{"question_id": 34602, "answer": "nokia"}],
         "vizwiz": [{"image": "VizWiz_test_00000003.jpg", "answer": "unanswerable"}],
         "nocaps": [{"image_id": 0, "caption": "a baby in a bath"}],
@@ -47,7 +49,7 @@ def test_the_file_is_one_json_list_in_the_order_of_the_records(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("dataset", "ids", "message"),
     [
-        ("gqa", ["1"], "no leaderboard file is known for gqa; there is one for vqav2, textvqa"),
+        ("gqa", ["1"], "no leaderboard file is known for gqa; there is one for vqav2, vqav2_blip, textvqa"),
         ("vqav2", ["1", "1"], "'1' of vqav2 comes twice"),
         ("vqav2", ["12a"], "'12a': the leaderboard needs whole numbers"),
         ("nocaps", [], "needs at least one record"),

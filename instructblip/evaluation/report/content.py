@@ -23,7 +23,7 @@ _FAILURES_SHOWN = 5
 _TEXTS_FOUND = 5  # shown of a sample in retrieval
 _CAPTIONS_SHOWN = 2  # whose images are shown
 _PICTURES_FOUND = 4
-_MODES = {"rank": "ranking", "generate": "open generation", "retrieve": "retrieval"}
+_MODES = {"rank": "ranking", "generate": "open generation", "retrieve": "retrieval", "match": "matching"}
 
 
 def report_row(result: TaskResult, baselines: Mapping[str, float]) -> ReportRow:

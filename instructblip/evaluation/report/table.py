@@ -310,12 +310,13 @@ BLIP = {  # and of other papers
     "blip_129m": "BLIP 129M",
     "blip_capfilt_l": "BLIP CapFilt-L",
     "blip_vit_l": "BLIP ViT-L",
+    "blip_lavis": "BLIP, run again by LAVIS",
     "blip2_vit_l": "BLIP-2 ViT-L",
     "blip2_vit_g": "BLIP-2 ViT-g",
 }
 MODELS = INSTRUCTBLIP | BLIP
 # Where the paper's numbers are of another split than the one that its card can score.
-PAPER_SPLITS = {"vizwiz": "test-dev"}
+PAPER_SPLITS = {"vizwiz": "test-dev", "vqav2_blip": "test-dev"}
 
 
 SUBSET = ComparabilityNote("*", "part of the split's samples")
@@ -382,7 +383,9 @@ def _changes(protocol_fields: Mapping[str, Any], protocol: Mapping[str, Any]) ->
         name for name, value in protocol_fields.items() if name in protocol and _plain(protocol[name]) != _plain(value)
     ]
     if "mode" in found:  # says it all: what is ranked follows from it
-        found = [name for name in found if name not in ("candidates_from", "candidates", "classes")]
+        follows = {"candidates_from", "candidates", "classes"}
+        follows |= {"prompt", "verbalizers", "max_text_tokens"} if protocol["mode"] == "match" else set()
+        found = [name for name in found if name not in follows]
     return [
         f"other {name}"
         if isinstance(protocol_fields[name], tuple)
