@@ -73,10 +73,10 @@ RUNS: Mapping[str, Run] = {
     "stage1": Run(("experiment=align_demo_stage1",), "align"),
     "stage2": Run(("experiment=align_demo_stage2",), "align", "stage1"),
     "cosine": Run(("experiment=demo", "~recipe.phases.instruction", _DEC), "alignment"),
-    f"{TUNED}nothing": Run(("experiment=align_demo", *_FROM_BERT), "instruction"),
     f"{TUNED}cosine": Run(("experiment=align_demo",), "instruction", "cosine"),
-    f"{TUNED}stage1": Run(("experiment=align_demo",), "instruction", "stage1"),
     f"{TUNED}stage2": Run(("experiment=align_demo",), "instruction", "stage2"),
+    f"{TUNED}nothing": Run(("experiment=align_demo", *_FROM_BERT), "instruction"),
+    f"{TUNED}stage1": Run(("experiment=align_demo",), "instruction", "stage1"),
 }
 TITLES = {
     f"{TUNED}nothing": "nothing",
@@ -99,7 +99,7 @@ class Study:
     def __init__(self, folder: Path, *, steps: Mapping[str, int], samples: int, parts: Sequence[str]) -> None:
         self.folder, self.steps, self.samples, self.parts = folder, steps, samples, parts
         self.file = folder / "measured.jsonl"
-        self.console = Console(stderr=True, quiet=False)
+        self.console = Console(stderr=True)
 
     def measured(self) -> dict[tuple[str, int], dict[str, Any]]:
         """(name, seed) -> what was measured of that run."""
@@ -178,7 +178,7 @@ def share(right: Sequence[bool]) -> float:
 def summary(values: Sequence[float]) -> str:
     """Mean, standard deviation over seeds, and the 95% interval of the mean by Student's t; one value alone as it is."""
     if len(values) < 2:
-        return f"{values[0]:.1f}"
+        return each(values)
     deviation = statistics.stdev(values)
     half = float(stats.t.ppf(0.975, len(values) - 1)) * deviation / math.sqrt(len(values))
     mean = statistics.fmean(values)
@@ -190,32 +190,45 @@ def each(values: Sequence[float]) -> str:
     return ", ".join(f"{value:.1f}" for value in values)
 
 
-def tables(found: Mapping[tuple[str, int], Mapping[str, Any]], seeds: Sequence[int]) -> list[Table]:
-    """What each stage adds by itself, what tuning makes of it, and the paired differences to the demo's way."""
+class Found:
+    """What was measured, by run and seed; of seeds that a run was not measured with nothing is said."""
 
-    def scores(run: str, name: str) -> list[float]:
-        return [found[run, seed]["scores"][name] for seed in seeds]
+    def __init__(self, measured: Mapping[tuple[str, int], Mapping[str, Any]], seeds: Sequence[int]) -> None:
+        self.runs = {name: {seed: measured[name, seed] for seed in seeds if (name, seed) in measured} for name in RUNS}
 
-    def budget(run: str) -> tuple[str, str]:
-        first = found[run, seeds[0]]
-        return f"{first['steps']} x {first['batch']}", each([found[run, seed]["cpu_seconds"] for seed in seeds])
+    def budget(self, run: str) -> tuple[str, str]:
+        """Steps and batch, and the processor's seconds of each seed."""
+        entries = list(self.runs[run].values())
+        steps = ", ".join(dict.fromkeys(f"{entry['steps']} x {entry['batch']}" for entry in entries))
+        return steps, ", ".join(f"{entry['cpu_seconds']:.0f}" for entry in entries)
 
+    def scores(self, run: str, name: str) -> list[float]:
+        """One a seed."""
+        return [entry["scores"][name] for entry in self.runs[run].values()]
+
+    def gains(self, run: str, base: str, name: str) -> list[float]:
+        """Of each seed that both were measured with, the first minus the second."""
+        own, other = self.runs[run], self.runs[base]
+        return [own[seed]["scores"][name] - other[seed]["scores"][name] for seed in own if seed in other]
+
+
+def tables(found: Found) -> list[Table]:
+    """What each stage has learned by itself, what tuning makes of it, and the differences to the demo's way by seed."""
     learned = Table(title="After aligning, test pictures right, % (chance 4.2)", title_justify="left")
     for heading in ("run", "steps x batch", "CPU seconds", "what", "each seed", "mean ± SD [95%]"):
         learned.add_column(heading)
     for run, name in (("stage1", "itc"), ("stage1", "itm"), ("stage1", "caption"), ("stage2", "caption")):
-        learned.add_row(run, *budget(run), name, each(scores(run, name)), summary(scores(run, name)))
-    learned.add_row("cosine", *budget("cosine"), "", "", "")
+        learned.add_row(run, *found.budget(run), name, each(found.scores(run, name)), summary(found.scores(run, name)))
+    learned.add_row("cosine", *found.budget("cosine"), "", "", "")
     tuned = Table(title="After instruction tuning, accuracy, %", title_justify="left")
-    for heading in ("tuned from", "dataset", "each seed", "mean ± SD [95%]", "minus the demo's"):
+    for heading in ("tuned from", "steps x batch", "dataset", "each seed", "mean ± SD [95%]", "minus the demo's"):
         tuned.add_column(heading)
     base = f"{TUNED}cosine"
     for run, title in TITLES.items():
         for name, shown in DATASETS.items():
-            own, other = scores(run, name), scores(base, name)
-            gain = "" if run == base else summary([a - b for a, b in zip(own, other, strict=True)])
-            tuned.add_row(title, shown, each(own), summary(own), gain)
-    tuned.caption = f"{budget(base)[0]} steps x batch each; CPU seconds: {budget(base)[1]}"
+            own = found.scores(run, name)
+            gain = "" if run == base else summary(found.gains(run, base, name))
+            tuned.add_row(title, found.budget(run)[0], shown, each(own), summary(own), gain)
     return [learned, tuned]
 
 
@@ -227,18 +240,19 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=200, help="test questions a dataset, and test pictures")
     parser.add_argument("--folder", type=Path, default=Path("outputs/align_study"))
     parser.add_argument("--threads", type=int, default=1, help="threads of torch")
+    parser.add_argument("--show", action="store_true", help="train nothing, print what there is")
     parser.add_argument("--parts", nargs="*", default=[], help="overrides of train.py that choose other parts")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     steps = {name: int(count) for name, _, count in (item.partition("=") for item in arguments.steps)}
     arguments.folder.mkdir(parents=True, exist_ok=True)
     study = Study(arguments.folder, steps=steps, samples=arguments.samples, parts=arguments.parts)
-    for seed in arguments.seeds:
+    for seed in () if arguments.show else arguments.seeds:
         for name in RUNS:
             if (name, seed) not in study.measured():
                 study.do(name, seed)
     console = Console(width=150)
-    for table in tables(study.measured(), arguments.seeds):
+    for table in tables(Found(study.measured(), arguments.seeds)):
         console.print(table)
     console.print(provenance(f"{arguments.threads} threads"), highlight=False)
 

@@ -209,13 +209,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--published", action="store_true", help="EVA-CLIP-g")
-    size.add_argument("--tiny", action="store_true", help="tiny parts, for a try")
+    size.add_argument("--tiny", action="store_true", help="tiny parts, 2 images, one round, for a try")
     parser.add_argument("--images", type=int, default=8, help=f"with {CAPTIONS} captions each")
     parser.add_argument("--few", type=int, default=4, help="pairs that are matched one at a time, 10 at most")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of torch")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    if arguments.tiny:
+        arguments.images, arguments.rounds = 2, 1
     model = build(() if arguments.published else _TINY if arguments.tiny else _MEDIUM)
     with tempfile.TemporaryDirectory() as folder:
         task = make_pictures(Path(folder), arguments.images, model.vision.image_size)

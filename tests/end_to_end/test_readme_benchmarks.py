@@ -16,7 +16,8 @@ from tests.kit.runs import REPOSITORY, SECONDS, World
 def test_a_benchmark_runs(line: str, world: World, tmp_path: Path) -> None:
     """Each variant once; its figures say nothing here."""
     _, script, *arguments = shlex.split(line)
-    small = ["--tiny"] if script.endswith("train_step.py") else ["--fast", "--parts", *world.train]
+    has_tiny = script.endswith(("train_step.py", "retrieval.py"))
+    small = ["--tiny"] if has_tiny else ["--fast", "--parts", *world.train]
     options = ["--threads", "1", *small]
     command = [sys.executable, str(REPOSITORY / script), *arguments, *options]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=SECONDS)

@@ -110,28 +110,6 @@ def test_the_experiment_is_what_train_does_alone() -> None:
     assert _own(_compose("train", [])) == _own(_compose("train", ["experiment=demo"]))
 
 
-@pytest.mark.parametrize("file", [file for file in FILES if file.startswith("experiment/")])
-def test_what_an_experiment_says_holds(file: str) -> None:
-    """Over the defaults of train.yaml: what it starts from and what it trains, too."""
-    said = OmegaConf.to_container(OmegaConf.load(CONFIGS / file))
-    assert isinstance(said, dict)
-    composed = OmegaConf.to_container(_own(_compose("train", [f"experiment={Path(file).stem}"])))
-    for key, value in _leaves({key: value for key, value in said.items() if key != "defaults"}):
-        assert _at(composed, key) == value, ".".join(key)
-
-
-def _leaves(values: dict[Any, Any], *above: Any) -> Iterator[tuple[tuple[Any, ...], Any]]:
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, *above, key)
-        else:
-            yield (*above, key), value
-
-
-def _at(values: Any, key: tuple[Any, ...]) -> Any:
-    return values if not key else _at(values[key[0]], key[1:])
-
-
 # --- no key that nobody reads ----------------------------------------------------------------------------------------
 
 
