@@ -93,7 +93,7 @@ WRONG = [
     ("train", "seed=1.5", "seed must be a whole number, not 1.5"),
     ("train", "mixture.temperature=2", "mixture.weights=sqrt takes no mixture.temperature"),
     ("evaluate", "preset=papers", "preset=papers is none of paper, lavis; did you mean paper?"),
-    ("evaluate", "mode=guess", "mode=guess is none of rank, generate, retrieve, null"),
+    ("evaluate", "mode=guess", "mode=guess is none of rank, generate, retrieve, match, null"),
     ("evaluate", "data.transform=crop", "data.transform=crop is none of resize_square, center_crop"),
     ("evaluate", "suite.held_in=[] suite.held_out=[]", "there is nothing to evaluate; name a dataset"),
     ("prepare", "ocr=tesseract", "ocr=tesseract is none of rapidocr, null"),
