@@ -26,7 +26,7 @@ torch.set_num_threads(1)
 # OmegaConf derives a loader from this one for each file that Hydra composes; libyaml reads the same eight times as fast.
 yaml.SafeLoader = yaml.CSafeLoader  # type: ignore[misc, assignment]
 # Processes start in a moment, forked from a server that has imported all of this once; Python 3.11's sees PYTHONPATH only.
-multiprocessing.set_forkserver_preload(["tests.kit.runs", "wandb", "matplotlib.backends.backend_agg"])
+multiprocessing.set_forkserver_preload(["tests.kit.preload"])
 
 if TYPE_CHECKING:
     from tests.kit.runs import World

@@ -1,0 +1,20 @@
+"""What the server that tests fork their processes from does first, so that none of them pays for it again."""
+
+import gc
+
+import matplotlib.axes
+import matplotlib.backends.backend_agg
+import matplotlib.figure
+import matplotlib.font_manager
+import scipy.interpolate
+import scipy.stats
+import torch.profiler
+import wandb
+import yaml
+
+import tests.kit.runs
+
+LOADED = (matplotlib, scipy, torch, wandb, tests)
+# OmegaConf derives a loader from this one for each file that Hydra composes; libyaml reads the same eight times as fast.
+yaml.SafeLoader = yaml.CSafeLoader  # type: ignore[misc, assignment]
+gc.freeze()  # a collection in a forked process does not touch, and so copy, what lies here
