@@ -284,6 +284,8 @@ def make_task(
     if choices["candidates_from"] == "train_answers":
         train = prepared_counts(card, open_split(shards / card.source / "train"), ())
         records = replace(records, vocabulary=replace(train, answered=train.prepared))
+        if not is_made_up(opened.manifest):  # whose splits are not of one piece
+            _note_unknown(card, frozenset(vocabulary), chosen)
     own = None if metric.name in METRICS else metric
     return Task(card, protocol, tuple(chosen), records, vocabulary, public, is_made_up(opened.manifest), own)
 
@@ -493,9 +495,7 @@ def released_lengths(max_len: int, min_len: int, llm_kind: str) -> tuple[int, in
 def _vocabulary(card: Card, shards: Path, source: str, samples: Sequence[EvaluationSample]) -> tuple[str, ...]:
     """The texts that all samples are ranked among."""
     if source == "train_answers":
-        vocabulary = train_answers(card, shards)
-        _note_unknown(card, frozenset(vocabulary), samples)
-        return vocabulary
+        return train_answers(card, shards)
     return tuple(text for sample in samples for text in sample.record.captions) if source == "captions" else ()
 
 

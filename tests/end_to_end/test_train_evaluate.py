@@ -243,7 +243,7 @@ def test_the_ablations_are_other_models(world: World, finished_run: Path, tmp_pa
 def test_prepare_fetch_and_check(world: World, tmp_path: Path) -> None:
     arguments = ["dataset=easy_vqa", f"raw={world.raw}", "out=shards"]
     printed = run(world, "prepare.py", *arguments, cwd=tmp_path)
-    assert "wrote shards/easy_vqa/test/manifest.json: 12 images, 120 records, 0 records lost" in printed
+    assert "wrote shards/easy_vqa/test/manifest.json: 12 images, 132 records, 0 records lost" in printed
     assert below(tmp_path / "shards") == below(world.shards)
     for name in below(world.shards):
         assert (tmp_path / "shards" / name).read_bytes() == (world.shards / name).read_bytes()
