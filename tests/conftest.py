@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_xdist_auto_num_workers() -> int:
-    """Two workers a core: many tests wait for processes that they start, for the disk, or for a bound in seconds."""
-    return 2 * len(os.sched_getaffinity(0))
+    """One more than there are cores: some tests wait for the disk, or for a bound in seconds."""
+    return len(os.sched_getaffinity(0)) + 1
 
 
 @pytest.fixture(scope="session", autouse=True)

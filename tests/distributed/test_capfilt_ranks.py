@@ -48,6 +48,7 @@ def share(ranks: Ranks, web: Path, out: Path, dies: bool) -> tuple[int, str]:
     return chunks, ""
 
 
+@pytest.mark.slow
 def test_two_ranks_share_the_pictures_and_write_the_bytes_of_one(
     web: Path, alone: dict[str, bytes], tmp_path: Path
 ) -> None:

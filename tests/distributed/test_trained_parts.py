@@ -66,6 +66,7 @@ def test_trained_parts_are_like_one_process(
     assert_like(train(world, tmp_path, *ALL, *parallel, ranks=ranks), alone)
 
 
+@pytest.mark.slow
 def test_shards_are_like_one_process_and_their_checkpoint_goes_on_in_one(
     world: World, alone: Path, tmp_path: Path
 ) -> None:

@@ -135,6 +135,7 @@ def watch_the_sharding() -> None:
     run_setup.parallelize = watched  # type: ignore[assignment]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 2])
 def test_sharding_leaves_no_whole_block(world: World, tmp_path: Path, size: int) -> None:
     few = "~recipe.phases", "recipe.phases={instruction: {steps: 1, batch_size: 2, learning_rate: 1e-4}}"

@@ -56,6 +56,7 @@ def study(world: World, tmp_path_factory: pytest.TempPathFactory) -> Study:
     return study
 
 
+@pytest.mark.slow
 def test_runs_start_from_the_one_that_they_follow(study: Study) -> None:
     for name, run in RUNS.items():
         checkpoint, _ = newest_whole(study.folder / f"{name.replace(' ', '_')}_1" / "checkpoints")

@@ -18,6 +18,7 @@ def phases(settings: str) -> tuple[str, ...]:
     return ("~recipe.phases", f"recipe.phases={{only: {phase}}}", *every)
 
 
+@pytest.mark.slow
 def test_batching_changes_neither_samples_nor_losses(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,6 +6,7 @@ import shlex
 import shutil
 from pathlib import Path
 
+import pytest
 import yaml
 from PIL import Image
 
@@ -50,6 +51,7 @@ def test_the_way_is_seven_commands_and_a_dozen_lines_of_yaml() -> None:
     assert "```python" not in FIVE_MINUTES
 
 
+@pytest.mark.slow
 def test_photos_and_a_table_become_a_report(world: World, finished_run: Path, tmp_path: Path) -> None:
     write_photos(tmp_path)
     (tmp_path / "mine.yaml").write_text(card_of_the_section(), encoding="utf-8")

@@ -48,6 +48,7 @@ def test_the_suites_are_the_papers() -> None:
     assert names("held_in") == wanted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suite", SUITES)
 def test_every_protocol_runs_and_twice_gives_the_same(twice: dict[str, tuple[Path, Path]], suite: str) -> None:
     first, second = twice[suite]

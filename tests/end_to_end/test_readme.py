@@ -166,6 +166,7 @@ def _tiny_training(world: World, given: Mapping[str, str], folder: Path) -> tupl
     return world.train if keeps else (*world.train, *short)
 
 
+@pytest.mark.slow
 def test_the_stages_follow_each_other(world: World, tmp_path: Path) -> None:
     """Each starts from the run of the one before, which its experiment names."""
     parts = [item for item in world.train if item.split(".")[0] in ("vision", "qformer", "llm", "data")]
@@ -180,6 +181,7 @@ def test_the_stages_follow_each_other(world: World, tmp_path: Path) -> None:
         assert "evaluation/results.json" in printed
 
 
+@pytest.mark.slow
 def test_blip_goes_on_from_its_pre_training(world: World, tmp_path: Path) -> None:
     """Of which the experiments name the run."""
     parts = [item for item in world.train if item.split(".")[0] in ("vision", "data")]
@@ -194,6 +196,7 @@ def test_blip_goes_on_from_its_pre_training(world: World, tmp_path: Path) -> Non
         assert "checkpoints" in printed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("line", [line for line in commands(*ENTRIES) if not line.startswith(STAGES)])
 def test_a_command_runs(line: str, world: World, finished_run: Path, untrained_stage1: Path, tmp_path: Path) -> None:
     _, script, *arguments = shlex.split(line)

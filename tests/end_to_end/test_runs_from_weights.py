@@ -123,6 +123,7 @@ def _take_steps(run: TrainingRun) -> list[float]:
     return losses
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["instructblip", "blip2"])
 def test_ten_steps_are_those_of_a_model_whose_weights_were_put_in_by_hand(
     kind: str, world: World, tmp_path: Path, request: pytest.FixtureRequest

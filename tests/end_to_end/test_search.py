@@ -39,6 +39,7 @@ def _validated(run_folder: Path) -> float:
     return sum(last["validation"].values()) / 2
 
 
+@pytest.mark.slow
 def test_each_job_of_a_sweep_returns_its_score(world: World, tmp_path: Path) -> None:
     seen = "+hydra.callbacks.seen._target_=tests.kit.callbacks.PrintScore"
     printed = run(world, "train.py", *_train(world, RATES, seen), cwd=tmp_path)

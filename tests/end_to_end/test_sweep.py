@@ -26,6 +26,7 @@ def arguments(world: World, finished_run: Path) -> list[str]:
     return [*world.evaluate, *SUITE, f"checkpoint={finished_run}", "batch_size=4", "examples=2"]
 
 
+@pytest.mark.slow
 def test_jobs_run_one_after_the_other_and_keep_apart(
     world: World, finished_run: Path, arguments: list[str], tmp_path: Path
 ) -> None:

@@ -133,6 +133,7 @@ def assert_same_run(found: Path, expected: Path) -> None:
         assert [key for key, tensor in tensors.items() if not torch.equal(tensor, others[key])] == []
 
 
+@pytest.mark.slow
 def test_two_ranks_and_other_micro_batches_are_like_one_process(blip_world: World, tmp_path: Path) -> None:
     steady = (
         "text.dropout=0",

@@ -218,6 +218,7 @@ def test_a_finished_run_resumed_only_repeats_what_it_wrote(world: World, finishe
     assert_same_run(tmp_path / "demo", finished_run)
 
 
+@pytest.mark.slow
 def test_a_run_is_neither_overwritten_nor_continued_as_another(
     world: World, finished_run: Path, tmp_path: Path
 ) -> None:

@@ -31,6 +31,7 @@ def overrides(world: World, output: Path) -> list[str]:
     return [*world.train, *RECIPE, f"output={output}"]
 
 
+@pytest.mark.slow
 def test_all_stop_at_one_step_and_one_goes_on_alone(world: World, tmp_path: Path) -> None:
     """Only rank 1 is told; the run goes on with one process and gives the samples and losses of one process."""
     arguments = overrides(world, tmp_path)

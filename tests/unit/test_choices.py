@@ -211,6 +211,7 @@ def test_hydras_options_need_no_required_key(option: tuple[str, ...]) -> None:
     check_overrides("evaluate", EvaluateConfig, list(option))
 
 
+@pytest.mark.slow
 def test_what_hydra_only_shows_is_checked_in_a_real_process() -> None:
     command = [sys.executable, "train.py", "--cfg", "job", "vision.norm=foo"]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("HYDRA")}

@@ -25,6 +25,7 @@ def _refused(*overrides: str) -> str:
 # --- whole processes -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_real_process_ends_with_one_line_and_status_2() -> None:
     environment = {key: value for key, value in os.environ.items() if not key.startswith("HYDRA")}
     command = [sys.executable, "train.py", "recipe.lerning_rate=1"]

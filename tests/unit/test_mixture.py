@@ -139,6 +139,7 @@ def test_shares_of_the_papers_thirteen_datasets() -> None:
     assert epochs["capfilt"] == pytest.approx(0.24, abs=0.01)
 
 
+@pytest.mark.slow
 def test_a_million_draws_of_the_papers_thirteen_datasets() -> None:
     """Shares within sampling error of p_d, and no record twice before all others of its dataset have come."""
     mixture = Mixture([MixtureEntry(name, size) for name, size in HELD_IN.items()], seed=2)

@@ -199,6 +199,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, losses.to_lis
 """
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_a_list_of_web_captions(tmp_path: Path) -> None:
     """A list of 30 MB, which as Python objects would take more than 100 MB: 38 MB more, of which SQLite has 32, as for ten
     times the list."""

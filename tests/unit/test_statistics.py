@@ -173,6 +173,7 @@ def captions(images: int) -> tuple[list[str], list[list[str]]]:
     return predictions, references
 
 
+@pytest.mark.slow
 def test_ciders_interval_holds_word_weights_and_is_as_wide_as_with_new_ones() -> None:
     predictions, references = captions(120)
     hypotheses, given = (
