@@ -56,6 +56,7 @@ def test_two_ranks_share_the_pictures_and_write_the_bytes_of_one(
     assert files_of(tmp_path / "out") == alone
 
 
+@pytest.mark.slow
 def test_a_lost_rank_is_named_and_one_process_goes_on(web: Path, alone: dict[str, bytes], tmp_path: Path) -> None:
     first, second = on_ranks(2, share, web, tmp_path / "out", True)
     assert second == (2, "this rank has lost its disk")

@@ -65,6 +65,7 @@ def test_runs_start_from_the_one_that_they_follow(study: Study) -> None:
         assert [found["name"] for found in start["weights"]] == ([] if run.after is None else [f"{run.after}_1"])
 
 
+@pytest.mark.slow
 def test_all_are_tuned_alike_and_asked_alike(study: Study) -> None:
     found = study.measured()
     tuned = [found[name, 1] for name in RUNS if name.startswith(align_study.TUNED)]

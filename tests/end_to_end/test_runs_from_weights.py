@@ -169,6 +169,7 @@ def metrics_of(run: Path) -> list[dict[str, Any]]:
     return [{key: line[key] for key in keys} for line in read_lines(run / "metrics.jsonl")]
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_exactly_without_its_source_and_remembers_it(
     world: World, finished_run: Path, tmp_path: Path
 ) -> None:

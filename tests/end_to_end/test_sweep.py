@@ -56,6 +56,7 @@ def test_jobs_run_one_after_the_other_and_keep_apart(
     assert "samples=4,6" in recorded.read_text()
 
 
+@pytest.mark.slow
 def test_a_failing_job_is_one_line_and_the_others_run(world: World, arguments: list[str], tmp_path: Path) -> None:
     printed = run(
         world,

@@ -164,6 +164,7 @@ def test_it_is_evaluated(folder: Folder, mode: str, world: World, tmp_path: Path
     assert {len(predictions(evaluated)[name]) for name in DATASETS} == {4}
 
 
+@pytest.mark.slow
 def test_certificates_are_made_in_that_dtype(
     folder: Folder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -37,6 +37,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, li
     return status, [(stage, float(difference), verdict) for stage, difference, verdict in rows], output.err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("source", "to"), list(itertools.product(["huggingface", "native", "lavis"], ["huggingface", "native", "lavis"]))
 )

@@ -283,6 +283,7 @@ def test_phases_of_unlike_work_are_added_up() -> None:
     assert demo.hours() == pytest.approx(seconds / 3600)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("experiment", PAPER)
 def test_every_experiment_is_planned_and_nothing_is_opened(
     experiment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -274,6 +274,7 @@ def test_an_interrupted_task_goes_on_where_it_stopped(
     assert predictions(tmp_path) == alone[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_ten_kills_leave_the_same_results(
     model: BLIP2,
