@@ -5,6 +5,7 @@ vectors          numbers that LAVIS computed, models with the weights it compute
 blip2            tiny models of BLIP-2's stages, ours and transformers' folders of them
 families         tiny language models of every family in configs/llm, as transformers folders
 runs             the entry points on tiny parts and data: in this process, or as real processes that start fast
+preload          what the server of those processes imports before it forks them
 ranks            a function on several ranks that meet over gloo
 stage1           training steps of BLIP-2's first stage, on LAVIS's samples or tiny ones
 blip_training    training steps of BLIP, likewise
