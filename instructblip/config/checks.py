@@ -102,6 +102,11 @@ def check_model(config: ModelConfig) -> None:
             f"model.max_text_tokens={architecture.max_text_tokens} leaves nothing of a text beside its {_MARKS} marks; set "
             f"it to {_MARKS + 1} or more"
         )
+    if architecture.prompt and not architecture.prompt.endswith(" "):
+        raise UserError(
+            f"model.prompt={architecture.prompt!r} does not end in a space: its last word and a caption's first would be "
+            "read as one; add a space"
+        )
     if kind in BLIP_KINDS:
         _check_blip(config)
         return

@@ -161,11 +161,20 @@ def _create_backbone(name: str, image_size: int, options: dict[str, Any]) -> Any
     if config.fixed_input_size and image_size != config.input_size[-1]:
         options = {"img_size": image_size, **options}
     try:
-        return timm.create_model(name, pretrained=False, num_classes=0, **options)
+        backbone = timm.create_model(name, pretrained=False, num_classes=0, **options)
     except (TypeError, ValueError, AssertionError) as error:
         raise ValueError(
             f"timm cannot build {name} for images of {image_size} pixels with {options}: {error}"
         ) from None
+    # A convolution over patches passes over what is left of them at the right and at the bottom.
+    patch = getattr(getattr(backbone, "patch_embed", None), "patch_size", (1,))
+    side = patch[0] if isinstance(patch, tuple) else int(patch)
+    if image_size % side:
+        raise ValueError(
+            f"images of {image_size} pixels are no whole number of {name}'s patches of {side}; "
+            f"set image_size to {image_size // side * side} or {(image_size // side + 1) * side}"
+        )
+    return backbone
 
 
 def _leave_out_final_norm(name: str, backbone: Any) -> None:

@@ -161,3 +161,9 @@ def test_without_files_everything_is_drawn_from_the_seed(folder: Path) -> None:
     assert not torch.equal(
         other["vision.backbone.blocks.0.attn.qkv.weight"], first["vision.backbone.blocks.0.attn.qkv.weight"]
     )
+
+
+def test_a_prompt_does_not_run_into_the_caption(folder: Path) -> None:
+    with pytest.raises(UserError, match=r"model\.prompt='a picture of' does not end in a space"):
+        check_model(configured(folder, "blip_caption", prompt="a picture of"))
+    check_model(configured(folder, "blip_caption", prompt=""))

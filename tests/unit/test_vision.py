@@ -112,6 +112,10 @@ def test_the_gradient_stops_at_the_encoder(vit: VisionEncoder) -> None:
         ({"layers": ("bn1", "blocks.9")}, "test_efficientnet has no layer blocks.9"),
         ({"grid": None}, "need a common grid"),
         ({"options": {"depht": 3}}, "timm cannot build test_efficientnet for images of 32 pixels with .*depht"),
+        (
+            {"backbone": "test_vit", "layers": (), "image_size": 170},
+            "no whole number of test_vit's patches of 16; set .* 176",
+        ),
         ({"final_norm": False}, "test_efficientnet has no final norm to leave out"),
         ({"backbone": "test_vit", "layers": ("blocks.1",), "image_size": 160}, "must give feature maps"),
         ({"layers": ("bn1", "global_pool")}, "of the vision layers bn1, global_pool only 1 come into use"),
