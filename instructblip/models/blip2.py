@@ -305,10 +305,9 @@ class BLIP2(Model):
         if head == "itm":
             pairs = self.encode_pairs(self.normalised(tokens_B1PU), ids_BT, mask_BT)
             return pairs.logits_B2.float().softmax(dim=1)[:, 1]
+        # In float32: in half precision near pairs would be equal.
         projected_BQE = self.encode_images(tokens_B1PU).projected_BQE.float()
-        projected_BE = self.encode_texts(
-            ids_BT, mask_BT
-        ).projected_BE.float()  # in half precision near pairs would be equal
+        projected_BE = self.encode_texts(ids_BT, mask_BT).projected_BE.float()
         return torch.einsum("bqe,be->bq", projected_BQE, projected_BE).amax(dim=1)
 
     @torch.inference_mode()

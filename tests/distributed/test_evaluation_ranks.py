@@ -5,7 +5,7 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import pytest
 
 from instructblip.errors import UserError
 from instructblip.evaluation import heartbeat, journal, runner
-from tests.kit.runs import World, evaluate_here, predictions, run, start
+from tests.kit.runs import Command, World, evaluate_here, predictions, run, start
 
 OVERRIDES = ("samples=10", "batch_size=1")
 
@@ -66,17 +66,24 @@ def arguments(world: World, checkpoint: Path, output: Path) -> list[str]:
     return [*world.evaluate, f"checkpoint={checkpoint}", f"output={output}", *OVERRIDES]
 
 
-def evaluate_with(world: World, checkpoint: Path, output: Path, count: int) -> Path:
-    commands = [
+def start_ranks(
+    world: World, checkpoint: Path, output: Path, befores: Sequence[Callable[[], None] | None]
+) -> list[Command]:
+    """Start an evaluation on as many ranks, which meet in its folder alone, each after what is to be done before."""
+    return [
         start(
             world,
             "evaluate.py",
             *arguments(world, checkpoint, output),
             cwd=output / f"rank{rank}",
-            before=partial(be_rank, rank, count),
+            before=partial(be_rank, rank, len(befores), before),
         )
-        for rank in range(count)
+        for rank, before in enumerate(befores)
     ]
+
+
+def evaluate_with(world: World, checkpoint: Path, output: Path, count: int) -> Path:
+    commands = start_ranks(world, checkpoint, output, [None] * count)
     for command in commands:
         assert command.wait() == 0, command.output
     return output / "demo"
@@ -108,16 +115,7 @@ def test_any_number_of_processes_gives_the_same_files(
 def test_a_lost_process_is_named_and_another_number_of_them_goes_on(
     world: World, untrained_run: Path, alone: Path, tmp_path: Path
 ) -> None:
-    commands = [
-        start(
-            world,
-            "evaluate.py",
-            *arguments(world, untrained_run, tmp_path),
-            cwd=tmp_path / f"rank{rank}",
-            before=partial(be_rank, rank, 2, die_at_the_third_answer if rank else watch_closely),
-        )
-        for rank in range(2)
-    ]
+    commands = start_ranks(world, untrained_run, tmp_path, [watch_closely, die_at_the_third_answer])
     assert commands[1].wait() == -signal.SIGKILL
     assert commands[0].wait() == 2  # as no torchrun ends it
     line = "error: rank 1 of the evaluation gave no sign of life for 2 s: it died, was stopped, "
@@ -146,16 +144,7 @@ def fail_at_colours() -> None:
 def test_what_one_process_cannot_answer_does_not_lose_the_other_datasets(
     world: World, untrained_run: Path, alone: Path, tmp_path: Path
 ) -> None:
-    commands = [
-        start(
-            world,
-            "evaluate.py",
-            *arguments(world, untrained_run, tmp_path),
-            cwd=tmp_path / f"rank{rank}",
-            before=partial(be_rank, rank, 2, fail_at_colours if rank else None),
-        )
-        for rank in range(2)
-    ]
+    commands = start_ranks(world, untrained_run, tmp_path, [None, fail_at_colours])
     assert [command.wait() for command in commands] == [2, 0]  # torchrun would end the first with another's 2
     assert "easy_vqa_color could not be evaluated, as said above" in commands[0].output
     found, expected = results(tmp_path / "demo"), results(alone)
