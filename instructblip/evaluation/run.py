@@ -6,7 +6,6 @@ from typing import Any
 
 from rich.console import Console
 
-from instructblip.config import entry
 from instructblip.config.schema import EvaluateConfig
 from instructblip.config.validate import to_dict
 from instructblip.data.cards import Card, load_cards
@@ -23,11 +22,6 @@ from instructblip.fetch.parts import cache_folder
 from instructblip.models.fingerprint import fingerprint_tensors
 from instructblip.tracking import make_logger
 from instructblip.weights.load import LoadedModel, find_source, frozen_fingerprints, load_model
-
-
-def main() -> None:
-    """The command: `evaluate.py` and `instructblip-evaluate`."""
-    entry.main("evaluate", EvaluateConfig, evaluate)
 
 
 def evaluate(config: EvaluateConfig, console: Console) -> None:

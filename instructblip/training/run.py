@@ -10,7 +10,6 @@ from typing import Any
 
 from rich.console import Console
 
-from instructblip.config import entry
 from instructblip.config.checks import check_batches
 from instructblip.config.entry import Outcome
 from instructblip.config.schema import TrainConfig
@@ -44,11 +43,6 @@ from instructblip.weights.checkpoint import optimizer_tensors
 
 _OF_THE_TIMEOUT = 0.9  # that data workers have: then a rank names its own, before the others say that the rank is lost
 _SAVE_FAILED = 255  # instead of a signal's number: rank 0 could not write a checkpoint
-
-
-def main() -> None:
-    """The command: `train.py` and `instructblip-train`."""
-    entry.main("train", TrainConfig, train)
 
 
 def train(config: TrainConfig, console: Console) -> Outcome:
