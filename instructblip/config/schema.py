@@ -56,6 +56,7 @@ TextProcessor = Literal["none", "blip_caption", "blip_question"]
 BatchingKind = Literal["fixed", "bucketed", "packed"]
 Gather = Literal["gradient", "detached"]
 Precision = Literal["fp32", "bf16"]
+EvaluationPrecision = Literal["fp32", "bf16", "tf32"]
 LossMean = Literal["global", "micro_batch"]
 ParallelKind = Literal["single", "ddp", "fsdp"]
 LoggerKind = Literal["none", "wandb"]
@@ -552,6 +553,7 @@ class EvaluateConfig(Section):
     split: str | None = None  # None takes each card's own
     mode: Mode | None = None  # None takes each card's own
     preset: Preset = "paper"  # lavis: what the released code computes
+    precision: EvaluationPrecision = "fp32"  # of matrix products of what is held in float32; part of the protocol
     samples: AtLeastOne | None = None  # per dataset; None is all of them
     rerank: AtLeastOne | None = None  # in retrieval, how many of the nearest are matched; None takes each card's own
     answers: str | None = None  # the list of a card that ranks one (`candidates_from: answer_list`)
