@@ -157,7 +157,9 @@ def _check_connector(config: ModelConfig, connector: ConnectorConfig) -> None:
                 "flops"
             )
         if chosen.count(setting) > 1:
-            raise UserError(f"connector.match={','.join(connector.match)} chooses {setting} twice; leave one of them out")
+            raise UserError(
+                f"connector.match={','.join(connector.match)} chooses {setting} twice; leave one of them out"
+            )
         if getattr(connector, setting) is not None:
             raise UserError(f"connector.match={budget} chooses connector.{setting}; leave one of the two out")
     if connector.match:

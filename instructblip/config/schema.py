@@ -258,7 +258,9 @@ class ConnectorConfig(Section):
     match: Annotated[list[Budget], BeforeValidator(_as_list)] = field(default_factory=list)
     class_token: bool = False  # a ViT's [CLS] is read too
     tokens: AtLeastOne | None = None  # of a frame, for the LLM. mlp, linear: average-pooled patches; null: all of them
-    hidden_width: AtLeastOne | None = None  # mlp; null: the LLM's width. resampler, of its feed-forwards; null: 4 * width
+    hidden_width: AtLeastOne | None = (
+        None  # mlp; null: the LLM's width. resampler, of its feed-forwards; null: 4 * width
+    )
     width: AtLeastOne | None = None  # of the resampler's latents; null: that of the image tokens
     depth: AtLeastOne = 6
     heads: AtLeastOne = 8
