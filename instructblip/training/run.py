@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from instructblip.data.lost import LostSample
 from instructblip.distributed import Ranks, choose_device, start_ranks, whole_tensors
 from instructblip.files import claimed_folder, write_atomically
 from instructblip.progress import TrainingProgress, training_progress
+from instructblip.training.budget import matched
 from instructblip.training.checks import check_objectives
 from instructblip.training.loop import StepResult, log_entry, run_steps, traced_steps, what_is_not_finite
 from instructblip.training.metrics_log import finite
@@ -55,22 +56,25 @@ def train(config: TrainConfig, console: Console) -> Outcome:
     Raises:
         UserError: anything the user can mend: configuration, missing parts or data, another run in the folder, disk full.
     """
-    check_objectives(config.recipe, config.model)
-    config = with_absolute_cards(config)
+    check_objectives(config.recipe, config)
+    config, said = matched(with_absolute_cards(config))
     if config.plan:
-        return Outcome(_print_plan(config, console))
+        return Outcome(_print_plan(config, console, said))
     device, folder = choose_device(config.device), Path(config.output) / config.name
     with StopRequest() as stop, start_ranks(device, config.parallel.timeout) as ranks:
         check_batches(config.recipe.phases, ranks.world_size)
         with claimed_folder(folder, "run", locked=ranks.is_first), _silent(ranks):
-            return _train(config, folder, ranks, stop, console if ranks.is_first else Console(quiet=True))
+            speaker = console if ranks.is_first else Console(quiet=True)
+            for line in said:
+                speaker.print(line, markup=False, highlight=False, soft_wrap=True)
+            return _train(config, folder, ranks, stop, speaker)
 
 
-def _print_plan(config: TrainConfig, console: Console) -> int:
+def _print_plan(config: TrainConfig, console: Console, said: Sequence[str]) -> int:
     plan = make_plan(config)
     if Ranks.from_environment().is_first:
         console.print(plan_table(plan, config.name))
-        for line in (*plan_summary(plan), *plan_start(config, plan)):
+        for line in (*plan_summary(plan), *plan_start(config, plan), *said):
             console.print(line, markup=False, highlight=False, soft_wrap=True)
     return 0 if plan.fits else 1
 
