@@ -30,6 +30,7 @@ from instructblip.files import exclusive, write_atomically
 from instructblip.models.base import Model
 from instructblip.models.blip import BLIP
 from instructblip.models.blip2 import BLIP2
+from instructblip.models.fp8 import check_device
 from instructblip.models.instructblip import InstructBLIP
 from instructblip.models.vision import ChannelNorm
 from instructblip.objectives import ObjectiveSettings, make_objectives
@@ -340,6 +341,7 @@ def _say(lines: Sequence[str], console: Console) -> None:
 
 def _place(model: Model, device: torch.device, *, without_llm: bool) -> None:
     """Move a built model to its device; where its language model is to be sharded that goes there block by block, later."""
+    check_device(model, device)
     left = set(model.PARTS.get("llm", ())) if without_llm else set()
     for name, part in model.named_children():
         if name not in left:
