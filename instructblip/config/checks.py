@@ -162,6 +162,12 @@ def _check_training(config: TrainConfig) -> None:
             f"parallel=fsdp shards parameters, and the weights of an {quantization} LLM are none; "
             "use parallel=ddp, or leave llm.quantization out"
         )
+    packs = any(phase.batching == "packed" for phase in recipe.phases.values())
+    if config.parallel.packed_attention == "by_length" and not packs:
+        raise UserError(
+            "parallel.packed_attention=by_length is of rows of several samples, and no phase packs any; "
+            "set recipe.phases.NAME.batching=packed, or leave it out"
+        )
 
 
 def _check_trained(config: TrainConfig) -> None:

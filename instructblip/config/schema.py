@@ -54,6 +54,7 @@ Transform = Literal[
 ]
 TextProcessor = Literal["none", "blip_caption", "blip_question"]
 BatchingKind = Literal["fixed", "bucketed", "packed"]
+PackedAttention = Literal["dense", "by_length"]
 Gather = Literal["gradient", "detached"]
 Precision = Literal["fp32", "bf16"]
 LossMean = Literal["global", "micro_batch"]
@@ -496,6 +497,7 @@ class ParallelConfig(Section):
     shard_size: AtLeastOne | None = None  # fsdp: processes that hold the frozen parts once together; None: all
     activation_checkpointing: bool = False
     compile: bool = False
+    packed_attention: PackedAttention = "dense"  # by_length: kernels that take the samples' lengths in place of a mask
     timeout: PositiveFloat = (
         600.0  # seconds that a process, a rank or a data worker, may be silent before the others end
     )

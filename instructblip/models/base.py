@@ -313,6 +313,14 @@ class Model(PartedModule, ABC):
         """Whether several samples can share a row of the LLM."""
         return False
 
+    def attend_by_length(self) -> None:
+        """From now on tell attention kernels the lengths of samples that share a row, in place of a mask.
+
+        Raises:
+            UserError: the LLM's class cannot do that.
+        """
+        raise UserError(f"{self.title} packs no samples; set parallel.packed_attention=dense")
+
     @abstractmethod
     def sample_length(self) -> Callable[[str, str, int], int]:
         """A picklable function: how many positions of the largest pass a sample fills, from (prompt, target, frames)."""

@@ -253,6 +253,8 @@ def make_optimisation(run: TrainingRun, stop_signal: Callable[[], int]) -> Optim
         stop_signal: number of the signal that asked this process to stop, else 0.
     """
     model, recipe, parallel = run.model, run.config.recipe, run.config.parallel
+    if parallel.packed_attention == "by_length" and model.packs():  # without, samples are bucketed, see make_phases
+        model.attend_by_length()
     wrapped = parallelize(
         model,
         run.ranks,
