@@ -498,6 +498,7 @@ class ParallelConfig(Section):
     activation_checkpointing: bool = False
     compile: bool = False
     packed_attention: PackedAttention = "dense"  # by_length: kernels that take the samples' lengths in place of a mask
+    read_every: AtLeastOne = 1  # steps whose losses and sample ids are read from the devices together
     timeout: PositiveFloat = (
         600.0  # seconds that a process, a rank or a data worker, may be silent before the others end
     )

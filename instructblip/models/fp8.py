@@ -83,6 +83,6 @@ def check_device(model: nn.Module, device: torch.device) -> None:
     found = torch.cuda.get_device_capability(device)
     if found < CAPABILITY:
         raise UserError(
-            f"llm.quantization=fp8 needs a GPU of compute capability {CAPABILITY[0]}.{CAPABILITY[1]} (Ada, Hopper or newer), "
+            f"llm.quantization=fp8 needs a GPU of compute capability {CAPABILITY[0]}.{CAPABILITY[1]} (Ada, Hopper or newer) "
             f"and {torch.cuda.get_device_name(device)} has {found[0]}.{found[1]}; use int8, or leave it out"
         )

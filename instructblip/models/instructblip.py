@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from instructblip.devices import to_device
 from instructblip.models import abilities, generation
 from instructblip.models.arguments import (
     check_candidates,
@@ -140,7 +141,7 @@ class InstructBLIP(Model):
         if self.qformer.instruction_aware:
             text_BT, mask_BT = self._tokenize_instructions(instructions)
             tokens = frames * int(mask_BT.sum())
-            text_BT, mask_BT = text_BT.to(image_NPV.device), mask_BT.to(image_NPV.device)
+            text_BT, mask_BT = to_device(text_BT, image_NPV.device), to_device(mask_BT, image_NPV.device)
             text_NT = text_BT.repeat_interleave(frames, dim=0)
             mask_NT = mask_BT.repeat_interleave(frames, dim=0)
         query_NQD = self.qformer(image_NPV, text_NT, mask_NT).query_BQD

@@ -31,6 +31,7 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import ModelOutput
 
+from instructblip.devices import on_device
 from instructblip.errors import UserError
 from instructblip.models import varlen
 from instructblip.models.decoding import Draws
@@ -273,7 +274,7 @@ class LLM(ExactBuffers):
     def embed(self, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
         """Embeddings (T_i, L) of sequences of token ids, which go to the device together."""
         ids = [token for sequence in sequences for token in sequence]
-        embedded = self.look_up(torch.tensor(ids, dtype=torch.long, device=self.embeddings.weight.device))
+        embedded = self.look_up(on_device(ids, self.embeddings.weight.device, torch.long))
         return list(embedded.split([len(sequence) for sequence in sequences]))
 
     def look_up(self, ids: Tensor) -> Tensor:
@@ -445,15 +446,15 @@ class DecoderLLM(LLM):
         return self.hidden_states(embeddings_RTL, positions_BT=layout.position_RT, mask=mask)
 
     def attend_by_length(self) -> None:
-        """Give packed samples to attention kernels by their lengths, from now on; `abilities` tells whether that is right."""
+        """From now on give packed samples to attention by their lengths; `abilities` tells whether that is right."""
         self.by_length = True
         self.model.set_attn_implementation(varlen.NAME)
 
     def _states_by_length(self, embeddings_1TL: Tensor, lengths: list[int]) -> Tensor:
         """Final hidden states of one row of samples of these lengths."""
         device = embeddings_1TL.device
-        positions_1T = torch.tensor([[place for length in lengths for place in range(length)]], device=device)
-        # A mask of one place hides nothing. Without any, transformers would look at the positions, on the host, and make one.
+        positions_1T = on_device([[place for length in lengths for place in range(length)]], device)
+        # A mask of one place hides nothing. Without any, transformers would read the positions and make one.
         nothing = torch.zeros(1, 1, 1, dtype=torch.long, device=device)
         mask = self._mask(nothing == 0, distance_BNK=nothing)
         ends = varlen.ends_of(lengths, device)
@@ -575,7 +576,7 @@ class EncoderDecoderLLM(LLM):
         encoded = self._encode(prefixes)
         longest = max(len(ids) for ids in answers)
         inputs = [[self.start_id, *ids[:-1]] + [self.prompt_format.pad_id] * (longest - len(ids)) for ids in answers]
-        hidden_BTL = self._decode_states(torch.tensor(inputs, device=self.embeddings.weight.device), encoded)
+        hidden_BTL = self._decode_states(on_device(inputs, self.embeddings.weight.device), encoded)
         hidden_SL = torch.cat([row[: len(ids)] for row, ids in zip(hidden_BTL, answers, strict=True)])
         positions = len(answers) * (max(len(prefix) for prefix in prefixes) + longest)
         filled = sum(len(prefix) + len(ids) for prefix, ids in zip(prefixes, answers, strict=True))

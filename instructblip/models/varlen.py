@@ -9,7 +9,8 @@ On a GPU in half precision torch's own kernel runs; elsewhere each sample goes t
 Shape legend: H heads, T tokens of the row, D head width, N samples.
 """
 
-from itertools import pairwise
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from instructblip.devices import on_device
 
 NAME = "by_length"  # what transformers calls it
 
@@ -62,18 +65,19 @@ def attention(
         query, key, value = (row[0].transpose(0, 1).contiguous() for row in rows)
         window = (-1 if sliding_window is None else sliding_window - 1, 0)  # tokens to the left, and none to the right
         ends = (cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)
-        return varlen_attn(query, key, value, *ends, scale=scaling, window_size=window)[None], None
+        found = varlen_attn(query, key, value, *ends, scale=scaling, window_size=window)
+        assert isinstance(found, Tensor)  # no weights were asked for
+        return found[None], None
     parts = [
-        _alone(*(row[:, :, start:end] for row in rows), dropout, scaling, sliding_window)
+        _alone([row[:, :, start:end] for row in rows], dropout, scaling, sliding_window)
         for start, end in pairwise(cu_seq_lens_q.tolist())
     ]
     return torch.cat(parts, dim=2).transpose(1, 2), None
 
 
-def _alone(
-    query: Tensor, key: Tensor, value: Tensor, dropout: float, scaling: float | None, window: int | None
-) -> Tensor:
-    """One sample's attention (1, H, T, D)."""
+def _alone(rows: Sequence[Tensor], dropout: float, scaling: float | None, window: int | None) -> Tensor:
+    """One sample's attention (1, H, T, D), of its queries, keys and values."""
+    query, key, value = rows
     tokens, mask = query.shape[2], None
     if window is not None and window < tokens:
         places = torch.arange(tokens, device=query.device)
@@ -86,8 +90,7 @@ def _alone(
 
 def ends_of(lengths: list[int], device: torch.device) -> dict[str, Any]:
     """What layers are to be told of samples of these lengths."""
-    ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-    ends = ends.to(device, non_blocking=True)
+    ends = on_device([0, *accumulate(lengths)], device, torch.int32)
     longest = max(lengths)
     return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
 
