@@ -54,6 +54,7 @@ Transform = Literal[
 ]
 TextProcessor = Literal["none", "blip_caption", "blip_question"]
 BatchingKind = Literal["fixed", "bucketed", "packed"]
+Ahead = Literal["none", "copies", "vision"]
 PackedAttention = Literal["dense", "by_length"]
 Gather = Literal["gradient", "detached"]
 Precision = Literal["fp32", "bf16"]
@@ -498,6 +499,8 @@ class ParallelConfig(Section):
     activation_checkpointing: bool = False
     compile: bool = False
     packed_attention: PackedAttention = "dense"  # by_length: kernels that take the samples' lengths in place of a mask
+    # On a stream of their own, the next step's images: their copies, or also their passes through a frozen vision encoder.
+    ahead: Ahead = "none"
     read_every: AtLeastOne = 1  # steps whose losses and sample ids are read from the devices together
     timeout: PositiveFloat = (
         600.0  # seconds that a process, a rank or a data worker, may be silent before the others end

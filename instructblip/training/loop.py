@@ -7,6 +7,7 @@ on through all of them, so one step number says where a run is.
 import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -123,7 +124,8 @@ def checked(result: StepResult, context: StepContext) -> StepResult:
 
 def _prepared(model: Model, batch: Batch) -> Inputs:
     try:
-        return model.prepare(batch)
+        inputs = model.prepare(batch)
+        return replace(inputs, images=batch.encoded[0]) if batch.encoded else inputs
     except ValueError as error:
         raise of_samples(error, batch.ids) from None
 

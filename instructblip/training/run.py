@@ -21,6 +21,7 @@ from instructblip.data.lost import LostSample
 from instructblip.distributed import Ranks, choose_device, start_ranks, whole_tensors
 from instructblip.files import claimed_folder, write_atomically
 from instructblip.progress import TrainingProgress, training_progress
+from instructblip.training.ahead import Ahead
 from instructblip.training.checks import check_objectives
 from instructblip.training.loop import TRACED_STEPS, log_entry, run_steps, traced_steps
 from instructblip.training.metrics_log import finite
@@ -196,7 +197,7 @@ def _train_steps(run: TrainingRun, start: int, stop: StopRequest, unvalidated: d
             run.model,
             optimisation.optimizer,
             run.phases,
-            _counted(run, _timed(batches, timer)),
+            _counted(run, _with_images(run, _timed(batches, timer))),
             start_step=start,
             seed=run.config.seed,
             clip_norm=recipe.clip_norm,
@@ -260,6 +261,14 @@ def _counted(run: TrainingRun, steps: Iterator[LoadedStep]) -> Iterator[tuple[in
             names = [entry.name for entry in run.mixture.entries]
             run.lost.add([LostSample(*one) for rank in of_ranks for one in rank], dict(zip(names, drawn, strict=True)))
         yield step, batches
+
+
+def _with_images(run: TrainingRun, steps: Iterator[LoadedStep]) -> Iterator[LoadedStep]:
+    """Those of the next step in the making, where that is asked for."""
+    kind = run.config.parallel.ahead
+    if kind == "none":
+        return steps
+    return Ahead(run.model, run.optimisation.context, encodes=kind == "vision").steps(steps)
 
 
 def _timed(batches: Iterator[LoadedStep], timer: StepTimer) -> Iterator[LoadedStep]:

@@ -1,7 +1,7 @@
 """Steps are launched without a wait for the device, and what they left is read later, the same to the bit."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from instructblip.data.batching import Batch
+from instructblip.data.loader import LoadedStep
 from instructblip.distributed import Ranks
 from instructblip.errors import UserError
 from instructblip.models import llm as llm_module
 from instructblip.models.instructblip import InstructBLIP
+from instructblip.objectives import make_objectives
 from instructblip.training import run as run_module
+from instructblip.training.ahead import Ahead
 from instructblip.training.loop import launch_step, run_steps, train_step
 from instructblip.training.optim import make_adamw
 from instructblip.training.parallel import StepContext
@@ -25,9 +28,11 @@ from instructblip.training.schedule import StepPosition
 from instructblip.training.timer import StepTimer
 from tests.kit.losses import ALIGNMENT, LANGUAGE
 from tests.kit.runs import World, read_lines, train_here
+from tests.kit.stage1 import tiny_stage1
 from tests.kit.tiny import tiny_images, tiny_model
 from tests.unit.test_loop import PHASES
 
+CONTRAST = make_objectives({"contrastive": 1.0, "matching": 1.0})
 SETTINGS: dict[str, Any] = {"objectives": LANGUAGE, "rate": 1e-3, "clip_norm": 1.0}
 
 
@@ -203,6 +208,44 @@ def test_ids_are_exchanged_once_for_all_steps_that_are_read_together() -> None:
     assert [result.ids for result in results] == [["set/0", "set/1"], ["set/2", "set/3"]]
     assert [result.stop_signal for result in results] == [0, 15]
     assert len([value for value in context.ranks.exchanged if "set/0" in repr(value)]) == 1
+
+
+# --- images of the next step -----------------------------------------------------------------------------------------
+
+
+def loaded(steps: int) -> Iterator[LoadedStep]:
+    return iter([LoadedStep(step, [batch([step, step + 1]), batch([step + 2])], []) for step in range(steps)])
+
+
+@pytest.mark.parametrize("precision", [None, torch.bfloat16])
+@pytest.mark.parametrize("objectives", [LANGUAGE, CONTRAST])
+def test_images_that_are_encoded_before_their_step_change_no_bit(
+    objectives: Any, precision: torch.dtype | None
+) -> None:
+    context = StepContext(autocast=precision)
+    results = []
+    for encodes in (None, False, True):
+        model = (tiny_model(0) if objectives is LANGUAGE else tiny_stage1(0)).train()
+        optimizer = adamw(model)
+        steps = loaded(3) if encodes is None else Ahead(model, context, encodes=encodes).steps(loaded(3))
+        settings = {**SETTINGS, "objectives": objectives}
+        results.append([train_step(model, optimizer, step.batches, context=context, **settings) for step in steps])
+    assert results[0] == results[1] == results[2]
+    assert {result.work.encoded for result in results[2]} == {3}  # they are counted where they are trained on
+
+
+def test_a_step_is_handed_on_once_the_images_of_the_next_are_begun() -> None:
+    model, events = tiny_model(0), list[str]()
+
+    def source() -> Iterator[LoadedStep]:
+        for step in loaded(3):
+            events.append(f"read {step.step}")
+            yield step
+
+    for step in Ahead(model, StepContext(), encodes=True).steps(source()):
+        events.append(f"train {step.step}")
+        assert [len(part.encoded[0]) for part in step.batches] == [2, 1]
+    assert events == ["read 0", "read 1", "train 0", "read 2", "train 1", "train 2"]
 
 
 # --- runs ------------------------------------------------------------------------------------------------------------
