@@ -291,12 +291,17 @@ def make_task(
     )
     records = prepared_counts(card, opened, rules.kinds)
     if choices["candidates_from"] == "train_answers":
-        train = prepared_counts(card, open_split(shards / card.source / "train"), ())
-        records = replace(records, vocabulary=replace(train, answered=train.prepared))
+        records = replace(records, vocabulary=_vocabulary_counts(card, shards))
         if not is_made_up(opened.manifest):  # whose splits are not of one piece
             _note_unknown(card, frozenset(vocabulary), chosen)
     own = None if metric.name in METRICS else metric
     return Task(card, protocol, tuple(chosen), records, vocabulary, public, is_made_up(opened.manifest), own)
+
+
+def _vocabulary_counts(card: Card, shards: Path) -> RecordCounts:
+    """Records of the train split that candidates come from: all of them have answers."""
+    train = prepared_counts(card, open_split(shards / card.source / "train"), ())
+    return replace(train, answered=train.prepared)
 
 
 def needed_splits(
