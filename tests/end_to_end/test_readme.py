@@ -11,6 +11,7 @@ from PIL import Image
 
 from instructblip.data.cards import load_card
 from instructblip.data.prepare.convert import prepare_dataset
+from instructblip.data.synthetic import write_synthetic
 from instructblip.weights.__main__ import main as convert
 from tests.kit.blip import write_blip
 from tests.kit.blip2 import write_captioner, write_retrieval
@@ -157,6 +158,9 @@ def _tiny_training(world: World, given: Mapping[str, str], folder: Path) -> tupl
     if any(key.startswith("recipe.phases") and ("," in value) for key, value in given.items()):  # swept
         return (*(item for item in world.train if "recipe." not in item), *SWEPT_PHASES)
     short = (*ONE_PHASE, "recipe.final_samples=1", "recipe.validation_samples=1")
+    if given.get("experiment") == "photos":
+        write_synthetic(load_card("clothing_small"), folder / "data/clothing", scenes=12)
+        short = (*short, "data.sources.clothing_small.path=data/clothing")
     if "experiment" in given:
         return (*(item for item in world.train if item.split(".")[0] in ("vision", "qformer", "llm")), *short)
     if "llm" in given:
