@@ -49,6 +49,10 @@ class Samples(Protocol):
     def answers(self) -> Sequence[Sequence[tuple[str, float]]]:
         """Of B samples all accepted answers with their weights, where a model is to learn them all; else empty."""
 
+    @property
+    def pixel_ids(self) -> Sequence[int]:
+        """Of B samples, equal where their pixels are the same; empty: not known."""
+
 
 class Partners(NamedTuple):
     """For each sample of a micro-batch another one's image, and another one's answer, which do not belong to it.
@@ -74,6 +78,7 @@ class Inputs:
         partners: drawn for an objective that needs them.
         answer_counts: how many of the answers each sample has, which stand sample after sample; empty: one each.
         answer_weights: of each answer in its sample's loss; empty: 1.
+        pixel_ids: as in `Samples`.
     """
 
     images: Images
@@ -84,6 +89,7 @@ class Inputs:
     partners: Partners | None = None
     answer_counts: Sequence[int] = ()
     answer_weights: Sequence[float] = ()
+    pixel_ids: Sequence[int] = ()
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -250,12 +256,23 @@ class Model(PartedModule, ABC):
     def conventions(self) -> list[Any]:
         """How texts enter, as JSON values: beside weights and the vision encoder's settings, what an answer depends on."""
 
-    def image_tokens(self, images: Images) -> Tensor:
-        """Image tokens (B, F, P, V) of pictures or uint8 frames; tokens (from a feature cache) pass through."""
-        images = as_frames(images, self.vision.image_size).to(self.device)
+    def image_tokens(self, images: Images, pixel_ids: Sequence[int] = ()) -> Tensor:
+        """Image tokens (B, F, P, V) of pictures or uint8 frames; tokens (from a feature cache) pass through.
+
+        Args:
+            images: B of them.
+            pixel_ids: equal where pixels are the same; such images are encoded once. Empty: not known.
+        """
+        images = as_frames(images, self.vision.image_size)
         if images.dtype != torch.uint8:
-            return images
-        return self.vision(images.flatten(0, 1)).unflatten(0, images.shape[:2])
+            return images.to(self.device)
+        first: dict[int, int] = {}
+        rows = [first.setdefault(number, len(first)) for number in pixel_ids]
+        if len(first) < len(rows):
+            images = images[[rows.index(row) for row in range(len(first))]]
+        images = images.to(self.device)
+        tokens_NFPV = self.vision(images.flatten(0, 1)).unflatten(0, images.shape[:2])
+        return tokens_NFPV if len(first) == len(rows) else tokens_NFPV[torch.tensor(rows, device=self.device)]
 
     def vision_structure(self) -> PartStructure:
         """That of the vision encoder, which may be sharded."""

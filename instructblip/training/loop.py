@@ -168,7 +168,7 @@ def _report(batches: Sequence[Batch], passes: Passes, stop_signal: int) -> dict[
         "terms": terms,
         "ids": in_order_of_draws(batches),
         "frames": sum(_frames(batch) for batch in batches),
-        "encoded": sum(_frames(batch) for batch in batches if batch.images.dtype == torch.uint8),  # others are tokens
+        "encoded": sum(_encoded(batch) for batch in batches),
         "text": sum(work.text for work in passes.workloads),
         "positions": sum(work.positions for work in passes.workloads),
         "padding": sum(work.padding for work in passes.workloads),
@@ -178,6 +178,13 @@ def _report(batches: Sequence[Batch], passes: Passes, stop_signal: int) -> dict[
 
 def _frames(batch: Batch) -> int:
     return batch.images.shape[0] * batch.images.shape[1]
+
+
+def _encoded(batch: Batch) -> int:
+    """Frames that go through the vision encoder: none of tokens, and the same pixels once."""
+    if batch.images.dtype != torch.uint8:
+        return 0
+    return (len(set(batch.pixel_ids)) or len(batch.images)) * batch.images.shape[1]
 
 
 def _result(objectives: Sequence[Objective], reports: Sequence[dict[str, Any]]) -> StepResult:
