@@ -6,6 +6,7 @@ from functools import cached_property, partial
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -149,6 +150,8 @@ class MixtureDataset(Dataset[Item]):
         self.cut_prefixes = cut_prefixes
         self.all_answers = all_answers
         self.prompt_processor = prompt_processor
+        # Of records of one image that are drawn together: what it was made for, and the image, which the next may need.
+        self._made: tuple[tuple[int, ...], Tensor] = ((), torch.empty(0))
 
     def __getitem__(self, position: int) -> Item:
         return self.read(position)[0]
@@ -203,9 +206,13 @@ class MixtureDataset(Dataset[Item]):
             template=template,
             answers=tuple((processed(text), share) for text, share in answer_shares(record)) if all_answers else (),
         )
-        if looked_at is not None:  # the others of its group see the very same picture
+        if looked_at is None:
+            return sample, self.make_image(DrawnImage(shard, row, frames, random, chosen.flip))
+        if self._made[0] != (draw.dataset, number, row, looked_at):
             random = seeded_generator(self.mixture.seed, "image", looked_at)
-        return sample, self.make_image(DrawnImage(shard, row, frames, random, chosen.flip))
+            image = self.make_image(DrawnImage(shard, row, frames, random, chosen.flip))
+            self._made = (draw.dataset, number, row, looked_at), image
+        return sample, self._made[1]
 
     def _looked_at(self, draw: Draw, location: tuple[int, int, int]) -> int | None:
         """The position whose stream the image is made with, where records of one image are drawn together.

@@ -14,7 +14,7 @@ from instructblip.config.schema import TrainConfig
 from instructblip.data import mixture as planning
 from instructblip.data.batching import Batch, Batching, collate
 from instructblip.data.mixture import Mixture, MixtureEntry, MixtureSegment, order_by_image
-from instructblip.data.mixture_dataset import MixtureDataset, TrainingSet, decoded
+from instructblip.data.mixture_dataset import DrawnImage, MixtureDataset, TrainingSet, decoded
 from instructblip.data.records import Record, Sample
 from instructblip.data.shards import open_split
 from instructblip.errors import UserError
@@ -109,7 +109,13 @@ def test_records_of_one_image_show_the_same_pixels(tmp_path: Path) -> None:
     assert len(set(chosen.images(np.arange(len(chosen))).tolist())) == 12
     entry = MixtureEntry("a", len(chosen), 1.0, chosen.shard_records, chosen.images)
     plan = Mixture([entry], seed=3, segments=[MixtureSegment(3, 3)])
-    dataset = MixtureDataset(plan, [chosen], decoded("blip_image_train", 16))
+    made: list[int] = []
+
+    def make(image: DrawnImage) -> Tensor:
+        made.append(image.row)
+        return decoded("blip_image_train", 16)(image)
+
+    dataset = MixtureDataset(plan, [chosen], make)
     seen: dict[str, set[bytes]] = {}
     texts = []
     for start in range(0, 72, 3):
@@ -123,6 +129,7 @@ def test_records_of_one_image_show_the_same_pixels(tmp_path: Path) -> None:
     assert len(set(texts)) == 3  # templates are drawn by position
     (batch,) = Batching(micro_batch_size=3).split([dataset[position] for position in range(3)])
     assert len(set(batch.pixel_ids)) == len(set(batch.image_ids)) < 3 == len(batch.images)
+    assert len(made) < 0.7 * 75  # the others were at hand
 
 
 # --- the losses ------------------------------------------------------------------------------------------------------
