@@ -41,7 +41,7 @@ Budget = Literal["parameters", "tokens", "flops"]
 LLMKind = Literal["decoder", "encoder_decoder"]
 TrainMode = Literal["frozen", "full"]
 PartName = Literal["vision", "qformer", "connector", "text", "llm"]
-Quantization = Literal["int8", "nf4"]
+Quantization = Literal["int8", "nf4", "fp8"]
 LavisProjection = Literal["llm_proj", "t5_proj", "opt_proj"]
 Converter = Literal["gguf", "efficientnet_pth"]
 Weighting = Literal["sqrt", "proportional", "uniform", "temperature"]
@@ -56,6 +56,8 @@ Transform = Literal[
 ]
 TextProcessor = Literal["none", "blip_caption", "blip_question"]
 BatchingKind = Literal["fixed", "bucketed", "packed"]
+Ahead = Literal["none", "copies", "vision"]
+PackedAttention = Literal["dense", "by_length"]
 Gather = Literal["gradient", "detached"]
 Precision = Literal["fp32", "bf16"]
 EvaluationPrecision = Literal["fp32", "bf16", "tf32"]
@@ -540,6 +542,10 @@ class ParallelConfig(Section):
     shard_size: AtLeastOne | None = None  # fsdp: processes that hold the frozen parts once together; None: all
     activation_checkpointing: bool = False
     compile: bool = False
+    packed_attention: PackedAttention = "dense"  # by_length: kernels that take the samples' lengths in place of a mask
+    # On a stream of their own, the next step's images: their copies, or also their passes through a frozen vision encoder.
+    ahead: Ahead = "none"
+    read_every: AtLeastOne = 1  # steps whose losses and sample ids are read from the devices together
     timeout: PositiveFloat = (
         600.0  # seconds that a process, a rank or a data worker, may be silent before the others end
     )

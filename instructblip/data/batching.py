@@ -29,6 +29,7 @@ class Batch(NamedTuple):
     step, in the order of the draws, `positions` where it was drawn in the run; `image_ids` are equal for samples of one
     image. `pixel_ids` are equal for samples whose pixels are the same, which need encoding once; none where images come as
     tokens. `answers` has all accepted ones of each sample with their weights, where all are learnt; else it is empty.
+    `encoded` holds the tokens of `images` where these were encoded before the step; else it is empty.
     """
 
     ids: list[str]
@@ -40,6 +41,7 @@ class Batch(NamedTuple):
     image_ids: list[str]
     positions: list[int]
     answers: Sequence[Sequence[tuple[str, float]]] = ()
+    encoded: tuple[Tensor, ...] = ()
     pixel_ids: Sequence[int] = ()
 
 
@@ -198,7 +200,8 @@ def split_further(batches: Sequence[Batch], count: int) -> list[Batch]:
 
 
 def _rows(batch: Batch, rows: slice) -> Batch:
-    return Batch._make(column[rows] for column in batch)
+    columns = {name: column[rows] for name, column in batch._asdict().items() if name != "encoded"}
+    return Batch(**columns, encoded=tuple(tokens[rows] for tokens in batch.encoded))
 
 
 def in_order_of_draws(batches: Sequence[Batch]) -> list[str]:

@@ -258,8 +258,7 @@ def make_task(
             prepared or has no public answers, the mode or the number of samples does not suit the card's metric, or a list
             of answers is not given or is none.
     """
-    rules = _rules(card, preset, llm_kind)
-    rules = rules if rerank is None else replace(rules, rerank=rerank)
+    rules = _rules(card, preset, llm_kind, rerank)
     split, mode = split or rules.split, mode or rules.mode
     if reason := _unfit(card, rules, mode):
         raise UserError(reason)
@@ -268,8 +267,7 @@ def make_task(
     opened = open_split(shards / card.source / split)
     check_prepared_from(card, opened.manifest)
     chosen = _choose(card, opened, replace(rules, prompt=choices["prompt"]), samples)
-    public = _answers_public(card, split, metric, chosen)
-    if public:
+    if public := _answers_public(card, split, metric, chosen):
         _check_records(card, metric, chosen)
     if mode == "match":
         _check_statements(card, chosen)
@@ -291,12 +289,17 @@ def make_task(
     )
     records = prepared_counts(card, opened, rules.kinds)
     if choices["candidates_from"] == "train_answers":
-        train = prepared_counts(card, open_split(shards / card.source / "train"), ())
-        records = replace(records, vocabulary=replace(train, answered=train.prepared))
+        records = replace(records, vocabulary=_vocabulary_counts(card, shards))
         if not is_made_up(opened.manifest):  # whose splits are not of one piece
             _note_unknown(card, frozenset(vocabulary), chosen)
     own = None if metric.name in METRICS else metric
     return Task(card, protocol, tuple(chosen), records, vocabulary, public, is_made_up(opened.manifest), own)
+
+
+def _vocabulary_counts(card: Card, shards: Path) -> RecordCounts:
+    """Records of the train split that candidates come from: all of them have answers."""
+    train = prepared_counts(card, open_split(shards / card.source / "train"), ())
+    return replace(train, answered=train.prepared)
 
 
 def needed_splits(
@@ -463,8 +466,8 @@ def as_json(protocol: Protocol) -> dict[str, Any]:
     return {**asdict(protocol), "sha256": protocol.sha256()}
 
 
-def _rules(card: Card, preset: str, llm_kind: str) -> Evaluation:
-    """How a card is evaluated under a preset.
+def _rules(card: Card, preset: str, llm_kind: str, rerank: int | None = None) -> Evaluation:
+    """How a card is evaluated under a preset; `rerank` stands in for the card's own number.
 
     Raises:
         UserError: it is not evaluated.
@@ -472,6 +475,7 @@ def _rules(card: Card, preset: str, llm_kind: str) -> Evaluation:
     if card.evaluation is None:
         raise UserError(f"{card.name} is a dataset to train on: its card has no evaluation; take it out of the suite")
     rules = with_preset(card.evaluation, preset, llm_kind)
+    rules = rules if rerank is None else replace(rules, rerank=rerank)
     return as_released(rules, llm_kind) if preset == "lavis" else rules
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import PreTrainedTokenizerBase
 
+from instructblip.devices import on_device, to_device
 from instructblip.errors import UserError
 from instructblip.models.vision import Images, VisionEncoder, as_frames
 
@@ -265,14 +266,14 @@ class Model(PartedModule, ABC):
         """
         images = as_frames(images, self.vision.image_size)
         if images.dtype != torch.uint8:
-            return images.to(self.device)
+            return to_device(images, self.device)
         first: dict[int, int] = {}
         rows = [first.setdefault(number, len(first)) for number in pixel_ids]
         if len(first) < len(rows):
-            images = images[[rows.index(row) for row in range(len(first))]]
-        images = images.to(self.device)
+            images = images[on_device([rows.index(row) for row in range(len(first))], images.device)]
+        images = to_device(images, self.device)
         tokens_NFPV = self.vision(images.flatten(0, 1)).unflatten(0, images.shape[:2])
-        return tokens_NFPV if len(first) == len(rows) else tokens_NFPV[torch.tensor(rows, device=self.device)]
+        return tokens_NFPV if len(first) == len(rows) else tokens_NFPV[on_device(rows, self.device)]
 
     def vision_structure(self) -> PartStructure:
         """That of the vision encoder, which may be sharded."""
@@ -329,6 +330,14 @@ class Model(PartedModule, ABC):
     def packs(self) -> bool:
         """Whether several samples can share a row of the LLM."""
         return False
+
+    def attend_by_length(self) -> None:
+        """From now on tell attention kernels the lengths of samples that share a row, in place of a mask.
+
+        Raises:
+            UserError: the LLM's class cannot do that.
+        """
+        raise UserError(f"{self.title} packs no samples; set parallel.packed_attention=dense")
 
     @abstractmethod
     def sample_length(self) -> Callable[[str, str, int], int]:

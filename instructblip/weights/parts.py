@@ -474,6 +474,10 @@ def _llm_tokenizer(config: LLMConfig, folder: Path) -> Any:
 
 
 def _quantize(model: Any, kind: Quantization) -> None:
+    if kind == "fp8" and model.dtype == torch.float32:
+        raise UserError(
+            "llm.quantization=fp8 multiplies what a model in half precision computes; set llm.dtype=bfloat16"
+        )
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses a CPU kernel that is not used here
     try:
         quantize_linears(model, kind, keep=model.get_output_embeddings())

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from instructblip.config.entry import compose_config
 from instructblip.config.schema import TrainConfig
 from instructblip.data import mixture as planning
-from instructblip.data.batching import Batch, Batching, collate
+from instructblip.data.batching import Batch, Batching, collate, split_further
 from instructblip.data.mixture import Mixture, MixtureEntry, MixtureSegment, order_by_image
 from instructblip.data.mixture_dataset import DrawnImage, MixtureDataset, TrainingSet, decoded
 from instructblip.data.records import Record, Sample
@@ -189,6 +189,14 @@ def test_an_image_is_encoded_once_and_trains_the_same(trained: tuple[str, ...]) 
     assert once.loss == pytest.approx(plain.loss, abs=1e-6)
     assert ("vision.backbone.conv_stem.weight" in expected) is ("vision" in trained)
     assert_gradients(found_gradients, expected)
+
+
+def test_tokens_encoded_before_are_cut_with_their_samples() -> None:
+    batch = batch_of([0, 0, 1, 1], told=True)
+    tokens = torch.arange(4.0).view(4, 1, 1, 1)
+    parts = split_further([batch._replace(encoded=(tokens,))], 3)
+    assert [part.ids for part in parts] == [["0"], ["1"], ["2", "3"]]
+    assert torch.equal(torch.cat([part.encoded[0] for part in parts]), tokens)
 
 
 def test_pixels_that_differ_are_encoded_each() -> None:
