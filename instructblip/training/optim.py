@@ -19,6 +19,7 @@ AnyTensor = TypeVar("AnyTensor", bound=Tensor)
 # What BERT does not bring to a Q-Former. The projection is new too, but its weights are as small as the LLM's embeddings,
 # and a large rate would turn it over within a few steps.
 NEW_PARTS = ("query_tokens", "cross_attention.")
+_CONSTANT_INPUTS = ("query_tokens", "latents")
 
 
 def make_adamw(
@@ -29,7 +30,7 @@ def make_adamw(
     part_of: Callable[[str], str] = lambda _: "qformer",
     layer_scales: Mapping[str, float] = MappingProxyType({}),
 ) -> torch.optim.AdamW:
-    """AdamW over named parameters that train; norms, biases and query tokens do not decay.
+    """AdamW over named parameters that train; norms, biases, query tokens and a resampler's latents do not decay.
 
     Args:
         parameters: of which those without gradient are left out.
@@ -44,7 +45,7 @@ def make_adamw(
     for name, parameter in parameters:
         if parameter.requires_grad:
             part, sharded = part_of(name), isinstance(parameter, DTensor)
-            decays = parameter.ndim >= 2 and not name.endswith("query_tokens")
+            decays = parameter.ndim >= 2 and not name.endswith(_CONSTANT_INPUTS)
             new = part == "qformer" and any(word in name for word in NEW_PARTS)
             # A step of the fused kernel takes whole tensors or sharded ones.
             groups.setdefault((decays, new, part, layer_scales.get(name, 1.0), sharded), []).append(parameter)

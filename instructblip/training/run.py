@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -10,7 +10,6 @@ from typing import Any
 
 from rich.console import Console
 
-from instructblip.config import entry
 from instructblip.config.checks import check_batches
 from instructblip.config.entry import Outcome
 from instructblip.config.schema import TrainConfig
@@ -22,6 +21,7 @@ from instructblip.distributed import Ranks, choose_device, start_ranks, whole_te
 from instructblip.files import claimed_folder, write_atomically
 from instructblip.progress import TrainingProgress, training_progress
 from instructblip.training.ahead import Ahead
+from instructblip.training.budget import matched
 from instructblip.training.checks import check_objectives
 from instructblip.training.loop import TRACED_STEPS, log_entry, run_steps, traced_steps
 from instructblip.training.metrics_log import finite
@@ -48,11 +48,6 @@ _OF_THE_TIMEOUT = 0.9  # that data workers have: then a rank names its own, befo
 _SAVE_FAILED = 255  # instead of a signal's number: rank 0 could not write a checkpoint
 
 
-def main() -> None:
-    """The command: `train.py` and `instructblip-train`."""
-    entry.main("train", TrainConfig, train)
-
-
 def train(config: TrainConfig, console: Console) -> Outcome:
     """Run train.py with a validated configuration; the exit status is 0, or 128 + signal when told to stop.
 
@@ -63,22 +58,25 @@ def train(config: TrainConfig, console: Console) -> Outcome:
     Raises:
         UserError: anything the user can mend: configuration, missing parts or data, another run in the folder, disk full.
     """
-    check_objectives(config.recipe, config.model)
-    config = with_absolute_cards(config)
+    check_objectives(config.recipe, config)
+    config, said = matched(with_absolute_cards(config))
     if config.plan:
-        return Outcome(_print_plan(config, console))
+        return Outcome(_print_plan(config, console, said))
     device, folder = choose_device(config.device), Path(config.output) / config.name
     with StopRequest() as stop, start_ranks(device, config.parallel.timeout) as ranks:
         check_batches(config.recipe.phases, ranks.world_size)
         with claimed_folder(folder, "run", locked=ranks.is_first), _silent(ranks):
-            return _train(config, folder, ranks, stop, console if ranks.is_first else Console(quiet=True))
+            speaker = console if ranks.is_first else Console(quiet=True)
+            for line in said:
+                speaker.print(line, markup=False, highlight=False, soft_wrap=True)
+            return _train(config, folder, ranks, stop, speaker)
 
 
-def _print_plan(config: TrainConfig, console: Console) -> int:
+def _print_plan(config: TrainConfig, console: Console, said: Sequence[str]) -> int:
     plan = make_plan(config)
     if Ranks.from_environment().is_first:
         console.print(plan_table(plan, config.name))
-        for line in (*plan_summary(plan), *plan_start(config, plan)):
+        for line in (*plan_summary(plan), *plan_start(config, plan), *said):
             console.print(line, markup=False, highlight=False, soft_wrap=True)
     return 0 if plan.fits else 1
 
