@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from instructblip.config.schema import Mode
+from instructblip.config.schema import Mode, Normalize
 from instructblip.data.card_evaluation import Evaluation, metric_name, metric_sha256, with_preset
 from instructblip.data.cards import Card, check_prepared_from
 from instructblip.data.coverage import RecordCounts, prepared_counts
@@ -229,6 +229,8 @@ def make_task(
     preset: str = "paper",
     llm_kind: str = "decoder",
     rerank: int | None = None,
+    normalize: Normalize | None = None,
+    include_eos: bool | None = None,
     answers: Path | None = None,
 ) -> Task:
     """Open a card's split and settle its protocol.
@@ -243,6 +245,7 @@ def make_task(
         preset: `paper`, or `lavis` for what the released code computes.
         llm_kind: `decoder` or `encoder_decoder`; the released code treats them differently.
         rerank: in `retrieve` mode, instead of the card's own number.
+        normalize, include_eos: of candidates' log-likelihoods, instead of the card's own.
         answers: the list of a card that ranks one.
 
     Raises:
@@ -251,7 +254,8 @@ def make_task(
             of answers is not given or is none.
     """
     rules = _rules(card, preset, llm_kind)
-    rules = rules if rerank is None else replace(rules, rerank=rerank)
+    instead: dict[str, Any] = {"rerank": rerank, "normalize": normalize, "include_eos": include_eos}
+    rules = replace(rules, **{name: value for name, value in instead.items() if value is not None})
     split, mode = split or rules.split, mode or rules.mode
     if reason := _unfit(card, rules, mode):
         raise UserError(reason)
