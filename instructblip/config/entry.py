@@ -376,6 +376,10 @@ def _explain(error: Exception) -> str:
     choice = re.search(r"Could not (?:find|load) '([^']+)/([^/']+)'", message)
     if choice:
         return unknown_choice(choice[1], choice[2])
+    needed = re.search(r"You must specify '([^']+)'", message)
+    if needed:
+        known = sorted(path.stem for path in (CONFIGS / needed[1]).glob("*.yaml"))
+        return f"give {needed[1]}=NAME; configs/{needed[1]} has: {', '.join(known)}"
     several = re.search(r"Ambiguous value for argument '([^']+)'", message)
     if several:
         values = several[1].lstrip("+")

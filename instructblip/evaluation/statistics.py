@@ -129,8 +129,8 @@ class Spread:
     Attributes:
         mean: theirs.
         deviation: standard deviation, with n - 1; None of one value.
-        low, high: the mean's 95% interval by Student's t; None of one value.
-        p: two-sided probability of a mean as far from 0 if it were 0, by Student's t; None where nothing varies.
+        low, high: the mean's 95% interval by Student's t; None where nothing varies, which does not say that nothing can.
+        p: two-sided probability of a mean as far from 0 if it were 0, by Student's t; None with them.
     """
 
     mean: float
@@ -156,7 +156,7 @@ def spread(values: Sequence[float]) -> Spread:
         return Spread(mean)
     deviation = float(found.std(ddof=1))
     if deviation <= _ROUNDING * max(1.0, abs(mean)):
-        return Spread(mean, 0.0, mean, mean)
+        return Spread(mean, 0.0)
     test = scipy.stats.ttest_1samp(found, 0.0)
     ends = test.confidence_interval(0.95)
     return Spread(mean, deviation, float(ends.low), float(ends.high), float(test.pvalue))

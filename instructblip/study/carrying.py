@@ -102,6 +102,8 @@ def _carry_out(job: Job) -> int:
         if status := train(config, console).status:
             return status
     else:
+        # What is there was never vouched for, or is of a folder that was moved. Its answers are kept, by their content.
+        (run.folder / RESULTS).unlink(missing_ok=True)
         evaluate(config, console)
     device, results = choose_device(config.device), results_of(run)
     measured: dict[str, Any] = {

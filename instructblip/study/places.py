@@ -52,6 +52,7 @@ class Processes:
     def __init__(self, threads: int) -> None:
         os.environ["OMP_NUM_THREADS"] = str(threads)  # of the server, before it imports torch
         self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload([carry_out.__module__])
 
     def start(self, job: Job) -> Started:
         """Start a run."""

@@ -195,7 +195,7 @@ class _Planner:
         if isinstance(run, StudyConditionConfig) and run.evaluates is not None:
             overrides = merged([*self.study.evaluate, *form.evaluate, *run.evaluate, *self.config.evaluate])
             evaluated = compose_config("evaluate", EvaluateConfig, [*overrides, "checkpoint=''"])
-            return _Composed(evaluated, _cards((*evaluated.suite.held_in, *evaluated.suite.held_out)), overrides)
+            return _Composed(evaluated, _asked([*evaluated.suite.held_in, *evaluated.suite.held_out]), overrides)
         unscored = ["suite=none"] if name in self.study.stages else []
         overrides = merged([*self.study.train, *form.train, *run.train, *own, *unscored, *self.config.train])
         trained = compose_config("train", TrainConfig, overrides)
@@ -230,22 +230,20 @@ def _without(values: Mapping[str, Any], free: Collection[str], prefix: str = "")
 def _texts(config: TrainConfig) -> Any:
     names = [entry.name for entry in config.mixture.datasets]
     sets = [] if config.mixture.templates is None else [load_templates(config.mixture.templates)]
-    return [
-        _cards([*names, *config.suite.held_in, *config.suite.held_out]),
-        [dataclasses.asdict(item) for item in sets],
-    ]
-
-
-def _cards(names: Sequence[str]) -> list[Any]:
-    """What cards say of training and evaluation; not where their files are fetched from."""
-    return [
-        {
-            "name": card.name,
-            "source": card.source,
-            "kinds": card.kinds,
-            "evaluation": None if card.evaluation is None else dataclasses.asdict(card.evaluation),
-            "training": dataclasses.asdict(card.training),
-            "templates": None if card.templates is None else dataclasses.asdict(card.template_set()),
-        }
+    trained = [
+        [card.name, card.source, card.kinds, _as_dict(card.training), [] if sets else _as_dict(card.template_set())]
         for card in load_cards(names)
     ]
+    return [trained, [_as_dict(item) for item in sets], _asked([*config.suite.held_in, *config.suite.held_out])]
+
+
+def _asked(names: Sequence[str]) -> list[Any]:
+    """What cards say of evaluation; not where their files are fetched from."""
+    return [
+        [card.name, card.source, card.kinds, None if card.evaluation is None else _as_dict(card.evaluation)]
+        for card in load_cards(names)
+    ]
+
+
+def _as_dict(section: Any) -> dict[str, Any]:
+    return dataclasses.asdict(section)

@@ -1,6 +1,7 @@
 """A study's findings as Markdown, ready to stand in a document."""
 
 import statistics
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -10,6 +11,7 @@ from instructblip.evaluation.statistics import Paired, Spread
 from instructblip.study.findings import SIGNIFICANT, Cost, Difference, Findings, Scores
 
 _Item = TypeVar("_Item", Scores, Difference)
+_LINE = 125  # characters of a line of prose
 _MARK = "†"  # of a cost that is not whole
 
 
@@ -25,7 +27,7 @@ def markdown(config: StudyCommandConfig, findings: Findings, plot: str) -> str:
     failed = "; ".join(f"{name}, seed {seed}" for name, seed in findings.missing)
     parts = [
         f"## {study.name}: `{command(config)}`{NOTE if findings.made_up else ''}",
-        study.question,
+        textwrap.fill(study.question, _LINE),
         *([f"**Not in the tables, since it failed: {failed}.**"] if failed else []),
         f"![{study.name}: scores by seed, their means and 95% intervals]({plot})",
         _scores_table(findings),
@@ -144,7 +146,11 @@ def _range(cost: Cost, key: str, shown: Callable[[float], str]) -> str:
 
 def _seconds(cost: Cost) -> str:
     on_gpu = any(item["gpu_seconds"] is not None for item in cost.measured)
-    text = _range(cost, "gpu_seconds" if on_gpu else "cpu_seconds", lambda value: f"{value:.0f}")
+    text = _range(
+        cost,
+        "gpu_seconds" if on_gpu else "cpu_seconds",
+        lambda value: f"{value:.3g}" if value < 100 else f"{value:,.0f}",
+    )
     cut = any(item["attempts"] > 1 for item in cost.measured)
     return f"{text} {'GPU' if on_gpu else 'CPU'}{_MARK * cut}"
 
@@ -157,8 +163,10 @@ def _listed(by_seed: Mapping[int, float], form: str) -> str:
 
 
 def _interval(found: Spread, form: str = "{:.1f}") -> str:
-    if found.low is None or found.high is None:
+    if found.deviation is None:
         return form.format(found.mean)
+    if found.low is None or found.high is None:
+        return f"{form.format(found.mean)} ± {found.deviation:.1f}"
     ends = f"{form.format(found.low)}, {form.format(found.high)}"
     return f"{form.format(found.mean)} ± {found.deviation:.1f} [{ends}]"
 
@@ -193,7 +201,7 @@ def _notes(config: StudyCommandConfig, findings: Findings) -> str:
         )
     if any(item["attempts"] > 1 for cost in findings.costs for item in cost.measured):
         lines.append(f"{_MARK} A run of these was interrupted: what it spent before is not in its seconds.")
-    return "\n".join(f"* {line}" for line in lines)
+    return "\n".join(textwrap.fill(f"* {line}", _LINE, subsequent_indent="  ") for line in lines)
 
 
 def provenance(costs: Sequence[Cost]) -> str:

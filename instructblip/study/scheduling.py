@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from rich.console import Console
 
@@ -20,7 +20,6 @@ class _Running:
     run: StudyRun
     started: Started
     slot: int
-    began: float = field(default_factory=time.monotonic)
 
 
 def run_all(
@@ -81,7 +80,9 @@ def _end(item: _Running, failed: dict[str, str], say: Callable[[str], None]) -> 
     run, status = item.run, item.started.poll()
     measured = measured_of(run)
     if status == 0 and measured is not None:
-        say(f"{run.label}: done in {time.monotonic() - item.began:.0f} s")
+        on_gpu = measured["gpu_seconds"] is not None
+        seconds = measured["gpu_seconds" if on_gpu else "cpu_seconds"]
+        say(f"{run.label}: done in {seconds:.0f} seconds of the {'GPU' if on_gpu else 'CPU'}")
         return
     failed[run.identity] = _reason(run, status)
     say(f"{run.label} failed: {failed[run.identity]}")
