@@ -12,11 +12,19 @@ import torch
 from torch import nn
 from transformers import AutoConfig
 
-from instructblip.config.schema import LLMConfig, ModelConfig, QFormerConfig, TextConfig, VisionConfig
+from instructblip.config.schema import (
+    ConnectorConfig,
+    LLMConfig,
+    ModelConfig,
+    QFormerConfig,
+    TextConfig,
+    VisionConfig,
+)
 from instructblip.errors import UserError
 from instructblip.fetch.parts import part_settings, sources
 from instructblip.models.blip import BLIP_TOKENS, pair_heads
 from instructblip.models.blip2 import blip2_heads
+from instructblip.models.connector import Connector, LinearConnector, MLPConnector, Patches, Resampler
 from instructblip.models.llm import LLM_KINDS
 from instructblip.models.med import TextModel
 from instructblip.models.qformer import QFormer
@@ -35,6 +43,16 @@ class Parts:
         nn.ModuleDict
     )  # what stands behind the Q-Former: InstructBLIP's projection, the heads of BLIP-2's first stage
     llm: Any  # a transformers model; None where there is none
+
+
+@dataclass(frozen=True)
+class ConnectorParts:
+    """The parts of a model whose connector is no Q-Former, without its tokenizer; `llm` is a transformers model."""
+
+    vision: VisionEncoder
+    norm: nn.Module
+    connector: Connector
+    llm: Any
 
 
 @dataclass(frozen=True)
@@ -71,6 +89,42 @@ def parts_without_weights(config: ModelConfig) -> Parts:
         llm = language_model_of_sizes(config.language_model())
         projection = nn.Linear(qformer.width, llm.get_input_embeddings().weight.shape[1])
     return Parts(vision, norm, qformer, nn.ModuleDict({"projection": projection}), llm)
+
+
+def connector_without_weights(config: ModelConfig) -> ConnectorParts:
+    """All parts of a model whose connector is no Q-Former, as `parts_without_weights`."""
+    with torch.device("meta"):
+        vision = vision_encoder(config.vision)
+        norm = nn.LayerNorm(vision.width) if config.vision.norm == "layer" else nn.Identity()
+        llm = language_model_of_sizes(config.language_model())
+        connector = make_connector(config.connector, vision, llm.get_input_embeddings().weight.shape[1])
+    return ConnectorParts(vision, norm, connector, llm)
+
+
+def make_connector(config: ConnectorConfig, vision: VisionEncoder, llm_width: int) -> Connector:
+    """A connector that is no Q-Former, new, between an encoder and a language model of that width.
+
+    Raises:
+        UserError: settings that do not fit the encoder, or each other.
+    """
+    widths: dict[str, Any] = {"vision_width": vision.width, "llm_width": llm_width}
+    try:
+        if config.kind == "resampler":
+            return Resampler(
+                Patches(vision, class_token=config.class_token),
+                **widths,
+                tokens=config.tokens,
+                width=config.width,
+                depth=config.depth,
+                heads=config.heads,
+                hidden_width=config.hidden_width,
+            )
+        patches = Patches(vision, class_token=config.class_token, tokens=config.tokens)
+        if config.kind == "linear":
+            return LinearConnector(patches, **widths)
+        return MLPConnector(patches, **widths, hidden_width=config.hidden_width)
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 def vision_encoder(config: VisionConfig) -> VisionEncoder:

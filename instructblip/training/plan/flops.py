@@ -94,6 +94,52 @@ class Stack:
 
 
 @dataclass(frozen=True)
+class LanguageShape:
+    """A language model as far as FLOPs go.
+
+    Attributes:
+        decoder: its layers; `encoder` too where it is an encoder-decoder.
+        head: parameters of its output head.
+    """
+
+    decoder: Stack
+    encoder: Stack | None
+    head: int
+
+    def by_part(self, work: StepWorkload, *, runs: bool, trains: bool) -> list[PartFlops]:
+        """Its layers, which may be left out, and its logits."""
+        llm, llm_backward = self._layers(work) if runs else (0.0, 0.0)
+        logits = 2.0 * (work.answers if runs else work.samples) * self.head
+        return [
+            PartFlops("language model", llm, llm_backward + (llm if trains else 0.0)),
+            PartFlops("logits of the answers", logits, 2 * logits if trains else logits, recompute=False),
+        ]
+
+    def positions(self, visual_tokens: int, lengths: SampleLengths) -> int:
+        """Of a sample: a decoder's last token is only predicted; an encoder's prompt ends with EOS."""
+        return visual_tokens + sum(lengths) + (-1 if self.encoder is None else 1)
+
+    def _layers(self, work: StepWorkload) -> tuple[float, float]:
+        decoded = work.positions if self.encoder is None else work.answers
+        matrices = 2 * decoded * self.decoder.matrices
+        attention = 4 * decoded * (decoded / max(work.samples, 1)) * self.decoder.attention
+        if self.encoder is not None:
+            encoded = work.positions - work.answers
+            matrices += 2 * encoded * (self.encoder.matrices + self.decoder.source_matrices)
+            each = encoded / max(work.samples, 1)
+            attention += 4 * each * (encoded * self.encoder.attention + decoded * self.decoder.cross_attention)
+        return matrices + attention, matrices + 2 * attention
+
+
+def language_shape(llm: Any) -> LanguageShape:
+    """That of a transformers model, quantised or not, whose weights are not looked at."""
+    decoder, encoder = _stack(llm.base_model), None
+    if llm.config.is_encoder_decoder:
+        decoder, encoder = _stack(llm.get_decoder()), _stack(llm.get_encoder())
+    return LanguageShape(decoder, encoder, size_of(llm.get_output_embeddings()))
+
+
+@dataclass(frozen=True)
 class ModelShape(ABC):
     """The sizes of a model that its FLOPs follow from.
 
@@ -199,27 +245,20 @@ class LLMShape(QFormerShape):
 
     Attributes:
         projection: parameters of its matrix.
-        decoder: of the LLM; `encoder` too where it is an encoder-decoder.
-        head: parameters of the LLM's output head.
+        language: of the LLM.
     """
 
     usual = SampleLengths(35, 16)  # of instruction tuning; the mean of benchmarks/train_step.py
     projection: int
-    decoder: Stack
-    encoder: Stack | None
-    head: int
+    language: LanguageShape
 
     def by_part(self, work: StepWorkload, outputs: Collection[str]) -> list[PartFlops]:
         """The LLM's layers take part in `answer_logits` alone."""
-        runs_llm, trains = "answer_logits" in outputs, "llm" in self.trained
         qformer = self._qformer_flops(work, outputs) + 2 * self.queries * work.frames * self.projection
-        llm, llm_backward = self._llm_flops(work) if runs_llm else (0.0, 0.0)
-        logits = 2.0 * (work.answers if runs_llm else work.samples) * self.head
         return [
             self._vision_flops(work),
             self._trainable("Q-Former and projection", qformer),
-            PartFlops("language model", llm, llm_backward + (llm if trains else 0.0)),
-            PartFlops("logits of the answers", logits, 2 * logits if trains else logits, recompute=False),
+            *self.language.by_part(work, runs="answer_logits" in outputs, trains="llm" in self.trained),
         ]
 
     def qformer_passes(self, work: StepWorkload, outputs: Collection[str]) -> list[QFormerPass]:
@@ -228,21 +267,10 @@ class LLMShape(QFormerShape):
         return [QFormerPass(work.frames, self.queries * work.frames, text)]
 
     def sample_work(self, lengths: SampleLengths) -> StepWorkload:
-        """A decoder's last token is only predicted; an encoder's prompt ends with EOS."""
-        positions = self.queries + sum(lengths) + (-1 if self.encoder is None else 1)
+        """The Q-Former reads the prompt too."""
+        positions = self.language.positions(self.queries, lengths)
         text = lengths.prompt + 2  # [CLS] and [SEP]
         return StepWorkload(samples=1, frames=1, encoded=1, text=text, positions=positions, answers=lengths.answer)
-
-    def _llm_flops(self, work: StepWorkload) -> tuple[float, float]:
-        decoded = work.positions if self.encoder is None else work.answers
-        matrices = 2 * decoded * self.decoder.matrices
-        attention = 4 * decoded * (decoded / max(work.samples, 1)) * self.decoder.attention
-        if self.encoder is not None:
-            encoded = work.positions - work.answers
-            matrices += 2 * encoded * (self.encoder.matrices + self.decoder.source_matrices)
-            each = encoded / max(work.samples, 1)
-            attention += 4 * each * (encoded * self.encoder.attention + decoded * self.decoder.cross_attention)
-        return matrices + attention, matrices + 2 * attention
 
 
 @dataclass(frozen=True)
@@ -322,11 +350,7 @@ def model_shape(
         assert qformer.lm_head is not None
         words = qformer.word_embeddings.weight.numel() + matrices(qformer.lm_head)
         return Stage1Shape(**common, heads=matrices(heads), words=words)
-    decoder, encoder = _stack(llm.base_model), None
-    if llm.config.is_encoder_decoder:
-        decoder, encoder = _stack(llm.get_decoder()), _stack(llm.get_encoder())
-    head = size_of(llm.get_output_embeddings())
-    return LLMShape(**common, projection=matrices(heads), decoder=decoder, encoder=encoder, head=head)
+    return LLMShape(**common, projection=matrices(heads), language=language_shape(llm))
 
 
 def image_flops(vision: VisionEncoder) -> float:
