@@ -21,6 +21,7 @@ from instructblip.config.validate import to_dict
 from instructblip.data.cards import load_cards
 from instructblip.data.templates import load_templates
 from instructblip.errors import UserError
+from instructblip.training.checks import check_objectives
 
 # Settings that decide how a run is carried out, not what it computes. Those of data say where files lie; what is in them is
 # compared once the runs are there (findings.py).
@@ -199,6 +200,7 @@ class _Planner:
         unscored = ["suite=none"] if name in self.study.stages else []
         overrides = merged([*self.study.train, *form.train, *run.train, *own, *unscored, *self.config.train])
         trained = compose_config("train", TrainConfig, overrides)
+        check_objectives(trained.recipe, trained)
         return _Composed(trained, _texts(trained), overrides)
 
 

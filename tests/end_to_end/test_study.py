@@ -1,6 +1,7 @@
 """Studies from end to end: runs, reports, kills, failures, changed files, real processes."""
 
 import copy
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -15,16 +16,16 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from instructblip.config.schema import StudyCommandConfig
+from instructblip.config.schema import CONFIGS, StudyCommandConfig
 from instructblip.errors import UserError
 from instructblip.evaluation.results_file import read_run
 from instructblip.evaluation.statistics import spread
 from instructblip.study.carrying import MEASURED, Job, carry_out, measured_of
 from instructblip.study.command import study
-from instructblip.study.places import Processes
+from instructblip.study.places import Cluster, Processes, choose_place
 from instructblip.study.plan import StudyRun, plan_study
 from tests.kit.runs import SECONDS, World, one_thread
-from tests.kit.studies import STUDY, Here, reports, study_config, study_here
+from tests.kit.studies import STUDY, Here, reports, shipped_study, study_config, study_here
 
 SMALL = {**STUDY, "conditions": {name: STUDY["conditions"][name] for name in ("alone", "by mean")}, "stages": {}}
 
@@ -215,3 +216,36 @@ def test_runs_that_learned_from_other_data_are_not_compared(world: World, whole:
     state.write_text(json.dumps(values))
     with pytest.raises(UserError, match="were trained on two versions of easy_vqa/train; delete those of"):
         study_here(world, config)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(path.stem for path in (CONFIGS / "study").glob("*.yaml")))
+def test_a_shipped_study_goes_from_photos_to_its_table(name: str, world: World, tmp_path: Path) -> None:
+    config = shipped_study(name, world, tmp_path)
+    assert study_here(world, config) == 0
+    text = (tmp_path / "out" / name / "study.md").read_text(encoding="utf-8")
+    assert text.startswith(f"## {name}: `python -m instructblip.study study={name} form=short`")
+    found = json.loads((tmp_path / "out" / name / "study.json").read_text())
+    cells = {(item["condition"], item["dataset"]) for item in found["scores"]}
+    assert cells == {(condition, dataset) for condition in config.study.conditions for dataset in config.study.datasets}
+    assert all(len(item["by_seed"]) == 2 for item in (*found["scores"], *found["differences"]))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("submitit") is None, reason="submitit is not installed (requirements-slurm.txt)"
+)
+def test_jobs_of_a_cluster_give_the_same(world: World, whole: Path, tmp_path: Path) -> None:
+    """submitit runs jobs on this machine as it does on SLURM: pickled, in new processes."""
+    config = _without(world, whole, tmp_path, "alone, seed 1", "by mean, seed 1")
+    settings = {"_target_": "a.LocalLauncher", "submitit_folder": "unused", "timeout_min": 5, "cpus_per_task": 1}
+    with world.here(), one_thread():
+        assert study(config, Console(quiet=True), Cluster(settings, tmp_path / "submitit")) == 0
+    _assert_same(tmp_path, whole)
+
+
+def test_a_launcher_that_is_no_clusters_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match="are started by hydra/launcher=slurm, or here without one, not by JoblibLauncher"
+    ):
+        choose_place({"_target_": "hydra_plugins.JoblibLauncher"}, tmp_path, threads=1)

@@ -1,19 +1,22 @@
 """Small studies on the tiny world, their runs in this process or in real ones."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from rich.console import Console
 
 from instructblip.config.checks import check
-from instructblip.config.schema import StudyCommandConfig
+from instructblip.config.entry import compose_config
+from instructblip.config.schema import StudyCommandConfig, StudyConditionConfig
 from instructblip.config.validate import build
 from instructblip.study.carrying import Job, carry_out
 from instructblip.study.command import study
 from tests.kit.runs import World, one_thread
 
+CLOTHES = ("dress", "hat", "longsleeve", "outwear", "pants", "shirt", "shoes", "shorts", "skirt", "t-shirt")
 # Two conditions that train, from a stage or by themselves, and one that evaluates another's run; three steps each.
 STUDY: dict[str, Any] = {
     "name": "tiny",
@@ -84,6 +87,34 @@ class Done:
 
     def stop(self) -> None:
         """There is nothing left to stop."""
+
+
+def write_clothes(folder: Path) -> Path:
+    """Photos of clothes as the raw folder of clothing_small has them: a colour for each class, two of each a split."""
+    for split in ("train", "validation", "test"):
+        for number, name in enumerate(CLOTHES):
+            (folder / split / name).mkdir(parents=True)
+            for copy in range(2):
+                colour = (25 * number, 255 - 25 * number, 60 * copy + len(split))
+                Image.new("RGB", (40, 40), colour).save(folder / split / name / f"{copy}.jpg")
+    return folder
+
+
+def shipped_study(name: str, world: World, folder: Path, *given: str) -> StudyCommandConfig:
+    """A study of `configs/study` in its short form, on tiny parts; results lie in `folder`."""
+    config = compose_config("study", StudyCommandConfig, [f"study={name}", "form=short", "threads=1", *given])
+    raw = folder / "clothes"
+    data = [
+        f"data.shards={folder / 'shards'}",
+        f"data.sources.easy_vqa.path={world.raw}",
+        f"data.sources.clothing_small.path={raw if raw.exists() else write_clothes(raw)}",
+    ]
+    parts = [item for item in world.train if item.startswith(("vision.", "qformer.", "llm."))]
+    for run in (*config.study.stages.values(), *config.study.conditions.values()):
+        if not isinstance(run, StudyConditionConfig) or run.evaluates is None:
+            has_llm = "experiment=align_demo_stage1" not in run.train
+            run.train = [*(item for item in parts if has_llm or not item.startswith("llm.")), *run.train]
+    return replace(config, output=str(folder / "out"), train=[*config.train, *data], evaluate=[*config.evaluate, *data])
 
 
 def study_here(
