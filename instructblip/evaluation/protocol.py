@@ -257,13 +257,10 @@ def make_task(
         precision: of matrix products.
 
     Raises:
-        UserError: the card says nothing of evaluation, the split (or the train split that candidates come from) is not
-            prepared or has no public answers, the mode or the number of samples does not suit the card's metric, or a list
-            of answers is not given or is none.
+        UserError: no evaluation in the card, a split (its own, or the train split that candidates come from) that is not
+            prepared or has no public answers, a mode or a number of samples that does not suit the metric, no list of answers.
     """
-    rules = _rules(card, preset, llm_kind)
-    instead: dict[str, Any] = {"rerank": rerank, "normalize": normalize, "include_eos": include_eos}
-    rules = replace(rules, **{name: value for name, value in instead.items() if value is not None})
+    rules = _rules(card, preset, llm_kind, rerank=rerank, normalize=normalize, include_eos=include_eos)
     split, mode = split or rules.split, mode or rules.mode
     if reason := _unfit(card, rules, mode):
         raise UserError(reason)
@@ -272,8 +269,7 @@ def make_task(
     opened = open_split(shards / card.source / split)
     check_prepared_from(card, opened.manifest)
     chosen = _choose(card, opened, replace(rules, prompt=choices["prompt"]), samples)
-    public = _answers_public(card, split, metric, chosen)
-    if public:
+    if public := _answers_public(card, split, metric, chosen):
         _check_records(card, metric, chosen)
     if mode == "match":
         _check_statements(card, chosen)
@@ -472,8 +468,8 @@ def as_json(protocol: Protocol) -> dict[str, Any]:
     return {**asdict(protocol), "sha256": protocol.sha256()}
 
 
-def _rules(card: Card, preset: str, llm_kind: str) -> Evaluation:
-    """How a card is evaluated under a preset.
+def _rules(card: Card, preset: str, llm_kind: str, **instead: Any) -> Evaluation:
+    """How a card is evaluated under a preset; what is given and not None stands in for the card's own.
 
     Raises:
         UserError: it is not evaluated.
@@ -481,7 +477,8 @@ def _rules(card: Card, preset: str, llm_kind: str) -> Evaluation:
     if card.evaluation is None:
         raise UserError(f"{card.name} is a dataset to train on: its card has no evaluation; take it out of the suite")
     rules = with_preset(card.evaluation, preset, llm_kind)
-    return as_released(rules, llm_kind) if preset == "lavis" else rules
+    rules = as_released(rules, llm_kind) if preset == "lavis" else rules
+    return replace(rules, **{name: value for name, value in instead.items() if value is not None})
 
 
 def as_released(rules: Evaluation, llm_kind: str) -> Evaluation:
