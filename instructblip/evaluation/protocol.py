@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from instructblip.config.schema import EvaluationPrecision, Mode, Normalize
+from instructblip.config.schema import EvaluationPrecision, Mode
 from instructblip.data.card_evaluation import Evaluation, metric_name, metric_sha256, with_preset
 from instructblip.data.cards import Card, check_prepared_from
 from instructblip.data.coverage import RecordCounts, prepared_counts
@@ -234,11 +234,9 @@ def make_task(
     withhold_images: bool = False,
     preset: str = "paper",
     llm_kind: str = "decoder",
-    rerank: int | None = None,
-    normalize: Normalize | None = None,
-    include_eos: bool | None = None,
     answers: Path | None = None,
     precision: EvaluationPrecision = "fp32",
+    **instead: Any,
 ) -> Task:
     """Open a card's split and settle its protocol.
 
@@ -251,16 +249,15 @@ def make_task(
         withhold_images: the blind baseline.
         preset: `paper`, or `lavis` for what the released code computes.
         llm_kind: `decoder` or `encoder_decoder`; the released code treats them differently.
-        rerank: in `retrieve` mode, instead of the card's own number.
-        normalize, include_eos: of candidates' log-likelihoods, instead of the card's own.
         answers: the list of a card that ranks one.
         precision: of matrix products.
+        instead: of the card's own `rerank`, `normalize` or `include_eos`; None leaves that.
 
     Raises:
         UserError: no evaluation in the card, a split (its own, or the train split that candidates come from) that is not
-            prepared or has no public answers, a mode or a number of samples that does not suit the metric, no list of answers.
+            prepared or has no public answers, a mode or number of samples that does not suit the metric, no list of answers.
     """
-    rules = _rules(card, preset, llm_kind, rerank=rerank, normalize=normalize, include_eos=include_eos)
+    rules = _rules(card, preset, llm_kind, **instead)
     split, mode = split or rules.split, mode or rules.mode
     if reason := _unfit(card, rules, mode):
         raise UserError(reason)
