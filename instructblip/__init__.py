@@ -6,7 +6,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from instructblip._torchvision import declare_missing_operators
+from instructblip._torchvision import declare_when_looked_for
 
 if TYPE_CHECKING:
     from instructblip.models.blip import BLIP
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from instructblip.models.instructblip import InstructBLIP
     from instructblip.models.llava import LLaVA
 
-declare_missing_operators()  # before anything imports torchvision: transformers and timm both do
+declare_when_looked_for()  # before anything imports torchvision: transformers and timm both do
 
 __all__ = ["load"]
 

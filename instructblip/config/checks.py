@@ -237,6 +237,28 @@ def _check_training(config: TrainConfig) -> None:
             f"parallel=fsdp shards parameters, and the weights of an {quantization} LLM are none; "
             "use parallel=ddp, or leave llm.quantization out"
         )
+    _check_ahead(config)
+    packs = any(phase.batching == "packed" for phase in recipe.phases.values())
+    if config.parallel.packed_attention == "by_length" and not packs:
+        raise UserError(
+            "parallel.packed_attention=by_length is of rows of several samples, and no phase packs any; "
+            "set recipe.phases.NAME.batching=packed, or leave it out"
+        )
+
+
+def _check_ahead(config: TrainConfig) -> None:
+    if config.parallel.ahead != "vision":
+        return
+    whys = {
+        "parallel=fsdp gathers the encoder's blocks between those of the step": config.parallel.kind == "fsdp",
+        "train.vision=full changes the encoder with each step": config.train.vision == "full",
+        "data.cache_features=true has encoded all images": config.data.cache_features,
+    }
+    for why, applies in whys.items():
+        if applies:
+            raise UserError(
+                f"parallel.ahead=vision encodes a step's images before it, and {why}; use parallel.ahead=copies"
+            )
 
 
 def _check_trained(config: TrainConfig) -> None:

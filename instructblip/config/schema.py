@@ -41,7 +41,7 @@ Budget = Literal["parameters", "tokens", "flops"]
 LLMKind = Literal["decoder", "encoder_decoder"]
 TrainMode = Literal["frozen", "full"]
 PartName = Literal["vision", "qformer", "connector", "text", "llm"]
-Quantization = Literal["int8", "nf4"]
+Quantization = Literal["int8", "nf4", "fp8"]
 LavisProjection = Literal["llm_proj", "t5_proj", "opt_proj"]
 Converter = Literal["gguf", "efficientnet_pth"]
 Weighting = Literal["sqrt", "proportional", "uniform", "temperature"]
@@ -56,8 +56,11 @@ Transform = Literal[
 ]
 TextProcessor = Literal["none", "blip_caption", "blip_question"]
 BatchingKind = Literal["fixed", "bucketed", "packed"]
+Ahead = Literal["none", "copies", "vision"]
+PackedAttention = Literal["dense", "by_length"]
 Gather = Literal["gradient", "detached"]
 Precision = Literal["fp32", "bf16"]
+EvaluationPrecision = Literal["fp32", "bf16", "tf32"]
 LossMean = Literal["global", "micro_batch"]
 ParallelKind = Literal["single", "ddp", "fsdp"]
 LoggerKind = Literal["none", "wandb"]
@@ -538,6 +541,10 @@ class ParallelConfig(Section):
     shard_size: AtLeastOne | None = None  # fsdp: processes that hold the frozen parts once together; None: all
     activation_checkpointing: bool = False
     compile: bool = False
+    packed_attention: PackedAttention = "dense"  # by_length: kernels that take the samples' lengths in place of a mask
+    # On a stream of their own, the next step's images: their copies, or also their passes through a frozen vision encoder.
+    ahead: Ahead = "none"
+    read_every: AtLeastOne = 1  # steps whose losses and sample ids are read from the devices together
     timeout: PositiveFloat = (
         600.0  # seconds that a process, a rank or a data worker, may be silent before the others end
     )
@@ -594,6 +601,7 @@ class EvaluateConfig(Section):
     split: str | None = None  # None takes each card's own
     mode: Mode | None = None  # None takes each card's own
     preset: Preset = "paper"  # lavis: what the released code computes
+    precision: EvaluationPrecision = "fp32"  # of matrix products of what is held in float32; part of the protocol
     samples: AtLeastOne | None = None  # per dataset; None is all of them
     rerank: AtLeastOne | None = None  # in retrieval, how many of the nearest are matched; None takes each card's own
     answers: str | None = None  # the list of a card that ranks one (`candidates_from: answer_list`)

@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from instructblip.config.schema import Mode
+from instructblip.config.schema import EvaluationPrecision, Mode
 from instructblip.data.card_evaluation import Evaluation, metric_name, metric_sha256, with_preset
 from instructblip.data.cards import Card, check_prepared_from
 from instructblip.data.coverage import RecordCounts, prepared_counts
@@ -29,6 +29,8 @@ from instructblip.models.base import Skill
 from instructblip.models.ranking import RANKING_PRESETS
 
 logger = logging.getLogger(__name__)
+# What results of earlier versions do not state. The hash leaves these values out, so that it is the same for both.
+UNSTATED: Mapping[str, Any] = {"precision": "fp32"}
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ class Protocol:
             id: it depends on nothing else.
         samples_sha256: of the chosen sample ids and of the shards they lie in.
         images: `shown`, or `withheld` for the blind baseline, where a mid-grey picture stands for every image.
+        precision: of matrix products, see `precision.computing`.
     """
 
     dataset: str
@@ -98,10 +101,12 @@ class Protocol:
     samples: int | None
     samples_sha256: str
     images: str
+    precision: EvaluationPrecision = "fp32"
 
     def sha256(self) -> str:
         """Hash of the whole protocol."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        stated = {name: value for name, value in asdict(self).items() if (name, value) not in UNSTATED.items()}
+        return hashlib.sha256(json.dumps(stated, sort_keys=True).encode()).hexdigest()
 
     def describe(self) -> dict[str, str]:
         """Name and value of every choice, as a report shows them."""
@@ -116,6 +121,7 @@ class Protocol:
             + ", not turned upright" * (not self.upright)
             + ", transparency dropped" * (self.transparency == "dropped")
             + f", {self.frames} frames a video" * (self.frames > 1),
+            "precision": self.precision,
         }
         if self.text_processor != "none":
             shown["text processor"] = self.text_processor
@@ -230,6 +236,7 @@ def make_task(
     llm_kind: str = "decoder",
     rerank: int | None = None,
     answers: Path | None = None,
+    precision: EvaluationPrecision = "fp32",
 ) -> Task:
     """Open a card's split and settle its protocol.
 
@@ -244,14 +251,14 @@ def make_task(
         llm_kind: `decoder` or `encoder_decoder`; the released code treats them differently.
         rerank: in `retrieve` mode, instead of the card's own number.
         answers: the list of a card that ranks one.
+        precision: of matrix products.
 
     Raises:
         UserError: the card says nothing of evaluation, the split (or the train split that candidates come from) is not
             prepared or has no public answers, the mode or the number of samples does not suit the card's metric, or a list
             of answers is not given or is none.
     """
-    rules = _rules(card, preset, llm_kind)
-    rules = rules if rerank is None else replace(rules, rerank=rerank)
+    rules = _rules(card, preset, llm_kind, rerank)
     split, mode = split or rules.split, mode or rules.mode
     if reason := _unfit(card, rules, mode):
         raise UserError(reason)
@@ -260,8 +267,7 @@ def make_task(
     opened = open_split(shards / card.source / split)
     check_prepared_from(card, opened.manifest)
     chosen = _choose(card, opened, replace(rules, prompt=choices["prompt"]), samples)
-    public = _answers_public(card, split, metric, chosen)
-    if public:
+    if public := _answers_public(card, split, metric, chosen):
         _check_records(card, metric, chosen)
     if mode == "match":
         _check_statements(card, chosen)
@@ -278,16 +284,22 @@ def make_task(
         samples=samples,
         samples_sha256=_samples_sha256(opened, chosen),
         images="withheld" if withhold_images else "shown",
+        precision=precision,
         **choices,
     )
     records = prepared_counts(card, opened, rules.kinds)
     if choices["candidates_from"] == "train_answers":
-        train = prepared_counts(card, open_split(shards / card.source / "train"), ())
-        records = replace(records, vocabulary=replace(train, answered=train.prepared))
+        records = replace(records, vocabulary=_vocabulary_counts(card, shards))
         if not is_made_up(opened.manifest):  # whose splits are not of one piece
             _note_unknown(card, frozenset(vocabulary), chosen)
     own = None if metric.name in METRICS else metric
     return Task(card, protocol, tuple(chosen), records, vocabulary, public, is_made_up(opened.manifest), own)
+
+
+def _vocabulary_counts(card: Card, shards: Path) -> RecordCounts:
+    """Records of the train split that candidates come from: all of them have answers."""
+    train = prepared_counts(card, open_split(shards / card.source / "train"), ())
+    return replace(train, answered=train.prepared)
 
 
 def needed_splits(
@@ -454,8 +466,8 @@ def as_json(protocol: Protocol) -> dict[str, Any]:
     return {**asdict(protocol), "sha256": protocol.sha256()}
 
 
-def _rules(card: Card, preset: str, llm_kind: str) -> Evaluation:
-    """How a card is evaluated under a preset.
+def _rules(card: Card, preset: str, llm_kind: str, rerank: int | None = None) -> Evaluation:
+    """How a card is evaluated under a preset; `rerank` stands in for the card's own number.
 
     Raises:
         UserError: it is not evaluated.
@@ -463,6 +475,7 @@ def _rules(card: Card, preset: str, llm_kind: str) -> Evaluation:
     if card.evaluation is None:
         raise UserError(f"{card.name} is a dataset to train on: its card has no evaluation; take it out of the suite")
     rules = with_preset(card.evaluation, preset, llm_kind)
+    rules = rules if rerank is None else replace(rules, rerank=rerank)
     return as_released(rules, llm_kind) if preset == "lavis" else rules
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from instructblip.devices import to_device
 from instructblip.models.base import PartStructure, blocks_of
 from instructblip.models.llm import LLM
 from instructblip.models.qformer import QFormer
@@ -114,7 +115,7 @@ class InstructBLIP(VisionLanguageModel):
         if self.qformer.instruction_aware:
             text_BT, mask_BT = self._tokenize_instructions(instructions)
             tokens = frames * int(mask_BT.sum())
-            text_BT, mask_BT = text_BT.to(image_NPV.device), mask_BT.to(image_NPV.device)
+            text_BT, mask_BT = to_device(text_BT, image_NPV.device), to_device(mask_BT, image_NPV.device)
             text_NT = text_BT.repeat_interleave(frames, dim=0)
             mask_NT = mask_BT.repeat_interleave(frames, dim=0)
         query_NQD = self.qformer(image_NPV, text_NT, mask_NT).query_BQD

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from instructblip.models import generation
+from instructblip.models import abilities, generation
 from instructblip.models.arguments import (
     check_candidates,
     check_choice,
@@ -124,6 +124,11 @@ class VisionLanguageModel(Model):
     def packs(self) -> bool:
         """Where the LLM's class was seen to keep them apart."""
         return self.llm.abilities.packed
+
+    def attend_by_length(self) -> None:
+        """By the LLM, if it is decoder-only."""
+        with torch.inference_mode():
+            abilities.attend_by_length(self.llm)
 
     def sample_length(self) -> Callable[[str, str, int], int]:
         """A picklable function: how many positions of the LLM a sample fills, from its (prompt, target, frames)."""

@@ -115,8 +115,11 @@ def set_learning_rate(
 
 
 @torch.no_grad()
-def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> float:
-    """Scale all gradients together so that their norm is at most `max_norm`; return the norm before. All ranks call this."""
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+    """Scale all gradients together so that their norm is at most `max_norm`; return the norm before, a scalar on the device.
+
+    All ranks call this.
+    """
     trained = [parameter for parameter in parameters if parameter.grad is not None]
     kinds = _by_kind(trained)
     norms = [nn.utils.get_total_norm([p.grad for p in kind if p.grad is not None]) for kind in kinds]
@@ -124,7 +127,24 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> float
     total = whole[0] if len(whole) == 1 else torch.stack(whole).norm()
     for kind in kinds:
         nn.utils.clip_grads_with_norm_(kind, max_norm, total)
-    return float(total)
+    return total
+
+
+def step_unless(optimizer: torch.optim.Optimizer, not_finite: Tensor) -> None:
+    """Take a step, unless `not_finite`, a scalar of 0 or 1, says that its gradients are of no use.
+
+    The fused kernel reads that itself, as it does for torch's GradScaler: the host need not wait. It reads none for sharded
+    weights.
+    """
+    if any(isinstance(weight, DTensor) for group in optimizer.param_groups for weight in group["params"]):
+        if not bool(not_finite):
+            optimizer.step()
+        return
+    optimizer.found_inf = not_finite  # type: ignore[attr-defined]
+    try:
+        optimizer.step()
+    finally:
+        del optimizer.found_inf  # type: ignore[attr-defined]
 
 
 def _by_kind(tensors: Iterable[AnyTensor]) -> list[list[AnyTensor]]:

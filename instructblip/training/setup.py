@@ -30,6 +30,7 @@ from instructblip.files import exclusive, write_atomically
 from instructblip.models.base import Model
 from instructblip.models.blip import BLIP
 from instructblip.models.blip2 import BLIP2
+from instructblip.models.fp8 import check_device
 from instructblip.models.instructblip import InstructBLIP
 from instructblip.models.llava import LLaVA
 from instructblip.models.vision import ChannelNorm
@@ -261,6 +262,8 @@ def make_optimisation(run: TrainingRun, stop_signal: Callable[[], int]) -> Optim
         stop_signal: number of the signal that asked this process to stop, else 0.
     """
     model, recipe, parallel = run.model, run.config.recipe, run.config.parallel
+    if parallel.packed_attention == "by_length" and model.packs():  # without, samples are bucketed, see make_phases
+        model.attend_by_length()
     wrapped = parallelize(
         model,
         run.ranks,
@@ -349,6 +352,7 @@ def _say(lines: Sequence[str], console: Console) -> None:
 
 def _place(model: Model, device: torch.device, *, without_llm: bool) -> None:
     """Move a built model to its device; where its language model is to be sharded that goes there block by block, later."""
+    check_device(model, device)
     left = set(model.PARTS.get("llm", ())) if without_llm else set()
     for name, part in model.named_children():
         if name not in left:

@@ -33,6 +33,7 @@ from instructblip.models.base import Model, Skill
 from instructblip.models.blip import BLIP
 from instructblip.models.blip2 import BLIP2
 from instructblip.models.fingerprint import fingerprint, fingerprint_tensors
+from instructblip.models.fp8 import check_device
 from instructblip.models.instructblip import InstructBLIP
 from instructblip.models.vision_language import VisionLanguageModel
 from instructblip.weights.blip import blip_checkpoint, blip_settings, is_blip, load_blip
@@ -236,6 +237,7 @@ def load_model(
     found = source if isinstance(source, Source) else find_source(source, llm)
     with foreign_settings(found.path) if found.format == "huggingface" else contextlib.nullcontext():
         loaded = load[found.format](found, replaced)
+    check_device(loaded.model, place)
     return loaded._replace(model=loaded.model.to(place).eval())
 
 
@@ -490,7 +492,8 @@ def load_run(source: Path, *, device: str = "auto", config: ModelConfig | None =
     else:
         model = build_model(built, trained=trained)
     restore_model(model, loaded._replace(model=state, state={**loaded.state, "frozen": frozen}))
-    return LoadedRun(model.to(choose_device(device)).eval(), config, checkpoint, loaded.step, standing)
+    check_device(model, place := choose_device(device))
+    return LoadedRun(model.to(place).eval(), config, checkpoint, loaded.step, standing)
 
 
 def _filled_from_outside(config: ModelConfig, *, vision: bool) -> ModelConfig:

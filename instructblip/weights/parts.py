@@ -294,7 +294,10 @@ def load_vision(config: VisionConfig) -> VisionEncoder:
     file, encoder = _vision_file(config), vision_encoder(config)
     weights = _vision_weights(file)
     _fit_positions(encoder.backbone, weights)
-    load_exactly(encoder.backbone, weights, str(file), surplus_ok=_not_built(encoder.backbone, config))
+    types = {name: tensor.dtype for name, tensor in encoder.backbone.state_dict().items()}
+    # Where the types agree the tensors stay those of the mapped file, which all processes of a machine share.
+    held = {name: tensor.to(types.get(name, tensor.dtype)) for name, tensor in weights.items()}
+    load_exactly(encoder.backbone, held, str(file), surplus_ok=_not_built(encoder.backbone, config), assign=True)
     return encoder
 
 
@@ -471,6 +474,10 @@ def _llm_tokenizer(config: LLMConfig, folder: Path) -> Any:
 
 
 def _quantize(model: Any, kind: Quantization) -> None:
+    if kind == "fp8" and model.dtype == torch.float32:
+        raise UserError(
+            "llm.quantization=fp8 multiplies what a model in half precision computes; set llm.dtype=bfloat16"
+        )
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses a CPU kernel that is not used here
     try:
         quantize_linears(model, kind, keep=model.get_output_embeddings())
@@ -494,6 +501,7 @@ def load_exactly(
     *,
     surplus_ok: tuple[str, ...] = (),
     new: Collection[str] = (),
+    assign: bool = False,
 ) -> None:
     """Load a state dict and stop on a missing, surplus or misshapen tensor, naming it.
 
@@ -503,8 +511,9 @@ def load_exactly(
         where: they come from, for the message.
         surplus_ok: beginnings of names that the module may lack.
         new: names that the module has and `state` must not have; they stay as they are.
+        assign: the module takes the tensors themselves, in their types, instead of copying their values.
     """
     shapes = {name: tensor.shape for name, tensor in module.state_dict().items() if name not in new}
     known = {name: state[name] for name in state if not (surplus_ok and name.startswith(surplus_ok))}
     check_tensors(shapes, known, where)
-    module.load_state_dict({name: state[name] for name in shapes}, strict=not new)
+    module.load_state_dict({name: state[name] for name in shapes}, strict=not new, assign=assign)

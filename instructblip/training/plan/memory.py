@@ -41,8 +41,8 @@ from instructblip.weights.modules import Parts
 
 GIB = 2**30
 USABLE = 0.9  # of a GPU's memory
-# Bytes a value: of rounded weights with their scales, without those of rows, which are few.
-_QUANTIZED = {"int8": 1.0, "nf4": 0.5 + 4 / 64}
+# Bytes a value: of rounded weights with their scales, without those of rows, which are few. float8 is held in two orders.
+_QUANTIZED = {"int8": 1.0, "nf4": 0.5 + 4 / 64, "fp8": 2.0}
 
 
 @dataclass(frozen=True)
@@ -391,7 +391,7 @@ def what_fits(plan: Plan) -> tuple[str, Plan] | None:
         # Rounded weights are not sharded.
         whole = "parallel=ddp parallel.activation_checkpointing=true " if layout.kind == "fsdp" else ""
         other = {"kind": "ddp", "shard_size": None, **recompute} if whole else {}
-        changes += [(f"{whole}llm.quantization={kind}", {"quantization": kind, **other}) for kind in _QUANTIZED]
+        changes += [(f"{whole}llm.quantization={kind}", {"quantization": kind, **other}) for kind in ("int8", "nf4")]
     for name, change in changes:
         changed = dataclasses.replace(plan, layout=dataclasses.replace(layout, **change))
         for tokens, limited in _with_fewer_tokens(changed):
