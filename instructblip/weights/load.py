@@ -241,19 +241,6 @@ def load_model(
     return loaded._replace(model=loaded.model.to(place).eval())
 
 
-def as_instructblip(model: Model, source: str) -> InstructBLIP:
-    """The model, which came from `source`, where it is an InstructBLIP.
-
-    Raises:
-        UserError: it is another.
-    """
-    if not isinstance(model, InstructBLIP):
-        raise UserError(
-            f"{source} is a {type(model).__name__}, wanted is an InstructBLIP; give a run of model=instructblip"
-        )
-    return model
-
-
 def huggingface_source(source: str | Path) -> Path | None:
     """The folder of a transformers model: the one given, or that of a hub id, which is fetched; None for other sources.
 
@@ -416,6 +403,8 @@ def _replace_parts(config: ModelConfig, replaced: Replacements) -> ModelConfig:
         llm = llm_config(llm if own or replaced.llm is None else replaced.llm, replaced.llm_path)
     elif replaced.llm or replaced.llm_path:
         raise UserError(f"model={config.model.kind} has no language model to replace; leave llm= and llm_path= out")
+    if replaced.qformer_path and not (config.has_qformer() or config.text):
+        raise UserError(f"{config.said()} has no Q-Former; leave qformer_path= out")
     return dataclasses.replace(
         config,
         vision=_with_path(config.vision, replaced.vision_path),

@@ -14,6 +14,8 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
+    PretrainedConfig,
+    PreTrainedTokenizerFast,
     Qwen2Config,
 )
 
@@ -84,36 +86,56 @@ def write_llava(
         template: LLaVA-1.5's chat template stands beside it.
         seed: of every weight.
     """
-    tokenizer = tiny_llm_tokenizer()
-    # The last one is every Qwen's, whose class of tokenizers would add it.
-    tokenizer.add_special_tokens({"pad_token": PAD, "additional_special_tokens": ["<image>", "<|endoftext|>"]})
-    if llm == "llama":
-        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{EOS} $A", special_tokens=[(EOS, tokenizer.eos_token_id)]
-        )
-    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
+    tokenizer = _llava_tokenizer(begins=llm == "llama")
     size = {"height": 28, "width": 28}
     images = CLIPImageProcessor(size=size, crop_size=size)
     LlavaProcessor(
-        images,
-        tokenizer,
-        patch_size=14,
-        vision_feature_select_strategy=strategy,
-        num_additional_image_tokens=1,
+        images, tokenizer, patch_size=14, vision_feature_select_strategy=strategy, num_additional_image_tokens=1
     ).save_pretrained(folder)
     images.save_pretrained(folder)
     if template:
         (folder / "chat_template.json").write_text(json.dumps({"chat_template": _LLAVA_1_5}))
+    config = LlavaConfig(
+        vision_config=_tower_config("quick_gelu" if llm == "llama" else "gelu").to_dict(),
+        text_config=_text_config(llm, tokenizer).to_dict(),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_seq_length=4 + (strategy == "full"),
+        vision_feature_layer=layer,
+        vision_feature_select_strategy=strategy,
+    )
     torch.manual_seed(seed)
-    tower = CLIPVisionConfig(
+    model = LlavaForConditionalGeneration(config).eval()
+    redraw(model)
+    model.save_pretrained(folder)
+    return model
+
+
+def _llava_tokenizer(*, begins: bool) -> PreTrainedTokenizerFast:
+    """With `<image>`, padding on the left; `begins`: it puts a token in front of each text."""
+    tokenizer = tiny_llm_tokenizer()
+    # The last one is every Qwen's, whose class of tokenizers would add it.
+    tokenizer.add_special_tokens({"pad_token": PAD, "additional_special_tokens": ["<image>", "<|endoftext|>"]})
+    if begins:
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{EOS} $A", special_tokens=[(EOS, tokenizer.eos_token_id)]
+        )
+    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
+    return tokenizer
+
+
+def _tower_config(activation: str) -> CLIPVisionConfig:
+    return CLIPVisionConfig(
         hidden_size=WIDTH,
         intermediate_size=48,
         num_hidden_layers=3,
         num_attention_heads=4,
         image_size=28,
         patch_size=14,
-        hidden_act="quick_gelu" if llm == "llama" else "gelu",
+        hidden_act=activation,
     )
+
+
+def _text_config(llm: str, tokenizer: PreTrainedTokenizerFast) -> PretrainedConfig:
     sizes = {
         "vocab_size": len(tokenizer),
         "hidden_size": WIDTH,
@@ -125,19 +147,7 @@ def write_llava(
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    text = LlamaConfig(**sizes) if llm == "llama" else Qwen2Config(**sizes, tie_word_embeddings=True)
-    config = LlavaConfig(
-        vision_config=tower.to_dict(),
-        text_config=text.to_dict(),
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-        image_seq_length=4 + (strategy == "full"),
-        vision_feature_layer=layer,
-        vision_feature_select_strategy=strategy,
-    )
-    model = LlavaForConditionalGeneration(config).eval()
-    redraw(model)
-    model.save_pretrained(folder)
-    return model
+    return LlamaConfig(**sizes) if llm == "llama" else Qwen2Config(**sizes, tie_word_embeddings=True)
 
 
 def connector_overrides(world: World, kind: ConnectorKind, *more: str) -> list[str]:

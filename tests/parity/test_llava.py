@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -43,45 +44,40 @@ def written(processor: Any, around: tuple[str, str, str]) -> dict[str, Tensor]:
     return dict(processor(images=images, text=texts, padding=True, return_tensors="pt"))
 
 
+def with_answers(inputs: dict[str, Tensor], answers: list[list[int]], pad: int) -> dict[str, Tensor]:
+    """The same with answers behind the prompts, filled up on the right, and their labels."""
+    longest = max(map(len, answers))
+    rest = [longest - len(answer) for answer in answers]
+    ids = torch.tensor([answer + [pad] * more for answer, more in zip(answers, rest, strict=True)])
+    real = torch.tensor([[1] * (longest - more) + [0] * more for more in rest])
+    before = inputs["input_ids"]
+    return {
+        "input_ids": torch.cat([before, ids], dim=1),
+        "attention_mask": torch.cat([inputs["attention_mask"], real], dim=1),
+        "labels": torch.cat([torch.full_like(before, -100), ids.masked_fill(real == 0, -100)], dim=1),
+        "pixel_values": inputs["pixel_values"],
+    }
+
+
 @torch.no_grad()
 def assert_equal(model: LLaVA, theirs: Any, processor: Any, around: tuple[str, str, str]) -> None:
     """Logits and loss of the answers, and what both write."""
-    inputs = written(processor, around)
-    form = model.llm.prompt_format
+    inputs, form = written(processor, around), model.llm.prompt_format
     answers = [form.answer_ids(*pair) for pair in zip(QUESTIONS, ANSWERS, strict=True)]
     logits = model(Inputs(pictures()[:, None], QUESTIONS, answers), {"answer_logits"}).tensors["answer_logits"]
-    own = torch.nn.functional.cross_entropy(logits, torch.tensor([i for ids in answers for i in ids]), reduction="sum")
-    longest = max(map(len, answers))
-    ids = torch.cat(
-        [inputs["input_ids"], torch.tensor([a + [form.pad_id] * (longest - len(a)) for a in answers])], dim=1
-    )
-    mask = torch.cat(
-        [inputs["attention_mask"], torch.tensor([[1] * len(a) + [0] * (longest - len(a)) for a in answers])], 1
-    )
-    labels = torch.cat(
-        [
-            torch.full_like(inputs["input_ids"], -100),
-            torch.tensor([a + [-100] * (longest - len(a)) for a in answers]),
-        ],
-        dim=1,
-    )
-    found = theirs(
-        input_ids=ids,
-        attention_mask=mask,
-        position_ids=(mask.cumsum(1) - 1).clamp_min(0),
-        pixel_values=inputs["pixel_values"],
-        labels=labels,
-    )
+    asked = with_answers(inputs, answers, form.pad_id)
+    found = theirs(**asked, position_ids=(asked["attention_mask"].cumsum(1) - 1).clamp_min(0))
     before = inputs["input_ids"].shape[1] - 1
-    expected = torch.cat([found.logits[row, before : before + len(a)] for row, a in enumerate(answers)])
+    expected = torch.cat([found.logits[row, before : before + len(answer)] for row, answer in enumerate(answers)])
     words = min(logits.shape[1], expected.shape[1])  # <image> may have got a row
     torch.testing.assert_close(logits[:, :words], expected[:, :words], atol=1e-5, rtol=1e-5)
     if logits.shape[1] == expected.shape[1]:
-        torch.testing.assert_close(own / len(labels[labels >= 0]), found.loss, atol=1e-5, rtol=1e-5)
+        loss = F.cross_entropy(logits, torch.tensor([token for answer in answers for token in answer]))
+        torch.testing.assert_close(loss, found.loss, atol=1e-5, rtol=1e-5)
     for beams in (1, 3):
         options = {"num_beams": beams, "max_new_tokens": 6, "min_new_tokens": 1}
         ids = theirs.generate(**inputs, **options, do_sample=False, eos_token_id=form.eos_id, pad_token_id=form.pad_id)
-        texts = processor.tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        texts = processor.tokenizer.batch_decode(ids[:, before + 1 :], skip_special_tokens=True)
         assert model.generate(pictures()[:, None], QUESTIONS, **options) == [text.strip() for text in texts]
 
 
