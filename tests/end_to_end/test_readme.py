@@ -15,6 +15,7 @@ from instructblip.data.synthetic import write_synthetic
 from instructblip.weights.__main__ import main as convert
 from tests.kit.blip import write_blip
 from tests.kit.blip2 import write_captioner, write_retrieval
+from tests.kit.connectors import write_llava
 from tests.kit.families import write_llm
 from tests.kit.own_data import write_own_data
 from tests.kit.runs import REPOSITORY, World, run
@@ -84,6 +85,7 @@ def _write_published(folder: Path) -> None:
     tiny_huggingface(folder / "instructblip-vicuna-7b")
     write_retrieval(folder / "blip2-itm-vit-g")
     write_captioner(folder / "blip2-opt-2.7b")
+    write_llava(folder.parent / "llava-hf/llava-1.5-7b-hf")
     for name, task in {"image-captioning-base": "caption", "vqa-base": "vqa", "itm-base-coco": "retrieval"}.items():
         write_blip(folder / f"blip-{name}", task)
 
