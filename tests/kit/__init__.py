@@ -19,6 +19,7 @@ raw_files        raw folders in official layouts: the cases of tests/data/reader
 web              shards of web pictures with their texts, and capfilt on them
 all_datasets     raw folders and shards of all datasets that have files of their own
 synthetic_tasks  made-up samples of every evaluated dataset, a model that knows the answers, one that guesses
+studies          small studies on the tiny world, their runs in this process; the shipped ones in their short form
 stored           results.json and predictions.jsonl as evaluate.py leaves them
 videos           videos whose frames have known colours
 servers          a file server on the loopback, as good or as bad as a test needs it
