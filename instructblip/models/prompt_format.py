@@ -109,7 +109,7 @@ class PromptFormat(ABC):
         text = self.text_before(prompt)
         if not self.image_in_text:
             return self.ids(text)
-        mark = self.tokenizer.convert_ids_to_tokens(self.eos_id)  # any special token parts texts as the image does
+        mark = str(self.tokenizer.convert_ids_to_tokens(self.eos_id))  # any special token parts texts as the image does
         return self.ids(mark + text)[1:]
 
     def _first_ids(self) -> list[int]:
