@@ -322,6 +322,11 @@ def _check_mixture(config: MixtureConfig) -> None:
 
 def _check_groups(what_has: str, config: MixtureConfig, batch_size: int, micro_batch_size: int | None) -> None:
     """A micro-batch that comes from one dataset is a group of the mixture's draws: groups fill the batch."""
+    if config.per == "image" and batch_size % config.image_records:
+        raise UserError(
+            f"mixture.per=image draws {config.image_records} records together, but {what_has} a batch_size of "
+            f"{batch_size}, which is no multiple of it; change that or mixture.image_records"
+        )
     if config.per == "batch" and batch_size % (micro_batch_size or batch_size):
         raise UserError(
             f"mixture.per=batch needs whole micro-batches, but {what_has} a batch_size of {batch_size} "

@@ -45,7 +45,7 @@ Quantization = Literal["int8", "nf4", "fp8"]
 LavisProjection = Literal["llm_proj", "t5_proj", "opt_proj"]
 Converter = Literal["gguf", "efficientnet_pth"]
 Weighting = Literal["sqrt", "proportional", "uniform", "temperature"]
-MixedPer = Literal["sample", "batch", "step"]
+MixedPer = Literal["sample", "image", "batch", "step"]
 Transform = Literal[
     "resize_square",
     "center_crop",
@@ -409,7 +409,8 @@ class MixtureConfig(Section):
     datasets: Annotated[list[MixtureDatasetConfig], Field(min_length=1)]
     weights: Weighting = "sqrt"
     temperature: PositiveFloat | None = None  # T of p_d ~ n_d ** (1 / T), for weights=temperature
-    per: MixedPer = "sample"  # what comes from one dataset
+    per: MixedPer = "sample"  # what comes from one dataset; image: several records of one image, as far as it has them
+    image_records: AtLeastOne = 5  # so many, with per=image
     templates: str | None = None  # in place of those of the cards: a name in datasets/templates
 
 

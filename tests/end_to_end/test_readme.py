@@ -11,9 +11,11 @@ from PIL import Image
 
 from instructblip.data.cards import load_card
 from instructblip.data.prepare.convert import prepare_dataset
+from instructblip.data.synthetic import write_synthetic
 from instructblip.weights.__main__ import main as convert
 from tests.kit.blip import write_blip
 from tests.kit.blip2 import write_captioner, write_retrieval
+from tests.kit.connectors import write_llava
 from tests.kit.families import write_llm
 from tests.kit.own_data import write_own_data
 from tests.kit.runs import REPOSITORY, World, run
@@ -83,6 +85,7 @@ def _write_published(folder: Path) -> None:
     tiny_huggingface(folder / "instructblip-vicuna-7b")
     write_retrieval(folder / "blip2-itm-vit-g")
     write_captioner(folder / "blip2-opt-2.7b")
+    write_llava(folder.parent / "llava-hf/llava-1.5-7b-hf")
     for name, task in {"image-captioning-base": "caption", "vqa-base": "vqa", "itm-base-coco": "retrieval"}.items():
         write_blip(folder / f"blip-{name}", task)
 
@@ -185,6 +188,9 @@ def _tiny_training(world: World, given: Mapping[str, str], folder: Path) -> tupl
     if any(key.startswith("recipe.phases") and ("," in value) for key, value in given.items()):  # swept
         return (*(item for item in world.train if "recipe." not in item), *SWEPT_PHASES)
     short = (*ONE_PHASE, "recipe.final_samples=1", "recipe.validation_samples=1")
+    if given.get("experiment") == "photos":
+        write_synthetic(load_card("clothing_small"), folder / "data/clothing", scenes=12)
+        short = (*short, "data.sources.clothing_small.path=data/clothing")
     if "experiment" in given:
         return (*(item for item in world.train if item.split(".")[0] in ("vision", "qformer", "llm")), *short)
     if "llm" in given:

@@ -101,7 +101,7 @@ WRONG = [
     ("prepare", "ocr=tesseract", "ocr=tesseract is none of rapidocr, null"),
     ("prepare", "workers=0", "workers=0 is too small; give 1 or more"),
     ("prepare", "check=a show=b", "check= and show= are different tasks"),
-    ("inspect", "mixture.per=epoch", "mixture.per=epoch is none of sample, batch, step"),
+    ("inspect", "mixture.per=epoch", "mixture.per=epoch is none of sample, image, batch, step"),
     ("capfilt", "variant=blip3", "variant=blip3 is none of blip, blip2"),
     ("capfilt", "top_p=0", "top_p=0 is too small; give more than 0"),
     ("capfilt", "variant=blip2 threshold=0.5", "threshold= is of variant=blip; variant=blip2 keeps the best"),

@@ -178,7 +178,9 @@ def test_a_misspelt_key_names_the_nearest(key: str, nearest: str) -> None:
 
 def test_a_key_like_no_other_names_its_neighbours() -> None:
     message = unknown_key("mixture.zzzz", valid_keys(TrainConfig))
-    assert message.endswith("mixture.weights, mixture.temperature, mixture.per, mixture.templates")
+    assert message.endswith(
+        "mixture.weights, mixture.temperature, mixture.per, mixture.image_records, mixture.templates"
+    )
     assert unknown_key("zzzz", valid_keys(PrepareConfig)).endswith("check, show, samples, seed, audit, cards, sources")
 
 
