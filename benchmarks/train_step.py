@@ -8,7 +8,8 @@ Models are full-size, with random weights that are drawn on the device: nothing 
 Q-Former are the released ones, in bfloat16 where they are frozen, under bfloat16 autocast where they are trained; on a CPU a
 ViT of 12 layers of width 384 and MiniLM's Q-Former, in float32. Samples have the lengths of instruction tuning: 32 visual
 tokens, prompts of 10 to 60 and answers of 2 to 30, the same for all, cut into passes of at most `--micro-batch`. With
-`--long 16` one answer in 16 has 100 to 250 tokens, as LLaVA's descriptions and reasoning have in the held-in mixture.
+`--long 16` one answer in 16 has 100 to 250 tokens, as LLaVA's descriptions and reasoning have in the held-in mixture. With
+`--questions 5` five samples in a row have one image, as `mixture.per=image` draws them.
 
 transformers' class is used as one would train it: ViT and language model frozen, batches padded to their longest, its own
 loss over all logits, the same AdamW and clipping, the same weights. All must begin at one loss. Dropout is off, so that they
@@ -150,8 +151,11 @@ def made_up_tokenizer(special: Sequence[str], around: str | None = None) -> PreT
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=special[0], truncation_side="left")
 
 
-def samples(count: int, long: int, image_size: int) -> list[tuple[Sample, Tensor]]:
-    """Drawn samples as the loader gives them, always the same texts; every `long`-th has a long answer, if that is not 0."""
+def samples(count: int, long: int, image_size: int, questions: int = 1) -> list[tuple[Sample, Tensor]]:
+    """Drawn samples as the loader gives them, always the same texts; every `long`-th has a long answer, if that is not 0.
+
+    So many `questions` in a row are about one image.
+    """
     draw, generator = random.Random(0), torch.Generator().manual_seed(0)
     found = []
     for number in range(count):
@@ -164,32 +168,34 @@ def samples(count: int, long: int, image_size: int) -> list[tuple[Sample, Tensor
             dataset="benchmark",
             record=Record(str(number), "question", answers=(answer,)),
             frames=(),
-            image_location=(0, number),
-            image_id=str(number),
+            image_location=(0, number // questions),
+            image_id=str(number // questions),
             position=number,
             instruction=prompt,
             target=answer,
             template=prompt,
         )
         shape = (1, 3, image_size, image_size)
-        found.append((sample, torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)))
+        if number % questions == 0:
+            image = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+        found.append((sample, image))
     return found
 
 
 def batches_of(model: InstructBLIP, arguments: argparse.Namespace, kind: str) -> list[Batch]:
     """The step's samples as the loader would cut them."""
     batching = Batching(kind, micro_batch_size=arguments.micro_batch, length=model.sample_length())
-    return batching.split(samples(arguments.batch, arguments.long, model.vision.image_size))
+    return batching.split(samples(arguments.batch, arguments.long, model.vision.image_size, arguments.questions))
 
 
-def work_of(config: TrainConfig, count: int, long: int) -> StepWorkload:
+def work_of(config: TrainConfig, count: int, long: int, questions: int = 1) -> StepWorkload:
     """What a step asks for, however it is computed."""
     texts = LLM_KINDS[config.llm.kind].prompt_format_kind(**conventions(config.llm))
     pairs = [(sample.instruction, sample.target or "") for sample, _ in samples(count, long, image_size=1)]
     return StepWorkload(
         samples=count,
         frames=count,
-        encoded=count,
+        encoded=-(-count // questions),
         text=sum(len(qformer_tokenizer()(prompt)["input_ids"]) for prompt, _ in pairs),
         positions=sum(texts.length(prompt, answer, 1, queries=config.qformer.queries) for prompt, answer in pairs),
         answers=sum(len(texts.target_ids(answer)) for _, answer in pairs),
@@ -346,7 +352,7 @@ def _finish(device: torch.device) -> None:
 def step_figures(arguments: argparse.Namespace) -> dict[str, float]:
     """What a step asks for, and what the device can do: FLOPs, LLM tokens, the largest FLOP/s of a matrix product."""
     config = configuration(arguments)
-    parts, work = parts_without_weights(config), work_of(config, arguments.batch, arguments.long)
+    parts, work = parts_without_weights(config), work_of(config, arguments.batch, arguments.long, arguments.questions)
     flops = model_shape(parts.vision, parts.qformer, parts.heads, parts.llm).total(work, {"answer_logits"})
     dtype = torch.bfloat16 if arguments.device == "cuda" else torch.float32
     peak = measured_peak(torch.device(arguments.device), dtype)
@@ -408,6 +414,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, help="samples a step (128 on a GPU, 32 on a CPU)")
     parser.add_argument("--micro-batch", type=int, help="samples a pass, at most (32)")
     parser.add_argument("--long", type=int, default=0, help="one answer in this many is long; 0: none")
+    parser.add_argument("--questions", type=int, default=1, help="samples in a row with one image")
     parser.add_argument("--tiny", action="store_true", help="parts of two small layers, for a try")
     parser.add_argument("--compile", action="store_true", help="the compiled row on a CPU too")
     parser.add_argument("--rounds", type=int, default=1, help="processes for each variant")
