@@ -303,6 +303,8 @@ class LLMConfig(Section):
     prompt_prefix: str = ""  # text between them and the prompt
     prompt_suffix: str = ""  # text after the prompt
     answer_prefix: str = ""  # text before an answer that follows a text
+    # BOS in front of all, and image_prefix and prompt cut as one text with the image in it, as LLaVA's processor does
+    image_in_text: bool = False
     supervise_bos: bool = (
         False  # without a prompt BOS is learned as the answer's first token, as in BLIP-2's OPT models
     )

@@ -147,8 +147,24 @@ def _write_llava(model: LLaVA, folder: Path) -> None:
     logger.warning(
         "transformers' processor puts no text around the image and the prompt: there, write %r before <image>, %r after it "
         "and %r after the prompt yourself",
-        *around_image(tokenizer, conventions),
+        *(around := around_image(tokenizer, conventions)),
     )
+    _warn_about_ids(llm, tokenizer, around)
+
+
+def _warn_about_ids(llm: LLM, tokenizer: PreTrainedTokenizerBase, around: tuple[str, str, str]) -> None:
+    """Of a tokenizer that cuts a text with an image in it otherwise than its pieces."""
+    before, after, behind = around
+    found = tokenizer(f"{before}{_IMAGE_TOKEN}{after}a photo{behind}")["input_ids"]
+    mark, form = tokenizer.convert_tokens_to_ids(_IMAGE_TOKEN), llm.prompt_format
+    own = [*form.image_prefix_ids, mark, *form.prompt_ids("a photo")]
+    if found != own:
+        logger.warning(
+            "transformers' processor gives such a text the token ids %s where this model takes %s: there, set them "
+            "yourself, or train with llm.image_in_text=true",
+            found,
+            own,
+        )
 
 
 def llava_model(model: LLaVA, rows: int, image_token: int) -> Any:
@@ -166,8 +182,9 @@ def _llava_tokenizer(llm: LLM) -> PreTrainedTokenizerBase:
     tokenizer.pad_token = vocabulary[llm.prompt_format.pad_id]
     tokenizer.eos_token = vocabulary[llm.prompt_format.eos_id]
     tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
-    start = start_of(tokenizer)
-    if start and not llm.prompt_format.image_prefix.startswith(start):
+    start, form = start_of(tokenizer), llm.prompt_format
+    begins = [*form.image_prefix_ids, *form.prompt_ids("a photo")][:1]
+    if start and begins != tokenizer.convert_tokens_to_ids([start]):
         tokenizer.add_bos_token = tokenizer.add_eos_token = False
     tokenizer.add_special_tokens({"additional_special_tokens": [_IMAGE_TOKEN]})
     return tokenizer
