@@ -112,9 +112,9 @@ def write_clothes(folder: Path) -> Path:
     for split in ("train", "validation", "test"):
         for number, name in enumerate(CLOTHES):
             (folder / split / name).mkdir(parents=True)
-            for copy in range(2):
-                colour = (25 * number, 255 - 25 * number, 60 * copy + len(split))
-                Image.new("RGB", (40, 40), colour).save(folder / split / name / f"{copy}.jpg")
+            for shade in range(2):
+                colour = (25 * number, 255 - 25 * number, 60 * shade + len(split))
+                Image.new("RGB", (40, 40), colour).save(folder / split / name / f"{shade}.jpg")
     return folder
 
 
