@@ -19,6 +19,7 @@ from instructblip.config.schema import (
     FeaturesConfig,
     InspectConfig,
     PrepareConfig,
+    StudyCommandConfig,
     TrainConfig,
 )
 from instructblip.config.validate import read_model_config, to_yaml
@@ -46,6 +47,7 @@ COMMANDS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "inspect": (InspectConfig, ()),
     "features": (FeaturesConfig, ("checkpoint=x",)),
     "capfilt": (CapFiltConfig, ("shards=s", "captioner=x", "filter=y", "out=o")),
+    "study": (StudyCommandConfig, ("study=sampling",)),
 }
 
 
@@ -105,6 +107,9 @@ WRONG = [
     ("capfilt", "variant=blip2 threshold=0.5", "threshold= is of variant=blip; variant=blip2 keeps the best"),
     ("capfilt", "kept=2", "kept= is of variant=blip2; variant=blip keeps all that match"),
     ("capfilt", "max_new_tokens=4 min_new_tokens=5", "min_new_tokens=5 is more than max_new_tokens=4"),
+    ("study", "form=long", "form=long is none of reduced, short, full"),
+    ("study", "jobs=0", "jobs=0 is too small; give 1 or more"),
+    ("study", "seeds=[2,2]", "seeds [2, 2] of the study must differ"),
 ]
 
 
