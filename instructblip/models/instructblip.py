@@ -120,6 +120,10 @@ class InstructBLIP(Model):
             "llm": PartStructure(blocks_of(self.llm.model), self.llm.roots()),
         }
 
+    def language_settings(self) -> Any:
+        """The LLM's."""
+        return self.llm.model.config
+
     def fixed_parameters(self) -> Iterator[nn.Parameter]:
         """Those of the Q-Former that it was built with as fixed: text layers that nothing reads, embeddings by choice."""
         return iter(self._fixed)

@@ -27,6 +27,7 @@ from instructblip.evaluation.runner import read_pixels
 from instructblip.evaluation.suite import check_writes
 from instructblip.fetch.parts import cache_folder
 from instructblip.files import exclusive, write_atomically
+from instructblip.models.adapters import Adapter
 from instructblip.models.base import Model
 from instructblip.models.blip import BLIP
 from instructblip.models.blip2 import BLIP2
@@ -47,7 +48,7 @@ from instructblip.training.optim import WeightAverage, layer_decay, make_adamw
 from instructblip.training.parallel import PRECISIONS, StepContext, check_layout, is_sharded, parallelize
 from instructblip.training.plan.blip_flops import TextParts, blip_shape
 from instructblip.training.plan.blip_memory import plan_blip
-from instructblip.training.plan.flops import GPUS, ModelShape, SampleLengths, device_peak, model_shape
+from instructblip.training.plan.flops import GPUS, ModelShape, SampleLengths, adapter_shares, device_peak, model_shape
 from instructblip.training.plan.memory import Plan, PlanLayout, plan_run, planned_phases
 from instructblip.training.run_cards import RunCards, find_cards
 from instructblip.training.schedule import Phase
@@ -64,7 +65,12 @@ from instructblip.weights.load import (
     restore_model,
     tokenizer_fingerprints,
 )
-from instructblip.weights.modules import blip_without_weights, parts_without_weights, vision_encoder
+from instructblip.weights.modules import (
+    adapt_without_weights,
+    blip_without_weights,
+    parts_without_weights,
+    vision_encoder,
+)
 from instructblip.weights.parts import MODELS, build_model
 from instructblip.weights.start import Start
 
@@ -143,9 +149,12 @@ def make_plan(config: TrainConfig) -> Plan:
         longest=_longest_sample(config),
         trained=frozenset(config.train.parts(config)),
     )
+    phases, adapters = planned_phases(config.recipe.phases), adapters_of(config)
     if config.text is not None:
-        return plan_blip(blip_without_weights(config), planned_phases(config.recipe.phases), layout)
-    return plan_run(parts_without_weights(config), planned_phases(config.recipe.phases), layout)
+        adapt_without_weights(blip := blip_without_weights(config), adapters)
+        return plan_blip(blip, phases, layout)
+    adapt_without_weights(parts := parts_without_weights(config), adapters)
+    return plan_run(parts, phases, layout)
 
 
 def _longest_sample(config: TrainConfig) -> SampleLengths:
@@ -284,6 +293,12 @@ def make_optimisation(run: TrainingRun, stop_signal: Callable[[], int]) -> Optim
     )
 
 
+def adapters_of(config: TrainConfig) -> dict[str, Adapter]:
+    """Of the parts that train by adapters, as configured."""
+    given = {part: getattr(config.train.lora, part) for part in config.train.adapted(config)}
+    return {part: Adapter(own.rank, own.alpha, own.dropout, tuple(own.targets)) for part, own in given.items()}
+
+
 class _Weights(NamedTuple):
     """The model on the CPU with its weights, where they come from, and fingerprints of what no checkpoint holds."""
 
@@ -297,7 +312,7 @@ def _weights(
     config: TrainConfig, folder: Path, ranks: Ranks, console: Console, checkpoint: LoadedCheckpoint | None
 ) -> _Weights:
     """Build the model, with a checkpoint's weights or those that the run starts from."""
-    model = build_model(config, trained=config.train.parts(config))
+    model = build_model(config, trained=config.train.parts(config), adapters=adapters_of(config))
     if checkpoint:
         frozen = frozen_fingerprints(model, model.PARTS.keys() - model.held_parts - held_by(model, checkpoint))
         checkpoint = _with_same_frozen(model, frozen, checkpoint, folder, ranks, console)
@@ -393,12 +408,13 @@ def _tracked_as(folder: Path, *, goes_on: bool) -> str:
 def _shape(config: TrainConfig, model: Model) -> ModelShape:
     with torch.device("meta"):
         vision = vision_encoder(config.vision)
+    shares = adapter_shares({part: model.part_modules(part) for part in model.adapters})
     if isinstance(model, BLIP):
-        return blip_shape(vision, TextParts.of(model), model.trained_parts)
+        return blip_shape(vision, TextParts.of(model), model.trained_parts, shares)
     assert isinstance(model, InstructBLIP | BLIP2)
     llm = model.llm.model if isinstance(model, InstructBLIP) else None
     heads = [part for part in model.part_modules("qformer") if part not in (model.qformer, model.vision_norm)]
-    return model_shape(vision, model.qformer, nn.ModuleList(heads), llm, model.trained_parts)
+    return model_shape(vision, model.qformer, nn.ModuleList(heads), llm, model.trained_parts, shares)
 
 
 def _peak_flops(config: TrainConfig, model: Model, ranks: Ranks) -> float:

@@ -57,6 +57,7 @@ def save_native(model: Model, config: ModelConfig, folder: Path, standing: Stand
         step=0,
         model=model.held_state(),
         optimizer={},
+        adapters=model.adapters,
         state={
             "frozen": frozen_fingerprints(model),
             "start": dataclasses.replace(standing.start, aligned_to=standing.aligned_to).to_json(),
