@@ -575,6 +575,7 @@ class EvaluateConfig(Section):
     llm: LLMConfig | None = None  # of a .pth file, or in place of the checkpoint's own
     vision_path: str | None = None
     qformer_path: str | None = None
+    adapter: str | None = None  # folder in peft's format, whose adapters the checkpoint gets
     split: str | None = None  # None takes each card's own
     mode: Mode | None = None  # None takes each card's own
     preset: Preset = "paper"  # lavis: what the released code computes

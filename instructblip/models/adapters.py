@@ -266,18 +266,18 @@ def unused_layers(model: nn.Module, layers: Iterable[str], run: Any) -> list[str
 def plain_state(module: nn.Module, *, merge: bool) -> dict[str, Tensor]:
     """A module's state dict without adapters and rounded weights, the tensors shared where they stay as they are.
 
+    What an adapter was trained over it goes with: int8 and nf4 weights are expanded, in float32.
+
     Args:
         module: stays as it is.
         merge: adapted layers have the sum of both weights, in float32: half precision would round small adapters away.
     """
     state = without_adapters(module.state_dict(keep_vars=True))
-    dtype = next(value.dtype for name, value in module.named_parameters() if not is_adapter(name))
     for name, layer in module.named_modules():
         if isinstance(layer, QuantizedLinear):
             own = name.removesuffix(".base_layer")
             del state[f"{own}.scale"]
-            state[f"{own}.weight"] = layer.expanded(dtype)
+            state[f"{own}.weight"] = layer.expanded(torch.float32)
     for name, layer in adapted_layers(module) if merge else ():
-        weight = state[f"{name}.weight"]
-        state[f"{name}.weight"] = weight.float() + layer.get_delta_weight(NAME).to(weight.device)
+        state[f"{name}.weight"] = state[f"{name}.weight"].float() + layer.get_delta_weight(NAME).float()
     return state

@@ -25,6 +25,7 @@ from instructblip.config.schema import (
 )
 from instructblip.config.validate import to_yaml
 from instructblip.files import write_atomically, write_json
+from instructblip.models.adapters import plain_state, without_adapters
 from instructblip.models.base import Model
 from instructblip.models.blip import BLIP, BLIPCaption, BLIPRetrieval
 from instructblip.models.blip2 import BLIP2
@@ -85,7 +86,9 @@ def write_config(config: ModelConfig, folder: Path) -> None:
 def save_parts(model: InstructBLIP | BLIP2, settings: Settings, folder: Path, *, with_llm: bool) -> None:
     """Write the frozen parts and tokenizers of a model that came from a transformers folder."""
     (folder / "vision").mkdir(parents=True)
-    weights = {name: tensor.contiguous() for name, tensor in model.vision.backbone.state_dict().items()}
+    weights = {
+        name: tensor.contiguous() for name, tensor in without_adapters(model.vision.backbone.state_dict()).items()
+    }
     save_file(weights, folder / "vision/model.safetensors", metadata={"format": "pt"})
     sizes = settings.qformer
     bert = {
@@ -103,7 +106,8 @@ def save_parts(model: InstructBLIP | BLIP2, settings: Settings, folder: Path, *,
         if (tokenizer := model.tokenizer if isinstance(model, BLIP2) else model.qformer_tokenizer) is not None:
             tokenizer.save_pretrained(folder / "qformer")
         if with_llm and isinstance(model, InstructBLIP):
-            model.llm.model.save_pretrained(folder / "llm")
+            plain = {name: tensor.detach() for name, tensor in plain_state(model.llm.model, merge=False).items()}
+            model.llm.model.save_pretrained(folder / "llm", state_dict=plain)
             model.llm.prompt_format.tokenizer.save_pretrained(folder / "llm")
     write_json(folder / "qformer/config.json", bert)
 

@@ -26,6 +26,7 @@ from instructblip.models.base import Model
 from instructblip.weights.names import Format, foreign_layers
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+ADAPTER_FOLDER = "adapter"  # beside a model of transformers that is written without its adapters
 _PREFIX = "base_model.model."
 MATRICES = ("lora_A", "lora_B")
 # What peft may be told and this code does not compute, with the value that says no.
