@@ -115,12 +115,14 @@ def choose_layers(
         for name, module in block.named_modules()
         if isinstance(module, _LINEAR)
     }
+    if not known:
+        raise UserError(f"train.{part}=lora: the {part} has no linear layers in its blocks; set train.{part}=full or frozen")
     wanted = tuple(targets) or _usual_targets(part, known, config)
     if ALL_LINEAR in wanted:
         return known
     for target in wanted:
         if not any(_ends_with(name, target) for name in known):
-            kinds = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in known)) or "none"
+            kinds = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in known))
             raise UserError(
                 f"train.lora.{part}.targets: no linear layer in the blocks of {part} is called {target}; there are: {kinds}"
             )
@@ -189,6 +191,7 @@ def inject(model: nn.Module, layers: Collection[str], adapter: Adapter, *, seed:
         layer: Any = model.get_submodule(name)
         for matrices in (layer.lora_A, layer.lora_B):
             matrices.to(torch.float32)
+        layer.train(base_of(layer).training)
         layer._register_state_dict_hook(_hide_base)
         layer.register_load_state_dict_pre_hook(_find_base)
         parent: Any = model.get_submodule(name.rpartition(".")[0])
@@ -211,9 +214,9 @@ def _find_base(_layer: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any
             state[f"{prefix}base_layer.{own}"] = state.pop(name)
 
 
-def adapted_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """The adapted layers below a module, peft's, by name."""
-    for name, module in model.named_modules():
+def adapted_layers(model: nn.Module, *, aliases: bool = False) -> Iterator[tuple[str, Any]]:
+    """The adapted layers below a module, peft's, by name; with `aliases` by each name of those that have several."""
+    for name, module in model.named_modules(remove_duplicate=not aliases):
         if hasattr(module, "lora_A") and hasattr(module, "base_layer"):
             yield name, module
 
@@ -273,11 +276,11 @@ def plain_state(module: nn.Module, *, merge: bool) -> dict[str, Tensor]:
         merge: adapted layers have the sum of both weights, in float32: half precision would round small adapters away.
     """
     state = without_adapters(module.state_dict(keep_vars=True))
-    for name, layer in module.named_modules():
+    for name, layer in module.named_modules(remove_duplicate=False):
         if isinstance(layer, QuantizedLinear):
             own = name.removesuffix(".base_layer")
             del state[f"{own}.scale"]
             state[f"{own}.weight"] = layer.expanded(torch.float32)
-    for name, layer in adapted_layers(module) if merge else ():
+    for name, layer in adapted_layers(module, aliases=True) if merge else ():
         state[f"{name}.weight"] = state[f"{name}.weight"].float() + layer.get_delta_weight(NAME).float()
     return state

@@ -221,12 +221,13 @@ class PartedModule(nn.Module):
         Of a part with adapters, unless no other file has its base, those alone.
         """
         whole = self.full_parts | self.held_parts
+        adapters = {name for name, _ in self.named_parameters() if is_adapter(name)}  # each by one of its names
         return {
             name: tensor
             for part in self.PARTS
             if part in whole | self.adapters.keys()
             for name, tensor in self.part_state(part).items()
-            if part in whole or is_adapter(name)
+            if name in adapters or (part in whole and not is_adapter(name))
         }
 
     def _part_parameters(self, part: str) -> Iterator[tuple[str, nn.Parameter]]:
