@@ -77,7 +77,7 @@ def peft_folders(adapters: Mapping[str, Adapter], state: Mapping[str, Tensor]) -
 
 def whole_folder(model: Model, layout: Format) -> PeftFolder:
     """All adapters of a model in one, for transformers' class of the whole model, where layers have that layout's names."""
-    tensors = {name: tensor for name, tensor in model.state_dict().items() if is_adapter(name)}
+    tensors = {name: tensor for name, tensor in model.held_state().items() if is_adapter(name)}
     layers = dict.fromkeys(map(_layer_of, tensors))
     settings = {layer: model.adapters[model.part_of(layer)] for layer in layers}
     return _folder(tensors, foreign_layers(layers, layout), settings)
