@@ -116,7 +116,9 @@ def choose_layers(
         if isinstance(module, _LINEAR)
     }
     if not known:
-        raise UserError(f"train.{part}=lora: the {part} has no linear layers in its blocks; set train.{part}=full or frozen")
+        raise UserError(
+            f"train.{part}=lora: the {part} has no linear layers in its blocks; set train.{part}=full or frozen"
+        )
     wanted = tuple(targets) or _usual_targets(part, known, config)
     if ALL_LINEAR in wanted:
         return known

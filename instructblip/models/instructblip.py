@@ -188,7 +188,7 @@ class InstructBLIP(Model):
 
     def uses_every_weight(self, wanted: Collection[str]) -> bool:
         """Every output comes from the whole Q-Former; a vision encoder may end early, the LLM may be left out."""
-        return self.trained_parts <= {"qformer"}
+        return self.full_parts == self.trained_parts <= {"qformer"}
 
     def packs(self) -> bool:
         """Where the LLM's class was seen to keep them apart."""

@@ -35,7 +35,7 @@ def adapted(model: Any) -> Any:
     return model.eval()
 
 
-@pytest.fixture(scope="module", params=["llama", "t5"])
+@pytest.fixture(scope="module", params=["llama", pytest.param("t5", marks=pytest.mark.slow)])
 def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of transformers, and `adapter` in it for peft, of three parts with ranks of their own."""
     folder = tmp_path_factory.mktemp(request.param)

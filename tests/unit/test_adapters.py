@@ -31,7 +31,7 @@ from tests.kit.losses import LANGUAGE, term_of
 from tests.kit.runs import compose
 from tests.kit.stage1 import tiny_stage1
 from tests.kit.tiny import tiny_encoder_decoder_llm, tiny_huggingface, tiny_llm, tiny_model, tiny_released_model
-from tests.unit.test_parallel import batches, model_of
+from tests.unit.test_parallel import batches, model_of, traced  # noqa: F401, a fixture
 
 pytest.importorskip("peft", reason="adapters need requirements-lora.txt")
 
@@ -281,6 +281,20 @@ def test_recomputed_activations_and_an_average_change_no_step(llm: str) -> None:
     for name, tensor in average.state(plain.held_state()).items():
         moved = plain.held_state()[name]
         assert torch.equal(tensor, moved) is not (is_adapter(name)), name
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("traced")
+@pytest.mark.parametrize("llm", ["decoder", "int8"])
+def test_compiled_blocks_change_no_step(llm: str) -> None:
+    def model() -> Any:
+        torch.manual_seed(1)
+        return adapted(tiny_model(llm=LLMS[llm]()), {"llm": ALL, "qformer": PLAIN})
+
+    plain, compiled = model(), model()
+    assert steps(compiled, compile_blocks=True) == pytest.approx(steps(plain), rel=1e-5)
+    for name, tensor in plain.held_state().items():
+        torch.testing.assert_close(compiled.held_state()[name], tensor, atol=1e-4, rtol=1e-3, msg=name)
 
 
 def test_the_base_is_in_evaluation_mode_and_the_adapters_drop() -> None:
