@@ -6,14 +6,14 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from instructblip._torchvision import declare_missing_operators
+from instructblip._torchvision import declare_when_looked_for
 
 if TYPE_CHECKING:
     from instructblip.models.blip import BLIP
     from instructblip.models.blip2 import BLIP2
     from instructblip.models.instructblip import InstructBLIP
 
-declare_missing_operators()  # before anything imports torchvision: transformers and timm both do
+declare_when_looked_for()  # before anything imports torchvision: transformers and timm both do
 
 __all__ = ["load"]
 

@@ -123,6 +123,12 @@ class Ranks:
         gathered: Tensor = _GatherRows.apply(own, self.rank, self.world_size)
         return gathered
 
+    def any(self, own: Tensor) -> Tensor:
+        """The largest of all ranks' scalars, on their devices; the host does not wait for a GPU's."""
+        if self.world_size > 1:
+            dist.all_reduce(own, dist.ReduceOp.MAX)
+        return own
+
     def take_rows(self, own: Tensor, rows: Sequence[int]) -> Tensor:
         """Rows of all ranks, numbered as in `gather_rows`, of which this rank holds no more than it takes; no gradient.
 

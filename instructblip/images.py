@@ -3,14 +3,16 @@
 import io
 import warnings
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from PIL import Image, ImageOps, JpegImagePlugin, UnidentifiedImageError
-from torch import Tensor
 
 from instructblip.errors import DamagedSample
+
+if TYPE_CHECKING:  # imported where it is needed: preparing data does without
+    from torch import Tensor
 
 MAX_PIXELS = 64_000_000  # decoding is refused above this: 192 MB as RGB
 _ORIENTATION = 0x0112  # EXIF; 5 to 8 lie on their side
@@ -20,7 +22,7 @@ _ROWS_NEEDED = 0.9  # of a JPEG without its end
 _BLOCK_ROWS = 16  # that are coded together, so that a cut a few bytes before the end costs all of them
 _PROBE = b"\x55" * 256  # bits that decode to something, whatever the Huffman table
 
-Fit = Callable[[Image.Image, int], Tensor]
+Fit = Callable[[Image.Image, int], "Tensor"]
 
 
 # --- decoding --------------------------------------------------------------------------------------------------------
@@ -184,12 +186,12 @@ def _decoded_jpeg(content: bytes, at_least: tuple[int, int] | None) -> npt.NDArr
 # --- the same for every draw ------------------------------------------------------------------------------------------
 
 
-def resize_square(image: Image.Image, size: int) -> Tensor:
+def resize_square(image: Image.Image, size: int) -> "Tensor":
     """Resize to a square without keeping the aspect (`blip_image_eval` of the released code): uint8 (3, size, size)."""
     return to_pixels(image.resize((size, size), Image.Resampling.BICUBIC))
 
 
-def center_crop(image: Image.Image, size: int) -> Tensor:
+def center_crop(image: Image.Image, size: int) -> "Tensor":
     """Resize the shorter side, keep the middle (`clip_image_eval` of the released code): uint8 (3, size, size).
 
     The longer side is `int(size * long / short)`, as torchvision's `Resize` computes it.
@@ -201,7 +203,9 @@ def center_crop(image: Image.Image, size: int) -> Tensor:
     return to_pixels(resized.crop((left, top, left + size, top + size)))
 
 
-def to_pixels(image: Image.Image) -> Tensor:
+def to_pixels(image: Image.Image) -> "Tensor":
+    import torch
+
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
@@ -218,7 +222,7 @@ def fit_frames(
     *,
     upright: bool = True,
     transparency: str = "white",
-) -> Tensor:
+) -> "Tensor":
     """The frames of one sample under a transform that draws nothing: uint8 (F, 3, size, size).
 
     Raises:
@@ -229,7 +233,9 @@ def fit_frames(
     return stack_frames([fit(picture, size) for picture in decoded], where)
 
 
-def stack_frames(frames: list[Tensor], where: str) -> Tensor:
+def stack_frames(frames: "list[Tensor]", where: str) -> "Tensor":
     if not frames:
         raise DamagedSample(f"image {where} has no frame; prepare its dataset again")
+    import torch
+
     return torch.stack(frames)

@@ -1,19 +1,21 @@
 """What well-typed settings must keep among each other: one verdict for every command, before anything is loaded."""
 
+from collections.abc import Iterable
 from dataclasses import asdict
-from typing import Any, get_args
+from typing import Any
 
 from instructblip.config.schema import (
     AdapterConfig,
     ArchitectureConfig,
     CapFiltConfig,
+    ConnectorConfig,
+    ConnectorKind,
     DataConfig,
     EvaluateConfig,
     InspectConfig,
     MixtureConfig,
     ModelConfig,
     ModelKind,
-    PartName,
     PhaseConfig,
     PrepareConfig,
     QFormerConfig,
@@ -33,6 +35,15 @@ ARCHITECTURE: dict[ModelKind, tuple[str, ...]] = {
     "blip_retrieval": (*_PAIRED, "enc_token", "queue_size"),
     "blip_pretrain": (*_PAIRED, "enc_token", "queue_size"),
 }
+# What each kind of connector reads of the section `connector`.
+CONNECTOR: dict[ConnectorKind, tuple[str, ...]] = {
+    "qformer": (),
+    "mlp": ("match", "class_token", "tokens", "hidden_width"),
+    "linear": ("match", "class_token", "tokens"),
+    "resampler": ("match", "class_token", "tokens", "hidden_width", "width", "depth", "heads"),
+}
+# What an equal budget chooses.
+CHOSEN_BY = {"parameters": "hidden_width", "tokens": "tokens", "flops": "tokens"}
 _MARKS = 2  # [CLS] and [SEP], or [DEC] and [SEP]
 BLIP_KINDS = tuple(kind for kind in ARCHITECTURE if kind.startswith("blip_"))
 
@@ -114,6 +125,10 @@ def check_model(config: ModelConfig) -> None:
         return
     if config.text is not None:
         raise UserError(f"model={kind} has no text model, and text={config.text.name} is one; leave it out: ~text")
+    if config.connector.kind != "qformer":
+        _check_connector(config, config.connector)
+        return
+    check_sizes(config.connector)
     qformer = config.q_former()
     if kind != "blip2_stage1":
         config.language_model()
@@ -126,8 +141,67 @@ def check_model(config: ModelConfig) -> None:
         raise UserError("model=blip2_stage1 reads texts with the Q-Former; set qformer.instruction_aware=true")
 
 
+def _check_connector(config: ModelConfig, connector: ConnectorConfig) -> None:
+    """A connector that is no Q-Former: its settings, and a model that can have it."""
+    if config.model.kind != "instructblip":
+        raise UserError(
+            f"model={config.model.kind} is made of a Q-Former, which connector={connector.kind} is not; leave connector= "
+            "out, or set model=instructblip"
+        )
+    config.language_model()
+    check_sizes(connector)
+    chosen = [CHOSEN_BY[budget] for budget in connector.match]
+    for budget, setting in zip(connector.match, chosen, strict=True):
+        if setting not in CONNECTOR[connector.kind]:
+            raise UserError(
+                f"connector.match={budget} chooses {setting}, and connector={connector.kind} has none; match its tokens or "
+                "flops"
+            )
+        if chosen.count(setting) > 1:
+            raise UserError(
+                f"connector.match={','.join(connector.match)} chooses {setting} twice; leave one of them out"
+            )
+        if getattr(connector, setting) is not None:
+            raise UserError(f"connector.match={budget} chooses connector.{setting}; leave one of the two out")
+    if connector.match:
+        config.q_former()
+
+
+def check_sizes(connector: ConnectorConfig) -> None:
+    """Refuse settings that a kind of connector does not read.
+
+    Raises:
+        UserError: names the first.
+    """
+    plain, kind = asdict(ConnectorConfig(kind=connector.kind)), connector.kind
+    if other := [
+        name
+        for name, value in asdict(connector).items()
+        if value != plain[name] and name != "kind" and name not in CONNECTOR[kind]
+    ]:
+        owners = " or ".join(owner for owner, names in CONNECTOR.items() if other[0] in names)
+        raise UserError(f"connector.{other[0]} is none of connector={kind}; leave it out, or set connector={owners}")
+
+
+def check_read(config: Any, keys: Iterable[str]) -> None:
+    """Refuse keys of the command line that set a Q-Former beside a connector which neither is one nor is matched with one.
+
+    Raises:
+        UserError: names the key.
+    """
+    if not isinstance(config, TrainConfig) or config.connector.kind == "qformer" or config.connector.match:
+        return
+    if unread := [key for key in keys if key == "qformer" or key.startswith("qformer.")]:
+        raise UserError(
+            f"{unread[0]}= is of a Q-Former, which connector={config.connector.kind} is not; leave it out, or say what is "
+            "to be equal: connector.match=tokens"
+        )
+
+
 def _check_blip(config: ModelConfig) -> None:
     kind = config.model.kind
+    if config.connector.kind != "qformer":
+        raise UserError(f"model={kind} has no connector, and connector={config.connector.kind} is one; leave it out")
     config.text_model()
     for part in ("qformer", "llm"):
         section = getattr(config, part)
@@ -149,7 +223,7 @@ def _check_training(config: TrainConfig) -> None:
     _check_mixture(config.mixture)
     for name, phase in recipe.phases.items():
         _check_groups(f"recipe.phases.{name} has", config.mixture, phase.batch_size, phase.micro_batch_size)
-    if config.qformer is not None:
+    if config.qformer is not None and config.has_qformer():
         _check_qformer(config.qformer)
     by_path = any("/" in name or name.endswith((".yaml", ".yml")) for name in config.suite.held_in)
     named = ("mean", *config.suite.held_in)
@@ -164,15 +238,37 @@ def _check_training(config: TrainConfig) -> None:
             f"parallel=fsdp shards parameters, and the weights of an {quantization} LLM are none; "
             "use parallel=ddp, or leave llm.quantization out"
         )
+    _check_ahead(config)
+    packs = any(phase.batching == "packed" for phase in recipe.phases.values())
+    if config.parallel.packed_attention == "by_length" and not packs:
+        raise UserError(
+            "parallel.packed_attention=by_length is of rows of several samples, and no phase packs any; "
+            "set recipe.phases.NAME.batching=packed, or leave it out"
+        )
+
+
+def _check_ahead(config: TrainConfig) -> None:
+    if config.parallel.ahead != "vision":
+        return
+    whys = {
+        "parallel=fsdp gathers the encoder's blocks between those of the step": config.parallel.kind == "fsdp",
+        "train.vision=full changes the encoder with each step": config.train.vision == "full",
+        "data.cache_features=true has encoded all images": config.data.cache_features,
+    }
+    for why, applies in whys.items():
+        if applies:
+            raise UserError(
+                f"parallel.ahead=vision encodes a step's images before it, and {why}; use parallel.ahead=copies"
+            )
 
 
 def _check_trained(config: TrainConfig) -> None:
     if not config.train.parts(config):
-        part = "text" if config.qformer is None else "qformer"
+        part = "connector" if config.connector.kind != "qformer" else "text" if config.qformer is None else "qformer"
         raise UserError(f"train has no part that is full or lora, so nothing would be learned; set train.{part}=full")
-    for part in ("qformer", "text"):
-        if getattr(config, part) is None and part in config.train.learning_rates:
-            raise UserError(f"model={config.model.kind} has no {part} to train; leave train.learning_rates.{part} out")
+    for part in ("qformer", "connector", "text"):
+        if part in config.absent_parts() and part in config.train.learning_rates:
+            raise UserError(f"{config.said()} has no {part} to train; leave train.learning_rates.{part} out")
     if config.train.vision == "frozen" and config.train.layer_decay != 1.0:
         raise UserError(
             f"train.layer_decay={config.train.layer_decay:g} is of the vision encoder's layers, which are frozen; set "
@@ -195,7 +291,7 @@ def _check_trained(config: TrainConfig) -> None:
 
 
 def _check_adapters(config: TrainConfig) -> None:
-    for part in get_args(PartName):
+    for part in asdict(config.train.lora):
         if getattr(config.train, part) != "lora" and getattr(config.train.lora, part) != AdapterConfig():
             raise UserError(
                 f"train.lora.{part} is of adapters, and train.{part}={getattr(config.train, part)} has none; "
@@ -209,7 +305,7 @@ def _check_adapters(config: TrainConfig) -> None:
 
 
 def _check_start(config: TrainConfig) -> None:
-    if config.qformer is None:
+    if config.qformer is None or not config.has_qformer():
         return
     files = [path for path in (config.qformer.stage1, config.qformer.stage2) if path is not None]
     if files and config.init_from:

@@ -31,7 +31,7 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from yaml import YAMLError
 
-from instructblip.config.checks import check, check_search
+from instructblip.config.checks import check, check_read, check_search
 from instructblip.config.schema import CONFIGS, Schema
 from instructblip.config.validate import read_yaml, unknown_choice, validate
 from instructblip.errors import UserError
@@ -165,6 +165,7 @@ def check_overrides(name: str, schema: Any, arguments: list[str]) -> None:
     config = validate(_compose(name, overrides), schema, missing_ok=bool(options))
     if config is not None:
         check(config)
+        check_read(config, _keys(overrides))
 
 
 def compose_config(name: str, schema: type[Schema], overrides: list[str]) -> Schema:
@@ -180,6 +181,7 @@ def compose_config(name: str, schema: type[Schema], overrides: list[str]) -> Sch
     """
     config = validate(_compose(name, overrides), schema)
     check(config)
+    check_read(config, _keys(overrides))
     return config
 
 
@@ -223,6 +225,11 @@ def _jobs(overrides: list[str]) -> Iterator[list[str]]:
     for key, found in values.items():
         for other in found[1:]:
             yield list((first | {key: other}).values())
+
+
+def _keys(overrides: list[str]) -> list[str]:
+    """What overrides set to something."""
+    return [item.key_or_group for item in _parse(overrides) if not item.is_delete() and item.value() is not None]
 
 
 def _check_swept(overrides: list[Override]) -> None:

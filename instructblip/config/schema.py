@@ -36,10 +36,13 @@ QueryInit = Literal["normal", "cls"]
 ModelKind = Literal[
     "instructblip", "blip2", "blip2_stage1", "blip_caption", "blip_vqa", "blip_retrieval", "blip_pretrain"
 ]
+ConnectorKind = Literal["qformer", "mlp", "linear", "resampler"]
+Budget = Literal["parameters", "tokens", "flops"]
 LLMKind = Literal["decoder", "encoder_decoder"]
 TrainMode = Literal["frozen", "full", "lora"]
-PartName = Literal["vision", "qformer", "text", "llm"]
-Quantization = Literal["int8", "nf4"]
+WholeMode = Literal["frozen", "full"]
+PartName = Literal["vision", "qformer", "connector", "text", "llm"]
+Quantization = Literal["int8", "nf4", "fp8"]
 LavisProjection = Literal["llm_proj", "t5_proj", "opt_proj"]
 Converter = Literal["gguf", "efficientnet_pth"]
 Weighting = Literal["sqrt", "proportional", "uniform", "temperature"]
@@ -54,8 +57,11 @@ Transform = Literal[
 ]
 TextProcessor = Literal["none", "blip_caption", "blip_question"]
 BatchingKind = Literal["fixed", "bucketed", "packed"]
+Ahead = Literal["none", "copies", "vision"]
+PackedAttention = Literal["dense", "by_length"]
 Gather = Literal["gradient", "detached"]
 Precision = Literal["fp32", "bf16"]
+EvaluationPrecision = Literal["fp32", "bf16", "tf32"]
 LossMean = Literal["global", "micro_batch"]
 ParallelKind = Literal["single", "ddp", "fsdp"]
 LoggerKind = Literal["none", "wandb"]
@@ -246,6 +252,25 @@ class QFormerConfig(Section):
 
 
 @dataclass(kw_only=True)
+class ConnectorConfig(Section):
+    """What makes tokens of the LLM's width of image tokens. The Q-Former's own settings are the section `qformer`."""
+
+    kind: ConnectorKind = "qformer"
+    # What each kind reads of the rest, `checks.CONNECTOR` says.
+    # Budgets that equal those of the Q-Former which `qformer` describes: parameters that train choose hidden_width; visual
+    # tokens, or FLOPs of a training step, choose tokens. Empty: sizes are as they stand here.
+    match: Annotated[list[Budget], BeforeValidator(_as_list)] = field(default_factory=list)
+    class_token: bool = False  # a ViT's [CLS] is read too
+    tokens: AtLeastOne | None = None  # of a frame, for the LLM. mlp, linear: average-pooled patches; null: all of them
+    hidden_width: AtLeastOne | None = (
+        None  # mlp; null: the LLM's width. resampler, of its feed-forwards; null: 4 * width
+    )
+    width: AtLeastOne | None = None  # of the resampler's latents; null: that of the image tokens
+    depth: AtLeastOne = 6
+    heads: AtLeastOne = 8
+
+
+@dataclass(kw_only=True)
 class TextConfig(Section):
     """BLIP's text model: what its encoder, its decoder or both are made of, and what they start from."""
 
@@ -307,9 +332,29 @@ class ModelConfig(Section):
     seed: int = 0
     model: ArchitectureConfig = field(default_factory=ArchitectureConfig)
     vision: VisionConfig
-    qformer: QFormerConfig | None = None  # BLIP has none
+    connector: ConnectorConfig = field(default_factory=ConnectorConfig)
+    qformer: QFormerConfig | None = None  # BLIP has none; beside another connector it is what that is matched with
     text: TextConfig | None = None  # BLIP alone has one
     llm: LLMConfig | None = None  # BLIP and BLIP-2's first stage have none
+
+    def has_qformer(self) -> bool:
+        """Whether the model has one; the section `qformer` may also be what another connector is matched with."""
+        return self.qformer is not None and self.connector.kind == "qformer"
+
+    def absent_parts(self) -> set[PartName]:
+        """Which of the parts that train by default it has not."""
+        has: dict[PartName, bool] = {
+            "qformer": self.has_qformer(),
+            "connector": self.connector.kind != "qformer",
+            "text": self.text is not None,
+        }
+        return {part for part, there in has.items() if not there}
+
+    def said(self) -> str:
+        """What the model is called in messages, as it is set."""
+        if self.connector.kind == "qformer":
+            return f"model={self.model.kind}"
+        return f"connector={self.connector.kind}"
 
     def reads_prefixes(self) -> bool:
         """Whether captions are cut for prefix language modelling: BLIP-2's second stage with an encoder-decoder."""
@@ -487,6 +532,7 @@ class TrainedPartsConfig(Section):
 
     vision: TrainMode = "frozen"
     qformer: TrainMode = "full"  # with its normalisation of image tokens and the projection into the LLM
+    connector: WholeMode = "full"  # one that is no Q-Former, with its normalisation of image tokens
     text: TrainMode = "full"  # BLIP's text models and heads
     llm: TrainMode = "frozen"
     lora: AdaptersConfig = field(default_factory=AdaptersConfig)  # of the parts that are lora
@@ -497,8 +543,8 @@ class TrainedPartsConfig(Section):
 
     def parts(self, model: ModelConfig) -> tuple[str, ...]:
         """The names of the parts that train, in full or by adapters, of those that the model has."""
-        missing = {part for part in ("qformer", "text") if getattr(model, part) is None}
-        return tuple(part for part in get_args(PartName) if getattr(self, part) != "frozen" and part not in missing)
+        parts = [part for part in get_args(PartName) if part not in model.absent_parts()]
+        return tuple(part for part in parts if getattr(self, part) != "frozen")
 
     def adapted(self, model: ModelConfig) -> tuple[str, ...]:
         """Of those the ones that train by adapters."""
@@ -522,6 +568,10 @@ class ParallelConfig(Section):
     shard_size: AtLeastOne | None = None  # fsdp: processes that hold the frozen parts once together; None: all
     activation_checkpointing: bool = False
     compile: bool = False
+    packed_attention: PackedAttention = "dense"  # by_length: kernels that take the samples' lengths in place of a mask
+    # On a stream of their own, the next step's images: their copies, or also their passes through a frozen vision encoder.
+    ahead: Ahead = "none"
+    read_every: AtLeastOne = 1  # steps whose losses and sample ids are read from the devices together
     timeout: PositiveFloat = (
         600.0  # seconds that a process, a rank or a data worker, may be silent before the others end
     )
@@ -579,6 +629,7 @@ class EvaluateConfig(Section):
     split: str | None = None  # None takes each card's own
     mode: Mode | None = None  # None takes each card's own
     preset: Preset = "paper"  # lavis: what the released code computes
+    precision: EvaluationPrecision = "fp32"  # of matrix products of what is held in float32; part of the protocol
     samples: AtLeastOne | None = None  # per dataset; None is all of them
     rerank: AtLeastOne | None = None  # in retrieval, how many of the nearest are matched; None takes each card's own
     answers: str | None = None  # the list of a card that ranks one (`candidates_from: answer_list`)

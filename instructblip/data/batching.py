@@ -28,6 +28,7 @@ class Batch(NamedTuple):
     F is 1 for pictures, the number of frames for videos. `places` says where each sample stands in its rank's share of the
     step, in the order of the draws, `positions` where it was drawn in the run; `image_ids` are equal for samples of one
     image. `answers` has all accepted ones of each sample with their weights, where all are learnt; else it is empty.
+    `encoded` holds the tokens of `images` where these were encoded before the step; else it is empty.
     """
 
     ids: list[str]
@@ -39,6 +40,7 @@ class Batch(NamedTuple):
     image_ids: list[str]
     positions: list[int]
     answers: Sequence[Sequence[tuple[str, float]]] = ()
+    encoded: tuple[Tensor, ...] = ()
 
 
 @dataclass(frozen=True)

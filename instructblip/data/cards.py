@@ -121,9 +121,10 @@ class Card(Section):
         reader: name of the raw format's reader in `instructblip.data.readers.READERS`.
         reader_options: what else that reader is told.
         homepage, licence, how_to_get: where it comes from, on which terms, and how a person gets the raw files.
-        source_part: the part of `instructblip.fetch.parts` that fetches the raw files by itself, if one does.
+        source_part: its name in `configs/sources`, if a run may fetch it without asking: the packaged part of that name, or,
+            with `fetch`, those files.
         fetch: the official files, where they are public and their licence lets anybody download them.
-        not_fetched: why they are not, else; exactly one of source_part, fetch and not_fetched is said.
+        not_fetched: why they are not, where neither of the two is said.
         splits: split -> raw files and expected counts of the whole source.
         verified: whether the counts were checked against the official files.
         image_source: the collection whose ids its images carry, so that another dataset's use of the same image is found
@@ -243,8 +244,11 @@ class OwnCard(Card):
 
     @property
     def told(self) -> dict[str, Any]:
-        """Its options, the dataset's name, and what a reader of people's own data goes by: task and columns."""
-        return super().told | {"task": self.read_as, "columns": self.columns}
+        """Its options, the dataset's name, and what a reader of people's own data goes by: task and columns.
+
+        A view of an official dataset has its parent's task among the options.
+        """
+        return {"task": self.read_as} | super().told | {"columns": self.columns}
 
 
 def load_card(name_or_path: str | Path) -> Card:
@@ -534,7 +538,8 @@ def _check_place(place: str, key: str) -> None:
 
 def _check_fetch(card: Card, path: Path) -> None:
     """Each dataset says how its files come to the disk, and each download is complete."""
-    if (card.source_part is not None) + bool(card.fetch) + (card.not_fetched is not None) != 1:
+    # A source_part without fetch is a packaged one; with it, the card's downloads are made without asking.
+    if (card.source_part is not None or bool(card.fetch)) + (card.not_fetched is not None) != 1:
         raise UserError(f"{path}: say one of source_part, fetch, and not_fetched (why its files are not fetched)")
     for number, item in enumerate(card.fetch):
         key = f"{path}: fetch.{number}"

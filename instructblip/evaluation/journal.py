@@ -21,7 +21,7 @@ from instructblip.distributed import ALONE, SILENCE_SECONDS, Ranks
 from instructblip.errors import LostRankError, UserError
 from instructblip.evaluation.heartbeat import watched
 from instructblip.evaluation.outcomes import Failure, Prediction, Ranking
-from instructblip.evaluation.protocol import EvaluationSample, Task, as_json
+from instructblip.evaluation.protocol import UNSTATED, EvaluationSample, Task, as_json
 from instructblip.evaluation.results_file import PREDICTIONS, RESULTS, StoredRun, read_run
 from instructblip.files import (
     CHECKSUM,
@@ -313,7 +313,7 @@ def forget_given_up(folder: Path) -> None:
 
 
 # Choices in which the new protocol must equal that of the results it replaces.
-_SAME = ("preset", "mode", "split", "images")
+_SAME = ("preset", "mode", "split", "images", "precision")
 _SAMPLES = ("samples", "samples_sha256", "sha256")  # of the protocol: which samples, and the hash of all of it
 
 
@@ -365,7 +365,7 @@ def replaced_results(folder: Path, tasks: Sequence[Task]) -> list[str]:
     for task in tasks:
         if task.card.name not in scores:
             continue
-        old, new = scores[task.card.name].protocol, json.loads(json.dumps(as_json(task.protocol)))
+        old, new = {**UNSTATED, **scores[task.card.name].protocol}, json.loads(json.dumps(as_json(task.protocol)))
         changed = [name for name in new if old.get(name) != new[name] and name not in _SAMPLES]
         if changed:
             lines.append(f"{task.card.name}: its score in {folder} is replaced, for its {', '.join(changed)} changed")
@@ -383,7 +383,7 @@ def _difference(held: StoredRun, checkpoint: str, tasks: Sequence[Task], llm: st
     for task in tasks:
         if task.card.name not in held.scores:
             continue
-        old, new = held.scores[task.card.name].protocol, task.protocol
+        old, new = {**UNSTATED, **held.scores[task.card.name].protocol}, task.protocol
         for name in _SAME:
             if old.get(name) != getattr(new, name):
                 return f"{task.card.name} with {name} {old.get(name)}, asked for is {getattr(new, name)}"

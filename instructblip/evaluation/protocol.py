@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from instructblip.config.schema import Mode
+from instructblip.config.schema import EvaluationPrecision, Mode
 from instructblip.data.card_evaluation import Evaluation, metric_name, metric_sha256, with_preset
 from instructblip.data.cards import Card, check_prepared_from
 from instructblip.data.coverage import RecordCounts, prepared_counts
@@ -29,6 +29,8 @@ from instructblip.models.base import Skill
 from instructblip.models.ranking import RANKING_PRESETS
 
 logger = logging.getLogger(__name__)
+# What results of earlier versions do not state. The hash leaves these values out, so that it is the same for both.
+UNSTATED: Mapping[str, Any] = {"precision": "fp32"}
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ class Protocol:
             id: it depends on nothing else.
         samples_sha256: of the chosen sample ids and of the shards they lie in.
         images: `shown`, or `withheld` for the blind baseline, where a mid-grey picture stands for every image.
+        precision: of matrix products, see `precision.computing`.
     """
 
     dataset: str
@@ -98,10 +101,12 @@ class Protocol:
     samples: int | None
     samples_sha256: str
     images: str
+    precision: EvaluationPrecision = "fp32"
 
     def sha256(self) -> str:
         """Hash of the whole protocol."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        stated = {name: value for name, value in asdict(self).items() if (name, value) not in UNSTATED.items()}
+        return hashlib.sha256(json.dumps(stated, sort_keys=True).encode()).hexdigest()
 
     def describe(self) -> dict[str, str]:
         """Name and value of every choice, as a report shows them."""
@@ -116,6 +121,7 @@ class Protocol:
             + ", not turned upright" * (not self.upright)
             + ", transparency dropped" * (self.transparency == "dropped")
             + f", {self.frames} frames a video" * (self.frames > 1),
+            "precision": self.precision,
         }
         if self.text_processor != "none":
             shown["text processor"] = self.text_processor
@@ -230,6 +236,7 @@ def make_task(
     llm_kind: str = "decoder",
     rerank: int | None = None,
     answers: Path | None = None,
+    precision: EvaluationPrecision = "fp32",
 ) -> Task:
     """Open a card's split and settle its protocol.
 
@@ -244,6 +251,7 @@ def make_task(
         llm_kind: `decoder` or `encoder_decoder`; the released code treats them differently.
         rerank: in `retrieve` mode, instead of the card's own number.
         answers: the list of a card that ranks one.
+        precision: of matrix products.
 
     Raises:
         UserError: the card says nothing of evaluation, the split (or the train split that candidates come from) is not
@@ -278,16 +286,22 @@ def make_task(
         samples=samples,
         samples_sha256=_samples_sha256(opened, chosen),
         images="withheld" if withhold_images else "shown",
+        precision=precision,
         **choices,
     )
     records = prepared_counts(card, opened, rules.kinds)
     if choices["candidates_from"] == "train_answers":
-        train = prepared_counts(card, open_split(shards / card.source / "train"), ())
-        records = replace(records, vocabulary=replace(train, answered=train.prepared))
+        records = replace(records, vocabulary=_vocabulary_counts(card, shards))
         if not is_made_up(opened.manifest):  # whose splits are not of one piece
             _note_unknown(card, frozenset(vocabulary), chosen)
     own = None if metric.name in METRICS else metric
     return Task(card, protocol, tuple(chosen), records, vocabulary, public, is_made_up(opened.manifest), own)
+
+
+def _vocabulary_counts(card: Card, shards: Path) -> RecordCounts:
+    """Records of the train split that candidates come from: all of them have answers."""
+    train = prepared_counts(card, open_split(shards / card.source / "train"), ())
+    return replace(train, answered=train.prepared)
 
 
 def needed_splits(

@@ -324,16 +324,19 @@ def _ranking(scores: Mapping[int, float], right: Sequence[int]) -> Ranking:
 def _match(
     model: Any, gallery: _Gallery, pairs: Sequence[tuple[int, int]], limit: BatchLimit
 ) -> dict[tuple[int, int], float]:
-    """The matching head's logit of a match for pairs of image and caption, captions of like length together."""
+    """The matching head's logit of a match for pairs of image and caption.
+
+    Pairs of one image stand together, for an image is read once a batch; among them captions of like length.
+    """
     different = {(image, gallery.same[text]) for image, text in pairs}
-    order = sorted(different, key=lambda pair: (len(gallery.token_ids[pair[1]]), pair))
+    order = sorted(different, key=lambda pair: (pair[0], len(gallery.token_ids[pair[1]]), pair[1]))
 
     def match(batch: Sequence[tuple[int, int]]) -> list[float]:
         images = sorted({image for image, _ in batch})
-        tokens_BPU = model.normalised(gallery.images.tokens(images).to(model.device))
+        tokens_NPU = model.normalised(gallery.images.tokens(images).to(model.device))
         rows = torch.tensor([images.index(image) for image, _ in batch], device=model.device)
         texts = _padded([gallery.token_ids[text] for _, text in batch])
-        found: list[float] = model.encode_pairs(tokens_BPU[rows], *texts).logits_B2[:, 1].float().tolist()
+        found: list[float] = model.encode_pairs(tokens_NPU, *texts, rows).logits_B2[:, 1].float().tolist()
         return found
 
     logits = dict(zip(order, limit.run(order, match), strict=True))

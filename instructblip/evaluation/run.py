@@ -6,7 +6,6 @@ from typing import Any
 
 from rich.console import Console
 
-from instructblip.config import entry
 from instructblip.config.schema import EvaluateConfig
 from instructblip.config.validate import to_dict
 from instructblip.data.cards import Card, load_cards
@@ -15,6 +14,7 @@ from instructblip.data.synthetic import NOTE
 from instructblip.distributed import Ranks, choose_device
 from instructblip.errors import UserError
 from instructblip.evaluation.journal import claimed, refuse_others_results, replaced_results
+from instructblip.evaluation.precision import check_precision
 from instructblip.evaluation.protocol import Task, make_task, needed_splits, refuse_unable
 from instructblip.evaluation.results_file import NotEvaluated
 from instructblip.evaluation.suite import evaluate_tasks, finish_evaluation, image_reader, log_scores, refuse_failed
@@ -23,11 +23,6 @@ from instructblip.fetch.parts import cache_folder
 from instructblip.models.fingerprint import fingerprint_tensors
 from instructblip.tracking import make_logger
 from instructblip.weights.load import LoadedModel, find_source, frozen_fingerprints, load_model
-
-
-def main() -> None:
-    """The command: `evaluate.py` and `instructblip-evaluate`."""
-    entry.main("evaluate", EvaluateConfig, evaluate)
 
 
 def evaluate(config: EvaluateConfig, console: Console) -> None:
@@ -43,7 +38,8 @@ def evaluate(config: EvaluateConfig, console: Console) -> None:
     cards = load_cards([*config.suite.held_in, *config.suite.held_out])
     check_suite(config.suite, cards)
     source = find_source(config.checkpoint, config.llm)
-    device = str(choose_device(ranks.device(config.device)))
+    device = choose_device(ranks.device(config.device))
+    check_precision(config.precision, device)
     tasks, absent, shards = _plan(cards, config, source.llm_kind or "decoder", console)
     refuse_unable(tasks, source.skills, str(source.path))
     folder = Path(config.output) / config.name
@@ -57,7 +53,7 @@ def evaluate(config: EvaluateConfig, console: Console) -> None:
             vision_path=config.vision_path,
             qformer_path=config.qformer_path,
             adapter=config.adapter,
-            device=device,
+            device=str(device),
         )
         _refuse_untrained(loaded, allowed=config.allow_untrained)
         refuse_others_results(
@@ -89,6 +85,7 @@ def _plan(
             mode=modes[card.name],
             withhold_images=config.withhold_images,
             rerank=config.rerank,
+            precision=config.precision,
             answers=None if config.answers is None else Path(config.answers),
             **rules,
         )
@@ -119,8 +116,9 @@ def _evaluate(
     console: Console,
 ) -> list[NotEvaluated]:
     """Run the tasks, and write and log the results; to the first rank, the tasks that failed."""
-    # A cache of features has no place for images that cannot be read.
-    cache = cache_folder() / "features" if config.data.cache_features and not config.tolerance else None
+    # A cache of features has no place for images that cannot be read, and its features are those of float32's products.
+    cached = config.data.cache_features and not config.tolerance and config.precision == "fp32"
+    cache = cache_folder() / "features" if cached else None
     model = loaded.model
     weights: dict[str, Any] = {
         "frozen": frozen_fingerprints(model),

@@ -24,6 +24,7 @@ from instructblip.errors import DamagedSample, UserError
 from instructblip.evaluation.journal import Journal, journal_keys
 from instructblip.evaluation.metrics.accuracy import normalize_answer
 from instructblip.evaluation.outcomes import Failure, Prediction, TaskResult, class_scores, score_task
+from instructblip.evaluation.precision import computing
 from instructblip.evaluation.protocol import EvaluationSample, Task, refuse_unable
 from instructblip.evaluation.results_file import PREDICTIONS
 from instructblip.evaluation.retrieval import answer_pairs, remove_images
@@ -194,11 +195,12 @@ def _answer(
     training = model.training
     model.eval()
     try:
-        if task.protocol.mode == "retrieve":
-            answer_pairs(model, task, read_image, journal, keys, batch_size=batch_size, show=show)
-        else:
-            chunks = cut_work(task, keys, batch_size)
-            _answer_chunks(model, task, read_image, journal, chunks, batch_size, tolerance, show)
+        with computing(task.protocol.precision, model.device):
+            if task.protocol.mode == "retrieve":
+                answer_pairs(model, task, read_image, journal, keys, batch_size=batch_size, show=show)
+            else:
+                chunks = cut_work(task, keys, batch_size)
+                _answer_chunks(model, task, read_image, journal, chunks, batch_size, tolerance, show)
     finally:
         model.train(training)
 

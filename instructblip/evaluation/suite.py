@@ -30,9 +30,9 @@ from instructblip.evaluation.runner import answer_share, read_pixels, run_task
 from instructblip.evaluation.submissions import SUBMISSION, write_submission
 from instructblip.files import errors_for_users, exclusive, write_json
 from instructblip.models.base import Model
-from instructblip.models.instructblip import InstructBLIP
 from instructblip.models.llm import LLM, LLM_KINDS
 from instructblip.models.quantized import QuantizedLinear
+from instructblip.models.vision_language import VisionLanguageModel
 from instructblip.tracking import Logger
 from instructblip.weights.load import FrozenPart
 from instructblip.weights.start import PLAIN, Standing
@@ -93,7 +93,7 @@ def describe_model(
     held: dict[str, dict[str, Any]] = {
         "vision": {"dtype": _dtype_name(model.vision.dtype), "image_size": model.vision.image_size}
     }
-    if isinstance(model, InstructBLIP):
+    if isinstance(model, VisionLanguageModel):
         held["llm"] = _describe_llm(model.llm)
     described = {name: {**parts[name]._asdict(), **held[name], "sha256": frozen.get(name, "trained")} for name in held}
     remarks = {
@@ -159,7 +159,7 @@ def check_writes(model: Model, tasks: Sequence[Task]) -> None:
         UserError: names the task.
     """
     for task in tasks:
-        if task.protocol.mode == "generate" and isinstance(model, InstructBLIP):
+        if task.protocol.mode == "generate" and isinstance(model, VisionLanguageModel):
             try:
                 model.llm.check_writes(task.protocol.num_beams)
             except UserError as error:

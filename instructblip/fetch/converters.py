@@ -2,14 +2,13 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
-
-import torch
-from safetensors.torch import save_file
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from instructblip._transformers import quiet_transformers
 from instructblip.errors import UserError
+
+if TYPE_CHECKING:  # imported where it is needed: whoever fetches data does without
+    from torch import Tensor
 
 # Blocks in each stage of EfficientNet-Lite0 (arXiv:1905.11946, table 1; Lite models do not scale the first and last).
 _LITE0_STAGES = (1, 2, 2, 3, 3, 4, 1)
@@ -25,6 +24,7 @@ def convert_gguf(source: Path, target: Path) -> None:
         UserError: not exactly one GGUF file, or one that lacks tensors.
     """
     file = _only_file(source, ".gguf")
+    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     with quiet_transformers():
@@ -55,8 +55,11 @@ def convert_efficientnet_lite0(source: Path, target: Path) -> None:
         UserError: not exactly one .pth file, or a tensor is missing, unknown or of another shape.
     """
     file = _only_file(source, ".pth")
-    weights = torch.load(file, map_location="cpu", weights_only=True)
     import timm
+    import torch
+    from safetensors.torch import save_file
+
+    weights = torch.load(file, map_location="cpu", weights_only=True)
 
     with torch.device("meta"):
         expected = timm.create_model("tf_efficientnet_lite0", pretrained=False).state_dict()
@@ -86,8 +89,8 @@ def efficientnet_lite0_names() -> dict[str, str]:
 
 
 def rename_checked(
-    weights: Mapping[str, Tensor], names: Mapping[str, str], expected: Mapping[str, Tensor], file: str
-) -> dict[str, Tensor]:
+    weights: "Mapping[str, Tensor]", names: Mapping[str, str], expected: "Mapping[str, Tensor]", file: str
+) -> "dict[str, Tensor]":
     """Rename tensors by `names` and compare names and shapes with `expected`, one to one.
 
     Raises:

@@ -61,6 +61,25 @@ def measure(llm: LLM) -> LLMAbilities:
     return LLMAbilities(**savings | {"embedding_factor": found.embedding_factor})
 
 
+def attend_by_length(llm: LLM) -> None:
+    """Switch a decoder-only model's packed samples to attention by their lengths, once it was seen to keep them apart.
+
+    Raises:
+        UserError: it does not, or is no decoder-only model.
+    """
+    right = isinstance(llm, DecoderLLM)
+    if isinstance(llm, DecoderLLM):
+        llm.attend_by_length()
+        with _in_float32(llm.model):
+            right = _tries(_packing_is_right, _start(llm, llm.abilities.embedding_factor))
+        if right and llm.embeddings.weight.dtype != torch.float32:
+            right = _tries(_packing_is_right, _start(llm, llm.abilities.embedding_factor))
+    if not right:
+        raise UserError(
+            f"{_name(llm)} does not keep packed samples apart by their lengths; set parallel.packed_attention=dense"
+        )
+
+
 def limits(llm: LLM) -> list[str]:
     """One phrase for each saving that is not to be had with a measured model, for the user."""
     phrases = {

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import PreTrainedTokenizerBase
 
+from instructblip.devices import to_device
 from instructblip.errors import UserError
 from instructblip.models.adapters import Adapter, is_adapter, train_dropout
 from instructblip.models.vision import Images, VisionEncoder, as_frames
@@ -278,7 +279,7 @@ class Model(PartedModule, ABC):
 
     def image_tokens(self, images: Images) -> Tensor:
         """Image tokens (B, F, P, V) of pictures or uint8 frames; tokens (from a feature cache) pass through."""
-        images = as_frames(images, self.vision.image_size).to(self.device)
+        images = to_device(as_frames(images, self.vision.image_size), self.device)
         if images.dtype != torch.uint8:
             return images
         return self.vision(images.flatten(0, 1)).unflatten(0, images.shape[:2])
@@ -347,6 +348,14 @@ class Model(PartedModule, ABC):
     def packs(self) -> bool:
         """Whether several samples can share a row of the LLM."""
         return False
+
+    def attend_by_length(self) -> None:
+        """From now on tell attention kernels the lengths of samples that share a row, in place of a mask.
+
+        Raises:
+            UserError: the LLM's class cannot do that.
+        """
+        raise UserError(f"{self.title} packs no samples; set parallel.packed_attention=dense")
 
     @abstractmethod
     def sample_length(self) -> Callable[[str, str, int], int]:

@@ -884,10 +884,18 @@ class BLIPRetrieval(BLIP):
         text_BTD = self.text_encoder(ids_BT, mask_BT)
         return TextOutputs(text_BTD, _projected(self.text_projection, text_BTD))
 
-    def encode_pairs(self, tokens_BPU: Tensor, ids_BT: Tensor, mask_BT: Tensor) -> PairOutputs:
-        """Texts in the light of their images (`ImageOutputs.tokens_BPU`); the first token's state tells a match."""
+    def encode_pairs(
+        self, tokens_NPU: Tensor, ids_BT: Tensor, mask_BT: Tensor, image_rows_B: Tensor | None = None
+    ) -> PairOutputs:
+        """Texts in the light of their images; the first token's state tells a match.
+
+        Args:
+            tokens_NPU: image tokens (`ImageOutputs.tokens_BPU`).
+            ids_BT, mask_BT: as `tokenize` gives them.
+            image_rows_B: each text's image among the N, which is read once for all its texts; None: N = B, in order.
+        """
         ids_BT = torch.cat([torch.full_like(ids_BT[:, :1], self.encode_id), ids_BT[:, 1:]], dim=1)
-        text_BTD = self.text_encoder(ids_BT, mask_BT, tokens_BPU)
+        text_BTD = self.text_encoder(ids_BT, mask_BT, tokens_NPU, source_rows_R=image_rows_B)
         return PairOutputs(text_BTD, self.matching_head(text_BTD[:, 0]))
 
     @torch.inference_mode()

@@ -265,12 +265,17 @@ class BLIP2(Model):
         text_BTD = self.qformer(None, ids_BT, mask_BT, text_states=True).text_BTD
         return TextOutputs(text_BTD, F.normalize(self.text_projection(text_BTD[:, 0]), dim=-1))
 
-    def encode_pairs(self, tokens_BPU: Tensor, ids_BT: Tensor, mask_BT: Tensor) -> PairOutputs:
-        """Queries and text together, of normalised image tokens (`ImageOutputs.tokens_BPU`).
+    def encode_pairs(
+        self, tokens_NPU: Tensor, ids_BT: Tensor, mask_BT: Tensor, image_rows_B: Tensor | None = None
+    ) -> PairOutputs:
+        """Queries and text together; the matching logits are those of each query, averaged.
 
-        The matching logits are those of each query, averaged.
+        Args:
+            tokens_NPU: normalised image tokens (`ImageOutputs.tokens_BPU`).
+            ids_BT, mask_BT: as `tokenize` gives them.
+            image_rows_B: each text's image among the N, which is read once for all its texts; None: N = B, in order.
         """
-        query_BQD = self.qformer(tokens_BPU, ids_BT, mask_BT).query_BQD
+        query_BQD = self.qformer(tokens_NPU, ids_BT, mask_BT, image_rows_B=image_rows_B).query_BQD
         return PairOutputs(query_BQD, self.matching_head(query_BQD).mean(dim=1))
 
     def encode_captions(self, cache: KeyValueCache, ids_BT: Tensor, mask_BT: Tensor) -> CaptionOutputs:

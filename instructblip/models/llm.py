@@ -31,7 +31,9 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import ModelOutput
 
+from instructblip.devices import on_device
 from instructblip.errors import UserError
+from instructblip.models import varlen
 from instructblip.models.decoding import Draws
 from instructblip.models.exact_buffers import ExactBuffers
 from instructblip.models.packing import RowLayout, block_causal_mask, pack_rows, packed_layout
@@ -272,7 +274,7 @@ class LLM(ExactBuffers):
     def embed(self, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
         """Embeddings (T_i, L) of sequences of token ids, which go to the device together."""
         ids = [token for sequence in sequences for token in sequence]
-        embedded = self.look_up(torch.tensor(ids, dtype=torch.long, device=self.embeddings.weight.device))
+        embedded = self.look_up(on_device(ids, self.embeddings.weight.device, torch.long))
         return list(embedded.split([len(sequence) for sequence in sequences]))
 
     def look_up(self, ids: Tensor) -> Tensor:
@@ -347,11 +349,16 @@ class _FinalStates(BaseModelOutput):
 
 
 class DecoderLLM(LLM):
-    """Decoder-only: the answer continues the prompt."""
+    """Decoder-only: the answer continues the prompt.
+
+    Attributes:
+        by_length: packed samples lie in one row without padding, whose attention knows their ends, not a mask.
+    """
 
     kind = "decoder"
     auto_class = AutoModelForCausalLM
     prompt_format_kind = DecoderPromptFormat
+    by_length: bool = False
 
     def roots(self) -> list[nn.Module]:
         """The decoder."""
@@ -374,9 +381,13 @@ class DecoderLLM(LLM):
         cache: DynamicCache | None = None,
         positions_BT: Tensor | None = None,
         mask: Tensor | dict[str, Tensor] | None = None,
+        **ends: Any,
     ) -> Tensor:
-        """Final hidden states (B, T, L). Without a mask attention is causal; a cache is read and extended in place."""
-        given = {"past_key_values": cache, "position_ids": positions_BT, "attention_mask": mask}
+        """Final hidden states (B, T, L). Without a mask attention is causal; a cache is read and extended in place.
+
+        `ends` of samples in one row are for its attention, see `attend_by_length`.
+        """
+        given = {"past_key_values": cache, "position_ids": positions_BT, "attention_mask": mask, **ends}
         # Not every class takes every argument; one that is needed and not taken shows when abilities are measured.
         given = {name: value for name, value in given.items() if value is not None}
         outputs = self.body(inputs_embeds=embeddings_BTL, use_cache=cache is not None, **given)
@@ -396,8 +407,9 @@ class DecoderLLM(LLM):
         heard = self.embed([ids[:-1] for ids in answers])
         samples = [torch.cat([prefix, answer]) for prefix, answer in zip(prefixes, heard, strict=True)]
         lengths = [len(sample) for sample in samples]
-        packed = packed and self.abilities.packed
-        rows = pack_rows(lengths, width=self.width) if packed else [[sample] for sample in range(len(samples))]
+        rows: Sequence[Sequence[int]] = [[sample] for sample in range(len(samples))]
+        if packed and self.abilities.packed:
+            rows = [range(len(samples))] if self.by_length else pack_rows(lengths, width=self.width)
         states = self.states_in_rows(samples, rows)
         hidden_SL = torch.cat(
             [hidden_TL[len(prefix) - 1 :] for prefix, hidden_TL in zip(prefixes, states, strict=True)]
@@ -414,7 +426,9 @@ class DecoderLLM(LLM):
         """
         lengths = [len(sample) for sample in samples]
         embeddings_RTL = pad_sequence([torch.cat([samples[k] for k in row]) for row in rows], batch_first=True)
-        if len(rows) < len(samples):
+        if len(rows) == 1 < len(samples) and self.by_length:
+            hidden_RTL = self._states_by_length(embeddings_RTL, [lengths[k] for k in rows[0]])
+        elif len(rows) < len(samples):
             layout = packed_layout(rows, lengths, device=embeddings_RTL.device)
             hidden_RTL = self._isolated_states(embeddings_RTL, layout)
         else:
@@ -430,6 +444,21 @@ class DecoderLLM(LLM):
         distance_RTT = layout.position_RT[:, :, None] - layout.position_RT[:, None]
         mask = self._mask(block_causal_mask(layout), distance_BNK=distance_RTT)
         return self.hidden_states(embeddings_RTL, positions_BT=layout.position_RT, mask=mask)
+
+    def attend_by_length(self) -> None:
+        """From now on give packed samples to attention by their lengths; `abilities` tells whether that is right."""
+        self.by_length = True
+        self.model.set_attn_implementation(varlen.NAME)
+
+    def _states_by_length(self, embeddings_1TL: Tensor, lengths: list[int]) -> Tensor:
+        """Final hidden states of one row of samples of these lengths."""
+        device = embeddings_1TL.device
+        positions_1T = on_device([[place for length in lengths for place in range(length)]], device)
+        # A mask of one place hides nothing. Without any, transformers would read the positions and make one.
+        nothing = torch.zeros(1, 1, 1, dtype=torch.long, device=device)
+        mask = self._mask(nothing == 0, distance_BNK=nothing)
+        ends = varlen.ends_of(lengths, device)
+        return self.hidden_states(embeddings_1TL, positions_BT=positions_1T, mask=mask, **ends)
 
     def prefill(self, prefixes: Sequence[Tensor]) -> Prefill:
         """Keep the prompts' keys and values; no window forgets any, masks do."""
@@ -547,7 +576,7 @@ class EncoderDecoderLLM(LLM):
         encoded = self._encode(prefixes)
         longest = max(len(ids) for ids in answers)
         inputs = [[self.start_id, *ids[:-1]] + [self.prompt_format.pad_id] * (longest - len(ids)) for ids in answers]
-        hidden_BTL = self._decode_states(torch.tensor(inputs, device=self.embeddings.weight.device), encoded)
+        hidden_BTL = self._decode_states(on_device(inputs, self.embeddings.weight.device), encoded)
         hidden_SL = torch.cat([row[: len(ids)] for row, ids in zip(hidden_BTL, answers, strict=True)])
         positions = len(answers) * (max(len(prefix) for prefix in prefixes) + longest)
         filled = sum(len(prefix) + len(ids) for prefix, ids in zip(prefixes, answers, strict=True))

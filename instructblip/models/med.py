@@ -63,6 +63,7 @@ class TextLayer(nn.Module):
         source_mask_B11P: Tensor | None = None,
         past: KeysValues | None = None,
         decodes: bool = False,
+        source_rows_R: Tensor | None = None,
     ) -> tuple[Tensor, KeysValues]:
         """Compute one layer.
 
@@ -73,6 +74,7 @@ class TextLayer(nn.Module):
             source_mask_B11P: where cross-attention may look; None hides nothing.
             past: keys and values of earlier positions, in front of those of this pass.
             decodes: by the decoder's self-attention, where it has one of its own.
+            source_rows_R: the source that each row reads; None: the first rows read the first, and so on.
 
         Returns:
             (R, T, D), and the keys and values of self-attention, those of `past` included.
@@ -80,8 +82,15 @@ class TextLayer(nn.Module):
         own = self.decoder_attention if decodes and self.decoder_attention is not None else self.self_attention
         hidden_RTD, kept = own(hidden_RTD, hidden_RTD, mask_R1TK, past)
         if source is not None:
+            if source_rows_R is not None:
+                source = self._of_rows(source, source_rows_R)
             hidden_RTD = self._read(hidden_RTD, source, source_mask_B11P)
         return self.ffn(hidden_RTD), kept
+
+    def _of_rows(self, source: Tensor | KeysValues, rows_R: Tensor) -> KeysValues:
+        found = source if isinstance(source, KeysValues) else self.cross_attention.keys_values(source)
+        # One source is not multiplied: all rows read it together.
+        return found if len(found.keys_BHKE) == 1 else found.select(rows_R)
 
     def _read(self, hidden_RTD: Tensor, source: Tensor | KeysValues, source_mask_B11P: Tensor | None) -> Tensor:
         # Rows of one source read it together, as one longer row: beams and candidates need no copies of it.
@@ -147,6 +156,7 @@ class TextModel(nn.Module):
         source: Source | None = None,
         source_mask_BP: Tensor | None = None,
         *,
+        source_rows_R: Tensor | None = None,
         causal: bool = False,
         cache: KeyValueCache | None = None,
     ) -> Tensor:
@@ -157,6 +167,8 @@ class TextModel(nn.Module):
             text_mask_RT: 1 at tokens, 0 at padding.
             source: what the text reads, of B samples; None: nothing, as in a text encoder.
             source_mask_BP: 1 where there is something to read; None: everywhere.
+            source_rows_R: the source that each text reads, without a mask; None: the first texts read the first source, as
+                many the next.
             causal: a decoder, whose tokens see earlier ones only.
             cache: keys and values of earlier passes over the same rows; read, and extended in place.
 
@@ -178,7 +190,9 @@ class TextModel(nn.Module):
         kept = []
         for index, layer in enumerate(self.layers):
             read = source if source is None or isinstance(source, Tensor) else source[index]
-            hidden_RTD, keys_values = layer(hidden_RTD, read, mask_R1TK, source_mask_B11P, past[index], causal)
+            hidden_RTD, keys_values = layer(
+                hidden_RTD, read, mask_R1TK, source_mask_B11P, past[index], causal, source_rows_R
+            )
             if cache is not None:  # without one, each layer's are freed at once
                 kept.append(keys_values)
         if cache is not None:

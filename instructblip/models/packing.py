@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from instructblip.devices import on_device
+
 _FILLER = -1  # owner of the padding behind a row's samples
 
 
@@ -70,7 +72,7 @@ def packed_layout(rows: Sequence[Sequence[int]], lengths: Sequence[int], *, devi
         pieces.append((_FILLER, longest - sum(length for _, length in pieces)))
         owners.append([owner for owner, length in pieces for _ in range(length)])
         positions.append([position for _, length in pieces for position in range(length)])
-    return RowLayout(torch.tensor(owners, device=device), torch.tensor(positions, device=device))
+    return RowLayout(on_device(owners, device), on_device(positions, device))
 
 
 def block_causal_mask(layout: RowLayout) -> Tensor:

@@ -90,16 +90,18 @@ class QFormerLayer(nn.Module):
         mask_B1SK: Tensor | None = None,
         past: KeysValues | None = None,
         text_states: bool = True,
+        image_rows_B: Tensor | None = None,
     ) -> tuple[Tensor, KeysValues]:
         """Compute one layer.
 
         Args:
             hidden_BSD: `queries` rows of queries, then text; either may be missing.
-            image_BPU: image tokens; needed with queries.
+            image_BPU: image tokens; needed with queries. With `image_rows_B` those of fewer images.
             queries: Q.
             mask_B1SK: where self-attention may look; None hides nothing.
             past: keys and values of earlier positions, in front of those of this pass.
             text_states: False returns the queries only, (B, Q, D): text is attended to and not computed.
+            image_rows_B: the image that each row reads; None: its own.
 
         Returns:
             (B, S, D), and the keys and values of self-attention, those of `past` included.
@@ -111,7 +113,10 @@ class QFormerLayer(nn.Module):
             query_BQD = hidden_BSD[:, :queries]
             if self.cross_attention is not None:
                 assert image_BPU is not None
-                query_BQD, _ = self.cross_attention(query_BQD, image_BPU)
+                source: Tensor | KeysValues = image_BPU
+                if image_rows_B is not None:
+                    source = self.cross_attention.keys_values(image_BPU).select(image_rows_B)
+                query_BQD, _ = self.cross_attention(query_BQD, source)
             outputs.append(self.query_ffn(query_BQD))
         if hidden_BSD.shape[1] > queries:
             assert self.text_ffn is not None
@@ -206,6 +211,7 @@ class QFormer(nn.Module):
         text_BT: Tensor | None = None,
         text_mask_BT: Tensor | None = None,
         *,
+        image_rows_B: Tensor | None = None,
         mask: SelfAttentionMask = "bidirectional",
         text_states: bool = False,
         cache: KeyValueCache | None = None,
@@ -216,6 +222,8 @@ class QFormer(nn.Module):
             image_BPU: image tokens, which the queries read.
             text_BT: token ids, padded on the right.
             text_mask_BT: 1 at real tokens, 0 at padding; comes with `text_BT`.
+            image_rows_B: which of the images each text comes with, so that its keys and values are computed once for all
+                of them; None: as many images as texts, in the same order.
             mask: who attends to whom. With text alone, `unilm` is a causal mask.
             text_states: also return the text's states; otherwise the last layer computes the queries only.
             cache: keys and values of earlier passes over the same samples, whose positions stand in front of this pass's;
@@ -225,8 +233,10 @@ class QFormer(nn.Module):
         Raises:
             ValueError: arguments that do not go together, no text branch, or more text than `max_text_tokens`.
         """
-        self._check_arguments(image_BPU, text_BT, text_mask_BT, mask, text_states, cache)
-        hidden_BSD, visible_BS = self._embed(image_BPU, text_BT, text_mask_BT, first=0 if cache is None else cache.text)
+        self._check_arguments(image_BPU, text_BT, text_mask_BT, mask, text_states, cache, image_rows_B)
+        read = image_BPU if image_rows_B is None else image_rows_B
+        first = 0 if cache is None else cache.text
+        hidden_BSD, visible_BS = self._embed(0 if read is None else len(read), text_BT, text_mask_BT, first=first)
         hidden_BSD = F.dropout(self.norm(hidden_BSD), self.dropout, self.training)
         queries = 0 if image_BPU is None else self.query_tokens.shape[1]
         visible_BK, mask_B1SK = visible_BS, None
@@ -236,7 +246,7 @@ class QFormer(nn.Module):
             mask_B1SK = causal_mask(visible_BK, positions=hidden_BSD.shape[1], prefix=queries)
         elif text_BT is not None:
             mask_B1SK = padding_mask(visible_BK)
-        hidden_BSD = self._run_layers(hidden_BSD, image_BPU, queries, mask_B1SK, cache, text_states)
+        hidden_BSD = self._run_layers(hidden_BSD, image_BPU, queries, mask_B1SK, cache, text_states, image_rows_B)
         if cache is not None:
             cache.visible_BK = visible_BK
             cache.text += 0 if text_BT is None else text_BT.shape[1]
@@ -260,6 +270,7 @@ class QFormer(nn.Module):
         mask: SelfAttentionMask,
         text_states: bool,
         cache: KeyValueCache | None,
+        image_rows_B: Tensor | None,
     ) -> None:
         if image_BPU is None and text_BT is None:
             raise ValueError("a Q-Former needs an image, a text, or both")
@@ -273,6 +284,10 @@ class QFormer(nn.Module):
             raise ValueError("without an image there is nothing to return but text states: ask for them")
         if mask == "unilm" and text_BT is not None and not text_states:
             raise ValueError("with a UniLM mask the text changes no query: ask for text states, or leave the text out")
+        if image_rows_B is not None and (
+            image_BPU is None or (text_BT is not None and len(text_BT) != len(image_rows_B))
+        ):
+            raise ValueError("image rows need images, and are as many as the texts")
         if cache is not None and cache.layers and image_BPU is not None:
             raise ValueError("queries come first: this cache holds positions already")
         first = 0 if cache is None else cache.text
@@ -280,12 +295,12 @@ class QFormer(nn.Module):
             raise ValueError(f"text of {first + text_BT.shape[1]} tokens, the limit is {self.max_text_tokens}")
 
     def _embed(
-        self, image_BPU: Tensor | None, text_BT: Tensor | None, text_mask_BT: Tensor | None, *, first: int
+        self, queried: int, text_BT: Tensor | None, text_mask_BT: Tensor | None, *, first: int
     ) -> tuple[Tensor, Tensor]:
-        """Embeddings (B, S, D) before the norm, and where there is no padding (B, S)."""
+        """Embeddings (B, S, D) before the norm, queries of so many rows in front, and where there is no padding (B, S)."""
         parts, visible = [], []
-        if image_BPU is not None:
-            query_BQD = self.query_tokens.expand(image_BPU.shape[0], -1, -1)
+        if queried:
+            query_BQD = self.query_tokens.expand(queried, -1, -1)
             parts.append(query_BQD)
             visible.append(torch.ones(query_BQD.shape[:2], dtype=torch.bool, device=query_BQD.device))
         if text_BT is not None and text_mask_BT is not None:
@@ -303,12 +318,15 @@ class QFormer(nn.Module):
         mask_B1SK: Tensor | None,
         cache: KeyValueCache | None,
         text_states: bool,
+        image_rows_B: Tensor | None,
     ) -> Tensor:
         past = [None] * len(self.layers) if cache is None or not cache.layers else cache.layers
         last, kept = len(self.layers) - 1, []
         for index, layer in enumerate(self.layers):
             wants_text = text_states or index < last
-            hidden_BSD, keys_values = layer(hidden_BSD, image_BPU, queries, mask_B1SK, past[index], wants_text)
+            hidden_BSD, keys_values = layer(
+                hidden_BSD, image_BPU, queries, mask_B1SK, past[index], wants_text, image_rows_B
+            )
             if cache is not None:  # without one, each layer's are freed at once
                 kept.append(keys_values)
         if cache is not None:

@@ -23,6 +23,12 @@ class KeysValues(NamedTuple):
         keys_BHKE = torch.cat([self.keys_BHKE, later.keys_BHKE], dim=2)
         return KeysValues(keys_BHKE, torch.cat([self.values_BHKE, later.values_BHKE], dim=2))
 
+    def select(self, rows_N: Tensor) -> "KeysValues":
+        """Those of these rows of the batch, in this order; a row may be taken more than once."""
+        if len(self.keys_BHKE) == 1:  # nothing to choose from, so nothing to copy
+            return KeysValues(*(tensor.expand(len(rows_N), -1, -1, -1) for tensor in self))
+        return KeysValues(self.keys_BHKE[rows_N], self.values_BHKE[rows_N])
+
 
 @dataclass
 class KeyValueCache:
@@ -42,7 +48,7 @@ class KeyValueCache:
 
     def select(self, rows_N: Tensor) -> "KeyValueCache":
         """A cache of these rows of the batch, in this order; a row may be taken more than once."""
-        layers = [KeysValues(keys[rows_N], values[rows_N]) for keys, values in self.layers]
+        layers = [keys_values.select(rows_N) for keys_values in self.layers]
         return KeyValueCache(layers, None if self.visible_BK is None else self.visible_BK[rows_N], self.text)
 
 

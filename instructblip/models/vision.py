@@ -4,6 +4,7 @@ Shape legend: B batch, F frames, H and W pixels, P image tokens, V vision width.
 """
 
 import contextlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -114,6 +115,18 @@ class VisionEncoder(ExactBuffers):
     def class_token(self) -> bool:
         """Whether the first token is a ViT's [CLS], which has gathered the whole image; a CNN's is its first place."""
         return not self.layers and getattr(self.backbone, "cls_token", None) is not None
+
+    @property
+    def prefix_tokens(self) -> int:
+        """Tokens in front of the patches: a ViT's [CLS], and its registers."""
+        return 0 if self.layers else int(getattr(self.backbone, "num_prefix_tokens", 0))
+
+    @property
+    def patch_grid(self) -> tuple[int, int]:
+        """Rows and columns of the places that the other tokens are of; one row where they make no square."""
+        places = self.tokens - self.prefix_tokens
+        side = math.isqrt(places)
+        return (side, side) if side * side == places else (1, places)
 
     @property
     def dtype(self) -> torch.dtype:

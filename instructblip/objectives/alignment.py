@@ -2,9 +2,9 @@
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
+from instructblip.devices import on_device
 from instructblip.models.base import Inputs
 from instructblip.objectives.base import SampleObjective, Term, summed_cross_entropy
 
@@ -32,7 +32,7 @@ class Alignment(SampleObjective):
     def term(self, outputs: Mapping[str, Tensor], inputs: Inputs) -> Term:
         """From `visual_cosines` (B, V), `visual_prompt` (B, Q, L) and `embedding_length` ()."""
         logits_BV = _SCALE * outputs["visual_cosines"]
-        first_B = torch.tensor([ids[0] for ids in inputs.answers], device=logits_BV.device)
+        first_B = on_device([ids[0] for ids in inputs.answers], logits_BV.device)
         term = summed_cross_entropy(logits_BV, first_B, [1] * len(inputs))
         # Directions alone would let the tokens' lengths drift far from anything the LLM knows.
         stretch_BQ = outputs["visual_prompt"].norm(dim=-1).div(outputs["embedding_length"]).log()

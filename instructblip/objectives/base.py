@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from instructblip.config.schema import Gather
+from instructblip.devices import on_device
 from instructblip.models.base import Inputs
 
 
@@ -26,7 +27,7 @@ class Term(NamedTuple):
     Attributes:
         total: sum over the units, nats, with its gradient: ().
         per_sample: the units' losses summed for each sample, detached: (B,).
-        counts: units of each sample: (B,), int64.
+        counts: units of each sample: (B,), int64, where the others are or on the host.
     """
 
     total: Tensor
@@ -173,7 +174,6 @@ def summed_cross_entropy(
         label_smoothing: probability that is taken from the right class and given to all evenly.
     """
     losses_S = F.cross_entropy(logits_SV, labels_S, reduction="none", label_smoothing=label_smoothing)
-    counts_B = torch.tensor(counts, device=losses_S.device)
-    sample_S = torch.repeat_interleave(torch.arange(len(counts), device=losses_S.device), counts_B)
+    sample_S = on_device([sample for sample, count in enumerate(counts) for _ in range(count)], losses_S.device)
     per_sample_B = torch.zeros(len(counts), device=losses_S.device).index_add(0, sample_S, losses_S.detach())
-    return Term(losses_S.sum(), per_sample_B, counts_B)
+    return Term(losses_S.sum(), per_sample_B, torch.tensor(counts))

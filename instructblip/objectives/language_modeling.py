@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from instructblip.devices import on_device
 from instructblip.models.base import Inputs
 from instructblip.objectives.base import SampleObjective, Term, summed_cross_entropy
 
@@ -27,7 +28,7 @@ class LanguageModeling(SampleObjective):
     def term(self, outputs: Mapping[str, Tensor], inputs: Inputs) -> Term:
         """From `answer_logits` (S, V), one row a token of an answer."""
         logits_SV = outputs["answer_logits"]
-        labels_S = torch.tensor([token for ids in inputs.answers for token in ids], device=logits_SV.device)
+        labels_S = on_device([token for ids in inputs.answers for token in ids], logits_SV.device)
         counts = [sum(map(len, answers)) for answers in inputs.answers_by_sample()]
         return summed_cross_entropy(logits_SV, labels_S, counts, label_smoothing=self.label_smoothing)
 
@@ -60,7 +61,7 @@ class Answering(SampleObjective):
     def term(self, outputs: Mapping[str, Tensor], inputs: Inputs) -> Term:
         """From `answer_logits` (S, V), one row a token of an answer, answer after answer."""
         logits_SV = outputs["answer_logits"]
-        labels_S = torch.tensor([token for ids in inputs.answers for token in ids], device=logits_SV.device)
+        labels_S = on_device([token for ids in inputs.answers for token in ids], logits_SV.device)
         losses_S = F.cross_entropy(logits_SV, labels_S, reduction="none", label_smoothing=Captioning.label_smoothing)
         of_sample, weights = [], []
         places = iter(inputs.answer_weights or [1.0] * len(inputs.answers))
@@ -68,7 +69,7 @@ class Answering(SampleObjective):
             for ids in answers:
                 of_sample += [sample] * len(ids)
                 weights += [next(places)] * len(ids)
-        weighted_S = losses_S * torch.tensor(weights, device=losses_S.device)
-        sample_S = torch.tensor(of_sample, device=losses_S.device)
+        weighted_S = losses_S * on_device(weights, losses_S.device)
+        sample_S = on_device(of_sample, losses_S.device)
         per_sample_B = losses_S.new_zeros(len(inputs)).index_add(0, sample_S, weighted_S.detach())
         return Term(weighted_S.sum(), per_sample_B, torch.ones(len(inputs), dtype=torch.int64))

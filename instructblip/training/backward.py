@@ -24,17 +24,19 @@ from instructblip.training.parallel import StepContext
 
 
 class TermSums(NamedTuple):
-    """A term as numbers: what is logged of it.
+    """A term without its gradient, on the device: what is logged of it.
 
     Attributes:
-        mean: its part of the objective's mean, nats: the sum over its units, divided as for the gradient.
-        per_sample: sum over units, nats, for each sample.
-        counts: units of each sample.
+        total: sum over its units, nats: ().
+        per_sample: sum over units, nats, for each sample: (B,).
+        counts: units of each sample: (B,).
+        divisor: of the total, as for the gradient.
     """
 
-    mean: float
-    per_sample: list[float]
-    counts: list[int]
+    total: Tensor
+    per_sample: Tensor
+    counts: Tensor
+    divisor: float
 
 
 class Passes(NamedTuple):
@@ -264,4 +266,4 @@ class _RandomState(NamedTuple):
 
 
 def _sums(term: Term, divisor: float) -> TermSums:
-    return TermSums(float(term.total.detach()) / divisor, term.per_sample.tolist(), term.counts.tolist())
+    return TermSums(term.total.detach(), term.per_sample, term.counts, divisor)

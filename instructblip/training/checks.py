@@ -1,16 +1,16 @@
 """What a recipe's phases must keep of the objectives that exist; refused before anything is loaded."""
 
-from instructblip.config.schema import ArchitectureConfig, ModelKind, PhaseConfig, RecipeConfig
+from instructblip.config.schema import ArchitectureConfig, ModelConfig, PhaseConfig, RecipeConfig
 from instructblip.config.validate import nearest
 from instructblip.errors import UserError
 from instructblip.objectives import OBJECTIVES, Objective, ObjectiveSettings, make_objectives
 from instructblip.objectives.base import BatchObjective, PairedObjective
 from instructblip.objectives.distillation import COPIES, Distillation
 from instructblip.objectives.matching import Matching
-from instructblip.weights.parts import MODELS
+from instructblip.weights.parts import model_class
 
 
-def check_objectives(recipe: RecipeConfig, model: ArchitectureConfig) -> None:
+def check_objectives(recipe: RecipeConfig, model: ModelConfig) -> None:
     """Refuse phases whose objectives are unknown, are none, or do not fit the model or their batches.
 
     Raises:
@@ -28,20 +28,20 @@ def check_objectives(recipe: RecipeConfig, model: ArchitectureConfig) -> None:
             )
         if phase.batching == "packed" and not any("answer_logits" in objective.outputs for objective in objectives):
             raise UserError(f"{key}.batching=packed packs rows of the LLM, which the phase leaves out; set it to fixed")
-        _check_outputs(key, objectives, model.kind)
-        _check_queue(key, objectives, model)
+        _check_outputs(key, objectives, model)
+        _check_queue(key, objectives, model.model)
         _check_whole_batch(key, phase, objectives)
         _check_settings(key, phase, objectives)
 
 
-def _check_outputs(key: str, objectives: tuple[Objective, ...], kind: ModelKind) -> None:
+def _check_outputs(key: str, objectives: tuple[Objective, ...], model: ModelConfig) -> None:
     for objective in objectives:
-        given = MODELS[kind].OUTPUTS
+        given = model_class(model).OUTPUTS
         # What its loss is made of says more than what it only looks at.
         if missing := sorted(objective.outputs - given) or sorted(objective.needed() - given):
             fitting = [name for name, other in OBJECTIVES.items() if other.needed() <= given]
             raise UserError(
-                f"{key}.objectives.{objective.name} needs {missing[0]}, which model={kind} does not give; "
+                f"{key}.objectives.{objective.name} needs {missing[0]}, which {model.said()} does not give; "
                 f"choose from {', '.join(fitting)}"
             )
 

@@ -7,59 +7,48 @@ on through all of them, so one step number says where a run is.
 import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from instructblip.data.batching import Batch, in_order_of_draws, split_further
+from instructblip.data.batching import Batch, split_further
 from instructblip.errors import UserError
 from instructblip.models.arguments import of_samples
 from instructblip.models.base import Inputs, Model
 from instructblip.objectives import Objective
 from instructblip.objectives.base import SampleObjective
 from instructblip.training.backward import Passes, backward, remember
-from instructblip.training.optim import clip_gradients, follow, set_learning_rate
+from instructblip.training.optim import clip_gradients, follow, set_learning_rate, step_unless
 from instructblip.training.parallel import StepContext
-from instructblip.training.plan.flops import StepWorkload
+from instructblip.training.reading import LaunchedStep, StepResult, launched, read_steps, what_is_not_finite
 from instructblip.training.schedule import Phase, StepPosition, locate
-
-
-class StepResult(NamedTuple):
-    """What one optimiser step saw, over all ranks.
-
-    Attributes:
-        loss: weighted sum of the objectives' means over their units, nats; `loss_by_dataset` that for each, always over
-            the units of the global batch.
-        loss_by_objective: each objective's mean, without its weight.
-        grad_norm: before clipping.
-        samples, tokens: trained on; tokens are the units of the first objective, supervised tokens in most phases.
-        ids: of the samples, in the order of their positions.
-        padding_fraction: share of the places in the passes through the LLM that held nothing, 0 to 1.
-        work: what went through each part, padding left out.
-        skipped: the loss or the gradient was not finite, and the weights are as they were.
-        stop_signal: of the ranks that were asked to stop, the largest number of a signal; else 0.
-    """
-
-    loss: float
-    loss_by_dataset: dict[str, float]
-    loss_by_objective: dict[str, float]
-    grad_norm: float
-    samples: int
-    tokens: int
-    ids: list[str]
-    padding_fraction: float = 0.0
-    work: StepWorkload = StepWorkload()
-    skipped: bool = False
-    stop_signal: int = 0
-
 
 _ALONE = StepContext()
 
 
 def train_step(
+    model: Model,
+    optimizer: torch.optim.Optimizer,
+    batches: Sequence[Batch],
+    *,
+    context: StepContext = _ALONE,
+    **settings: Any,
+) -> StepResult:
+    """One optimiser step, and what it saw: `launch_step`, read at once.
+
+    Raises:
+        UserError: as `launch_step` and `checked`; another rank is lost.
+    """
+    step = launch_step(model, optimizer, batches, context=context, **settings)
+    return checked(read_steps([step], context)[0], context)
+
+
+def launch_step(
     model: Model,
     optimizer: torch.optim.Optimizer,
     batches: Sequence[Batch],
@@ -72,12 +61,15 @@ def train_step(
     clip_norm: float | None,
     seed: int = 0,
     context: StepContext = _ALONE,
-) -> StepResult:
+) -> LaunchedStep:
     """One optimiser step over a global batch, of which `batches` are this rank's micro-batches.
 
     Each objective's sum is divided by the number of its units in the global batch before the backward pass: micro-batches
     and ranks only add up, so any split of the batch gives the same gradient, whatever objectives are mixed. With
     `context.micro_batch_means` it is divided by the units of its micro-batch and the number of these, and the split counts.
+
+    Where the loss or the gradient is not finite on any rank, weights and optimiser stay as they were. That is decided where
+    the weights are: the host reads nothing, unless objectives compare the whole batch or weights that train are sharded.
 
     Args:
         objectives: what is trained for.
@@ -86,8 +78,7 @@ def train_step(
         seed: of what objectives draw.
 
     Raises:
-        UserError: the loss or the gradient is not finite, and is not to be skipped; the weights are as they were, the
-            samples are named. A sample that the model cannot take, by its name. Another rank is lost.
+        UserError: a sample that the model cannot take, by its name. Another rank is lost.
     """
     optimizer.zero_grad()
     ranks = context.ranks
@@ -102,27 +93,39 @@ def train_step(
     with ranks.watched():
         follow(model.copies(), model.copy_momentum)
         passes = backward(model, inputs, objectives, divisors, packed=packed, seed=seed, context=context)
-    result = _result(objectives, ranks.gather(_report(batches, passes, context.stop_signal())))
-    with ranks.watched():
         norm = clip_gradients(model.parameters(), math.inf if clip_norm is None else clip_norm)
-    result = result._replace(grad_norm=norm)
-    if not math.isfinite(result.loss) or not math.isfinite(norm):
-        if context.skip_non_finite:
-            return result._replace(skipped=True)
+        not_finite = ranks.any(_not_finite(passes, norm))
+    set_learning_rate(optimizer, rate, new_parts_scale, part_scales)
+    step_unless(optimizer, not_finite)
+    if passes.batch is not None and not bool(not_finite):
+        remember(model, passes.batch)
+    return launched(objectives, batches, passes, not_finite, norm)
+
+
+def _not_finite(passes: Passes, norm: Tensor) -> Tensor:
+    """1 where any sum of a step or its gradient's norm is not finite, else 0: a scalar in float32, on the device."""
+    totals = [part.total.detach().float().to(norm.device) for of_objective in passes.sums for part in of_objective]
+    return torch.stack([norm.float(), *totals]).isfinite().logical_not().any().float()
+
+
+def checked(result: StepResult, context: StepContext) -> StepResult:
+    """The result of a step, if the run may go on after it.
+
+    Raises:
+        UserError: the loss or the gradient is not finite, and is not to be skipped; the samples are named.
+    """
+    if result.skipped and not context.skip_non_finite:
         raise UserError(
             f"{what_is_not_finite(result)}; lower recipe.phases.NAME.learning_rate, look at these samples, "
             "or set recipe.non_finite=skip"
         )
-    set_learning_rate(optimizer, rate, new_parts_scale, part_scales)
-    optimizer.step()
-    if passes.batch is not None:
-        remember(model, passes.batch)
     return result
 
 
 def _prepared(model: Model, batch: Batch) -> Inputs:
     try:
-        return model.prepare(batch)
+        inputs = model.prepare(batch)
+        return replace(inputs, images=batch.encoded[0]) if batch.encoded else inputs
     except ValueError as error:
         raise of_samples(error, batch.ids) from None
 
@@ -146,84 +149,6 @@ def _divisors(
     return divisors
 
 
-def what_is_not_finite(result: StepResult) -> str:
-    """A line that names a step's samples."""
-    ids = ", ".join(result.ids)
-    return f"loss {result.loss} and gradient norm {result.grad_norm} are not both finite in the batch {ids}"
-
-
-def _report(batches: Sequence[Batch], passes: Passes, stop_signal: int) -> dict[str, Any]:
-    """What a rank tells the others of its micro-batches: sums, which add up."""
-    terms = []
-    for of_objective in passes.sums:
-        sums: dict[str, float] = {}
-        counts: dict[str, int] = {}
-        datasets = [name for batch in batches for name in batch.datasets]
-        rows = [row for part in of_objective for row in zip(part.per_sample, part.counts, strict=True)]
-        for dataset, (value, units) in zip(datasets, rows, strict=True):
-            sums[dataset] = sums.get(dataset, 0.0) + value
-            counts[dataset] = counts.get(dataset, 0) + units
-        terms.append({"mean": sum(part.mean for part in of_objective), "sums": sums, "counts": counts})
-    return {
-        "terms": terms,
-        "ids": in_order_of_draws(batches),
-        "frames": sum(_frames(batch) for batch in batches),
-        "encoded": sum(_frames(batch) for batch in batches if batch.images.dtype == torch.uint8),  # others are tokens
-        "text": sum(work.text for work in passes.workloads),
-        "positions": sum(work.positions for work in passes.workloads),
-        "padding": sum(work.padding for work in passes.workloads),
-        "stop_signal": stop_signal,
-    }
-
-
-def _frames(batch: Batch) -> int:
-    return batch.images.shape[0] * batch.images.shape[1]
-
-
-def _result(objectives: Sequence[Objective], reports: Sequence[dict[str, Any]]) -> StepResult:
-    means: dict[str, float] = {}
-    by_dataset: dict[str, float] = {}
-    units: list[int] = []
-    for number, objective in enumerate(objectives):
-        terms = [report["terms"][number] for report in reports]
-        counts = _added(term["counts"] for term in terms)
-        units.append(int(sum(counts.values())))
-        means[objective.name] = sum(term["mean"] for term in terms)
-        for name, value in _added(term["sums"] for term in terms).items():
-            by_dataset[name] = by_dataset.get(name, 0.0) + objective.weight * value / counts[name]
-    ids = [sample_id for report in reports for sample_id in report["ids"]]
-    whole = {
-        key: sum(report[key] for report in reports) for key in ("frames", "encoded", "text", "positions", "padding")
-    }
-    return StepResult(
-        loss=sum(objective.weight * means[objective.name] for objective in objectives),
-        loss_by_dataset=dict(sorted(by_dataset.items())),
-        loss_by_objective=means,
-        grad_norm=math.nan,
-        samples=len(ids),
-        tokens=units[0],
-        ids=ids,
-        padding_fraction=whole["padding"] / max(whole["positions"], 1),
-        work=StepWorkload(
-            samples=len(ids),
-            frames=whole["frames"],
-            encoded=whole["encoded"],
-            text=whole["text"],
-            positions=whole["positions"] - whole["padding"],
-            answers=units[0],
-        ),
-        stop_signal=max(report["stop_signal"] for report in reports),
-    )
-
-
-def _added(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:
-    total: dict[str, float] = {}
-    for part in parts:
-        for name, value in part.items():
-            total[name] = total.get(name, 0) + value
-    return total
-
-
 def run_steps(
     model: Model,
     optimizer: torch.optim.Optimizer,
@@ -234,6 +159,7 @@ def run_steps(
     seed: int,
     clip_norm: float | None,
     after_step: Callable[[int, StepPosition, float, StepResult], bool],
+    read_after: Callable[[int], bool] = lambda done: True,
     context: StepContext = _ALONE,
 ) -> int:
     """Train over `batches`, (global step, micro-batches) pairs; return the number of steps taken in the whole run.
@@ -242,15 +168,21 @@ def run_steps(
         start_step: steps taken before.
         seed: dropout's random stream is made anew from (seed, step, rank), so a resumed run draws the same. Also of what
             objectives draw.
-        after_step: called after each step with (global step, place, learning rate, result); True ends the loop.
+        after_step: called for each step with (global step, place, learning rate, result); True ends the loop, after the
+            steps that were read together.
+        read_after: whether the results since the last reading are to be read, after so many steps of the whole run; the
+            same on all ranks. Until then they stay on the device.
+
+    Raises:
+        UserError: as `launch_step` and `checked`.
     """
     model.train()
-    done = start_step
+    done, unread = start_step, list[tuple[int, StepPosition, float, LaunchedStep]]()
     for step, micro_batches in batches:
         place = locate(phases, step)
         torch.manual_seed(_step_seed(seed, step, context.ranks.rank))
         rate = place.phase.rate(place.step)
-        result = train_step(
+        launched_step = launch_step(
             model,
             optimizer,
             micro_batches,
@@ -264,8 +196,16 @@ def run_steps(
             context=context,
         )
         done = step + 1
-        if after_step(step, place, rate, result):
-            break
+        unread.append((step, place, rate, launched_step))
+        if read_after(done):
+            results = read_steps([launched_step for *_, launched_step in unread], context)
+            ends = [
+                after_step(taken, where, at_rate, checked(result, context))
+                for (taken, where, at_rate, _), result in zip(unread, results, strict=True)
+            ]
+            unread.clear()
+            if any(ends):
+                break
     return done
 
 

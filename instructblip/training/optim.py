@@ -20,6 +20,7 @@ AnyTensor = TypeVar("AnyTensor", bound=Tensor)
 # What BERT does not bring to a Q-Former. The projection is new too, but its weights are as small as the LLM's embeddings,
 # and a large rate would turn it over within a few steps.
 NEW_PARTS = ("query_tokens", "cross_attention.")
+_CONSTANT_INPUTS = ("query_tokens", "latents")
 
 
 def make_adamw(
@@ -30,7 +31,7 @@ def make_adamw(
     part_of: Callable[[str], str] = lambda _: "qformer",
     layer_scales: Mapping[str, float] = MappingProxyType({}),
 ) -> torch.optim.AdamW:
-    """AdamW over named parameters that train; norms, biases and query tokens do not decay.
+    """AdamW over named parameters that train; norms, biases, query tokens and a resampler's latents do not decay.
 
     Args:
         parameters: of which those without gradient are left out.
@@ -45,7 +46,7 @@ def make_adamw(
     for name, parameter in parameters:
         if parameter.requires_grad:
             part, sharded = part_of(name), isinstance(parameter, DTensor)
-            decays = parameter.ndim >= 2 and not name.endswith("query_tokens")
+            decays = parameter.ndim >= 2 and not name.endswith(_CONSTANT_INPUTS)
             new = part == "qformer" and any(word in name for word in NEW_PARTS) and not is_adapter(name)
             # A step of the fused kernel takes whole tensors or sharded ones.
             groups.setdefault((decays, new, part, layer_scales.get(name, 1.0), sharded), []).append(parameter)
@@ -115,8 +116,11 @@ def set_learning_rate(
 
 
 @torch.no_grad()
-def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> float:
-    """Scale all gradients together so that their norm is at most `max_norm`; return the norm before. All ranks call this."""
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+    """Scale all gradients together so that their norm is at most `max_norm`; return the norm before, a scalar on the device.
+
+    All ranks call this.
+    """
     trained = [parameter for parameter in parameters if parameter.grad is not None]
     kinds = _by_kind(trained)
     norms = [nn.utils.get_total_norm([p.grad for p in kind if p.grad is not None]) for kind in kinds]
@@ -124,7 +128,24 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> float
     total = whole[0] if len(whole) == 1 else torch.stack(whole).norm()
     for kind in kinds:
         nn.utils.clip_grads_with_norm_(kind, max_norm, total)
-    return float(total)
+    return total
+
+
+def step_unless(optimizer: torch.optim.Optimizer, not_finite: Tensor) -> None:
+    """Take a step, unless `not_finite`, a scalar of 0 or 1, says that its gradients are of no use.
+
+    The fused kernel reads that itself, as it does for torch's GradScaler: the host need not wait. It reads none for sharded
+    weights.
+    """
+    if any(isinstance(weight, DTensor) for group in optimizer.param_groups for weight in group["params"]):
+        if not bool(not_finite):
+            optimizer.step()
+        return
+    optimizer.found_inf = not_finite  # type: ignore[attr-defined]
+    try:
+        optimizer.step()
+    finally:
+        del optimizer.found_inf  # type: ignore[attr-defined]
 
 
 def _by_kind(tensors: Iterable[AnyTensor]) -> list[list[AnyTensor]]:

@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -10,7 +10,6 @@ from typing import Any
 
 from rich.console import Console
 
-from instructblip.config import entry
 from instructblip.config.checks import check_batches
 from instructblip.config.entry import Outcome
 from instructblip.config.schema import TrainConfig
@@ -21,10 +20,13 @@ from instructblip.data.lost import LostSample
 from instructblip.distributed import Ranks, choose_device, start_ranks, whole_tensors
 from instructblip.files import claimed_folder, write_atomically
 from instructblip.progress import TrainingProgress, training_progress
+from instructblip.training.ahead import Ahead
+from instructblip.training.budget import matched
 from instructblip.training.checks import check_objectives
-from instructblip.training.loop import StepResult, log_entry, run_steps, traced_steps, what_is_not_finite
+from instructblip.training.loop import TRACED_STEPS, log_entry, run_steps, traced_steps
 from instructblip.training.metrics_log import finite
 from instructblip.training.plan.tables import plan_summary, plan_table, shares_planned, shares_realised
+from instructblip.training.reading import StepResult, what_is_not_finite
 from instructblip.training.resume import (
     check_configuration,
     check_equal,
@@ -46,11 +48,6 @@ _OF_THE_TIMEOUT = 0.9  # that data workers have: then a rank names its own, befo
 _SAVE_FAILED = 255  # instead of a signal's number: rank 0 could not write a checkpoint
 
 
-def main() -> None:
-    """The command: `train.py` and `instructblip-train`."""
-    entry.main("train", TrainConfig, train)
-
-
 def train(config: TrainConfig, console: Console) -> Outcome:
     """Run train.py with a validated configuration; the exit status is 0, or 128 + signal when told to stop.
 
@@ -61,22 +58,25 @@ def train(config: TrainConfig, console: Console) -> Outcome:
     Raises:
         UserError: anything the user can mend: configuration, missing parts or data, another run in the folder, disk full.
     """
-    check_objectives(config.recipe, config.model)
-    config = with_absolute_cards(config)
+    check_objectives(config.recipe, config)
+    config, said = matched(with_absolute_cards(config))
     if config.plan:
-        return Outcome(_print_plan(config, console))
+        return Outcome(_print_plan(config, console, said))
     device, folder = choose_device(config.device), Path(config.output) / config.name
     with StopRequest() as stop, start_ranks(device, config.parallel.timeout) as ranks:
         check_batches(config.recipe.phases, ranks.world_size)
         with claimed_folder(folder, "run", locked=ranks.is_first), _silent(ranks):
-            return _train(config, folder, ranks, stop, console if ranks.is_first else Console(quiet=True))
+            speaker = console if ranks.is_first else Console(quiet=True)
+            for line in said:
+                speaker.print(line, markup=False, highlight=False, soft_wrap=True)
+            return _train(config, folder, ranks, stop, speaker)
 
 
-def _print_plan(config: TrainConfig, console: Console) -> int:
+def _print_plan(config: TrainConfig, console: Console, said: Sequence[str]) -> int:
     plan = make_plan(config)
     if Ranks.from_environment().is_first:
         console.print(plan_table(plan, config.name))
-        for line in (*plan_summary(plan), *plan_start(config, plan)):
+        for line in (*plan_summary(plan), *plan_start(config, plan), *said):
             console.print(line, markup=False, highlight=False, soft_wrap=True)
     return 0 if plan.fits else 1
 
@@ -195,17 +195,40 @@ def _train_steps(run: TrainingRun, start: int, stop: StopRequest, unvalidated: d
             run.model,
             optimisation.optimizer,
             run.phases,
-            _counted(run, _timed(batches, timer)),
+            _counted(run, _with_images(run, _timed(batches, timer))),
             start_step=start,
             seed=run.config.seed,
             clip_norm=recipe.clip_norm,
             after_step=after_step,
+            read_after=_Reading(run, timer),
             context=optimisation.context,
         )
     run.writer.wait()
     # None goes on while the first rank still writes: a launcher may end all processes with the first that ends.
     run.ranks.gather(None)
     return done
+
+
+class _Reading:
+    """After which steps results are read: every `parallel.read_every`, and before what needs to know them."""
+
+    def __init__(self, run: TrainingRun, timer: StepTimer) -> None:
+        recipe, config = run.config.recipe, run.config
+        self._each = (
+            config.parallel.read_every == 1 or run.optimisation.average is not None
+        )  # which follows step by step
+        self._multiples = (config.parallel.read_every, recipe.checkpoint_every, recipe.validate_every)
+        traced = [] if config.profile_step is None else [config.profile_step, config.profile_step + TRACED_STEPS]
+        self._marks = {*traced, total_steps(run.phases)}
+        self._timer, self._unread = timer, 0
+
+    def __call__(self, done: int) -> bool:
+        self._unread += 1
+        if not (self._each or done in self._marks or any(done % steps == 0 for steps in self._multiples)):
+            return False
+        self._timer.together(self._unread)
+        self._unread = 0
+        return True
 
 
 def _record(
@@ -236,6 +259,14 @@ def _counted(run: TrainingRun, steps: Iterator[LoadedStep]) -> Iterator[tuple[in
             names = [entry.name for entry in run.mixture.entries]
             run.lost.add([LostSample(*one) for rank in of_ranks for one in rank], dict(zip(names, drawn, strict=True)))
         yield step, batches
+
+
+def _with_images(run: TrainingRun, steps: Iterator[LoadedStep]) -> Iterator[LoadedStep]:
+    """Those of the next step in the making, where that is asked for."""
+    kind = run.config.parallel.ahead
+    if kind == "none":
+        return steps
+    return Ahead(run.model, run.optimisation.context, encodes=kind == "vision").steps(steps)
 
 
 def _timed(batches: Iterator[LoadedStep], timer: StepTimer) -> Iterator[LoadedStep]:

@@ -31,7 +31,9 @@ from instructblip.models.adapters import Adapter
 from instructblip.models.base import Model
 from instructblip.models.blip import BLIP
 from instructblip.models.blip2 import BLIP2
+from instructblip.models.fp8 import check_device
 from instructblip.models.instructblip import InstructBLIP
+from instructblip.models.llava import LLaVA
 from instructblip.models.vision import ChannelNorm
 from instructblip.objectives import ObjectiveSettings, make_objectives
 from instructblip.objectives.language_modeling import Answering
@@ -48,6 +50,7 @@ from instructblip.training.optim import WeightAverage, layer_decay, make_adamw
 from instructblip.training.parallel import PRECISIONS, StepContext, check_layout, is_sharded, parallelize
 from instructblip.training.plan.blip_flops import TextParts, blip_shape
 from instructblip.training.plan.blip_memory import plan_blip
+from instructblip.training.plan.connector import connector_shape, plan_connector
 from instructblip.training.plan.flops import GPUS, ModelShape, SampleLengths, adapter_shares, device_peak, model_shape
 from instructblip.training.plan.memory import Plan, PlanLayout, plan_run, planned_phases
 from instructblip.training.run_cards import RunCards, find_cards
@@ -68,10 +71,11 @@ from instructblip.weights.load import (
 from instructblip.weights.modules import (
     adapt_without_weights,
     blip_without_weights,
+    connector_without_weights,
     parts_without_weights,
     vision_encoder,
 )
-from instructblip.weights.parts import MODELS, build_model
+from instructblip.weights.parts import build_model, model_class
 from instructblip.weights.start import Start
 
 _CALIBRATION_IMAGES = 256
@@ -153,6 +157,9 @@ def make_plan(config: TrainConfig) -> Plan:
     if config.text is not None:
         adapt_without_weights(blip := blip_without_weights(config), adapters)
         return plan_blip(blip, phases, layout)
+    if not config.has_qformer():
+        adapt_without_weights(connected := connector_without_weights(config), adapters)
+        return plan_connector(connected, phases, layout)
     adapt_without_weights(parts := parts_without_weights(config), adapters)
     return plan_run(parts, phases, layout)
 
@@ -250,7 +257,7 @@ def _tasks(config: TrainConfig, cards: RunCards) -> tuple[list[Task], list[Task]
     samples, final_samples = config.recipe.validation_samples, config.recipe.final_samples
     validation = [make_validation_task(card, cards.shards, samples=samples) for card in cards.watched]
     final = [make_task(card, cards.shards, samples=final_samples, mode=mode_in_training(card)) for card in cards.scored]
-    refuse_unable([*validation, *final], MODELS[config.model.kind].SKILLS, f"model={config.model.kind}")
+    refuse_unable([*validation, *final], model_class(config).SKILLS, config.said())
     return validation, final
 
 
@@ -261,6 +268,8 @@ def make_optimisation(run: TrainingRun, stop_signal: Callable[[], int]) -> Optim
         stop_signal: number of the signal that asked this process to stop, else 0.
     """
     model, recipe, parallel = run.model, run.config.recipe, run.config.parallel
+    if parallel.packed_attention == "by_length" and model.packs():  # without, samples are bucketed, see make_phases
+        model.attend_by_length()
     wrapped = parallelize(
         model,
         run.ranks,
@@ -355,6 +364,7 @@ def _say(lines: Sequence[str], console: Console) -> None:
 
 def _place(model: Model, device: torch.device, *, without_llm: bool) -> None:
     """Move a built model to its device; where its language model is to be sharded that goes there block by block, later."""
+    check_device(model, device)
     left = set(model.PARTS.get("llm", ())) if without_llm else set()
     for name, part in model.named_children():
         if name not in left:
@@ -411,6 +421,8 @@ def _shape(config: TrainConfig, model: Model) -> ModelShape:
     shares = adapter_shares({part: model.part_modules(part) for part in model.adapters})
     if isinstance(model, BLIP):
         return blip_shape(vision, TextParts.of(model), model.trained_parts, shares)
+    if isinstance(model, LLaVA):
+        return connector_shape(vision, model.connector, model.llm.model, model.trained_parts, shares)
     assert isinstance(model, InstructBLIP | BLIP2)
     llm = model.llm.model if isinstance(model, InstructBLIP) else None
     heads = [part for part in model.part_modules("qformer") if part not in (model.qformer, model.vision_norm)]

@@ -18,14 +18,15 @@ def begin_run(model: Model, config: TrainConfig) -> Begun:
     """
     if isinstance(model, BLIP):
         return _begin_blip(model, config)
-    given = given_weights(config.init_from, config.q_former())
+    qformer = config.q_former() if config.has_qformer() else None
+    given = given_weights(config.init_from, qformer)
     if not given:
-        if config.q_former().init == "given":
+        if qformer is not None and qformer.init == "given":
             raise UserError(NOTHING_GIVEN)
         return Begun(start_new(model))
     weights = [read_start(find_start(source)) for source in given]
     check_pinned(weights, config.init_sha256)
-    begun = start_from(model, weights, config.q_former(), config.llm)
+    begun = start_from(model, weights, qformer, config.llm)
     if not config.init_from:
         begun.lines.insert(0, f"qformer.stage1 and stage2 are another spelling of init_from=[{','.join(given)}]")
     return begun
@@ -47,9 +48,7 @@ def plan_start(config: TrainConfig, plan: Plan) -> list[str]:
     """
     if config.llm is None:
         return []
-    given, width = (
-        given_weights(config.init_from, config.q_former()),
-        plan.llm.get_input_embeddings().embedding_dim,
-    )
-    line = plan_alignment(given, config.q_former(), config.llm, width)
+    qformer = config.q_former() if config.has_qformer() else None
+    given, width = given_weights(config.init_from, qformer), plan.llm.get_input_embeddings().embedding_dim
+    line = plan_alignment(given, qformer, config.llm, width)
     return [] if line is None else [f"At the start: {line}."]

@@ -28,12 +28,18 @@ class StepTimer:
         # seconds, waited, samples, tokens, FLOPs
         self._steps: deque[tuple[float, float, int, int, float]] = deque(maxlen=window)
         self._waited = 0.0
+        self._shares: list[tuple[float, float]] = []
         self.start()
 
     def start(self) -> None:
         """Begin a step now."""
         self._mark = self._clock()
         self._waited = 0.0
+
+    def together(self, count: int) -> None:
+        """The next `count` calls of `step` share evenly what has passed: steps whose results are read together."""
+        share = (self._clock() - self._mark) / count, self._waited / count
+        self._shares = [share] * count
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
@@ -46,7 +52,8 @@ class StepTimer:
 
     def step(self, samples: int, tokens: int = 0, flops: float = 0.0) -> None:
         """End a step that trained on so many samples and tokens with so much work, and begin the next."""
-        self._steps.append((self._clock() - self._mark, self._waited, samples, tokens, flops))
+        seconds, waited = self._shares.pop() if self._shares else (self._clock() - self._mark, self._waited)
+        self._steps.append((seconds, waited, samples, tokens, flops))
         self.start()
 
     @property

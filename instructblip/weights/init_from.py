@@ -9,6 +9,7 @@ import itertools
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,15 @@ from instructblip.errors import UserError
 from instructblip.models.adapters import is_adapter, without_adapters
 from instructblip.models.base import Model
 from instructblip.models.fingerprint import fingerprint_tensors
-from instructblip.weights.init_sources import Partner, StartWeights, find_partner, find_start, is_here
+from instructblip.models.vision_language import VisionLanguageModel
+from instructblip.weights.init_sources import (
+    CONNECTOR_OUTPUT,
+    Partner,
+    StartWeights,
+    find_partner,
+    find_start,
+    is_here,
+)
 from instructblip.weights.position import resize_position_embedding
 from instructblip.weights.start import NO_LLM, PROJECTION, QFORMER, Start, not_aligned
 
@@ -41,8 +50,10 @@ _PLACES = {
     _TEXT_BRANCH: re.compile(r"qformer\.(word_embeddings|position_embeddings|layers\.\d+\.text_ffn)\."),
     _LM_HEAD: re.compile(r"qformer\.lm_head\."),
     QFORMER: re.compile(r"qformer\."),
+    PROJECTION: re.compile(r"(projection|connector\.output)\."),  # the last layer of any connector
 }
 _TITLES = {"vision": "vision encoder", "llm": "language model"}
+_CONNECTOR = ("connector.", "vision_norm.")
 _TOKEN_TABLES = ("qformer.word_embeddings.weight", "qformer.lm_head.bias")
 
 
@@ -63,20 +74,22 @@ class Begun:
     frozen: dict[str, str] = field(default_factory=dict)
 
 
-def start_from(model: Model, weights: Sequence[StartWeights], qformer: QFormerConfig, llm: LLMConfig | None) -> Begun:
+def start_from(
+    model: Model, weights: Sequence[StartWeights], qformer: QFormerConfig | None, llm: LLMConfig | None
+) -> Begun:
     """Put weights into a model that was built from its configuration; later ones lie over earlier ones.
 
     Args:
         model: on the CPU, not wrapped yet.
         weights: one at least.
-        qformer, llm: what it was built from.
+        qformer, llm: what it was built from; no Q-Former where it has another connector.
 
     Raises:
         UserError: weights of another Q-Former, without a text branch that is needed, or in an order that makes no sense.
     """
-    everything, last = _laid_over(weights), weights[-1]
+    everything, last = _laid_over(weights, qformer=qformer is not None), weights[-1]
     tensors = without_adapters(everything)
-    fitted = _fit_qformer(model, tensors, qformer, last)
+    fitted = _fit_connector(model, tensors, last) if qformer is None else _fit_qformer(model, tensors, qformer, last)
     model.load_state_dict(fitted.taken, strict=False)
     lines = [f"starting from {_names(weights)}: {', '.join(_places(fitted.taken))}"]
     lines += [f"new: {', '.join(fitted.new.values())}"] if fitted.new else []
@@ -85,9 +98,10 @@ def start_from(model: Model, weights: Sequence[StartWeights], qformer: QFormerCo
     if llm is not None and last.partner is not None and last.partner.name == llm.name:
         lines += _take_own(model, "llm", tensors, last)
     lines += _take_adapters(model, everything, last, llm)
-    aligned_to = None if llm is None else _aligned_to(model, last, qformer, llm)
+    aligned_to = None if llm is None else _aligned_to(model, last, _said(qformer), llm)
     if llm is not None and aligned_to is not None:
-        lines.append(not_aligned(aligned_to, llm.name, projection_fits=PROJECTION not in fitted.new))
+        fits = PROJECTION not in fitted.new
+        lines.append(not_aligned(aligned_to, llm.name, projection_fits=fits, qformer=qformer is not None))
     text_branch = {name: tensor for name, tensor in fitted.left.items() if _place(name) == _TEXT_BRANCH}
     untrained = [place for place in last.untrained if place not in fitted.new]
     start = Start(
@@ -101,26 +115,35 @@ def start_from(model: Model, weights: Sequence[StartWeights], qformer: QFormerCo
 
 def start_new(model: Model) -> Start:
     """Of a model without weights to start from: all that no part's own files hold is new."""
-    return Start(new=tuple(_places(model.part_state("qformer"))), aligned_to=NO_LLM if "llm" in model.PARTS else None)
+    part = "qformer" if "qformer" in model.PARTS else "connector"
+    return Start(new=tuple(_places(model.part_state(part))), aligned_to=NO_LLM if "llm" in model.PARTS else None)
 
 
-def plan_alignment(given: Sequence[str], qformer: QFormerConfig, llm: LLMConfig, llm_width: int) -> str | None:
+def plan_alignment(given: Sequence[str], qformer: QFormerConfig | None, llm: LLMConfig, llm_width: int) -> str | None:
     """The same before anything is loaded, for a plan; None where nothing speaks against it.
 
-    Weights that are not on this machine are judged by `qformer.aligned_to` alone.
+    Weights that are not on this machine are judged by `qformer.aligned_to` alone; a connector that is no Q-Former has none.
 
     Raises:
         UserError: weights that cannot be opened.
     """
+    says = partial(not_aligned, llm=llm.name, qformer=qformer is not None)
     if not given:
-        return NOTHING_GIVEN if qformer.init == "given" else not_aligned(NO_LLM, llm.name, projection_fits=False)
-    partner: Partner | None = Partner(qformer.aligned_to)
+        needs = qformer is not None and qformer.init == "given"
+        return NOTHING_GIVEN if needs else says(NO_LLM, projection_fits=False)
+    name = _said(qformer)
+    partner: Partner | None = Partner(name)
     if is_here(given[-1]):
-        partner = declared(find_partner(find_start(given[-1])), qformer.aligned_to)
+        partner = declared(find_partner(find_start(given[-1])), name)
     if partner is None:
-        return not_aligned(NO_LLM, llm.name, projection_fits=False)
+        return says(NO_LLM, projection_fits=False)
     other = partner.other_than(llm, llm_width)
-    return None if other is None else not_aligned(other, llm.name, projection_fits=partner.width in (None, llm_width))
+    return None if other is None else says(other, projection_fits=partner.width in (None, llm_width))
+
+
+def _said(qformer: QFormerConfig | None) -> str | None:
+    """The LLM that the user says the weights were trained with."""
+    return None if qformer is None else qformer.aligned_to
 
 
 def declared(partner: Partner | None, aligned_to: str | None) -> Partner | None:
@@ -133,16 +156,18 @@ def declared(partner: Partner | None, aligned_to: str | None) -> Partner | None:
 # --- several sources -------------------------------------------------------------------------------------------------
 
 
-def _laid_over(weights: Sequence[StartWeights]) -> dict[str, Tensor]:
+def _laid_over(weights: Sequence[StartWeights], *, qformer: bool) -> dict[str, Tensor]:
     """The tensors of all sources, those of later ones in place of earlier ones.
 
     Raises:
-        UserError: a source without a Q-Former, one of which nothing is left, or a projection from under another Q-Former.
+        UserError: a source without the wanted kind of connector, one of which nothing is left, or a projection from under
+            another Q-Former.
     """
     tensors: dict[str, Tensor] = {}
+    mark, what = ("qformer.query_tokens", "Q-Former") if qformer else (CONNECTOR_OUTPUT, "connector but a Q-Former")
     for found in weights:
-        if "qformer.query_tokens" not in found.tensors:
-            raise UserError(f"init_from={found.source.given} holds no Q-Former; give weights of one")
+        if mark not in found.tensors:
+            raise UserError(f"init_from={found.source.given} holds no {what}; give weights of one")
     for lower, upper in itertools.pairwise(weights):
         tensors |= lower.tensors
         if "projection.weight" in tensors and "projection.weight" not in upper.tensors:
@@ -202,6 +227,30 @@ def _fit_qformer(model: Model, tensors: Mapping[str, Tensor], config: QFormerCon
         {name: tensor for name, tensor in left.items() if _place(name) not in new},
         new,
     )
+
+
+def _fit_connector(model: Model, tensors: Mapping[str, Tensor], last: StartWeights) -> _Fitted:
+    """The same of another connector; its last layer stays as it was drawn where it leads into another width."""
+    expected, taken, new = model.part_state("connector"), {}, {}
+    where = f"init_from={last.source.given}"
+    for name, own in expected.items():
+        place, found = _place(name), tensors.get(name)
+        if found is not None and found.shape == own.shape:
+            taken[name] = found
+        elif place == VISION_NORM or (place == PROJECTION and found is not None):
+            new[place] = _remark(place, own, found)
+        else:
+            there = "has none" if found is None else f"is {tuple(found.shape)} there"
+            raise UserError(
+                f"{where}: {name} of {tuple(own.shape)} {there}; choose the connector= and connector.* that it was trained "
+                "with"
+            )
+    left = {name: tensor for name, tensor in tensors.items() if name not in expected and name.startswith(_CONNECTOR)}
+    if other := [name for name in left if _place(name) != VISION_NORM]:
+        raise UserError(
+            f"{where} has {other[0]} and this connector has not; choose the connector= that it was trained with"
+        )
+    return _Fitted({name: tensor for name, tensor in taken.items() if _place(name) not in new}, left, new)
 
 
 def _place(name: str) -> str:
@@ -324,12 +373,13 @@ def _fit_positions(backbone: Any, found: dict[str, Tensor]) -> None:
     found["vision.backbone.pos_embed"] = resize_position_embedding(theirs, patches, prefix_tokens=prefix)
 
 
-def _aligned_to(model: Model, last: StartWeights, qformer: QFormerConfig, llm: LLMConfig) -> str | None:
-    """The language model that Q-Former and projection were trained beside, where it is not the model's."""
-    partner = declared(last.partner, qformer.aligned_to)
+def _aligned_to(model: Model, last: StartWeights, name: str | None, llm: LLMConfig) -> str | None:
+    """The language model that the connector was trained beside, where it is not the model's; `name` as the user gave it."""
+    partner = declared(last.partner, name)
     if partner is None:
         return NO_LLM
-    width = model.part_state("qformer")["projection.weight"].shape[0]
+    assert isinstance(model, VisionLanguageModel)
+    width = model.llm.width
     if other := partner.other_than(llm, width):
         return other
     if _differs(partner.weights, model.part_state("llm")):

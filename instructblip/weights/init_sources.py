@@ -32,6 +32,9 @@ from instructblip.weights.transformers_blip import load_blip_folder
 from instructblip.weights.transformers_layout import layout_of
 from instructblip.weights.transformers_read import is_huggingface_folder, read_side_tensors, read_weights
 
+# The last layers of connectors, whose rows are as many as the LLM's width.
+CONNECTOR_OUTPUT = "connector.output.weight"
+_LAST_LAYERS = ("projection.weight", CONNECTOR_OUTPUT)
 TEXT_BRANCH_FILE = "text_branch.safetensors"
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -103,8 +106,10 @@ class StartWeights:
     adapters: dict[str, Adapter] = field(default_factory=dict)
 
 
-def given_weights(init_from: Sequence[str], qformer: QFormerConfig) -> list[str]:
+def given_weights(init_from: Sequence[str], qformer: QFormerConfig | None) -> list[str]:
     """What a configuration wants to start from; `qformer.stage1` and `stage2` are another spelling of it."""
+    if qformer is None:
+        return list(init_from)
     return [path for path in (qformer.stage1, qformer.stage2) if path is not None] or list(init_from)
 
 
@@ -204,7 +209,7 @@ def _read_run(source: StartSource) -> StartWeights:
         return _blip_start(source, meeting_tensors(loaded.model), loaded.state)
     llm = config.llm
     tensors = loaded.model | _text_branch(folder, Start.from_json(loaded.state.get("start")).text_branch)
-    width = tensors["projection.weight"].shape[0] if "projection.weight" in tensors else None
+    width = next((tensors[name].shape[0] for name in _LAST_LAYERS if name in tensors), None)
     own = {name: tensor for name, tensor in without_adapters(tensors).items() if name.startswith(LLM_PREFIX)}
     untrained = tuple(loaded.state.get("untrained", ()))
     partner = None
@@ -238,7 +243,8 @@ def _read_transformers(source: StartSource) -> StartWeights:
     names = native_names(weights, layout_of(source.path).names, str(source.path))
     tensors = {native: weights[name] for name, native in names.items()} | read_side_tensors(source.path)
     llm = {name: tensors.pop(name) for name in list(tensors) if name.startswith(LLM_PREFIX)}
-    partner = Partner(width=tensors["projection.weight"].shape[0], weights=llm) if llm else None
+    width = next((tensors[name].shape[0] for name in _LAST_LAYERS if name in tensors), None)
+    partner = Partner(width=width, weights=llm) if llm else None
     return StartWeights(source, tensors, fingerprint_tensors(tensors), partner)
 
 
@@ -263,10 +269,11 @@ def _read_lavis(source: StartSource) -> StartWeights:
 
 
 def _projection_width(file: Path) -> int | None:
-    """Rows of the projection in a checkpoint, by the file's header."""
+    """Rows of the connector's last layer in a checkpoint, by the file's header."""
     try:
         with safe_open(file, framework="pt") as opened:
             names = set(opened.keys())
-            return opened.get_slice("projection.weight").get_shape()[0] if "projection.weight" in names else None
+            last = next((name for name in _LAST_LAYERS if name in names), None)
+            return None if last is None else opened.get_slice(last).get_shape()[0]
     except (OSError, SafetensorError) as error:
         raise UserError(f"{file} cannot be read ({error}); use another checkpoint of the run") from None

@@ -34,7 +34,9 @@ from instructblip.models.base import Model, Skill
 from instructblip.models.blip import BLIP
 from instructblip.models.blip2 import BLIP2
 from instructblip.models.fingerprint import fingerprint, fingerprint_tensors
+from instructblip.models.fp8 import check_device
 from instructblip.models.instructblip import InstructBLIP
+from instructblip.models.vision_language import VisionLanguageModel
 from instructblip.weights.adapters import attach
 from instructblip.weights.blip import blip_checkpoint, blip_settings, is_blip, load_blip
 from instructblip.weights.checkpoint import LoadedCheckpoint, checkpoint_folders, load_checkpoint, newest_whole
@@ -48,8 +50,8 @@ from instructblip.weights.lavis import (
     read_lavis,
 )
 from instructblip.weights.names import check_tensors
-from instructblip.weights.parts import MODELS, build_model, load_llm, warn_aligned
-from instructblip.weights.start import PLAIN, PROJECTION, Standing, Start
+from instructblip.weights.parts import MODELS, build_model, load_llm, model_class
+from instructblip.weights.start import PLAIN, PROJECTION, Standing, Start, not_aligned
 from instructblip.weights.transformers_blip import load_blip_folder
 from instructblip.weights.transformers_layout import layout_of
 from instructblip.weights.transformers_read import is_huggingface_folder, load_huggingface
@@ -238,6 +240,7 @@ def load_model(
         loaded = load[found.format](found, replaced)
     if adapter is not None:
         attach(loaded.model, adapter)
+    check_device(loaded.model, place)
     return loaded._replace(model=loaded.model.to(place).eval())
 
 
@@ -398,9 +401,11 @@ def _lavis_config(checkpoint: LavisCheckpoint, llm: str | LLMConfig | None) -> M
     )
 
 
-def _beside(trained_with: str, llm: str, *, projection_fits: bool, start: Start = PLAIN.start) -> Standing:
-    """A model beside another language model than its Q-Former was trained with, which is warned about."""
-    warn_aligned(trained_with, llm, projection_fits=projection_fits)
+def _beside(
+    trained_with: str, llm: str, *, projection_fits: bool, start: Start = PLAIN.start, qformer: bool = True
+) -> Standing:
+    """A model beside another language model than its connector was trained with, which is warned about."""
+    logger.warning(not_aligned(trained_with, llm, projection_fits=projection_fits, qformer=qformer))
     return Standing(start, trained_with, () if projection_fits else (PROJECTION,))
 
 
@@ -470,7 +475,7 @@ def load_run(source: Path, *, device: str = "auto", config: ModelConfig | None =
     built = _filled_from_outside(config, vision=any(name.startswith("vision.") for name in whole))
     state, frozen = dict(loaded.model), dict(loaded.state["frozen"])
     # What a checkpoint does not hold it names by a fingerprint.
-    kind = MODELS[config.model.kind]
+    kind = model_class(config)
     adapters = {part: Adapter.from_json(stored) for part, stored in loaded.state.get("adapters", {}).items()}
     trained = kind.PARTS.keys() - kind.FOLLOWERS - frozen.keys() | adapters.keys()
     start = Start.from_json(loaded.state.get("start"))
@@ -482,14 +487,16 @@ def load_run(source: Path, *, device: str = "auto", config: ModelConfig | None =
         adapters.pop("llm", None)
         state = {name: tensor for name, tensor in state.items() if not name.startswith("llm.")}
         model: Model = build_model(built, trained=trained, adapters=adapters)
-        assert isinstance(model, InstructBLIP)
+        assert isinstance(model, VisionLanguageModel)
         frozen["llm"] = fingerprint(model.llm)
         fits = _fit_projection(model, state)
-        standing = _beside(own.llm.name, config.language_model().name, projection_fits=fits, start=start)
+        other = config.language_model().name
+        standing = _beside(own.llm.name, other, projection_fits=fits, start=start, qformer=config.has_qformer())
     else:
         model = build_model(built, trained=trained, adapters=adapters)
     restore_model(model, loaded._replace(model=state, state={**loaded.state, "frozen": frozen}))
-    return LoadedRun(model.to(choose_device(device)).eval(), config, checkpoint, loaded.step, standing)
+    check_device(model, place := choose_device(device))
+    return LoadedRun(model.to(place).eval(), config, checkpoint, loaded.step, standing)
 
 
 def _filled_from_outside(config: ModelConfig, *, vision: bool) -> ModelConfig:
@@ -503,12 +510,13 @@ def _filled_from_outside(config: ModelConfig, *, vision: bool) -> ModelConfig:
     )
 
 
-def _fit_projection(model: InstructBLIP, state: dict[str, Tensor]) -> bool:
-    """Whether a checkpoint's projection leads into this model's LLM; where it does not the model's own takes its place."""
-    projection = {f"projection.{name}": tensor for name, tensor in model.projection.state_dict().items()}
-    fits = state["projection.weight"].shape == projection["projection.weight"].shape
-    state |= {} if fits else projection
-    return fits
+def _fit_projection(model: VisionLanguageModel, state: dict[str, Tensor]) -> bool:
+    """Whether a checkpoint's connector leads into this model's LLM; what does not is the model's own then."""
+    own = model.part_state(model.connector_part)
+    names = [name for name in own if name.startswith(("projection.", "connector.")) and name in state]
+    misfit = {name: own[name] for name in names if state[name].shape != own[name].shape}
+    state |= misfit
+    return not misfit
 
 
 def find_checkpoint(source: Path) -> Path:

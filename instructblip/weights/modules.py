@@ -12,13 +12,21 @@ import torch
 from torch import nn
 from transformers import AutoConfig
 
-from instructblip.config.schema import LLMConfig, ModelConfig, QFormerConfig, TextConfig, VisionConfig
+from instructblip.config.schema import (
+    ConnectorConfig,
+    LLMConfig,
+    ModelConfig,
+    QFormerConfig,
+    TextConfig,
+    VisionConfig,
+)
 from instructblip.errors import UserError
 from instructblip.fetch.parts import part_settings, sources
 from instructblip.models.adapters import Adapter, choose_layers, inject, require_peft
 from instructblip.models.base import blocks_of
 from instructblip.models.blip import BLIP_TOKENS, pair_heads
 from instructblip.models.blip2 import blip2_heads
+from instructblip.models.connector import Connector, LinearConnector, MLPConnector, Patches, Resampler
 from instructblip.models.llm import LLM_KINDS
 from instructblip.models.med import TextModel
 from instructblip.models.qformer import QFormer
@@ -37,6 +45,16 @@ class Parts:
         nn.ModuleDict
     )  # what stands behind the Q-Former: InstructBLIP's projection, the heads of BLIP-2's first stage
     llm: Any  # a transformers model; None where there is none
+
+
+@dataclass(frozen=True)
+class ConnectorParts:
+    """The parts of a model whose connector is no Q-Former, without its tokenizer; `llm` is a transformers model."""
+
+    vision: VisionEncoder
+    norm: nn.Module
+    connector: Connector
+    llm: Any
 
 
 @dataclass(frozen=True)
@@ -75,16 +93,18 @@ def parts_without_weights(config: ModelConfig) -> Parts:
     return Parts(vision, norm, qformer, nn.ModuleDict({"projection": projection}), llm)
 
 
-def adapt_without_weights(parts: Parts | BLIPParts, adapters: Mapping[str, Adapter]) -> None:
+def adapt_without_weights(parts: Parts | ConnectorParts | BLIPParts, adapters: Mapping[str, Adapter]) -> None:
     """Put adapters on parts that lie on the meta device, as `parts.adapt` does on a model's.
 
     Raises:
         UserError: peft is not installed, or layers that a part has not.
     """
     roots: dict[str, dict[str, Any]] = {"vision": {"vision.backbone": parts.vision.backbone}}
+    if isinstance(parts, Parts | ConnectorParts):
+        roots["llm"] = {"llm.model": parts.llm}
     if isinstance(parts, Parts):
-        roots |= {"qformer": {"qformer": parts.qformer}, "llm": {"llm.model": parts.llm}}
-    else:
+        roots["qformer"] = {"qformer": parts.qformer}
+    if isinstance(parts, BLIPParts):
         texts = {"text_encoder": parts.encoder, "text_decoder": parts.decoder}
         roots["text"] = {name: model for name, model in texts.items() if model is not None}
     for part, adapter in adapters.items():
@@ -99,6 +119,42 @@ def adapt_without_weights(parts: Parts | BLIPParts, adapters: Mapping[str, Adapt
             config = root.config if part == "llm" else None
             with torch.device("meta"):
                 inject(holder, choose_layers(part, blocks, adapter.targets, config), adapter, seed=0)
+
+
+def connector_without_weights(config: ModelConfig) -> ConnectorParts:
+    """All parts of a model whose connector is no Q-Former, as `parts_without_weights`."""
+    with torch.device("meta"):
+        vision = vision_encoder(config.vision)
+        norm = nn.LayerNorm(vision.width) if config.vision.norm == "layer" else nn.Identity()
+        llm = language_model_of_sizes(config.language_model())
+        connector = make_connector(config.connector, vision, llm.get_input_embeddings().weight.shape[1])
+    return ConnectorParts(vision, norm, connector, llm)
+
+
+def make_connector(config: ConnectorConfig, vision: VisionEncoder, llm_width: int) -> Connector:
+    """A connector that is no Q-Former, new, between an encoder and a language model of that width.
+
+    Raises:
+        UserError: settings that do not fit the encoder, or each other.
+    """
+    widths: dict[str, Any] = {"vision_width": vision.width, "llm_width": llm_width}
+    try:
+        if config.kind == "resampler":
+            return Resampler(
+                Patches(vision, class_token=config.class_token),
+                **widths,
+                tokens=config.tokens,
+                width=config.width,
+                depth=config.depth,
+                heads=config.heads,
+                hidden_width=config.hidden_width,
+            )
+        patches = Patches(vision, class_token=config.class_token, tokens=config.tokens)
+        if config.kind == "linear":
+            return LinearConnector(patches, **widths)
+        return MLPConnector(patches, **widths, hidden_width=config.hidden_width)
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 def vision_encoder(config: VisionConfig) -> VisionEncoder:

@@ -1,7 +1,7 @@
 """From a validated configuration to a model: parts by name, put together in the open.
 
-The only place that reads the `model`, `vision`, `qformer`, `text` and `llm` sections. A kind of model is a function here and
-a class in `MODELS`.
+The only place that reads the `model`, `vision`, `connector`, `qformer`, `text` and `llm` sections. A kind of model is a
+function here and a class in `MODELS`.
 """
 
 import logging
@@ -42,6 +42,7 @@ from instructblip.models.blip import (
 )
 from instructblip.models.blip2 import BLIP2
 from instructblip.models.instructblip import InstructBLIP
+from instructblip.models.llava import LLaVA
 from instructblip.models.llm import LLM
 from instructblip.models.med import TextModel
 from instructblip.models.qformer import QFormer
@@ -69,10 +70,15 @@ from instructblip.weights.gatekeeper import (
 )
 from instructblip.weights.language_model import finished_llm, load_language_model
 from instructblip.weights.lavis import read_pth
-from instructblip.weights.modules import make_qformer, make_text_model, override_settings, vision_encoder
+from instructblip.weights.modules import (
+    make_connector,
+    make_qformer,
+    make_text_model,
+    override_settings,
+    vision_encoder,
+)
 from instructblip.weights.names import check_tensors
 from instructblip.weights.position import resize_position_embedding
-from instructblip.weights.start import not_aligned
 
 logger = logging.getLogger(__name__)
 
@@ -91,12 +97,13 @@ def build_model(
 ) -> Model:
     """Fetch the parts and assemble them; what is new starts from the seed, and `trained` parts are to train.
 
-    None trains what the class trains: the Q-Former, all of BLIP. Of those with `adapters` they alone do.
+    None trains what the class trains: the Q-Former or other connector, all of BLIP. Of those with `adapters` they alone do.
 
     Raises:
         UserError: a part cannot be fetched, or its settings do not fit its files.
     """
-    model = _BUILDERS[config.model.kind](config)
+    build = _BUILDERS[config.model.kind] if config.connector.kind == "qformer" else build_llava
+    model = build(config)
     if isinstance(model, BLIP):
         model.vision_norm = VISION_NORMS[config.vision.norm](model.vision.width, config.vision.norm_eps)
     train_parts(model, model.trained_parts if trained is None else trained, adapters, seed=config.seed)
@@ -118,6 +125,19 @@ def build_instructblip(config: ModelConfig) -> InstructBLIP:
         qformer_tokenizer=tokenizer,
         llm=language,
         max_instruction_tokens=qformer.max_instruction_tokens,
+    )
+
+
+def build_llava(config: ModelConfig) -> LLaVA:
+    """A model whose connector is no Q-Former, its connector trained and the rest frozen; as `build_model`."""
+    encoder = load_vision(config.vision)
+    language = load_llm(config.language_model())
+    torch.manual_seed(config.seed)
+    return LLaVA(
+        vision=encoder,
+        vision_norm=VISION_NORMS[config.vision.norm](encoder.width, config.vision.norm_eps),
+        connector=make_connector(config.connector, encoder, language.width),
+        llm=language,
     )
 
 
@@ -241,6 +261,11 @@ _BUILDERS: dict[ModelKind, Callable[[ModelConfig], Model]] = {
 }
 
 
+def model_class(config: ModelConfig) -> type[Model]:
+    """The class of a configured model: `MODELS` has that of each kind with a Q-Former, and BLIP's."""
+    return MODELS[config.model.kind] if config.connector.kind == "qformer" else LLaVA
+
+
 def train_parts(
     model: Model,
     trained: Collection[str],
@@ -318,7 +343,10 @@ def load_vision(config: VisionConfig) -> VisionEncoder:
     file, encoder = _vision_file(config), vision_encoder(config)
     weights = _vision_weights(file)
     _fit_positions(encoder.backbone, weights)
-    load_exactly(encoder.backbone, weights, str(file), surplus_ok=_not_built(encoder.backbone, config))
+    types = {name: tensor.dtype for name, tensor in encoder.backbone.state_dict().items()}
+    # Where the types agree the tensors stay those of the mapped file, which all processes of a machine share.
+    held = {name: tensor.to(types.get(name, tensor.dtype)) for name, tensor in weights.items()}
+    load_exactly(encoder.backbone, held, str(file), surplus_ok=_not_built(encoder.backbone, config), assign=True)
     return encoder
 
 
@@ -495,6 +523,10 @@ def _llm_tokenizer(config: LLMConfig, folder: Path) -> Any:
 
 
 def _quantize(model: Any, kind: Quantization) -> None:
+    if kind == "fp8" and model.dtype == torch.float32:
+        raise UserError(
+            "llm.quantization=fp8 multiplies what a model in half precision computes; set llm.dtype=bfloat16"
+        )
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses a CPU kernel that is not used here
     try:
         quantize_linears(model, kind, keep=model.get_output_embeddings())
@@ -511,11 +543,6 @@ def _rows_needed(tokenizer: Any) -> int:
     return max(tokenizer.get_vocab().values()) + 1
 
 
-def warn_aligned(trained_with: str, llm: str, *, projection_fits: bool) -> None:
-    """Say in one line that Q-Former and projection speak to another language model than the one that is loaded."""
-    logger.warning(not_aligned(trained_with, llm, projection_fits=projection_fits))
-
-
 def load_exactly(
     module: nn.Module,
     state: Mapping[str, Tensor],
@@ -523,6 +550,7 @@ def load_exactly(
     *,
     surplus_ok: tuple[str, ...] = (),
     new: Collection[str] = (),
+    assign: bool = False,
 ) -> None:
     """Load a state dict and stop on a missing, surplus or misshapen tensor, naming it.
 
@@ -532,8 +560,9 @@ def load_exactly(
         where: they come from, for the message.
         surplus_ok: beginnings of names that the module may lack.
         new: names that the module has and `state` must not have; they stay as they are.
+        assign: the module takes the tensors themselves, in their types, instead of copying their values.
     """
     shapes = {name: tensor.shape for name, tensor in module.state_dict().items() if name not in new}
     known = {name: state[name] for name in state if not (surplus_ok and name.startswith(surplus_ok))}
     check_tensors(shapes, known, where)
-    module.load_state_dict({name: state[name] for name in shapes}, strict=not new)
+    module.load_state_dict({name: state[name] for name in shapes}, strict=not new, assign=assign)

@@ -15,7 +15,8 @@ class Start:
 
     Attributes:
         weights: `source`, `name` and `sha256` of each, in their order; none where each part came from its own files.
-        new: what was drawn: parts of the model's part `qformer`, or of BLIP's `text`, which the weights did not hold.
+        new: what was drawn: parts of the model's part `qformer` or `connector`, or of BLIP's `text`, which the weights did
+            not hold.
         aligned_to: the LLM that Q-Former and projection were trained beside, where it is not the run's; `NO_LLM` where there
             was none; None where it is the run's, or the run has none.
         text_branch: fingerprint of the Q-Former's text branch, which the run keeps beside its checkpoints for others that
@@ -40,7 +41,7 @@ class Start:
 
     def untrained(self, trained_parts: Collection[str]) -> tuple[str, ...]:
         """What is still as it was drawn after steps that trained these parts."""
-        return () if {"qformer", "text"} & set(trained_parts) else self.new
+        return () if {"qformer", "connector", "text"} & set(trained_parts) else self.new
 
 
 class Standing(NamedTuple):
@@ -60,11 +61,14 @@ class Standing(NamedTuple):
 PLAIN = Standing()
 
 
-def not_aligned(aligned_to: str, llm: str, *, projection_fits: bool) -> str:
-    """Says in one line that Q-Former and projection speak to another language model than `llm`."""
+def not_aligned(aligned_to: str, llm: str, *, projection_fits: bool, qformer: bool = True) -> str:
+    """Says in one line that Q-Former and projection, or another connector, speak to another language model than `llm`."""
     if aligned_to == NO_LLM:
+        if not qformer:
+            return f"the connector was aligned to no language model; llm={llm} needs it trained"
         return (
             f"the Q-Former was aligned to no language model; llm={llm} needs it trained, and the projection starts anew"
         )
+    what, them = ("Q-Former and projection were", "them") if qformer else ("the connector was", "it")
     remark = "" if projection_fits else ", and the projection, into another width, starts anew"
-    return f"Q-Former and projection were aligned to {aligned_to}; llm={llm} needs them trained{remark}"
+    return f"{what} aligned to {aligned_to}; llm={llm} needs {them} trained{remark}"

@@ -18,6 +18,8 @@ from tests.kit.blip_training import WatchedPairMatching, tiny_batch, tiny_blip
 from tests.kit.ranks import on_ranks
 from tests.kit.stage1 import Step, WatchedMatching, assert_gradients, step
 
+pytestmark = pytest.mark.slow
+
 
 def share(ranks: Ranks, micro_batch: int, first: int = 0) -> list[Batch]:
     """This rank's micro-batches of sixteen samples."""

@@ -98,6 +98,7 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, module: Any, name: str, call: int) 
 MOMENTS: list[tuple[Any, str]] = [(loop, "follow"), (loop, "backward"), (loop, "remember"), (run, "_save")]
 
 
+@pytest.mark.slow
 def test_ten_kills_leave_no_trace(blip_world: World, finished: Path, tmp_path: Path) -> None:
     """Same samples, negatives, losses, scores, weights, copies, queue and pointer."""
     stream, folder = random.Random(5), tmp_path / "blip_pretrain"

@@ -151,8 +151,9 @@ class Oracle:
         """As they are."""
         return images
 
-    def encode_pairs(self, images: Tensor, ids: Tensor, mask: Tensor) -> SimpleNamespace:
+    def encode_pairs(self, images: Tensor, ids: Tensor, mask: Tensor, rows: Tensor | None = None) -> SimpleNamespace:
         """A match where the caption is the image's, or the statement true."""
+        images = images if rows is None else images[rows]
         if self.judges:
             match = torch.tensor([float(record.answers == ("true",)) for record in self._records(images)])
             return SimpleNamespace(logits_B2=torch.stack([0.5 - match, match - 0.5], dim=1))

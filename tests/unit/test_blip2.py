@@ -6,6 +6,8 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from instructblip.models.blip2 import BLIP2
 from tests.kit.stage1 import tiny_stage1
@@ -148,3 +150,31 @@ def test_wrong_arguments(model: BLIP2) -> None:
     for message, call in cases:
         with pytest.raises(ValueError, match=message):
             call()
+
+
+def test_an_image_is_read_once_for_all_its_texts(model: BLIP2) -> None:
+    ids_BT, mask_BT = model.tokenize(TEXTS)
+    for rows in ([0, 0, 1, 2, 2, 2, 0, 1], [0] * 8):  # in any order; and one image for all
+        rows_B = torch.tensor(rows)
+        tokens_NPU = model.normalised(model.image_tokens(tiny_images(max(rows) + 1)))
+        work, outputs = {}, {}
+        for name, asked in (
+            ("copied", (tokens_NPU[rows_B], ids_BT, mask_BT)),
+            ("once", (tokens_NPU, ids_BT, mask_BT, rows_B)),
+        ):
+            with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+                outputs[name] = model.encode_pairs(*asked)
+            work[name] = counter.get_total_flops()
+        for found, expected in zip(outputs["once"], outputs["copied"], strict=True):
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+        readers = [layer.cross_attention for layer in model.qformer.layers if layer.cross_attention is not None]
+        image = sum(2 * 2 * tokens_NPU[0].numel() * reader.key.out_features for reader in readers)  # keys and values
+        assert work["copied"] - work["once"] == (len(rows) - len(tokens_NPU)) * image > 0
+
+
+def test_rows_of_images_are_as_many_as_texts(model: BLIP2) -> None:
+    ids_BT, mask_BT = model.tokenize(TEXTS)
+    tokens_NPU = model.normalised(model.image_tokens(tiny_images(2)))
+    for images, rows in ((tokens_NPU, [0, 1]), (None, [0] * 8)):
+        with pytest.raises(ValueError, match="are as many as the texts"):
+            model.qformer(images, ids_BT, mask_BT, text_states=True, image_rows_B=torch.tensor(rows))

@@ -80,7 +80,7 @@ WRONG = [
     ("train", "model.kind=foo", "model.kind=foo is none of instructblip, blip2, blip2_stage1"),
     ("train", "llm=null", "model=instructblip needs a language model; give llm=NAME"),
     ("train", "llm.kind=foo", "llm.kind=foo is none of decoder, encoder_decoder"),
-    ("train", "llm.quantization=int4", "llm.quantization=int4 is none of int8, nf4, null; did you mean int8?"),
+    ("train", "llm.quantization=int4", "llm.quantization=int4 is none of int8, nf4, fp8, null; did you mean int8?"),
     ("train", "vision.dtype=half", "vision.dtype=half is none of float32, bfloat16, float16"),
     ("train", "mixture.weights=root", "mixture.weights=root is none of sqrt, proportional, uniform, temperature"),
     ("train", "recipe.precision=bf", "recipe.precision=bf is none of fp32, bf16; did you mean bf16?"),

@@ -64,6 +64,20 @@ def test_auroc_is_compared_by_placement_values(tmp_path: Path) -> None:
     assert found.paired.p < 0.01
 
 
+def test_a_run_in_another_precision_is_compared_and_marked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = scored_run(tmp_path / "a", "okvqa", [0.0, 100.0])  # of before precisions were stated
+    second = scored_run(tmp_path / "b", "okvqa", [100.0, 100.0], sha256="cd", precision="bf16")
+    (found,) = compared(first, second)
+    assert (found.precisions, found.paired.difference) == (("fp32", "bf16"), 50.0)
+    assert main([str(first), str(second)]) == 0
+    printed = capsys.readouterr().out
+    assert "okvqa ‖" in printed
+    assert "‖ A computed in fp32, B in bf16" in printed
+    third = scored_run(tmp_path / "c", "okvqa", [0.0, 0.0], sha256="ef", precision="bf16", num_beams=1)
+    with pytest.raises(UserError, match=r"differ in num_beams \(5 and 1\), precision"):
+        compared(first, third)
+
+
 @pytest.mark.parametrize(
     ("changed", "told"),
     [

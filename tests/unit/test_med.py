@@ -102,6 +102,17 @@ def test_rows_of_one_source_need_no_copies_of_it() -> None:
 
 
 @torch.no_grad()
+def test_texts_read_the_source_that_is_theirs() -> None:
+    model, (_, _, source_BPU) = text_model(), inputs()
+    ids_RT, mask_RT, _ = inputs(batch=6)
+    for rows in ([2, 0, 0, 1, 2, 0], [0] * 6):  # in any order; and one source for all
+        rows_R = torch.tensor(rows)
+        copied, given = model(ids_RT, mask_RT, source_BPU[rows_R]), source_BPU[: max(rows) + 1]
+        for source in (given, model.keys_values(given)):
+            torch.testing.assert_close(model(ids_RT, mask_RT, source, source_rows_R=rows_R), copied, **CLOSE)
+
+
+@torch.no_grad()
 def test_encoder_and_decoder_share_all_but_self_attention() -> None:
     model, (ids_BT, mask_BT, source_BPU) = text_model(), inputs()
     before = {causal: model(ids_BT, mask_BT, source_BPU, causal=causal) for causal in (False, True)}

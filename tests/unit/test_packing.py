@@ -11,12 +11,16 @@ from torch import Tensor
 
 from instructblip.data.batching import Batching
 from instructblip.data.records import Record, Sample
+from instructblip.distributed import Ranks
+from instructblip.errors import UserError
 from instructblip.models import llm as llm_module
+from instructblip.models import varlen
 from instructblip.models.instructblip import InstructBLIP
 from instructblip.models.llm import LLM
 from instructblip.models.packing import RowLayout, block_causal_mask, pack_rows, packed_layout
 from instructblip.training.loop import StepResult, train_step
 from instructblip.training.optim import make_adamw
+from instructblip.training.parallel import parallelize
 from instructblip.weights.parts import load_llm
 from tests.kit.families import SLIDING_WINDOW, llm_config, write_llm
 from tests.kit.losses import LANGUAGE, term_and_workload, term_of
@@ -66,6 +70,13 @@ def step(
     return total / tokens, gradients, per_sample
 
 
+def by_length(model: InstructBLIP, monkeypatch: pytest.MonkeyPatch) -> InstructBLIP:
+    """With attention by lengths, and no way back to a dense mask."""
+    model.attend_by_length()
+    monkeypatch.setattr(llm_module, "block_causal_mask", None)
+    return model
+
+
 def differences(model: InstructBLIP, images: Tensor, batches: Sequence[Sequence[int]]) -> tuple[float, float]:
     """Of packed batches from one sample a row: in the loss a token, relative, and in the gradients, of the largest entry."""
     alone, expected, _ = step(model, images, [[k] for k in range(len(PROMPTS))], packed=False)
@@ -85,6 +96,57 @@ def test_packed_rows_compute_what_one_sample_a_row_computes(name: str, frames: i
     loss, gradient = differences(model, images, [range(len(PROMPTS))])
     assert loss < 1e-6
     assert gradient < 1e-5
+
+
+@pytest.mark.parametrize("frames", [1, 3])
+@pytest.mark.parametrize("name", DECODERS)
+def test_attention_by_length_computes_what_one_sample_a_row_computes(
+    name: str, frames: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, images = tiny_model(llm=load(name, tmp_path)), tiny_images(len(PROMPTS), frames=frames)
+    loss, gradient = differences(by_length(model, monkeypatch), images, [range(3), range(3, len(PROMPTS))])
+    assert loss < 1e-6
+    assert gradient < 3e-6  # of the largest entry, in float32
+
+
+def test_attention_by_length_computes_what_a_dense_mask_computes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And one row has no padding at all, while a model that asks for nothing by length is as before."""
+    model, images = tiny_model(llm=load("vicuna_7b", tmp_path)), tiny_images(len(PROMPTS))
+    before = term_and_workload(model, images, PROMPTS, TARGETS, packed=True)
+    alone = term_of(model, images, PROMPTS, TARGETS).per_sample
+    by_length(model, monkeypatch)
+    term, work = term_and_workload(model, images, PROMPTS, TARGETS, packed=True)
+    torch.testing.assert_close(term.per_sample, before[0].per_sample, rtol=1e-6, atol=1e-6)
+    assert (work.padding, work.positions) == (0, before[1].positions - before[1].padding)
+    assert torch.equal(term_of(model, images, PROMPTS, TARGETS).per_sample, alone)
+    assert model.llm.model.config._attn_implementation == varlen.NAME
+
+
+def test_recomputed_blocks_know_the_lengths_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, images = tiny_model(llm=load("vicuna_7b", tmp_path)), tiny_images(len(PROMPTS))
+    _, expected, _ = step(by_length(model, monkeypatch), images, [range(len(PROMPTS))], packed=True)
+    parallelize(model, Ranks(), kind="single", activation_checkpointing=True)
+    _, found, _ = step(model, images, [range(len(PROMPTS))], packed=True)
+    assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())
+
+
+def test_without_the_ends_attention_by_length_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A class that does not hand them on is found out when it is asked to, and refused."""
+    model, images = tiny_model(llm=load("vicuna_7b", tmp_path)), tiny_images(len(PROMPTS))
+    by_length(model, monkeypatch)
+    monkeypatch.setattr(varlen, "ends_of", lambda lengths, device: {})
+    loss, gradient = differences(model, images, [range(len(PROMPTS))])
+    assert loss > 1e-4
+    assert gradient > 1e-2
+    with pytest.raises(UserError, match=r"^LlamaForCausalLM does not keep .*parallel\.packed_attention=dense$"):
+        model.attend_by_length()
+
+
+def test_what_packs_nothing_attends_by_no_length() -> None:
+    with pytest.raises(UserError, match=r"does not keep packed samples apart by their lengths"):
+        tiny_model(llm=tiny_encoder_decoder_llm()).attend_by_length()
 
 
 @pytest.mark.parametrize("autocast", [False, True])

@@ -15,6 +15,7 @@ from instructblip.evaluation.report.table import (
     HELD_IN,
     HELD_OUT,
     INSTRUCTBLIP,
+    OTHER_PRECISION,
     OTHER_PROTOCOL,
     OTHER_SPLIT,
     SUBSET,
@@ -75,6 +76,8 @@ def test_columns_stand_in_the_papers_order_and_its_rows_below(runs: list[Path]) 
         ("vizwiz", {}, {OTHER_SPLIT: "val, the paper: test-dev"}),
         ("gqa", {"num_beams": 1}, {OTHER_PROTOCOL: "num_beams 1 in place of 5"}),
         ("gqa", {"images": "withheld"}, {OTHER_PROTOCOL: "images withheld"}),
+        ("gqa", {"precision": "fp32"}, {}),
+        ("gqa", {"precision": "bf16"}, {OTHER_PRECISION: "bf16"}),
         ("gqa", {"metric": "x", "samples": 9}, {SUBSET: "9 samples", OTHER_PROTOCOL: None}),
     ],
 )

@@ -137,7 +137,7 @@ def ensure_prepared(
         if prepared or card.source_part is None or card.source_part not in fetchable:
             continue
         try:
-            raw = _fetched_part(card.source_part, fetchable)
+            raw = _fetched(card, fetchable[card.source_part], console)
             console.print(f"preparing {card.source} in {shards / card.source}", highlight=False)
             prepare_dataset(card, raw, shards)
         except UserError as error:
@@ -210,8 +210,19 @@ def ensure_synthetic(cards: Sequence[Card], shards: Path, console: Console) -> N
                 bar.advance(task)
 
 
-def _fetched_part(part: str, fetchable: Mapping[str, SourcesConfig]) -> Path:
-    return part_folder(sources(part, fetchable[part]), setting=f"data.sources.{part}.path")
+def _fetched(card: Card, source: SourcesConfig, console: Console) -> Path:
+    """The raw files of a dataset that is fetched without asking: the folder that is given, the packaged part, or what the
+    card says to download."""
+    assert card.source_part is not None
+    setting = f"data.sources.{card.source_part}.path"
+    if source.path is not None or not card.fetch:
+        return part_folder(sources(card.source_part, source), setting=setting)
+    raw = RAW_FOLDER / card.source
+    try:
+        fetch_raw(card, raw, console)
+    except UserError as error:
+        raise UserError(f"{error}; then set {setting}=FOLDER") from None
+    return raw
 
 
 def main() -> None:
@@ -302,14 +313,14 @@ def _convert(card: Card, config: PrepareConfig, console: Console) -> int:
 
 def _raw(card: Card, config: PrepareConfig, console: Console) -> Path:
     """The folder of the raw files; with `fetch`, what it lacks is downloaded."""
-    if config.fetch and card.source_part is None:
+    if config.fetch and (card.fetch or card.source_part is None):
         raw = RAW_FOLDER / card.source if config.raw is None else Path(config.raw).expanduser()
         fetch_raw(card, raw, console, splits=[] if config.split is None else [config.split])
         return raw
     if config.raw is not None:
         return Path(config.raw).expanduser()
     if card.source_part in config.sources:
-        return _fetched_part(card.source_part, config.sources)
+        return _fetched(card, config.sources[card.source_part], console)
     if isinstance(card, OwnCard) and card.view_of is None:
         return Path(card.path).expanduser().parent
     raise UserError(_how_to_prepare(Needed(card, frozenset(card.splits)), config.out))

@@ -1,6 +1,7 @@
 """Pictures or videos sorted into a folder per class: `train/hat/a.jpg` is a hat. Folders within a class belong to it.
 
-Reader options, which the card gives: dataset (its name).
+Reader options, which the card gives: dataset (its name); named and novel, where questions are made of the classes
+(`class_questions`).
 """
 
 import logging
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from instructblip.data.readers.base import Losses, MediaRecords, RawSplit, Reader
+from instructblip.data.readers.class_questions import OPTIONS, ClassQuestions
 from instructblip.data.readers.common import media_key
 from instructblip.data.readers.files import PICTURE_EXTENSIONS, VIDEO_EXTENSIONS
 from instructblip.data.readers.records import own_files
@@ -24,26 +26,29 @@ _OF_SYSTEMS = ("Thumbs.db", "desktop.ini", "__MACOSX")  # which Windows and macO
 
 
 def read_folders(source: RawSplit, losses: Losses) -> Iterator[MediaRecords]:
-    """Yield the pictures and videos of a split with one `classification` record each, in the order of their paths.
+    """Yield the pictures and videos of a split, each with a `classification` record and the questions that the card asks
+    for, in the order of their paths.
 
-    The id of an image and of its record is its path below the split's folder; the class is the first part of it.
+    The id of an image and of its first record is its path below the split's folder; the class is the first part of it.
 
     Raises:
-        UserError: a folder is missing, cannot be listed, or has no folder in it.
+        UserError: a folder is missing, cannot be listed, or has no folder in it; options that make no questions.
     """
+    questions = ClassQuestions.told(source.options)
     for folder in _class_folders(source):
         for path in _files(folder):
             name = path.relative_to(folder).as_posix()
             with losses.counting(name):
-                yield _media(path, name, source.options["dataset"])
+                yield _media(path, name, source.options["dataset"], questions)
 
 
 def look_at_folders(source: RawSplit) -> None:
     """Look whether there are folders of classes, and say so where there is one alone.
 
     Raises:
-        UserError: there are none, or those that there are hold splits.
+        UserError: there are none, or those that there are hold splits; options that make no questions.
     """
+    ClassQuestions.told(source.options)
     classes = {
         path.name
         for folder in _class_folders(source)
@@ -93,7 +98,7 @@ def _cannot_be_listed(error: OSError) -> None:
     raise UserError(f"{error.filename} cannot be listed ({error.strerror}); mend its rights") from None
 
 
-def _media(path: Path, name: str, dataset: str) -> MediaRecords:
+def _media(path: Path, name: str, dataset: str, questions: ClassQuestions | None) -> MediaRecords:
     media_id = path_below(unicodedata.normalize("NFC", name))
     extension = path.suffix[1:].lower()
     if extension not in (*PICTURE_EXTENSIONS, *VIDEO_EXTENSIONS):
@@ -102,12 +107,15 @@ def _media(path: Path, name: str, dataset: str) -> MediaRecords:
         raise WrongValueError("file name cannot be printed", repr(name))
     if "/" not in media_id:
         raise WrongValueError("picture lies in no folder of a class")
-    record = Record(media_id, "classification", answers=(label,))
-    return MediaRecords(media_key(dataset, media_id), media_id, path, [record], extension in VIDEO_EXTENSIONS)
+    kind, asked = "classification", []
+    if questions is not None:
+        kind, asked = questions.kind(kind, label, [label]), questions.records(media_id, label)
+    records = [Record(media_id, kind, answers=(label,)), *asked]
+    return MediaRecords(media_key(dataset, media_id), media_id, path, records, extension in VIDEO_EXTENSIONS)
 
 
 READERS = {
     "folders": Reader(
-        read_folders, needs=("folder",), options=("task",), tasks=("classification",), look=look_at_folders
+        read_folders, needs=("folder",), options=("task", *OPTIONS), tasks=("classification",), look=look_at_folders
     )
 }

@@ -82,10 +82,13 @@ def write_hateful_memes(splits: Sequence[MadeUpSplit]) -> None:
 
 
 def write_folders(splits: Sequence[MadeUpSplit]) -> None:
-    """A folder for each shape."""
+    """A folder for each shape; for each class where the card names them, the novel ones first."""
     for split in splits:
-        for scene in split.scenes:
-            write_picture(split.place("folder") / scene.shape / f"{scene.number}.png", scene)
+        options = split.source.options
+        classes = [*options.get("novel", []), *options.get("named", [])]
+        for row, scene in enumerate(split.scenes):
+            name = classes[row % len(classes)] if classes else scene.shape
+            write_picture(split.place("folder") / name / f"{scene.number}.png", scene)
 
 
 WRITERS = {

@@ -1,7 +1,8 @@
 """Compare two evaluations sample by sample: `python -m instructblip.evaluation.report.compare RUN_A RUN_B`.
 
 Prints, for each dataset that both have, both scores, the difference with its 95% interval, and the probability of one as
-large if the two were equally good. Runs with different protocols or samples are refused.
+large if the two were equally good. Runs with different protocols or samples are refused, but for the precision that they
+computed in: a difference of that is marked.
 """
 
 import argparse
@@ -16,7 +17,8 @@ from rich.table import Table
 
 from instructblip.errors import UserError
 from instructblip.evaluation.metrics import METRICS, Interval
-from instructblip.evaluation.report.table import MADE_UP_DATA, in_table_order
+from instructblip.evaluation.protocol import UNSTATED
+from instructblip.evaluation.report.table import MADE_UP_DATA, OTHER_PRECISION, in_table_order
 from instructblip.evaluation.results_file import StoredPrediction, StoredRun, read_predictions, read_run
 from instructblip.evaluation.statistics import Paired, compare_paired
 
@@ -27,7 +29,7 @@ _SHOWN = 60  # characters of a value in a message
 class Comparison:
     """One dataset of two runs: both scores on the table's scale, samples, images, and how they compare.
 
-    `made_up`: the samples are made up, and no score means anything.
+    `made_up`: the samples are made up, and no score means anything. `precisions`: what each run computed in.
     """
 
     dataset: str
@@ -37,6 +39,13 @@ class Comparison:
     images: int
     paired: Paired
     made_up: bool = False
+    precisions: tuple[str, str] = ("fp32", "fp32")
+
+    @property
+    def symbols(self) -> str:
+        """What marks the dataset."""
+        marks = {MADE_UP_DATA: self.made_up, OTHER_PRECISION: len(set(self.precisions)) > 1}
+        return "".join(f" {mark.symbol}" for mark, holds in marks.items() if holds)
 
 
 def compare_runs(first: StoredRun, second: StoredRun) -> list[Comparison]:
@@ -69,8 +78,7 @@ def comparison_table(found: Sequence[Comparison]) -> Table:
         p = "<0.001" if paired.p < 0.001 else f"{paired.p:.3f}"
         interval = "-" if paired.low is None else f"{paired.low:+.1f} to {paired.high:+.1f}"
         scores = (f"{item.first:.1f}", f"{item.second:.1f}", f"{paired.difference:+.1f}")
-        name = item.dataset + (f" {MADE_UP_DATA.symbol}" if item.made_up else "")
-        table.add_row(name, *scores, interval, p, f"{item.images:,}")
+        table.add_row(item.dataset + item.symbols, *scores, interval, p, f"{item.images:,}")
     return table
 
 
@@ -92,6 +100,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console.print(comparison_table(found))
     if any(item.made_up for item in found):
         console.print(f"{MADE_UP_DATA.symbol} {MADE_UP_DATA.meaning}", markup=False)
+    for first_in, second_in in dict.fromkeys(item.precisions for item in found if len(set(item.precisions)) > 1):
+        console.print(f"{OTHER_PRECISION.symbol} A computed in {first_in}, B in {second_in}", markup=False)
     tests = dict.fromkeys(item.paired.test for item in found)
     console.print(f"95%: bootstrap of the difference by image. p: two-sided, {', or '.join(tests)}.")
     left_out = sorted(first.scores.keys() ^ second.scores.keys())
@@ -102,18 +112,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _check_same_protocol(dataset: str, first: StoredRun, second: StoredRun) -> None:
     """Refuse scores of different protocols or samples, or of captions that were cut into words differently."""
-    one, other = first.scores[dataset].protocol, second.scores[dataset].protocol
+    one, other = ({**UNSTATED, **run.scores[dataset].protocol} for run in (first, second))
     tokenizers = [run.scores[dataset].tokenizer for run in (first, second)]
-    if one["sha256"] == other["sha256"]:
+    names = {name for name in one.keys() | other.keys() if one.get(name) != other.get(name)}
+    if one["sha256"] == other["sha256"] or names == {"precision", "sha256"}:
         if tokenizers[0] != tokenizers[1]:
             raise UserError(
                 f"{dataset}: captions were tokenised by {tokenizers[0]} in {first.folder} and by {tokenizers[1]} in "
                 f"{second.folder}; evaluate both again on one machine: their answers are kept and scored anew"
             )
         return
-    names = [name for name in one.keys() | other.keys() if one.get(name) != other.get(name)]
     # The split and how many samples say more than the hash that follows from them.
-    told = sorted(set(names) - {"sha256", "samples_sha256"}) or sorted(set(names) - {"sha256"}) or ["sha256"]
+    told = sorted(names - {"sha256", "samples_sha256"}) or sorted(names - {"sha256"}) or ["sha256"]
     texts = [f"{name} ({_shown(one, name)} and {_shown(other, name)})" for name in told]
     raise UserError(
         f"{dataset}: {first.folder} and {second.folder} differ in {', '.join(texts)}; "
@@ -140,7 +150,9 @@ def _compare(dataset: str, first: StoredRun, second: StoredRun) -> Comparison:
     scores = [run.scores[dataset].value for run in (first, second)]
     assert scores[0] is not None and scores[1] is not None
     made_up = first.scores[dataset].made_up or second.scores[dataset].made_up
-    return Comparison(dataset, scores[0], scores[1], len(chosen), len(set(images)), paired, made_up)
+    found = [run.scores[dataset].protocol.get("precision", UNSTATED["precision"]) for run in (first, second)]
+    precisions = (found[0], found[1])
+    return Comparison(dataset, scores[0], scores[1], len(chosen), len(set(images)), paired, made_up, precisions)
 
 
 def _sample_values(predictions: Sequence[StoredPrediction], metric: str) -> list[float]:

@@ -21,7 +21,7 @@ from instructblip.data.cards import Card, OwnCard, all_cards
 from instructblip.data.coverage import RecordCounts
 from instructblip.errors import UserError
 from instructblip.evaluation.metrics import METRICS
-from instructblip.evaluation.protocol import expected_shard_fields, protocol_fields
+from instructblip.evaluation.protocol import UNSTATED, expected_shard_fields, protocol_fields
 from instructblip.evaluation.results_file import NotEvaluated, StoredRun, StoredScore, read_run
 from instructblip.files import write_atomically
 from instructblip.html import page_environment
@@ -324,7 +324,8 @@ OTHER_SPLIT = ComparabilityNote("†", "another split than the paper's")
 OTHER_PROTOCOL = ComparabilityNote("‡", "another protocol than the card's")
 MADE_UP_DATA = ComparabilityNote("§", "made-up data: the score means nothing")
 NO_SCORE = ComparabilityNote("¶", "no score: it was not prepared, or failed")
-MARKS = (SUBSET, OTHER_SPLIT, OTHER_PROTOCOL, MADE_UP_DATA, NO_SCORE)
+OTHER_PRECISION = ComparabilityNote("‖", "computed in bf16 or TF32, presets in float32")
+MARKS = (SUBSET, OTHER_SPLIT, OTHER_PROTOCOL, OTHER_PRECISION, MADE_UP_DATA, NO_SCORE)
 
 
 def in_table_order(datasets: Iterable[str]) -> list[str]:
@@ -355,6 +356,8 @@ def comparison_marks(
     parts = ["" if samples is None else f"{samples} samples", "" if records is None else records.shortfall()]
     if any(parts):
         found[SUBSET] = "; ".join(filter(None, parts))
+    if (precision := protocol.get("precision", UNSTATED["precision"])) != UNSTATED["precision"]:
+        found[OTHER_PRECISION] = precision
     rules = card.evaluation
     if rules is None:
         return found

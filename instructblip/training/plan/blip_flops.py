@@ -74,7 +74,7 @@ class BLIPShape(ModelShape):
 
     def _trainable(self, part: str, forward: float) -> PartFlops:
         """A part of the text models', through which gradients always pass."""
-        return PartFlops(part, forward, forward + self._weight_gradients("text", forward))
+        return PartFlops(part, forward, forward * (1 + self._gradients("text")))
 
 
 @dataclass(frozen=True)

@@ -97,6 +97,52 @@ class Stack:
 
 
 @dataclass(frozen=True)
+class LanguageShape:
+    """A language model as far as FLOPs go.
+
+    Attributes:
+        decoder: its layers; `encoder` too where it is an encoder-decoder.
+        head: parameters of its output head.
+    """
+
+    decoder: Stack
+    encoder: Stack | None
+    head: int
+
+    def by_part(self, work: StepWorkload, *, runs: bool, gradients: float) -> list[PartFlops]:
+        """Its layers, which may be left out, and its logits; `gradients` is the share of its weights that have some."""
+        llm, llm_backward = self._layers(work) if runs else (0.0, 0.0)
+        logits = 2.0 * (work.answers if runs else work.samples) * self.head
+        return [
+            PartFlops("language model", llm, llm_backward + gradients * llm),
+            PartFlops("logits of the answers", logits, 2 * logits if gradients == 1.0 else logits, recompute=False),
+        ]
+
+    def positions(self, visual_tokens: int, lengths: SampleLengths) -> int:
+        """Of a sample: a decoder's last token is only predicted; an encoder's prompt ends with EOS."""
+        return visual_tokens + sum(lengths) + (-1 if self.encoder is None else 1)
+
+    def _layers(self, work: StepWorkload) -> tuple[float, float]:
+        decoded = work.positions if self.encoder is None else work.answers
+        matrices = 2 * decoded * self.decoder.matrices
+        attention = 4 * decoded * (decoded / max(work.samples, 1)) * self.decoder.attention
+        if self.encoder is not None:
+            encoded = work.positions - work.answers
+            matrices += 2 * encoded * (self.encoder.matrices + self.decoder.source_matrices)
+            each = encoded / max(work.samples, 1)
+            attention += 4 * each * (encoded * self.encoder.attention + decoded * self.decoder.cross_attention)
+        return matrices + attention, matrices + 2 * attention
+
+
+def language_shape(llm: Any) -> LanguageShape:
+    """That of a transformers model, quantised or not, whose weights are not looked at."""
+    decoder, encoder = _stack(llm.base_model), None
+    if llm.config.is_encoder_decoder:
+        decoder, encoder = _stack(llm.get_decoder()), _stack(llm.get_encoder())
+    return LanguageShape(decoder, encoder, size_of(llm.get_output_embeddings()))
+
+
+@dataclass(frozen=True)
 class ModelShape(ABC):
     """The sizes of a model that its FLOPs follow from.
 
@@ -140,12 +186,12 @@ class ModelShape(ABC):
 
     def _vision_flops(self, work: StepWorkload) -> PartFlops:
         image = self.image_flops * work.encoded / (1 - self.shares.get("vision", 0.0))
-        backward = image + self._weight_gradients("vision", image) if "vision" in self.trained else 0.0
+        backward = image * (1 + self._gradients("vision")) if "vision" in self.trained else 0.0
         return PartFlops("vision encoder", image, backward, recompute=False)
 
-    def _weight_gradients(self, part: str, forward: float) -> float:
-        """Of a part, whose forward pass has so many."""
-        return forward * self.shares.get(part, 1.0) if part in self.trained else 0.0
+    def _gradients(self, part: str) -> float:
+        """The share of a part's weights that have gradients."""
+        return self.shares.get(part, 1.0) if part in self.trained else 0.0
 
 
 @dataclass(frozen=True)
@@ -171,7 +217,7 @@ class QFormerShape(ModelShape):
 
     def _trainable(self, part: str, forward: float) -> PartFlops:
         """A part of the Q-Former's, through which gradients always pass."""
-        return PartFlops(part, forward, forward + self._weight_gradients("qformer", forward))
+        return PartFlops(part, forward, forward * (1 + self._gradients("qformer")))
 
     def _qformer_flops(self, work: StepWorkload, outputs: Collection[str]) -> float:
         passes = self.qformer_passes(work, outputs)
@@ -209,27 +255,20 @@ class LLMShape(QFormerShape):
 
     Attributes:
         projection: parameters of its matrix.
-        decoder: of the LLM; `encoder` too where it is an encoder-decoder.
-        head: parameters of the LLM's output head.
+        language: of the LLM.
     """
 
     usual = SampleLengths(35, 16)  # of instruction tuning; the mean of benchmarks/train_step.py
     projection: int
-    decoder: Stack
-    encoder: Stack | None
-    head: int
+    language: LanguageShape
 
     def by_part(self, work: StepWorkload, outputs: Collection[str]) -> list[PartFlops]:
         """The LLM's layers take part in `answer_logits` alone."""
-        runs_llm, trains = "answer_logits" in outputs, "llm" in self.trained - self.shares.keys()
         qformer = self._qformer_flops(work, outputs) + 2 * self.queries * work.frames * self.projection
-        llm, llm_backward = self._llm_flops(work) if runs_llm else (0.0, 0.0)
-        logits = 2.0 * (work.answers if runs_llm else work.samples) * self.head
         return [
             self._vision_flops(work),
             self._trainable("Q-Former and projection", qformer),
-            PartFlops("language model", llm, llm_backward + self._weight_gradients("llm", llm)),
-            PartFlops("logits of the answers", logits, 2 * logits if trains else logits, recompute=False),
+            *self.language.by_part(work, runs="answer_logits" in outputs, gradients=self._gradients("llm")),
         ]
 
     def qformer_passes(self, work: StepWorkload, outputs: Collection[str]) -> list[QFormerPass]:
@@ -238,21 +277,10 @@ class LLMShape(QFormerShape):
         return [QFormerPass(work.frames, self.queries * work.frames, text)]
 
     def sample_work(self, lengths: SampleLengths) -> StepWorkload:
-        """A decoder's last token is only predicted; an encoder's prompt ends with EOS."""
-        positions = self.queries + sum(lengths) + (-1 if self.encoder is None else 1)
+        """The Q-Former reads the prompt too."""
+        positions = self.language.positions(self.queries, lengths)
         text = lengths.prompt + 2  # [CLS] and [SEP]
         return StepWorkload(samples=1, frames=1, encoded=1, text=text, positions=positions, answers=lengths.answer)
-
-    def _llm_flops(self, work: StepWorkload) -> tuple[float, float]:
-        decoded = work.positions if self.encoder is None else work.answers
-        matrices = 2 * decoded * self.decoder.matrices
-        attention = 4 * decoded * (decoded / max(work.samples, 1)) * self.decoder.attention
-        if self.encoder is not None:
-            encoded = work.positions - work.answers
-            matrices += 2 * encoded * (self.encoder.matrices + self.decoder.source_matrices)
-            each = encoded / max(work.samples, 1)
-            attention += 4 * each * (encoded * self.encoder.attention + decoded * self.decoder.cross_attention)
-        return matrices + attention, matrices + 2 * attention
 
 
 @dataclass(frozen=True)
@@ -335,11 +363,7 @@ def model_shape(
         assert qformer.lm_head is not None
         words = qformer.word_embeddings.weight.numel() + matrices(qformer.lm_head)
         return Stage1Shape(**common, heads=matrices(heads), words=words)
-    decoder, encoder = _stack(llm.base_model), None
-    if llm.config.is_encoder_decoder:
-        decoder, encoder = _stack(llm.get_decoder()), _stack(llm.get_encoder())
-    head = size_of(llm.get_output_embeddings())
-    return LLMShape(**common, projection=matrices(heads), decoder=decoder, encoder=encoder, head=head)
+    return LLMShape(**common, projection=matrices(heads), language=language_shape(llm))
 
 
 def image_flops(vision: VisionEncoder) -> float:

@@ -43,8 +43,8 @@ from instructblip.weights.modules import Parts
 
 GIB = 2**30
 USABLE = 0.9  # of a GPU's memory
-# Bytes a value: of rounded weights with their scales, without those of rows, which are few.
-_QUANTIZED = {"int8": 1.0, "nf4": 0.5 + 4 / 64}
+# Bytes a value: of rounded weights with their scales, without those of rows, which are few. float8 is held in two orders.
+_QUANTIZED = {"int8": 1.0, "nf4": 0.5 + 4 / 64, "fp8": 2.0}
 
 
 @dataclass(frozen=True)
@@ -288,7 +288,42 @@ class Plan(ABC):
 
 
 @dataclass(frozen=True)
-class QFormerPlan(Plan):
+class LanguagePlan(Plan):
+    """Of a run of a model with a language model, or of one that may have one."""
+
+    def _llm_logits_kept(self, work: StepWorkload) -> float:
+        """In the head's type and in float32, their log-softmax, and the gradients of both."""
+        value = torch.finfo(self.llm.dtype).bits // 8
+        return float(work.answers * self.llm.get_output_embeddings().out_features * (2 * value + 12))
+
+    def _llm_kept(self, work: StepWorkload) -> float:
+        llm = self.llm
+        if not llm.config.is_encoder_decoder:
+            return self._stack_kept(llm.base_model, work.positions)
+        decoded = self._stack_kept(llm.get_decoder(), work.answers)
+        return self._stack_kept(llm.get_encoder(), work.positions - work.answers) + decoded
+
+    def _stack_kept(self, stack: nn.Module, tokens: float) -> float:
+        """Of layers over so many tokens: float32 copies before norms, attention's inputs and outputs, the FFN's factors."""
+        llm, blocks = self.llm, blocks_of(stack)
+        value, width = torch.finfo(llm.dtype).bits // 8, llm.get_input_embeddings().weight.shape[1]
+        names = [(name.rpartition(".")[2], layer) for name, layer in linear_layers(blocks[0])]
+        attention = sum(layer.out_features for name, layer in names if name in ("q", "q_proj"))
+        attended = {"q", "k", "v", "o", "q_proj", "k_proj", "v_proj", "o_proj", "out_proj"}
+        hidden = [layer.out_features for name, layer in names if name not in attended and layer.out_features != width]
+        # The activation's input, and where it is gated its output and the other factor.
+        inner = hidden[0] * (3 if len(hidden) > 1 else 1) if hidden else 0
+        norms = sum("norm" in name.lower() for name, layer in blocks[0].named_modules() if not list(layer.children()))
+        kept = norms * 4 * width + value * (4 * attention + inner) + _adapters_kept(blocks[0])
+        if llm.config.is_encoder_decoder:
+            kept += value * norms * width  # T5's norm multiplies what it was given, not the copy
+        if self.layout.activation_checkpointing:
+            return tokens * (len(blocks) * value * width + kept)
+        return tokens * len(blocks) * kept
+
+
+@dataclass(frozen=True)
+class QFormerPlan(LanguagePlan):
     """Of a run of a model with a Q-Former."""
 
     shape: QFormerShape
@@ -317,38 +352,11 @@ class QFormerPlan(Plan):
         return self._logits_kept(work) if part == LOGITS else self._llm_kept(work)
 
     def _logits_kept(self, work: StepWorkload) -> float:
-        """In the head's type and in float32, their log-softmax, and the gradients of both."""
-        if self.parts.llm is None:
-            value, words = 2 if self.layout.autocast else 4, self.parts.qformer.word_embeddings.num_embeddings
-        else:
-            value = torch.finfo(self.parts.llm.dtype).bits // 8
-            words = self.parts.llm.get_output_embeddings().out_features
+        """As the LLM's, of the Q-Former's own head where there is none."""
+        if self.llm is not None:
+            return self._llm_logits_kept(work)
+        value, words = 2 if self.layout.autocast else 4, self.parts.qformer.word_embeddings.num_embeddings
         return float(work.answers * words * (2 * value + 12))
-
-    def _llm_kept(self, work: StepWorkload) -> float:
-        llm = self.parts.llm
-        if not llm.config.is_encoder_decoder:
-            return self._stack_kept(llm.base_model, work.positions)
-        decoded = self._stack_kept(llm.get_decoder(), work.answers)
-        return self._stack_kept(llm.get_encoder(), work.positions - work.answers) + decoded
-
-    def _stack_kept(self, stack: nn.Module, tokens: float) -> float:
-        """Of layers over so many tokens: float32 copies before norms, attention's inputs and outputs, the FFN's factors."""
-        llm, blocks = self.parts.llm, blocks_of(stack)
-        value, width = torch.finfo(llm.dtype).bits // 8, llm.get_input_embeddings().weight.shape[1]
-        names = [(name.rpartition(".")[2], layer) for name, layer in linear_layers(blocks[0])]
-        attention = sum(layer.out_features for name, layer in names if name in ("q", "q_proj"))
-        attended = {"q", "k", "v", "o", "q_proj", "k_proj", "v_proj", "o_proj", "out_proj"}
-        hidden = [layer.out_features for name, layer in names if name not in attended and layer.out_features != width]
-        # The activation's input, and where it is gated its output and the other factor.
-        inner = hidden[0] * (3 if len(hidden) > 1 else 1) if hidden else 0
-        norms = sum("norm" in name.lower() for name, layer in blocks[0].named_modules() if not list(layer.children()))
-        kept = norms * 4 * width + value * (4 * attention + inner) + _adapters_kept(blocks[0])
-        if llm.config.is_encoder_decoder:
-            kept += value * norms * width  # T5's norm multiplies what it was given, not the copy
-        if self.layout.activation_checkpointing:
-            return tokens * (len(blocks) * value * width + kept)
-        return tokens * len(blocks) * kept
 
     def _qformer_kept(self, work: StepWorkload, phase: PlannedPhase) -> float:
         """Of each linear layer its input, of attention its inputs and output, the input of norms, masks of dropout."""
@@ -395,7 +403,7 @@ def what_fits(plan: Plan) -> tuple[str, Plan] | None:
         # Rounded weights are not sharded.
         whole = "parallel=ddp parallel.activation_checkpointing=true " if layout.kind == "fsdp" else ""
         other = {"kind": "ddp", "shard_size": None, **recompute} if whole else {}
-        changes += [(f"{whole}llm.quantization={kind}", {"quantization": kind, **other}) for kind in _QUANTIZED]
+        changes += [(f"{whole}llm.quantization={kind}", {"quantization": kind, **other}) for kind in ("int8", "nf4")]
     for name, change in changes:
         changed = dataclasses.replace(plan, layout=dataclasses.replace(layout, **change))
         for tokens, limited in _with_fewer_tokens(changed):

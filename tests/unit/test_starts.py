@@ -1,0 +1,60 @@
+"""Commands that need no model start without the libraries that models are made of."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.kit.own_data import write_own_data
+from tests.kit.runs import REPOSITORY
+
+HEAVY = frozenset(
+    {"torch", "torchvision", "transformers", "timm", "pandas", "matplotlib", "scipy", "sklearn", "datasets"}
+)
+_WATCHED = """
+import atexit, json, pathlib, runpy, sys
+atexit.register(lambda: pathlib.Path(sys.argv[0]).with_name("imported.json").write_text(json.dumps(sorted(sys.modules))))
+found, sys.argv[1:] = sys.argv[1], sys.argv[2:]
+runpy.run_path(found, run_name="__main__")
+"""
+
+
+def imported(folder: Path, script: str, *arguments: str) -> tuple[int, set[str], str]:
+    """The exit status of a command in a fresh Python, the packages that it imported, and what it printed."""
+    watched = folder / "watched.py"
+    watched.write_text(_WATCHED, encoding="utf-8")
+    command = [sys.executable, str(watched), str(REPOSITORY / script), *arguments]
+    done = subprocess.run(
+        command, cwd=folder, env={"PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True, check=False
+    )
+    modules = json.loads((folder / "imported.json").read_text(encoding="utf-8"))
+    return done.returncode, {name.partition(".")[0] for name in modules}, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("script", "argument", "status", "said"),
+    [
+        ("train.py", "--help", 0, "Powered by Hydra"),
+        ("evaluate.py", "wrong=1", 2, "unknown key wrong"),
+        ("prepare.py", "wrong=1", 2, "unknown key wrong"),
+    ],
+)
+def test_help_and_a_wrong_key_import_no_model(
+    script: str, argument: str, status: int, said: str, tmp_path: Path
+) -> None:
+    found, packages, printed = imported(tmp_path, script, argument)
+    assert (found, said in printed) == (status, True), printed
+    assert "instructblip" in packages
+    assert not packages & HEAVY
+
+
+def test_preparing_pictures_imports_no_model(tmp_path: Path) -> None:
+    card = write_own_data(tmp_path / "data", count=2)
+    settings = (f"dataset={card}", f"raw={card.parent}", f"out={tmp_path / 'shards'}", "workers=1")
+    status, packages, printed = imported(tmp_path, "prepare.py", *settings)
+    assert status == 0, printed
+    assert list((tmp_path / "shards").rglob("*.tar"))
+    assert "PIL" in packages
+    assert not packages & HEAVY
