@@ -258,8 +258,7 @@ def make_task(
             prepared or has no public answers, the mode or the number of samples does not suit the card's metric, or a list
             of answers is not given or is none.
     """
-    rules = _rules(card, preset, llm_kind)
-    rules = rules if rerank is None else replace(rules, rerank=rerank)
+    rules = _rules(card, preset, llm_kind, rerank)
     split, mode = split or rules.split, mode or rules.mode
     if reason := _unfit(card, rules, mode):
         raise UserError(reason)
@@ -268,8 +267,7 @@ def make_task(
     opened = open_split(shards / card.source / split)
     check_prepared_from(card, opened.manifest)
     chosen = _choose(card, opened, replace(rules, prompt=choices["prompt"]), samples)
-    public = _answers_public(card, split, metric, chosen)
-    if public:
+    if public := _answers_public(card, split, metric, chosen):
         _check_records(card, metric, chosen)
     if mode == "match":
         _check_statements(card, chosen)
@@ -468,8 +466,8 @@ def as_json(protocol: Protocol) -> dict[str, Any]:
     return {**asdict(protocol), "sha256": protocol.sha256()}
 
 
-def _rules(card: Card, preset: str, llm_kind: str) -> Evaluation:
-    """How a card is evaluated under a preset.
+def _rules(card: Card, preset: str, llm_kind: str, rerank: int | None = None) -> Evaluation:
+    """How a card is evaluated under a preset; `rerank` stands in for the card's own number.
 
     Raises:
         UserError: it is not evaluated.
@@ -477,6 +475,7 @@ def _rules(card: Card, preset: str, llm_kind: str) -> Evaluation:
     if card.evaluation is None:
         raise UserError(f"{card.name} is a dataset to train on: its card has no evaluation; take it out of the suite")
     rules = with_preset(card.evaluation, preset, llm_kind)
+    rules = rules if rerank is None else replace(rules, rerank=rerank)
     return as_released(rules, llm_kind) if preset == "lavis" else rules
 
 
