@@ -55,11 +55,18 @@ def bfloat16_llm() -> LLM:
     return llm
 
 
+def fp8_llm() -> LLM:
+    llm = bfloat16_llm()
+    quantize_linears(llm.model, "fp8", keep=llm.model.get_output_embeddings())
+    return llm
+
+
 LLMS: dict[str, Callable[[], LLM]] = {
     "decoder": tiny_llm,
     "encoder_decoder": tiny_encoder_decoder_llm,
     "int8": int8_llm,
     "bfloat16": bfloat16_llm,
+    "fp8": fp8_llm,
 }
 
 
