@@ -21,7 +21,7 @@ from instructblip.weights.load import load_model
 from instructblip.weights.parts import train_parts
 from tests.kit.ranks import on_ranks
 from tests.kit.runs import World, evaluate_here, read_lines, run, scores, start, train_here
-from tests.kit.tiny import tiny_encoder_decoder_llm, tiny_llm, tiny_model
+from tests.kit.tiny import tiny_encoder_decoder_llm, tiny_llm, tiny_model, tiny_released_model
 from tests.unit.test_parallel import batches
 
 pytest.importorskip("peft", reason="adapters need requirements-lora.txt")
@@ -32,8 +32,12 @@ ADAPTER = Adapter(rank=4, alpha=8.0, dropout=0.0, targets=("all-linear",))
 def three_steps(ranks: Ranks, kind: str, llm: str, recompute: bool) -> dict[str, Any]:
     """Losses, and the adapters after steps on this rank's micro-batches: three on one rank, two and one on two."""
     torch.manual_seed(1)
-    model = tiny_model(llm=tiny_llm() if llm == "decoder" else tiny_encoder_decoder_llm())
-    train_parts(model, ("qformer", "llm"), {"qformer": ADAPTER, "llm": ADAPTER})
+    if llm == "with a ViT":
+        model, parts = tiny_released_model(), ("vision", "qformer", "llm")
+    else:
+        model = tiny_model(llm=tiny_llm() if llm == "decoder" else tiny_encoder_decoder_llm())
+        parts = ("qformer", "llm")
+    train_parts(model, parts, dict.fromkeys(parts, ADAPTER))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:  # with zeros there A would have no gradient, and Adam makes steps of what rounding leaves
             parameter.data.normal_(std=0.1)
@@ -42,7 +46,10 @@ def three_steps(ranks: Ranks, kind: str, llm: str, recompute: bool) -> dict[str,
     context = StepContext(ranks=ranks, wrapped=wrapped, equal_passes=sharded)
     named = list(model.named_parameters())
     optimizer = make_adamw(named, weight_decay=0.05, betas=(0.9, 0.999), part_of=model.part_of)
-    own, losses, language = batches()[ranks.rank :: ranks.world_size], [], make_objectives({"language_modeling": 1.0})
+    size, language, losses = model.vision.image_size, make_objectives({"language_modeling": 1.0}), []
+    own = [
+        batch._replace(images=batch.images[..., :size, :size]) for batch in batches()[ranks.rank :: ranks.world_size]
+    ]
     for _ in range(3):
         done = train_step(model.train(), optimizer, own, objectives=language, rate=1e-2, clip_norm=1.0, context=context)
         losses.append(done.loss)
@@ -53,7 +60,12 @@ def three_steps(ranks: Ranks, kind: str, llm: str, recompute: bool) -> dict[str,
 
 @pytest.mark.parametrize(
     ("kind", "llm", "recompute"),
-    [("ddp", "decoder", False), ("fsdp", "decoder", True), ("fsdp", "encoder_decoder", False)],
+    [
+        ("ddp", "decoder", False),
+        ("fsdp", "decoder", True),
+        pytest.param("fsdp", "with a ViT", False, marks=pytest.mark.slow),
+        pytest.param("fsdp", "encoder_decoder", False, marks=pytest.mark.slow),
+    ],
 )
 def test_two_ranks_compute_what_one_computes(kind: str, llm: str, recompute: bool) -> None:
     alone = three_steps(Ranks(), kind, llm, False)
