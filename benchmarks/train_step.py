@@ -8,7 +8,8 @@ Models are full-size, with random weights that are drawn on the device: nothing 
 Q-Former are the released ones, in bfloat16 where they are frozen, under bfloat16 autocast where they are trained; on a CPU a
 ViT of 12 layers of width 384 and MiniLM's Q-Former, in float32. Samples have the lengths of instruction tuning: 32 visual
 tokens, prompts of 10 to 60 and answers of 2 to 30, the same for all, cut into passes of at most `--micro-batch`. With
-`--long 16` one answer in 16 has 100 to 250 tokens, as LLaVA's descriptions and reasoning have in the held-in mixture.
+`--long 16` one answer in 16 has 100 to 250 tokens, as LLaVA's descriptions and reasoning have in the held-in mixture. With
+`--questions 5` five samples in a row have one image, as `mixture.per=image` draws them.
 
 transformers' class is used as one would train it: ViT and language model frozen, batches padded to their longest, its own
 loss over all logits, the same AdamW and clipping, the same weights. All must begin at one loss. Dropout is off, so that they
@@ -18,7 +19,6 @@ device multiplies matrices of the type, measured here.
 
 import argparse
 import contextlib
-import importlib.util
 import json
 import os
 import random
@@ -47,6 +47,7 @@ from instructblip.data.records import Record, Sample
 from instructblip.distributed import Ranks
 from instructblip.models.instructblip import InstructBLIP
 from instructblip.models.llm import LLM_KINDS
+from instructblip.models.quantized import quantize_linears
 from instructblip.objectives import make_objectives
 from instructblip.training.loop import train_step
 from instructblip.training.optim import make_adamw
@@ -81,13 +82,18 @@ _TINY_LLM = {
     "decoder": ("hidden_size=96", "intermediate_size=256", "num_hidden_layers=2", "num_attention_heads=3"),
     "encoder_decoder": ("d_model=96", "d_ff=256", "num_layers=2", "num_heads=3"),
 }
+_DEPTH = {"decoder": "num_hidden_layers", "encoder_decoder": "num_layers"}
 
 
 # --- model and samples -----------------------------------------------------------------------------------------------
 
 
-def configuration(arguments: argparse.Namespace) -> TrainConfig:
-    """The parts: the published ones on a GPU, small ones beside the language model on a CPU."""
+def configuration(arguments: argparse.Namespace, layers: int | None = None) -> TrainConfig:
+    """The parts: the published ones on a GPU, small ones beside the language model on a CPU.
+
+    Args:
+        layers: of the language model, where not all.
+    """
     dtype = "bfloat16" if arguments.device == "cuda" else "float32"
     parts = ("vision=eva_vit_g", "qformer=bert_base") if arguments.device == "cuda" and not arguments.tiny else _SMALL
     common = (f"vision.dtype={dtype}", f"llm.dtype={dtype}", "qformer.queries=32", "qformer.dropout=0")
@@ -98,9 +104,11 @@ def configuration(arguments: argparse.Namespace) -> TrainConfig:
         "qformer.cross_attention_every=2",
         "qformer.query_init=normal",
     ]
+    kind = compose_config("train", TrainConfig, overrides).llm.kind
     if arguments.tiny:
-        kind = compose_config("train", TrainConfig, overrides).llm.kind
         overrides += [*_TINY, *(f"++llm.sizes.{size}" for size in _TINY_LLM[kind])]
+    elif layers:
+        overrides.append(f"++llm.sizes.{_DEPTH[kind]}={layers}")
     return compose_config("train", TrainConfig, overrides)
 
 
@@ -143,8 +151,11 @@ def made_up_tokenizer(special: Sequence[str], around: str | None = None) -> PreT
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=special[0], truncation_side="left")
 
 
-def samples(count: int, long: int, image_size: int) -> list[tuple[Sample, Tensor]]:
-    """Drawn samples as the loader gives them, always the same texts; every `long`-th has a long answer, if that is not 0."""
+def samples(count: int, long: int, image_size: int, questions: int = 1) -> list[tuple[Sample, Tensor]]:
+    """Drawn samples as the loader gives them, always the same texts; every `long`-th has a long answer, if that is not 0.
+
+    So many `questions` in a row are about one image.
+    """
     draw, generator = random.Random(0), torch.Generator().manual_seed(0)
     found = []
     for number in range(count):
@@ -157,32 +168,34 @@ def samples(count: int, long: int, image_size: int) -> list[tuple[Sample, Tensor
             dataset="benchmark",
             record=Record(str(number), "question", answers=(answer,)),
             frames=(),
-            image_location=(0, number),
-            image_id=str(number),
+            image_location=(0, number // questions),
+            image_id=str(number // questions),
             position=number,
             instruction=prompt,
             target=answer,
             template=prompt,
         )
         shape = (1, 3, image_size, image_size)
-        found.append((sample, torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)))
+        if number % questions == 0:
+            image = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+        found.append((sample, image))
     return found
 
 
 def batches_of(model: InstructBLIP, arguments: argparse.Namespace, kind: str) -> list[Batch]:
     """The step's samples as the loader would cut them."""
     batching = Batching(kind, micro_batch_size=arguments.micro_batch, length=model.sample_length())
-    return batching.split(samples(arguments.batch, arguments.long, model.vision.image_size))
+    return batching.split(samples(arguments.batch, arguments.long, model.vision.image_size, arguments.questions))
 
 
-def work_of(config: TrainConfig, count: int, long: int) -> StepWorkload:
+def work_of(config: TrainConfig, count: int, long: int, questions: int = 1) -> StepWorkload:
     """What a step asks for, however it is computed."""
     texts = LLM_KINDS[config.llm.kind].prompt_format_kind(**conventions(config.llm))
     pairs = [(sample.instruction, sample.target or "") for sample, _ in samples(count, long, image_size=1)]
     return StepWorkload(
         samples=count,
         frames=count,
-        encoded=count,
+        encoded=-(-count // questions),
         text=sum(len(qformer_tokenizer()(prompt)["input_ids"]) for prompt, _ in pairs),
         positions=sum(texts.length(prompt, answer, 1, queries=config.qformer.queries) for prompt, answer in pairs),
         answers=sum(len(texts.target_ids(answer)) for _, answer in pairs),
@@ -192,14 +205,20 @@ def work_of(config: TrainConfig, count: int, long: int) -> StepWorkload:
 # --- variants --------------------------------------------------------------------------------------------------------
 
 
-def this_code(kind: str, *, compiled: bool = False, fp8: bool = False) -> Callable[[InstructBLIP, Any], Step]:
-    """A variant: `training/loop.py`'s step with one of the batchings."""
+def this_code(
+    kind: str, *, by_length: bool = False, compiled: bool = False, fp8: bool = False
+) -> Callable[[InstructBLIP, Any], Step]:
+    """A variant: `training/loop.py`'s step with one of the batchings; `best` is packed by length where the model packs."""
 
     def prepare(model: InstructBLIP, arguments: argparse.Namespace) -> Step:
+        packs = model.llm.kind == "decoder"
+        cut = kind if kind != "best" else "packed" if packs else "bucketed"
         optimizer = make_adamw(model.named_parameters(), weight_decay=0.05, betas=(0.9, 0.999))
-        batches = batches_of(model, arguments, kind)
+        batches = batches_of(model, arguments, cut)
+        if by_length or (kind == "best" and packs):
+            model.attend_by_length()
         if fp8:
-            _to_fp8(model)
+            quantize_linears(model.llm.model, "fp8", keep=model.llm.model.get_output_embeddings())
         parallelize(model, Ranks(), kind="single", compile_blocks=compiled)
         context = StepContext(autocast=torch.bfloat16 if arguments.device == "cuda" else None)
 
@@ -209,7 +228,7 @@ def this_code(kind: str, *, compiled: bool = False, fp8: bool = False) -> Callab
                 optimizer,
                 batches,
                 objectives=make_objectives({"language_modeling": 1.0}),
-                packed=kind == "packed",
+                packed=cut == "packed",
                 rate=RATE,
                 clip_norm=CLIP,
                 context=context,
@@ -221,29 +240,10 @@ def this_code(kind: str, *, compiled: bool = False, fp8: bool = False) -> Callab
     return prepare
 
 
-def _to_fp8(model: InstructBLIP) -> None:
-    """The language model's blocks multiply in float8, with a scale a tensor. Compiled, nothing is done for the gradients of
-    frozen weights, which torchao would else compute."""
-    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
-
-    def fits(layer: nn.Module, _: str) -> bool:
-        return isinstance(layer, nn.Linear) and layer.in_features % 16 == layer.out_features % 16 == 0
-
-    convert_to_float8_training(
-        model.llm.model.base_model, module_filter_fn=fits, config=Float8LinearConfig(pad_inner_dim=True)
-    )
-
-
 def transformers(model: InstructBLIP, arguments: argparse.Namespace) -> Step:
     """The baseline: transformers' class around the same weights; the token table's last row marks the visual tokens."""
     rows, device = len(model.llm.embeddings.weight), torch.device(arguments.device)
-    theirs = huggingface_model(model, rows, rows - 1)
-    theirs.language_model = model.llm.model
-    for module in theirs.modules():
-        for name, buffer in module._buffers.items():
-            if buffer is not None and buffer.is_meta and name == "position_ids":
-                module._buffers[name] = torch.arange(buffer.shape[-1], device=device)[None]  # computed, not loaded
-    theirs.train()
+    theirs = around_same_weights(model).train()
     for part in (theirs.vision_model, theirs.language_model):
         part.requires_grad_(False).eval()
     theirs.vision_model.post_layernorm.requires_grad_(True)
@@ -266,6 +266,20 @@ def transformers(model: InstructBLIP, arguments: argparse.Namespace) -> Step:
         return float(sum(losses))
 
     return step
+
+
+def around_same_weights(model: InstructBLIP) -> nn.Module:
+    """transformers' class around a model's weights."""
+    rows = len(model.llm.embeddings.weight)
+    theirs = huggingface_model(model, rows, rows - 1)
+    theirs.language_model = model.llm.model
+    for module in theirs.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_meta and name == "position_ids":
+                module._buffers[name] = torch.arange(buffer.shape[-1], device=model.device)[
+                    None
+                ]  # computed, not loaded
+    return theirs
 
 
 def transformers_batch(model: InstructBLIP, image_token: int, batch: Batch) -> dict[str, Tensor]:
@@ -295,17 +309,18 @@ def variants(arguments: argparse.Namespace) -> tuple[dict[str, Callable[[Instruc
     rows = {BASELINE: transformers, "fixed": this_code("fixed"), "bucketed": this_code("bucketed")}
     best, left_out = "bucketed", []
     if configuration(arguments).llm.kind == "decoder":
-        best, rows["packed"] = "packed", this_code("packed")
+        rows["packed"] = this_code("packed")
+        best, rows["packed, by length"] = "packed, by length", this_code("packed", by_length=True)
     else:
         left_out.append("packed: rows of an encoder-decoder hold one sample each.")
     if arguments.compile:
-        rows[f"{best}, compiled"] = this_code(best, compiled=True)
+        rows[f"{best}, compiled"] = this_code("best", compiled=True)
     else:
         left_out.append("compiled: minutes of compiling on a CPU; --compile adds it.")
-    if arguments.device == "cuda" and importlib.util.find_spec("torchao") is not None:
-        rows[f"{best}, compiled, FP8"] = this_code(best, compiled=True, fp8=True)
+    if arguments.device == "cuda":
+        rows[f"{best}, compiled, FP8"] = this_code("best", compiled=True, fp8=True)
     else:
-        left_out.append("FP8 frozen linears: need an NVIDIA GPU and torchao.")
+        left_out.append("FP8 frozen linears: need an NVIDIA GPU.")
     return rows, left_out
 
 
@@ -337,7 +352,7 @@ def _finish(device: torch.device) -> None:
 def step_figures(arguments: argparse.Namespace) -> dict[str, float]:
     """What a step asks for, and what the device can do: FLOPs, LLM tokens, the largest FLOP/s of a matrix product."""
     config = configuration(arguments)
-    parts, work = parts_without_weights(config), work_of(config, arguments.batch, arguments.long)
+    parts, work = parts_without_weights(config), work_of(config, arguments.batch, arguments.long, arguments.questions)
     flops = model_shape(parts.vision, parts.qformer, parts.heads, parts.llm).total(work, {"answer_logits"})
     dtype = torch.bfloat16 if arguments.device == "cuda" else torch.float32
     peak = measured_peak(torch.device(arguments.device), dtype)
@@ -399,6 +414,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, help="samples a step (128 on a GPU, 32 on a CPU)")
     parser.add_argument("--micro-batch", type=int, help="samples a pass, at most (32)")
     parser.add_argument("--long", type=int, default=0, help="one answer in this many is long; 0: none")
+    parser.add_argument("--questions", type=int, default=1, help="samples in a row with one image")
     parser.add_argument("--tiny", action="store_true", help="parts of two small layers, for a try")
     parser.add_argument("--compile", action="store_true", help="the compiled row on a CPU too")
     parser.add_argument("--rounds", type=int, default=1, help="processes for each variant")

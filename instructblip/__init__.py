@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from instructblip.models.blip import BLIP
     from instructblip.models.blip2 import BLIP2
     from instructblip.models.instructblip import InstructBLIP
+    from instructblip.models.llava import LLaVA
 
 declare_when_looked_for()  # before anything imports torchvision: transformers and timm both do
 
@@ -27,7 +28,7 @@ def load(
     qformer_path: str | None = None,
     adapter: str | Path | None = None,
     device: str = "auto",
-) -> "InstructBLIP | BLIP2 | BLIP":
+) -> "InstructBLIP | LLaVA | BLIP2 | BLIP":
     """Load a trained model: what `instructblip.weights.load.load_model` does and documents, the model alone.
 
     Args:
@@ -45,4 +46,5 @@ def load(
     from instructblip.weights.load import load_model
 
     parts = {"llm": llm, "llm_path": llm_path, "vision_path": vision_path, "qformer_path": qformer_path}
-    return cast("InstructBLIP | BLIP2 | BLIP", load_model(source, adapter=adapter, device=device, **parts).model)
+    found = load_model(source, adapter=adapter, device=device, **parts).model
+    return cast("InstructBLIP | LLaVA | BLIP2 | BLIP", found)

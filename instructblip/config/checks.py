@@ -19,6 +19,10 @@ from instructblip.config.schema import (
     PhaseConfig,
     PrepareConfig,
     QFormerConfig,
+    StudyCommandConfig,
+    StudyConditionConfig,
+    StudyConfig,
+    StudyStageConfig,
     TrainConfig,
 )
 from instructblip.config.validate import nearest
@@ -64,6 +68,8 @@ def check(config: Any) -> None:
         _check_inspection(config)
     elif isinstance(config, CapFiltConfig):
         _check_capfilt(config)
+    elif isinstance(config, StudyCommandConfig):
+        _check_study(config.study, config.seeds)
 
 
 def check_search(config: Any, direction: str) -> None:
@@ -332,6 +338,11 @@ def _check_mixture(config: MixtureConfig) -> None:
 
 def _check_groups(what_has: str, config: MixtureConfig, batch_size: int, micro_batch_size: int | None) -> None:
     """A micro-batch that comes from one dataset is a group of the mixture's draws: groups fill the batch."""
+    if config.per == "image" and batch_size % config.image_records:
+        raise UserError(
+            f"mixture.per=image draws {config.image_records} records together, but {what_has} a batch_size of "
+            f"{batch_size}, which is no multiple of it; change that or mixture.image_records"
+        )
     if config.per == "batch" and batch_size % (micro_batch_size or batch_size):
         raise UserError(
             f"mixture.per=batch needs whole micro-batches, but {what_has} a batch_size of {batch_size} "
@@ -380,3 +391,49 @@ def _check_capfilt(config: CapFiltConfig) -> None:
     most, least = config.max_new_tokens, config.min_new_tokens
     if most is not None and least is not None and least > most:
         raise UserError(f"min_new_tokens={least} is more than max_new_tokens={most}; lower it")
+
+
+def _check_study(study: StudyConfig, seeds: list[int] | None) -> None:
+    runs: dict[str, StudyStageConfig] = {**study.stages, **study.conditions}
+    if both := study.stages.keys() & study.conditions.keys():
+        raise UserError(f"study.stages and study.conditions both have {min(both)}; give one of them another name")
+    used = study.seeds if seeds is None else seeds
+    if not used or len(set(used)) < len(used):
+        raise UserError(f"seeds {used} of the study must differ, and there must be one")
+    for name, run in runs.items():
+        _check_condition(name, run, study)
+    for name in runs:
+        _check_chain(name, runs)
+
+
+def _check_condition(name: str, run: StudyStageConfig, study: StudyConfig) -> None:
+    key = f"study.{'stages' if name in study.stages else 'conditions'}.{name}"
+    if run.starts_from is not None and run.starts_from not in {**study.stages, **study.conditions}:
+        near = nearest(run.starts_from, [*study.stages, *study.conditions])
+        raise UserError(f"{key}.starts_from={run.starts_from} is none of the study's{near}")
+    if not isinstance(run, StudyConditionConfig):
+        return
+    if run.evaluates is None:
+        if run.evaluate:
+            raise UserError(
+                f"{key}.evaluate is of a condition that trains nothing; set {key}.evaluates, whose run it is"
+            )
+        return
+    if run.evaluates not in study.conditions or study.conditions[run.evaluates].evaluates is not None:
+        trained = [other for other, condition in study.conditions.items() if condition.evaluates is None]
+        raise UserError(f"{key}.evaluates={run.evaluates} is no condition that trains{nearest(run.evaluates, trained)}")
+    if run.train or run.starts_from is not None or run.forms:
+        raise UserError(f"{key} evaluates the run of {run.evaluates}; leave its train, starts_from and forms out")
+
+
+def _check_chain(name: str, runs: dict[str, StudyStageConfig]) -> None:
+    """A run begins after those that it starts from, so none of them may start from it."""
+    seen, step = [name], runs[name].starts_from
+    while step is not None:
+        if step in seen:
+            raise UserError(f"the study's {' starts from '.join([*seen, step])}, in a circle; change one starts_from")
+        seen.append(step)
+        source = runs[step]
+        if isinstance(source, StudyConditionConfig) and source.evaluates is not None:
+            raise UserError(f"the study's {seen[-2]} starts from {step}, which trains nothing; name {source.evaluates}")
+        step = source.starts_from

@@ -14,7 +14,7 @@ import re
 import shlex
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -26,7 +26,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, Override
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from yaml import YAMLError
@@ -138,6 +138,30 @@ def _run_job(
     if job.trials and not outcome.status and outcome.score is None:
         raise UserError("it was never validated, so it has no score; a phase has to train answers")
     return outcome
+
+
+def launcher() -> dict[str, Any]:
+    """The settings of the chosen `hydra/launcher`, for a command that starts jobs of its own; empty outside of one."""
+    if not HydraConfig.initialized():
+        return {}
+    found: dict[str, Any] = OmegaConf.to_container(HydraConfig.get().launcher, resolve=True)  # type: ignore[assignment]
+    return found
+
+
+def merged(overrides: Sequence[str]) -> list[str]:
+    """Overrides of which later ones take the place of earlier ones of the same key; Hydra refuses a group's second choice.
+
+    Raises:
+        UserError: one cannot be understood, or has several values.
+    """
+    found: dict[tuple[bool, str], str] = {}
+    for override in _parse(list(overrides)):
+        if override.is_sweep_override():
+            raise UserError(f"{override.input_line} are several values; give one")
+        key = (override.is_delete(), override.get_key_element().lstrip("+~"))
+        found.pop(key, None)
+        found[key] = override.input_line or ""
+    return list(found.values())
 
 
 def check_overrides(name: str, schema: Any, arguments: list[str]) -> None:
@@ -359,6 +383,10 @@ def _explain(error: Exception) -> str:
     choice = re.search(r"Could not (?:find|load) '([^']+)/([^/']+)'", message)
     if choice:
         return unknown_choice(choice[1], choice[2])
+    needed = re.search(r"You must specify '([^']+)'", message)
+    if needed:
+        known = sorted(path.stem for path in (CONFIGS / needed[1]).glob("*.yaml"))
+        return f"give {needed[1]}=NAME; configs/{needed[1]} has: {', '.join(known)}"
     several = re.search(r"Ambiguous value for argument '([^']+)'", message)
     if several:
         values = several[1].lstrip("+")

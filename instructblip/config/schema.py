@@ -46,7 +46,7 @@ Quantization = Literal["int8", "nf4", "fp8"]
 LavisProjection = Literal["llm_proj", "t5_proj", "opt_proj"]
 Converter = Literal["gguf", "efficientnet_pth"]
 Weighting = Literal["sqrt", "proportional", "uniform", "temperature"]
-MixedPer = Literal["sample", "batch", "step"]
+MixedPer = Literal["sample", "image", "batch", "step"]
 Transform = Literal[
     "resize_square",
     "center_crop",
@@ -72,6 +72,8 @@ Preset = Literal["paper", "lavis"]
 OcrLibrary = Literal["rapidocr"]
 Missing = Literal["stop", "skip"]
 CapFiltVariant = Literal["blip", "blip2"]
+StudyForm = Literal["reduced", "short", "full"]
+Normalize = Literal["sum", "mean"]
 CardTask = Literal["vqa", "captioning", "multiple_choice", "classification", "statement", "conversation"]
 # Scores that a card may name; `evaluation.metrics.METRICS` has them all.
 MetricName = Literal[
@@ -302,6 +304,8 @@ class LLMConfig(Section):
     prompt_prefix: str = ""  # text between them and the prompt
     prompt_suffix: str = ""  # text after the prompt
     answer_prefix: str = ""  # text before an answer that follows a text
+    # BOS in front of all, and image_prefix and prompt cut as one text with the image in it, as LLaVA's processor does
+    image_in_text: bool = False
     supervise_bos: bool = (
         False  # without a prompt BOS is learned as the answer's first token, as in BLIP-2's OPT models
     )
@@ -408,7 +412,8 @@ class MixtureConfig(Section):
     datasets: Annotated[list[MixtureDatasetConfig], Field(min_length=1)]
     weights: Weighting = "sqrt"
     temperature: PositiveFloat | None = None  # T of p_d ~ n_d ** (1 / T), for weights=temperature
-    per: MixedPer = "sample"  # what comes from one dataset
+    per: MixedPer = "sample"  # what comes from one dataset; image: several records of one image, as far as it has them
+    image_records: AtLeastOne = 5  # so many, with per=image
     templates: str | None = None  # in place of those of the cards: a name in datasets/templates
 
 
@@ -632,6 +637,8 @@ class EvaluateConfig(Section):
     precision: EvaluationPrecision = "fp32"  # of matrix products of what is held in float32; part of the protocol
     samples: AtLeastOne | None = None  # per dataset; None is all of them
     rerank: AtLeastOne | None = None  # in retrieval, how many of the nearest are matched; None takes each card's own
+    normalize: Normalize | None = None  # of candidates' log-likelihoods; None takes each card's own, as the next does
+    include_eos: bool | None = None
     answers: str | None = None  # the list of a card that ranks one (`candidates_from: answer_list`)
     withhold_images: bool = False
     blind_baseline: bool = False
@@ -728,3 +735,60 @@ class InspectConfig(Section):
     samples: NotNegative = 8  # shown
     timed: AtLeastOne = 1024  # samples that the loader is timed over
     workers: NotNegative = 0
+
+
+@dataclass(kw_only=True)
+class StudyStageConfig(Section):
+    """A training run that conditions of a study start from; nothing is scored in it."""
+
+    train: list[str] = field(default_factory=list)  # overrides of train.py, after those of the study
+    starts_from: str | None = None  # the stage or condition whose weights of the same seed it begins with
+    forms: dict[StudyForm, list[str]] = field(default_factory=dict)  # further ones, in a form
+
+
+@dataclass(kw_only=True)
+class StudyConditionConfig(StudyStageConfig):
+    """What a study compares: a training run a seed, or another way to evaluate that of another condition."""
+
+    evaluates: str | None = None  # the condition whose run this one evaluates, in place of a run of its own
+    evaluate: list[str] = field(default_factory=list)  # overrides of evaluate.py, after those of the study
+
+
+@dataclass(kw_only=True)
+class StudyFormConfig(Section):
+    """How large a study is: the cost of its runs, and how many there are."""
+
+    train: list[str] = field(default_factory=list)
+    evaluate: list[str] = field(default_factory=list)
+    seeds: AtLeastOne | None = None  # the first so many; None: all
+
+
+@dataclass(kw_only=True)
+class StudyConfig(Section):
+    """A question, the conditions that answer it, and what they are compared by."""
+
+    name: PartFolder
+    question: str
+    train: list[str]  # overrides of train.py, of all runs
+    evaluate: list[str] = field(default_factory=list)  # of evaluate.py, of conditions with `evaluates`
+    stages: dict[PartFolder, StudyStageConfig] = field(default_factory=dict)
+    conditions: Annotated[dict[PartFolder, StudyConditionConfig], Field(min_length=2)]  # the first is the reference
+    datasets: list[str] = field(default_factory=list)  # whose scores are compared; empty: all that have one
+    seeds: Annotated[list[int], Field(min_length=1)]
+    forms: dict[StudyForm, StudyFormConfig] = field(default_factory=dict)
+
+
+@dataclass(kw_only=True)
+class StudyCommandConfig(Section):
+    """Everything `python -m instructblip.study` reads."""
+
+    study: StudyConfig
+    name: str
+    output: str = "outputs/study"
+    form: StudyForm = "reduced"
+    seeds: list[int] | None = None  # in place of the study's
+    train: list[str] = field(default_factory=list)  # further overrides of train.py, of all runs
+    evaluate: list[str] = field(default_factory=list)
+    jobs: AtLeastOne = 1  # runs at a time
+    threads: AtLeastOne | None = None  # of each; None: as many cores as there are a job
+    plan: bool = False  # print the runs and what would start each, and end

@@ -27,7 +27,8 @@ class Batch(NamedTuple):
 
     F is 1 for pictures, the number of frames for videos. `places` says where each sample stands in its rank's share of the
     step, in the order of the draws, `positions` where it was drawn in the run; `image_ids` are equal for samples of one
-    image. `answers` has all accepted ones of each sample with their weights, where all are learnt; else it is empty.
+    image. `pixel_ids` are equal for samples whose pixels are the same, which need encoding once; none where images come as
+    tokens. `answers` has all accepted ones of each sample with their weights, where all are learnt; else it is empty.
     `encoded` holds the tokens of `images` where these were encoded before the step; else it is empty.
     """
 
@@ -41,6 +42,7 @@ class Batch(NamedTuple):
     positions: list[int]
     answers: Sequence[Sequence[tuple[str, float]]] = ()
     encoded: tuple[Tensor, ...] = ()
+    pixel_ids: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
@@ -88,8 +90,16 @@ class Batching:
             yield from (list(range(at, min(at + size, len(items)))) for at in range(0, len(items), size))
             return
         frames, lengths = [len(image) for _, image in items], [self._length(item) for item in items]
-        # Longest first: what does not fit into memory fails in the first pass of a step, not somewhere in the run.
-        order = sorted(range(len(items)), key=lambda place: (-frames[place], -lengths[place], place))
+        pixels = pixel_ids(items)
+        longest = [0] * len(items)
+        for place, first in enumerate(pixels):
+            longest[first] = max(longest[first], lengths[place])
+        # Longest first: what does not fit into memory fails in the first pass of a step, not somewhere in the run. Samples
+        # of one picture stay together.
+        order = sorted(
+            range(len(items)),
+            key=lambda place: (-frames[place], -longest[pixels[place]], pixels[place], -lengths[place], place),
+        )
         cut = self._fewest if self.kind == "packed" else self._least_padded
         for _, group in groupby(order, key=frames.__getitem__):
             yield from cut(list(group), lengths)
@@ -156,7 +166,21 @@ def collate(items: Sequence[Item], places: Sequence[int] | None = None) -> Batch
         answers=[sample.answers or ((sample.target or "", 1.0),) for sample in samples]
         if any(sample.answers for sample in samples)
         else (),
+        pixel_ids=pixel_ids(items) if items[0][1].dtype == torch.uint8 else (),
     )
+
+
+def pixel_ids(items: Sequence[Item]) -> list[int]:
+    """For each item the first one with the same pixels. Only samples of one image are compared."""
+    found: list[int] = []
+    firsts: dict[str, list[int]] = {}
+    for place, (sample, image) in enumerate(items):
+        seen = firsts.setdefault(sample.image_id, [])
+        same = (first for first in seen if torch.equal(items[first][1], image))
+        found.append(next(same, place))
+        if found[-1] == place:
+            seen.append(place)
+    return found
 
 
 def split_further(batches: Sequence[Batch], count: int) -> list[Batch]:
@@ -176,7 +200,8 @@ def split_further(batches: Sequence[Batch], count: int) -> list[Batch]:
 
 
 def _rows(batch: Batch, rows: slice) -> Batch:
-    return Batch._make(column[rows] for column in batch)
+    columns = {name: column[rows] for name, column in batch._asdict().items() if name != "encoded"}
+    return Batch(**columns, encoded=tuple(tokens[rows] for tokens in batch.encoded))
 
 
 def in_order_of_draws(batches: Sequence[Batch]) -> list[str]:

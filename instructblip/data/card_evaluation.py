@@ -16,6 +16,7 @@ from instructblip.config.schema import (
     LLMKind,
     MetricName,
     Mode,
+    Normalize,
     NotNegative,
     PositiveFloat,
     Preset,
@@ -82,7 +83,7 @@ class Evaluation(Section):
     split: str
     prompt: str
     mode: Mode
-    normalize: Literal["sum", "mean"]
+    normalize: Normalize
     include_eos: bool
     max_new_tokens: AtLeastOne
     num_beams: AtLeastOne

@@ -46,12 +46,21 @@ class MixtureSegment(NamedTuple):
 
 @dataclass(frozen=True)
 class MixtureEntry:
-    """One dataset of a mixture: its name, how many records it has, its named multiplier, and the records of each shard."""
+    """One dataset of a mixture.
+
+    Attributes:
+        name: of the dataset.
+        records: how many it has.
+        multiplier: of its weight.
+        shards: the records of each.
+        images: a number for the image of each of these records, where records of one image are drawn together.
+    """
 
     name: str
     records: int
     multiplier: float = 1.0
     shards: tuple[int, ...] = ()
+    images: Callable[["Int64Array"], "Int64Array"] | None = None
 
 
 Int64Array = npt.NDArray[np.int64]
@@ -66,7 +75,8 @@ class Mixture:
         temperature: T of p_d ~ n_d ** (1 / T), for `temperature` alone: 1 is proportional, 2 the square root.
         seed: decides every order.
         segments: how many positions are drawn in groups of which size, in order; the last one goes on for ever. None
-            given: sample by sample.
+            given: sample by sample. Where entries say the images of their records, all groups have one size, and a group
+            holds as few images as there may be.
 
     Raises:
         ValueError: no entries, an empty dataset, an unknown weighting, a multiplier or temperature that is not positive, a
@@ -92,7 +102,7 @@ class Mixture:
         self.shares = weights / weights.sum()
         self._block = self._block_size()
         self._phase = seeded_generator(seed, "phase").random(len(entries) - 1)
-        self._orders = [RecordOrder(seed, number, e.records, e.shards) for number, e in enumerate(entries)]
+        self._orders = [_order(seed, number, entry, segments) for number, entry in enumerate(entries)]
         self._cached_block = -1
         self._groups = np.empty((0, 2), dtype=np.int64)  # dataset and ordinal among its groups, of the cached block
         self._chunk_start = 0
@@ -114,6 +124,12 @@ class Mixture:
         epoch, place = divmod(first + offset + tries, self.entries[dataset].records)
         ordinals = np.array([epoch * self.entries[dataset].records + place], dtype=np.int64)
         return Draw(position, dataset, epoch, int(self._orders[dataset](ordinals)[0]))
+
+    def group(self, position: int) -> range:
+        """The positions that are drawn together with this one."""
+        segment = int(np.searchsorted(self._position_starts, position, side="right")) - 1
+        start = position - self._group_of(position)[1]
+        return range(start, start + int(self._sizes[segment]))
 
     def counts(self, positions: int) -> Int64Array:
         """Draws of each dataset in the first `positions` positions, (datasets,). The cost does not grow with `positions`."""
@@ -242,9 +258,17 @@ def _check(
             raise ValueError(f"dataset {entry.name}: its shards hold {sum(entry.shards)} records, not {entry.records}")
     if not entries:
         raise ValueError("a mixture needs at least one dataset")
+    if any(entry.images for entry in entries) and len({segment.group for segment in segments}) != 1:
+        raise ValueError("records of one image are drawn together in groups of one size")
     for segment in segments:
         if segment.group < 1 or segment.positions % segment.group:
             raise ValueError(f"{segment.positions} positions are not whole groups of {segment.group}")
+
+
+def _order(seed: int, number: int, entry: MixtureEntry, segments: Sequence[MixtureSegment]) -> "RecordOrder":
+    if entry.images is None:
+        return RecordOrder(seed, number, entry.records, entry.shards)
+    return ImageOrder(seed, number, entry.records, entry.shards, images=entry.images, group=segments[0].group)
 
 
 def position_generator(seed: int, position: int) -> np.random.Generator:
@@ -339,6 +363,109 @@ class RecordOrder:
     def _keys(self, purpose: str, *number: int) -> npt.NDArray[np.uint64]:
         stream = seeded_generator(self.seed, purpose, self.dataset, *number)
         return stream.integers(0, 2**32, size=_FEISTEL_ROUNDS, dtype=np.uint64)
+
+
+class ImageOrder(RecordOrder):
+    """An order in which every `group` ordinals hold as few images as there may be; each record still once an epoch.
+
+    Args:
+        seed, dataset, records, shards: see `RecordOrder`.
+        images: a number for the image of each of these records.
+        group: ordinals 0 to `group` - 1 are the first group, and so on.
+    """
+
+    def __init__(
+        self,
+        seed: int,
+        dataset: int,
+        records: int,
+        shards: Sequence[int] = (),
+        *,
+        images: Callable[[Int64Array], Int64Array],
+        group: int,
+    ) -> None:
+        super().__init__(seed, dataset, records, shards)
+        self.images = images
+        self.group = group
+        self._windows: OrderedDict[tuple[int, int], Int64Array] = OrderedDict()
+
+    def _in_epoch(self, epoch: int, places: Int64Array) -> Int64Array:
+        found, windows = np.empty_like(places), places // WINDOW
+        for window in np.unique(windows).tolist():
+            inside = windows == window
+            found[inside] = self._window(epoch, window)[places[inside] - window * WINDOW]
+        return found
+
+    def _window(self, epoch: int, window: int) -> Int64Array:
+        """The records of a window, in their order."""
+        if (epoch, window) not in self._windows:
+            start = window * WINDOW
+            line = start + np.arange(min(WINDOW, self.records - start))
+            if self.records > WINDOW:
+                shards = self._line(epoch)
+                slots = np.searchsorted(shards.start, line, side="right") - 1
+                line = shards.first[slots] + line - shards.start[slots]
+            lead = -(epoch * self.records + start) % self.group
+            stream = seeded_generator(self.seed, "images", self.dataset, epoch, window)
+            self._windows[epoch, window] = line[order_by_image(self.images(line), self.group, lead, stream)]
+            while len(self._windows) > _EPOCHS_KEPT:
+                self._windows.popitem(last=False)
+        return self._windows[epoch, window]
+
+
+def order_by_image(images: Int64Array, group: int, lead: int, stream: np.random.Generator) -> Int64Array:
+    """A random order of records in which groups hold few images: first `lead` records, then group after group.
+
+    An image's records are cut into units of `group` and one smaller. Smaller units fill groups together where they can,
+    largest first; those that are left are laid end to end. Only these are in two groups.
+
+    Args:
+        images: a number for each record's image.
+        group: records of a group.
+        lead: fewer than that, which stand in front.
+        stream: is drawn from.
+
+    Returns:
+        A permutation of the places of `images`.
+    """
+    _, numbers = np.unique(images, return_inverse=True)
+    priorities = stream.permutation(int(numbers.max()) + 1)[numbers]
+    order = np.lexsort((stream.random(len(images)), priorities))
+    starts = np.flatnonzero(np.diff(priorities[order], prepend=-1))
+    ends = np.append(starts[1:], len(order))
+    # Where each unit starts, and how long it is.
+    pieces = -(-(ends - starts) // group)
+    inside = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+    firsts = np.repeat(starts, pieces) + inside * group
+    lengths = np.minimum(np.repeat(ends, pieces) - firsts, group)
+    laid = _fill_groups(lengths, group)
+    within = np.arange(len(order)) - np.repeat(np.cumsum(lengths[laid]) - lengths[laid], lengths[laid])
+    order = order[np.repeat(firsts[laid], lengths[laid]) + within]
+    whole = (len(order) - lead) // group if len(order) > lead else 0
+    groups = order[: whole * group].reshape(whole, group)[stream.permutation(whole)].reshape(-1)
+    rest = order[whole * group :]
+    return np.concatenate([rest[:lead], groups, rest[lead:]])
+
+
+def _fill_groups(lengths: Int64Array, group: int) -> Int64Array:
+    """Numbers of the units, in an order in which as many as may be fill groups together."""
+    left = [list(np.flatnonzero(lengths == length)) for length in range(group + 1)]
+    laid: list[int] = []
+    while True:
+        taken, room = [0] * (group + 1), group
+        for length in range(group, 0, -1):
+            taken[length] = min(room // length, len(left[length]))
+            room -= taken[length] * length
+        if room:  # the last of them do not fill one
+            break
+        times = min(len(left[length]) // count for length, count in enumerate(taken) if count)
+        columns = []
+        for length, count in enumerate(taken):
+            if count:
+                columns.append(np.array(left[length][: times * count]).reshape(times, count))
+                left[length] = left[length][times * count :]
+        laid += np.concatenate(columns, axis=1).reshape(-1).tolist()
+    return np.array(laid + sorted(number for units in left for number in units), dtype=np.int64)
 
 
 def permute(values: Int64Array, size: int, keys: npt.NDArray[np.uint64]) -> Int64Array:

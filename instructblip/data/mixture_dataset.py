@@ -6,13 +6,14 @@ from functools import cached_property, partial
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from instructblip.config.schema import TextProcessor
 from instructblip.data.batching import Item
 from instructblip.data.lost import LostSample
-from instructblip.data.mixture import Draw, Mixture, position_generator
+from instructblip.data.mixture import Draw, Mixture, position_generator, seeded_generator
 from instructblip.data.records import Sample
 from instructblip.data.shards import PreparedSplit, ShardReader
 from instructblip.data.templates import TemplateSet, answer_shares, cut_prefix, render_training
@@ -21,6 +22,7 @@ from instructblip.data.transforms import AUGMENTATIONS, augment_frames
 from instructblip.errors import DamagedSample, UserError
 from instructblip.images import fit_frames
 
+_IMAGE_BITS = 32  # of an image's number that say its row in the shard
 _TRIES = 50  # records in a row that cannot be used: not damage here and there
 
 # (shard, row) -> image tokens (F, P, V) of the F frames, one of a picture
@@ -61,6 +63,17 @@ class TrainingSet:
         inside = record - int(self._ends[number]) + self.shard_records[number]
         stored = int(shard.records_of(self.kinds)[inside])
         return number, int(shard.arrays["record_image"][stored]), int(shard.arrays["record_number"][stored])
+
+    def images(self, records: np.ndarray) -> np.ndarray:
+        """A number for the image of each of these records, in stored order each."""
+        numbers = np.searchsorted(self._ends, records, side="right")
+        found = np.empty_like(records)
+        for number in np.unique(numbers).tolist():
+            at, shard = numbers == number, self.split.shards[number]
+            inside = records[at] - int(self._ends[number]) + self.shard_records[number]
+            rows = shard.arrays["record_image"][shard.records_of(self.kinds)[inside]]
+            found[at] = (number << _IMAGE_BITS) + rows.astype(np.int64)
+        return found
 
     @cached_property
     def _ends(self) -> np.ndarray:
@@ -137,6 +150,8 @@ class MixtureDataset(Dataset[Item]):
         self.cut_prefixes = cut_prefixes
         self.all_answers = all_answers
         self.prompt_processor = prompt_processor
+        # Of records of one image that are drawn together: what it was made for, and the image, which the next may need.
+        self._made: tuple[tuple[int, ...], Tensor] = ((), torch.empty(0))
 
     def __getitem__(self, position: int) -> Item:
         return self.read(position)[0]
@@ -166,6 +181,7 @@ class MixtureDataset(Dataset[Item]):
         chosen = self.sets[draw.dataset]
         number, row, place = location
         frames, record = shard.read_record(row, place)
+        looked_at = self._looked_at(draw, location)
         random = position_generator(self.mixture.seed, draw.position)
         try:
             instruction, target, template = render_training(record, chosen.templates, random)
@@ -190,4 +206,24 @@ class MixtureDataset(Dataset[Item]):
             template=template,
             answers=tuple((processed(text), share) for text, share in answer_shares(record)) if all_answers else (),
         )
-        return sample, self.make_image(DrawnImage(shard, row, frames, random, chosen.flip))
+        if looked_at is None:
+            return sample, self.make_image(DrawnImage(shard, row, frames, random, chosen.flip))
+        if self._made[0] != (draw.dataset, number, row, looked_at):
+            random = seeded_generator(self.mixture.seed, "image", looked_at)
+            image = self.make_image(DrawnImage(shard, row, frames, random, chosen.flip))
+            self._made = (draw.dataset, number, row, looked_at), image
+        return sample, self._made[1]
+
+    def _looked_at(self, draw: Draw, location: tuple[int, int, int]) -> int | None:
+        """The position whose stream the image is made with, where records of one image are drawn together.
+
+        The first one of the group that draws the image.
+        """
+        if self.mixture.entries[draw.dataset].images is None:
+            return None
+        for position in self.mixture.group(draw.position):
+            if position == draw.position:
+                break
+            if self.sets[draw.dataset].locate(self.mixture.draw(position).record)[:2] == location[:2]:
+                return position
+        return draw.position

@@ -234,9 +234,9 @@ def make_task(
     withhold_images: bool = False,
     preset: str = "paper",
     llm_kind: str = "decoder",
-    rerank: int | None = None,
     answers: Path | None = None,
     precision: EvaluationPrecision = "fp32",
+    **instead: Any,
 ) -> Task:
     """Open a card's split and settle its protocol.
 
@@ -249,16 +249,15 @@ def make_task(
         withhold_images: the blind baseline.
         preset: `paper`, or `lavis` for what the released code computes.
         llm_kind: `decoder` or `encoder_decoder`; the released code treats them differently.
-        rerank: in `retrieve` mode, instead of the card's own number.
         answers: the list of a card that ranks one.
         precision: of matrix products.
+        instead: of the card's own `rerank`, `normalize` or `include_eos`; None leaves that.
 
     Raises:
-        UserError: the card says nothing of evaluation, the split (or the train split that candidates come from) is not
-            prepared or has no public answers, the mode or the number of samples does not suit the card's metric, or a list
-            of answers is not given or is none.
+        UserError: no evaluation in the card, a split (its own, or the train split that candidates come from) that is not
+            prepared or has no public answers, a mode or number of samples that does not suit the metric, no list of answers.
     """
-    rules = _rules(card, preset, llm_kind, rerank)
+    rules = _rules(card, preset, llm_kind, **instead)
     split, mode = split or rules.split, mode or rules.mode
     if reason := _unfit(card, rules, mode):
         raise UserError(reason)
@@ -466,8 +465,8 @@ def as_json(protocol: Protocol) -> dict[str, Any]:
     return {**asdict(protocol), "sha256": protocol.sha256()}
 
 
-def _rules(card: Card, preset: str, llm_kind: str, rerank: int | None = None) -> Evaluation:
-    """How a card is evaluated under a preset; `rerank` stands in for the card's own number.
+def _rules(card: Card, preset: str, llm_kind: str, **instead: Any) -> Evaluation:
+    """How a card is evaluated under a preset; what is given and not None stands in for the card's own.
 
     Raises:
         UserError: it is not evaluated.
@@ -475,8 +474,8 @@ def _rules(card: Card, preset: str, llm_kind: str, rerank: int | None = None) ->
     if card.evaluation is None:
         raise UserError(f"{card.name} is a dataset to train on: its card has no evaluation; take it out of the suite")
     rules = with_preset(card.evaluation, preset, llm_kind)
-    rules = rules if rerank is None else replace(rules, rerank=rerank)
-    return as_released(rules, llm_kind) if preset == "lavis" else rules
+    rules = as_released(rules, llm_kind) if preset == "lavis" else rules
+    return replace(rules, **{name: value for name, value in instead.items() if value is not None})
 
 
 def as_released(rules: Evaluation, llm_kind: str) -> Evaluation:

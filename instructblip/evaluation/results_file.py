@@ -50,6 +50,7 @@ class StoredScore:
         parts: further scores by name: value and interval.
         higher_is_better: whether a larger score is a better one; True where nothing is said.
         card: of one's own, as it was; None for an official one.
+        baselines: scores that need no understanding of the image, by name.
     """
 
     value: float | None
@@ -65,6 +66,7 @@ class StoredScore:
     higher_is_better: bool = True
     card: Card | None = None
     parts: Mapping[str, Numbers] = field(default_factory=dict)
+    baselines: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -220,9 +222,22 @@ def _stored_score(entry: Any, name: str, file: Path) -> StoredScore:
         raise UserError(f"{file}: datasets.{name}.parts are not scores by name; {_HINT}")
     found = {part: _numbers(numbers, f"{file}: datasets.{name}.parts.{part}") for part, numbers in parts.items()}
     better, card = entry.get("higher_is_better") is not False, _stored_card(entry, name, file)
+    baselines = _baselines(entry.get("baselines", {}), f"{file}: datasets.{name}.baselines")
     return StoredScore(
-        value, low, high, count, metric, protocol, records, digest, tokenizer, made_up, better, card, found
+        value, low, high, count, metric, protocol, records, digest, tokenizer, made_up, better, card, found, baselines
     )
+
+
+def _baselines(values: Any, where: str) -> dict[str, float]:
+    if not isinstance(values, dict):
+        raise UserError(f"{where} are not scores by name; {_HINT}")
+    return {name: _number(value, f"{where}.{name}") for name, value in values.items()}
+
+
+def _number(value: Any, where: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise UserError(f"{where} is {value!r}, not a number; {_HINT}")
+    return float(value)
 
 
 def _numbers(entry: Any, where: str) -> Numbers:
@@ -232,11 +247,7 @@ def _numbers(entry: Any, where: str) -> Numbers:
 
     def number(key: str) -> float | None:
         value = entry.get(key)
-        if value is None and key in entry:
-            return None
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise UserError(f"{where}.{key} is {value!r}, not a number; {_HINT}")
-        return float(value)
+        return None if value is None and key in entry else _number(value, f"{where}.{key}")
 
     value, low, high = number("value"), number("low"), number("high")
     if (low is None) != (high is None) or (value is None and low is not None):

@@ -85,6 +85,8 @@ def _plan(
             mode=modes[card.name],
             withhold_images=config.withhold_images,
             rerank=config.rerank,
+            normalize=config.normalize,
+            include_eos=config.include_eos,
             precision=config.precision,
             answers=None if config.answers is None else Path(config.answers),
             **rules,

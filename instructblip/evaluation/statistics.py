@@ -122,6 +122,46 @@ def compare_paired(
     return Paired(float(differences.mean()), low, high, _sign_flips(changed, seed), PERMUTATION)
 
 
+@dataclass(frozen=True)
+class Spread:
+    """A few independent values, such as one a seed, and what they say of the mean that they are drawn around.
+
+    Attributes:
+        mean: theirs.
+        deviation: standard deviation, with n - 1; None of one value.
+        low, high: the mean's 95% interval by Student's t; None where nothing varies, which does not say that nothing can.
+        p: two-sided probability of a mean as far from 0 if it were 0, by Student's t; None with them.
+    """
+
+    mean: float
+    deviation: float | None = None
+    low: float | None = None
+    high: float | None = None
+    p: float | None = None
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Mean, standard deviation, interval and test of a few values, taken for independent and normal.
+
+    Student, "The probable error of a mean", Biometrika 6 (1908). Of paired differences it is the paired t test.
+
+    Raises:
+        ValueError: no values.
+    """
+    if not values:
+        raise ValueError("a mean of no values is not defined")
+    found = np.asarray(values, dtype=np.float64)
+    mean = float(found.mean())
+    if len(found) == 1:
+        return Spread(mean)
+    deviation = float(found.std(ddof=1))
+    if deviation <= _ROUNDING * max(1.0, abs(mean)):
+        return Spread(mean, 0.0)
+    test = scipy.stats.ttest_1samp(found, 0.0)
+    ends = test.confidence_interval(0.95)
+    return Spread(mean, deviation, float(ends.low), float(ends.high), float(test.pvalue))
+
+
 def wilson_interval(correct: int, count: int) -> tuple[float, float]:
     """95% score interval of the proportion `correct / count`, between 0 and 1, for independent samples.
 

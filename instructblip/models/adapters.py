@@ -268,7 +268,7 @@ def unused_layers(model: nn.Module, layers: Iterable[str], run: Any) -> list[str
 
 
 @torch.no_grad()
-def plain_state(module: nn.Module, *, merge: bool) -> dict[str, Tensor]:
+def plain_state(module: nn.Module, *, merge: bool = True) -> dict[str, Tensor]:
     """A module's state dict without adapters and rounded weights, the tensors shared where they stay as they are.
 
     What an adapter was trained over it goes with: int8 and nf4 weights are expanded, in float32.

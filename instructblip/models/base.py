@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import PreTrainedTokenizerBase
 
-from instructblip.devices import to_device
+from instructblip.devices import on_device, to_device
 from instructblip.errors import UserError
 from instructblip.models.adapters import Adapter, is_adapter, train_dropout
 from instructblip.models.vision import Images, VisionEncoder, as_frames
@@ -52,6 +52,10 @@ class Samples(Protocol):
     def answers(self) -> Sequence[Sequence[tuple[str, float]]]:
         """Of B samples all accepted answers with their weights, where a model is to learn them all; else empty."""
 
+    @property
+    def pixel_ids(self) -> Sequence[int]:
+        """Of B samples, equal where their pixels are the same; empty: not known."""
+
 
 class Partners(NamedTuple):
     """For each sample of a micro-batch another one's image, and another one's answer, which do not belong to it.
@@ -77,6 +81,7 @@ class Inputs:
         partners: drawn for an objective that needs them.
         answer_counts: how many of the answers each sample has, which stand sample after sample; empty: one each.
         answer_weights: of each answer in its sample's loss; empty: 1.
+        pixel_ids: as in `Samples`.
     """
 
     images: Images
@@ -87,6 +92,7 @@ class Inputs:
     partners: Partners | None = None
     answer_counts: Sequence[int] = ()
     answer_weights: Sequence[float] = ()
+    pixel_ids: Sequence[int] = ()
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -277,12 +283,23 @@ class Model(PartedModule, ABC):
     def conventions(self) -> list[Any]:
         """How texts enter, as JSON values: beside weights and the vision encoder's settings, what an answer depends on."""
 
-    def image_tokens(self, images: Images) -> Tensor:
-        """Image tokens (B, F, P, V) of pictures or uint8 frames; tokens (from a feature cache) pass through."""
-        images = to_device(as_frames(images, self.vision.image_size), self.device)
+    def image_tokens(self, images: Images, pixel_ids: Sequence[int] = ()) -> Tensor:
+        """Image tokens (B, F, P, V) of pictures or uint8 frames; tokens (from a feature cache) pass through.
+
+        Args:
+            images: B of them.
+            pixel_ids: equal where pixels are the same; such images are encoded once. Empty: not known.
+        """
+        images = as_frames(images, self.vision.image_size)
         if images.dtype != torch.uint8:
-            return images
-        return self.vision(images.flatten(0, 1)).unflatten(0, images.shape[:2])
+            return to_device(images, self.device)
+        first: dict[int, int] = {}
+        rows = [first.setdefault(number, len(first)) for number in pixel_ids]
+        if len(first) < len(rows):
+            images = images[on_device([rows.index(row) for row in range(len(first))], images.device)]
+        images = to_device(images, self.device)
+        tokens_NFPV = self.vision(images.flatten(0, 1)).unflatten(0, images.shape[:2])
+        return tokens_NFPV if len(first) == len(rows) else tokens_NFPV[on_device(rows, self.device)]
 
     def vision_structure(self) -> PartStructure:
         """That of the vision encoder, which may be sharded."""

@@ -170,7 +170,8 @@ class BLIP(Model):
         return padded(rows, self.tokenizer.pad_token_id, self.device)
 
     def _prepared(self, samples: Samples, answers: Sequence[Sequence[int]]) -> Inputs:
-        return Inputs(samples.images, samples.instructions, answers, samples.image_ids, samples.positions)
+        images, ids = samples.images, samples.image_ids
+        return Inputs(images, samples.instructions, answers, ids, samples.positions, pixel_ids=samples.pixel_ids)
 
     def _written(
         self,
@@ -377,7 +378,7 @@ class BLIPCaption(_Captioner):
     def forward(self, inputs: Inputs, wanted: Collection[str], *, packed: bool = False) -> Outputs:
         """See the class for the outputs."""
         self._check_forward(packed)
-        tokens_BPU = self.normalised(self.image_tokens(inputs.images))
+        tokens_BPU = self.normalised(self.image_tokens(inputs.images, inputs.pixel_ids))
         tensors = {"answer_logits": self.caption_logits(tokens_BPU, inputs.answers)}
         text = sum(map(len, inputs.answers)) + len(inputs) * len(self.caption_start())
         return Outputs({name: tensors[name] for name in wanted}, PassWorkload(text=text))
@@ -447,7 +448,7 @@ class BLIPVQA(BLIP):
     def forward(self, inputs: Inputs, wanted: Collection[str], *, packed: bool = False) -> Outputs:
         """See the class for the outputs."""
         self._check_forward(packed)
-        states_BTD, mask_BT = self.encode_questions(self.image_tokens(inputs.images), inputs.prompts)
+        states_BTD, mask_BT = self.encode_questions(self.image_tokens(inputs.images, inputs.pixel_ids), inputs.prompts)
         work = PassWorkload(text=int(mask_BT.sum()), positions=sum(map(len, inputs.answers)))
         if inputs.answer_counts:
             counts_B = torch.tensor(inputs.answer_counts, device=self.device)
@@ -808,7 +809,7 @@ class BLIPRetrieval(BLIP):
         return Outputs({name: tensors[name] for name in wanted}, PassWorkload(text=int(mask_BT.sum())))
 
     def _image_outputs(self, inputs: Inputs, wanted: Collection[str]) -> dict[str, Tensor]:
-        image = self.encode_images(self.image_tokens(inputs.images))
+        image = self.encode_images(self.image_tokens(inputs.images, inputs.pixel_ids))
         tensors = {"image_projected": image.projected_BQE}
         if "match_logits" in wanted:
             tensors["match_logits"] = self._match_logits(image.tokens_BPU, inputs)

@@ -187,7 +187,8 @@ class BLIP2(Model):
         if len(set(sizes)) > 1:
             raise ValueError(f"{sizes[0]} images and {sizes[1]} texts do not make pairs")
         answers = [ids[1:] for ids in self._token_ids(samples.targets, self.max_text_tokens)]
-        return Inputs(samples.images, samples.instructions, answers, samples.image_ids, samples.positions)
+        images, ids = samples.images, samples.image_ids
+        return Inputs(images, samples.instructions, answers, ids, samples.positions, pixel_ids=samples.pixel_ids)
 
     def forward(self, inputs: Inputs, wanted: Collection[str], *, packed: bool = False) -> Outputs:
         """See the class for the outputs. `match_logits` needs partners.
@@ -198,7 +199,7 @@ class BLIP2(Model):
         if packed:
             raise ValueError("BLIP-2's first stage has no LLM whose rows samples could share")
         ids_BT, mask_BT = self._captions(inputs.answers)
-        tokens_B1PU = self.image_tokens(inputs.images)
+        tokens_B1PU = self.image_tokens(inputs.images, inputs.pixel_ids)
         # Not the parameter itself: DDP looks for what is used by walking back from the outputs.
         tensors: dict[str, Tensor] = {"temperature": self.temperature.clone()}
         # The first two come first, so that dropout draws the same in a pass for them alone.

@@ -131,8 +131,7 @@ class Connector(nn.Module, ABC):
         """
         power = self.output.in_features * self.output_power
         self.output.weight.normal_().mul_(deviation / math.sqrt(power))
-        if self.output.bias is not None:
-            self.output.bias.zero_()
+        self.output.bias.zero_()
 
 
 class LinearConnector(Connector):
@@ -167,7 +166,6 @@ class MLPConnector(Connector):
     Args:
         patches, vision_width, llm_width: as `LinearConnector`.
         hidden_width: of the first layer's outputs; None: L, as LLaVA.
-        bias: of both layers.
     """
 
     kind = "mlp"
@@ -179,16 +177,14 @@ class MLPConnector(Connector):
         vision_width: int,
         llm_width: int,
         hidden_width: int | None = None,
-        bias: bool = True,
     ) -> None:
         super().__init__()
         self.patches, self.tokens = patches, patches.tokens
-        self.hidden = nn.Linear(vision_width, hidden_width or llm_width, bias=bias)
-        self.output = nn.Linear(self.hidden.out_features, llm_width, bias=bias)
+        self.hidden = nn.Linear(vision_width, hidden_width or llm_width)
+        self.output = nn.Linear(self.hidden.out_features, llm_width)
         with torch.no_grad():
             self.hidden.weight.normal_(std=vision_width**-0.5)
-            if bias:
-                self.hidden.bias.zero_()
+            self.hidden.bias.zero_()
 
     @property
     def output_power(self) -> float:

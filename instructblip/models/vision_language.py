@@ -99,7 +99,14 @@ class VisionLanguageModel(Model):
         # Rotary positions go on behind those that a model was made for, which one long sample of many may.
         if self.llm.has_position_table:
             self._check_positions(samples.images, samples.instructions, answers, training=True)
-        return Inputs(samples.images, samples.instructions, answers, samples.image_ids, samples.positions)
+        return Inputs(
+            samples.images,
+            samples.instructions,
+            answers,
+            samples.image_ids,
+            samples.positions,
+            pixel_ids=samples.pixel_ids,
+        )
 
     def forward(self, inputs: Inputs, wanted: Collection[str], *, packed: bool = False) -> Outputs:
         """See the class for the outputs. Of the LLM, only `answer_logits` needs its layers."""
@@ -107,7 +114,7 @@ class VisionLanguageModel(Model):
         check_texts("prompts", inputs.prompts, count)
         check_tokens("answers", inputs.answers, count)
         check_names("wanted", wanted, self.OUTPUTS)
-        visual_BQL, text = self._visual_prompt(self.image_tokens(inputs.images), inputs.prompts)
+        visual_BQL, text = self._visual_prompt(self.image_tokens(inputs.images, inputs.pixel_ids), inputs.prompts)
         tensors, workload = {"visual_prompt": visual_BQL}, PassWorkload(text=text)
         if "visual_cosines" in wanted:
             # The mean of unit vectors is long only where they agree, so every visual token learns to name the answer.

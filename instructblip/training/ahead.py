@@ -72,4 +72,4 @@ class Ahead:
         if not self._encodes:
             return batch._replace(images=to_device(batch.images, self._model.device))
         with torch.no_grad(), self._context.autocasting(self._model):
-            return batch._replace(encoded=(self._model.image_tokens(batch.images),))
+            return batch._replace(encoded=(self._model.image_tokens(batch.images, batch.pixel_ids),))

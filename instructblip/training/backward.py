@@ -149,7 +149,7 @@ def _with_image_tokens(model: Model, inputs: Sequence[Inputs], context: StepCont
     if "vision" in model.trained_parts:
         return inputs
     with torch.no_grad(), context.autocasting(model):
-        return [replace(part, images=model.image_tokens(part.images)) for part in inputs]
+        return [replace(part, images=model.image_tokens(part.images, part.pixel_ids)) for part in inputs]
 
 
 def _look_around(

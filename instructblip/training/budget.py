@@ -157,7 +157,7 @@ def _trained(*modules: nn.Module) -> int:
 
 def _number(budget: Budget, name: str) -> str:
     if name == "flops":
-        return f"{budget.flops / 1e9:,.1f} GFLOP a sample"
+        return f"{budget.flops / 1e9:,.4g} GFLOP a sample"
     return f"{getattr(budget, name):,} {'trained parameters' if name == 'parameters' else 'visual tokens a frame'}"
 
 

@@ -87,12 +87,19 @@ def make_mixture(
         UserError: weights, multipliers or groups that cannot be planned.
     """
     entries = [
-        MixtureEntry(item.name, len(item), entry.multiplier, item.shard_records)
+        MixtureEntry(
+            item.name, len(item), entry.multiplier, item.shard_records, item.images if config.per == "image" else None
+        )
         for item, entry in zip(sets, config.datasets, strict=True)
     ]
     segments = []
     for phase in phases:
-        groups = {"sample": 1, "step": phase.batch_size, "batch": phase.micro_batch_size or phase.batch_size}
+        groups = {
+            "sample": 1,
+            "image": config.image_records,
+            "step": phase.batch_size,
+            "batch": phase.micro_batch_size or phase.batch_size,
+        }
         group = groups[config.per]
         segments.append(MixtureSegment(phase.steps * phase.batch_size, group))
     try:

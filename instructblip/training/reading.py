@@ -124,7 +124,7 @@ def _report(step: LaunchedStep) -> dict[str, Any]:
         "ids": in_order_of_draws(step.batches),
         "frames": sum(_frames(batch) for batch in step.batches),
         # Others are image tokens.
-        "encoded": sum(_frames(batch) for batch in step.batches if batch.images.dtype == torch.uint8),
+        "encoded": sum(_encoded(batch) for batch in step.batches),
         "text": sum(work.text for work in workloads),
         "positions": sum(work.positions for work in workloads),
         "padding": sum(work.padding for work in workloads),
@@ -133,6 +133,13 @@ def _report(step: LaunchedStep) -> dict[str, Any]:
 
 def _frames(batch: Batch) -> int:
     return batch.images.shape[0] * batch.images.shape[1]
+
+
+def _encoded(batch: Batch) -> int:
+    """Frames that go through the vision encoder: none of tokens, and the same pixels once."""
+    if batch.images.dtype != torch.uint8:
+        return 0
+    return (len(set(batch.pixel_ids)) or len(batch.images)) * batch.images.shape[1]
 
 
 def _result(objectives: Sequence[Objective], reports: Sequence[dict[str, Any]]) -> StepResult:

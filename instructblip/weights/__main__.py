@@ -6,8 +6,8 @@
     python -m instructblip.weights outputs/train/mine models/mine --to huggingface --adapters separate
     python -m instructblip.weights blip2_pretrained.pth models/blip2_retrieval --to huggingface
 
-SOURCE is a run or a checkpoint of ours, a transformers folder or hub id, or a .pth file of LAVIS: of InstructBLIP, of one of
-BLIP-2's stages, or of BLIP, whose own repository's files are read, too. Prints the largest absolute difference between
+SOURCE is a run or a checkpoint of ours, a transformers folder or hub id (of InstructBLIP, BLIP-2's stages, LLaVA or BLIP),
+or a .pth file of LAVIS (of the same but LLaVA) or of BLIP's own repository. Prints the largest absolute difference between
 SOURCE and the re-opened TARGET at each stage, on a fixed random input, in the types that they are loaded in; of a model in
 half precision also in float32. Ends with status 1, and without TARGET, when one is above the bound; with 2 and one line when
 something has to be mended first.
@@ -32,6 +32,7 @@ from instructblip.models.base import Model
 from instructblip.models.blip import BLIP
 from instructblip.models.blip2 import BLIP2
 from instructblip.models.instructblip import InstructBLIP
+from instructblip.models.llava import LLaVA
 from instructblip.weights.blip import blip_checkpoint, load_blip, save_blip
 from instructblip.weights.lavis import LN_VISION_EPS, load_lavis, model_state, read_lavis, refuse_adapters, save_lavis
 from instructblip.weights.load import LoadedModel, huggingface_source, llm_config, load_model, load_run
@@ -39,8 +40,10 @@ from instructblip.weights.names import SIDECAR
 from instructblip.weights.native import (
     CONFIG,
     blip_parts_config,
+    llava_parts_config,
     parts_config,
     save_blip_parts,
+    save_llava_parts,
     save_native,
     save_parts,
     write_config,
@@ -199,12 +202,16 @@ def _save_lavis(loaded: LoadedModel, model: KnownModel, path: Path) -> None:
         refuse_adapters(model)
         save_blip(model, path)
         return
+    if isinstance(model, LLaVA):
+        raise UserError(
+            "LAVIS's files have no place for a connector that is no Q-Former; take --to huggingface or native"
+        )
     llm = None if loaded.config is None else loaded.config.llm
     save_lavis(model, path, projection=None if llm is None else llm.lavis_projection)
 
 
 def _known(model: Model) -> KnownModel:
-    assert isinstance(model, InstructBLIP | BLIP2 | BLIP)
+    assert isinstance(model, InstructBLIP | LLaVA | BLIP2 | BLIP)
     return model
 
 
@@ -227,8 +234,16 @@ def _save_native(
         )
         save_native(model, here, partial, loaded.standing)
         return there
-    settings = read_settings(folder)
     llm = None if options.llm is None else llm_config(options.llm, options.llm_path)
+    if isinstance(model, LLaVA):
+        save_llava_parts(model, partial, with_llm=llm is None)
+        here, there = (
+            llava_parts_config(model, place, loaded.name, llm=llm)
+            for place in (partial, Path(options.target).absolute())
+        )
+        save_native(model, here, partial, loaded.standing)
+        return there
+    settings = read_settings(folder)
     save_parts(model, settings, partial, with_llm=llm is None)
     here, there = (
         parts_config(model, settings, place, loaded.name, llm=llm)
@@ -245,6 +260,7 @@ def _with_lavis(path: Path, model: KnownModel) -> KnownModel:
             tensor.fill_(float("nan") if tensor.is_floating_point() else -1)  # whatever the file lacks will show
         load_blip(blip_checkpoint(path, model_state(path)), model)
         return model
+    assert not isinstance(model, LLaVA)  # which was not written
     for tensor in model.held_state().values():
         tensor.fill_(float("nan"))  # whatever the file lacks will show
     if isinstance(model.vision_norm, nn.LayerNorm):

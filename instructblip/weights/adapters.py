@@ -12,7 +12,7 @@ from instructblip.weights.peft_format import MATRICES, LayerAdapter, read_peft_f
 
 # What names in a folder may lead from: this code's modules, and the classes of transformers.
 _ROOTS = ("llm.model", "vision.backbone", "qformer", "text_encoder", "text_decoder")
-_LAYOUTS: tuple[Format, ...] = ("huggingface", "huggingface_blip2", "huggingface_blip")
+_LAYOUTS: tuple[Format, ...] = ("huggingface", "huggingface_blip2", "huggingface_blip", "huggingface_llava")
 
 
 def attach(model: Model, folder: str | Path) -> None:

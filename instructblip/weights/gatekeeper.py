@@ -24,7 +24,7 @@ from instructblip.files import read_json
 from instructblip.models.llm import LLM_KINDS
 from instructblip.weights.lavis import read_pth
 
-MODEL_TYPES = ("instructblip", "blip-2", "blip")  # of whole models, as a config.json of transformers says them
+MODEL_TYPES = ("instructblip", "blip-2", "blip", "llava")  # of whole models, as a config.json of transformers says them
 WEIGHT_FILES = (  # in the order in which transformers takes them
     "model.safetensors",
     "model.safetensors.index.json",

@@ -53,7 +53,8 @@ from instructblip.weights.names import check_tensors
 from instructblip.weights.parts import MODELS, build_model, load_llm, model_class
 from instructblip.weights.start import PLAIN, PROJECTION, Standing, Start, not_aligned
 from instructblip.weights.transformers_blip import load_blip_folder
-from instructblip.weights.transformers_layout import layout_of
+from instructblip.weights.transformers_layout import is_llava_folder, layout_of
+from instructblip.weights.transformers_llava import load_llava_folder
 from instructblip.weights.transformers_read import is_huggingface_folder, load_huggingface
 from instructblip.weights.transformers_settings import read_transformers_config
 
@@ -201,7 +202,9 @@ def _find_huggingface(folder: Path, name: str, llm: str | LLMConfig | None) -> S
         if llm is not None:
             raise UserError(f"{folder} is {_WITHOUT_LLM[kind == 'blip2_stage1']}; leave llm= out")
         return Source("huggingface", folder, name, kind, None)
-    own_kind: LLMKind = "decoder" if config.use_decoder_only_language_model else "encoder_decoder"
+    # LLaVA's configuration does not say it: its language model is always one.
+    decodes = getattr(config, "use_decoder_only_language_model", True)
+    own_kind: LLMKind = "decoder" if decodes else "encoder_decoder"
     return Source("huggingface", folder, name, kind, own_kind if llm is None else llm_config(llm, None).kind)
 
 
@@ -242,19 +245,6 @@ def load_model(
         attach(loaded.model, adapter)
     check_device(loaded.model, place)
     return loaded._replace(model=loaded.model.to(place).eval())
-
-
-def as_instructblip(model: Model, source: str) -> InstructBLIP:
-    """The model, which came from `source`, where it is an InstructBLIP.
-
-    Raises:
-        UserError: it is another.
-    """
-    if not isinstance(model, InstructBLIP):
-        raise UserError(
-            f"{source} is a {type(model).__name__}, wanted is an InstructBLIP; give a run of model=instructblip"
-        )
-    return model
 
 
 def huggingface_source(source: str | Path) -> Path | None:
@@ -342,12 +332,15 @@ def _load_huggingface(found: Source, replaced: Replacements) -> LoadedModel:
         return LoadedModel(model, name, str(folder), 0, None, vision)
     language = read_transformers_config(folder).text_config
     parts = vision | {"llm": FrozenPart(f"{language.model_type} of {name}", str(folder))}
+    llava = is_llava_folder(folder)
+    load = load_llava_folder if llava else load_huggingface
     if replaced.llm is None:
-        return LoadedModel(load_huggingface(folder), name, str(folder), 0, None, parts)
+        return LoadedModel(load(folder), name, str(folder), 0, None, parts)
     config = llm_config(replaced.llm, replaced.llm_path)
-    beside = as_instructblip(load_huggingface(folder, llm=load_llm(config)), name)
+    beside = load(folder, llm=load_llm(config))
+    assert isinstance(beside, VisionLanguageModel)  # what has no language model was refused when it was found
     fits = language.hidden_size == beside.llm.width
-    standing = _beside(f"the LLM of {name}", config.name, projection_fits=fits)
+    standing = _beside(f"the LLM of {name}", config.name, projection_fits=fits, qformer=not llava)
     return LoadedModel(beside, name, str(folder), 0, None, parts | {"llm": _frozen_part(config)}, standing)
 
 
@@ -416,6 +409,8 @@ def _replace_parts(config: ModelConfig, replaced: Replacements) -> ModelConfig:
         llm = llm_config(llm if own or replaced.llm is None else replaced.llm, replaced.llm_path)
     elif replaced.llm or replaced.llm_path:
         raise UserError(f"model={config.model.kind} has no language model to replace; leave llm= and llm_path= out")
+    if replaced.qformer_path and not (config.has_qformer() or config.text):
+        raise UserError(f"{config.said()} has no Q-Former; leave qformer_path= out")
     return dataclasses.replace(
         config,
         vision=_with_path(config.vision, replaced.vision_path),

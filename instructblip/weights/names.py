@@ -18,7 +18,7 @@ from instructblip.models.vision import VisionEncoder
 
 # `huggingface` is the layout of InstructBLIP's classes, `huggingface_blip2` that of BLIP-2's. BLIP's files, those of its own
 # repository among them, and its classes have a table of their own.
-Format = Literal["lavis", "huggingface", "huggingface_blip2", "lavis_blip", "huggingface_blip"]
+Format = Literal["lavis", "huggingface", "huggingface_blip2", "lavis_blip", "huggingface_blip", "huggingface_llava"]
 
 
 class Part(NamedTuple):
@@ -201,6 +201,22 @@ BLIP_TABLE = (
     ),
 )
 
+# LLaVA, in transformers' files; what they hold in other pieces, `pack_clip` puts together.
+LLAVA_TABLE = (
+    ("vision.backbone.cls_token", "vision_tower.embeddings.class_embedding"),
+    ("vision.backbone.pos_embed", "vision_tower.embeddings.position_embedding.weight"),
+    ("vision.backbone.patch_embed.proj.weight", "vision_tower.embeddings.patch_embedding.weight"),
+    ("vision.backbone.norm_pre.*", "vision_tower.pre_layrnorm.*"),
+    ("vision.backbone.blocks.{i}.norm1.*", "vision_tower.encoder.layers.{i}.layer_norm1.*"),
+    ("vision.backbone.blocks.{i}.norm2.*", "vision_tower.encoder.layers.{i}.layer_norm2.*"),
+    ("vision.backbone.blocks.{i}.attn.qkv.*", "vision_tower.encoder.layers.{i}.self_attn.qkv.*"),
+    ("vision.backbone.blocks.{i}.attn.proj.*", "vision_tower.encoder.layers.{i}.self_attn.out_proj.*"),
+    ("vision.backbone.blocks.{i}.mlp.fc1.*", "vision_tower.encoder.layers.{i}.mlp.fc1.*"),
+    ("vision.backbone.blocks.{i}.mlp.fc2.*", "vision_tower.encoder.layers.{i}.mlp.fc2.*"),
+    ("connector.hidden.*", "multi_modal_projector.linear_1.*"),
+    ("connector.output.*", "multi_modal_projector.linear_2.*"),
+)
+
 # BLIP-2's classes keep the text embeddings outside the Q-Former, and its first norm inside.
 _BLIP2_PREFIXES = {"qformer.embeddings.layernorm.": "qformer.layernorm.", "qformer.embeddings.": "embeddings."}
 
@@ -227,6 +243,7 @@ _PLACES: dict[Format, tuple[str, str]] = {
     "huggingface_blip2": ("a transformers BLIP-2 file", "its parts are EVA-CLIP ViT and Q-Former"),
     "lavis_blip": ("a BLIP file of LAVIS", "its vision part is a plain ViT, its text part a BERT"),
     "huggingface_blip": ("a transformers BLIP file", "its vision part is a plain ViT, its text part a BERT"),
+    "huggingface_llava": ("a transformers LLaVA file", "its vision part is CLIP's ViT, its connector an MLP"),
 }
 
 # Tensors that may stand in a file and mean nothing here.
@@ -247,6 +264,7 @@ IGNORED: dict[Format, tuple[str, ...]] = {
     ),
     "lavis_blip": ("*.position_ids", "*.cls.predictions.decoder.*"),
     "huggingface_blip": ("*.position_ids", "*.cls.predictions.decoder.*"),
+    "huggingface_llava": ("*.position_ids", "*.rotary_emb.inv_freq", "vision_tower.post_layernorm.*"),
 }
 
 
@@ -265,6 +283,9 @@ def _expand() -> dict[str, dict[Format, str]]:
                     for form in of_transformers if huggingface is not None else ():
                         name = part.huggingface + _ended(huggingface or "", ending)
                         names[form] = _blip2_name(name) if form == "huggingface_blip2" else name
+    for native, theirs in LLAVA_TABLE:
+        for ending in ("weight", "bias") if native.endswith(".*") else ("",):
+            table.setdefault(_ended(native, ending), {})["huggingface_llava"] = _ended(theirs, ending)
     return table
 
 
@@ -348,8 +369,9 @@ def native_layers(foreign: Iterable[str], of: Format) -> dict[str, str]:
     """The reverse of `foreign_layers`, of those layers that are known."""
     names: dict[str, str] = {}
     for layer in foreign:
+        weight = f"{layer}.weight" if of != "huggingface_llava" else _llava_name(f"{layer}.weight")
         with contextlib.suppress(UserError):
-            names[layer] = native_names([f"{layer}.weight"], of, "it")[f"{layer}.weight"].removesuffix(".weight")
+            names[layer] = native_names([weight], of, "it")[weight].removesuffix(".weight")
     return names
 
 
@@ -382,6 +404,61 @@ def unpack_qkv_bias(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         else:
             unpacked[name] = tensor
     return unpacked
+
+
+# Leading dimensions of size 1 that files leave out.
+_CLIP_LOST = {
+    "vision_tower.embeddings.class_embedding": 2,
+    "vision_tower.embeddings.position_embedding.weight": 1,
+}
+_QKV = ("q_proj", "k_proj", "v_proj")
+
+
+def pack_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of a LLaVA file -> those of `LLAVA_TABLE`: one projection for queries, keys and values; rows of a batch.
+
+    Files name the tower with `vision_model` or without, and begin with `model.` or not.
+    """
+    plain = {_llava_name(name): tensor for name, tensor in state.items()}
+    packed: dict[str, Tensor] = {}
+    for name, tensor in plain.items():
+        piece = next((part for part in _QKV if f".self_attn.{part}." in name), None)
+        if piece is None or not name.startswith("vision_tower."):
+            packed[name] = tensor
+        elif all(name.replace(piece, part) in plain for part in _QKV):  # else it is missed where tensors are compared
+            packed[name.replace(piece, "qkv")] = torch.cat([plain[name.replace(piece, part)] for part in _QKV])
+    for name, lost in _CLIP_LOST.items():
+        if name in packed:
+            packed[name] = packed[name][(None,) * lost]
+    return packed
+
+
+def unpack_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The reverse of `pack_clip`."""
+    unpacked: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        if ".self_attn.qkv." in name:
+            unpacked |= {name.replace("qkv", part): piece for part, piece in zip(_QKV, tensor.chunk(3), strict=True)}
+        else:
+            unpacked[name] = tensor
+    for name, lost in _CLIP_LOST.items():
+        unpacked[name] = unpacked[name][(0,) * lost]
+    return unpacked
+
+
+def _llava_name(name: str) -> str:
+    """A tensor's name in a LLaVA file as released ones have it, the tower without its inner `vision_model`."""
+    name = name.removeprefix("model.") if name.startswith(_LLAVA_INSIDE) else name
+    if name.startswith("lm_head."):
+        return HUGGINGFACE_LLM_PREFIX + name
+    name = name.replace("vision_tower.vision_model.", "vision_tower.", 1)
+    if name.startswith(HUGGINGFACE_LLM_PREFIX) and not name.startswith(_LLAVA_HELD):
+        return name.replace(HUGGINGFACE_LLM_PREFIX, f"{HUGGINGFACE_LLM_PREFIX}model.", 1)
+    return name
+
+
+_LLAVA_INSIDE = ("model.vision_tower.", "model.multi_modal_projector.", "model.language_model.")
+_LLAVA_HELD = tuple(f"{HUGGINGFACE_LLM_PREFIX}{part}." for part in ("model", "lm_head"))
 
 
 def is_ignored(name: str, of: Format) -> bool:

@@ -11,10 +11,12 @@ from typing import cast
 
 import torch
 from safetensors.torch import save_file
+from timm.layers import QuickGELU
 
 from instructblip._transformers import quiet_transformers
 from instructblip.config.schema import (
     ArchitectureConfig,
+    ConnectorConfig,
     Dtype,
     LLMConfig,
     ModelConfig,
@@ -29,14 +31,19 @@ from instructblip.models.adapters import plain_state, without_adapters
 from instructblip.models.base import Model
 from instructblip.models.blip import BLIP, BLIPCaption, BLIPRetrieval
 from instructblip.models.blip2 import BLIP2
+from instructblip.models.connector import MLPConnector
 from instructblip.models.instructblip import InstructBLIP
+from instructblip.models.llava import LLaVA
+from instructblip.models.llm import LLM
 from instructblip.models.med import TextLayer
+from instructblip.models.vision import VisionEncoder
 from instructblip.weights.blip import kind_of
 from instructblip.weights.checkpoint import save_checkpoint
 from instructblip.weights.load import frozen_fingerprints
 from instructblip.weights.start import PLAIN, Standing
 from instructblip.weights.transformers_blip import BACKBONE
-from instructblip.weights.transformers_settings import Settings, ratio_of
+from instructblip.weights.transformers_llava import BACKBONES
+from instructblip.weights.transformers_settings import Settings, llm_conventions, ratio_of
 
 CONFIG = "config.yaml"
 
@@ -85,11 +92,7 @@ def write_config(config: ModelConfig, folder: Path) -> None:
 
 def save_parts(model: InstructBLIP | BLIP2, settings: Settings, folder: Path, *, with_llm: bool) -> None:
     """Write the frozen parts and tokenizers of a model that came from a transformers folder."""
-    (folder / "vision").mkdir(parents=True)
-    weights = {
-        name: tensor.contiguous() for name, tensor in without_adapters(model.vision.backbone.state_dict()).items()
-    }
-    save_file(weights, folder / "vision/model.safetensors", metadata={"format": "pt"})
+    _save_vision(model.vision, folder)
     sizes = settings.qformer
     bert = {
         "model_type": "bert",
@@ -105,10 +108,8 @@ def save_parts(model: InstructBLIP | BLIP2, settings: Settings, folder: Path, *,
     with quiet_transformers():
         if (tokenizer := model.tokenizer if isinstance(model, BLIP2) else model.qformer_tokenizer) is not None:
             tokenizer.save_pretrained(folder / "qformer")
-        if with_llm and isinstance(model, InstructBLIP):
-            plain = {name: tensor.detach() for name, tensor in plain_state(model.llm.model, merge=False).items()}
-            model.llm.model.save_pretrained(folder / "llm", state_dict=plain)
-            model.llm.prompt_format.tokenizer.save_pretrained(folder / "llm")
+    if with_llm and isinstance(model, InstructBLIP):
+        _save_llm(model.llm, folder)
     write_json(folder / "qformer/config.json", bert)
 
 
@@ -145,6 +146,53 @@ def parts_config(
             max_instruction_tokens=settings.max_text_tokens,
         ),
         llm=llm or _own_llm(model, settings, folder, name),
+    )
+
+
+def save_llava_parts(model: LLaVA, folder: Path, *, with_llm: bool) -> None:
+    """Write the frozen parts of a LLaVA that came from a transformers folder; a checkpoint holds its connector."""
+    _save_vision(model.vision, folder)
+    if with_llm:
+        _save_llm(model.llm, folder)
+
+
+def llava_parts_config(model: LLaVA, folder: Path, name: str, *, llm: LLMConfig | None = None) -> ModelConfig:
+    """The configuration that builds a LLaVA from what `save_llava_parts` wrote; arguments as of `parts_config`."""
+    vision, connector, block = model.vision, model.connector, model.vision.backbone.blocks[0]
+    assert isinstance(connector, MLPConnector)
+    quick = isinstance(block.mlp.act, QuickGELU)
+    return ModelConfig(
+        vision=VisionConfig(
+            name=f"{name}_vision",
+            sources=SourcesConfig(path=str(folder / "vision")),
+            backbone=BACKBONES["quick_gelu" if quick else "gelu"],
+            options={
+                "patch_size": vision.backbone.patch_embed.patch_size[0],
+                "embed_dim": vision.width,
+                "depth": len(vision.backbone.blocks),
+                "num_heads": block.attn.num_heads,
+                "mlp_ratio": ratio_of(vision.width, block.mlp.fc1.out_features),
+            },
+            dtype=_dtype_name(vision.dtype),
+            image_size=vision.image_size,
+            mean=vision.mean.flatten().tolist(),
+            std=vision.std.flatten().tolist(),
+            final_norm=False,
+            norm="none",
+            norm_eps=block.norm1.eps,
+        ),
+        connector=ConnectorConfig(
+            kind="mlp",
+            class_token=connector.patches.class_token,
+            hidden_width=connector.hidden.out_features,
+        ),
+        llm=llm
+        or LLMConfig(
+            name=f"{name}_llm",
+            sources=SourcesConfig(path=str(folder / "llm")),
+            dtype=_dtype_name(model.llm.embeddings.weight.dtype),
+            **llm_conventions(model.llm),
+        ),
     )
 
 
@@ -231,6 +279,19 @@ def _own_llm(model: InstructBLIP | BLIP2, settings: Settings, folder: Path, name
         dtype=_dtype_name(model.llm.embeddings.weight.dtype),
         **settings.llm.conventions,
     )
+
+
+def _save_vision(vision: VisionEncoder, folder: Path) -> None:
+    (folder / "vision").mkdir(parents=True)
+    weights = {name: tensor.contiguous() for name, tensor in without_adapters(vision.backbone.state_dict()).items()}
+    save_file(weights, folder / "vision/model.safetensors", metadata={"format": "pt"})
+
+
+def _save_llm(llm: LLM, folder: Path) -> None:
+    plain = {name: tensor.detach() for name, tensor in plain_state(llm.model, merge=False).items()}
+    with quiet_transformers():
+        llm.model.save_pretrained(folder / "llm", state_dict=plain)
+        llm.prompt_format.tokenizer.save_pretrained(folder / "llm")
 
 
 def _dtype_name(dtype: torch.dtype) -> Dtype:

@@ -14,7 +14,10 @@ from instructblip.models.base import Inputs
 from instructblip.models.blip import BLIP, BLIPVQA, BLIPCaption, BLIPPretrain, BLIPRetrieval, Momentum
 from instructblip.models.blip2 import BLIP2
 from instructblip.models.instructblip import InstructBLIP
+from instructblip.models.llava import LLaVA
+from instructblip.models.llm import LLM
 from instructblip.models.pairs import similarities
+from instructblip.models.vision_language import VisionLanguageModel
 
 INSTRUCTION = "Question: what color is the shape in the image? Short answer:"
 SHORT_INSTRUCTION = "what is it?"  # beside the other it has to be padded
@@ -32,6 +35,7 @@ _OVER_WORDS = ("logits", "padded")
 #   projection  the soft prompt
 #   logits      of the language model at each position that predicts a token of the answer
 #   padded      the same at the first position of the answers to two instructions of unequal length, run together
+# of LLaVA the same without a Q-Former, vision in front of the choice of patches.
 # Of BLIP-2's first stage: vision; qformer, of the queries alone; and of two texts of unequal length
 #   text        states of the text alone
 #   contrast    cosine of every image and text
@@ -44,7 +48,7 @@ _OVER_WORDS = ("logits", "padded")
 #   momentum    their projections, and the queue
 Trace = dict[str, Tensor]
 
-KnownModel = InstructBLIP | BLIP2 | BLIP
+KnownModel = InstructBLIP | LLaVA | BLIP2 | BLIP
 
 
 class Traces(NamedTuple):
@@ -83,7 +87,7 @@ def rounding_bounds(source: Trace, dtype: torch.dtype) -> dict[str, float]:
 def model_dtype(model: KnownModel) -> torch.dtype:
     """The coarsest type that a part of the model is held in."""
     parts = [model.vision.dtype]
-    if isinstance(model, InstructBLIP):
+    if isinstance(model, VisionLanguageModel):
         parts.append(model.llm.model.dtype)
     elif isinstance(model, BLIP):
         parts += [text.norm.weight.dtype for text in model.text_models()]
@@ -102,6 +106,8 @@ def trace_native(model: KnownModel) -> Trace:
     model = model.cpu().eval()
     if isinstance(model, BLIP):
         return _trace_blip(model)
+    if isinstance(model, LLaVA):
+        return _trace_llava(model)
     return _trace_stage1(model) if isinstance(model, BLIP2) else _trace_with_llm(model)
 
 
@@ -115,17 +121,22 @@ def _trace_with_llm(model: InstructBLIP) -> Trace:
         text, mask = encoded["input_ids"], encoded["attention_mask"]
     queries = model.qformer(images, text, mask).query_BQD
     projected = model.projection(queries)
-    answers = [model.llm.prompt_format.target_ids(ANSWER)] * BATCH
-    states = model.llm.answer_states(model.llm.prefixes(projected, [INSTRUCTION] * len(projected)), answers)
-    prefixes = model.llm.prefixes(model.visual_prompt(tokens[:, None], UNEQUAL), UNEQUAL)
-    padded = model.llm.prefill(prefixes).last_BL
-    return in_float32(
-        vision=images,
-        qformer=queries,
-        projection=projected,
-        logits=model.llm.logits(states.hidden_SL),
-        padded=model.llm.logits(padded),
-    )
+    visual = model.visual_prompt(tokens[:, None], UNEQUAL)
+    return in_float32(vision=images, qformer=queries, projection=projected, **_heard(model.llm, projected, visual))
+
+
+def _trace_llava(model: LLaVA) -> Trace:
+    tokens = model.vision(pixels(model.vision.image_size))
+    visual = model.visual_prompt(tokens[:, None], UNEQUAL)  # whatever the instruction is
+    return in_float32(vision=tokens, projection=visual, **_heard(model.llm, visual, visual))
+
+
+def _heard(llm: LLM, visual: Tensor, unequal: Tensor) -> Trace:
+    """What a language model makes of visual tokens in front of one instruction, and of two of unequal length."""
+    answers = [llm.prompt_format.target_ids(ANSWER)] * BATCH
+    states = llm.answer_states(llm.prefixes(visual, [INSTRUCTION] * BATCH), answers)
+    padded = llm.prefill(llm.prefixes(unequal, UNEQUAL)).last_BL
+    return {"logits": llm.logits(states.hidden_SL), "padded": llm.logits(padded)}
 
 
 def _trace_stage1(model: BLIP2) -> Trace:

@@ -1,11 +1,12 @@
 """What transformers' own classes compute of a folder on the fixed input of `parity.py`, from the folder's own tokenizers."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoImageProcessor, AutoTokenizer
+from transformers import AutoImageProcessor, AutoTokenizer, LlavaProcessor
 
 from instructblip._transformers import quiet_transformers
 from instructblip.models.blip import BLIPVQA, BLIPCaption, BLIPRetrieval
@@ -25,7 +26,8 @@ from instructblip.weights.parity import (
 )
 from instructblip.weights.peft_format import ADAPTER_FOLDER, is_adapter_folder
 from instructblip.weights.transformers_blip import is_blip_folder, load_blip_folder
-from instructblip.weights.transformers_layout import layout_of
+from instructblip.weights.transformers_layout import is_llava_folder, layout_of
+from instructblip.weights.transformers_llava import around_image, read_llava_settings
 from instructblip.weights.transformers_read import load_huggingface
 from instructblip.weights.transformers_settings import LLMSettings, read_settings, read_transformers_config
 
@@ -74,6 +76,8 @@ def _trace(model: Any, folder: Path, *, pad_as_saved: bool) -> Trace:
     images = pictures(list(pixels(size)), do_resize=False, return_tensors="pt")["pixel_values"]
     if is_blip_folder(folder):
         return _trace_blip(model, folder, images)
+    if is_llava_folder(folder):
+        return _trace_llava(model, folder, images, pad_as_saved=pad_as_saved)
     said = read_settings(folder).llm
     if said is None:
         return _trace_retrieval(model, folder, images)
@@ -159,6 +163,42 @@ def _token_ids(tokenizer: Any, config: Any, said: LLMSettings) -> tuple[list[int
     prompt = tokenizer(text.get("prompt_prefix", "") + INSTRUCTION + text.get("prompt_suffix", ""))["input_ids"]
     answer = tokenizer(text.get("answer_prefix", "") + ANSWER, add_special_tokens=False)["input_ids"]
     return [*before, *queries, *prompt], [*answer, tokenizer.eos_token_id]
+
+
+# --- LLaVA -----------------------------------------------------------------------------------------------------------
+
+
+def _trace_llava(model: Any, folder: Path, images: Tensor, *, pad_as_saved: bool) -> Trace:
+    said, config = read_llava_settings(folder).llm.conventions, model.config
+    with quiet_transformers():
+        processor = LlavaProcessor.from_pretrained(folder, trust_remote_code=False)
+    before, after, behind = around_image(processor.tokenizer, said)
+    processor.patch_size = config.vision_config.patch_size  # which older folders do not tell it, nor the next two
+    processor.vision_feature_select_strategy = config.vision_feature_select_strategy
+    processor.num_additional_image_tokens = 1
+    if not pad_as_saved:
+        processor.tokenizer.padding_side = "left"
+    pictures = list(pixels(config.vision_config.image_size))
+
+    def asked(texts: Sequence[str]) -> dict[str, Tensor]:
+        written = [f"{before}{processor.image_token}{after}{text}{behind}" for text in texts]
+        found = processor(images=pictures, text=written, padding=True, return_tensors="pt")
+        return {name: found[name] for name in ("input_ids", "attention_mask")} | {"pixel_values": images}
+
+    answer = processor.tokenizer(said.get("answer_prefix", "") + ANSWER, add_special_tokens=False)["input_ids"]
+    answer = torch.tensor([[*answer, processor.tokenizer.convert_tokens_to_ids(said["eos_token"])]] * BATCH)
+    inputs = asked([INSTRUCTION] * BATCH)
+    ids = torch.cat([inputs["input_ids"], answer[:, :-1]], dim=1)
+    outputs = model(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=images)
+    tower = model.model.vision_tower(images.to(model.dtype), output_hidden_states=True)
+    options = {"max_new_tokens": 1, "do_sample": False, "num_beams": 1}
+    first = model.generate(**asked(UNEQUAL), **options, output_logits=True, return_dict_in_generate=True)
+    return in_float32(
+        vision=tower.hidden_states[config.vision_feature_layer],
+        projection=outputs.image_hidden_states.view(BATCH, -1, outputs.image_hidden_states.shape[-1]),
+        logits=outputs.logits[:, -answer.shape[1] :].flatten(0, 1),
+        padded=first.logits[0],
+    )
 
 
 # --- BLIP-2's first stage --------------------------------------------------------------------------------------------

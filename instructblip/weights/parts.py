@@ -495,6 +495,7 @@ def load_llm(config: LLMConfig) -> LLM:
         "prompt_prefix": config.prompt_prefix,
         "prompt_suffix": config.prompt_suffix,
         "answer_prefix": config.answer_prefix,
+        "image_in_text": config.image_in_text,
         "supervise_bos": config.supervise_bos,
         "max_prompt_tokens": config.max_prompt_tokens,
         "max_target_tokens": config.max_target_tokens,

@@ -1,4 +1,4 @@
-"""Which of transformers' classes holds which model: InstructBLIP, BLIP-2's second and first stage, BLIP's three tasks."""
+"""Which of transformers' classes holds which model: InstructBLIP, BLIP-2's two stages, LLaVA, BLIP's three tasks."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +16,8 @@ from transformers import (
     BlipProcessor,
     InstructBlipForConditionalGeneration,
     InstructBlipProcessor,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
 )
 
 from instructblip.config.schema import ModelKind
@@ -24,6 +26,7 @@ from instructblip.models.base import Model
 from instructblip.models.blip import BLIPVQA, BLIPCaption, BLIPRetrieval
 from instructblip.models.blip2 import BLIP2
 from instructblip.models.instructblip import InstructBLIP
+from instructblip.models.llava import LLaVA
 from instructblip.weights.gatekeeper import MODEL_TYPES, config_json
 from instructblip.weights.names import Format, has_place
 
@@ -52,12 +55,14 @@ class Layout:
 _INSTRUCTBLIP = Layout("instructblip", "huggingface", InstructBlipForConditionalGeneration, InstructBlipProcessor)
 _BLIP2 = Layout("blip2", "huggingface_blip2", Blip2ForConditionalGeneration, Blip2Processor)
 _RETRIEVAL = Layout("blip2_stage1", "huggingface_blip2", Blip2ForImageTextRetrieval, Blip2Processor)
+# Its kind is InstructBLIP's, with another connector.
+_LLAVA = Layout("instructblip", "huggingface_llava", LlavaForConditionalGeneration, LlavaProcessor)
 _BLIP: dict[type[Model], Layout] = {
     BLIPCaption: Layout("blip_caption", "huggingface_blip", BlipForConditionalGeneration, BlipProcessor),
     BLIPVQA: Layout("blip_vqa", "huggingface_blip", BlipForQuestionAnswering, BlipProcessor),
     BLIPRetrieval: Layout("blip_retrieval", "huggingface_blip", BlipForImageTextRetrieval, BlipProcessor),
 }
-_BY_CLASS = {layout.title: layout for layout in (_INSTRUCTBLIP, _BLIP2, _RETRIEVAL, *_BLIP.values())}
+_BY_CLASS = {layout.title: layout for layout in (_INSTRUCTBLIP, _BLIP2, _RETRIEVAL, _LLAVA, *_BLIP.values())}
 
 
 def layout_for(model: Model) -> Layout:
@@ -66,6 +71,8 @@ def layout_for(model: Model) -> Layout:
         return _BLIP[type(model)]
     if isinstance(model, BLIP2):
         return _RETRIEVAL
+    if isinstance(model, LLaVA):
+        return _LLAVA
     assert isinstance(model, InstructBLIP)
     return _INSTRUCTBLIP if model.qformer.instruction_aware else _BLIP2
 
@@ -95,8 +102,19 @@ def _usual_class(config: Mapping[str, Any]) -> str:
         return _INSTRUCTBLIP.title
     if config["model_type"] == "blip":
         return ""
+    if config["model_type"] == "llava":
+        return _LLAVA.title
     reads_text = (config.get("qformer_config") or {}).get("use_qformer_text_input")
     return (_RETRIEVAL if reads_text else _BLIP2).title
+
+
+def is_llava_folder(folder: Path) -> bool:
+    """Whether a transformers folder is of LLaVA.
+
+    Raises:
+        UserError: as `layout_of`.
+    """
+    return layout_of(folder) is _LLAVA
 
 
 def beside(state: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:

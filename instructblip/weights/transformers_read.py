@@ -1,6 +1,7 @@
 """transformers' folders of InstructBLIP and BLIP-2, read into this code's models."""
 
 import logging
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import reduce
@@ -38,6 +39,7 @@ from instructblip.weights.names import (
     foreign_names,
     has_place,
     is_ignored,
+    pack_clip,
     unpack_qkv_bias,
 )
 from instructblip.weights.transformers_layout import layout_of
@@ -48,6 +50,7 @@ from instructblip.weights.transformers_settings import (
     load_qformer_tokenizer,
     read_settings,
     read_transformers_config,
+    tower_layers,
 )
 
 logger = logging.getLogger(__name__)
@@ -55,7 +58,7 @@ _LM_HEAD = "qformer.lm_head."
 
 
 def is_huggingface_folder(folder: Path) -> bool:
-    """Whether a folder holds an InstructBLIP or BLIP-2 model of transformers."""
+    """Whether a folder holds a model of transformers that is read as a whole."""
     return (folder / "config.json").is_file() and config_json(folder).get("model_type") in MODEL_TYPES
 
 
@@ -79,7 +82,7 @@ def load_huggingface(folder: Path, *, llm: LLM | None = None) -> InstructBLIP | 
             raise UserError(f"{folder} is BLIP-2's first stage, which has no language model; leave llm= out")
         return _load_stage1(settings, vision, weights, folder)
     config = read_transformers_config(folder)
-    own_llm = llm or _load_llm(config, settings.llm, weights, folder)
+    own_llm = llm or load_own_llm(config, settings.llm, weights, folder)
     model = InstructBLIP(
         vision=vision,
         vision_norm=nn.LayerNorm(vision.width, eps=settings.vision_norm_eps),
@@ -151,8 +154,18 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     lost = [tensor for tensor in wanted if tensor not in weights]
     if lost:
         raise UserError(f"{folder}: {index.name} names the tensor {lost[0]}, which no file has; fetch the whole model")
+    if form == "huggingface_llava":
+        weights = _of_layers(pack_clip(weights), tower_layers(read_transformers_config(folder), folder))
+        return {name: tensor for name, tensor in weights.items() if not is_ignored(name, form)}
     known = {name: tensor for name, tensor in weights.items() if not is_ignored(name, form)}
     return known if form == "huggingface_blip" else unpack_qkv_bias(known)  # a plain ViT has a key bias
+
+
+def _of_layers(weights: Mapping[str, Tensor], layers: int) -> dict[str, Tensor]:
+    """Without the layers of a tower behind the last that is read."""
+    number = re.compile(r"vision_tower\.encoder\.layers\.(\d+)\.")
+    found = ((name, tensor, number.match(name)) for name, tensor in weights.items())
+    return {name: tensor for name, tensor, layer in found if layer is None or int(layer[1]) < layers}
 
 
 def read_side_tensors(folder: Path) -> dict[str, Tensor]:
@@ -199,7 +212,12 @@ def _load_vision(settings: Settings, weights: Mapping[str, Tensor], folder: Path
     return vision
 
 
-def _load_llm(config: Any, settings: LLMSettings, weights: Mapping[str, Tensor], folder: Path) -> LLM:
+def load_own_llm(config: Any, settings: LLMSettings, weights: Mapping[str, Tensor], folder: Path) -> LLM:
+    """The language model of a folder.
+
+    Raises:
+        UserError: it is missing, or of another kind than it is said to be.
+    """
     state = {
         name.removeprefix(HUGGINGFACE_LLM_PREFIX): tensor
         for name, tensor in weights.items()

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from instructblip.config.schema import LLMKind, ModelKind
 from instructblip.errors import UserError
 from instructblip.files import read_json
+from instructblip.models.llm import LLM
 from instructblip.weights.gatekeeper import check_settings, open_config, open_tokenizer
 from instructblip.weights.names import LLM_TOKENIZER, QFORMER_TOKENIZER, SIDECAR, SIDECAR_FORMAT
 from instructblip.weights.transformers_layout import layout_of
@@ -158,6 +159,21 @@ def _vision_arguments(config: Any, said: Mapping[str, Any], folder: Path) -> dic
     }
 
 
+def tower_layers(config: Any, folder: Path) -> int:
+    """How many layers of its CLIP a LLaVA reads: those up to `vision_feature_layer`, which counts the embeddings as 0.
+
+    Raises:
+        UserError: it reads several, or one that is not there.
+    """
+    chosen, layers = config.vision_feature_layer, config.vision_config.num_hidden_layers
+    read = chosen + layers + 1 if isinstance(chosen, int) and chosen < 0 else chosen
+    if not isinstance(read, int) or not 1 <= read <= layers:
+        raise UserError(
+            f"{folder}: vision_feature_layer={chosen} is no single one of CLIP's {layers} layers; such a model is not read"
+        )
+    return read
+
+
 def ratio_of(width: int, hidden_width: int) -> float:
     """The ratio from which timm makes a feed-forward of that hidden width."""
     ratio = hidden_width / width
@@ -241,14 +257,33 @@ def _llm_conventions(folder: Path, config: Any, kind: ModelKind) -> dict[str, An
         end = config.text_config.eos_token_id
         known = isinstance(end, int) and end < len(tokenizer)
         conventions["eos_token"] = tokenizer.convert_ids_to_tokens(end) if known else tokenizer.eos_token
-        conventions["answer_prefix"] = _between_words(tokenizer)
+        conventions["answer_prefix"] = between_words(tokenizer)
     return conventions
 
 
-def _between_words(tokenizer: Any) -> str:
+def between_words(tokenizer: Any) -> str:
     """What has to stand before a text that continues another: a space, unless the tokenizer puts one before every text."""
 
     def ids(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False)["input_ids"]
 
     return "" if ids("a photo") == ids("a") + ids("photo") else " "
+
+
+def llm_conventions(llm: LLM) -> dict[str, Any]:
+    """The text conventions of a language model, as arguments of its class."""
+    form = llm.prompt_format
+    vocabulary = {token_id: token for token, token_id in form.tokenizer.get_vocab().items()}
+    return {
+        "eos_token": vocabulary[form.eos_id],
+        "pad_token": vocabulary[form.pad_id],
+        "bos_token": vocabulary[form.bos_ids[0]] if form.bos_ids else None,
+        "image_prefix": form.image_prefix,
+        "prompt_prefix": form.prompt_prefix,
+        "prompt_suffix": form.prompt_suffix,
+        "answer_prefix": form.answer_prefix,
+        "image_in_text": form.image_in_text,
+        "supervise_bos": form.supervise_bos,
+        "max_prompt_tokens": form.max_prompt_tokens,
+        "max_target_tokens": form.max_target_tokens,
+    }

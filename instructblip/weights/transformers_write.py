@@ -18,6 +18,8 @@ from transformers import (
     GenerationConfig,
     InstructBlipConfig,
     InstructBlipProcessor,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
     PreTrainedTokenizerBase,
 )
 
@@ -29,6 +31,7 @@ from instructblip.models.base import Model
 from instructblip.models.blip import BLIP
 from instructblip.models.blip2 import BLIP2
 from instructblip.models.instructblip import InstructBLIP
+from instructblip.models.llava import LLaVA
 from instructblip.models.llm import LLM, EncoderDecoderLLM
 from instructblip.models.qformer import QFormer, QFormerLayer
 from instructblip.models.quantized import QuantizedLinear
@@ -48,7 +51,16 @@ from instructblip.weights.names import (
 from instructblip.weights.peft_format import ADAPTER_FOLDER, whole_folder
 from instructblip.weights.transformers_blip import check_blip, write_blip_folder
 from instructblip.weights.transformers_layout import beside, layout_for
+from instructblip.weights.transformers_llava import (
+    around_image,
+    check_llava,
+    llava_config,
+    llava_image_processor,
+    llava_tensors,
+    start_of,
+)
 from instructblip.weights.transformers_read import kept_in_float32
+from instructblip.weights.transformers_settings import llm_conventions
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +83,7 @@ def save_huggingface(model: Model, folder: Path, *, overwrite: bool = False, mer
 
     Args:
         model: EVA-CLIP (any size), LayerNorm, a language model that has adapters or is not quantised; or BLIP with a
-            plain ViT.
+            plain ViT; or LLaVA with CLIP.
         folder: must not exist, or be empty.
         overwrite: replace a folder that was written by this function.
         merge: False writes adapters into `adapter/`, in peft's format, for `PeftModel.from_pretrained` around the class.
@@ -84,6 +96,16 @@ def save_huggingface(model: Model, folder: Path, *, overwrite: bool = False, mer
         with atomic_folder(folder, overwrite_if=SIDECAR if overwrite else None) as partial, quiet_transformers():
             write_blip_folder(model, partial, merge=merge)
             _write_adapters(model, partial, merge=merge)
+        return
+    if isinstance(model, LLaVA):
+        check_llava(model)
+        _check_llm(model)
+        if model.adapters and not merge:
+            raise UserError(
+                "the adapters of a LLaVA go out merged; leave --adapters separate out, or give peft a checkpoint's adapters/llm"
+            )
+        with atomic_folder(folder, overwrite_if=SIDECAR if overwrite else None) as partial, quiet_transformers():
+            _write_llava(model, partial)
         return
     assert isinstance(model, InstructBLIP | BLIP2)
     _check_holdable(model)
@@ -114,9 +136,76 @@ def _write_with_llm(model: InstructBLIP, target: Any, tokenizer: PreTrainedToken
     # InstructBlipVideoProcessor looks for it here, and does not find it in processor_config.json.
     processor.image_processor.save_pretrained(folder)
     model.llm.prompt_format.tokenizer.save_pretrained(folder / LLM_TOKENIZER)
-    said = {"llm_rows": model.llm.embeddings.weight.shape[0], "llm": _llm_sidecar(model.llm)}
+    said = {"llm_rows": model.llm.embeddings.weight.shape[0], "llm": llm_conventions(model.llm)}
     write_json(folder / SIDECAR, _sidecar(model, model.max_instruction_tokens) | said)
     _warn_about_text(model, folder)
+
+
+def _write_llava(model: LLaVA, folder: Path) -> None:
+    llm, tokenizer = model.llm, _llava_tokenizer(model.llm)
+    image_token = tokenizer.get_vocab()[_IMAGE_TOKEN]
+    rows = max(llm.embeddings.weight.shape[0], image_token + 1)
+    target = llava_model(model, rows, image_token)
+    target.generation_config = GenerationConfig.from_model_config(target.config.text_config)
+    target.save_pretrained(folder)
+    images, config = llava_image_processor(model.vision), target.config
+    LlavaProcessor(
+        images,
+        tokenizer,
+        patch_size=config.vision_config.patch_size,
+        vision_feature_select_strategy=config.vision_feature_select_strategy,
+        num_additional_image_tokens=1,  # [CLS], which the strategy may take away again
+    ).save_pretrained(folder)
+    images.save_pretrained(folder)
+    llm.prompt_format.tokenizer.save_pretrained(folder / LLM_TOKENIZER)
+    statistics = {"mean": model.vision.mean.flatten().tolist(), "std": model.vision.std.flatten().tolist()}
+    conventions = llm_conventions(llm)
+    said = {"llm_rows": llm.embeddings.weight.shape[0], "llm": conventions}
+    write_json(folder / SIDECAR, {"format": SIDECAR_FORMAT, "vision": statistics, **said})
+    logger.warning(
+        "transformers' processor puts no text around the image and the prompt: there, write %r before <image>, %r after it "
+        "and %r after the prompt yourself",
+        *(around := around_image(tokenizer, conventions)),
+    )
+    _warn_about_ids(llm, tokenizer, around)
+
+
+def _warn_about_ids(llm: LLM, tokenizer: PreTrainedTokenizerBase, around: tuple[str, str, str]) -> None:
+    """Of a tokenizer that cuts a text with an image in it otherwise than its pieces."""
+    before, after, behind = around
+    found = tokenizer(f"{before}{_IMAGE_TOKEN}{after}a photo{behind}")["input_ids"]
+    mark, form = tokenizer.convert_tokens_to_ids(_IMAGE_TOKEN), llm.prompt_format
+    own = [*form.image_prefix_ids, mark, *form.prompt_ids("a photo")]
+    if found != own:
+        logger.warning(
+            "transformers' processor gives such a text the token ids %s where this model takes %s: there, set them "
+            "yourself, or train with llm.image_in_text=true",
+            found,
+            own,
+        )
+
+
+def llava_model(model: LLaVA, rows: int, image_token: int) -> Any:
+    """transformers' class with this model's tensors; arguments as of `huggingface_model`."""
+    with torch.device("meta"):
+        target = LlavaForConditionalGeneration(llava_config(model, _text_config(model.llm, rows), image_token))
+    tensors = llava_tensors(model, _llm_tensors(model.llm, rows, merge=True))
+    return _filled(target, tensors, model.vision, model.llm.model.dtype)
+
+
+def _llava_tokenizer(llm: LLM) -> PreTrainedTokenizerBase:
+    """A copy of the tokenizer that begins a text as the image prefix does, or with nothing, with `<image>` added."""
+    tokenizer = copy.deepcopy(llm.prompt_format.tokenizer)
+    vocabulary = {token_id: token for token, token_id in tokenizer.get_vocab().items()}
+    tokenizer.pad_token = vocabulary[llm.prompt_format.pad_id]
+    tokenizer.eos_token = vocabulary[llm.prompt_format.eos_id]
+    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
+    start, form = start_of(tokenizer), llm.prompt_format
+    begins = [*form.image_prefix_ids, *form.prompt_ids("a photo")][:1]
+    if start and begins != tokenizer.convert_tokens_to_ids([start]):
+        tokenizer.add_bos_token = tokenizer.add_eos_token = False
+    tokenizer.add_special_tokens({"additional_special_tokens": [_IMAGE_TOKEN]})
+    return tokenizer
 
 
 def _write_retrieval(model: BLIP2, target: Any, folder: Path) -> None:
@@ -195,6 +284,11 @@ def _check_holdable(model: InstructBLIP | BLIP2) -> None:
         raise UserError(f"transformers' {layout_for(model).title} cannot hold this model: {reason}")
 
 
+def _check_llm(model: LLaVA) -> None:
+    if (reason := _unholdable_llm(model.llm, adapted="llm" in model.adapters)) is not None:
+        raise UserError(f"transformers' {layout_for(model).title} cannot hold this model: {reason}")
+
+
 def _unholdable_llm(llm: LLM, *, adapted: bool) -> str | None:
     if not adapted and any(isinstance(module, QuantizedLinear) for module in llm.modules()):
         return "the language model is quantised; load it with llm.quantization=null"
@@ -204,22 +298,26 @@ def _unholdable_llm(llm: LLM, *, adapted: bool) -> str | None:
 
 
 def _huggingface_config(model: InstructBLIP, rows: int, image_token: int) -> Any:
-    llm, qformer, reader = model.llm, model.qformer, model.qformer_tokenizer
+    qformer, reader = model.qformer, model.qformer_tokenizer
+    config = InstructBlipConfig if qformer.instruction_aware else Blip2Config
+    return config(
+        vision_config=_vision_config(model.vision),
+        qformer_config=qformer_config(qformer, None if reader is None else reader.pad_token_id),
+        text_config=_text_config(model.llm, rows),
+        num_query_tokens=qformer.query_tokens.shape[1],
+        image_token_index=image_token,
+    )
+
+
+def _text_config(llm: LLM, rows: int) -> dict[str, Any]:
     text = copy.deepcopy(llm.model.config)
     text.vocab_size = rows
     text.eos_token_id, text.pad_token_id = llm.prompt_format.eos_id, llm.prompt_format.pad_id
     if llm.prompt_format.bos_ids:
         text.bos_token_id = llm.prompt_format.bos_ids[0]
-    config = InstructBlipConfig if qformer.instruction_aware else Blip2Config
-    return config(
-        vision_config=_vision_config(model.vision),
-        qformer_config=qformer_config(qformer, None if reader is None else reader.pad_token_id),
-        text_config=text.to_dict() | {"decoder_start_token_id": text.decoder_start_token_id}
-        if isinstance(llm, EncoderDecoderLLM)
-        else text.to_dict(),
-        num_query_tokens=qformer.query_tokens.shape[1],
-        image_token_index=image_token,
-    )
+    if isinstance(llm, EncoderDecoderLLM):
+        return text.to_dict() | {"decoder_start_token_id": text.decoder_start_token_id}
+    return text.to_dict()
 
 
 def _retrieval_config(model: BLIP2) -> Any:
@@ -353,23 +451,6 @@ def _sidecar(model: InstructBLIP | BLIP2, max_text_tokens: int) -> dict[str, Any
             "norm_eps": norm.eps,
         },
         "max_text_tokens": max_text_tokens,
-    }
-
-
-def _llm_sidecar(llm: LLM) -> dict[str, Any]:
-    form = llm.prompt_format
-    vocabulary = {token_id: token for token, token_id in form.tokenizer.get_vocab().items()}
-    return {
-        "eos_token": vocabulary[form.eos_id],
-        "pad_token": vocabulary[form.pad_id],
-        "bos_token": vocabulary[form.bos_ids[0]] if form.bos_ids else None,
-        "image_prefix": form.image_prefix,
-        "prompt_prefix": form.prompt_prefix,
-        "prompt_suffix": form.prompt_suffix,
-        "answer_prefix": form.answer_prefix,
-        "supervise_bos": form.supervise_bos,
-        "max_prompt_tokens": form.max_prompt_tokens,
-        "max_target_tokens": form.max_target_tokens,
     }
 
 

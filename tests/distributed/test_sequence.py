@@ -128,6 +128,20 @@ def test_twenty_stops_and_restarts_with_another_number_of_ranks(
         assert first + _sequence(dataset, world=after, start=stop) == whole
 
 
+def test_records_of_one_image_together_are_one_sequence_too(dataset: MixtureDataset) -> None:
+    folders = {item.name: item.split.folder for item in dataset.sets}
+    together = mixture_of(folders, kinds={"small": ("a",)}, flip={"small": False}, group=4)
+    whole = _sequence(together)
+    assert _sequence(together, world=4, workers=1) == whole
+    first = _sequence(together, world=2, stop=4)
+    assert first + _sequence(together, world=8, start=4) == whole
+    assert {name for _, _, lost in whole for name, _ in lost} == {"damaged"}
+    rows = [row for _, step, _ in whole for row in step]
+    groups = [rows[start : start + 4] for start in range(0, len(rows), 4)]
+    pixels = sum(len({row[4] for row in group}) for group in groups)
+    assert pixels < 0.7 * len(rows)
+
+
 def test_another_seed_gives_another_sequence(dataset: MixtureDataset, whole: list) -> None:
     folders = {item.name: item.split.folder for item in dataset.sets}
     other = _sequence(mixture_of(folders, kinds={"small": ("a",)}, flip={"small": False}, seed=12))

@@ -11,6 +11,7 @@ from PIL import Image
 
 from instructblip.data.cards import load_card
 from instructblip.data.prepare.convert import prepare_dataset
+from instructblip.data.synthetic import write_synthetic
 from instructblip.models.adapters import Adapter
 from instructblip.weights.__main__ import main as convert
 from instructblip.weights.load import load_model
@@ -18,9 +19,11 @@ from instructblip.weights.parts import train_parts
 from instructblip.weights.peft_format import peft_folders
 from tests.kit.blip import write_blip
 from tests.kit.blip2 import write_captioner, write_retrieval
+from tests.kit.connectors import write_llava
 from tests.kit.families import write_llm
 from tests.kit.own_data import write_own_data
 from tests.kit.runs import REPOSITORY, World, run
+from tests.kit.studies import shipped_study
 from tests.kit.tiny import tiny_huggingface
 from tests.kit.web import caption_web, web_pictures, write_web
 
@@ -38,12 +41,13 @@ SWEPT_PHASES = (  # key by key: a section that is given as a whole would replace
 )
 README = REPOSITORY / "README.md"
 DOCUMENTS = (README, REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").glob("*.md")))
-FEATURES, CAPFILT, WEIGHTS, REPORTS, INSPECT, BENCHMARKS, ONE_TEST = KINDS = (
+FEATURES, CAPFILT, WEIGHTS, REPORTS, INSPECT, STUDIES, BENCHMARKS, ONE_TEST = KINDS = (
     "python -m instructblip.features ",
     "python -m instructblip.capfilt ",
     "python -m instructblip.weights ",
     "python -m instructblip.evaluation.report.",
     "python -m instructblip.training.inspect ",
+    "python -m instructblip.study ",
     "python benchmarks/",
     "python -m pytest ",
 )
@@ -85,6 +89,7 @@ def _write_published(folder: Path) -> None:
     tiny_huggingface(folder / "instructblip-vicuna-7b")
     write_retrieval(folder / "blip2-itm-vit-g")
     write_captioner(folder / "blip2-opt-2.7b")
+    write_llava(folder.parent / "llava-hf/llava-1.5-7b-hf")
     for name, task in {"image-captioning-base": "caption", "vqa-base": "vqa", "itm-base-coco": "retrieval"}.items():
         write_blip(folder / f"blip-{name}", task)
 
@@ -148,6 +153,32 @@ def test_a_mixture_is_looked_at(line: str, world: World, tmp_path: Path) -> None
     assert next((name for name, is_drawn in drawn.items() if is_drawn), "easy_vqa_present") in printed
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("line", commands(STUDIES))
+def test_a_study_answers(line: str, world: World, tmp_path: Path) -> None:
+    """Two of its conditions on tiny parts; test_study.py has all of each study."""
+    _, _, module, *arguments = shlex.split(line)
+    given = dict(argument.split("=", 1) for argument in arguments)
+    small = shipped_study(given["study"], world, tmp_path)
+    parts = next(run.train for run in small.study.conditions.values() if run.evaluates is None)
+    train = [
+        f"train=[{','.join([*_quoted(parts), *_quoted(small.train)])}]",
+        f"evaluate=[{','.join(_quoted(small.evaluate))}]",
+    ]
+    printed = run(world, module, *arguments, "form=short", "seeds=[1]", *train, cwd=tmp_path)
+    if "plan" in given:
+        assert "seed 1: to do, outputs/study/runs/photos-seed1-" in printed
+        return
+    for name in ("study.md", "study.png", "study.json"):
+        assert f"wrote outputs/study/{given['study']}/{name}" in printed
+        assert (tmp_path / "outputs/study" / given["study"] / name).is_file()
+
+
+def _quoted(overrides: list[str]) -> list[str]:
+    """As entries of a list on Hydra's command line."""
+    return [f'"{item}"' for item in overrides]
+
+
 def write_shards(world: World, folder: Path, *, own: bool, captions: bool) -> None:
     """`data/shards` of the demo's dataset; with own data also theirs, beside their card `mine.yaml`; `data/capfilt`, of
     web pictures.
@@ -166,6 +197,9 @@ def _tiny_training(world: World, given: Mapping[str, str], folder: Path) -> tupl
     if any(key.startswith("recipe.phases") and ("," in value) for key, value in given.items()):  # swept
         return (*(item for item in world.train if "recipe." not in item), *SWEPT_PHASES)
     short = (*ONE_PHASE, "recipe.final_samples=1", "recipe.validation_samples=1")
+    if given.get("experiment") == "photos":
+        write_synthetic(load_card("clothing_small"), folder / "data/clothing", scenes=12)
+        short = (*short, "data.sources.clothing_small.path=data/clothing")
     if "experiment" in given:
         return (*(item for item in world.train if item.split(".")[0] in ("vision", "qformer", "llm")), *short)
     if "llm" in given:

@@ -31,7 +31,7 @@ from instructblip.weights import init_sources
 from instructblip.weights.__main__ import main as convert
 from instructblip.weights.init_from import start_from
 from instructblip.weights.init_sources import find_start, read_start
-from instructblip.weights.load import as_instructblip, load_model
+from instructblip.weights.load import load_model
 from instructblip.weights.parts import build_model
 from tests.kit.blip2 import write_captioner
 from tests.kit.families import write_llm
@@ -85,7 +85,8 @@ def make_source(world: World, folder: Path, write: Callable[[Path], object], *, 
     config = compose("train", TrainConfig, [*world.train, *TEN_STEPS])
     qformer = replace(parts.qformer, init="given", dropout=0.1)
     config = replace(config, model=parts.model, vision=parts.vision, qformer=qformer, llm=parts.llm)
-    model = as_instructblip(load_model(places["transformers"], device="cpu").model, "")
+    model = load_model(places["transformers"], device="cpu").model
+    assert isinstance(model, InstructBLIP)
     return Source(config, places, model)
 
 
@@ -147,7 +148,8 @@ def test_a_folders_own_parts_are_compared_by_their_weights(
     monkeypatch.setattr(init_sources, "hub_folder", {"Someone/instructblip-tiny": folder}.__getitem__)
     weights = [read_start(find_start("Someone/instructblip-tiny"))]
     assert weights[0].source.name == "Someone/instructblip-tiny"
-    model = as_instructblip(build_model(config), "")
+    model = build_model(config)
+    assert isinstance(model, InstructBLIP)
     begun = start_from(model, weights, config.qformer, config.llm)
     assert (begun.start.aligned_to, model.held_parts, len(begun.lines)) == (None, {"qformer"}, 1)
     with torch.no_grad():

@@ -2,6 +2,7 @@
 
 tiny             parts and models with random weights, pictures, questions; milliseconds, nothing fetched
 vectors          numbers that LAVIS computed, models with the weights it computed them from, a like one of random weights
+connectors       tiny models of other connectors than the Q-Former, transformers folders of LLaVA
 blip2            tiny models of BLIP-2's stages, ours and transformers' folders of them
 families         tiny language models of every family in configs/llm, as transformers folders
 runs             the entry points on tiny parts and data: in this process, or as real processes that start fast
@@ -18,6 +19,7 @@ raw_files        raw folders in official layouts: the cases of tests/data/reader
 web              shards of web pictures with their texts, and capfilt on them
 all_datasets     raw folders and shards of all datasets that have files of their own
 synthetic_tasks  made-up samples of every evaluated dataset, a model that knows the answers, one that guesses
+studies          small studies on the tiny world, their runs in this process; the shipped ones in their short form
 stored           results.json and predictions.jsonl as evaluate.py leaves them
 videos           videos whose frames have known colours
 servers          a file server on the loopback, as good or as bad as a test needs it

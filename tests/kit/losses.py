@@ -21,6 +21,7 @@ class Samples(NamedTuple):
     targets: Sequence[str]
     image_ids: Sequence[str] = ()
     positions: Sequence[int] = ()
+    pixel_ids: Sequence[int] = ()
 
 
 def inputs_of(model: Model, images: Tensor, prompts: Sequence[str], targets: Sequence[str]) -> Inputs:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from instructblip.data.mixture import Mixture, MixtureEntry
+from instructblip.data.mixture import Mixture, MixtureEntry, MixtureSegment
 from instructblip.data.mixture_dataset import MixtureDataset, TrainingSet, decoded
 from instructblip.data.records import Record
 from instructblip.data.shards import ShardReader, ShardWriter, open_split, shard_path
@@ -62,11 +62,17 @@ def mixture_of(
     seed: int = 11,
     kinds: Mapping[str, tuple[str, ...]] = {},
     flip: Mapping[str, bool] = {},
+    group: int | None = None,
 ) -> MixtureDataset:
-    """A mixture of splits, weighted by square roots."""
+    """A mixture of splits, weighted by square roots; so many records of one image together, if a `group` is given."""
     sets = [
         TrainingSet(name, open_split(folder), kinds.get(name, ()), TEMPLATES, flip.get(name, True))
         for name, folder in folders.items()
     ]
-    mixture = Mixture([MixtureEntry(item.name, len(item), shards=item.shard_records) for item in sets], seed=seed)
+    entries = [
+        MixtureEntry(item.name, len(item), 1.0, item.shard_records, None if group is None else item.images)
+        for item in sets
+    ]
+    segments = [] if group is None else [MixtureSegment(group, group)]
+    mixture = Mixture(entries, seed=seed, segments=segments)
     return MixtureDataset(mixture, sets, decoded(transform, image_size))

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from instructblip.errors import UserError
 from instructblip.models.adapters import Adapter, is_adapter
 from instructblip.models.quantized import quantize_linears
 from instructblip.weights.load import load_model
@@ -14,6 +15,7 @@ from instructblip.weights.parity_transformers import traces_huggingface
 from instructblip.weights.parts import train_parts
 from instructblip.weights.peft_format import whole_folder
 from instructblip.weights.transformers_write import save_huggingface
+from tests.kit.connectors import write_llava
 from tests.kit.tiny import tiny_huggingface, tiny_llm, tiny_released_model
 from tests.parity.test_weights_command import run
 
@@ -85,3 +87,29 @@ def test_what_adapters_were_trained_over_goes_with_them(base: str, merge: bool, 
     save_huggingface(model, tmp_path / "out", merge=merge)
     found, expected = traces_huggingface(tmp_path / "out", pad_as_saved=True).float32, traces_native(model).float32
     assert max(stage_differences(expected, found).values()) < 1e-5
+
+
+def test_a_llava_is_adapted_by_peft_and_goes_out_merged(tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    theirs = write_llava(tmp_path / "base")
+    torch.manual_seed(2)
+    config = LoraConfig(
+        r=4, lora_alpha=6, target_modules=r".*language_model.*(q_proj|up_proj)", init_lora_weights=False
+    )
+    get_peft_model(theirs, config).save_pretrained(tmp_path / "adapter")
+    model = load_model(tmp_path / "base", adapter=tmp_path / "adapter", device="cpu").model
+    assert model.adapters["llm"].targets == ("q_proj", "up_proj")
+    train_parts(
+        model, ("vision",), {"vision": ADAPTERS["vision"]}
+    )  # the joint layer of the tower, which goes out in three
+    for name, parameter in model.vision.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.1)
+    save_huggingface(model.eval(), tmp_path / "out")
+    found = traces_huggingface(tmp_path / "out", pad_as_saved=True).float32
+    assert max(stage_differences(traces_native(model).float32, found).values()) < 1e-5  # type: ignore[arg-type]
+    plain = load_model(tmp_path / "base", device="cpu").model
+    assert stage_differences(traces_native(plain).float32, found)["logits"] > 1e-2  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="go out merged"):
+        save_huggingface(model, tmp_path / "separate", merge=False)

@@ -75,6 +75,7 @@ def test_loss_of_captions(captioner: BLIPCaption) -> None:
         targets: list[str]
         image_ids: tuple[str, ...] = ()
         positions: tuple[int, ...] = ()
+        pixel_ids: tuple[int, ...] = ()
 
     inputs = captioner.prepare(Batch(images, [""] * 6, texts))
     expected = rows(vectors["inputs"]["input_ids"], vectors["inputs"]["attention_mask"])

@@ -19,6 +19,7 @@ from instructblip.config.schema import (
     FeaturesConfig,
     InspectConfig,
     PrepareConfig,
+    StudyCommandConfig,
     TrainConfig,
 )
 from instructblip.config.validate import read_model_config, to_yaml
@@ -46,6 +47,7 @@ COMMANDS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "inspect": (InspectConfig, ()),
     "features": (FeaturesConfig, ("checkpoint=x",)),
     "capfilt": (CapFiltConfig, ("shards=s", "captioner=x", "filter=y", "out=o")),
+    "study": (StudyCommandConfig, ("study=sampling",)),
 }
 
 
@@ -99,12 +101,15 @@ WRONG = [
     ("prepare", "ocr=tesseract", "ocr=tesseract is none of rapidocr, null"),
     ("prepare", "workers=0", "workers=0 is too small; give 1 or more"),
     ("prepare", "check=a show=b", "check= and show= are different tasks"),
-    ("inspect", "mixture.per=epoch", "mixture.per=epoch is none of sample, batch, step"),
+    ("inspect", "mixture.per=epoch", "mixture.per=epoch is none of sample, image, batch, step"),
     ("capfilt", "variant=blip3", "variant=blip3 is none of blip, blip2"),
     ("capfilt", "top_p=0", "top_p=0 is too small; give more than 0"),
     ("capfilt", "variant=blip2 threshold=0.5", "threshold= is of variant=blip; variant=blip2 keeps the best"),
     ("capfilt", "kept=2", "kept= is of variant=blip2; variant=blip keeps all that match"),
     ("capfilt", "max_new_tokens=4 min_new_tokens=5", "min_new_tokens=5 is more than max_new_tokens=4"),
+    ("study", "form=long", "form=long is none of reduced, short, full"),
+    ("study", "jobs=0", "jobs=0 is too small; give 1 or more"),
+    ("study", "seeds=[2,2]", "seeds [2, 2] of the study must differ"),
 ]
 
 

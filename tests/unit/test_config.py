@@ -26,6 +26,7 @@ from instructblip.config.schema import (
     MixtureDatasetConfig,
     ModelConfig,
     PrepareConfig,
+    StudyCommandConfig,
     TrainConfig,
 )
 from instructblip.config.validate import (
@@ -47,6 +48,7 @@ SCHEMAS: dict[str, Any] = {
     "inspect": InspectConfig,
     "features": FeaturesConfig,
     "capfilt": CapFiltConfig,
+    "study": StudyCommandConfig,
 }
 PARTS = ("vision", "qformer", "llm")
 # Launchers need optional plugins: tests/end_to_end/test_sweep.py.
@@ -55,7 +57,7 @@ FILES = sorted(
 )
 COMMAND = re.compile(
     r"# (?:(?:torchrun [^ ]+ |python )(?=\w+\.py)|python -m instructblip\.(?:training\.)?)"
-    r"(train|evaluate|prepare|inspect|features|capfilt)(?:\.py)?(.*)"
+    r"(train|evaluate|prepare|inspect|features|capfilt|study)(?:\.py)?(.*)"
 )
 
 
@@ -176,7 +178,9 @@ def test_a_misspelt_key_names_the_nearest(key: str, nearest: str) -> None:
 
 def test_a_key_like_no_other_names_its_neighbours() -> None:
     message = unknown_key("mixture.zzzz", valid_keys(TrainConfig))
-    assert message.endswith("mixture.weights, mixture.temperature, mixture.per, mixture.templates")
+    assert message.endswith(
+        "mixture.weights, mixture.temperature, mixture.per, mixture.image_records, mixture.templates"
+    )
     assert unknown_key("zzzz", valid_keys(PrepareConfig)).endswith("check, show, samples, seed, audit, cards, sources")
 
 

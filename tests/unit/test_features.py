@@ -51,22 +51,18 @@ def _files(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.rglob("*") if path.is_file())
 
 
-def test_the_cache_equals_direct_encoding(
-    tmp_path: Path, shards: list[ShardReader], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(features, "_BATCH", 2)
+def test_the_cache_equals_direct_encoding(tmp_path: Path, shards: list[ShardReader]) -> None:
     cache = _cache(tmp_path)
-    cache.fill(shards, Encoder(), "encoding")
+    cache.fill(shards, Encoder(), "encoding", batch=2)
     for shard in reversed(shards):
         for row in (len(shard) - 1, *range(len(shard))):
             assert torch.equal(cache.tokens(shard, row), _direct(shard, row))
 
 
-def test_a_video_has_the_tokens_of_its_frames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(features, "_BATCH", 4)  # a batch ends within a video
+def test_a_video_has_the_tokens_of_its_frames(tmp_path: Path) -> None:
     shard = ShardReader(_write_videos(tmp_path))
     cache = _cache(tmp_path)
-    cache.fill([shard], Encoder(), "encoding")
+    cache.fill([shard], Encoder(), "encoding", batch=4)  # a batch ends within a video
     for row, frames in enumerate((3, 1, 2)):
         tokens, pixels = cache.tokens(shard, row), shard_pixels(shard, row, SIZE)
         assert (tokens.shape, pixels.shape) == ((frames, 4, 3), (frames, 3, SIZE, SIZE))

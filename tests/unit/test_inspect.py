@@ -64,7 +64,7 @@ def test_the_sequence_is_that_of_training(shards: Path) -> None:
     [
         (["data.transform=crop"], "data.transform=crop is none of resize_square, center_crop, blip2_image_train"),
         (["data.cache_features=true"], "leaves nothing to decode"),
-        (["mixture.per=epoch"], "mixture.per=epoch is none of sample, batch, step"),
+        (["mixture.per=epoch"], "mixture.per=epoch is none of sample, image, batch, step"),
         (
             ["mixture.per=batch", "micro_batch_size=3"],
             "whole micro-batches, but there is a batch_size of 20",

@@ -58,3 +58,11 @@ def test_preparing_pictures_imports_no_model(tmp_path: Path) -> None:
     assert list((tmp_path / "shards").rglob("*.tar"))
     assert "PIL" in packages
     assert not packages & HEAVY
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_starts_prints_its_table() -> None:
+    command = [sys.executable, str(REPOSITORY / "benchmarks" / "starts.py"), "--rounds", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "times torch's" in done.stdout
+    assert "train.py plan=true" in done.stdout

@@ -2,7 +2,6 @@
 
 import argparse
 import sys
-from typing import Any
 
 import pytest
 import torch
@@ -17,9 +16,9 @@ sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 import train_step as benchmark
 
 
-def arguments(llm: str, **changes: Any) -> argparse.Namespace:
+def arguments(llm: str, questions: int = 1) -> argparse.Namespace:
     values = {"llm": llm, "device": "cpu", "batch": 6, "micro_batch": 3, "tiny": True, "compile": False}
-    return argparse.Namespace(**values, runs=1, warm=1, threads=1, long=0, **changes)
+    return argparse.Namespace(**values, runs=1, warm=1, threads=1, long=0, questions=questions)
 
 
 def model_of(options: argparse.Namespace) -> InstructBLIP:
@@ -32,7 +31,7 @@ def test_every_variant_starts_at_one_loss(llm: str) -> None:
     options = arguments(llm)
     rows, left_out = benchmark.variants(options)
     packed = llm == "vicuna_7b"
-    assert list(rows) == ["transformers", "fixed", "bucketed", *(["packed"] if packed else [])]
+    assert list(rows) == ["transformers", "fixed", "bucketed", *(["packed", "packed, by length"] if packed else [])]
     assert [line.partition(":")[0] for line in left_out] == [
         *([] if packed else ["packed"]),
         "compiled",
@@ -47,14 +46,14 @@ def test_every_variant_starts_at_one_loss(llm: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("llm", ["vicuna_7b", "flan_t5_xl"])
-def test_its_work_is_that_of_the_step(llm: str) -> None:
-    options = arguments(llm)
+@pytest.mark.parametrize(("llm", "questions"), [("vicuna_7b", 1), ("flan_t5_xl", 3)])
+def test_its_work_is_that_of_the_step(llm: str, questions: int) -> None:
+    options = arguments(llm, questions)
     model = model_of(options)
     optimizer = make_adamw(model.named_parameters(), weight_decay=0.0, betas=(0.9, 0.999))
     batches = benchmark.batches_of(model, options, "fixed")
     result = train_step(model, optimizer, batches, objectives=LANGUAGE, rate=0.0, clip_norm=None)
-    assert result.work == benchmark.work_of(benchmark.configuration(options), options.batch, options.long)
+    assert result.work == benchmark.work_of(benchmark.configuration(options), options.batch, options.long, questions)
     lengths = [len(sample.instruction.split()) for sample, _ in benchmark.samples(200, 0, image_size=1)]
     assert (min(lengths), max(lengths)) == (10, 60)
     answers = [len((sample.target or "").split()) for sample, _ in benchmark.samples(64, 16, image_size=1)]

@@ -136,7 +136,21 @@ def _shown(protocol: Mapping[str, Any], name: str) -> str:
     return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
 
 
-def _compare(dataset: str, first: StoredRun, second: StoredRun) -> Comparison:
+@dataclass(frozen=True)
+class PairedScores:
+    """The scores of two runs on the samples that both have one of, and the image of each."""
+
+    first: list[float]
+    second: list[float]
+    images: list[str]
+
+
+def paired_scores(dataset: str, first: StoredRun, second: StoredRun) -> PairedScores:
+    """What `compare_paired` compares; the protocols may differ, the samples may not.
+
+    Raises:
+        UserError: other samples, or predictions that are damaged or another evaluation's.
+    """
     ours, theirs = read_predictions(first, dataset), read_predictions(second, dataset)
     if ours.keys() != theirs.keys():
         stray = min(ours.keys() ^ theirs.keys())
@@ -145,14 +159,18 @@ def _compare(dataset: str, first: StoredRun, second: StoredRun) -> Comparison:
     chosen = [(one, other) for one, other in pairs if one.score is not None and other.score is not None]
     metric = first.scores[dataset].metric
     values = [_sample_values(list(side), metric) for side in zip(*chosen, strict=True)]
-    images = [one.image for one, _ in chosen]
-    paired = compare_paired(values[0], values[1], images)
+    return PairedScores(values[0], values[1], [one.image for one, _ in chosen])
+
+
+def _compare(dataset: str, first: StoredRun, second: StoredRun) -> Comparison:
+    found = paired_scores(dataset, first, second)
+    paired = compare_paired(found.first, found.second, found.images)
     scores = [run.scores[dataset].value for run in (first, second)]
     assert scores[0] is not None and scores[1] is not None
     made_up = first.scores[dataset].made_up or second.scores[dataset].made_up
-    found = [run.scores[dataset].protocol.get("precision", UNSTATED["precision"]) for run in (first, second)]
-    precisions = (found[0], found[1])
-    return Comparison(dataset, scores[0], scores[1], len(chosen), len(set(images)), paired, made_up, precisions)
+    stated = [run.scores[dataset].protocol.get("precision", UNSTATED["precision"]) for run in (first, second)]
+    precisions, count, images = (stated[0], stated[1]), len(found.images), len(set(found.images))
+    return Comparison(dataset, scores[0], scores[1], count, images, paired, made_up, precisions)
 
 
 def _sample_values(predictions: Sequence[StoredPrediction], metric: str) -> list[float]:

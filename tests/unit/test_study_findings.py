@@ -1,0 +1,40 @@
+"""Intervals and tests over seeds and over samples, against scipy and numbers worked out by hand."""
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from instructblip.evaluation.statistics import spread
+
+
+def test_an_interval_over_seeds_is_students() -> None:
+    found = spread([80.0, 90.0, 100.0])
+    # t of two degrees of freedom at 97.5% is 4.3027, s = 10: 90 +- 4.3027 * 10 / sqrt(3)
+    assert (found.mean, found.deviation) == (90.0, 10.0)
+    assert found.low == pytest.approx(65.159, abs=1e-3)
+    assert found.high == pytest.approx(114.841, abs=1e-3)
+
+
+def test_the_test_over_seeds_is_scipys_paired_t_test() -> None:
+    first, second = np.array([81.0, 79.5, 84.0, 80.0, 82.5]), np.array([83.0, 82.5, 84.5, 84.0, 83.0])
+    found = spread(list(second - first))
+    expected = stats.ttest_rel(second, first)
+    assert found.p == pytest.approx(expected.pvalue)
+    ends = expected.confidence_interval(0.95)
+    assert (found.low, found.high) == (pytest.approx(ends.low), pytest.approx(ends.high))
+
+
+def test_one_value_and_values_that_do_not_differ_have_no_interval() -> None:
+    alone, alike = spread([71.0]), spread([33.3, 33.3, 33.3])
+    assert (alone.mean, alone.deviation, alone.low, alone.p) == (71.0, None, None, None)
+    assert (alike.mean, alike.deviation, alike.low, alike.high, alike.p) == (pytest.approx(33.3), 0.0, None, None, None)
+    with pytest.raises(ValueError, match="no values"):
+        spread([])
+
+
+def test_values_that_differ_by_rounding_do_not_differ() -> None:
+    found = spread([0.1 + 0.2, 0.3])
+    assert (found.deviation, found.p) == (0.0, None)
+    assert math.isclose(found.mean, 0.3)

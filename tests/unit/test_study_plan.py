@@ -1,0 +1,203 @@
+"""A study's file becomes runs: which there are, in which order, in which folders, and what is refused."""
+
+import copy
+import functools
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from instructblip.config.entry import compose_config, merged
+from instructblip.config.schema import EvaluateConfig, StudyCommandConfig, TrainConfig
+from instructblip.errors import UserError
+from instructblip.study import plan as module
+from instructblip.study.plan import StudyPlan, StudyRun, plan_study
+from tests.kit.runs import World
+from tests.kit.studies import STUDY, study_config
+
+
+@pytest.fixture(autouse=True)
+def composed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hydra takes most of a plan's time."""
+    monkeypatch.setattr(module, "compose_config", _compose)
+
+
+def _compose(name: str, schema: Any, overrides: list[str]) -> Any:
+    return copy.deepcopy(_composed_once(name, schema, tuple(overrides)))
+
+
+@functools.cache
+def _composed_once(name: str, schema: Any, overrides: tuple[str, ...]) -> Any:
+    return compose_config(name, schema, list(overrides))
+
+
+def _plan(world: World, output: Path, values: dict[str, Any] = STUDY, **given: Any) -> StudyPlan:
+    return plan_study(study_config(world, output, values, **given))
+
+
+def _changed(*path: str, to: Any) -> dict[str, Any]:
+    """The study of the kit with another value at one place."""
+    values = copy.deepcopy(STUDY)
+    section = values
+    for step in path[:-1]:
+        section = section[step]
+    section[path[-1]] = to
+    return values
+
+
+def _run(plan: StudyPlan, condition: str, seed: int) -> StudyRun:
+    return plan.runs[plan.scored[condition, seed]]
+
+
+def test_runs_come_after_those_that_they_need(world: World, tmp_path: Path) -> None:
+    plan = _plan(world, tmp_path)
+    labels = [run.label for run in plan.runs.values()]
+    each = ("alone", "aligned", "staged", "by mean")
+    assert labels == [f"{name}, seed {seed}" for seed in (1, 2) for name in each]
+    before: set[str] = set()
+    for run in plan.runs.values():
+        assert run.after is None or run.after in before
+        before.add(run.identity)
+
+
+def test_a_run_starts_from_the_stage_of_its_seed(world: World, tmp_path: Path) -> None:
+    plan = _plan(world, tmp_path)
+    for seed in (1, 2):
+        staged, stage = _run(plan, "staged", seed), plan.runs[plan.stages["aligned", seed]]
+        assert isinstance(staged.config, TrainConfig) and isinstance(stage.config, TrainConfig)
+        assert staged.config.init_from == [str(stage.folder)]
+        assert (staged.config.seed, stage.config.seed) == (seed, seed)
+        assert (stage.config.suite.held_in, list(stage.config.recipe.phases)) == ([], ["alignment"])
+        asked = _run(plan, "by mean", seed)
+        assert isinstance(asked.config, EvaluateConfig)
+        assert asked.config.checkpoint == str(_run(plan, "alone", seed).folder)
+        assert (asked.config.normalize, asked.config.include_eos, asked.config.samples) == ("mean", True, 6)
+
+
+def test_a_change_concerns_the_runs_that_read_it_and_those_after_them(world: World, tmp_path: Path) -> None:
+    before = _plan(world, tmp_path).runs.keys()
+    stage = [*STUDY["stages"]["aligned"]["train"], "recipe.phases.alignment.learning_rate=1e-4"]
+    after = _plan(world, tmp_path, _changed("stages", "aligned", "train", to=stage)).runs
+    assert [run.label for run in after.values() if run.identity not in before] == [
+        f"{name}, seed {seed}" for seed in (1, 2) for name in ("aligned", "staged")
+    ]
+    asked = _plan(world, tmp_path, _changed("conditions", "by mean", "evaluate", to=["normalize=mean"])).runs
+    assert [run.label for run in asked.values() if run.identity not in before] == ["by mean, seed 1", "by mean, seed 2"]
+
+
+def test_how_a_run_is_carried_out_makes_no_other_run(world: World, tmp_path: Path) -> None:
+    plan = _plan(world, tmp_path)
+    otherwise = ["data.workers=2", "evaluation.examples=3", "recipe.keep_checkpoints=1", "device=cpu", "plan_gpu=h100"]
+    other = _plan(world, tmp_path / "elsewhere", train=otherwise, name="another")
+    assert plan.runs.keys() == other.runs.keys()
+    assert {run.folder.name for run in plan.runs.values()} == {run.folder.name for run in other.runs.values()}
+
+
+def test_two_conditions_that_are_alike_have_one_run(world: World, tmp_path: Path) -> None:
+    values = _changed("conditions", "again", to={"train": STUDY["conditions"]["alone"]["train"]})
+    plan = _plan(world, tmp_path, values)
+    assert plan.scored["again", 2] == plan.scored["alone", 2]
+    assert len(plan.runs) == len(_plan(world, tmp_path).runs)
+
+
+def test_a_card_that_changed_makes_other_runs(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = _plan(world, tmp_path).runs.keys()
+    load = module.load_cards
+
+    def with_another_prompt(names: list[str]) -> list[Any]:
+        cards = load(names)
+        return [
+            replace(card, evaluation=replace(card.evaluation, prompt="What? {question}"))
+            if card.name == "easy_vqa_shape"
+            else card
+            for card in cards
+        ]
+
+    monkeypatch.setattr(module, "load_cards", with_another_prompt)
+    after = _plan(world, tmp_path).runs
+    # All but the stages, which are asked nothing, and are started from as they were.
+    assert {run.label.partition(",")[0] for key, run in after.items() if key not in before} == {
+        "alone",
+        "staged",
+        "by mean",
+    }
+
+
+def test_forms_change_length_and_number(world: World, tmp_path: Path) -> None:
+    values = copy.deepcopy(STUDY) | {"forms": {"short": {"train": ["recipe.clip_norm=2.0"], "seeds": 1}}}
+    values["conditions"]["staged"]["forms"] = {"short": ["recipe.phases.instruction.steps=1"]}
+    plan = _plan(world, tmp_path, values, form="short")
+    assert plan.seeds == [1]
+    steps = {
+        name: _run(plan, name, 1).config.recipe.phases["instruction"].steps  # type: ignore[union-attr]
+        for name in ("alone", "staged")
+    }
+    assert steps == {"alone": 3, "staged": 1}
+    assert all(run.config.recipe.clip_norm == 2.0 for run in plan.runs.values() if isinstance(run.config, TrainConfig))
+    assert _plan(world, tmp_path, values, form="short", seeds=[7, 8]).seeds == [7, 8]
+    with pytest.raises(UserError, match="study=tiny says nothing of form=full; its forms: short"):
+        _plan(world, tmp_path, values, form="full")
+
+
+@pytest.mark.parametrize(
+    ("path", "to", "message"),
+    [
+        (("conditions", "staged", "starts_from"), "aligend", "study.conditions.staged.starts_from=aligend is none of"),
+        (
+            ("conditions", "by mean", "evaluates"),
+            "staged2",
+            "evaluates=staged2 is no condition that trains; did you mean",
+        ),
+        (
+            ("conditions", "by mean", "train"),
+            ["seed=1"],
+            "evaluates the run of alone; leave its train, starts_from and",
+        ),
+        (("conditions", "staged", "evaluate"), ["samples=3"], "is of a condition that trains nothing; set"),
+        (("stages", "aligned", "starts_from"), "staged", "starts from .*, in a circle; change one starts_from"),
+        (("stages", "alone"), {}, "study.stages and study.conditions both have alone; give one of them another name"),
+        (("conditions", "staged", "starts_from"), "by mean", "starts from by mean, which trains nothing; name alone"),
+        (("seeds",), [1, 1], r"seeds \[1, 1\] of the study must differ"),
+        (("conditions",), {"alone": {}}, "conditions"),
+        (("conditions", "staged", "train"), ["recipe.stepps=3"], "staged of study=tiny: unknown key recipe.stepps"),
+        (
+            ("conditions", "staged", "train"),
+            ["llm=vicuna"],
+            "staged of study=tiny: there is no llm=vicuna; did you mean",
+        ),
+        (
+            ("conditions", "by mean", "evaluate"),
+            ["normalize=max"],
+            "by mean of study=tiny: normalize=max is none of sum, mean",
+        ),
+        (
+            ("conditions", "staged", "train"),
+            ["seed=1,2"],
+            "staged of study=tiny: seed=1,2 are several values; give one",
+        ),
+    ],
+)
+def test_what_cannot_be_run_is_refused_in_a_line(
+    path: tuple[str, ...], to: Any, message: str, world: World, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        _plan(world, tmp_path, _changed(*path, to=to))
+    assert "\n" not in str(error.value)
+
+
+def test_later_overrides_take_the_place_of_earlier_ones() -> None:
+    given = [
+        "experiment=demo",
+        "seed=1",
+        "~recipe.phases",
+        "recipe.phases={a: {steps: 1}}",
+        "seed=2",
+        "experiment=smoke",
+    ]
+    assert merged(given) == ["~recipe.phases", "recipe.phases={a: {steps: 1}}", "seed=2", "experiment=smoke"]
+
+
+def test_a_study_has_to_be_named() -> None:
+    with pytest.raises(UserError, match=r"^give study=NAME; configs/study has: .*sampling"):
+        compose_config("study", StudyCommandConfig, [])
