@@ -102,7 +102,7 @@ def save_huggingface(model: Model, folder: Path, *, overwrite: bool = False, mer
         _check_llm(model)
         if model.adapters and not merge:
             raise UserError(
-                "the adapters of a LLaVA go out merged; leave --adapters separate out, or give peft a checkpoint's adapters/llm"
+                "the adapters of a LLaVA go out merged; leave --adapters out, or give peft a checkpoint's adapters/llm"
             )
         with atomic_folder(folder, overwrite_if=SIDECAR if overwrite else None) as partial, quiet_transformers():
             _write_llava(model, partial)
