@@ -22,6 +22,8 @@ class PromptFormat(ABC):
         prompt_prefix: text between the visual tokens and the prompt.
         prompt_suffix: text after the prompt, such as a cue to answer or the opening of a chat's next turn.
         answer_prefix: put before every target and candidate that follows a text; byte-level vocabularies need the space.
+        image_in_text: image prefix and prompt are cut as one text with the image in it, BOS in front of all, as LLaVA's
+            processor does; else BOS begins the prompt, and each is cut as a text of its own, which may get a space in front.
         supervise_bos: where no text stands between the visual tokens and the answer, BOS is the answer's first token in
             training: the last visual token learns to give it, as in BLIP-2's released OPT models.
         max_prompt_tokens: in training, longer prompts lose their beginning (as released: truncation side left).
@@ -44,6 +46,7 @@ class PromptFormat(ABC):
         prompt_prefix: str = "",
         prompt_suffix: str = "",
         answer_prefix: str = "",
+        image_in_text: bool = False,
         supervise_bos: bool = False,
         max_prompt_tokens: int = 128,
         max_target_tokens: int = 256,
@@ -56,16 +59,17 @@ class PromptFormat(ABC):
         self.prompt_prefix = prompt_prefix
         self.prompt_suffix = prompt_suffix
         self.answer_prefix = answer_prefix
+        self.image_in_text = image_in_text
         self.supervise_bos = supervise_bos
-        if supervise_bos and not (self.answer_continues_prompt and self.bos_ids):
-            raise ValueError("supervise_bos needs a decoder-only language model with a bos_token")
+        if supervise_bos and (image_in_text or not (self.answer_continues_prompt and self.bos_ids)):
+            raise ValueError("supervise_bos needs a decoder-only language model with a bos_token behind the image")
         self.max_prompt_tokens = max_prompt_tokens
         self.max_target_tokens = max_target_tokens
 
     @property
     def image_prefix_ids(self) -> list[int]:
         """Token ids in front of the visual tokens."""
-        return self.ids(self.image_prefix)
+        return (self.bos_ids if self.image_in_text else []) + self.ids(self.image_prefix)
 
     @abstractmethod
     def prompt_ids(self, prompt: str, *, training: bool = False) -> list[int]:
@@ -100,6 +104,18 @@ class PromptFormat(ABC):
         """All text between the visual tokens and the answer."""
         return self.prompt_prefix + prompt + self.prompt_suffix
 
+    def _behind_image(self, prompt: str) -> list[int]:
+        """Token ids of all text between the visual tokens and the answer."""
+        text = self.text_before(prompt)
+        if not self.image_in_text:
+            return self.ids(text)
+        mark = str(self.tokenizer.convert_ids_to_tokens(self.eos_id))  # any special token parts texts as the image does
+        return self.ids(mark + text)[1:]
+
+    def _first_ids(self) -> list[int]:
+        """BOS, where it begins the prompt."""
+        return [] if self.image_in_text else self.bos_ids
+
     def _answer(self, target: str, follows_text: bool) -> list[int]:
         return self.ids(self.answer_prefix + target if follows_text else target)
 
@@ -114,11 +130,11 @@ class DecoderPromptFormat(PromptFormat):
 
     def prompt_ids(self, prompt: str, *, training: bool = False) -> list[int]:
         """BOS and the prompt."""
-        ids = self.ids(self.text_before(prompt))
+        ids = self._behind_image(prompt)
         if not training:
-            return self.bos_ids + ids
+            return self._first_ids() + ids
         room = self.max_prompt_tokens - len(self.bos_ids)
-        return [] if self._supervised_bos(prompt) else self.bos_ids + ids[max(len(ids) - room, 0) :]
+        return [] if self._supervised_bos(prompt) else self._first_ids() + ids[max(len(ids) - room, 0) :]
 
     def target_ids(self, target: str, include_eos: bool = True, *, follows_text: bool = True) -> list[int]:
         """The answer and EOS; an answer that was cut has no EOS."""
@@ -138,9 +154,9 @@ class EncoderDecoderPromptFormat(PromptFormat):
 
     def prompt_ids(self, prompt: str, *, training: bool = False) -> list[int]:
         """BOS where the model has one, the prompt, EOS."""
-        ids = self.ids(self.text_before(prompt))
+        ids = self._behind_image(prompt)
         room = self.max_prompt_tokens - len(self.bos_ids) - 1
-        return [*self.bos_ids, *(ids[max(len(ids) - room, 0) :] if training else ids), self.eos_id]
+        return [*self._first_ids(), *(ids[max(len(ids) - room, 0) :] if training else ids), self.eos_id]
 
     def target_ids(self, target: str, include_eos: bool = True, *, follows_text: bool = True) -> list[int]:
         """The answer and EOS, which stays when the answer is cut."""

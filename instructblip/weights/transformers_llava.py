@@ -21,6 +21,7 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig, LlavaConfig
 
 from instructblip.errors import UserError
 from instructblip.files import read_json
+from instructblip.models.adapters import plain_state
 from instructblip.models.connector import MLPConnector, Patches
 from instructblip.models.llava import LLaVA
 from instructblip.models.llm import LLM, EncoderDecoderLLM
@@ -156,8 +157,9 @@ def _vision_arguments(config: Any, said: Mapping[str, Any], folder: Path) -> dic
 def _conventions(folder: Path) -> dict[str, Any]:
     """Of LLaVA-1.5, where the folder's chat template is its; else prompts stand behind the image as they are."""
     tokenizer = open_tokenizer(folder)
-    if tokenizer.eos_token is None:
-        raise UserError(f"{folder}: the tokenizer must have an EOS token; fetch the whole model")
+    plain, whole = tokenizer("a photo", add_special_tokens=False)["input_ids"], tokenizer("a photo")["input_ids"]
+    if tokenizer.eos_token is None or len(whole) > len(plain) + 1 or whole[-len(plain) :] != plain:
+        raise UserError(f"{folder}: the tokenizer must have an EOS token and put at most one token before a text")
     templates = [file.read_text(encoding="utf-8") for file in sorted(folder.glob("*.j*")) if file.name in _TEMPLATES]
     known = any(_USER in text and _ASSISTANT.strip() in text for text in templates)
     if not known:
@@ -170,7 +172,9 @@ def _conventions(folder: Path) -> dict[str, Any]:
     return {
         "eos_token": tokenizer.eos_token,
         "pad_token": tokenizer.pad_token or tokenizer.eos_token,
-        "image_prefix": start_of(tokenizer) + (_USER if known else ""),
+        "bos_token": start_of(tokenizer) or None,
+        "image_in_text": True,
+        "image_prefix": _USER if known else "",
         "answer_prefix": between_words(tokenizer),
         **around,
     }
@@ -187,8 +191,13 @@ def start_of(tokenizer: Any) -> str:
 
 def around_image(tokenizer: Any, said: Mapping[str, Any]) -> tuple[str, str, str]:
     """What a user of transformers writes before the image token, between it and the prompt, and behind that."""
-    before = str(said.get("image_prefix", "")).removeprefix(start_of(tokenizer))
-    return before, (said.get("bos_token") or "") + said.get("prompt_prefix", ""), said.get("prompt_suffix", "")
+    start, text = (
+        said.get("bos_token") or "",
+        {"image_prefix": "", "prompt_prefix": "", "prompt_suffix": ""} | dict(said),
+    )
+    begins, continues = (start, "") if said.get("image_in_text") else ("", start)
+    before = f"{begins}{text['image_prefix']}".removeprefix(start_of(tokenizer))
+    return before, f"{continues}{text['prompt_prefix']}", text["prompt_suffix"]
 
 
 def _load_vision(settings: LlavaSettings, weights: Mapping[str, Tensor], folder: Path) -> VisionEncoder:
@@ -283,7 +292,8 @@ def llava_config(model: LLaVA, text: Mapping[str, Any], image_token: int) -> Lla
 
 def llava_tensors(model: LLaVA, llm: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """All tensors under the names of transformers' class; `llm` holds the language model's, as in its files."""
-    own = {**backbone_state(model.vision), **model.part_state("connector")}
+    vision = {f"vision.backbone.{name}": value.detach() for name, value in plain_state(model.vision.backbone).items()}
+    own = {**vision, **model.part_state("connector")}
     names = foreign_names(own, "huggingface_llava")
     state = unpack_clip({names[name]: tensor for name, tensor in own.items()})
     norm = model.vision.backbone.blocks[0].norm1

@@ -282,6 +282,7 @@ def llm_conventions(llm: LLM) -> dict[str, Any]:
         "prompt_prefix": form.prompt_prefix,
         "prompt_suffix": form.prompt_suffix,
         "answer_prefix": form.answer_prefix,
+        "image_in_text": form.image_in_text,
         "supervise_bos": form.supervise_bos,
         "max_prompt_tokens": form.max_prompt_tokens,
         "max_target_tokens": form.max_target_tokens,

@@ -24,13 +24,14 @@ from instructblip.models.llava import LLaVA
 from instructblip.models.llm import LLM
 from instructblip.models.vision import VisionEncoder
 from instructblip.weights.modules import make_connector
+from tests.kit.families import sentencepiece
 from tests.kit.runs import World
 from tests.kit.tiny import EOS, PAD, WIDTH, redraw, tiny_llm, tiny_llm_tokenizer, tiny_vision
 
 KINDS: tuple[ConnectorKind, ...] = ("mlp", "linear", "resampler")
 # Sizes that suit the tiny parts; of the resampler, which has no default that does.
 SIZES: dict[str, dict[str, Any]] = {"mlp": {}, "linear": {}, "resampler": {"tokens": 4, "width": 32, "depth": 2}}
-LLAVA_LLMS = ("llama", "qwen2")
+LLAVA_LLMS = ("llama", "qwen2", "spaced")
 _TOWER = {"embed_dim": WIDTH, "depth": 2, "num_heads": 4, "mlp_ratio": 1.5, "patch_size": 14}
 _LLAVA_1_5 = "{% for m in messages %}USER: <image>\n{{ m }} ASSISTANT:{% endfor %}"
 
@@ -81,12 +82,13 @@ def write_llava(
 
     Args:
         folder: to write.
-        llm: one of `LLAVA_LLMS`; `llama` begins each text with the token that ends it, `qwen2` ties its tables and has none.
+        llm: one of `LLAVA_LLMS`; `llama` begins each text with the token that ends it, `qwen2` ties its tables and has none;
+            `spaced` is a llama whose tokenizer puts a space in front of a text, and of none that follows an image.
         layer, strategy: `vision_feature_layer` and `vision_feature_select_strategy`.
         template: LLaVA-1.5's chat template stands beside it.
         seed: of every weight.
     """
-    tokenizer = _llava_tokenizer(begins=llm == "llama")
+    tokenizer = _llava_tokenizer(llm)
     size = {"height": 28, "width": 28}
     images = CLIPImageProcessor(size=size, crop_size=size)
     LlavaProcessor(
@@ -96,7 +98,7 @@ def write_llava(
     if template:
         (folder / "chat_template.json").write_text(json.dumps({"chat_template": _LLAVA_1_5}))
     config = LlavaConfig(
-        vision_config=_tower_config("quick_gelu" if llm == "llama" else "gelu").to_dict(),
+        vision_config=_tower_config("gelu" if llm == "qwen2" else "quick_gelu").to_dict(),
         text_config=_text_config(llm, tokenizer).to_dict(),
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
         image_seq_length=4 + (strategy == "full"),
@@ -110,12 +112,16 @@ def write_llava(
     return model
 
 
-def _llava_tokenizer(*, begins: bool) -> PreTrainedTokenizerFast:
-    """With `<image>`, padding on the left; `begins`: it puts a token in front of each text."""
+def _llava_tokenizer(llm: str) -> PreTrainedTokenizerFast:
+    """With `<image>`, padding on the left."""
     tokenizer = tiny_llm_tokenizer()
+    if llm == "spaced":
+        special = [EOS, "<unk>"]
+        tokenizer = sentencepiece(special, leading_space=True)
+        tokenizer.add_special_tokens({"eos_token": EOS, "bos_token": EOS, "unk_token": "<unk>"})
     # The last one is every Qwen's, whose class of tokenizers would add it.
     tokenizer.add_special_tokens({"pad_token": PAD, "additional_special_tokens": ["<image>", "<|endoftext|>"]})
-    if begins:
+    if llm != "qwen2":
         tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
             single=f"{EOS} $A", special_tokens=[(EOS, tokenizer.eos_token_id)]
         )
@@ -147,7 +153,7 @@ def _text_config(llm: str, tokenizer: PreTrainedTokenizerFast) -> PretrainedConf
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    return LlamaConfig(**sizes) if llm == "llama" else Qwen2Config(**sizes, tie_word_embeddings=True)
+    return Qwen2Config(**sizes, tie_word_embeddings=True) if llm == "qwen2" else LlamaConfig(**sizes)
 
 
 def connector_overrides(world: World, kind: ConnectorKind, *more: str) -> list[str]:

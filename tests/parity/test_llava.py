@@ -86,7 +86,13 @@ LLAVA_1_5 = ("USER: ", "\n", " ASSISTANT:")
 
 @pytest.mark.parametrize(
     ("llm", "layer", "strategy"),
-    [("llama", -2, "default"), ("llama", 1, "full"), ("qwen2", -1, "default"), ("qwen2", -2, "full")],
+    [
+        ("llama", -2, "default"),
+        ("llama", 1, "full"),
+        ("qwen2", -1, "default"),
+        ("qwen2", -2, "full"),
+        ("spaced", -2, "default"),
+    ],
 )
 def test_a_published_folder_computes_what_transformers_does(
     llm: str, layer: int, strategy: str, tmp_path: Path
@@ -125,6 +131,7 @@ def test_a_published_folder_goes_out_and_comes_back(llm: str, tmp_path: Path) ->
             {"bos_token": EOS, "prompt_prefix": "Question: ", "prompt_suffix": " Answer:"},
             ("", f"{EOS}Question: ", " Answer:"),
         ),
+        ({"bos_token": EOS, "image_prefix": "USER: ", "image_in_text": True}, (f"{EOS}USER: ", "", "")),
     ],
 )
 @pytest.mark.parametrize("quick", [True, False])
@@ -145,6 +152,16 @@ def test_an_own_model_goes_to_transformers_and_comes_back_whole(
     assert isinstance(again, LLaVA)
     assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
     assert again.conventions() == model.conventions()
+
+
+def test_a_text_that_transformers_would_cut_otherwise_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_llava(tmp_path / "theirs", "spaced")
+    model = load_llava_folder(tmp_path / "theirs")
+    model.save_huggingface(tmp_path / "same")
+    assert "token ids" not in caplog.text
+    model.llm.prompt_format.image_in_text = False
+    model.save_huggingface(tmp_path / "other")
+    assert "or train with llm.image_in_text=true" in caplog.text
 
 
 def test_older_and_newer_names_of_tensors_are_read(tmp_path: Path) -> None:

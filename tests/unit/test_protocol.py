@@ -261,3 +261,18 @@ def test_auroc_needs_both_labels_among_the_chosen_samples(tmp_path: Path) -> Non
     ):
         make_task(card, tmp_path, samples=1)
     assert len(make_task(card, tmp_path, samples=11).samples) == 11
+
+
+def test_how_candidates_are_ranked_can_be_set_and_is_in_the_hash(yes_no: Card, shards: Path) -> None:
+    own = make_task(yes_no, shards).protocol
+    assert (own.normalize, own.include_eos) == ("sum", False)
+    assert make_task(yes_no, shards, normalize=None, include_eos=None).protocol == own
+    hashes = set()
+    for normalize in ("sum", "mean"):
+        for include_eos in (False, True):
+            protocol = make_task(yes_no, shards, normalize=normalize, include_eos=include_eos).protocol
+            assert (protocol.normalize, protocol.include_eos) == (normalize, include_eos)
+            hashes.add(protocol.sha256())
+    assert len(hashes) == 4
+    released = make_task(yes_no, shards, preset="lavis", normalize="mean").protocol
+    assert released.normalize == "mean"  # what is asked for goes before any preset
