@@ -18,6 +18,7 @@ import itertools
 import json
 import os
 import queue
+import re
 import subprocess
 import sys
 import tempfile
@@ -252,7 +253,8 @@ def two_ranks(kind: str, options: argparse.Namespace) -> Cells:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *own[1:]]
         done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError((done.stderr.strip().splitlines() or ["no word"])[-1])
+        said = [line for line in done.stderr.splitlines() if re.search(r"(Error|error): ", line)]
+        raise RuntimeError((said or ["no word"])[0])
     cells: Cells = json.loads(done.stdout.splitlines()[-1])
     return cells
 
@@ -263,7 +265,7 @@ def as_rank(kind: str, options: argparse.Namespace) -> None:
         options.device = ranks.device(options.device)
         model = steps.build(steps.configuration(options), options.device)
         own = steps.batches_of(model, options, "bucketed")[ranks.rank :: 2]
-        wrapped = parallelize(model, ranks, kind=kind)
+        wrapped = parallelize(model, ranks, kind=kind, some_unused=not model.uses_every_weight({"answer_logits"}))
         optimizer = make_adamw(model.named_parameters(), weight_decay=0.05, betas=(0.9, 0.999))
         context = StepContext(ranks, wrapped, autocast(options), equal_passes=kind == "fsdp")
         step = partial(train_step, model, optimizer, own, context=context, **settings())
@@ -272,12 +274,13 @@ def as_rank(kind: str, options: argparse.Namespace) -> None:
         expected = step()
         save()
         found = step()
-        if found.loss != expected.loss:
-            raise RuntimeError(f"after the checkpoint the loss is {found.loss}, before it was {expected.loss}")
+        off = abs(found.loss - expected.loss)
+        if not off < 1e-4 * expected.loss:
+            raise RuntimeError(f"back at the checkpoint the loss is {found.loss}, before it was {expected.loss}")
         seconds = seconds_of(step, options)
         cells = {"per second": found.samples / seconds, "unit": "samples", "seconds": seconds}
         if ranks.is_first:
-            note = "the loss after going back to a checkpoint is the same to the bit"
+            note = f"back at a checkpoint the loss is {off:.0e} away"
             print(json.dumps({**cells, "peak": peak_memory(model.device), "note": note}), flush=True)
 
 
@@ -451,6 +454,7 @@ def worker_command(options: argparse.Namespace) -> list[str]:
 _SIZES = {
     "batch": (128, 4),
     "micro_batch": (32, 2),
+    "questions": (1, 1),
     "asked": (16, 4),
     "runs": (4, 1),
     "warm": (2, 1),

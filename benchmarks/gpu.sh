@@ -8,12 +8,14 @@
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 python=${PYTHON:-python}
-if ! "$python" -c "import hydra, pydantic, rich" 2>/dev/null; then
+export TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
+if "$python" -c "import hydra, pydantic, rich" 2>/dev/null; then
+    exec "$python" "$here/gpu.py" "$@"
+else
     packages=$(mktemp -d)
     trap 'rm -rf "$packages"' EXIT
     "$python" -m pip install --quiet --no-index --no-deps --find-links "$here/wheels" --target "$packages" \
         -r "$here/../requirements-gpu.txt"
     export PYTHONPATH="$packages${PYTHONPATH:+:$PYTHONPATH}"
+    "$python" "$here/gpu.py" "$@"
 fi
-export TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
-"$python" "$here/gpu.py" "$@"

@@ -132,7 +132,7 @@ def made_up_run(folder: Path, count: int) -> Any:
             seed=0,
             profile_step=None,
             data=SimpleNamespace(workers=0),
-            parallel=SimpleNamespace(timeout=600.0),
+            parallel=SimpleNamespace(timeout=600.0, ahead="none", read_every=1),
         ),
         folder=folder,
         console=console,

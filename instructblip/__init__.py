@@ -26,6 +26,7 @@ def load(
     llm_path: str | None = None,
     vision_path: str | None = None,
     qformer_path: str | None = None,
+    adapter: str | Path | None = None,
     device: str = "auto",
 ) -> "InstructBLIP | LLaVA | BLIP2 | BLIP":
     """Load a trained model: what `instructblip.weights.load.load_model` does and documents, the model alone.
@@ -35,6 +36,8 @@ def load(
             InstructBLIP, of either stage of BLIP-2, of BLIP for captions, questions or retrieval.
         llm: a name in configs/llm; a `.pth` of a model with a language model needs it.
         llm_path, vision_path, qformer_path: files of frozen parts in place of the configured sources.
+        adapter: a folder in peft's format with low-rank adapters for it: `adapters/llm` of a checkpoint, or what peft saved
+            around transformers' class of its language model, or of the whole model.
         device: `auto` takes a GPU where there is one.
 
     Raises:
@@ -43,4 +46,5 @@ def load(
     from instructblip.weights.load import load_model
 
     parts = {"llm": llm, "llm_path": llm_path, "vision_path": vision_path, "qformer_path": qformer_path}
-    return cast("InstructBLIP | LLaVA | BLIP2 | BLIP", load_model(source, device=device, **parts).model)
+    found = load_model(source, adapter=adapter, device=device, **parts).model
+    return cast("InstructBLIP | LLaVA | BLIP2 | BLIP", found)

@@ -5,6 +5,7 @@ from dataclasses import asdict
 from typing import Any
 
 from instructblip.config.schema import (
+    AdapterConfig,
     ArchitectureConfig,
     CapFiltConfig,
     ConnectorConfig,
@@ -270,27 +271,42 @@ def _check_ahead(config: TrainConfig) -> None:
 def _check_trained(config: TrainConfig) -> None:
     if not config.train.parts(config):
         part = "connector" if config.connector.kind != "qformer" else "text" if config.qformer is None else "qformer"
-        raise UserError(f"train has no part that is full, so nothing would be learned; set train.{part}=full")
+        raise UserError(f"train has no part that is full or lora, so nothing would be learned; set train.{part}=full")
     for part in ("qformer", "connector", "text"):
         if part in config.absent_parts() and part in config.train.learning_rates:
             raise UserError(f"{config.said()} has no {part} to train; leave train.learning_rates.{part} out")
-    if config.train.vision != "full" and config.train.layer_decay != 1.0:
+    if config.train.vision == "frozen" and config.train.layer_decay != 1.0:
         raise UserError(
             f"train.layer_decay={config.train.layer_decay:g} is of the vision encoder's layers, which are frozen; set "
             "train.vision=full, or leave it out"
         )
-    if config.train.vision == "full" and config.data.cache_features:
+    if config.train.vision != "frozen" and config.data.cache_features:
         raise UserError(
-            "data.cache_features=true keeps what a frozen vision encoder gives, and train.vision=full trains it; "
-            "set data.cache_features=false"
+            f"data.cache_features=true keeps what a frozen vision encoder gives, and train.vision={config.train.vision} "
+            "trains it; set data.cache_features=false"
         )
     if config.llm is None:
-        if config.train.llm == "full" or "llm" in config.train.learning_rates:
+        if config.train.llm != "frozen" or "llm" in config.train.learning_rates:
             raise UserError(f"model={config.model.kind} has no LLM to train; leave train.llm and its learning rate out")
     elif config.train.llm == "full" and config.llm.quantization is not None:
         raise UserError(
             f"train.llm=full trains weights, and those of an {config.llm.quantization} LLM are rounded; "
-            "leave llm.quantization out"
+            "leave llm.quantization out, or train adapters over them: train.llm=lora"
+        )
+    _check_adapters(config)
+
+
+def _check_adapters(config: TrainConfig) -> None:
+    for part in asdict(config.train.lora):
+        if getattr(config.train, part) != "lora" and getattr(config.train.lora, part) != AdapterConfig():
+            raise UserError(
+                f"train.lora.{part} is of adapters, and train.{part}={getattr(config.train, part)} has none; "
+                f"set train.{part}=lora, or leave it out"
+            )
+    adapted = config.train.adapted(config)
+    if adapted and config.model.queue_size is not None:
+        raise UserError(
+            f"train.{adapted[0]}=lora goes without momentum copies, which follow whole weights; set model.queue_size=null"
         )
 
 

@@ -39,7 +39,8 @@ ModelKind = Literal[
 ConnectorKind = Literal["qformer", "mlp", "linear", "resampler"]
 Budget = Literal["parameters", "tokens", "flops"]
 LLMKind = Literal["decoder", "encoder_decoder"]
-TrainMode = Literal["frozen", "full"]
+TrainMode = Literal["frozen", "full", "lora"]
+WholeMode = Literal["frozen", "full"]
 PartName = Literal["vision", "qformer", "connector", "text", "llm"]
 Quantization = Literal["int8", "nf4", "fp8"]
 LavisProjection = Literal["llm_proj", "t5_proj", "opt_proj"]
@@ -510,23 +511,49 @@ class RecipeConfig(Section):
 
 
 @dataclass(kw_only=True)
+class AdapterConfig(Section):
+    """Low-rank adapters of a part whose mode is lora."""
+
+    rank: AtLeastOne = 16
+    alpha: PositiveFloat = 32.0  # the adapter's product is multiplied by alpha / rank
+    dropout: Decay = 0.05  # on what an adapter reads, in training
+    # Linear layers of the part's blocks, by name or the end of it; all-linear. Empty: the usual ones, see docs/train.md.
+    targets: OneOrMore = field(default_factory=list)
+
+
+@dataclass(kw_only=True)
+class AdaptersConfig(Section):
+    """Low-rank adapters by part."""
+
+    vision: AdapterConfig = field(default_factory=AdapterConfig)
+    qformer: AdapterConfig = field(default_factory=AdapterConfig)
+    text: AdapterConfig = field(default_factory=AdapterConfig)
+    llm: AdapterConfig = field(default_factory=AdapterConfig)
+
+
+@dataclass(kw_only=True)
 class TrainedPartsConfig(Section):
-    """What of the model trains."""
+    """What of the model trains: nothing of a part, all of it, or low-rank adapters on its layers."""
 
     vision: TrainMode = "frozen"
     qformer: TrainMode = "full"  # with its normalisation of image tokens and the projection into the LLM
-    connector: TrainMode = "full"  # one that is no Q-Former, with its normalisation of image tokens
+    connector: WholeMode = "full"  # one that is no Q-Former, with its normalisation of image tokens
     text: TrainMode = "full"  # BLIP's text models and heads
     llm: TrainMode = "frozen"
+    lora: AdaptersConfig = field(default_factory=AdaptersConfig)  # of the parts that are lora
     learning_rates: dict[PartName, PositiveFloat] = field(
         default_factory=dict
     )  # of a part: peak, in place of its phase's
     layer_decay: LayerDecay = 1.0  # of the vision encoder's learning rate, from each block to the one before
 
     def parts(self, model: ModelConfig) -> tuple[str, ...]:
-        """The names of the parts that train, of those that the model has."""
+        """The names of the parts that train, in full or by adapters, of those that the model has."""
         parts = [part for part in get_args(PartName) if part not in model.absent_parts()]
-        return tuple(part for part in parts if getattr(self, part) == "full")
+        return tuple(part for part in parts if getattr(self, part) != "frozen")
+
+    def adapted(self, model: ModelConfig) -> tuple[str, ...]:
+        """Of those the ones that train by adapters."""
+        return tuple(part for part in self.parts(model) if getattr(self, part) == "lora")
 
 
 @dataclass(kw_only=True)
@@ -603,6 +630,7 @@ class EvaluateConfig(Section):
     llm: LLMConfig | None = None  # of a .pth file, or in place of the checkpoint's own
     vision_path: str | None = None
     qformer_path: str | None = None
+    adapter: str | None = None  # folder in peft's format, whose adapters the checkpoint gets
     split: str | None = None  # None takes each card's own
     mode: Mode | None = None  # None takes each card's own
     preset: Preset = "paper"  # lavis: what the released code computes

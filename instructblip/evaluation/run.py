@@ -48,7 +48,12 @@ def evaluate(config: EvaluateConfig, console: Console) -> None:
         for line in replaced_results(folder, tasks):
             console.print(line, markup=False, highlight=False, soft_wrap=True)
         loaded = load_model(
-            source, llm=config.llm, vision_path=config.vision_path, qformer_path=config.qformer_path, device=str(device)
+            source,
+            llm=config.llm,
+            vision_path=config.vision_path,
+            qformer_path=config.qformer_path,
+            adapter=config.adapter,
+            device=str(device),
         )
         _refuse_untrained(loaded, allowed=config.allow_untrained)
         refuse_others_results(

@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, Self
 
 import torch
@@ -20,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from instructblip.devices import on_device, to_device
 from instructblip.errors import UserError
+from instructblip.models.adapters import Adapter, is_adapter, train_dropout
 from instructblip.models.vision import Images, VisionEncoder, as_frames
 
 
@@ -149,11 +151,19 @@ class PartedModule(nn.Module):
         PARTS: the children (modules or parameters) of each part.
         held_parts: parts that a checkpoint holds even where they are frozen, since they come from no file of their own.
         trained_parts: names of the parts that train; all others are frozen: no gradient, evaluation mode.
+        adapters: of parts that train by adapters alone, and of those that were loaded with some: the rest of such a part is
+            frozen, too.
     """
 
     PARTS: ClassVar[Mapping[str, tuple[str, ...]]]
     held_parts: frozenset[str] = frozenset()
     trained_parts: frozenset[str] = frozenset()
+    adapters: Mapping[str, Adapter] = MappingProxyType({})
+
+    @property
+    def full_parts(self) -> frozenset[str]:
+        """The parts of which all weights train."""
+        return self.trained_parts - self.adapters.keys()
 
     def part_modules(self, part: str) -> list[nn.Module]:
         """The modules of a part."""
@@ -177,7 +187,9 @@ class PartedModule(nn.Module):
         self.trained_parts = frozenset(parts)
         for part in self.PARTS:
             for child in self._children(part):
-                child.requires_grad_(part in self.trained_parts)
+                child.requires_grad_(part in self.full_parts)
+            for name, parameter in self._part_parameters(part) if part in self.adapters else ():
+                parameter.requires_grad_(part in self.trained_parts and is_adapter(name))
         for parameter in self.fixed_parameters():
             parameter.requires_grad_(False)
         return self.train(self.training)
@@ -187,11 +199,15 @@ class PartedModule(nn.Module):
         return iter(())
 
     def train(self, mode: bool = True) -> Self:
-        """Frozen parts stay in evaluation mode, and so do batch statistics: those of a rank would be its own."""
+        """Frozen parts stay in evaluation mode, and so do batch statistics: those of a rank would be its own.
+
+        Of an adapted part the adapters' dropout alone follows the mode.
+        """
         super().train(mode)
-        for part in self.PARTS.keys() - self.trained_parts:
+        for part in self.PARTS.keys() - self.full_parts:
             for module in self.part_modules(part):
                 module.train(False)
+                train_dropout(module, mode and part in self.trained_parts)
         for module in self.modules():
             if isinstance(module, _BatchNorm):
                 module.train(False)
@@ -207,13 +223,23 @@ class PartedModule(nn.Module):
         return state
 
     def held_state(self) -> dict[str, Tensor]:
-        """What a checkpoint holds: the state of all parts that train, and of those that no other file has."""
+        """What a checkpoint holds: the state of all parts that train, and of those that no other file has.
+
+        Of a part with adapters, unless no other file has its base, those alone.
+        """
+        whole = self.full_parts | self.held_parts
+        adapters = {name for name, _ in self.named_parameters() if is_adapter(name)}  # each by one of its names
         return {
             name: tensor
             for part in self.PARTS
-            if part in self.trained_parts | self.held_parts
+            if part in whole | self.adapters.keys()
             for name, tensor in self.part_state(part).items()
+            if name in adapters or (part in whole and not is_adapter(name))
         }
+
+    def _part_parameters(self, part: str) -> Iterator[tuple[str, nn.Parameter]]:
+        for module in self.part_modules(part):
+            yield from module.named_parameters()
 
     def _children(self, part: str) -> list[nn.Module | nn.Parameter]:
         return [getattr(self, name) for name in self.PARTS[part]]
@@ -288,7 +314,12 @@ class Model(PartedModule, ABC):
 
     @abstractmethod
     def structure(self) -> dict[str, PartStructure]:
-        """How each part is built, for checkpointing, compiling and sharding."""
+        """How each part is built, for checkpointing, compiling, sharding and adapting."""
+
+    def blocks(self, part: str) -> dict[str, nn.Module]:
+        """The repeated blocks of a part, by their names in the model."""
+        blocks = {id(block) for block in self.structure()[part].blocks}
+        return {name: module for name, module in self.named_modules() if id(module) in blocks}
 
     @abstractmethod
     def prepare(self, samples: Samples) -> Inputs:
@@ -310,6 +341,10 @@ class Model(PartedModule, ABC):
         Raises:
             ValueError: packed, and the LLM is no decoder-only one.
         """
+
+    def language_settings(self) -> Any:
+        """The configuration of the language model, transformers'; None where there is none."""
+        return None
 
     def copies(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Weights that never learn and follow others, with those: (copy, original). Training moves them before each step."""

@@ -146,7 +146,7 @@ class BLIP(Model):
 
     def uses_every_weight(self, wanted: Collection[str]) -> bool:
         """Where the vision encoder is frozen: it may end early."""
-        return self.trained_parts <= {"text"} and self._every_task() <= set(wanted)
+        return self.full_parts == self.trained_parts <= {"text"} and self._every_task() <= set(wanted)
 
     def _every_task(self) -> frozenset[str]:
         """Outputs that together need all weights of the text models and their heads."""

@@ -226,7 +226,7 @@ class BLIP2(Model):
     def uses_every_weight(self, wanted: Collection[str]) -> bool:
         """The three tasks together use all of the Q-Former and its heads; a vision encoder may end early."""
         tasks = {"image_projected", "text_projected", "temperature", "answer_logits", "match_logits"}
-        return self.trained_parts <= {"qformer"} and tasks <= set(wanted)
+        return self.full_parts == self.trained_parts <= {"qformer"} and tasks <= set(wanted)
 
     def sample_length(self) -> Callable[[str, str, int], int]:
         """A picklable function: queries and tokens of a sample's pair, from its (prompt, target, frames)."""

@@ -91,7 +91,7 @@ class VisionEncoder(ExactBuffers):
 
     def forward(self, images_B3HW: Tensor) -> Tensor:
         """Encode uint8 images (B, 3, H, W) to tokens (B, P, V); frozen, without gradient."""
-        frozen = not next(self.backbone.parameters()).requires_grad
+        frozen = not any(parameter.requires_grad for parameter in self.backbone.parameters())
         with torch.no_grad() if frozen else contextlib.nullcontext():
             pixels = ((images_B3HW.to(self.mean.dtype) - self.mean) / self.std).to(self.dtype)
             self._maps = []  # whatever an interrupted pass left there

@@ -75,6 +75,10 @@ class VisionLanguageModel(Model):
         """Soft prompt (B, F * Q, L): each frame goes alone through the connector, with the same instruction."""
         return self._visual_prompt(tokens_BFPV, instructions)[0]
 
+    def language_settings(self) -> Any:
+        """The LLM's."""
+        return self.llm.model.config
+
     def text_conventions(self) -> list[Any]:
         """Tokens around image, prompt and answer."""
         prompt_format = self.llm.prompt_format
@@ -126,7 +130,7 @@ class VisionLanguageModel(Model):
 
     def uses_every_weight(self, wanted: Collection[str]) -> bool:
         """Every output comes from the whole connector; a vision encoder may end early, the LLM may be left out."""
-        return self.trained_parts <= {self.connector_part}
+        return self.full_parts == self.trained_parts <= {self.connector_part}
 
     def packs(self) -> bool:
         """Where the LLM's class was seen to keep them apart."""

@@ -87,7 +87,7 @@ class _Sizes:
 
     @cached_property
     def shape(self) -> ConnectorShape:
-        trained = self.config.train.parts(self.config)
+        trained = _full(self.config)
         return connector_shape(self.parts.vision, self.parts.connector, self.parts.llm, trained)
 
     def budget(self, connector: ConnectorConfig) -> Budget:
@@ -138,7 +138,7 @@ def _plain(connector: ConnectorConfig) -> ConnectorConfig:
 
 
 def _qformer_budget(config: TrainConfig, parts: Parts) -> Budget:
-    trained = config.train.parts(config)
+    trained = _full(config)
     shape = model_shape(parts.vision, parts.qformer, parts.heads, parts.llm, trained)
     parameters = _trained(parts.norm, parts.qformer, parts.heads)
     return Budget(parameters, shape.queries, _step_flops(config, shape))
@@ -177,3 +177,8 @@ def _line(config: TrainConfig, chosen: ConnectorConfig, found: Budget, wanted: B
     )
     what = " and ".join(config.connector.match)
     return f"connector={chosen.kind} has the {what} of the Q-Former {config.q_former().name} with {said}: {costs}"
+
+
+def _full(config: TrainConfig) -> set[str]:
+    """The parts of which all weights train: adapters on others cost the same beside any connector."""
+    return set(config.train.parts(config)) - set(config.train.adapted(config))

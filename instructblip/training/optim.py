@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from instructblip.distributed import placed_like
+from instructblip.models.adapters import is_adapter
 from instructblip.models.base import Model
 
 AnyTensor = TypeVar("AnyTensor", bound=Tensor)
@@ -46,7 +47,7 @@ def make_adamw(
         if parameter.requires_grad:
             part, sharded = part_of(name), isinstance(parameter, DTensor)
             decays = parameter.ndim >= 2 and not name.endswith(_CONSTANT_INPUTS)
-            new = part == "qformer" and any(word in name for word in NEW_PARTS)
+            new = part == "qformer" and any(word in name for word in NEW_PARTS) and not is_adapter(name)
             # A step of the fused kernel takes whole tensors or sharded ones.
             groups.setdefault((decays, new, part, layer_scales.get(name, 1.0), sharded), []).append(parameter)
     options = [

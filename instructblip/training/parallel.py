@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from instructblip.distributed import Ranks
 from instructblip.errors import UserError
+from instructblip.models.adapters import is_adapter
 from instructblip.models.base import Inputs, Model, Outputs, PartStructure
 
 _RECOMPILE_LIMIT = 64
@@ -127,7 +128,7 @@ def parallelize(
     if kind == "fsdp":
         for part, structure in parts.items():
             if structure.roots:
-                trains = part in model.trained_parts
+                trains = part in model.full_parts  # adapters stay whole, and DDP sums their gradients
                 _shard(structure, _shard_mesh(ranks, shard_size, model.device.type, reduces=trains), trains=trains)
                 for module in model.part_modules(part):
                     module.to(model.device)  # tables, norms and heads
@@ -188,11 +189,13 @@ def _shard_mesh(ranks: Ranks, shard_size: int | None, device: str, *, reduces: b
 
 
 def _shard(part: PartStructure, mesh: DeviceMesh, *, trains: bool) -> None:
-    """Shard a part's blocks. Tables, norms and heads stay whole: they are small, and read outside forward passes.
+    """Shard a part's blocks. Tables, norms, heads and adapters stay whole: they are small, or read outside forward passes.
 
     Blocks may come from the CPU: each is moved when it is sharded, so that no device ever holds all.
     """
-    sharded: list[FSDPModule] = [fully_shard(block, mesh=mesh, ignored_params=_tables(block)) for block in part.blocks]
+    sharded: list[FSDPModule] = [
+        fully_shard(block, mesh=mesh, ignored_params=_kept_whole(block)) for block in part.blocks
+    ]
     # A root above the blocks lets each be gathered while the one before it runs.
     for root in {id(root): root for root in part.roots}.values():
         top = fully_shard(root, mesh=mesh, ignored_params=_unsharded(root))
@@ -238,9 +241,10 @@ def _unsharded(root: nn.Module) -> set[nn.Parameter]:
     return {parameter for parameter in root.parameters() if not isinstance(parameter, DTensor)}
 
 
-def _tables(block: nn.Module) -> set[nn.Parameter]:
+def _kept_whole(block: nn.Module) -> set[nn.Parameter]:
     tables = [module for module in block.modules() if isinstance(module, nn.Embedding)]
-    return {parameter for table in tables for parameter in table.parameters()}
+    adapters = {parameter for name, parameter in block.named_parameters() if is_adapter(name)}
+    return adapters | {parameter for table in tables for parameter in table.parameters()}
 
 
 def _replicate(model: Model, *, some_unused: bool) -> DistributedDataParallel:

@@ -311,11 +311,12 @@ def _save(run: TrainingRun, step: int, *, unvalidated: dict[str, Any] | None) ->
         model=model,
         optimizer=optimizer,
         average=average,
+        adapters=run.model.adapters,
         state={
             "frozen": run.frozen,
             "inputs": run.inputs,
             "start": run.start.to_json(),
-            "untrained": run.start.untrained(run.model.trained_parts),
+            "untrained": run.start.untrained(run.model.full_parts),
             "seed": run.config.seed,
             "lost": run.lost.state(),
             "skipped": run.skipped.state(),

@@ -27,6 +27,7 @@ from instructblip.evaluation.runner import read_pixels
 from instructblip.evaluation.suite import check_writes
 from instructblip.fetch.parts import cache_folder
 from instructblip.files import exclusive, write_atomically
+from instructblip.models.adapters import Adapter
 from instructblip.models.base import Model
 from instructblip.models.blip import BLIP
 from instructblip.models.blip2 import BLIP2
@@ -50,7 +51,7 @@ from instructblip.training.parallel import PRECISIONS, StepContext, check_layout
 from instructblip.training.plan.blip_flops import TextParts, blip_shape
 from instructblip.training.plan.blip_memory import plan_blip
 from instructblip.training.plan.connector import connector_shape, plan_connector
-from instructblip.training.plan.flops import GPUS, ModelShape, SampleLengths, device_peak, model_shape
+from instructblip.training.plan.flops import GPUS, ModelShape, SampleLengths, adapter_shares, device_peak, model_shape
 from instructblip.training.plan.memory import Plan, PlanLayout, plan_run, planned_phases
 from instructblip.training.run_cards import RunCards, find_cards
 from instructblip.training.schedule import Phase
@@ -68,6 +69,7 @@ from instructblip.weights.load import (
     tokenizer_fingerprints,
 )
 from instructblip.weights.modules import (
+    adapt_without_weights,
     blip_without_weights,
     connector_without_weights,
     parts_without_weights,
@@ -151,11 +153,15 @@ def make_plan(config: TrainConfig) -> Plan:
         longest=_longest_sample(config),
         trained=frozenset(config.train.parts(config)),
     )
+    phases, adapters = planned_phases(config.recipe.phases), adapters_of(config)
     if config.text is not None:
-        return plan_blip(blip_without_weights(config), planned_phases(config.recipe.phases), layout)
+        adapt_without_weights(blip := blip_without_weights(config), adapters)
+        return plan_blip(blip, phases, layout)
     if not config.has_qformer():
-        return plan_connector(connector_without_weights(config), planned_phases(config.recipe.phases), layout)
-    return plan_run(parts_without_weights(config), planned_phases(config.recipe.phases), layout)
+        adapt_without_weights(connected := connector_without_weights(config), adapters)
+        return plan_connector(connected, phases, layout)
+    adapt_without_weights(parts := parts_without_weights(config), adapters)
+    return plan_run(parts, phases, layout)
 
 
 def _longest_sample(config: TrainConfig) -> SampleLengths:
@@ -296,6 +302,12 @@ def make_optimisation(run: TrainingRun, stop_signal: Callable[[], int]) -> Optim
     )
 
 
+def adapters_of(config: TrainConfig) -> dict[str, Adapter]:
+    """Of the parts that train by adapters, as configured."""
+    given = {part: getattr(config.train.lora, part) for part in config.train.adapted(config)}
+    return {part: Adapter(own.rank, own.alpha, own.dropout, tuple(own.targets)) for part, own in given.items()}
+
+
 class _Weights(NamedTuple):
     """The model on the CPU with its weights, where they come from, and fingerprints of what no checkpoint holds."""
 
@@ -309,7 +321,7 @@ def _weights(
     config: TrainConfig, folder: Path, ranks: Ranks, console: Console, checkpoint: LoadedCheckpoint | None
 ) -> _Weights:
     """Build the model, with a checkpoint's weights or those that the run starts from."""
-    model = build_model(config, trained=config.train.parts(config))
+    model = build_model(config, trained=config.train.parts(config), adapters=adapters_of(config))
     if checkpoint:
         frozen = frozen_fingerprints(model, model.PARTS.keys() - model.held_parts - held_by(model, checkpoint))
         checkpoint = _with_same_frozen(model, frozen, checkpoint, folder, ranks, console)
@@ -406,14 +418,15 @@ def _tracked_as(folder: Path, *, goes_on: bool) -> str:
 def _shape(config: TrainConfig, model: Model) -> ModelShape:
     with torch.device("meta"):
         vision = vision_encoder(config.vision)
+    shares = adapter_shares({part: model.part_modules(part) for part in model.adapters})
     if isinstance(model, BLIP):
-        return blip_shape(vision, TextParts.of(model), model.trained_parts)
+        return blip_shape(vision, TextParts.of(model), model.trained_parts, shares)
     if isinstance(model, LLaVA):
-        return connector_shape(vision, model.connector, model.llm.model, model.trained_parts)
+        return connector_shape(vision, model.connector, model.llm.model, model.trained_parts, shares)
     assert isinstance(model, InstructBLIP | BLIP2)
     llm = model.llm.model if isinstance(model, InstructBLIP) else None
     heads = [part for part in model.part_modules("qformer") if part not in (model.qformer, model.vision_norm)]
-    return model_shape(vision, model.qformer, nn.ModuleList(heads), llm, model.trained_parts)
+    return model_shape(vision, model.qformer, nn.ModuleList(heads), llm, model.trained_parts, shares)
 
 
 def _peak_flops(config: TrainConfig, model: Model, ranks: Ranks) -> float:

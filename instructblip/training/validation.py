@@ -147,7 +147,7 @@ def _evaluate(run: TrainingRun, checkpoint: Path, ranks: Ranks) -> list[NotEvalu
             step=total_steps(run.phases),
             parts=frozen_parts(run.config.vision, run.config.llm),
             **weights,
-            standing=Standing(run.start, untrained=run.start.untrained(run.model.trained_parts)),
+            standing=Standing(run.start, untrained=run.start.untrained(run.model.full_parts)),
             examples=run.config.evaluation.examples,
             console=run.console,
             not_evaluated=[*run.absent, *failed],

@@ -5,14 +5,16 @@ a save goes on from the one before.
 """
 
 import threading
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from instructblip.errors import UserError
+from instructblip.models.adapters import Adapter
 from instructblip.weights.checkpoint import save_checkpoint
 
 
@@ -37,6 +39,7 @@ class CheckpointWriter:
         optimizer: dict[str, Tensor],
         state: dict[str, Any],
         average: dict[str, Tensor] | None = None,
+        adapters: Mapping[str, Adapter] = MappingProxyType({}),
         spare: Collection[int] = (),
     ) -> None:
         """Copy everything and begin to write it; `save_checkpoint` says what the arguments are.
@@ -53,7 +56,14 @@ class CheckpointWriter:
                 if not self.folder.parent.is_dir():  # and stays away: nobody wants it back
                     raise UserError(f"{self.folder.parent} was deleted while the run was writing to it; start again")
                 save_checkpoint(
-                    self.folder, step=step, **tensors, average=averages, state=state, keep=self.keep, spare=spare
+                    self.folder,
+                    step=step,
+                    **tensors,
+                    average=averages,
+                    adapters=adapters,
+                    state=state,
+                    keep=self.keep,
+                    spare=spare,
                 )
             except BaseException as error:  # raised again where somebody listens
                 self._error = error

@@ -3,6 +3,7 @@
     python -m instructblip.weights Salesforce/instructblip-vicuna-7b models/vicuna_7b --to native
     python -m instructblip.weights instruct_blip_vicuna7b_trimmed.pth models/vicuna_7b --to huggingface --llm vicuna_7b
     python -m instructblip.weights outputs/train/mine mine.pth --to lavis
+    python -m instructblip.weights outputs/train/mine models/mine --to huggingface --adapters separate
     python -m instructblip.weights blip2_pretrained.pth models/blip2_retrieval --to huggingface
 
 SOURCE is a run or a checkpoint of ours, a transformers folder or hub id (of InstructBLIP, BLIP-2's stages, LLaVA or BLIP),
@@ -33,7 +34,7 @@ from instructblip.models.blip2 import BLIP2
 from instructblip.models.instructblip import InstructBLIP
 from instructblip.models.llava import LLaVA
 from instructblip.weights.blip import blip_checkpoint, load_blip, save_blip
-from instructblip.weights.lavis import LN_VISION_EPS, load_lavis, model_state, read_lavis, save_lavis
+from instructblip.weights.lavis import LN_VISION_EPS, load_lavis, model_state, read_lavis, refuse_adapters, save_lavis
 from instructblip.weights.load import LoadedModel, huggingface_source, llm_config, load_model, load_run
 from instructblip.weights.names import SIDECAR
 from instructblip.weights.native import (
@@ -130,6 +131,13 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--llm-path", metavar="PATH", help="folder with that language model")
     parser.add_argument("--vision-path", metavar="PATH", help="the frozen ViT: a folder, or LAVIS's eva_vit_g.pth")
     parser.add_argument("--qformer-path", metavar="PATH", help="folder with BERT's config.json and tokenizer")
+    parser.add_argument("--adapter", metavar="PATH", help="folder in peft's format, whose adapters SOURCE gets")
+    parser.add_argument(
+        "--adapters",
+        choices=("merged", "separate"),
+        default="merged",
+        help="with --to huggingface: into the weights, or into TARGET/adapter for peft (default %(default)s)",
+    )
     parser.add_argument("--bound", type=float, default=1e-4, help="largest difference in float32 (default %(default)g)")
     parser.add_argument("--overwrite", action="store_true", help="replace a TARGET of the same kind")
     return parser.parse_args(arguments)
@@ -156,11 +164,11 @@ def _convert(options: argparse.Namespace, partial: Path) -> tuple[torch.dtype, T
         The coarsest type of the source's parts, what the source computes, and what the result computes.
     """
     folder = huggingface_source(options.source)
-    source = None if folder is None or options.llm else traces_huggingface(folder)
+    source = None if folder is None or options.llm or options.adapter else traces_huggingface(folder)
     loaded, model = _load(options)
     dtype, config = model_dtype(model), None
     if options.to == "huggingface":
-        save_huggingface(model, partial)
+        save_huggingface(model, partial, merge=options.adapters == "merged")
     elif options.to == "lavis":
         _save_lavis(loaded, model, partial)
     else:
@@ -183,6 +191,7 @@ def _load(options: argparse.Namespace) -> tuple[LoadedModel, KnownModel]:
         llm_path=options.llm_path,
         vision_path=options.vision_path,
         qformer_path=options.qformer_path,
+        adapter=options.adapter,
         device="cpu",
     )
     return loaded, _known(loaded.model)
@@ -190,6 +199,7 @@ def _load(options: argparse.Namespace) -> tuple[LoadedModel, KnownModel]:
 
 def _save_lavis(loaded: LoadedModel, model: KnownModel, path: Path) -> None:
     if isinstance(model, BLIP):
+        refuse_adapters(model)
         save_blip(model, path)
         return
     if isinstance(model, LLaVA):

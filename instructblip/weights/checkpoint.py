@@ -10,6 +10,7 @@ import os
 import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -28,12 +29,15 @@ from instructblip.files import (
     with_checksum,
     write_problem,
 )
+from instructblip.models.adapters import Adapter
+from instructblip.weights.peft_format import peft_folders
 
 FORMAT = 2  # 1 had no checksum of its state, and named no data
 MODEL_FILE = "model.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
 AVERAGE_FILE = "average.safetensors"
 STATE_FILE = "state.json"
+ADAPTERS_FOLDER = "adapters"
 _PREFIX = "step_"
 
 
@@ -89,6 +93,7 @@ def save_checkpoint(
     state: dict[str, Any],
     keep: int,
     average: dict[str, Tensor] | None = None,
+    adapters: Mapping[str, Adapter] = MappingProxyType({}),
     spare: Collection[int] = (),
 ) -> Path:
     """Write `folder/step_XXXXXXXX`, whole or not at all, then delete all but the newest `keep` whole ones.
@@ -101,6 +106,7 @@ def save_checkpoint(
         state: JSON values stored beside them (fingerprints, versions, metrics).
         keep: checkpoints that are broken do not count; those older than the last that is kept go too.
         average: moving average of `model`.
+        adapters: of a model's parts; those in `model` are written in peft's format, too.
         spare: steps whose checkpoints stay, however old.
 
     Raises:
@@ -115,7 +121,10 @@ def save_checkpoint(
             if tensors is None:
                 continue
             save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, partial / name)
-            files[name] = {"bytes": (partial / name).stat().st_size, "sha256": sha256_file(partial / name)}
+            files[name] = _written(partial / name)
+        if adapters:
+            state = {**state, "adapters": {part: adapter.to_json() for part, adapter in adapters.items()}}
+            files |= _write_adapters(partial, adapters, model)
         content = with_checksum({"format": FORMAT, "step": step, "files": files, **state})
         text = json.dumps(content, indent=2, sort_keys=True, allow_nan=False)
         (partial / STATE_FILE).write_text(text + "\n", encoding="utf-8")
@@ -134,6 +143,21 @@ def save_checkpoint(
         shutil.rmtree(partial, ignore_errors=True)
     _delete_old(folder, keep, [folder / f"{_PREFIX}{kept:08d}" for kept in (step, *spare)])
     return target
+
+
+def _written(file: Path) -> dict[str, Any]:
+    return {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
+
+
+def _write_adapters(
+    folder: Path, adapters: Mapping[str, Adapter], model: Mapping[str, Tensor]
+) -> dict[str, dict[str, Any]]:
+    paths = [
+        path
+        for name, found in peft_folders(adapters, model).items()
+        for path in found.write(folder / ADAPTERS_FOLDER / name)
+    ]
+    return {path.relative_to(folder).as_posix(): _written(path) for path in paths}
 
 
 def _delete_old(folder: Path, keep: int, spare: Sequence[Path]) -> None:

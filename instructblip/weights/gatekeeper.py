@@ -287,7 +287,7 @@ def _refuse_adapter(folder: Path) -> None:
         alone = "alone" if not any((folder / name).is_file() for name in WEIGHT_FILES) else "beside a model's weights"
         raise UserError(
             f"{folder} holds an adapter {alone} ({found}), which would be left out; merge it into its base model first "
-            "(peft's merge_and_unload), save that, and give its folder"
+            "(peft's merge_and_unload), save that, and give its folder; or give the base, and adapter= beside it"
         )
 
 

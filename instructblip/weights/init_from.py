@@ -17,6 +17,7 @@ from torch import Tensor
 
 from instructblip.config.schema import LLMConfig, QFormerConfig
 from instructblip.errors import UserError
+from instructblip.models.adapters import is_adapter, without_adapters
 from instructblip.models.base import Model
 from instructblip.models.fingerprint import fingerprint_tensors
 from instructblip.models.vision_language import VisionLanguageModel
@@ -86,7 +87,8 @@ def start_from(
     Raises:
         UserError: weights of another Q-Former, without a text branch that is needed, or in an order that makes no sense.
     """
-    tensors, last = _laid_over(weights, qformer=qformer is not None), weights[-1]
+    everything, last = _laid_over(weights, qformer=qformer is not None), weights[-1]
+    tensors = without_adapters(everything)
     fitted = _fit_connector(model, tensors, last) if qformer is None else _fit_qformer(model, tensors, qformer, last)
     model.load_state_dict(fitted.taken, strict=False)
     lines = [f"starting from {_names(weights)}: {', '.join(_places(fitted.taken))}"]
@@ -95,6 +97,7 @@ def start_from(
     lines += _take_own(model, "vision", tensors, last)
     if llm is not None and last.partner is not None and last.partner.name == llm.name:
         lines += _take_own(model, "llm", tensors, last)
+    lines += _take_adapters(model, everything, last, llm)
     aligned_to = None if llm is None else _aligned_to(model, last, _said(qformer), llm)
     if llm is not None and aligned_to is not None:
         fits = PROJECTION not in fitted.new
@@ -197,7 +200,7 @@ class _Fitted:
 
 def _fit_qformer(model: Model, tensors: Mapping[str, Tensor], config: QFormerConfig, last: StartWeights) -> _Fitted:
     """What of the tensors fits the model's part `qformer`, and what of that part they do not hold."""
-    expected = model.part_state("qformer")
+    expected = without_adapters(model.part_state("qformer"))
     taken, new = {}, {}
     for name, own in expected.items():
         place, found = _place(name), tensors.get(name)
@@ -314,7 +317,7 @@ def _take_own(model: Model, part: str, tensors: Mapping[str, Tensor], last: Star
     found = {name: tensor for name, tensor in tensors.items() if name.startswith(f"{part}.")}
     if not found:
         return []
-    own = model.part_state(part)
+    own = without_adapters(model.part_state(part))
     if part == "vision":
         _fit_positions(model.vision.backbone, found)
     needed = {name for name in own if part != "vision" or name.startswith("vision.backbone.")}  # not image statistics
@@ -326,6 +329,30 @@ def _take_own(model: Model, part: str, tensors: Mapping[str, Tensor], last: Star
     model.load_state_dict(found, strict=False)
     model.held_parts |= {part}
     return [f"taken too: the {_TITLES[part]} of {last.source.given}, which differs from {part}='s; checkpoints hold it"]
+
+
+def _take_adapters(model: Model, tensors: Mapping[str, Tensor], last: StartWeights, llm: LLMConfig | None) -> list[str]:
+    """Take over the adapters of the last source: what is beside them was trained with them.
+
+    Raises:
+        UserError: they are not like the model's own.
+    """
+    lines = []
+    for part, theirs in last.adapters.items():
+        if part == "llm" and (llm is None or last.partner is None or last.partner.name != llm.name):
+            lines.append(f"left out: the adapters of {last.source.given} on another LLM")
+            continue
+        own, like = model.adapters.get(part), {"rank", "alpha", "targets"}
+        if own is None or any(getattr(own, name) != getattr(theirs, name) for name in like):
+            raise UserError(
+                f"init_from={last.source.given} was trained with adapters on its {part}; go on with them: train.{part}=lora "
+                f"train.lora.{part}.rank={theirs.rank} train.lora.{part}.alpha={theirs.alpha:g} "
+                f"'train.lora.{part}.targets=[{','.join(theirs.targets)}]'"
+            )
+        found = {name: tensor for name, tensor in tensors.items() if is_adapter(name) and model.part_of(name) == part}
+        model.load_state_dict(found, strict=False)
+        lines.append(f"taken too: the adapters on the {part}")
+    return lines
 
 
 def differing_parts(begun: Begun, frozen: Mapping[str, str]) -> list[str]:

@@ -19,6 +19,7 @@ from instructblip.config.schema import LLMConfig, QFormerConfig
 from instructblip.config.validate import read_model_config
 from instructblip.errors import UserError
 from instructblip.files import atomic_path
+from instructblip.models.adapters import Adapter, without_adapters
 from instructblip.models.fingerprint import fingerprint_tensors
 from instructblip.weights.blip import blip_checkpoint, is_blip, meeting_tensors, whole
 from instructblip.weights.checkpoint import MODEL_FILE, load_checkpoint
@@ -93,6 +94,7 @@ class StartWeights:
         partner: the language model they were trained beside; None for a model without one.
         frozen: fingerprints of the vision encoder and the LLM that they were trained with, where a run names them by that.
         untrained: parts among them that were drawn and never trained.
+        adapters: of the parts that a run adapted; their tensors are among these.
     """
 
     source: StartSource
@@ -101,6 +103,7 @@ class StartWeights:
     partner: Partner | None
     frozen: dict[str, str] = field(default_factory=dict)
     untrained: tuple[str, ...] = ()
+    adapters: dict[str, Adapter] = field(default_factory=dict)
 
 
 def given_weights(init_from: Sequence[str], qformer: QFormerConfig | None) -> list[str]:
@@ -196,18 +199,24 @@ def _read_run(source: StartSource) -> StartWeights:
     loaded = load_checkpoint(source.path)
     folder = source.path.parents[1]
     config = read_model_config(folder / "config.yaml")
+    adapters = {part: Adapter.from_json(stored) for part, stored in loaded.state.get("adapters", {}).items()}
     if config.model.kind in BLIP_KINDS:
+        if adapters:
+            raise UserError(
+                f"init_from={source.given} has adapters on its {' and '.join(adapters)}, which no other BLIP takes over; "
+                f"write them into the weights first: python -m instructblip.weights {source.given} FOLDER --to huggingface"
+            )
         return _blip_start(source, meeting_tensors(loaded.model), loaded.state)
     llm = config.llm
     tensors = loaded.model | _text_branch(folder, Start.from_json(loaded.state.get("start")).text_branch)
     width = next((tensors[name].shape[0] for name in _LAST_LAYERS if name in tensors), None)
-    own = {name: tensor for name, tensor in tensors.items() if name.startswith(LLM_PREFIX)}
+    own = {name: tensor for name, tensor in without_adapters(tensors).items() if name.startswith(LLM_PREFIX)}
     untrained = tuple(loaded.state.get("untrained", ()))
     partner = None
     if llm is not None and PROJECTION not in untrained:
         partner = Partner(llm.name, width=width, weights=own)
     frozen = {part: sha256 for part, sha256 in loaded.state["frozen"].items() if part in ("vision", "llm")}
-    return StartWeights(source, tensors, fingerprint_tensors(tensors), partner, frozen, untrained)
+    return StartWeights(source, tensors, fingerprint_tensors(tensors), partner, frozen, untrained, adapters)
 
 
 def _text_branch(folder: Path, sha256: str | None) -> dict[str, Tensor]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from instructblip.config.schema import ModelKind
 from instructblip.errors import UserError
 from instructblip.files import atomic_path
+from instructblip.models.base import Model
 from instructblip.models.blip2 import BLIP2
 from instructblip.models.instructblip import InstructBLIP
 from instructblip.models.llm import EncoderDecoderLLM
@@ -198,6 +199,18 @@ def load_lavis(checkpoint: LavisCheckpoint, model: InstructBLIP | BLIP2) -> bool
     return fits
 
 
+def refuse_adapters(model: Model) -> None:
+    """Refuse a model with adapters.
+
+    Raises:
+        UserError: says where they can go.
+    """
+    if model.adapters:
+        raise UserError(
+            f"{' and '.join(model.adapters)} has adapters, and a LAVIS file has no place for them; write --to huggingface"
+        )
+
+
 def save_lavis(model: InstructBLIP | BLIP2, path: Path, *, projection: str | None = None) -> None:
     """Write what a checkpoint holds as one of LAVIS: Q-Former, query tokens, `ln_vision`, projection or heads.
 
@@ -213,6 +226,7 @@ def save_lavis(model: InstructBLIP | BLIP2, path: Path, *, projection: str | Non
         UserError: the language model was trained, a tensor has no place there (of another vision norm than a LayerNorm,
             say), or the disk is full.
     """
+    refuse_adapters(model)
     held = model.trained_parts | model.held_parts
     if "llm" in held:
         raise UserError("llm was trained too, and a LAVIS file has no place for it; write --to huggingface")

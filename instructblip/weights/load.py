@@ -29,6 +29,7 @@ from instructblip.config.validate import read_config, read_model_config, unknown
 from instructblip.distributed import choose_device
 from instructblip.errors import UserError
 from instructblip.fetch.parts import Sources, part_folder
+from instructblip.models.adapters import Adapter, without_adapters
 from instructblip.models.base import Model, Skill
 from instructblip.models.blip import BLIP
 from instructblip.models.blip2 import BLIP2
@@ -36,6 +37,7 @@ from instructblip.models.fingerprint import fingerprint, fingerprint_tensors
 from instructblip.models.fp8 import check_device
 from instructblip.models.instructblip import InstructBLIP
 from instructblip.models.vision_language import VisionLanguageModel
+from instructblip.weights.adapters import attach
 from instructblip.weights.blip import blip_checkpoint, blip_settings, is_blip, load_blip
 from instructblip.weights.checkpoint import LoadedCheckpoint, checkpoint_folders, load_checkpoint, newest_whole
 from instructblip.weights.gatekeeper import check_content, foreign_settings, refuse_other_model
@@ -213,6 +215,7 @@ def load_model(
     llm_path: str | None = None,
     vision_path: str | None = None,
     qformer_path: str | None = None,
+    adapter: str | Path | None = None,
     device: str = "auto",
 ) -> LoadedModel:
     """Load a trained model.
@@ -226,6 +229,7 @@ def load_model(
         llm_path: folder with that language model's files, in place of the configured sources.
         vision_path: folder or file with the frozen ViT's weights, likewise; LAVIS's `eva_vit_g.pth` will do.
         qformer_path: folder with BERT's config.json and tokenizer, likewise; for BLIP's text model, too.
+        adapter: folder in peft's format, whose adapters come onto the model: see `weights.adapters.attach`.
         device: `auto` takes a GPU where there is one.
 
     Raises:
@@ -237,6 +241,8 @@ def load_model(
     found = source if isinstance(source, Source) else find_source(source, llm)
     with foreign_settings(found.path) if found.format == "huggingface" else contextlib.nullcontext():
         loaded = load[found.format](found, replaced)
+    if adapter is not None:
+        attach(loaded.model, adapter)
     check_device(loaded.model, place)
     return loaded._replace(model=loaded.model.to(place).eval())
 
@@ -460,26 +466,29 @@ def load_run(source: Path, *, device: str = "auto", config: ModelConfig | None =
     own = read_model_config(checkpoint.parents[1] / "config.yaml")
     config = config or own
     # Every trainable tensor comes from the checkpoint: whatever the run started from need not be there any more.
-    built = _filled_from_outside(config, vision=any(name.startswith("vision.") for name in loaded.model))
+    whole = without_adapters(loaded.model)
+    built = _filled_from_outside(config, vision=any(name.startswith("vision.") for name in whole))
     state, frozen = dict(loaded.model), dict(loaded.state["frozen"])
     # What a checkpoint does not hold it names by a fingerprint.
     kind = model_class(config)
-    trained = kind.PARTS.keys() - kind.FOLLOWERS - frozen.keys()
+    adapters = {part: Adapter.from_json(stored) for part, stored in loaded.state.get("adapters", {}).items()}
+    trained = kind.PARTS.keys() - kind.FOLLOWERS - frozen.keys() | adapters.keys()
     start = Start.from_json(loaded.state.get("start"))
     # Steps align what they train to the run's own LLM.
     aligned_to = start.aligned_to if loaded.step == 0 else None
     standing = Standing(start, aligned_to, tuple(loaded.state.get("untrained", ())))
     if own.llm is not None and config.language_model().name != own.llm.name:
         trained -= {"llm"}
+        adapters.pop("llm", None)
         state = {name: tensor for name, tensor in state.items() if not name.startswith("llm.")}
-        model: Model = build_model(built, trained=trained)
+        model: Model = build_model(built, trained=trained, adapters=adapters)
         assert isinstance(model, VisionLanguageModel)
         frozen["llm"] = fingerprint(model.llm)
         fits = _fit_projection(model, state)
         other = config.language_model().name
         standing = _beside(own.llm.name, other, projection_fits=fits, start=start, qformer=config.has_qformer())
     else:
-        model = build_model(built, trained=trained)
+        model = build_model(built, trained=trained, adapters=adapters)
     restore_model(model, loaded._replace(model=state, state={**loaded.state, "frozen": frozen}))
     check_device(model, place := choose_device(device))
     return LoadedRun(model.to(place).eval(), config, checkpoint, loaded.step, standing)
@@ -527,12 +536,16 @@ def find_checkpoint(source: Path) -> Path:
 
 
 def frozen_fingerprints(model: Model, parts: Collection[str] | None = None) -> dict[str, str]:
-    """What a checkpoint remembers of the weights that do not train; `parts` limits it to some of them."""
+    """What a checkpoint remembers of the weights that do not train; `parts` limits it to some of them.
+
+    Adapters do not count: what they lie over has the fingerprint that it has without them.
+    """
     found = {}
-    frozen = model.PARTS.keys() - model.trained_parts - model.FOLLOWERS
+    frozen = model.PARTS.keys() - model.full_parts - model.FOLLOWERS
     for part in sorted(frozen if parts is None else frozen & set(parts), reverse=True):
         modules = model.part_modules(part)
-        found[part] = fingerprint(modules[0]) if len(modules) == 1 else fingerprint_tensors(model.part_state(part))
+        state = modules[0].state_dict() if len(modules) == 1 else model.part_state(part)
+        found[part] = fingerprint_tensors(without_adapters(state))
     return found
 
 
@@ -566,8 +579,8 @@ def check_frozen(own: Mapping[str, str], expected: Mapping[str, str], held: Coll
 
 
 def held_by(model: Model, checkpoint: LoadedCheckpoint) -> set[str]:
-    """The parts of which a checkpoint has the weights."""
-    return {model.part_of(name) for name in checkpoint.model}
+    """The parts of which a checkpoint has the weights, and not adapters alone."""
+    return {model.part_of(name) for name in without_adapters(checkpoint.model)}
 
 
 def restore_model(model: Model, checkpoint: LoadedCheckpoint, own_frozen: Mapping[str, str] | None = None) -> Start:

@@ -22,6 +22,8 @@ from instructblip.config.schema import (
 )
 from instructblip.errors import UserError
 from instructblip.fetch.parts import part_settings, sources
+from instructblip.models.adapters import Adapter, choose_layers, inject, require_peft
+from instructblip.models.base import blocks_of
 from instructblip.models.blip import BLIP_TOKENS, pair_heads
 from instructblip.models.blip2 import blip2_heads
 from instructblip.models.connector import Connector, LinearConnector, MLPConnector, Patches, Resampler
@@ -89,6 +91,34 @@ def parts_without_weights(config: ModelConfig) -> Parts:
         llm = language_model_of_sizes(config.language_model())
         projection = nn.Linear(qformer.width, llm.get_input_embeddings().weight.shape[1])
     return Parts(vision, norm, qformer, nn.ModuleDict({"projection": projection}), llm)
+
+
+def adapt_without_weights(parts: Parts | ConnectorParts | BLIPParts, adapters: Mapping[str, Adapter]) -> None:
+    """Put adapters on parts that lie on the meta device, as `parts.adapt` does on a model's.
+
+    Raises:
+        UserError: peft is not installed, or layers that a part has not.
+    """
+    roots: dict[str, dict[str, Any]] = {"vision": {"vision.backbone": parts.vision.backbone}}
+    if isinstance(parts, Parts | ConnectorParts):
+        roots["llm"] = {"llm.model": parts.llm}
+    if isinstance(parts, Parts):
+        roots["qformer"] = {"qformer": parts.qformer}
+    if isinstance(parts, BLIPParts):
+        texts = {"text_encoder": parts.encoder, "text_decoder": parts.decoder}
+        roots["text"] = {name: model for name, model in texts.items() if model is not None}
+    for part, adapter in adapters.items():
+        require_peft()
+        for name, root in roots[part].items():
+            holder = nn.Module()
+            for step in reversed(name.split(".")):
+                holder, inner = nn.Module(), root if step == name.split(".")[-1] else holder
+                holder.add_module(step, inner)
+            members = {id(block) for block in blocks_of(root)}
+            blocks = {path: module for path, module in holder.named_modules() if id(module) in members}
+            config = root.config if part == "llm" else None
+            with torch.device("meta"):
+                inject(holder, choose_layers(part, blocks, adapter.targets, config), adapter, seed=0)
 
 
 def connector_without_weights(config: ModelConfig) -> ConnectorParts:

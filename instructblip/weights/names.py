@@ -4,6 +4,7 @@ A state dict of this code (`InstructBLIP.state_dict()`, `BLIP2.state_dict()`) is
 were released. timm's ViTs use LAVIS's names without their prefix. A language model's tensors differ by their prefix only.
 """
 
+import contextlib
 import fnmatch
 import re
 from collections.abc import Iterable, Mapping
@@ -346,6 +347,31 @@ def native_names(foreign: Iterable[str], of: Format, where: str) -> dict[str, st
             unknown.append(name)
     if unknown:
         raise UserError(f"{where} has the unknown tensor {_first(unknown)}; it is of another model")
+    return names
+
+
+def foreign_layers(native: Iterable[str], to: Format) -> dict[str, str]:
+    """The same of layers, the language model's included: the names that their weights have, without `.weight`.
+
+    Raises:
+        UserError: a layer that has no place in that format.
+    """
+    names = {}
+    for layer in native:
+        if layer.startswith(LLM_PREFIX):
+            names[layer] = HUGGINGFACE_LLM_PREFIX + layer.removeprefix(LLM_PREFIX)
+        else:
+            names[layer] = foreign_names([f"{layer}.weight"], to)[f"{layer}.weight"].removesuffix(".weight")
+    return names
+
+
+def native_layers(foreign: Iterable[str], of: Format) -> dict[str, str]:
+    """The reverse of `foreign_layers`, of those layers that are known."""
+    names: dict[str, str] = {}
+    for layer in foreign:
+        weight = f"{layer}.weight" if of != "huggingface_llava" else _llava_name(f"{layer}.weight")
+        with contextlib.suppress(UserError):
+            names[layer] = native_names([weight], of, "it")[weight].removesuffix(".weight")
     return names
 
 

@@ -27,6 +27,7 @@ from instructblip.config.schema import (
 )
 from instructblip.config.validate import to_yaml
 from instructblip.files import write_atomically, write_json
+from instructblip.models.adapters import plain_state, without_adapters
 from instructblip.models.base import Model
 from instructblip.models.blip import BLIP, BLIPCaption, BLIPRetrieval
 from instructblip.models.blip2 import BLIP2
@@ -64,6 +65,7 @@ def save_native(model: Model, config: ModelConfig, folder: Path, standing: Stand
         step=0,
         model=model.held_state(),
         optimizer={},
+        adapters=model.adapters,
         state={
             "frozen": frozen_fingerprints(model),
             "start": dataclasses.replace(standing.start, aligned_to=standing.aligned_to).to_json(),
@@ -281,13 +283,14 @@ def _own_llm(model: InstructBLIP | BLIP2, settings: Settings, folder: Path, name
 
 def _save_vision(vision: VisionEncoder, folder: Path) -> None:
     (folder / "vision").mkdir(parents=True)
-    weights = {name: tensor.contiguous() for name, tensor in vision.backbone.state_dict().items()}
+    weights = {name: tensor.contiguous() for name, tensor in without_adapters(vision.backbone.state_dict()).items()}
     save_file(weights, folder / "vision/model.safetensors", metadata={"format": "pt"})
 
 
 def _save_llm(llm: LLM, folder: Path) -> None:
+    plain = {name: tensor.detach() for name, tensor in plain_state(llm.model, merge=False).items()}
     with quiet_transformers():
-        llm.model.save_pretrained(folder / "llm")
+        llm.model.save_pretrained(folder / "llm", state_dict=plain)
         llm.prompt_format.tokenizer.save_pretrained(folder / "llm")
 
 

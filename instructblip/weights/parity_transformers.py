@@ -24,6 +24,7 @@ from instructblip.weights.parity import (
     pixels,
     trace_native,
 )
+from instructblip.weights.peft_format import ADAPTER_FOLDER, is_adapter_folder
 from instructblip.weights.transformers_blip import is_blip_folder, load_blip_folder
 from instructblip.weights.transformers_layout import is_llava_folder, layout_of
 from instructblip.weights.transformers_llava import around_image, read_llava_settings
@@ -34,7 +35,7 @@ from instructblip.weights.transformers_settings import LLMSettings, read_setting
 def traces_huggingface(folder: Path, *, pad_as_saved: bool = False) -> Traces:
     """Run a folder's model through transformers' own classes, from its own tokenizers and image processor.
 
-    It is opened in the type that transformers chooses.
+    It is opened in the type that transformers chooses. Adapters that were written beside it act through peft.
 
     Args:
         folder: of the model.
@@ -59,7 +60,12 @@ def trace_huggingface(folder: Path, *, pad_as_saved: bool = False) -> Trace:
 def _open(folder: Path) -> Any:
     read_transformers_config(folder)
     with quiet_transformers():
-        return layout_of(folder).model.from_pretrained(folder, trust_remote_code=False).eval()
+        model = layout_of(folder).model.from_pretrained(folder, trust_remote_code=False)
+        if is_adapter_folder(folder / ADAPTER_FOLDER):
+            from peft import PeftModel
+
+            model = PeftModel.from_pretrained(model, folder / ADAPTER_FOLDER).base_model.model
+        return model.eval()
 
 
 @torch.inference_mode()

@@ -6,7 +6,9 @@ function here and a class in `MODELS`.
 
 import logging
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -27,6 +29,7 @@ from instructblip.config.schema import (
 )
 from instructblip.errors import UserError
 from instructblip.fetch.parts import part_folder, sources
+from instructblip.models.adapters import Adapter, choose_layers, inject, require_peft, short_names, unused_layers
 from instructblip.models.base import Model
 from instructblip.models.blip import (
     BLIP,
@@ -86,10 +89,15 @@ VISION_NORMS: dict[VisionNorm, Callable[[int, float], nn.Module]] = {
 }
 
 
-def build_model(config: ModelConfig, *, trained: Collection[str] | None = None) -> Model:
+def build_model(
+    config: ModelConfig,
+    *,
+    trained: Collection[str] | None = None,
+    adapters: Mapping[str, Adapter] = MappingProxyType({}),
+) -> Model:
     """Fetch the parts and assemble them; what is new starts from the seed, and `trained` parts are to train.
 
-    None trains what the class trains: the Q-Former or other connector, all of BLIP.
+    None trains what the class trains: the Q-Former or other connector, all of BLIP. Of those with `adapters` they alone do.
 
     Raises:
         UserError: a part cannot be fetched, or its settings do not fit its files.
@@ -98,7 +106,7 @@ def build_model(config: ModelConfig, *, trained: Collection[str] | None = None) 
     model = build(config)
     if isinstance(model, BLIP):
         model.vision_norm = VISION_NORMS[config.vision.norm](model.vision.width, config.vision.norm_eps)
-    train_parts(model, model.trained_parts if trained is None else trained)
+    train_parts(model, model.trained_parts if trained is None else trained, adapters, seed=config.seed)
     return model
 
 
@@ -258,25 +266,66 @@ def model_class(config: ModelConfig) -> type[Model]:
     return MODELS[config.model.kind] if config.connector.kind == "qformer" else LLaVA
 
 
-def train_parts(model: Model, trained: Collection[str]) -> None:
+def train_parts(
+    model: Model,
+    trained: Collection[str],
+    adapters: Mapping[str, Adapter] = MappingProxyType({}),
+    *,
+    seed: int = 0,
+) -> None:
     """Choose what trains. It is held in float32: half precision would round small updates away.
 
+    Args:
+        model: without adapters so far.
+        trained: parts.
+        adapters: of those of which they alone train.
+        seed: of new adapters.
+
     Raises:
-        UserError: a part that the model has not, a language model whose weights are rounded.
+        UserError: a part that the model has not, a language model whose weights are rounded, layers that it has not.
     """
     if missing := sorted(set(trained) - model.PARTS.keys()):
-        raise UserError(f"train.{missing[0]}=full: the model has no such part, only {', '.join(model.PARTS)}")
-    for module in model.part_modules("llm") if "llm" in trained else ():
+        mode = "lora" if missing[0] in adapters else "full"
+        raise UserError(f"train.{missing[0]}={mode}: the model has no such part, only {', '.join(model.PARTS)}")
+    for module in model.part_modules("llm") if "llm" in set(trained) - adapters.keys() else ():
         if any(isinstance(layer, QuantizedLinear) for layer in module.modules()):
             raise UserError(
-                "train.llm=full needs the LLM's own weights; leave llm.quantization out, or set train.llm=frozen"
+                "train.llm=full needs the LLM's own weights; leave llm.quantization out, or set train.llm=frozen or lora"
             )
+    for part in adapters:
+        adapt(model, part, adapters[part], seed=seed)
     model.choose_trained(trained)
-    for part in trained:
+    for part in model.full_parts:
         for module in model.part_modules(part):
             module.float()
     for own, original in model.copies():  # half precision would lose what they move in a step
         own.data = own.data.to(original.dtype)
+
+
+def adapt(model: Model, part: str, adapter: Adapter, *, seed: int = 0) -> None:
+    """Put new adapters on a part; the model remembers them with the layers that they are on.
+
+    Raises:
+        UserError: peft is not installed, layers that the part has not, or that it never calls.
+    """
+    require_peft()
+    blocks = model.blocks(part)
+    layers = choose_layers(part, blocks, adapter.targets, model.language_settings() if part == "llm" else None)
+    short = short_names(layers, blocks)
+    inject(model, layers, adapter, seed=seed)
+    model.adapters = {**model.adapters, part: replace(adapter, targets=short)}
+    if part == "vision":
+        _check_called(model, layers)
+
+
+def _check_called(model: Model, layers: Collection[str]) -> None:
+    size = model.vision.image_size
+    picture = torch.zeros(1, 3, size, size, dtype=torch.uint8, device=model.vision.mean.device)
+    if unused := unused_layers(model, layers, lambda: model.vision(picture)):
+        raise UserError(
+            f"train.vision=lora: the encoder never calls {unused[0]} (and {len(unused) - 1} more), so an adapter would do "
+            "nothing there; choose others in train.lora.vision.targets"
+        )
 
 
 # --- vision ----------------------------------------------------------------------------------------------------------

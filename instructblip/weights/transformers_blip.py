@@ -25,6 +25,7 @@ from instructblip.config.checks import BLIP_KINDS
 from instructblip.config.schema import ModelKind
 from instructblip.errors import UserError
 from instructblip.files import read_json, write_json
+from instructblip.models.adapters import plain_state, without_adapters
 from instructblip.models.blip import (
     BLIP,
     BLIP_TOKENS,
@@ -184,13 +185,14 @@ def load_blip_tokenizer(folder: Path, settings: BlipSettings) -> Any:
     return tokenizer
 
 
-def write_blip_folder(model: BLIP, folder: Path) -> None:
-    """Write a model as the folder of its class, which can hold it, into one that is there."""
+def write_blip_folder(model: BLIP, folder: Path, *, merge: bool = True) -> None:
+    """Write a model as the folder of its class, which can hold it, into one that is there; `merge` as `save_huggingface`."""
     layout = layout_for(model)
-    transformers_blip(model).save_pretrained(folder)
+    transformers_blip(model, merge=merge).save_pretrained(folder)
     BlipProcessor(_image_processor(model.vision), model.tokenizer).save_pretrained(folder)
     write_json(folder / SIDECAR, _sidecar(model))
-    side = {name: tensor for name, tensor in model.state_dict().items() if not has_place(name, layout.names)}
+    state = without_adapters(model.state_dict())
+    side = {name: tensor for name, tensor in state.items() if not has_place(name, layout.names)}
     if side:
         save_file({name: tensor.contiguous() for name, tensor in side.items()}, folder / SIDE_TENSORS)
         what = "the temperature" + (", momentum copies and queue" if len(side) > 1 else "")
@@ -204,10 +206,11 @@ def write_blip_folder(model: BLIP, folder: Path) -> None:
         )
 
 
-def transformers_blip(model: BLIP) -> Any:
+def transformers_blip(model: BLIP, *, merge: bool = True) -> Any:
     """transformers' class with this model's tensors; for `save_pretrained`."""
     layout = layout_for(model)
-    own = {name: tensor for name, tensor in model.state_dict().items() if has_place(name, layout.names)}
+    plain = plain_state(model, merge=merge)
+    own = {name: tensor.detach() for name, tensor in plain.items() if has_place(name, layout.names)}
     names = foreign_names(own, layout.names)
     state = {names[name]: tensor for name, tensor in own.items()}
     state |= {copy: state[name] for copy, name in _TIED.items() if name in state}

@@ -21,6 +21,7 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig, LlavaConfig
 
 from instructblip.errors import UserError
 from instructblip.files import read_json
+from instructblip.models.adapters import plain_state
 from instructblip.models.connector import MLPConnector, Patches
 from instructblip.models.llava import LLaVA
 from instructblip.models.llm import LLM, EncoderDecoderLLM
@@ -291,7 +292,8 @@ def llava_config(model: LLaVA, text: Mapping[str, Any], image_token: int) -> Lla
 
 def llava_tensors(model: LLaVA, llm: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """All tensors under the names of transformers' class; `llm` holds the language model's, as in its files."""
-    own = {**backbone_state(model.vision), **model.part_state("connector")}
+    vision = {f"vision.backbone.{name}": value.detach() for name, value in plain_state(model.vision.backbone).items()}
+    own = {**vision, **model.part_state("connector")}
     names = foreign_names(own, "huggingface_llava")
     state = unpack_clip({names[name]: tensor for name, tensor in own.items()})
     norm = model.vision.backbone.blocks[0].norm1

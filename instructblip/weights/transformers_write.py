@@ -26,6 +26,7 @@ from transformers import (
 from instructblip._transformers import quiet_transformers
 from instructblip.errors import UserError
 from instructblip.files import atomic_folder, write_json
+from instructblip.models.adapters import plain_state, without_adapters
 from instructblip.models.base import Model
 from instructblip.models.blip import BLIP
 from instructblip.models.blip2 import BLIP2
@@ -47,6 +48,7 @@ from instructblip.weights.names import (
     foreign_names,
     pack_qkv_bias,
 )
+from instructblip.weights.peft_format import ADAPTER_FOLDER, whole_folder
 from instructblip.weights.transformers_blip import check_blip, write_blip_folder
 from instructblip.weights.transformers_layout import beside, layout_for
 from instructblip.weights.transformers_llava import (
@@ -65,7 +67,7 @@ logger = logging.getLogger(__name__)
 _IMAGE_TOKEN = "<image>"
 
 
-def save_huggingface(model: Model, folder: Path, *, overwrite: bool = False) -> None:
+def save_huggingface(model: Model, folder: Path, *, overwrite: bool = False, merge: bool = True) -> None:
     """Write a folder that transformers' class of this model and its processor open (`transformers_layout.py`).
 
     transformers marks the places of the visual tokens by an `<image>` token. Where the language model's table has no row to
@@ -76,10 +78,15 @@ def save_huggingface(model: Model, folder: Path, *, overwrite: bool = False) -> 
     Tensors keep their types; transformers opens a folder of several types in float32. What trains is held in float32: it is
     written in the type of the other parts where that loses nothing, as for a model that was read from a folder of that type.
 
+    Adapters are merged, the sums in float32. Weights that they were trained over are written as they were computed with:
+    those of an int8 or nf4 language model expanded, in float32.
+
     Args:
-        model: EVA-CLIP (any size), LayerNorm, an unquantised language model; or BLIP with a plain ViT; or LLaVA with CLIP.
+        model: EVA-CLIP (any size), LayerNorm, a language model that has adapters or is not quantised; or BLIP with a
+            plain ViT; or LLaVA with CLIP.
         folder: must not exist, or be empty.
         overwrite: replace a folder that was written by this function.
+        merge: False writes adapters into `adapter/`, in peft's format, for `PeftModel.from_pretrained` around the class.
 
     Raises:
         UserError: a part that transformers' format cannot hold, something else in the folder's place, or a full disk.
@@ -87,11 +94,16 @@ def save_huggingface(model: Model, folder: Path, *, overwrite: bool = False) -> 
     if isinstance(model, BLIP):
         check_blip(model)
         with atomic_folder(folder, overwrite_if=SIDECAR if overwrite else None) as partial, quiet_transformers():
-            write_blip_folder(model, partial)
+            write_blip_folder(model, partial, merge=merge)
+            _write_adapters(model, partial, merge=merge)
         return
     if isinstance(model, LLaVA):
         check_llava(model)
         _check_llm(model)
+        if model.adapters and not merge:
+            raise UserError(
+                "the adapters of a LLaVA go out merged; leave --adapters out, or give peft a checkpoint's adapters/llm"
+            )
         with atomic_folder(folder, overwrite_if=SIDECAR if overwrite else None) as partial, quiet_transformers():
             _write_llava(model, partial)
         return
@@ -99,15 +111,21 @@ def save_huggingface(model: Model, folder: Path, *, overwrite: bool = False) -> 
     _check_holdable(model)
     with atomic_folder(folder, overwrite_if=SIDECAR if overwrite else None) as partial, quiet_transformers():
         if isinstance(model, BLIP2):
-            target = retrieval_model(model)
+            target = retrieval_model(model, merge=merge)
             _write_retrieval(model, target, partial)
         else:
             tokenizer = _processor_tokenizer(model.llm)
             image_token = tokenizer.get_vocab()[_IMAGE_TOKEN]
             rows = max(model.llm.embeddings.weight.shape[0], image_token + 1)
-            target = huggingface_model(model, rows, image_token)
+            target = huggingface_model(model, rows, image_token, merge=merge)
             _write_with_llm(model, target, tokenizer, partial)
+        _write_adapters(model, partial, merge=merge)
     _warn_about_eps(model, target.config)
+
+
+def _write_adapters(model: Model, folder: Path, *, merge: bool) -> None:
+    if model.adapters and not merge:
+        whole_folder(model, layout_for(model).names).write(folder / ADAPTER_FOLDER)
 
 
 def _write_with_llm(model: InstructBLIP, target: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -171,7 +189,7 @@ def llava_model(model: LLaVA, rows: int, image_token: int) -> Any:
     """transformers' class with this model's tensors; arguments as of `huggingface_model`."""
     with torch.device("meta"):
         target = LlavaForConditionalGeneration(llava_config(model, _text_config(model.llm, rows), image_token))
-    tensors = llava_tensors(model, _llm_tensors(model.llm, rows))
+    tensors = llava_tensors(model, _llm_tensors(model.llm, rows, merge=True))
     return _filled(target, tensors, model.vision, model.llm.model.dtype)
 
 
@@ -196,7 +214,7 @@ def _write_retrieval(model: BLIP2, target: Any, folder: Path) -> None:
     Blip2Processor(_image_processor(model.vision), copy.deepcopy(model.tokenizer)).save_pretrained(folder)
     model.tokenizer.save_pretrained(folder / QFORMER_TOKENIZER)
     write_json(folder / SIDECAR, _sidecar(model, model.max_text_tokens))
-    side = beside(model.part_state("qformer"), layout_for(model))
+    side = beside(without_adapters(model.part_state("qformer")), layout_for(model))
     save_file({name: tensor.contiguous() for name, tensor in side.items()}, folder / SIDE_TENSORS)
     logger.warning(
         "transformers' %s has no place for %s: %s beside its own files holds them",
@@ -206,7 +224,7 @@ def _write_retrieval(model: BLIP2, target: Any, folder: Path) -> None:
     )
 
 
-def huggingface_model(model: InstructBLIP, rows: int, image_token: int) -> Any:
+def huggingface_model(model: InstructBLIP, rows: int, image_token: int, *, merge: bool = True) -> Any:
     """transformers' class with this model's tensors, shared where they keep their shape; for `save_pretrained`.
 
     What its constructor computes and no file holds (a language model's rotary frequencies) is on the meta device.
@@ -215,17 +233,19 @@ def huggingface_model(model: InstructBLIP, rows: int, image_token: int) -> Any:
         model: see `save_huggingface`.
         rows: of the token table and the output head, at least as many as there are.
         image_token: row that marks the places of visual tokens.
+        merge: adapters into the weights; else they are left out.
     """
     with torch.device("meta"):
         target = layout_for(model).model(_huggingface_config(model, rows, image_token))
-    return _filled(target, _own_tensors(model) | _llm_tensors(model.llm, rows), model.vision, model.llm.model.dtype)
+    state = _own_tensors(model, merge=merge) | _llm_tensors(model.llm, rows, merge=merge)
+    return _filled(target, state, model.vision, model.llm.model.dtype)
 
 
-def retrieval_model(model: BLIP2) -> Any:
-    """transformers' class of BLIP-2's first stage with this model's tensors; for `save_pretrained`."""
+def retrieval_model(model: BLIP2, *, merge: bool = True) -> Any:
+    """transformers' class of BLIP-2's first stage with this model's tensors, `merge` as above; for `save_pretrained`."""
     with torch.device("meta"):
         target = Blip2ForImageTextRetrieval(_retrieval_config(model))
-    return _filled(target, _own_tensors(model), model.vision, model.vision.dtype)
+    return _filled(target, _own_tensors(model, merge=merge), model.vision, model.vision.dtype)
 
 
 def _filled(target: Any, state: dict[str, Tensor], vision: VisionEncoder, dtype: torch.dtype) -> Any:
@@ -259,18 +279,18 @@ def _check_holdable(model: InstructBLIP | BLIP2) -> None:
     elif not isinstance(norm, nn.LayerNorm):
         reason = f"the vision norm is {type(norm).__name__}, it holds a LayerNorm only"
     elif isinstance(model, InstructBLIP):
-        reason = _unholdable_llm(model.llm)
+        reason = _unholdable_llm(model.llm, adapted="llm" in model.adapters)
     if reason is not None:
         raise UserError(f"transformers' {layout_for(model).title} cannot hold this model: {reason}")
 
 
 def _check_llm(model: LLaVA) -> None:
-    if (reason := _unholdable_llm(model.llm)) is not None:
+    if (reason := _unholdable_llm(model.llm, adapted="llm" in model.adapters)) is not None:
         raise UserError(f"transformers' {layout_for(model).title} cannot hold this model: {reason}")
 
 
-def _unholdable_llm(llm: LLM) -> str | None:
-    if any(isinstance(module, QuantizedLinear) for module in llm.modules()):
+def _unholdable_llm(llm: LLM, *, adapted: bool) -> str | None:
+    if not adapted and any(isinstance(module, QuantizedLinear) for module in llm.modules()):
         return "the language model is quantised; load it with llm.quantization=null"
     if not hasattr(llm.model.config, "hidden_size") or not hasattr(llm.model.config, "vocab_size"):
         return f"{type(llm.model).__name__} is no plain language model for its configuration"
@@ -347,23 +367,25 @@ def qformer_config(qformer: QFormer, pad_token: int | None) -> dict[str, Any]:
     }
 
 
-def _own_tensors(model: InstructBLIP | BLIP2) -> dict[str, Tensor]:
+def _own_tensors(model: InstructBLIP | BLIP2, *, merge: bool) -> dict[str, Tensor]:
     """All tensors but the language model's under transformers' names, those that it has a place for."""
     layout = layout_for(model)
-    trained = model.part_state("qformer")
-    own = {**backbone_state(model.vision), **trained}
-    own = {name: tensor for name, tensor in own.items() if name not in beside(trained, layout)}
+    own = without_adapters({**backbone_state(model.vision), **model.part_state("qformer")})
+    for prefix, module in {"vision.backbone": model.vision.backbone, "qformer": model.qformer}.items():
+        own |= {f"{prefix}.{name}": tensor.detach() for name, tensor in plain_state(module, merge=merge).items()}
+    side = beside(without_adapters(model.part_state("qformer")), layout)
+    own = {name: tensor for name, tensor in own.items() if name not in side}
     names = foreign_names(own, layout.names)
     return pack_qkv_bias({names[name]: tensor for name, tensor in own.items()})
 
 
-def _llm_tensors(llm: LLM, rows: int) -> dict[str, Tensor]:
+def _llm_tensors(llm: LLM, rows: int, *, merge: bool) -> dict[str, Tensor]:
     """The language model's tensors under transformers' names, the token tables filled up to `rows`."""
     state, old = {}, llm.embeddings.weight.shape[0]
     filled: dict[int, Tensor] = {}  # tied tables stay one tensor
     head = llm.model.get_output_embeddings()
     tables = {id(parameter) for part in (llm.embeddings, head) for parameter in part.parameters()}
-    for name, parameter in llm.model.state_dict(keep_vars=True).items():
+    for name, parameter in plain_state(llm.model, merge=merge).items():
         if id(parameter) in tables and rows > old:
             parameter = filled.setdefault(id(parameter), with_rows(parameter, rows))
         state[HUGGINGFACE_LLM_PREFIX + name] = parameter.detach()  # whoever loads it must not unfreeze it

@@ -72,11 +72,11 @@ def test_it_runs_with_what_a_machine_without_network_has(tmp_path: Path) -> None
     hidden = hidden_modules()
     assert {"wandb", "scipy", "matplotlib", "av", "ijson"} <= set(hidden)
     (tmp_path / "sitecustomize.py").write_text(_HIDE.format(hidden=hidden))
-    rows = "transformers,packed,by_length,overlapped,bucketed,fp8,generation,ranking,bfloat16,ddp,fsdp"
+    rows = "transformers,by_length,bucketed,fp8,ranking"
     command = ["sh", str(REPOSITORY / "benchmarks/gpu.sh"), "--tiny", "--rows", rows, "--start-seconds", "300"]
     paths = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = os.environ | {"PYTHON": sys.executable, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=5 * SECONDS, env=environment)
     assert done.returncode == 0, done.stderr
     assert "failed" not in done.stdout, done.stdout
     lines = [line.split(" | ")[:2] for line in done.stdout.splitlines() if line.startswith("| ") and "row" not in line]

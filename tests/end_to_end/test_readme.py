@@ -12,7 +12,11 @@ from PIL import Image
 from instructblip.data.cards import load_card
 from instructblip.data.prepare.convert import prepare_dataset
 from instructblip.data.synthetic import write_synthetic
+from instructblip.models.adapters import Adapter
 from instructblip.weights.__main__ import main as convert
+from instructblip.weights.load import load_model
+from instructblip.weights.parts import train_parts
+from instructblip.weights.peft_format import peft_folders
 from tests.kit.blip import write_blip
 from tests.kit.blip2 import write_captioner, write_retrieval
 from tests.kit.connectors import write_llava
@@ -121,6 +125,11 @@ def test_a_conversion_runs(line: str, finished_run: Path, tmp_path: Path, monkey
     _write_published(tmp_path / "Salesforce")
     shutil.copytree(finished_run, tmp_path / "outputs/train/demo")
     monkeypatch.chdir(tmp_path)
+    if "--adapter" in arguments:
+        pytest.importorskip("peft", reason="adapters need requirements-lora.txt")
+        model = load_model(arguments[0], device="cpu").model
+        train_parts(model, ("llm",), {"llm": Adapter()})
+        peft_folders(model.adapters, model.held_state())["llm"].write(Path(arguments[arguments.index("--adapter") + 1]))
     assert convert(arguments) == 0
     assert (tmp_path / arguments[1]).exists()
 

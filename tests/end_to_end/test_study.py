@@ -25,9 +25,14 @@ from instructblip.study.command import study
 from instructblip.study.places import Cluster, Processes, choose_place
 from instructblip.study.plan import StudyRun, plan_study
 from tests.kit.runs import SECONDS, World, one_thread
-from tests.kit.studies import STUDY, Here, reports, shipped_study, study_config, study_here
+from tests.kit.studies import STUDY, Here, compose_once, reports, shipped_study, study_config, study_here
 
 SMALL = {**STUDY, "conditions": {name: STUDY["conditions"][name] for name in ("alone", "by mean")}, "stages": {}}
+
+
+@pytest.fixture(autouse=True)
+def composed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    compose_once(monkeypatch)
 
 
 @pytest.fixture(scope="module")

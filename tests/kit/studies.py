@@ -1,10 +1,13 @@
 """Small studies on the tiny world, their runs in this process or in real ones."""
 
+import copy
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 from PIL import Image
 from rich.console import Console
 
@@ -12,6 +15,7 @@ from instructblip.config.checks import check
 from instructblip.config.entry import compose_config
 from instructblip.config.schema import StudyCommandConfig, StudyConditionConfig
 from instructblip.config.validate import build
+from instructblip.study import plan
 from instructblip.study.carrying import Job, carry_out
 from instructblip.study.command import study
 from tests.kit.runs import World, one_thread
@@ -55,6 +59,20 @@ def study_config(world: World, output: Path, values: dict[str, Any] = STUDY, **g
     return config
 
 
+def compose_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compose each configuration once a session, for plans that are made again and again: Hydra takes most of their time."""
+    monkeypatch.setattr(plan, "compose_config", _compose)
+
+
+def _compose(name: str, schema: Any, overrides: Sequence[str]) -> Any:
+    return copy.deepcopy(_composed(name, schema, tuple(overrides)))
+
+
+@functools.cache
+def _composed(name: str, schema: Any, overrides: tuple[str, ...]) -> Any:
+    return compose_config(name, schema, list(overrides))
+
+
 @dataclass
 class Here:
     """Runs in this process, one after the other.
@@ -94,9 +112,9 @@ def write_clothes(folder: Path) -> Path:
     for split in ("train", "validation", "test"):
         for number, name in enumerate(CLOTHES):
             (folder / split / name).mkdir(parents=True)
-            for copy in range(2):
-                colour = (25 * number, 255 - 25 * number, 60 * copy + len(split))
-                Image.new("RGB", (40, 40), colour).save(folder / split / name / f"{copy}.jpg")
+            for shade in range(2):
+                colour = (25 * number, 255 - 25 * number, 60 * shade + len(split))
+                Image.new("RGB", (40, 40), colour).save(folder / split / name / f"{shade}.jpg")
     return folder
 
 

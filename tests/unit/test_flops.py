@@ -10,11 +10,21 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from instructblip.data.batching import Batch
+from instructblip.models.adapters import Adapter
 from instructblip.models.instructblip import InstructBLIP
 from instructblip.objectives import Objective, make_objectives
 from instructblip.training.loop import train_step
 from instructblip.training.optim import make_adamw
-from instructblip.training.plan.flops import GPUS, ModelShape, StepWorkload, device_peak, known_gpu, model_shape
+from instructblip.training.plan.flops import (
+    GPUS,
+    ModelShape,
+    StepWorkload,
+    adapter_shares,
+    device_peak,
+    known_gpu,
+    model_shape,
+)
+from instructblip.weights.parts import train_parts
 from tests.kit.losses import ALIGNMENT, LANGUAGE
 from tests.kit.stage1 import step, tiny_batch, tiny_stage1
 from tests.kit.tiny import tiny_encoder_decoder_llm, tiny_images, tiny_llm, tiny_model, tiny_vision
@@ -72,6 +82,21 @@ def test_a_step_of_one_sample_is_counted_as_torch_counts_it(kind: str, off: floa
     work, expected = passed(model, tiny_images(1))
     assert work.samples == work.frames == work.encoded == 1
     assert shape_of(model).total(work, LLM) == pytest.approx(expected, rel=off)
+
+
+@pytest.mark.parametrize("parts", [("llm",), ("qformer", "llm")])
+def test_adapters_are_counted_as_torch_counts_them(parts: tuple[str, ...]) -> None:
+    """The first layer's adapters have nothing to pass gradients on to; the formula does not know."""
+    pytest.importorskip("peft", reason="adapters need requirements-lora.txt")
+    model = tiny_model()
+    train_parts(model, ("qformer", "llm"), {part: Adapter(8, 16.0, 0.0, ("all-linear",)) for part in parts})
+    work, expected = passed(model, tiny_images(1))
+    shares = adapter_shares({part: model.part_modules(part) for part in model.adapters})
+    assert shares.keys() == set(parts) and all(share > 0.1 for share in shares.values())
+    with torch.device("meta"):
+        vision = tiny_vision()
+    shape = model_shape(vision, model.qformer, model.projection, model.llm.model, model.trained_parts, shares)
+    assert shape.total(work, LLM) == pytest.approx(expected, rel=0.03)
 
 
 def test_a_clip_is_counted_frame_by_frame() -> None:

@@ -421,3 +421,27 @@ def test_main_memory_for_building_the_model_is_named() -> None:
     planned = plan("experiment=paper_vicuna_13b", "plan_gpus=8")
     assert planned.loading() / 2**30 == pytest.approx(26.8, abs=0.1)  # 13.0 B and 1.0 B in bfloat16, 0.2 B in float32
     assert "26.8 GiB for every GPU of a node" in " ".join(plan_summary(planned))
+
+
+def test_adapters_need_the_memory_of_adapters(encoders_once: None) -> None:
+    pytest.importorskip("peft", reason="adapters need requirements-lora.txt")
+    plans = {
+        mode: make_plan(small("vicuna_7b", *more))
+        for mode, more in {
+            "frozen": [],
+            "lora": ["train.llm=lora", "train.lora.llm.rank=8"],
+            "rounded": ["train.llm=lora", "train.lora.llm.rank=8", "llm.quantization=int8", "parallel=ddp"],
+            "full": ["train.llm=full"],
+        }.items()
+    }
+    rows = {mode: {row.part: row.usual for row in plan.memory()} for mode, plan in plans.items()}
+    adapters = 4 * 2 * 8 * (256 + 256)  # query and value of each layer, as peft has it for LLaMA
+    assert rows["lora"]["gradients"] - rows["frozen"]["gradients"] == 4 * adapters
+    assert rows["lora"]["AdamW's moments"] - rows["frozen"]["AdamW's moments"] == 8 * adapters
+    assert rows["full"]["gradients"] > 1.3 * rows["lora"]["gradients"]
+    whole = 4 * adapters + rows["frozen"]["language model"]
+    assert rows["lora"]["language model"] == whole  # the adapters in float32 over the LLM in half precision
+    assert rows["rounded"]["language model"] < 0.6 * rows["lora"]["language model"]
+    assert rows["lora"]["activations, language model"] > rows["frozen"]["activations, language model"]
+    flops = {mode: sum(part.forward + part.backward for part in plan.sample_flops()) for mode, plan in plans.items()}
+    assert flops["frozen"] < flops["lora"] < 1.05 * flops["frozen"] < flops["full"]

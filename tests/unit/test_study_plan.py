@@ -1,7 +1,6 @@
 """A study's file becomes runs: which there are, in which order, in which folders, and what is refused."""
 
 import copy
-import functools
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,22 +13,12 @@ from instructblip.errors import UserError
 from instructblip.study import plan as module
 from instructblip.study.plan import StudyPlan, StudyRun, plan_study
 from tests.kit.runs import World
-from tests.kit.studies import STUDY, study_config
+from tests.kit.studies import STUDY, compose_once, study_config
 
 
 @pytest.fixture(autouse=True)
 def composed_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hydra takes most of a plan's time."""
-    monkeypatch.setattr(module, "compose_config", _compose)
-
-
-def _compose(name: str, schema: Any, overrides: list[str]) -> Any:
-    return copy.deepcopy(_composed_once(name, schema, tuple(overrides)))
-
-
-@functools.cache
-def _composed_once(name: str, schema: Any, overrides: tuple[str, ...]) -> Any:
-    return compose_config(name, schema, list(overrides))
+    compose_once(monkeypatch)
 
 
 def _plan(world: World, output: Path, values: dict[str, Any] = STUDY, **given: Any) -> StudyPlan:

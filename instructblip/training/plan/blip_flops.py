@@ -5,8 +5,9 @@ every layer then makes keys and values of them.
 """
 
 from abc import abstractmethod
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, NamedTuple, Self
 
 from torch import nn
@@ -73,7 +74,7 @@ class BLIPShape(ModelShape):
 
     def _trainable(self, part: str, forward: float) -> PartFlops:
         """A part of the text models', through which gradients always pass."""
-        return PartFlops(part, forward, 2 * forward if "text" in self.trained else forward)
+        return PartFlops(part, forward, forward * (1 + self._gradients("text")))
 
 
 @dataclass(frozen=True)
@@ -221,15 +222,22 @@ class TextParts(NamedTuple):
         return cls(encoder, encoder if encoder.lm_head is not None else None, heads)
 
 
-def blip_shape(vision: VisionEncoder, parts: TextParts, trained: Collection[str]) -> BLIPShape:
+def blip_shape(
+    vision: VisionEncoder,
+    parts: TextParts,
+    trained: Collection[str],
+    shares: Mapping[str, float] = MappingProxyType({}),
+) -> BLIPShape:
     """The shape of a model of these parts.
 
     Args:
         vision: like the model's, on the meta device; runs once.
         parts: its text part.
         trained: parts that train.
+        shares: `adapter_shares` of the model.
     """
     common: dict[str, Any] = {
+        "shares": shares,
         "image_flops": image_flops(vision),
         "image_tokens": vision.tokens,
         "trained": frozenset(trained),

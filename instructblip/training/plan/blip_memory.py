@@ -12,7 +12,7 @@ from torch import nn
 from instructblip.models.blip import CAPTION_PROMPT
 from instructblip.models.med import TextLayer, TextModel
 from instructblip.training.plan.blip_flops import BLIPShape, TextParts, TextPass, blip_shape
-from instructblip.training.plan.flops import StepWorkload
+from instructblip.training.plan.flops import StepWorkload, adapter_shares
 from instructblip.training.plan.memory import LOGITS, VISION, Plan, PlanLayout, PlannedPhase
 from instructblip.weights.modules import BLIPParts
 
@@ -78,7 +78,9 @@ def plan_blip(parts: BLIPParts, phases: Sequence[PlannedPhase], layout: PlanLayo
     """The plan of a run of these parts, which may be on the meta device."""
     start = 1 + len(CAPTION_PROMPT.split())  # [DEC], and a token a word
     text = TextParts(parts.encoder, parts.decoder, parts.heads, start)
-    shape = blip_shape(parts.vision, text, layout.trained)
+    models = [model for model in (parts.encoder, parts.decoder) if model is not None]
+    shares = adapter_shares({"vision": [parts.vision.backbone], "text": models})
+    shape = blip_shape(parts.vision, text, layout.trained, shares)
     return BLIPPlan(vision=parts.vision, shape=shape, phases=tuple(phases), layout=layout, parts=parts)
 
 

@@ -5,8 +5,9 @@ bfloat16 a part of that is half as large, so the plan is on the safe side.
 """
 
 import copy
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from instructblip.training.plan.flops import (
     PartFlops,
     SampleLengths,
     StepWorkload,
+    adapter_shares,
     image_flops,
     language_shape,
 )
@@ -56,7 +58,7 @@ class ConnectorShape(ModelShape):
         return [
             self._vision_flops(work),
             PartFlops("connector", forward, 2 * forward if "connector" in self.trained else forward),
-            *self.language.by_part(work, runs="answer_logits" in outputs, trains="llm" in self.trained),
+            *self.language.by_part(work, runs="answer_logits" in outputs, gradients=self._gradients("llm")),
         ]
 
     def sample_work(self, lengths: SampleLengths) -> StepWorkload:
@@ -66,13 +68,18 @@ class ConnectorShape(ModelShape):
 
 
 def connector_shape(
-    vision: VisionEncoder, connector: Connector, llm: Any, trained: Collection[str] = ("connector",)
+    vision: VisionEncoder,
+    connector: Connector,
+    llm: Any,
+    trained: Collection[str] = ("connector",),
+    shares: Mapping[str, float] = MappingProxyType({}),
 ) -> ConnectorShape:
     """The shape of these parts, whose weights are not looked at; arguments as of `model_shape`."""
     return ConnectorShape(
         image_flops=image_flops(vision),
         image_tokens=vision.tokens,
         trained=frozenset(trained),
+        shares=shares,
         connector_flops=frame_flops(connector, vision.tokens, vision.width),
         frame_tokens=connector.tokens,
         language=language_shape(llm),
@@ -142,5 +149,6 @@ def kept_bytes(module: nn.Module, *inputs: Tensor) -> float:
 
 def plan_connector(parts: ConnectorParts, phases: Sequence[PlannedPhase], layout: PlanLayout) -> ConnectorPlan:
     """The plan of a run of these parts, which may be on the meta device."""
-    shape = connector_shape(parts.vision, parts.connector, parts.llm, layout.trained)
+    shares = adapter_shares({"vision": [parts.vision.backbone], "llm": [parts.llm]})
+    shape = connector_shape(parts.vision, parts.connector, parts.llm, layout.trained, shares)
     return ConnectorPlan(vision=parts.vision, shape=shape, phases=tuple(phases), layout=layout, parts=parts)

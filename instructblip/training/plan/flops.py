@@ -7,20 +7,23 @@ meets, and attention over K places 4 A K a layer of attention width A (scores an
 B, which also takes the whole square of causal attention). Norms, activations and softmax are left out. A backward pass
 costs the forward's FLOPs once for the gradient of the inputs and once for that of the weights, attention twice: so what
 trains costs three times its forward pass, the frozen LLM's matrices, through which gradients only pass, twice, the frozen
-vision encoder once. Padding and recomputation are not counted: they are no work that the model asks for.
+vision encoder once. Adapters cost what matrices of their size do, and of an adapted part they alone have gradients. Padding
+and recomputation are not counted: they are no work that the model asks for.
 """
 
 import re
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from instructblip.models.adapters import adapter_size, linear_layers
 from instructblip.models.qformer import QFormer, QFormerLayer
 from instructblip.models.vision import VisionEncoder
 
@@ -106,13 +109,13 @@ class LanguageShape:
     encoder: Stack | None
     head: int
 
-    def by_part(self, work: StepWorkload, *, runs: bool, trains: bool) -> list[PartFlops]:
-        """Its layers, which may be left out, and its logits."""
+    def by_part(self, work: StepWorkload, *, runs: bool, gradients: float) -> list[PartFlops]:
+        """Its layers, which may be left out, and its logits; `gradients` is the share of its weights that have some."""
         llm, llm_backward = self._layers(work) if runs else (0.0, 0.0)
         logits = 2.0 * (work.answers if runs else work.samples) * self.head
         return [
-            PartFlops("language model", llm, llm_backward + (llm if trains else 0.0)),
-            PartFlops("logits of the answers", logits, 2 * logits if trains else logits, recompute=False),
+            PartFlops("language model", llm, llm_backward + gradients * llm),
+            PartFlops("logits of the answers", logits, 2 * logits if gradients == 1.0 else logits, recompute=False),
         ]
 
     def positions(self, visual_tokens: int, lengths: SampleLengths) -> int:
@@ -148,12 +151,14 @@ class ModelShape(ABC):
         image_flops: of one picture through the vision encoder, as torch's `FlopCounterMode` counts them.
         image_tokens: it gives.
         trained: parts that train: their backward pass computes gradients of weights too.
+        shares: of those that train by adapters, the share of these in their matrices: no other weights have gradients.
     """
 
     usual: ClassVar[SampleLengths]
     image_flops: float
     image_tokens: int
     trained: frozenset[str]
+    shares: Mapping[str, float]
 
     @property
     def visual_tokens(self) -> int:
@@ -180,8 +185,13 @@ class ModelShape(ABC):
         return sum(part.forward + part.backward for part in self.by_part(work, outputs))
 
     def _vision_flops(self, work: StepWorkload) -> PartFlops:
-        image, trains = self.image_flops * work.encoded, "vision" in self.trained
-        return PartFlops("vision encoder", image, 2 * image if trains else 0.0, recompute=False)
+        image = self.image_flops * work.encoded / (1 - self.shares.get("vision", 0.0))
+        backward = image * (1 + self._gradients("vision")) if "vision" in self.trained else 0.0
+        return PartFlops("vision encoder", image, backward, recompute=False)
+
+    def _gradients(self, part: str) -> float:
+        """The share of a part's weights that have gradients."""
+        return self.shares.get(part, 1.0) if part in self.trained else 0.0
 
 
 @dataclass(frozen=True)
@@ -207,7 +217,7 @@ class QFormerShape(ModelShape):
 
     def _trainable(self, part: str, forward: float) -> PartFlops:
         """A part of the Q-Former's, through which gradients always pass."""
-        return PartFlops(part, forward, 2 * forward if "qformer" in self.trained else forward)
+        return PartFlops(part, forward, forward * (1 + self._gradients("qformer")))
 
     def _qformer_flops(self, work: StepWorkload, outputs: Collection[str]) -> float:
         passes = self.qformer_passes(work, outputs)
@@ -258,7 +268,7 @@ class LLMShape(QFormerShape):
         return [
             self._vision_flops(work),
             self._trainable("Q-Former and projection", qformer),
-            *self.language.by_part(work, runs="answer_logits" in outputs, trains="llm" in self.trained),
+            *self.language.by_part(work, runs="answer_logits" in outputs, gradients=self._gradients("llm")),
         ]
 
     def qformer_passes(self, work: StepWorkload, outputs: Collection[str]) -> list[QFormerPass]:
@@ -329,6 +339,7 @@ def model_shape(
     heads: nn.Module,
     llm: Any,
     trained: Collection[str] = ("qformer",),
+    shares: Mapping[str, float] = MappingProxyType({}),
 ) -> QFormerShape:
     """The shape of these parts, whose weights are not looked at.
 
@@ -338,10 +349,12 @@ def model_shape(
         heads: the projection into the LLM; without one, what stands behind the Q-Former.
         llm: the transformers model, quantised or not; None for BLIP-2's first stage.
         trained: parts that train.
+        shares: `adapter_shares` of the model.
     """
     common: dict[str, Any] = {
         "image_flops": image_flops(vision),
         "image_tokens": vision.tokens,
+        "shares": shares,
         "queries": qformer.query_tokens.shape[1],
         "qformer": qformer,
         "trained": frozenset(trained),
@@ -364,7 +377,7 @@ def image_flops(vision: VisionEncoder) -> float:
 def _stack(layers: nn.Module) -> Stack:
     """T5's names its cross-attention `EncDecAttention`, whose keys and values are of the encoder's states."""
     matrices = attention = source = cross = 0
-    for name, layer in _linears(layers):
+    for name, layer in linear_layers(layers):
         last, crossing = name.rpartition(".")[2], "EncDecAttention" in name
         if crossing and last in ("k", "v"):
             source += size_of(layer)
@@ -376,21 +389,24 @@ def _stack(layers: nn.Module) -> Stack:
     return Stack(matrices, attention, source, cross)
 
 
-def _linears(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Every linear layer by name, a quantised one too."""
-    for name, layer in module.named_modules():
-        if hasattr(layer, "in_features") and hasattr(layer, "out_features"):
-            yield name, layer
-
-
 def matrices(module: nn.Module) -> int:
-    """Parameters of a module's linear layers, without their biases."""
-    return sum(size_of(layer) for _, layer in _linears(module))
+    """Parameters of a module's linear layers with their adapters, without their biases."""
+    return sum(size_of(layer) for _, layer in linear_layers(module))
 
 
 def size_of(layer: Any) -> int:
-    """Parameters of a linear layer's matrix, rounded or not."""
-    return int(layer.in_features * layer.out_features)
+    """Parameters of a linear layer's matrix, rounded or not, and of its adapter."""
+    return int(layer.in_features * layer.out_features) + adapter_size(layer)
+
+
+def adapter_shares(parts: Mapping[str, Sequence[nn.Module]]) -> dict[str, float]:
+    """By part, the share of adapters in the parameters of its matrices; parts without any are left out."""
+    shares = {}
+    for part, modules in parts.items():
+        layers = [layer for module in modules for _, layer in linear_layers(module)]
+        if adapters := sum(map(adapter_size, layers)):
+            shares[part] = adapters / sum(map(size_of, layers))
+    return shares
 
 
 # --- devices ---------------------------------------------------------------------------------------------------------

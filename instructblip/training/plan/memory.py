@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from instructblip.config.schema import PhaseConfig
+from instructblip.models.adapters import adapted_layers, adapter_size, is_adapter, linear_layers
 from instructblip.models.base import blocks_of
 from instructblip.models.qformer import QFormerLayer
 from instructblip.models.vision import VisionEncoder
@@ -35,6 +36,7 @@ from instructblip.training.plan.flops import (
     QFormerShape,
     SampleLengths,
     StepWorkload,
+    adapter_shares,
     model_shape,
 )
 from instructblip.weights.modules import Parts
@@ -200,17 +202,19 @@ class Plan(ABC):
         ):
             if module is None:
                 continue
-            trains = part in self.layout.trained
+            trains = part in self._full
             held = self._held(module, self.layout.quantization if part == "llm" else None, trained=trains)
             yield title, held
             if trains:  # in float32, and so are its gradients
                 trained += self._held(module, None, trained=True, gathered=0) / 4
                 layers.append(module)
+            trained += _adapter_parameters(module)
         title, part, module = self._text_part()
         yield title, 4.0 * sum(p.numel() for p in module.parameters())
-        if part in self.layout.trained:
+        if part in self._full:
             trained += sum(p.numel() for p in module.parameters() if p.requires_grad)
             layers.append(module)
+        trained += _adapter_parameters(module)
         if copies := self._copies():
             yield "momentum copies and queue", copies
         yield "gradients", 4.0 * trained
@@ -220,6 +224,11 @@ class Plan(ABC):
         if self.layout.autocast:
             linear = [layer for module in layers for layer in module.modules() if isinstance(layer, nn.Linear)]
             yield "bfloat16 copies", 2.0 * sum(layer.weight.numel() for layer in linear)
+
+    @property
+    def _full(self) -> frozenset[str]:
+        """The parts of which all weights train."""
+        return self.layout.trained - self.shape.shares.keys()
 
     def _held(self, model: Any, quantization: str | None, *, trained: bool, gathered: int = 2) -> float:
         """Bytes of a large part on each GPU.
@@ -234,7 +243,7 @@ class Plan(ABC):
         if not is_sharded(layout.kind, layout.gpus):
             return whole
         blocks = [
-            sum(sizes[parameter] for parameter in block.parameters() if parameter not in _tables(block))
+            sum(sizes[parameter] for parameter in block.parameters() if parameter not in _kept_whole(block))
             for block in blocks_of(model)
         ]
         shards = min(layout.shard_size or layout.gpus, layout.gpus)
@@ -268,10 +277,11 @@ class Plan(ABC):
         backbone, value = self.vision.backbone, 2 if self.layout.autocast else 4
         tokens, each = self.shape.image_tokens * work.encoded, []
         for block in blocks_of(backbone):
-            inputs = [layer.in_features for layer in block.modules() if isinstance(layer, nn.Linear)]
+            inputs = [layer.in_features for _, layer in linear_layers(block)]
             norms = [module for module in block.modules() if isinstance(module, nn.LayerNorm)]
             width = norms[0].normalized_shape[0] if norms else max(inputs, default=0)
-            each.append(tokens * (value * (sum(inputs) + 2 * max(inputs, default=0)) + 4 * len(norms) * width))
+            kept = value * (sum(inputs) + 2 * max(inputs, default=0)) + 4 * len(norms) * width
+            each.append(tokens * (kept + _adapters_kept(block)))
         if self.layout.activation_checkpointing and each:
             return max(each) + len(each) * tokens * 4 * self.vision.width
         return float(sum(each))
@@ -297,14 +307,14 @@ class LanguagePlan(Plan):
         """Of layers over so many tokens: float32 copies before norms, attention's inputs and outputs, the FFN's factors."""
         llm, blocks = self.llm, blocks_of(stack)
         value, width = torch.finfo(llm.dtype).bits // 8, llm.get_input_embeddings().weight.shape[1]
-        names = [(name.rpartition(".")[2], layer) for name, layer in blocks[0].named_modules() if _is_linear(layer)]
+        names = [(name.rpartition(".")[2], layer) for name, layer in linear_layers(blocks[0])]
         attention = sum(layer.out_features for name, layer in names if name in ("q", "q_proj"))
         attended = {"q", "k", "v", "o", "q_proj", "k_proj", "v_proj", "o_proj", "out_proj"}
         hidden = [layer.out_features for name, layer in names if name not in attended and layer.out_features != width]
         # The activation's input, and where it is gated its output and the other factor.
         inner = hidden[0] * (3 if len(hidden) > 1 else 1) if hidden else 0
         norms = sum("norm" in name.lower() for name, layer in blocks[0].named_modules() if not list(layer.children()))
-        kept = norms * 4 * width + value * (4 * attention + inner)
+        kept = norms * 4 * width + value * (4 * attention + inner) + _adapters_kept(blocks[0])
         if llm.config.is_encoder_decoder:
             kept += value * norms * width  # T5's norm multiplies what it was given, not the copy
         if self.layout.activation_checkpointing:
@@ -372,7 +382,9 @@ class QFormerPlan(LanguagePlan):
 
 def plan_run(parts: Parts, phases: Sequence[PlannedPhase], layout: PlanLayout) -> Plan:
     """The plan of a run of these parts, which may be on the meta device."""
-    shape = model_shape(parts.vision, parts.qformer, parts.heads, parts.llm, layout.trained)
+    modules = {"vision": [parts.vision.backbone], "qformer": [parts.qformer], "llm": [parts.llm] if parts.llm else []}
+    shares = adapter_shares(modules)
+    shape = model_shape(parts.vision, parts.qformer, parts.heads, parts.llm, layout.trained, shares)
     return QFormerPlan(vision=parts.vision, shape=shape, phases=tuple(phases), layout=layout, parts=parts)
 
 
@@ -418,18 +430,28 @@ def _parameter_bytes(model: nn.Module, quantization: str | None) -> dict[Tensor,
     sizes: dict[Tensor, float] = {p: p.numel() * float(p.element_size()) for p in model.parameters()}
     if quantization is not None:
         head = model.get_output_embeddings()  # type: ignore[operator]
+        adapters = {parameter for name, parameter in model.named_parameters() if is_adapter(name)}
         for layer in model.modules():
-            if isinstance(layer, nn.Linear) and layer is not head:
+            if isinstance(layer, nn.Linear) and layer is not head and layer.weight not in adapters:
                 sizes[layer.weight] = layer.weight.numel() * _QUANTIZED[quantization]
     return sizes
 
 
-def _tables(block: nn.Module) -> set[nn.Parameter]:
-    return {p for module in block.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
+def _kept_whole(block: nn.Module) -> set[nn.Parameter]:
+    """Tables and adapters."""
+    tables = {p for module in block.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
+    return tables | {parameter for name, parameter in block.named_parameters() if is_adapter(name)}
 
 
-def _is_linear(layer: Any) -> bool:
-    return hasattr(layer, "in_features") and hasattr(layer, "out_features")
+def _adapter_parameters(module: nn.Module) -> float:
+    return float(sum(parameter.numel() for name, parameter in module.named_parameters() if is_adapter(name)))
+
+
+def _adapters_kept(module: nn.Module) -> float:
+    """Bytes for each token: what an adapter reads, in float32 and dropped, and what it makes of it."""
+    layers = [layer for _, layer in adapted_layers(module)]
+    ranks = [adapter_size(layer) / (layer.in_features + layer.out_features) for layer in layers]
+    return sum(9 * layer.in_features + 4 * rank for layer, rank in zip(layers, ranks, strict=True))
 
 
 def planned_phases(phases: Mapping[str, PhaseConfig]) -> tuple[PlannedPhase, ...]:
