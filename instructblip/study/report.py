@@ -1,5 +1,7 @@
 """A study's findings as Markdown, ready to stand in a document."""
 
+import json
+import shlex
 import statistics
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
@@ -46,8 +48,8 @@ def command(config: StudyCommandConfig) -> str:
     given = [f"study={config.study.name}"]
     given += [f"form={config.form}"] if config.form != "reduced" else []
     given += [f"seeds={config.seeds}".replace(" ", "")] if config.seeds is not None else []
-    given += [f"{key}={values}".replace(" ", "") for key, values in _extra(config).items()]
-    return " ".join(["python -m instructblip.study", *(f"'{word}'" if "[" in word else word for word in given)])
+    given += [f"{key}={values}" for key, values in _extra(config).items()]
+    return " ".join(["python -m instructblip.study", *map(shlex.quote, given)])
 
 
 def _extra(config: StudyCommandConfig) -> dict[str, str]:
@@ -57,7 +59,7 @@ def _extra(config: StudyCommandConfig) -> dict[str, str]:
         name: [item for item in values if not item.startswith(("data.shards=", "data.sources."))]
         for name, values in given.items()
     }
-    return {name: f"[{','.join(values)}]" for name, values in kept.items() if values}
+    return {name: f"[{','.join(map(json.dumps, values))}]" for name, values in kept.items() if values}
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------

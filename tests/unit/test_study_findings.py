@@ -1,12 +1,19 @@
 """Intervals and tests over seeds and over samples, against scipy and numbers worked out by hand."""
 
 import math
+import shlex
+from pathlib import Path
 
 import numpy as np
 import pytest
 from scipy import stats
 
+from instructblip.config.entry import compose_config
+from instructblip.config.schema import StudyCommandConfig
 from instructblip.evaluation.statistics import spread
+from instructblip.study.report import command
+from tests.kit.runs import World
+from tests.kit.studies import STUDY, study_config
 
 
 def test_an_interval_over_seeds_is_students() -> None:
@@ -38,3 +45,18 @@ def test_values_that_differ_by_rounding_do_not_differ() -> None:
     found = spread([0.1 + 0.2, 0.3])
     assert (found.deviation, found.p) == (0.0, None)
     assert math.isclose(found.mean, 0.3)
+
+
+def test_the_command_of_a_report_can_be_given_again(world: World, tmp_path: Path) -> None:
+    given = {"seeds": [3, 4], "train": ["recipe.clip_norm=2.0", "qformer.extra_tokens=['[DEC]']"]}
+    config = study_config(world, tmp_path, {**STUDY, "name": "queries"}, **given)
+    line = command(config)
+    *_, study, seeds, train = words = shlex.split(line)
+    assert words[:3] == ["python", "-m", "instructblip.study"]
+    again = compose_config("study", StudyCommandConfig, [study, seeds, train])
+    assert {"seeds": again.seeds, "train": again.train} == given
+
+
+def test_where_data_lie_is_not_part_of_the_command(world: World, tmp_path: Path) -> None:
+    config = study_config(world, tmp_path, train=["data.shards=/data"], evaluate=["data.sources.easy_vqa.path=/x"])
+    assert command(config) == "python -m instructblip.study study=tiny"
