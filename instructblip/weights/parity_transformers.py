@@ -62,9 +62,7 @@ def _open(folder: Path) -> Any:
     with quiet_transformers():
         model = layout_of(folder).model.from_pretrained(folder, trust_remote_code=False)
         if is_adapter_folder(folder / ADAPTER_FOLDER):
-            from peft import PeftModel
-
-            model = PeftModel.from_pretrained(model, folder / ADAPTER_FOLDER).base_model.model
+            model.load_adapter(str(folder / ADAPTER_FOLDER))  # by peft
         return model.eval()
 
 

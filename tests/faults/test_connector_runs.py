@@ -22,6 +22,7 @@ from instructblip.models.llava import LLaVA
 from instructblip.training.metrics_log import MetricsLog
 from instructblip.training.run import train
 from instructblip.training.start import begin_run
+from instructblip.weights.__main__ import main as convert
 from instructblip.weights.parts import build_model
 from tests.kit.connectors import KINDS, connector_overrides
 from tests.kit.runs import World, compose, evaluate_here, one_thread, read_lines, run_ranks, train_here
@@ -148,6 +149,21 @@ def test_weights_of_another_connector_are_no_start(
         with pytest.raises(UserError, match=re.escape(words)) as error:
             begin_run(build_model(config), config)
     assert "\n" not in str(error.value)
+
+
+def test_a_run_is_converted_to_another_run_and_says_why_not_to_a_llava(
+    finished: Path, connector_world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with connector_world.here():
+        assert convert([str(finished), str(tmp_path / "run"), "--to", "native", "--bound", "0"]) == 0
+        assert convert([str(finished), str(tmp_path / "llava"), "--to", "huggingface"]) == 2
+        model = instructblip.load(tmp_path / "run", device="cpu")
+    said = {"mlp": "its vision tower is CLIP's ViT", "linear": "connector=linear", "resampler": "connector=resampler"}
+    line = capsys.readouterr().err.strip()
+    assert said[kind_of(finished)] in line
+    assert line.count("\n") == 0
+    assert not (tmp_path / "llava").exists()
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in last(finished).items())
 
 
 def test_weights_of_a_qformer_are_no_start(untrained_run: Path, connector_world: World) -> None:

@@ -19,6 +19,7 @@ from instructblip.data.readers import READERS, RawSplit
 from instructblip.data.readers.class_questions import ClassQuestions
 from instructblip.data.records import Record
 from instructblip.data.synthetic import synthetic_card, write_synthetic
+from instructblip.data.templates import load_templates
 from instructblip.data.typed import WrongValueError
 from instructblip.errors import UserError
 from tests.kit.runs import World, compose, read_lines, scores, train_here
@@ -110,6 +111,12 @@ def test_no_kind_is_both_trained_on_and_held_out() -> None:
         assert not trained & kept
         assert not any(kind.startswith("statement") for kind in trained)
     assert len(TRAINED) + len(HELD_OUT) == len(VIEWS) == 14
+
+
+def test_classes_are_asked_for_in_the_forms_of_the_questions_about_them() -> None:
+    assert load_templates("what_is_this").templates == tuple(
+        form.replace("{question}", "what is this?") for form in load_templates("half_bare").templates
+    )
 
 
 def test_the_card_counts_what_the_reader_makes() -> None:

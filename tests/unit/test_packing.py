@@ -162,6 +162,19 @@ def test_packed_rows_in_bfloat16(name: str, autocast: bool, tmp_path: Path) -> N
     assert all(p.grad is None or bool(p.grad.isfinite().all()) for p in model.parameters())
 
 
+def test_attention_by_length_in_bfloat16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the model was widened to float32 for a while, to see whether it keeps samples apart."""
+    llm = load("gemma_3_4b", tmp_path, dtype="bfloat16")
+    model, images = tiny_model(llm=llm), tiny_images(len(PROMPTS))
+    alone = term_of(model, images, PROMPTS, TARGETS).per_sample
+    by_length(model, monkeypatch)
+    assert {parameter.dtype for parameter in llm.parameters()} == {torch.bfloat16}
+    packed = term_of(model, images, PROMPTS, TARGETS, packed=True)
+    torch.testing.assert_close(packed.per_sample, alone, rtol=0.03, atol=0.1)
+    packed.total.backward()
+    assert all(p.grad is None or bool(p.grad.isfinite().all()) for p in model.parameters())
+
+
 @pytest.mark.parametrize("name", ["mistral_7b", "gemma_3_4b"])
 def test_a_window_ends_inside_a_packed_sample(name: str, tmp_path: Path) -> None:
     """The tiny families' windows are shorter than their samples, or nothing would be tested of them."""
