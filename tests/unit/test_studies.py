@@ -14,9 +14,9 @@ def _planned(name: str, form: StudyForm = "reduced") -> tuple[StudyCommandConfig
     return config, plan_study(config)
 
 
-def test_the_eight_questions_have_studies() -> None:
-    expected = ["alignment", "connectors", "instruction_aware", "int8", "lora", "queries", "ranking", "sampling"]
-    assert expected == STUDIES
+def test_the_eight_questions_and_the_two_demos_have_studies() -> None:
+    questions = ["alignment", "connectors", "instruction_aware", "int8", "lora", "queries", "ranking", "sampling"]
+    assert sorted([*questions, "demo", "photos"]) == STUDIES
 
 
 @pytest.mark.parametrize("name", STUDIES)
