@@ -83,7 +83,8 @@ def _scores_table(findings: Findings) -> str:
         for dataset, condition, item in _in_order(findings, findings.scores, findings.conditions)
     ]
     seeds = ", ".join(map(str, findings.seeds))
-    return _table(["dataset", "condition", f"seeds {seeds}", "mean ± SD [95%]", *baselines], rows)
+    seeds = f"seed{'s' * (len(findings.seeds) > 1)} {seeds}"
+    return _table(["dataset", "condition", seeds, "mean ± SD [95%]", *baselines], rows)
 
 
 def _differences_table(findings: Findings) -> str:
@@ -188,9 +189,15 @@ def _notes(config: StudyCommandConfig, findings: Findings) -> str:
     counts = sorted({item.count for item in findings.scores.values()})
     asked = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     compared = len(findings.differences)
+    seeds = len(findings.seeds)
     lines = [
-        f"Scores of {asked} samples a dataset. Intervals by seed are Student's t over {len(findings.seeds)} seeds, and p is "
-        "of the paired t test: they say how far another training run would differ.",
+        f"Scores of {asked} samples a dataset. "
+        + (
+            f"Intervals by seed are Student's t over {seeds} seeds, and p is of the paired t test: they say how far another "
+            "training run would differ."
+            if seeds > 1
+            else "One seed says nothing of how far another training run would differ."
+        ),
         "Intervals by sample are of the mean over these very runs, images resampled: they say how far other questions "
         f"would. A seed is better or worse where its own samples say so (p < {SIGNIFICANT:g}).",
         f"{compared} differences are tested, and p is not corrected for that: of as many that are 0, "
