@@ -26,8 +26,9 @@ def on_ranks(count: int, function: Callable[..., Any], *arguments: Any) -> list[
         context.Process(target=_run, args=(rank, count, port, end, function, arguments))
         for rank, (_, end) in enumerate(pipes)
     ]
-    for process in processes:
+    for process, (_, end) in zip(processes, pipes, strict=True):
         process.start()
+        end.close()  # so that a process which ends without an answer is noticed
     try:
         return [_received(start) for start, _ in pipes]
     finally:

@@ -225,6 +225,7 @@ def test_the_sidecar_says_what_transformers_cannot(tmp_path: Path, caplog: pytes
             "prompt_prefix": "\n",
             "prompt_suffix": " answer",
             "answer_prefix": " ",
+            "image_in_text": False,
             "supervise_bos": False,
             "max_prompt_tokens": 128,
             "max_target_tokens": 256,

@@ -136,8 +136,8 @@ def test_a_result_that_computes_something_else_is_not_written(
 def test_a_result_whose_prompts_are_padded_on_the_wrong_side_is_not_written(
     formats: Formats, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def save_without_the_side(model: InstructBLIP, folder: Path) -> None:
-        save_huggingface(model, folder)
+    def save_without_the_side(model: InstructBLIP, folder: Path, *, merge: bool) -> None:
+        save_huggingface(model, folder, merge=merge)
         said = json.loads((folder / "tokenizer_config.json").read_text())
         assert said.pop("padding_side") == "left"
         (folder / "tokenizer_config.json").write_text(json.dumps(said))

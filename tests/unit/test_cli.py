@@ -116,7 +116,7 @@ def test_nothing_is_written_where_the_command_is_run(monkeypatch: pytest.MonkeyP
         ("llms=smollm2_135m", "unknown key llms; did you mean llm?"),
         ("llm=smollm", "there is no llm=smollm; did you mean smollm2_135m? configs/llm has: flan_t5_base, "),
         ("experiment=papr", "there is no experiment=papr; "),
-        ("zzz=1", "unknown key zzz; the keys there are: seed, model, vision, qformer, text, llm, name"),
+        ("zzz=1", "unknown key zzz; the keys there are: seed, model, vision, connector, qformer, text, llm, name"),
         ("seed", "seed cannot be understood; write each setting as key=value"),
         ("a b", "a b cannot be understood; "),
         (

@@ -1,8 +1,8 @@
 """Low-rank adapters over ranks: those of DDP and FSDP2 compute what one process computes, and a killed run goes on."""
 
-import os
 import shutil
 import signal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from instructblip.training.optim import make_adamw
 from instructblip.training.parallel import StepContext, is_sharded, parallelize
 from instructblip.weights.load import load_model
 from instructblip.weights.parts import train_parts
+from tests.faults.test_kill_resume import die_saving
 from tests.kit.ranks import on_ranks
 from tests.kit.runs import World, evaluate_here, read_lines, run, scores, start, train_here
 from tests.kit.tiny import tiny_encoder_decoder_llm, tiny_llm, tiny_model, tiny_released_model
@@ -105,10 +106,8 @@ def tensors(folder: Path, step: int = 6) -> dict[str, dict[str, torch.Tensor]]:
 
 def test_a_killed_run_goes_on_bit_equal(world: World, finished: Path, tmp_path: Path) -> None:
     arguments = [*world.train, *SHORT, f"output={tmp_path}"]
-    command = start(world, "train.py", *arguments, cwd=tmp_path)
-    command.wait_for_lines(tmp_path / "demo/metrics.jsonl", 3)
-    os.kill(command.process.pid or 0, signal.SIGKILL)
-    command.wait()
+    command = start(world, "train.py", *arguments, cwd=tmp_path, before=partial(die_saving, 4))
+    assert command.wait() == -signal.SIGKILL, command.output
     assert "continuing" in run(world, "train.py", *arguments, "resume=auto", cwd=tmp_path)
     for line, other in zip(
         read_lines(tmp_path / "demo/metrics.jsonl"), read_lines(finished / "metrics.jsonl"), strict=True
