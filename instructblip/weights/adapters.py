@@ -59,11 +59,18 @@ def _layers_in(model: Model, names: Iterable[str], folder: Path) -> dict[str, st
     names, known = list(names), {name for part in model.PARTS for name in _linear_names(model, part)}
     readings = [{name: f"{root}.{name}" for name in names} for root in _ROOTS]
     readings += [native_layers(names, layout) for layout in _LAYOUTS]
-    for reading in readings:
-        if reading.keys() == set(names) and known.issuperset(reading.values()):
-            return reading
-    first = names[0] if names else "nothing"
-    raise UserError(f"adapter={folder} adapts {first}, which this model has not; it is of another model")
+    if not names:
+        raise UserError(f"adapter={folder} adapts nothing: it has no tensors; save it again")
+    strays = [[name for name in names if reading.get(name) not in known] for reading in readings]
+    fewest = min(strays, key=len)
+    if not fewest:
+        return readings[strays.index(fewest)]
+    if len(fewest) < len(names):
+        raise UserError(
+            f"adapter={folder} adapts {fewest[0]}, which stands outside the blocks of this model's parts, where adapters are "
+            "read alone; train it again with target_modules that leave that out"
+        )
+    raise UserError(f"adapter={folder} adapts {fewest[0]}, which this model has not; it is of another model")
 
 
 def _linear_names(model: Model, part: str) -> list[str]:

@@ -10,6 +10,7 @@ Shape legend: R rank, I and O the width of what a layer reads and writes.
 """
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,17 +30,19 @@ CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 ADAPTER_FOLDER = "adapter"  # beside a model of transformers that is written without its adapters
 _PREFIX = "base_model.model."
 MATRICES = ("lora_A", "lora_B")
-# What peft may be told and this code does not compute, with the value that says no.
+# Values of plain LoRA. Other starts than these (pissa, olora, loftq) change the base, which the folder does not hold.
 _PLAIN: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "bias": ("none", None),
-    "use_dora": (False, None),
-    "lora_bias": (False, None),
-    "modules_to_save": (None, []),
-    "layer_replication": (None,),
-    "target_parameters": (None, []),
-    "trainable_token_indices": (None, []),
-    "alora_invocation_tokens": (None,),
+    "init_lora_weights": (True, False, None, "gaussian", "eva"),
+}
+# Settings of plain LoRA, which the tensors and their names follow, and those of what is switched on by another.
+_READ = {
+    *("alpha_pattern", "lora_alpha", "r", "rank_pattern", "use_rslora"),
+    *("target_modules", "exclude_modules", "layers_pattern", "layers_to_transform", "fan_in_fan_out", "ensure_weight_tying"),
+    *("inference_mode", "lora_dropout", "runtime_config", "task_type"),
+    *("auto_mapping", "base_model_name_or_path", "peft_version", "revision"),
+    *("eva_config", "corda_config", "lora_ga_config", "loftq_config", "megatron_core", "qalora_group_size"),
 }
 # The part of the model that a root belongs to, where they are not called alike.
 _PARTS = {"text_encoder": "text", "text_decoder": "text"}
@@ -139,10 +142,7 @@ def read_peft_folder(folder: Path) -> dict[str, LayerAdapter]:
         raise UserError(
             f"adapter={folder} has no {CONFIG_FILE}; give a folder that peft wrote, or adapters/llm of a checkpoint"
         )
-    config = read_json(folder / CONFIG_FILE)
-    for key, plain in _PLAIN.items():
-        if key in config and config[key] not in plain:
-            raise UserError(f"adapter={folder} has {key}={json.dumps(config[key])}; only plain LoRA is read")
+    config = _read_config(folder)
     try:
         tensors = load_file(folder / WEIGHTS_FILE)
     except (OSError, SafetensorError) as error:
@@ -160,9 +160,29 @@ def read_peft_folder(folder: Path) -> dict[str, LayerAdapter]:
     return {layer: _found(layer, pair, config) for layer, pair in pairs.items()}
 
 
+def _read_config(folder: Path) -> dict[str, Any]:
+    """The settings in a folder; whatever switches on more than plain LoRA is refused, also what peft has yet to think of."""
+    config = read_json(folder / CONFIG_FILE)
+    if not isinstance(config, dict) or "peft_type" not in config:
+        raise UserError(f"{folder / CONFIG_FILE} is no configuration of peft's; save the adapter again")
+    for key, value in config.items():
+        if key not in _READ and (value not in _PLAIN[key] if key in _PLAIN else value):
+            raise UserError(f"adapter={folder} has {key}={json.dumps(value)}; only plain LoRA is read")
+    alphas = [config.get("lora_alpha"), *_alpha_pattern(config).values()]
+    if not all(isinstance(alpha, int | float) and math.isfinite(alpha) for alpha in alphas):
+        raise UserError(f"{folder / CONFIG_FILE} has no number as lora_alpha, or in alpha_pattern; save the adapter again")
+    return config
+
+
+def _alpha_pattern(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Alphas of layers that have one of their own."""
+    found = config.get("alpha_pattern")
+    return found if isinstance(found, dict) else {}
+
+
 def _found(layer: str, pair: Mapping[str, Tensor], config: Mapping[str, Any]) -> LayerAdapter:
     from peft.utils.other import get_pattern_key
 
-    rank, patterns = pair["lora_A"].shape[0], dict(config.get("alpha_pattern") or {})
+    rank, patterns = pair["lora_A"].shape[0], _alpha_pattern(config)
     alpha = float(patterns.get(get_pattern_key(list(patterns), layer), config["lora_alpha"]))
     return LayerAdapter(rank, alpha / (rank**0.5 if config.get("use_rslora") else rank), pair["lora_A"], pair["lora_B"])

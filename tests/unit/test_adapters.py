@@ -372,6 +372,10 @@ def test_a_layer_that_the_encoder_never_calls_is_refused() -> None:
         ({"use_dora": True}, ["use_dora"]),
         ({"peft_type": "IA3"}, ["peft_type"]),
         ({"modules_to_save": ["lm_head"]}, ["modules_to_save"]),
+        ({"init_lora_weights": "pissa"}, ["init_lora_weights", "pissa", "only plain LoRA"]),
+        ({"a_kind_to_come": {"rate": 2}}, ["a_kind_to_come", "only plain LoRA"]),
+        ({"lora_alpha": None}, ["adapter_config.json", "lora_alpha"]),
+        ({"alpha_pattern": {"q_proj": "8"}}, ["adapter_config.json", "alpha_pattern"]),
     ],
 )
 def test_other_kinds_of_adapters_are_refused(change: dict[str, Any], words: list[str], tmp_path: Path) -> None:
@@ -381,6 +385,15 @@ def test_other_kinds_of_adapters_are_refused(change: dict[str, Any], words: list
     with pytest.raises(UserError) as error:
         attach(tiny_model(), tmp_path / "adapter")
     assert [word for word in words if word not in str(error.value)] == []
+
+
+def test_a_layer_outside_the_blocks_is_named_among_those_that_are_read(tmp_path: Path) -> None:
+    model = adapted(tiny_model(), {"llm": PLAIN})
+    folder = peft_folders(model.adapters, model.held_state())["llm"]
+    pair = {f"base_model.model.lm_head.{matrix}.weight": torch.zeros(2, 2) for matrix in ("lora_A", "lora_B")}
+    folder._replace(tensors={**folder.tensors, **pair}).write(tmp_path / "adapter")
+    with pytest.raises(UserError, match="adapts lm_head, which stands outside the blocks"):
+        attach(tiny_model(), tmp_path / "adapter")
 
 
 def test_adapters_of_another_model_are_refused(tmp_path: Path) -> None:
