@@ -313,7 +313,7 @@ def forget_given_up(folder: Path) -> None:
 
 
 # Choices in which the new protocol must equal that of the results it replaces.
-_SAME = ("preset", "mode", "split", "images", "precision")
+_SAME = ("preset", "mode", "split", "images", "precision", "normalize", "include_eos")
 _SAMPLES = ("samples", "samples_sha256", "sha256")  # of the protocol: which samples, and the hash of all of it
 
 
@@ -332,17 +332,20 @@ def claimed(folder: Path, ranks: Ranks) -> Iterator[Ranks]:
         yield watching
 
 
-def refuse_others_results(folder: Path, checkpoint: str, tasks: Sequence[Task], llm: str | None = None) -> None:
+def refuse_others_results(
+    folder: Path, checkpoint: str, tasks: Sequence[Task], *, adapter: str | None = None, llm: str | None = None
+) -> None:
     """Refuse to overwrite the results of another evaluation. The same one may run again, or with more samples.
 
     Args:
         folder: the evaluation's.
         checkpoint: path of what is evaluated, as results.json has it.
         tasks: what is evaluated.
+        adapter: folder of adapters that come onto it.
         llm: name of the language model, once it is known.
 
     Raises:
-        UserError: there are results of another checkpoint or LLM, preset, mode or split, of datasets that are left out
+        UserError: there are results of another checkpoint, adapter or LLM, preset, mode or split, of datasets that are left out
             now, or of more samples; or a results.json that cannot be read.
     """
     file = folder / RESULTS
@@ -353,7 +356,7 @@ def refuse_others_results(folder: Path, checkpoint: str, tasks: Sequence[Task], 
         held = read_run(file)
     except UserError:
         raise UserError(f"{file} is damaged, or of another version of this code; {way_out}") from None
-    if difference := _difference(held, checkpoint, tasks, llm):
+    if difference := _difference(held, checkpoint, tasks, adapter, llm):
         raise UserError(f"{folder} holds the results of {held.checkpoint} ({difference}); {way_out}")
 
 
@@ -372,10 +375,18 @@ def replaced_results(folder: Path, tasks: Sequence[Task]) -> list[str]:
     return lines
 
 
-def _difference(held: StoredRun, checkpoint: str, tasks: Sequence[Task], llm: str | None) -> str | None:
+def _place(path: str | None) -> Path | None:
+    return None if path is None else Path(path).expanduser().resolve()
+
+
+def _difference(
+    held: StoredRun, checkpoint: str, tasks: Sequence[Task], adapter: str | None, llm: str | None
+) -> str | None:
     """Why the stored results must stay, or None."""
     if Path(held.checkpoint).resolve() != Path(checkpoint).resolve():
         return f"asked for is {checkpoint}"
+    if _place(held.adapter) != _place(adapter):
+        return f"with adapter {held.adapter}, asked for is {adapter}"
     if llm is not None and llm != held.llm:
         return f"with LLM {held.llm}, asked for is {llm}"
     if left_out := sorted(held.scores.keys() - {task.card.name for task in tasks}):

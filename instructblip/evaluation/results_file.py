@@ -73,7 +73,7 @@ class StoredScore:
 class StoredRun:
     """An evaluation's folder, what was evaluated, the scores in it, and what has none, by dataset.
 
-    `llm` is None where there is no language model.
+    `adapter` is the folder of those that were put onto the checkpoint; `llm` is None where there is no language model.
     """
 
     folder: Path
@@ -81,11 +81,14 @@ class StoredRun:
     llm: str | None
     scores: dict[str, StoredScore]
     not_evaluated: dict[str, NotEvaluated] = field(default_factory=dict)
+    adapter: str | None = None
 
     @property
     def about(self) -> str:
         """Where the scores come from, in a line."""
-        return f"{self.folder}, checkpoint {self.checkpoint}" + (f", LLM {self.llm}" if self.llm else "")
+        beside = {"adapter": self.adapter, "LLM": self.llm}
+        told = [f"{what} {name}" for what, name in beside.items() if name]
+        return ", ".join([str(self.folder), f"checkpoint {self.checkpoint}", *told])
 
 
 @dataclass(frozen=True)
@@ -121,7 +124,11 @@ def read_run(place: str | Path) -> StoredRun:
     if not isinstance(llm, str) and ("llm" in values.get("model", {}) or "vision" not in values.get("model", {})):
         raise UserError(f"{file} names no model: model.llm.name is {llm!r}; {_HINT}")
     scores = {name: _stored_score(entry, name, file) for name, entry in values["datasets"].items()}
-    return StoredRun(file.parent, str(checkpoint.get("path")), llm, scores, _not_evaluated(values, file))
+    adapter = checkpoint.get("adapter")
+    if not (adapter is None or isinstance(adapter, str)):
+        raise UserError(f"{file} names no adapter: checkpoint.adapter is {adapter!r}; {_HINT}")
+    path = str(checkpoint.get("path"))
+    return StoredRun(file.parent, path, llm, scores, _not_evaluated(values, file), adapter)
 
 
 def read_predictions(run: StoredRun, dataset: str) -> dict[str, StoredPrediction]:

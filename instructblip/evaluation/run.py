@@ -44,7 +44,7 @@ def evaluate(config: EvaluateConfig, console: Console) -> None:
     refuse_unable(tasks, source.skills, str(source.path))
     folder = Path(config.output) / config.name
     with claimed(folder, ranks) as ranks:
-        refuse_others_results(folder, str(source.path), tasks)
+        refuse_others_results(folder, str(source.path), tasks, adapter=config.adapter)
         for line in replaced_results(folder, tasks):
             console.print(line, markup=False, highlight=False, soft_wrap=True)
         loaded = load_model(
@@ -57,7 +57,11 @@ def evaluate(config: EvaluateConfig, console: Console) -> None:
         )
         _refuse_untrained(loaded, allowed=config.allow_untrained)
         refuse_others_results(
-            folder, loaded.source, tasks, llm=loaded.parts["llm"].name if "llm" in loaded.parts else None
+            folder,
+            loaded.source,
+            tasks,
+            adapter=config.adapter,
+            llm=loaded.parts["llm"].name if "llm" in loaded.parts else None,
         )
         failed = _evaluate(config, loaded, tasks, absent, shards, folder, ranks, console)
     refuse_failed([item for item in (*absent, *failed) if item.why == "failed"], folder, "the same command")
@@ -146,6 +150,7 @@ def _evaluate(
         folder,
         title=f"{config.suite.name} with {loaded.name}{NOTE if config.data.synthetic else ''}",
         checkpoint=loaded.source,
+        adapter=loaded.adapter,
         step=loaded.step,
         parts=loaded.parts,
         **weights,

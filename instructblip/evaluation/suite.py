@@ -58,7 +58,7 @@ def takes_cached_images(task: Task) -> bool:
 
 
 def model_identity(model: Model, frozen: Mapping[str, str], trained: str) -> str:
-    """SHA-256 of all that a model's answers depend on: every weight, frozen or not, and how texts and images enter.
+    """SHA-256 of all that a model's answers depend on: every weight, frozen or not, their factors, how texts and images enter.
 
     Args:
         model: whose answers.
@@ -70,7 +70,10 @@ def model_identity(model: Model, frozen: Mapping[str, str], trained: str) -> str
         *model.conventions(),
         [vision.image_size, vision.mean.tolist(), vision.std.tolist(), str(vision.layers), str(vision.grid)],
     ]
-    parts = [trained, *frozen.values()]
+    scaled = {
+        name: adapter.alpha for name, adapter in sorted(model.adapters.items())
+    }  # by which adapters are multiplied
+    parts = [trained, *frozen.values(), *([scaled] if scaled else [])]
     return hashlib.sha256(json.dumps([parts, conventions]).encode()).hexdigest()
 
 
@@ -256,6 +259,7 @@ def finish_evaluation(
     *,
     title: str,
     checkpoint: str,
+    adapter: str | None = None,
     step: int,
     parts: Mapping[str, FrozenPart],
     frozen: Mapping[str, str],
@@ -271,7 +275,7 @@ def finish_evaluation(
         model, results: what was evaluated, and what `evaluate_tasks` gave.
         folder: as there.
         title: of the table and the report.
-        checkpoint, step: where the trained weights come from.
+        checkpoint, step: where the trained weights come from; `adapter`, those that were put onto them.
         parts, frozen: names of the large parts, and fingerprints of those that are frozen.
         trained: fingerprint of what trains.
         standing: what the model started from, and what of it was never trained or is aligned to another LLM.
@@ -289,6 +293,7 @@ def finish_evaluation(
     summary = results_json(
         results,
         checkpoint=checkpoint,
+        adapter=adapter,
         fingerprint=trained,
         step=step,
         model=described,
@@ -333,6 +338,7 @@ def results_json(
     results: Sequence[DatasetResult],
     *,
     checkpoint: str,
+    adapter: str | None = None,
     fingerprint: str,
     step: int,
     model: Mapping[str, Any],
@@ -343,10 +349,11 @@ def results_json(
 
     Beside the scores stands what of the suite has none, and why.
     """
+    on_top = {} if adapter is None else {"adapter": adapter}
     return {
         "format": FORMAT,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "checkpoint": {"path": checkpoint, "trainable_sha256": fingerprint, "step": step},
+        "checkpoint": {"path": checkpoint, **on_top, "trainable_sha256": fingerprint, "step": step},
         "started_from": list(started_from),
         "model": dict(model),
         "machine": {"platform": platform.platform(), "torch_threads": torch.get_num_threads()},
@@ -354,6 +361,11 @@ def results_json(
         "datasets": {item.result.task.card.name: _results_entry(item) for item in results},
         "not_evaluated": {item.name: {"why": item.why, "reason": item.reason} for item in not_evaluated},
     }
+
+
+def _checkpoint_line(checkpoint: Mapping[str, Any]) -> str:
+    adapter = f" with adapter {checkpoint['adapter']}" if "adapter" in checkpoint else ""
+    return f"{checkpoint['path']}{adapter} (step {checkpoint['step']})"
 
 
 def write_results(
@@ -373,7 +385,7 @@ def write_results(
     write_json(folder / RESULTS, summary)
     report = Report(
         title=title,
-        checkpoint=f"{summary['checkpoint']['path']} (step {summary['checkpoint']['step']})",
+        checkpoint=_checkpoint_line(summary["checkpoint"]),
         model=_model_line(summary["model"]),
         created=summary["created"],
         summary=[report_row(item.result, item.baselines) for item in results],

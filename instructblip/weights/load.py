@@ -123,6 +123,7 @@ class LoadedModel(NamedTuple):
         config: the sections it was built from; None for a transformers folder, which is its own configuration.
         parts: `vision`, and `llm` where there is one.
         standing: what it started from, and what of it was never trained or is aligned to another LLM.
+        adapter: folder whose adapters were put onto it.
     """
 
     model: Model
@@ -132,6 +133,7 @@ class LoadedModel(NamedTuple):
     config: ModelConfig | None
     parts: dict[str, FrozenPart]
     standing: Standing = PLAIN
+    adapter: str | None = None
 
 
 class Replacements(NamedTuple):
@@ -243,6 +245,7 @@ def load_model(
         loaded = load[found.format](found, replaced)
     if adapter is not None:
         attach(loaded.model, adapter)
+        loaded = loaded._replace(adapter=str(adapter))
     check_device(loaded.model, place)
     return loaded._replace(model=loaded.model.to(place).eval())
 

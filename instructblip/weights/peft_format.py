@@ -39,7 +39,14 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
 # Settings of plain LoRA, which the tensors and their names follow, and those of what is switched on by another.
 _READ = {
     *("alpha_pattern", "lora_alpha", "r", "rank_pattern", "use_rslora"),
-    *("target_modules", "exclude_modules", "layers_pattern", "layers_to_transform", "fan_in_fan_out", "ensure_weight_tying"),
+    *(
+        "target_modules",
+        "exclude_modules",
+        "layers_pattern",
+        "layers_to_transform",
+        "fan_in_fan_out",
+        "ensure_weight_tying",
+    ),
     *("inference_mode", "lora_dropout", "runtime_config", "task_type"),
     *("auto_mapping", "base_model_name_or_path", "peft_version", "revision"),
     *("eva_config", "corda_config", "lora_ga_config", "loftq_config", "megatron_core", "qalora_group_size"),
@@ -170,7 +177,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
             raise UserError(f"adapter={folder} has {key}={json.dumps(value)}; only plain LoRA is read")
     alphas = [config.get("lora_alpha"), *_alpha_pattern(config).values()]
     if not all(isinstance(alpha, int | float) and math.isfinite(alpha) for alpha in alphas):
-        raise UserError(f"{folder / CONFIG_FILE} has no number as lora_alpha, or in alpha_pattern; save the adapter again")
+        raise UserError(
+            f"{folder / CONFIG_FILE} has no number as lora_alpha, or in alpha_pattern; save the adapter again"
+        )
     return config
 
 

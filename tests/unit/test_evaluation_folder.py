@@ -11,6 +11,7 @@ from instructblip.distributed import ALONE, Ranks
 from instructblip.errors import UserError
 from instructblip.evaluation.journal import claimed, refuse_others_results
 from instructblip.evaluation.protocol import Task, as_json, blind_task
+from instructblip.evaluation.results_file import read_run
 from tests.kit.stored import entry, write_run
 from tests.kit.synthetic_tasks import synthetic_task
 
@@ -49,6 +50,7 @@ def test_the_same_evaluation_goes_on(tasks: list[Task], tmp_path: Path) -> None:
         ({"mode": "rank"}, "gqa with mode rank, asked for is generate"),
         ({"split": "train"}, "gqa with split train, asked for is testdev"),
         ({"images": "withheld"}, "gqa with images withheld, asked for is shown"),
+        ({"normalize": "mean"}, "gqa with normalize mean, asked for is sum"),
         ({"samples": 5}, "gqa with samples 5, asked for is 4"),
         ({"samples": None}, "gqa with samples all, asked for is 4"),
     ],
@@ -75,6 +77,20 @@ def test_other_checkpoints_and_datasets_are_refused(tasks: list[Task], tmp_path:
         refuse_others_results(folder, CHECKPOINT, tasks, llm="flan_t5_xl")
     with pytest.raises(UserError, match="images shown, asked for is withheld"):
         refuse_others_results(folder, CHECKPOINT, [blind_task(task) for task in tasks])
+
+
+def test_other_adapters_on_a_checkpoint_are_refused(tasks: list[Task], tmp_path: Path) -> None:
+    plain = store(tmp_path / "plain", tasks)
+    with pytest.raises(UserError, match=r"\(with adapter None, asked for is mine/llm\); give another name="):
+        refuse_others_results(plain, CHECKPOINT, tasks, adapter="mine/llm")
+    adapted = store(tmp_path / "adapted", [])
+    found = json.loads((plain / "results.json").read_text())
+    found["checkpoint"]["adapter"] = "mine/llm"
+    (adapted / "results.json").write_text(json.dumps(found))
+    refuse_others_results(adapted, CHECKPOINT, tasks, adapter=str(Path("mine/llm").absolute()))
+    with pytest.raises(UserError, match=r"\(with adapter mine/llm, asked for is None\)"):
+        refuse_others_results(adapted, CHECKPOINT, tasks)
+    assert read_run(adapted).about.endswith("checkpoint outputs/train/x, adapter mine/llm, LLM vicuna")
 
 
 @pytest.mark.parametrize("content", ["{", "[]", json.dumps({"format": 1, "datasets": {"gqa": {}}})])

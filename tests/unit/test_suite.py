@@ -4,9 +4,11 @@ import pytest
 import torch
 
 from instructblip.evaluation.suite import describe_model, model_identity
+from instructblip.models.adapters import Adapter
 from instructblip.models.fingerprint import fingerprint_tensors
 from instructblip.models.quantized import quantize_linears
 from instructblip.weights.load import FrozenPart, frozen_fingerprints
+from instructblip.weights.parts import adapt
 from tests.kit.tiny import tiny_model
 
 PARTS = {"vision": FrozenPart("a ViT", "vision.pth"), "llm": FrozenPart("an LLM", "its/folder")}
@@ -35,6 +37,15 @@ def test_the_frozen_parts_are_named_as_they_are_held(quantization: str | None) -
         "sha256": frozen["vision"],
     }
     assert found["sha256"] == model_identity(model, frozen, "trained")
+
+
+def test_another_factor_of_the_same_adapters_is_another_model() -> None:
+    found = set()
+    for alpha in (4.0, 8.0):
+        model = tiny_model()
+        adapt(model, "llm", Adapter(2, alpha, 0.0), seed=0)
+        found.add(model_identity(model, frozen_fingerprints(model), fingerprint_tensors(model.held_state())))
+    assert len(found) == 2
 
 
 def test_another_weight_is_another_model() -> None:
