@@ -101,6 +101,7 @@ MetricName = Literal[
 # --- bounds ----------------------------------------------------------------------------------------------------------
 
 AtLeastOne = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]  # what numpy's and torch's streams both take
 NotNegative = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NotNegativeFloat = Annotated[float, Field(ge=0)]
@@ -333,7 +334,7 @@ class ArchitectureConfig(Section):
 class ModelConfig(Section):
     """All that a model is built from."""
 
-    seed: int = 0
+    seed: Seed = 0
     model: ArchitectureConfig = field(default_factory=ArchitectureConfig)
     vision: VisionConfig
     connector: ConnectorConfig = field(default_factory=ConnectorConfig)
@@ -668,7 +669,7 @@ class PrepareConfig(Section):
     check: str | None = None
     show: str | None = None
     samples: AtLeastOne = 12
-    seed: int = 0
+    seed: Seed = 0
     audit: list[str] | None = None
     cards: list[str] = field(
         default_factory=list
@@ -712,7 +713,7 @@ class CapFiltConfig(Section):
     text_processor: TextProcessor | None = (
         None  # of what the filter reads; None: blip_caption, or none of variant=blip2
     )
-    seed: int = 0
+    seed: Seed = 0
     tolerance: NotNegative = 0  # damaged pictures, per shard, that are counted and left out
     llm: LLMConfig | None = None  # of a captioner that is a .pth file, or in place of its own
     vision_path: str | None = None
@@ -727,7 +728,7 @@ class InspectConfig(Section):
 
     mixture: MixtureConfig
     data: DataConfig = field(default_factory=DataConfig)
-    seed: int = 0
+    seed: Seed = 0
     image_size: AtLeastOne = 224
     steps: AtLeastOne = 60_000  # of the run that is planned
     batch_size: AtLeastOne = 128
@@ -774,7 +775,7 @@ class StudyConfig(Section):
     stages: dict[PartFolder, StudyStageConfig] = field(default_factory=dict)
     conditions: Annotated[dict[PartFolder, StudyConditionConfig], Field(min_length=2)]  # the first is the reference
     datasets: list[str] = field(default_factory=list)  # whose scores are compared; empty: all that have one
-    seeds: Annotated[list[int], Field(min_length=1)]
+    seeds: Annotated[list[Seed], Field(min_length=1)]
     forms: dict[StudyForm, StudyFormConfig] = field(default_factory=dict)
 
 
@@ -786,7 +787,7 @@ class StudyCommandConfig(Section):
     name: str
     output: str = "outputs/study"
     form: StudyForm = "reduced"
-    seeds: list[int] | None = None  # in place of the study's
+    seeds: list[Seed] | None = None  # in place of the study's
     train: list[str] = field(default_factory=list)  # further overrides of train.py, of all runs
     evaluate: list[str] = field(default_factory=list)
     jobs: AtLeastOne = 1  # runs at a time

@@ -345,8 +345,8 @@ def refuse_others_results(
         llm: name of the language model, once it is known.
 
     Raises:
-        UserError: there are results of another checkpoint, adapter or LLM, preset, mode or split, of datasets that are left out
-            now, or of more samples; or a results.json that cannot be read.
+        UserError: there are results of another checkpoint, adapter or LLM, preset, mode or split, of datasets that are left
+            out now, or of more samples; or a results.json that cannot be read.
     """
     file = folder / RESULTS
     if not file.exists():

@@ -58,7 +58,7 @@ def takes_cached_images(task: Task) -> bool:
 
 
 def model_identity(model: Model, frozen: Mapping[str, str], trained: str) -> str:
-    """SHA-256 of all that a model's answers depend on: every weight, frozen or not, their factors, how texts and images enter.
+    """SHA-256 of all that a model's answers depend on: every weight, adapters' factors, and how texts and images enter.
 
     Args:
         model: whose answers.

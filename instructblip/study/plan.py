@@ -13,11 +13,12 @@ from instructblip.config.schema import (
     EvaluateConfig,
     StudyCommandConfig,
     StudyConditionConfig,
+    StudyConfig,
     StudyFormConfig,
     StudyStageConfig,
     TrainConfig,
 )
-from instructblip.config.validate import to_dict
+from instructblip.config.validate import nearest, to_dict
 from instructblip.data.cards import load_cards
 from instructblip.data.templates import load_templates
 from instructblip.errors import UserError
@@ -48,6 +49,19 @@ _FREE_TRAIN = (
     "recipe.full_disk",
 )
 _FREE_EVALUATE = (*_FREE_DATA, "name", "output", "device", "checkpoint", "logger", "batch_size", "examples")
+# What a study sets itself, and what says it there.
+_SET_EVALUATE = {
+    "checkpoint": "name the condition in evaluates",
+    "name": "leave it out",
+    "output": "give output= of the study",
+}
+_SET_TRAIN = {
+    "seed": "list it in seeds",
+    "name": "leave it out",
+    "output": "give output= of the study",
+    "plan": "give plan=true of the study",
+    **dict.fromkeys(("resume", "resume_allow"), "leave it out: its runs are resumed"),
+}
 _DIGITS = 12  # of an identity, in the name of a folder
 RUNS = "runs"  # folder of the runs of all studies
 
@@ -102,6 +116,7 @@ def plan_study(config: StudyCommandConfig) -> StudyPlan:
     for seed in planner.seeds:
         for name in config.study.conditions:
             planner.add(name, seed)
+    _check_scored(config.study, [planner.runs[identity].config for identity in dict.fromkeys(planner.scored.values())])
     return StudyPlan(planner.runs, planner.scored, planner.trained, planner.stages, planner.seeds)
 
 
@@ -195,13 +210,33 @@ class _Planner:
         form, own = self.form or StudyFormConfig(), run.forms.get(self.config.form, [])
         if isinstance(run, StudyConditionConfig) and run.evaluates is not None:
             overrides = merged([*self.study.evaluate, *form.evaluate, *run.evaluate, *self.config.evaluate])
+            _refuse_set(overrides, _SET_EVALUATE)
             evaluated = compose_config("evaluate", EvaluateConfig, [*overrides, "checkpoint=''"])
             return _Composed(evaluated, _asked([*evaluated.suite.held_in, *evaluated.suite.held_out]), overrides)
         unscored = ["suite=none"] if name in self.study.stages else []
         overrides = merged([*self.study.train, *form.train, *run.train, *own, *unscored, *self.config.train])
+        _refuse_set(overrides, _SET_TRAIN)
         trained = compose_config("train", TrainConfig, overrides)
         check_objectives(trained.recipe, trained)
         return _Composed(trained, _texts(trained), overrides)
+
+
+def _check_scored(study: StudyConfig, runs: Sequence[TrainConfig | EvaluateConfig]) -> None:
+    """Before anything is trained: what is to be compared is asked of somebody."""
+    asked = dict.fromkeys(name for run in runs for name in (*run.suite.held_in, *run.suite.held_out))
+    names = [card.name for card in load_cards(list(asked))]
+    if not names:
+        raise UserError(f"no run of study={study.name} is asked anything, so there is nothing to compare; set suite=")
+    if strays := [name for name in study.datasets if name not in names]:
+        raise UserError(f"study.datasets: {strays[0]} is in no suite of study={study.name}{nearest(strays[0], names)}")
+
+
+def _refuse_set(overrides: Sequence[str], own: Mapping[str, str]) -> None:
+    """Refuse settings that a study gives each of its runs itself."""
+    for item in overrides:
+        key = item.partition("=")[0].lstrip("+~")
+        if key in own:
+            raise UserError(f"{item}: the study sets {key} of its runs itself; {own[key]}")
 
 
 class _Composed(NamedTuple):

@@ -67,8 +67,8 @@ def _layers_in(model: Model, names: Iterable[str], folder: Path) -> dict[str, st
         return readings[strays.index(fewest)]
     if len(fewest) < len(names):
         raise UserError(
-            f"adapter={folder} adapts {fewest[0]}, which stands outside the blocks of this model's parts, where adapters are "
-            "read alone; train it again with target_modules that leave that out"
+            f"adapter={folder} adapts {fewest[0]}, which stands outside the blocks of this model's parts, where alone "
+            "adapters are read; train it again with target_modules that leave that out"
         )
     raise UserError(f"adapter={folder} adapts {fewest[0]}, which this model has not; it is of another model")
 

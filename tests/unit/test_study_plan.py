@@ -162,9 +162,14 @@ def test_forms_change_length_and_number(world: World, tmp_path: Path) -> None:
         ),
         (
             ("conditions", "staged", "train"),
-            ["seed=1,2"],
-            "staged of study=tiny: seed=1,2 are several values; give one",
+            ["recipe.clip_norm=1,2"],
+            "staged of study=tiny: recipe.clip_norm=1,2 are several values; give one",
         ),
+        (("conditions", "staged", "train"), ["seed=7"], "staged of .* seed=7: the study sets seed .* list it in seeds"),
+        (("conditions", "staged", "train"), ["plan=true"], "plan=true: the study sets plan of its runs itself"),
+        (("conditions", "by mean", "evaluate"), ["checkpoint=a"], "checkpoint=a: .* name the condition in evaluates"),
+        (("seeds",), [1, -1], r"study\.seeds.*-1"),
+        (("datasets",), ["easy_vqa_shap"], "easy_vqa_shap is in no suite of study=tiny; did you mean 'easy_vqa_shape'"),
     ],
 )
 def test_what_cannot_be_run_is_refused_in_a_line(
