@@ -275,6 +275,12 @@ def _check_trained(config: TrainConfig) -> None:
     for part in ("qformer", "connector", "text"):
         if part in config.absent_parts() and part in config.train.learning_rates:
             raise UserError(f"{config.said()} has no {part} to train; leave train.learning_rates.{part} out")
+    for part in config.train.learning_rates:
+        if part not in config.absent_parts() and getattr(config.train, part) == "frozen":
+            raise UserError(
+                f"train.learning_rates.{part} is of what trains, and train.{part}=frozen does not; set train.{part}=full or "
+                "lora, or leave it out"
+            )
     if config.train.vision == "frozen" and config.train.layer_decay != 1.0:
         raise UserError(
             f"train.layer_decay={config.train.layer_decay:g} is of the vision encoder's layers, which are frozen; set "
@@ -293,6 +299,13 @@ def _check_trained(config: TrainConfig) -> None:
             f"train.llm=full trains weights, and those of an {config.llm.quantization} LLM are rounded; "
             "leave llm.quantization out, or train adapters over them: train.llm=lora"
         )
+    for name, section in (("vision", config.vision), ("llm", config.llm)):
+        whole = getattr(config.train, name) == "full"  # held in float32
+        if section is not None and section.dtype == "float16" and not whole and config.recipe.precision == "bf16":
+            raise UserError(
+                f"recipe.precision=bf16 computes in bfloat16, and {name}.dtype=float16 holds weights in another half "
+                f"precision; set {name}.dtype=bfloat16"
+            )
     _check_adapters(config)
 
 
@@ -367,6 +380,11 @@ def _check_qformer(config: QFormerConfig) -> None:
 def _check_evaluation(config: EvaluateConfig) -> None:
     if not (*config.suite.held_in, *config.suite.held_out):
         raise UserError("there is nothing to evaluate; name a dataset in suite.held_in or suite.held_out")
+    for key in ("normalize", "include_eos"):
+        if config.mode in ("generate", "match") and getattr(config, key) is not None:
+            raise UserError(
+                f"{key}= is of ranked candidates, and mode={config.mode} ranks none; leave one of the two out"
+            )
 
 
 def _check_preparation(config: PrepareConfig) -> None:

@@ -7,6 +7,7 @@ import torch
 
 from instructblip.config.schema import EvaluationPrecision
 from instructblip.errors import UserError
+from instructblip.models.base import Model
 
 
 @contextlib.contextmanager
@@ -37,3 +38,17 @@ def check_precision(precision: EvaluationPrecision, device: torch.device) -> Non
     """
     if precision == "tf32" and device.type != "cuda":
         raise UserError(f"precision=tf32 is for NVIDIA GPUs, and the device is {device}; give precision=fp32 or bf16")
+
+
+def check_held(precision: EvaluationPrecision, model: Model) -> None:
+    """Refuse to autocast to bfloat16 what is held in float16: torch joins no tensors of the two.
+
+    Raises:
+        UserError: names the part.
+    """
+    held = (model.part_of(name) for name, weight in model.named_parameters() if weight.dtype == torch.float16)
+    if precision == "bf16" and (part := next(held, None)):
+        raise UserError(
+            f"precision=bf16 computes in bfloat16, and the {part} of this model is held in float16, another half precision; "
+            "leave precision out: what is held in float16 is computed in it anyway"
+        )

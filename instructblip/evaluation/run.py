@@ -14,7 +14,7 @@ from instructblip.data.synthetic import NOTE
 from instructblip.distributed import Ranks, choose_device
 from instructblip.errors import UserError
 from instructblip.evaluation.journal import claimed, refuse_others_results, replaced_results
-from instructblip.evaluation.precision import check_precision
+from instructblip.evaluation.precision import check_held, check_precision
 from instructblip.evaluation.protocol import Task, make_task, needed_splits, refuse_unable
 from instructblip.evaluation.results_file import NotEvaluated
 from instructblip.evaluation.suite import evaluate_tasks, finish_evaluation, image_reader, log_scores, refuse_failed
@@ -55,6 +55,7 @@ def evaluate(config: EvaluateConfig, console: Console) -> None:
             adapter=config.adapter,
             device=str(device),
         )
+        check_held(config.precision, loaded.model)
         _refuse_untrained(loaded, allowed=config.allow_untrained)
         refuse_others_results(
             folder,

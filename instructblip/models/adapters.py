@@ -120,14 +120,14 @@ def choose_layers(
             f"train.{part}=lora: the {part} has no linear layers in its blocks; set train.{part}=full or frozen"
         )
     wanted = tuple(targets) or _usual_targets(part, known, config)
-    if ALL_LINEAR in wanted:
-        return known
     for target in wanted:
-        if not any(_ends_with(name, target) for name in known):
+        if target != ALL_LINEAR and not any(_ends_with(name, target) for name in known):
             kinds = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in known))
             raise UserError(
                 f"train.lora.{part}.targets: no linear layer in the blocks of {part} is called {target}; there are: {kinds}"
             )
+    if ALL_LINEAR in wanted:
+        return known
     return {name: module for name, module in known.items() if any(_ends_with(name, target) for target in wanted)}
 
 

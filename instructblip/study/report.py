@@ -67,7 +67,8 @@ def _extra(config: StudyCommandConfig) -> dict[str, str]:
 
 def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [headings, ["---"] * len(headings), *rows]
-    return "\n".join(f"| {' | '.join(cell.replace('|', r'\|') for cell in cells)} |" for cells in lines)
+    escaped = [[cell.replace("|", "\\|") for cell in cells] for cells in lines]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in escaped)
 
 
 def _scores_table(findings: Findings) -> str:

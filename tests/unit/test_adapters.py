@@ -330,6 +330,8 @@ def test_checkpoints_hold_adapters_alone_of_a_part_that_has_files_of_its_own() -
         (["train.llm=lora", "train.lora.llm.targts=[q_proj]"], ["train.lora.llm.targts", "targets"]),
         (["train.vision=lora", "data.cache_features=true"], ["train.vision=lora", "data.cache_features=false"]),
         (["train.llm=full", "llm.quantization=int8"], ["train.llm=lora"]),
+        (["train.learning_rates.llm=1e-4"], ["train.learning_rates.llm", "train.llm=frozen", "leave it out"]),
+        (["llm.dtype=float16", "recipe.precision=bf16"], ["recipe.precision=bf16", "set llm.dtype=bfloat16"]),
         (["experiment=blip_demo_retrieval", "train.text=lora"], ["train.text=lora", "model.queue_size=null"]),
     ],
 )
@@ -344,6 +346,7 @@ def test_wrong_settings_end_in_one_line(overrides: list[str], words: list[str]) 
     ("part", "targets", "words"),
     [
         ("llm", ("qproj",), ["train.lora.llm.targets", "qproj", "q_proj"]),
+        ("llm", ("all-linear", "qproj"), ["train.lora.llm.targets", "qproj"]),
         ("llm", ("lm_head",), ["lm_head", "down_proj"]),  # tied to the table in many models, which would be merged into
         ("llm", ("embed_tokens",), ["embed_tokens"]),
         ("vision", (), ["train.vision=lora", "no linear layers", "train.vision=full"]),  # a CNN

@@ -14,7 +14,7 @@ from instructblip.data.cards import load_card
 from instructblip.data.prepare.convert import prepare_dataset
 from instructblip.errors import UserError
 from instructblip.evaluation.outcomes import TaskResult
-from instructblip.evaluation.precision import check_precision
+from instructblip.evaluation.precision import check_held, check_precision
 from instructblip.evaluation.protocol import Task, as_json, make_task
 from instructblip.evaluation.runner import read_pixels, run_task
 from instructblip.models.base import Model
@@ -77,6 +77,17 @@ def test_the_protocol_states_it_and_older_results_stay_comparable(shards: Path) 
     assert protocol.sha256() == hashlib.sha256(json.dumps(before, sort_keys=True).encode()).hexdigest()
     others = {in_precision(task, precision).protocol.sha256() for precision in ("fp32", "tf32", "bf16")}
     assert len(others) == 3
+
+
+def test_bfloat16_is_not_mixed_with_what_is_held_in_float16() -> None:
+    model = tiny_model()
+    check_held("bf16", model)
+    model.llm.half()
+    check_held("fp32", model)
+    with pytest.raises(
+        UserError, match="precision=bf16 computes in bfloat16, and the llm of this model is held in float16"
+    ):
+        check_held("bf16", model)
 
 
 def test_tf32_needs_a_gpu_that_has_it() -> None:
