@@ -127,8 +127,8 @@ def read_run(place: str | Path) -> StoredRun:
     adapter = checkpoint.get("adapter")
     if not (adapter is None or isinstance(adapter, str)):
         raise UserError(f"{file} names no adapter: checkpoint.adapter is {adapter!r}; {_HINT}")
-    path = str(checkpoint.get("path"))
-    return StoredRun(file.parent, path, llm, scores, _not_evaluated(values, file), adapter)
+    evaluated = str(checkpoint.get("path"))
+    return StoredRun(file.parent, evaluated, llm, scores, _not_evaluated(values, file), adapter)
 
 
 def read_predictions(run: StoredRun, dataset: str) -> dict[str, StoredPrediction]:

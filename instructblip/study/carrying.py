@@ -22,13 +22,22 @@ from instructblip.distributed import choose_device
 from instructblip.errors import UserError
 from instructblip.evaluation.results_file import RESULTS
 from instructblip.evaluation.run import evaluate
-from instructblip.files import checksum_holds, exclusive, read_json, sha256_file, with_checksum, write_json
+from instructblip.files import (
+    checksum_holds,
+    errors_for_users,
+    exclusive,
+    read_json,
+    sha256_file,
+    with_checksum,
+    write_json,
+)
 from instructblip.study.plan import StudyRun
 from instructblip.training.metrics_log import MetricsLog
 from instructblip.training.run import train
 from instructblip.weights.checkpoint import checkpoint_folders
 
 LOG, MEASURED = "log.txt", "measured.json"
+_STATE = "state.json"
 _ATTEMPTS = "attempts.json"
 _USER_ERROR, _FAILED, _INTERRUPTED = 2, 1, 130
 _WIDTH = 120  # of a log's lines
@@ -73,21 +82,31 @@ def carry_out(job: Job) -> int:
 
     Of several processes that want the same run one does it, and the others find it done.
     """
+    log = job.run.folder / LOG
+    try:
+        with errors_for_users(log):
+            log.parent.mkdir(parents=True, exist_ok=True)
+            with _logged(log):
+                return _status(job)
+    except UserError as error:  # there is no room for it in the log
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return _USER_ERROR
+
+
+def _status(job: Job) -> int:
     run = job.run
-    run.folder.mkdir(parents=True, exist_ok=True)
-    with _logged(run.folder / LOG):
-        try:
-            lock = run.folder.parent / ".locks" / f"{run.folder.name}.lock"
-            with exclusive(lock, f"doing {run.label}"):
-                return 0 if measured_of(run) is not None else _carry_out(job)
-        except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return _USER_ERROR
-        except KeyboardInterrupt:
-            return _INTERRUPTED
-        except Exception:
-            traceback.print_exc()
-            return _FAILED
+    try:
+        lock = run.folder.parent / ".locks" / f"{run.folder.name}.lock"
+        with exclusive(lock, f"doing {run.label}"):
+            return 0 if measured_of(run) is not None else _carry_out(job)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return _USER_ERROR
+    except KeyboardInterrupt:
+        return _INTERRUPTED
+    except Exception:
+        traceback.print_exc()
+        return _FAILED
 
 
 def _carry_out(job: Job) -> int:
@@ -132,8 +151,8 @@ def _attempt(path: Path) -> int:
     return before + 1
 
 
-def _trained(run: StudyRun) -> dict[str, int]:
-    """How much was trained, and on how much; nothing of an evaluation."""
+def _trained(run: StudyRun) -> dict[str, Any]:
+    """How much was trained, on how much, and on which splits; nothing of an evaluation."""
     if isinstance(run.config, EvaluateConfig):
         return {}
     entries = list(MetricsLog(run.folder / "metrics.jsonl").read())
@@ -145,7 +164,13 @@ def _trained(run: StudyRun) -> dict[str, int]:
         "samples": sum(len(entry["sample_ids"]) for entry in entries),
         "tokens": sum(entry["tokens"] for entry in entries),
         "parameters": sum(torch.Size(shape).numel() for shape in shapes),
+        "splits": splits_of(newest),
     }
+
+
+def splits_of(checkpoint: Path) -> dict[str, str]:
+    """The fingerprint of each split that a checkpoint was trained on."""
+    return dict(read_json(checkpoint / _STATE)["inputs"]["splits"])
 
 
 def _cpu_seconds() -> float:
@@ -178,8 +203,7 @@ def _logged(path: Path) -> Iterator[None]:
         try:
             with contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
                 yield
-        finally:
-            file.flush()
+        finally:  # before the rest is written, for which there may be no room
             for number, copy in zip((1, 2), before, strict=True):
                 os.dup2(copy, number)
                 os.close(copy)

@@ -12,13 +12,11 @@ from instructblip.errors import UserError
 from instructblip.evaluation.report.compare import paired_scores
 from instructblip.evaluation.results_file import StoredRun, read_run
 from instructblip.evaluation.statistics import Paired, Spread, compare_paired, spread
-from instructblip.files import read_json
-from instructblip.study.carrying import measured_of, results_of
+from instructblip.study.carrying import measured_of, results_of, splits_of
 from instructblip.study.plan import StudyPlan, StudyRun
 from instructblip.weights.checkpoint import checkpoint_folders
 
 SIGNIFICANT = 0.05
-_STATE = "state.json"
 
 
 @dataclass(frozen=True)
@@ -155,16 +153,29 @@ def _check_same_data(runs: Sequence[StudyRun]) -> None:
     """Refuse to compare runs that were trained on splits of one name with other contents."""
     seen: dict[str, tuple[str, StudyRun]] = {}
     for run in runs:
-        if measured_of(run) is None:
+        if (measured := measured_of(run)) is None:
             continue
-        (newest, *_) = checkpoint_folders(run.folder / "checkpoints")
-        for split, fingerprint in read_json(newest / _STATE)["inputs"]["splits"].items():
+        for split, fingerprint in _splits(run, measured).items():
             before, other = seen.setdefault(split, (fingerprint, run))
             if before != fingerprint:
                 raise UserError(
                     f"{other.folder} and {run.folder} were trained on two versions of {split}; delete those of the version "
                     "that is not to be compared, and run the same command again"
                 )
+
+
+def _splits(run: StudyRun, measured: Mapping[str, Any]) -> Mapping[str, str]:
+    """What a run was trained on. Its checkpoints say so, too, and may be deleted once it has ended."""
+    if "splits" in measured:
+        found: Mapping[str, str] = measured["splits"]
+        return found
+    checkpoints = checkpoint_folders(run.folder / "checkpoints")
+    if not checkpoints:
+        raise UserError(
+            f"{run.folder} has no checkpoints, which say what it was trained on; delete the folder, and the same command "
+            "trains it again"
+        )
+    return splits_of(checkpoints[0])
 
 
 def _scores(condition: str, dataset: str, runs: Mapping[tuple[str, int], StoredRun]) -> Scores | None:

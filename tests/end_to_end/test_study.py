@@ -20,6 +20,7 @@ from instructblip.config.schema import CONFIGS, StudyCommandConfig
 from instructblip.errors import UserError
 from instructblip.evaluation.results_file import read_run
 from instructblip.evaluation.statistics import spread
+from instructblip.files import CHECKSUM, with_checksum, write_json
 from instructblip.study.carrying import MEASURED, Job, carry_out, measured_of
 from instructblip.study.command import study
 from instructblip.study.places import Cluster, Processes, choose_place
@@ -212,13 +213,36 @@ def test_runs_side_by_side_in_processes_give_the_same(world: World, whole: Path,
     _assert_same(tmp_path, whole)
 
 
+def test_a_log_that_cannot_be_written_is_said_on_the_terminal(
+    world: World, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = _run(study_config(world, tmp_path), "alone, seed 1")
+    run.folder.mkdir(parents=True)
+    (run.folder / "log.txt").symlink_to("/dev/full")  # what is written there finds no room
+    (run.folder.parent / ".locks").write_text("no folder")  # so that there is something to write
+    assert carry_out(Job(run, 1)) == 2
+    assert capfd.readouterr().err == (
+        f"error: disk full while writing {run.folder / 'log.txt'}; free some space and run the same command again\n"
+    )
+
+
+def test_checkpoints_may_be_deleted_once_a_run_has_ended(world: World, whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    for checkpoints in tmp_path.glob("runs/*/checkpoints"):
+        shutil.rmtree(checkpoints)
+    place = Here()
+    assert (study_here(world, study_config(world, tmp_path), place), place.started) == (0, [])
+    _assert_same(tmp_path, whole)
+
+
 def test_runs_that_learned_from_other_data_are_not_compared(world: World, whole: Path, tmp_path: Path) -> None:
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
     config = study_config(world, tmp_path)
-    state = _run(config, "alone, seed 2").folder / "checkpoints/step_00000003/state.json"
-    values = json.loads(state.read_text())
-    values["inputs"]["splits"]["easy_vqa/train"] = "another"
-    state.write_text(json.dumps(values))
+    path = _run(config, "alone, seed 2").folder / MEASURED
+    values = json.loads(path.read_text())
+    values["splits"]["easy_vqa/train"] = "another"
+    del values[CHECKSUM]
+    write_json(path, with_checksum(values))
     with pytest.raises(UserError, match="were trained on two versions of easy_vqa/train; delete those of"):
         study_here(world, config)
 

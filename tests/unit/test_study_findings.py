@@ -11,7 +11,7 @@ from scipy import stats
 from instructblip.config.entry import compose_config
 from instructblip.config.schema import StudyCommandConfig
 from instructblip.evaluation.statistics import spread
-from instructblip.study.report import command
+from instructblip.study.report import _table, command
 from tests.kit.runs import World
 from tests.kit.studies import STUDY, study_config
 
@@ -60,3 +60,7 @@ def test_the_command_of_a_report_can_be_given_again(world: World, tmp_path: Path
 def test_where_data_lie_is_not_part_of_the_command(world: World, tmp_path: Path) -> None:
     config = study_config(world, tmp_path, train=["data.shards=/data"], evaluate=["data.sources.easy_vqa.path=/x"])
     assert command(config) == "python -m instructblip.study study=tiny"
+
+
+def test_a_condition_may_be_called_what_would_end_a_cell() -> None:
+    assert _table(["condition"], [["a|b"]]).splitlines()[-1] == r"| a\|b |"
