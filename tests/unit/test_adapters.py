@@ -395,7 +395,9 @@ def test_a_layer_outside_the_blocks_is_named_among_those_that_are_read(tmp_path:
     folder = peft_folders(model.adapters, model.held_state())["llm"]
     pair = {f"base_model.model.lm_head.{matrix}.weight": torch.zeros(2, 2) for matrix in ("lora_A", "lora_B")}
     folder._replace(tensors={**folder.tensors, **pair}).write(tmp_path / "adapter")
-    with pytest.raises(UserError, match="adapts lm_head, which stands outside the blocks"):
+    with pytest.raises(
+        UserError, match="adapts lm_head, for which this code has no layer of its own: it is outside the blocks"
+    ):
         attach(tiny_model(), tmp_path / "adapter")
 
 
