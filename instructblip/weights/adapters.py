@@ -67,8 +67,8 @@ def _layers_in(model: Model, names: Iterable[str], folder: Path) -> dict[str, st
         return readings[strays.index(fewest)]
     if len(fewest) < len(names):
         raise UserError(
-            f"adapter={folder} adapts {fewest[0]}, for which this code has no layer of its own: it is outside the blocks of a "
-            "part, or one with others in it; train the adapter again with target_modules that leave it out"
+            f"adapter={folder} adapts {fewest[0]}, for which this model has no layer of its own: it is of another model, "
+            "outside the blocks of a part, or one with others in it; train the adapter again with target_modules that leave it out"
         )
     raise UserError(f"adapter={folder} adapts {fewest[0]}, which this model has not; it is of another model")
 
