@@ -68,7 +68,7 @@ def _layers_in(model: Model, names: Iterable[str], folder: Path) -> dict[str, st
     if len(fewest) < len(names):
         raise UserError(
             f"adapter={folder} adapts {fewest[0]}, for which this model has no layer of its own: it is of another model, "
-            "outside the blocks of a part, or one with others in it; train the adapter again with target_modules that leave it out"
+            "outside the blocks of a part, or one with others in it; train the adapter again with target_modules without it"
         )
     raise UserError(f"adapter={folder} adapts {fewest[0]}, which this model has not; it is of another model")
 

@@ -396,7 +396,7 @@ def test_a_layer_outside_the_blocks_is_named_among_those_that_are_read(tmp_path:
     pair = {f"base_model.model.lm_head.{matrix}.weight": torch.zeros(2, 2) for matrix in ("lora_A", "lora_B")}
     folder._replace(tensors={**folder.tensors, **pair}).write(tmp_path / "adapter")
     with pytest.raises(
-        UserError, match="adapts lm_head, for which this model has no layer of its own: .* outside the blocks"
+        UserError, match=r"adapts lm_head, for which this model has no layer of its own: .* outside the blocks"
     ):
         attach(tiny_model(), tmp_path / "adapter")
 
