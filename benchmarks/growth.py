@@ -117,7 +117,8 @@ def made_up_run(folder: Path, count: int) -> Any:
     model = nn.Module()
     model.projection = nn.Linear(8, 8)
     model.held_state, model.device = model.state_dict, torch.device("cpu")
-    model.trained_parts = frozenset({"qformer"})
+    model.trained_parts = model.full_parts = frozenset({"qformer"})
+    model.adapters = {}
     optimizer = make_adamw(model.named_parameters(), weight_decay=0.05, betas=(0.9, 0.999))
     recipe = SimpleNamespace(
         validate_every=EVERY, checkpoint_every=EVERY, clip_norm=1.0, full_disk="stop", keep_best="mean"

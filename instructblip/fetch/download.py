@@ -157,7 +157,8 @@ def _transfer(wanted: Wanted, partial: Path) -> Iterator[tuple[int, int | None]]
     with _open(wanted, partial) as stream:
         limit = _check_size(wanted, stream, partial)
         if not stream.start:
-            partial.unlink(missing_ok=True)  # before the note: old bytes must never stand beside the new validator
+            # Before the note: old bytes must never stand beside the new validator. Its name stays: it holds room in a cache.
+            partial.write_bytes(b"")
         write_json(note_of(partial), {"url": wanted.url, "validator": stream.validator, "bytes": stream.total})
         done = stream.start
         with open(partial, "ab") as file:

@@ -26,6 +26,7 @@ from instructblip.training.checks import check_objectives
 # Settings that decide how a run is carried out, not what it computes. Those of data say where files lie; what is in them is
 # compared once the runs are there (findings.py).
 _FREE_DATA = ("data.shards", "data.sources", "data.workers", "data.remote_cache_bytes")
+_WHERE_DATA_LIE = ("data.shards=", "data.sources.")  # of a training, asked by its evaluations too
 _FREE_TRAIN = (
     *_FREE_DATA,
     "name",
@@ -194,14 +195,16 @@ class _Planner:
     def _composed_anew(self, name: str, run: StudyStageConfig) -> "_Composed":
         form, own = self.form or StudyFormConfig(), run.forms.get(self.config.form, [])
         if isinstance(run, StudyConditionConfig) and run.evaluates is not None:
-            overrides = merged([*self.study.evaluate, *form.evaluate, *run.evaluate, *self.config.evaluate])
+            trained = self._compose(run.evaluates, self.study.conditions[run.evaluates])
+            lies = [override for override in trained.overrides if override.lstrip("+").startswith(_WHERE_DATA_LIE)]
+            overrides = merged([*lies, *self.study.evaluate, *form.evaluate, *run.evaluate, *self.config.evaluate])
             evaluated = compose_config("evaluate", EvaluateConfig, [*overrides, "checkpoint=''"])
             return _Composed(evaluated, _asked([*evaluated.suite.held_in, *evaluated.suite.held_out]), overrides)
         unscored = ["suite=none"] if name in self.study.stages else []
         overrides = merged([*self.study.train, *form.train, *run.train, *own, *unscored, *self.config.train])
-        trained = compose_config("train", TrainConfig, overrides)
-        check_objectives(trained.recipe, trained)
-        return _Composed(trained, _texts(trained), overrides)
+        composed = compose_config("train", TrainConfig, overrides)
+        check_objectives(composed.recipe, composed)
+        return _Composed(composed, _texts(composed), overrides)
 
 
 class _Composed(NamedTuple):

@@ -77,6 +77,7 @@ def test_shards_are_like_one_process_and_their_checkpoint_goes_on_in_one(
     assert_like(train(world, tmp_path, *ALL, "resume=auto"), alone)
 
 
+@pytest.mark.slow
 def test_what_trains_moves_and_is_loaded_and_what_is_frozen_stays_bit_equal(
     world: World, alone: Path, tmp_path: Path
 ) -> None:

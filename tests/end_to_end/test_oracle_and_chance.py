@@ -50,7 +50,13 @@ def test_an_oracle_scores_the_maximum(name: str, preset: str, tmp_path: Path) ->
         assert not any(f" {answer} " in f" {said} " for answer in answers - {"true", "false"})
 
 
-@pytest.mark.parametrize("name", EVALUATED)
+# A retrieval scores all of its pairs, which takes seconds: of the two, one stands among the fast tests.
+LONG = ("coco_retrieval",)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in LONG else name for name in EVALUATED]
+)
 def test_a_model_of_random_parts_scores_near_chance(
     name: str, random_models: tuple[InstructBLIP, BLIP2], tmp_path: Path
 ) -> None:

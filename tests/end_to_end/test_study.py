@@ -203,6 +203,7 @@ def test_results_that_were_edited_are_made_anew(world: World, whole: Path, tmp_p
     _assert_same(tmp_path, whole)
 
 
+@pytest.mark.slow
 def test_runs_side_by_side_in_processes_give_the_same(world: World, whole: Path, tmp_path: Path) -> None:
     forkserver.ensure_running()  # with what the kit preloads
     config = _without(world, whole, tmp_path, "alone, seed 1", "aligned, seed 1", "staged, seed 1", "by mean, seed 1")

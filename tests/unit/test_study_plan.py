@@ -83,6 +83,16 @@ def test_how_a_run_is_carried_out_makes_no_other_run(world: World, tmp_path: Pat
     assert {run.folder.name for run in plan.runs.values()} == {run.folder.name for run in other.runs.values()}
 
 
+def test_an_evaluation_has_its_data_where_its_training_has_them(world: World, tmp_path: Path) -> None:
+    config = study_config(world, tmp_path, train=["data.shards=/of/all", "data.sources.easy_vqa.path=/raw"])
+    config.study.evaluate = list(STUDY["evaluate"])
+    asked = _run(plan_study(config), "by mean", 1).config
+    assert isinstance(asked, EvaluateConfig)
+    assert (asked.data.shards, asked.data.sources["easy_vqa"].path) == ("/of/all", "/raw")
+    config.evaluate = ["data.shards=/of/evaluations"]
+    assert _run(plan_study(config), "by mean", 1).config.data.shards == "/of/evaluations"
+
+
 def test_two_conditions_that_are_alike_have_one_run(world: World, tmp_path: Path) -> None:
     values = _changed("conditions", "again", to={"train": STUDY["conditions"]["alone"]["train"]})
     plan = _plan(world, tmp_path, values)
