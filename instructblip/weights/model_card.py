@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from instructblip.config.schema import LLMConfig, ModelKind, SourcesConfig, VisionConfig
-from instructblip.data.cards import Card, load_card
+from instructblip.data.cards import Card, OwnCard, load_card
 from instructblip.errors import UserError
 from instructblip.fetch.parts import recorded_licence, sources
 from instructblip.files import read_json
@@ -77,7 +77,7 @@ def write_model_card(
     trained_on = {} if run is None else _trained_on(run / "config.yaml")
     scores = _scores(_results_file(run, results), loaded, set(trained_on))
     parts = _parts(loaded, base)
-    metadata = _metadata(loaded, PIPELINE_TAGS[found.kind], name, parts, list(trained_on), scores, licence)
+    metadata = _metadata(loaded, PIPELINE_TAGS[found.kind], name, parts, _official(trained_on), scores, licence)
     sections = [
         f"---\n{metadata}---",
         f"# {name.rsplit('/', 1)[-1]}",
@@ -138,7 +138,7 @@ def _metadata(
         library_name="transformers",
         pipeline_tag=task,
         base_model=list(dict.fromkeys(bases)) or None,
-        datasets=[name for name in datasets if "/" not in name] or None,
+        datasets=datasets or None,
         metrics=sorted({result.metric_type for result in results}) or None,
         tags=["instructblip", "q-former" if loaded.config is None or loaded.config.qformer else "vision-language"],
         model_name=name.rsplit("/", 1)[-1],
@@ -202,6 +202,11 @@ def _trained_on(file: Path) -> dict[str, Card | None]:
         else:
             found[card.name] = card
     return found
+
+
+def _official(trained_on: Mapping[str, Card | None]) -> list[str]:
+    """Those that others know by their names; the hub would take the name of one's own for a dataset of its own."""
+    return [name for name, card in trained_on.items() if card is not None and not isinstance(card, OwnCard)]
 
 
 def _data_section(trained_on: Mapping[str, Card | None]) -> list[str]:

@@ -68,7 +68,7 @@ def test_a_card_has_parts_data_scores_and_terms_and_the_hubs_client_reads_it(eva
     card = huggingface_hub.ModelCard.load(tmp_path / "out/README.md")
     data = card.data
     assert (data.license, data.pipeline_tag, data.library_name) == ("apache-2.0", "image-text-to-text", "transformers")
-    assert data.datasets == ["visdial", "secret_photos"]
+    assert data.datasets == ["visdial"]
     assert data.model_name == "out"
     stored = json.loads((evaluated / "evaluation/results.json").read_text())["datasets"]
     assert {(found.dataset_type, found.metric_type, found.metric_value) for found in data.eval_results} == {

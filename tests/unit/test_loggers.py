@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -16,6 +17,7 @@ from PIL import Image
 
 from instructblip.errors import UserError
 from instructblip.tracking import Logger, Loggers, TrackedSample, flatten, make_loggers
+from instructblip.training import setup
 from instructblip.training.setup import _tracked_as
 
 
@@ -242,3 +244,19 @@ def test_a_run_keeps_its_id_over_restarts_until_it_begins_anew(tmp_path: Path) -
         third = _tracked_as(tmp_path, goes_on=True)
         assert re.fullmatch("[0-9a-f]{8}", third)
         assert _tracked_as(tmp_path, goes_on=True) == third
+
+
+@pytest.mark.parametrize(("step", "unvalidated", "first"), [(None, None, 1), (12, None, 13), (12, {"step": 12}, 12)])
+def test_trackers_know_which_steps_of_a_resumed_run_are_logged_anew(
+    step: int | None, unvalidated: Any, first: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of metrics.jsonl: a step that a signal kept from its validation is among them."""
+    told: list[dict[str, Any]] = []
+    monkeypatch.setattr(setup, "make_loggers", lambda kinds, **facts: told.append(facts))
+    monkeypatch.setattr(setup, "to_dict", lambda config: {})
+    logger = SimpleNamespace(kind=["wandb", "tensorboard"], mode="offline", project="p")
+    config: Any = SimpleNamespace(logger=logger, name="n", resume=None if step is None else "auto")
+    checkpoint: Any = None if step is None else SimpleNamespace(step=step, state={"unvalidated": unvalidated})
+    setup._loggers(config, tmp_path, checkpoint)
+    assert [facts["first_step"] for facts in told] == [first]
+    assert re.fullmatch("[0-9a-f]{8}", told[0]["run_id"])
