@@ -56,7 +56,7 @@ from instructblip.evaluation.results_file import read_run
 from instructblip.evaluation.suite import DatasetResult, results_json, write_results
 from instructblip.files import write_json
 from instructblip.objectives import make_objectives
-from instructblip.tracking import NoLogger
+from instructblip.tracking import Loggers
 from instructblip.training import resume as resuming
 from instructblip.training import run as training
 from instructblip.training.curves import draw_curves
@@ -159,7 +159,7 @@ def made_up_run(folder: Path, count: int) -> Any:
         metrics=MetricsLog(folder / "metrics.jsonl"),
         best=BestStep("mean"),
         skipped=SkippedSteps(10),
-        logger=NoLogger(),
+        logger=Loggers(),
         writer=CheckpointWriter(folder / "checkpoints", KEPT),
     )
 

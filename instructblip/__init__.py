@@ -32,7 +32,8 @@ def load(
     """Load a trained model: what `instructblip.weights.load.load_model` does and documents, the model alone.
 
     Args:
-        source: a run (`outputs/train/<name>`) or one of its checkpoints, a transformers folder or hub id, a LAVIS `.pth`; of
+        source: a run (`outputs/train/<name>`) or one of its checkpoints, a transformers folder or hub id (with
+            `@REVISION` for another than the newest), a LAVIS `.pth`; of
             InstructBLIP, of either stage of BLIP-2, of BLIP for captions, questions or retrieval.
         llm: a name in configs/llm; a `.pth` of a model with a language model needs it.
         llm_path, vision_path, qformer_path: files of frozen parts in place of the configured sources.

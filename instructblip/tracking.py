@@ -1,11 +1,32 @@
-"""Where a run's metrics go besides its own `metrics.jsonl`: nowhere, or to Weights & Biases."""
+"""Where a run's metrics go besides its own `metrics.jsonl`: nowhere, to Weights & Biases, to TensorBoard, or to several."""
 
+import contextlib
+import json
+import logging
+import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from instructblip.errors import UserError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+logger = logging.getLogger(__name__)
+
+_CONFIG = "config"  # name of the text that TensorBoard has of a run's settings
+
+
+@dataclass(frozen=True)
+class TrackedSample:
+    """A picture, and what was asked of it, answered, and right, one a line."""
+
+    picture: "Image"
+    text: str
 
 
 class Logger(Protocol):
@@ -17,45 +38,91 @@ class Logger(Protocol):
     def log_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int | None) -> None:
         """Record a table, likewise."""
 
+    def log_samples(self, name: str, samples: Iterable[TrackedSample], step: int | None) -> None:
+        """Record pictures with their answers, likewise."""
+
     def finish(self) -> None:
         """Write out everything; nothing may be logged afterwards."""
 
 
-class NoLogger:
-    """Takes everything and keeps nothing."""
+class Loggers:
+    """All loggers of a run, by name; of none it keeps nothing. One that fails is named in one line and gets no more."""
+
+    def __init__(self, loggers: Mapping[str, Logger] | None = None) -> None:
+        self._loggers = dict(loggers or {})
 
     def log(self, metrics: Mapping[str, Any], step: int | None) -> None:
-        """Nothing to do."""
+        """Record numbers."""
+        self._each(lambda one: one.log(metrics, step))
 
     def log_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int | None) -> None:
-        """Nothing to do."""
+        """Record a table."""
+        self._each(lambda one: one.log_table(name, columns, rows, step))
+
+    def log_samples(self, name: str, samples: Iterable[TrackedSample], step: int | None) -> None:
+        """Record pictures with their answers, which are only made where a logger takes them."""
+        if self._loggers and (made := list(samples)):
+            self._each(lambda one: one.log_samples(name, made, step))
 
     def finish(self) -> None:
-        """Nothing to do."""
+        """Write out everything."""
+        self._each(lambda one: one.finish())
+
+    def _each(self, call: Callable[[Logger], None]) -> None:
+        for kind, one in list(self._loggers.items()):
+            try:
+                call(one)
+            except Exception as error:  # each tracker raises errors of its own, with no class in common
+                reason = " ".join(f"{type(error).__name__}: {error}".split())
+                logger.warning("logger=%s failed (%s); the run goes on without it, metrics.jsonl has all", kind, reason)
+                del self._loggers[kind]
+                with contextlib.suppress(Exception):  # what it may still hold open
+                    one.finish()
+
+
+@dataclass(frozen=True)
+class TrackedRun:
+    """What a tracker is told of a run when it starts.
+
+    Attributes:
+        mode: "offline" keeps everything below `folder` and touches no network; "online" also sends it.
+        project, name: what the run is filed under.
+        folder: the run's output folder.
+        config: the run's settings, stored with it.
+        run_id: the name under which an online tracker goes on with the run if it has it; None: a new one.
+        first_step: the first that is logged; what an earlier process of the run logged from there on is made anew.
+    """
+
+    mode: str
+    project: str
+    name: str
+    folder: Path
+    config: Mapping[str, Any]
+    run_id: str | None
+    first_step: int
 
 
 class WandbLogger:
     """A Weights & Biases run; offline ones are kept in `<folder>/wandb/` for a later `wandb sync`."""
 
-    def __init__(
-        self, mode: str, project: str, name: str, folder: Path, config: Mapping[str, Any], run_id: str | None
-    ) -> None:
+    def __init__(self, run: TrackedRun) -> None:
+        folder, online = run.folder, run.mode == "online"
         _keep_below(folder)
         try:
             import wandb
         except ImportError:
             raise UserError("logger=wandb needs the package wandb; pip install wandb, or choose logger=none") from None
-        self._teardown, self._table = wandb.teardown, wandb.Table
+        self._teardown, self._table, self._image = wandb.teardown, wandb.Table, wandb.Image
         folder.mkdir(parents=True, exist_ok=True)
         try:
             self._run = wandb.init(
-                project=project,
-                name=name,
+                project=run.project,
+                name=run.name,
                 dir=str(folder),
-                config=dict(config),
-                mode="online" if mode == "online" else "offline",
-                id=run_id,
-                resume="allow" if run_id is not None and mode == "online" else None,  # nothing to look up offline
+                config=dict(run.config),
+                mode="online" if online else "offline",
+                id=run.run_id,
+                resume="allow" if run.run_id is not None and online else None,  # nothing to look up offline
                 reinit="create_new",
                 settings=wandb.Settings(silent=True, console="off", x_disable_meta=True),
             )
@@ -71,6 +138,10 @@ class WandbLogger:
         table = self._table(columns=list(columns), data=[list(row) for row in rows], allow_mixed_types=True)
         self._run.log({name: table}, step=step)
 
+    def log_samples(self, name: str, samples: Iterable[TrackedSample], step: int | None) -> None:
+        """Record pictures, likewise, with their texts for captions."""
+        self._run.log({name: [self._image(item.picture, caption=item.text) for item in samples]}, step=step)
+
     def finish(self) -> None:
         """Write out, and when online send, what is left. Ends any other wandb run of this process too.
 
@@ -81,14 +152,119 @@ class WandbLogger:
         self._teardown()
 
 
-LOGGERS: dict[str, Callable[[str, str, str, Path, Mapping[str, Any], str | None], Logger]] = {
-    "none": lambda mode, project, name, folder, config, run_id: NoLogger(),
+class TensorBoardLogger:
+    """Event files in `<folder>/tensorboard/`, for `tensorboard --logdir`; what comes after all steps, in `evaluation` there.
+
+    They are written at once, by no thread: a killed run loses nothing, a full disk is known at the call that met it.
+    """
+
+    def __init__(self, run: TrackedRun) -> None:
+        home = run.folder / "tensorboard"
+        self._steps = _EventFile(home, run.first_step)
+        self._after = _EventFile(home / "evaluation", 0)
+        self._last = max(0, run.first_step - 1)
+        settings = json.dumps(run.config, indent=2, ensure_ascii=False, default=str)
+        self._steps.add_text(_CONFIG, "\n".join(f"    {line}" for line in settings.splitlines()), run.first_step)
+
+    def log(self, metrics: Mapping[str, Any], step: int | None) -> None:
+        """Record numbers; texts and what is not known are left to metrics.jsonl."""
+        file, place = self._at(step)
+        numbers = {name: value for name, value in flatten(metrics).items() if isinstance(value, int | float)}
+        numbers.pop("step", None)
+        file.add_scalars({name: float(value) for name, value in numbers.items()}, place)
+
+    def log_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int | None) -> None:
+        """Record a table as a text in Markdown."""
+        file, place = self._at(step)
+        cells = [columns, ["---"] * len(columns), *(["" if cell is None else cell for cell in row] for row in rows)]
+        file.add_text(name, "\n".join(f"| {' | '.join(map(_table_cell, row))} |" for row in cells), place)
+
+    def log_samples(self, name: str, samples: Iterable[TrackedSample], step: int | None) -> None:
+        """Record pictures, and beside each, under the same name, its text."""
+        file, place = self._at(step)
+        for number, item in enumerate(samples):
+            file.add_image(f"{name}/{number}", item.picture, place)
+            file.add_text(f"{name}/{number}", item.text.replace("\n", "  \n"), place)
+
+    def finish(self) -> None:
+        """Close the files."""
+        self._steps.close()
+        self._after.close()
+
+    def _at(self, step: int | None) -> "tuple[_EventFile, int]":
+        """The file of a step, and the number that it is written under."""
+        if step is None:
+            return self._after, self._last
+        self._last = step
+        return self._steps, step
+
+
+class _EventFile:
+    """One of TensorBoard's event files, begun with its first event; steps from `first` on in earlier files count no more."""
+
+    def __init__(self, folder: Path, first: int) -> None:
+        try:
+            from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+            from tensorboard.summary.writer.record_writer import RecordWriter
+            from torch.utils.tensorboard import summary
+        except ImportError:
+            raise UserError(
+                "logger=tensorboard needs the package tensorboard; pip install -r requirements-trackers.txt, or choose "
+                "another logger"
+            ) from None
+        self._event, self._summary, self._records = Event, summary, RecordWriter
+        self._begin = (
+            Event(step=first, file_version="brain.Event:2"),
+            Event(step=first, session_log=SessionLog(status=SessionLog.START)),
+        )
+        self._folder = folder
+        self._writer: Any = None
+
+    def add_scalars(self, numbers: Mapping[str, float], step: int) -> None:
+        self._add(step, [self._summary.scalar(name, value) for name, value in numbers.items() if math.isfinite(value)])
+
+    def add_text(self, name: str, text: str, step: int) -> None:
+        self._add(step, [self._summary.text(name, text)])
+
+    def add_image(self, name: str, picture: "Image", step: int) -> None:
+        import numpy
+
+        self._add(step, [self._summary.image(name, numpy.asarray(picture.convert("RGB")), dataformats="HWC")])
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+    def _add(self, step: int, summaries: Sequence[Any]) -> None:
+        now = time.time()
+        events = [self._event(step=step, wall_time=now, summary=summary) for summary in summaries]
+        if self._writer is None and events:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            # Readers take a folder's files in the order of their names.
+            self._writer = self._records(open(self._folder / f"events.out.tfevents.{time.time_ns()}", "xb"))
+            for event in self._begin:
+                event.wall_time = now
+            events = [*self._begin, *events]
+        for event in events:
+            self._writer.write(event.SerializeToString())
+        if events:
+            self._writer.flush()
+
+
+def _table_cell(value: Any) -> str:
+    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    return " ".join(text.replace("|", "\\|").split())
+
+
+LOGGERS: dict[str, Callable[[TrackedRun], Logger] | None] = {
+    "none": None,
     "wandb": WandbLogger,
+    "tensorboard": TensorBoardLogger,
 }
 
 
-def make_logger(
-    kind: str,
+def make_loggers(
+    kinds: Sequence[str],
     *,
     mode: str = "offline",
     project: str,
@@ -96,21 +272,15 @@ def make_logger(
     folder: Path,
     config: Mapping[str, Any],
     run_id: str | None = None,
-) -> Logger:
-    """Start the logger called `kind` ("none" or "wandb").
-
-    Args:
-        kind: a key of `LOGGERS`.
-        mode: "offline" keeps everything below `folder` and touches no network; "online" also sends it.
-        project, name: what the run is filed under.
-        folder: the run's output folder.
-        config: the run's settings, stored with it.
-        run_id: the tracker's own name for the run, under which it goes on if it has it; None: a new one.
+    first_step: int = 0,
+) -> Loggers:
+    """Start the loggers of these kinds, keys of `LOGGERS`; the rest is told to each of them as a `TrackedRun`.
 
     Raises:
-        UserError: wandb not installed, or wandb refuses to start.
+        UserError: a package is not installed, or wandb refuses to start.
     """
-    return LOGGERS[kind](mode, project, name, folder, config, run_id)
+    run = TrackedRun(mode, project, name, folder, config, run_id, first_step)
+    return Loggers({kind: start(run) for kind in dict.fromkeys(kinds) if (start := LOGGERS[kind])})
 
 
 def flatten(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -64,7 +64,7 @@ Precision = Literal["fp32", "bf16"]
 EvaluationPrecision = Literal["fp32", "bf16", "tf32"]
 LossMean = Literal["global", "micro_batch"]
 ParallelKind = Literal["single", "ddp", "fsdp"]
-LoggerKind = Literal["none", "wandb"]
+LoggerKind = Literal["none", "wandb", "tensorboard"]
 LoggerMode = Literal["offline", "online"]
 GPUName = Literal["a100_40", "a100_80", "h100", "h200", "l40s", "rtx_4090"]
 Mode = Literal["rank", "generate", "retrieve", "match"]
@@ -123,6 +123,7 @@ def _as_list(value: Any) -> Any:
 
 Device = Annotated[str, AfterValidator(_check_device)]
 OneOrMore = Annotated[list[str], BeforeValidator(_as_list)]  # a text alone is a list of one, null of none
+LoggerKinds = Annotated[list[LoggerKind], BeforeValidator(_as_list)]
 
 # --- texts that become paths, or words of a command -------------------------------------------------------------------
 
@@ -585,11 +586,12 @@ class ParallelConfig(Section):
 
 @dataclass(kw_only=True)
 class LoggerConfig(Section):
-    """An experiment tracker beside metrics.jsonl."""
+    """Experiment trackers beside metrics.jsonl."""
 
-    kind: LoggerKind = "none"
+    kind: LoggerKinds = field(default_factory=lambda: ["none"])  # one, or a list of several
     mode: LoggerMode = "offline"
     project: str = "instructblip"
+    samples: NotNegative = 8  # pictures with their answers that a tracker gets of each dataset scored
 
 
 @dataclass(kw_only=True)

@@ -21,7 +21,7 @@ from instructblip.evaluation.suite import evaluate_tasks, finish_evaluation, ima
 from instructblip.evaluation.suite_tasks import check_answers, check_suite, fitting_modes, make_tasks, split_missing
 from instructblip.fetch.parts import cache_folder
 from instructblip.models.fingerprint import fingerprint_tensors
-from instructblip.tracking import make_logger
+from instructblip.tracking import make_loggers
 from instructblip.weights.load import LoadedModel, find_source, frozen_fingerprints, load_model
 
 
@@ -160,7 +160,7 @@ def _evaluate(
         console=console,
         not_evaluated=[*absent, *failed],
     )
-    logger = make_logger(
+    logger = make_loggers(
         config.logger.kind,
         mode=config.logger.mode,
         project=config.logger.project,
@@ -168,6 +168,6 @@ def _evaluate(
         folder=folder,
         config=to_dict(config),
     )
-    log_scores(logger, results, loaded.step)
+    log_scores(logger, results, loaded.step, samples=config.logger.samples)
     logger.finish()
     return failed

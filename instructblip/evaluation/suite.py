@@ -22,7 +22,7 @@ from instructblip.errors import LostRankError, UserError
 from instructblip.evaluation.metrics import ModelOutput
 from instructblip.evaluation.outcomes import TaskResult
 from instructblip.evaluation.protocol import Task, blind_task, chance_level, majority_answers
-from instructblip.evaluation.report.content import part_scores, report_row, report_section
+from instructblip.evaluation.report.content import part_scores, report_row, report_section, tracked_samples
 from instructblip.evaluation.report.page import Report, write_report
 from instructblip.evaluation.report.table import MADE_UP_DATA
 from instructblip.evaluation.results_file import FORMAT, PREDICTIONS, RESULTS, NotEvaluated
@@ -455,10 +455,10 @@ def _write_submission(folder: Path, result: TaskResult) -> Path:
         ) from None
 
 
-def log_scores(logger: Logger, results: Sequence[DatasetResult], step: int | None) -> None:
+def log_scores(logger: Logger, results: Sequence[DatasetResult], step: int | None, *, samples: int) -> None:
     """Give an experiment tracker what results.json says: each score with its interval, and all of them as a table.
 
-    Scores of splits without public answers are in neither.
+    Scores of splits without public answers are in neither. Of every dataset it also gets some pictures with their answers.
     """
     entries = {item.result.task.card.name: _results_entry(item) for item in results if item.result.value is not None}
     columns = ("value", "low", "high", "count", "metric", "made_up")
@@ -474,6 +474,9 @@ def log_scores(logger: Logger, results: Sequence[DatasetResult], step: int | Non
     ]
     logger.log({"evaluation": numbers}, step)
     logger.log_table("evaluation/table", ["dataset", *columns, *baselines], rows, step)
+    for item in results:
+        shown = tracked_samples(item.result, samples)
+        logger.log_samples(f"evaluation_samples/{item.result.task.card.name}", shown, step)
 
 
 def _results_entry(item: DatasetResult) -> dict[str, Any]:

@@ -119,6 +119,13 @@ def part_settings(sources: Sources, *, setting: str) -> dict[str, Any]:
     return settings
 
 
+def recorded_licence(sources: Sources) -> str | None:
+    """The licence that the wheel of a part in the cache states; None where it states none, or there is no such part."""
+    cached = _cached(sources) if sources.wheel is not None else None
+    record = read_json(cached / "source.json") if cached is not None and (cached / "source.json").is_file() else {}
+    return record.get("licence") or None
+
+
 def _hub_settings(name: str, repository: str, revision: str | None, setting: str) -> Path:
     import huggingface_hub
 

@@ -37,7 +37,7 @@ from instructblip.models.llava import LLaVA
 from instructblip.models.vision import ChannelNorm
 from instructblip.objectives import ObjectiveSettings, make_objectives
 from instructblip.objectives.language_modeling import Answering
-from instructblip.tracking import Logger, NoLogger, make_logger
+from instructblip.tracking import Logger, Loggers, make_loggers
 from instructblip.training.datasets import (
     Inputs,
     data_fingerprints,
@@ -184,7 +184,7 @@ def set_up(
 ) -> tuple[TrainingRun, LoadedCheckpoint | None]:
     """Fetch, prepare and build everything, with the weights of a checkpoint where the run goes on from one.
 
-    Of the run's folder nothing is written but wandb's files and a text branch that is kept for others.
+    Of the run's folder nothing is written but trackers' files and a text branch that is kept for others.
 
     Returns:
         The run, and the checkpoint whose weights it has: the given one, or one before it with the same frozen weights.
@@ -242,7 +242,7 @@ def set_up(
         metrics=MetricsLog(folder / "metrics.jsonl"),
         best=BestStep(cards.best_by),
         skipped=SkippedSteps(config.recipe.non_finite_limit),
-        logger=_logger(config, folder) if ranks.is_first else NoLogger(),
+        logger=_loggers(config, folder, checkpoint) if ranks.is_first else Loggers(),
         writer=CheckpointWriter(folder / "checkpoints", config.recipe.keep_checkpoints),
     )
     return run, checkpoint
@@ -393,15 +393,17 @@ def _calibrate(model: Model, norm: ChannelNorm, dataset: MixtureDataset) -> None
     norm.calibrate(model.image_tokens(images).flatten(0, 1))
 
 
-def _logger(config: TrainConfig, folder: Path) -> Logger:
-    return make_logger(
+def _loggers(config: TrainConfig, folder: Path, checkpoint: LoadedCheckpoint | None) -> Loggers:
+    unvalidated = checkpoint is not None and checkpoint.state.get("unvalidated") is not None  # whose line is made anew
+    return make_loggers(
         config.logger.kind,
         mode=config.logger.mode,
         project=config.logger.project,
         name=config.name,
         folder=folder,
         config=to_dict(config),
-        run_id=_tracked_as(folder, goes_on=config.resume is not None) if config.logger.kind == "wandb" else None,
+        run_id=_tracked_as(folder, goes_on=config.resume is not None) if "wandb" in config.logger.kind else None,
+        first_step=1 if checkpoint is None else checkpoint.step + (0 if unvalidated else 1),
     )
 
 

@@ -16,6 +16,7 @@ from instructblip.distributed import Ranks, whole_tensors
 from instructblip.errors import UserError
 from instructblip.evaluation.heartbeat import watched
 from instructblip.evaluation.journal import forget_given_up
+from instructblip.evaluation.report.content import tracked_samples
 from instructblip.evaluation.results_file import NotEvaluated
 from instructblip.evaluation.runner import answer_share, run_task
 from instructblip.evaluation.suite import evaluate_tasks, finish_evaluation, log_scores, model_identity, refuse_failed
@@ -83,6 +84,8 @@ def _validation_scores(run: TrainingRun, step: int, ranks: Ranks) -> dict[str, f
         result = run_task(run.model, task, run.read_image, folder=folder, show_progress=False, **asked)
         if result.value is not None:  # answers that only a leaderboard has
             scores[task.card.name] = result.value
+        shown = tracked_samples(result, run.config.logger.samples)
+        run.logger.log_samples(f"validation_samples/{task.card.name}", shown, step)
     if together and ranks.is_first:
         shutil.rmtree(home.parent)
     return scores
@@ -152,7 +155,7 @@ def _evaluate(run: TrainingRun, checkpoint: Path, ranks: Ranks) -> list[NotEvalu
             console=run.console,
             not_evaluated=[*run.absent, *failed],
         )
-    log_scores(run.logger, results, None)
+    log_scores(run.logger, results, None, samples=run.config.logger.samples)
     return failed
 
 

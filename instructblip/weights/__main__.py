@@ -5,11 +5,13 @@
     python -m instructblip.weights outputs/train/mine mine.pth --to lavis
     python -m instructblip.weights outputs/train/mine models/mine --to huggingface --adapters separate
     python -m instructblip.weights blip2_pretrained.pth models/blip2_retrieval --to huggingface
+    python -m instructblip.weights outputs/train/mine models/mine --to huggingface --card --push USER/NAME
 
 SOURCE is a run or a checkpoint of ours, a transformers folder or hub id (of InstructBLIP, BLIP-2's stages, LLaVA or BLIP),
 or a .pth file of LAVIS (of the same but LLaVA) or of BLIP's own repository. Prints the largest absolute difference between
 SOURCE and the re-opened TARGET at each stage, on a fixed random input, in the types that they are loaded in; of a model in
-half precision also in float32. Ends with status 1, and without TARGET, when one is above the bound; with 2 and one line when
+half precision also in float32. --card writes a model card into TARGET, and --push sends it to the Hugging Face hub, private
+unless --public. Ends with status 1, and without TARGET, when a difference is above the bound; with 2 and one line when
 something has to be mended first.
 """
 
@@ -35,7 +37,8 @@ from instructblip.models.instructblip import InstructBLIP
 from instructblip.models.llava import LLaVA
 from instructblip.weights.blip import blip_checkpoint, load_blip, save_blip
 from instructblip.weights.lavis import LN_VISION_EPS, load_lavis, model_state, read_lavis, refuse_adapters, save_lavis
-from instructblip.weights.load import LoadedModel, huggingface_source, llm_config, load_model, load_run
+from instructblip.weights.load import LoadedModel, find_source, huggingface_source, llm_config, load_model, load_run
+from instructblip.weights.model_card import write_model_card
 from instructblip.weights.names import SIDECAR
 from instructblip.weights.native import (
     CONFIG,
@@ -58,6 +61,7 @@ from instructblip.weights.parity import (
     traces_native,
 )
 from instructblip.weights.parity_transformers import traces_huggingface
+from instructblip.weights.publish import check_push, push
 from instructblip.weights.transformers_settings import read_settings
 from instructblip.weights.transformers_write import save_huggingface
 
@@ -100,6 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
     console = Console()
     try:
+        _check_publishing(options)
         with _target(Path(options.target), options.to, overwrite=options.overwrite) as partial:
             certificates = _compare(*_convert(options, partial), options.bound)
             for certificate in certificates:
@@ -113,6 +118,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console.print(f"above the bound: {options.target} was not written", markup=False)
         return EXIT_DIFFERS
     console.print(f"wrote {options.target}", markup=False, soft_wrap=True)
+    return _push(options, console) if options.push else 0
+
+
+def _check_publishing(options: argparse.Namespace) -> None:
+    if options.to != "huggingface" and (options.card or options.push):
+        raise UserError("--card and --push are of what others can open; they go with --to huggingface")
+    if not options.card and (options.results or options.licence):
+        raise UserError("--results and --licence are of the card; give --card")
+    if options.public and not options.push:
+        raise UserError("--public is of what is sent; give --push USER/NAME")
+    if options.push:
+        check_push(options.push, replace=options.overwrite)
+
+
+def _push(options: argparse.Namespace, console: Console) -> int:
+    try:
+        address = push(Path(options.target), options.push, public=options.public)
+    except UserError as error:
+        Console(stderr=True, soft_wrap=True, highlight=False).print(f"error: {error}", markup=False)
+        return EXIT_USER_ERROR
+    console.print(f"sent to {address}", markup=False, soft_wrap=True)
     return 0
 
 
@@ -139,7 +165,14 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="with --to huggingface: into the weights, or into TARGET/adapter for peft (default %(default)s)",
     )
     parser.add_argument("--bound", type=float, default=1e-4, help="largest difference in float32 (default %(default)g)")
-    parser.add_argument("--overwrite", action="store_true", help="replace a TARGET of the same kind")
+    parser.add_argument("--overwrite", action="store_true", help="replace a TARGET, or a repository, of the same kind")
+    parser.add_argument("--card", action="store_true", help="write TARGET/README.md, a model card")
+    parser.add_argument(
+        "--results", metavar="PATH", type=Path, help="evaluation whose scores it has (a run's own is found)"
+    )
+    parser.add_argument("--licence", metavar="ID", help="of the model, as the hub calls it, such as apache-2.0")
+    parser.add_argument("--push", metavar="USER/NAME", help="send TARGET to the Hugging Face hub")
+    parser.add_argument("--public", action="store_true", help="for everybody to see; else what is sent is private")
     return parser.parse_args(arguments)
 
 
@@ -173,6 +206,8 @@ def _convert(options: argparse.Namespace, partial: Path) -> tuple[torch.dtype, T
         _save_lavis(loaded, model, partial)
     else:
         config = _save_native(loaded, model, folder, options, partial)
+    if options.card:
+        _write_card(options, loaded, partial)
     source = source or traces_native(model)
     del loaded, model  # two models would not fit where one does
     if options.to == "huggingface":
@@ -182,6 +217,18 @@ def _convert(options: argparse.Namespace, partial: Path) -> tuple[torch.dtype, T
     target = traces_native(_known(load_run(partial, device="cpu").model))
     write_config(config, partial)
     return dtype, source, target
+
+
+def _write_card(options: argparse.Namespace, loaded: LoadedModel, partial: Path) -> None:
+    write_model_card(
+        partial,
+        loaded,
+        find_source(options.source, options.llm),
+        name=options.push or options.target,
+        origin=options.source,
+        results=options.results,
+        licence=options.licence,
+    )
 
 
 def _load(options: argparse.Namespace) -> tuple[LoadedModel, KnownModel]:

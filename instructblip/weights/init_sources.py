@@ -4,7 +4,6 @@ Whatever the format, `read_start` gives tensors under this code's names, and wha
 that they were trained beside.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +24,7 @@ from instructblip.weights.blip import blip_checkpoint, is_blip, meeting_tensors,
 from instructblip.weights.checkpoint import MODEL_FILE, load_checkpoint
 from instructblip.weights.gatekeeper import check_settings, open_config, refuse_other_model
 from instructblip.weights.lavis import model_state, read_tensors
-from instructblip.weights.load import find_checkpoint, hub_folder
+from instructblip.weights.load import find_checkpoint, hub_folder, is_hub_id
 from instructblip.weights.names import LLM_PREFIX, native_names
 from instructblip.weights.start import PROJECTION, Start
 from instructblip.weights.transformers_blip import load_blip_folder
@@ -37,7 +36,6 @@ CONNECTOR_OUTPUT = "connector.output.weight"
 _LAST_LAYERS = ("projection.weight", CONNECTOR_OUTPUT)
 TEXT_BRANCH_FILE = "text_branch.safetensors"
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _PTH = (".pth", ".pt", ".bin")
 
 
@@ -129,7 +127,7 @@ def find_start(given: str) -> StartSource:
     if path.is_dir():
         checkpoint = find_checkpoint(path)
         return StartSource(given, "run", checkpoint, checkpoint.absolute().parents[1].name)
-    if path.exists() or path.suffix in _PTH or not _HUB_ID.fullmatch(given):
+    if path.exists() or path.suffix in _PTH or not is_hub_id(given):
         raise UserError(
             f"init_from={given} is no run, transformers folder, hub id or .pth file; give one that is there"
         )

@@ -9,7 +9,7 @@ import re
 import string
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from torch import Tensor
 
@@ -68,7 +68,7 @@ _LAVIS_VISIONS, _LAVIS_VISION = {1024: "clip_vit_l"}, "eva_vit_g"
 _BLIP_VISIONS, _BLIP_VISION = {1024: "vit_l16"}, "vit_b16"
 BLIP_TEXT = "blip"
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_ID = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
 _HUB_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
 
 _SOME_OF_EVERYTHING = f"{string.printable} The left bus isn't 1,234.5 years older. Ein grünes Haus, 東京 \U0001f600"
@@ -224,8 +224,8 @@ def load_model(
 
     Args:
         source: folder of a run (its newest whole checkpoint is taken) or one of its checkpoints; a transformers folder or
-            the hub id of one; a `.pth` file of LAVIS, which needs `llm` but for BLIP-2's first stage and BLIP, whose own
-            repository's files are read, too. Or what `find_source` found.
+            the hub id of one, `OWNER/NAME` or `OWNER/NAME@REVISION`; a `.pth` file of LAVIS, which needs `llm` but for
+            BLIP-2's first stage and BLIP, whose own repository's files are read, too. Or what `find_source` found.
         llm: a name in configs/llm, or such a configuration. Projection and Q-Former were aligned to one language model; with
             another they work badly, or where its width differs not at all, until they are trained: a warning says so.
         llm_path: folder with that language model's files, in place of the configured sources.
@@ -265,27 +265,31 @@ def huggingface_source(source: str | Path) -> Path | None:
 
 
 def is_hub_id(source: str) -> bool:
-    """Whether a text has the form of a hub id: `OWNER/NAME`."""
+    """Whether a text has the form of a hub id: `OWNER/NAME`, or `OWNER/NAME@REVISION` for another than the newest."""
     return _HUB_ID.fullmatch(source) is not None
 
 
-def hub_folder(repository: str) -> Path:
+def hub_folder(place: str) -> Path:
     """The files of a transformers model on the hub, fetched once.
 
     Files that would have to be unpickled are fetched only where there are no others.
 
+    Args:
+        place: `OWNER/NAME`, or `OWNER/NAME@REVISION`: a commit, tag or branch.
+
     Raises:
         UserError: it cannot be reached, or holds no weights.
     """
-    name = repository.replace("/", "--")
+    match = _HUB_ID.fullmatch(place)
+    assert match is not None  # `is_hub_id` was asked
+    name, repository, revision = place.replace("/", "--"), match["repository"], match["revision"]
+    asked: dict[str, Any] = {"hub": repository, "hub_revision": revision}
     try:
-        folder = part_folder(Sources(name, hub=repository, hub_files=(*_HUB_FILES, "*.safetensors")))
+        folder = part_folder(Sources(name, hub_files=(*_HUB_FILES, "*.safetensors"), **asked))
         if not any(folder.glob("*.safetensors")):
-            folder = part_folder(Sources(f"{name}-bin", hub=repository, hub_files=(*_HUB_FILES, "*.bin")))
+            folder = part_folder(Sources(f"{name}-bin", hub_files=(*_HUB_FILES, "*.bin"), **asked))
     except UserError as error:
-        raise UserError(
-            f"there is no folder {repository} here, and it could not be had from the hub: {error}"
-        ) from None
+        raise UserError(f"there is no folder {place} here, and it could not be had from the hub: {error}") from None
     return folder
 
 

@@ -1,5 +1,6 @@
 """README.md and docs/ keep their word: the set-up commands stand as agreed, all others run, every path named exists."""
 
+import contextlib
 import re
 import shlex
 import shutil
@@ -21,6 +22,7 @@ from tests.kit.blip import write_blip
 from tests.kit.blip2 import write_captioner, write_retrieval
 from tests.kit.connectors import write_llava
 from tests.kit.families import write_llm
+from tests.kit.hub import hub
 from tests.kit.own_data import write_own_data
 from tests.kit.runs import REPOSITORY, World, run
 from tests.kit.studies import shipped_study
@@ -130,7 +132,8 @@ def test_a_conversion_runs(line: str, finished_run: Path, tmp_path: Path, monkey
         model = load_model(arguments[0], device="cpu").model
         train_parts(model, ("llm",), {"llm": Adapter()})
         peft_folders(model.adapters, model.held_state())["llm"].write(Path(arguments[arguments.index("--adapter") + 1]))
-    assert convert(arguments) == 0
+    with hub(monkeypatch, tmp_path / "cache") if "--push" in arguments else contextlib.nullcontext():
+        assert convert(arguments) == 0
     assert (tmp_path / arguments[1]).exists()
 
 

@@ -216,12 +216,14 @@ def test_withheld_images_are_not_looked_at(world: World, finished_run: Path, tmp
 
 
 @pytest.mark.slow
-def test_wandb_stays_below_the_output_folder(world: World, finished_run: Path, tmp_path: Path) -> None:
-    arguments = [*world.evaluate, f"checkpoint={finished_run}", "samples=2", "logger=wandb", "name=tracked"]
+def test_trackers_stay_below_the_output_folder(world: World, finished_run: Path, tmp_path: Path) -> None:
+    both = "logger.kind=[wandb,tensorboard]"
+    arguments = [*world.evaluate, f"checkpoint={finished_run}", "samples=2", both, "name=tracked"]
     run(world, "evaluate.py", *arguments, cwd=tmp_path)
     journals = list((tmp_path / "outputs/evaluate/tracked/wandb").glob("offline-run-*/*.wandb"))
     assert len(journals) == 1
     assert journals[0].stat().st_size > 1000
+    assert len(list((tmp_path / "outputs/evaluate/tracked/tensorboard").glob("events.out.tfevents.*"))) == 1
     assert {path.name for path in tmp_path.iterdir()} == {"outputs", "evaluate.py.log"}
     assert {path.name for path in (tmp_path / "outputs/evaluate").iterdir()} == {"tracked"}
 

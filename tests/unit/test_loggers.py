@@ -1,18 +1,23 @@
-"""Loggers: off by default, Weights & Biases offline, and what the user hears when it cannot start."""
+"""Loggers: off by default, Weights & Biases offline, TensorBoard's files as its own reader has them, and their failures."""
 
 import builtins
+import io
 import json
+import math
 import os
 import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
+from PIL import Image
 
 from instructblip.errors import UserError
-from instructblip.tracking import flatten, make_logger
+from instructblip.tracking import Logger, Loggers, TrackedSample, flatten, make_loggers
+from instructblip.training import setup
 from instructblip.training.setup import _tracked_as
 
 
@@ -25,49 +30,184 @@ def own_environment() -> Iterator[None]:
     os.environ.update(before)
 
 
-def make(kind: str, folder: Path, mode: Any = "offline", run_id: str | None = None) -> Any:
-    settings = {"lr": 1e-4, "a": {"b": 1}}
-    return make_logger(kind, mode=mode, project="tests", name="tiny", folder=folder, config=settings, run_id=run_id)
+def make(kind: str, folder: Path, mode: Any = "offline", run_id: str | None = None, first_step: int = 1) -> Loggers:
+    return make_loggers(
+        kind.split(),
+        mode=mode,
+        project="tests",
+        name="tiny",
+        folder=folder,
+        config={"lr": 1e-4, "a": {"b": 1}},
+        run_id=run_id,
+        first_step=first_step,
+    )
+
+
+def picture(color: str, text: str) -> TrackedSample:
+    return TrackedSample(Image.new("RGB", (5, 3), color), text)
 
 
 def test_none_keeps_nothing(tmp_path: Path) -> None:
     logger = make("none", tmp_path)
     logger.log({"loss": 1.0}, step=1)
+    logger.log_samples("pictures", (pytest.fail("nobody looks at them") for _ in range(1)), step=1)
     logger.finish()
     assert list(tmp_path.iterdir()) == []
-    assert "wandb" not in type(logger).__module__
 
 
-def test_missing_wandb_says_how_to_mend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("kind", "remedy"), [("wandb", "pip install wandb"), ("tensorboard", "pip install -r requirements-trackers.txt")]
+)
+def test_a_missing_package_says_how_to_mend(
+    kind: str, remedy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ordinary_import = builtins.__import__
 
-    def without_wandb(name: str, *arguments: Any, **keywords: Any) -> Any:
-        if name == "wandb":
+    def without(name: str, *arguments: Any, **keywords: Any) -> Any:
+        if name.split(".")[0] == kind:
             raise ImportError(name)
         return ordinary_import(name, *arguments, **keywords)
 
-    monkeypatch.delitem(sys.modules, "wandb", raising=False)
-    monkeypatch.setattr(builtins, "__import__", without_wandb)
-    with pytest.raises(UserError, match="pip install wandb") as error:
-        make("wandb", tmp_path)
+    monkeypatch.delitem(sys.modules, kind, raising=False)
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(UserError, match=remedy) as error:
+        make(kind, tmp_path)
     assert "\n" not in str(error.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+class Failing:
+    """A tracker whose connection goes at a step."""
+
+    def __init__(self, at: int) -> None:
+        self.at, self.steps, self.finished = at, list[int](), False
+
+    def log(self, metrics: Any, step: int) -> None:
+        if step == self.at:
+            raise ConnectionError("the server\nis gone")
+        self.steps.append(step)
+
+    def finish(self) -> None:
+        self.finished = True
+
+
+def test_a_tracker_that_fails_is_named_once_and_the_others_go_on(caplog: pytest.LogCaptureFixture) -> None:
+    broken, whole = Failing(2), Failing(0)
+    loggers = Loggers(cast(dict[str, Logger], {"wandb": broken, "tensorboard": whole}))
+    for step in (1, 2, 3):
+        loggers.log({"loss": 1.0}, step)
+    loggers.finish()
+    assert (broken.steps, whole.steps) == ([1], [1, 2, 3])
+    assert broken.finished
+    assert whole.finished
+    (line,) = caplog.messages
+    assert line.startswith("logger=wandb failed (ConnectionError: the server is gone); the run goes on without it")
+
+
+def tensorboard(folder: Path) -> Any:
+    """A folder of event files, as TensorBoard's own reader has it."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    return accumulator.EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 0, "images": 0}).Reload()
+
+
+def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    events = tensorboard(folder)
+    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def texts(folder: Path) -> dict[str, list[str]]:
+    events = tensorboard(folder)
+    return {
+        tag: [event.tensor_proto.string_val[0].decode() for event in events.Tensors(tag)]
+        for tag in events.Tags()["tensors"]
+    }
+
+
+def test_tensorboard_reads_scalars_scores_pictures_and_the_configuration(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    logger = make("tensorboard", tmp_path)
+    logger.log({"step": 1, "phase": "tuning", "loss": 1.25, "loss_by_dataset": {"shape": 0.5}, "lr": math.nan}, step=1)
+    logger.log({"loss": 1.0, "validation": {"gqa": 49.25, "vsr": None}}, step=2)
+    logger.log_samples("seen", [picture("red", "asked: what?\nanswered: a|b"), picture("blue", "asked: 2")], step=2)
+    logger.log_table("scores", ["dataset", "value"], [["gqa", 49.256789], ["a|b", None]], None)
+    logger.log({"evaluation": {"gqa": {"value": 49.5}}}, None)
+    home = tmp_path / "tensorboard"  # whole before `finish`: a run may be killed
+    assert scalars(home) == {
+        "loss": [(1, 1.25), (2, 1.0)],
+        "loss_by_dataset/shape": [(1, 0.5)],
+        "validation/gqa": [(2, 49.25)],
+    }
+    seen = tensorboard(home)
+    assert sorted(seen.Tags()["images"]) == ["seen/0", "seen/1"]
+    (image,) = seen.Images("seen/1")
+    assert Image.open(io.BytesIO(image.encoded_image_string)).getpixel((4, 2))[:3] == (0, 0, 255)  # type: ignore[index]
+    written = texts(home)
+    assert written["seen/0/text_summary"] == ["asked: what?  \nanswered: a|b"]
+    assert json.loads(written["config/text_summary"][0]) == {"lr": 1e-4, "a": {"b": 1}}
+    assert scalars(home / "evaluation") == {"evaluation/gqa/value": [(2, 49.5)]}
+    (table,) = texts(home / "evaluation")["scores/text_summary"]
+    assert table.splitlines() == ["| dataset | value |", "| --- | --- |", "| gqa | 49.26 |", "| a\\|b |  |"]
+    logger.finish()
+    assert [path.name for path in tmp_path.iterdir()] == ["tensorboard"]
+
+
+def test_a_resumed_run_has_each_step_once_in_tensorboard(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    for process, (first, last) in enumerate([(1, 5), (4, 6), (7, 6)]):  # killed after 5, with a checkpoint of 3; ended
+        logger = make("tensorboard", tmp_path, first_step=first)
+        for step in range(first, last + 1):
+            logger.log({"loss": 10.0 * process + step}, step)
+        if last == 6:
+            logger.log({"evaluation": {"gqa": float(process)}}, None)
+        if process:
+            logger.finish()
+    assert scalars(tmp_path / "tensorboard")["loss"] == [(1, 1), (2, 2), (3, 3), (4, 14), (5, 15), (6, 16)]
+    assert scalars(tmp_path / "tensorboard/evaluation") == {"evaluation/gqa": [(6, 2.0)]}
+    begun_anew = make("tensorboard", tmp_path)
+    begun_anew.log({"loss": 0.5}, 1)
+    assert scalars(tmp_path / "tensorboard")["loss"] == [(1, 0.5)]
+
+
+def test_a_full_disk_ends_tensorboard_and_not_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    logger = make("tensorboard", tmp_path)
+    logger.log({"loss": 1.0}, 1)
+
+    def full(self: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(RecordWriter, "flush", full)
+    logger.log({"loss": 1.0}, 2)
+    logger.log({"loss": 1.0}, 3)
+    logger.finish()
+    (line,) = caplog.messages
+    assert "logger=tensorboard failed (OSError: [Errno 28] No space left on device)" in line
 
 
 def test_nested_metrics_get_joined_names() -> None:
     assert flatten({"loss": 1, "by": {"a": 2, "deep": {"b": 3}}}) == {"loss": 1, "by/a": 2, "by/deep/b": 3}
 
 
-def test_wandb_offline_writes_only_below_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_both_trackers_offline_write_only_below_their_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("wandb")
+    pytest.importorskip("tensorboard")
     elsewhere = tmp_path / "working_directory"
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)
     folder = tmp_path / "run"
-    logger = make("wandb", folder, run_id="0a1b2c3d")
+    logger = make("wandb tensorboard", folder, run_id="0a1b2c3d")
     logger.log({"loss": 1.25, "loss_by_dataset": {"shape": 0.5}}, step=1)
     logger.log({"loss": 1.0}, step=2)
     logger.log_table("scores", ["dataset", "value"], [["gqa", 49.25], ["vsr", None]], step=2)
+    logger.log_samples("seen", [picture("red", "asked: what?")], step=2)
     logger.finish()
+    (image,) = folder.glob("wandb/offline-run-*/files/media/images/seen_*.png")
+    assert Image.open(image).size == (5, 3)
+    assert scalars(folder / "tensorboard")["loss"] == [(1, 1.25), (2, 1.0)]
     (journal,) = folder.glob("wandb/offline-run-*-0a1b2c3d/*.wandb")
     content = journal.read_bytes()
     assert b"1.25" in content
@@ -104,3 +244,19 @@ def test_a_run_keeps_its_id_over_restarts_until_it_begins_anew(tmp_path: Path) -
         third = _tracked_as(tmp_path, goes_on=True)
         assert re.fullmatch("[0-9a-f]{8}", third)
         assert _tracked_as(tmp_path, goes_on=True) == third
+
+
+@pytest.mark.parametrize(("step", "unvalidated", "first"), [(None, None, 1), (12, None, 13), (12, {"step": 12}, 12)])
+def test_trackers_know_which_steps_of_a_resumed_run_are_logged_anew(
+    step: int | None, unvalidated: Any, first: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of metrics.jsonl: a step that a signal kept from its validation is among them."""
+    told: list[dict[str, Any]] = []
+    monkeypatch.setattr(setup, "make_loggers", lambda kinds, **facts: told.append(facts))
+    monkeypatch.setattr(setup, "to_dict", lambda config: {})
+    logger = SimpleNamespace(kind=["wandb", "tensorboard"], mode="offline", project="p")
+    config: Any = SimpleNamespace(logger=logger, name="n", resume=None if step is None else "auto")
+    checkpoint: Any = None if step is None else SimpleNamespace(step=step, state={"unvalidated": unvalidated})
+    setup._loggers(config, tmp_path, checkpoint)
+    assert [facts["first_step"] for facts in told] == [first]
+    assert re.fullmatch("[0-9a-f]{8}", told[0]["run_id"])

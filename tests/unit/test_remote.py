@@ -127,7 +127,8 @@ def _batching(step: int) -> Batching:
     return Batching()
 
 
-def _sequence(dataset: MixtureDataset, workers: int) -> list[tuple[str, str, bytes]]:
+def sequence(dataset: MixtureDataset, workers: int) -> list[tuple[str, str, bytes]]:
+    """Ids, instructions and pixels of eight steps."""
     steps = ((step, list(range(6 * step, 6 * step + 6))) for step in range(8))
     return [
         (batch.ids[row], batch.instructions[row], batch.images[row].numpy().tobytes())
@@ -145,7 +146,7 @@ def test_the_sequence_is_that_of_local_shards(server: Server, tmp_path: Path, wo
     local = mixture_of({"set": server.folder / "set/train"})
     folder = _mirror(server, tmp_path)
     assert not server.tars  # opening fetches no tar
-    assert _sequence(mixture_of({"set": folder}), workers) == _sequence(local, 0)
+    assert sequence(mixture_of({"set": folder}), workers) == sequence(local, 0)
     assert server.tars == {f"shard-{number:06d}.tar": 1 for number in range(3)}  # once for all processes
     assert open_split(folder).sha256 == open_split(server.folder / "set/train").sha256
 

@@ -3,7 +3,7 @@
 import dataclasses
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from instructblip.evaluation.suite import (
     write_results,
 )
 from instructblip.files import sha256_file, write_json
+from instructblip.tracking import TrackedSample
 from tests.unit.test_report_data import result_of as any_result
 
 PNG = (
@@ -249,6 +250,9 @@ class Tracker:
     def log_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int) -> None:
         self.logged.append((name, columns, rows, step))
 
+    def log_samples(self, name: str, samples: Iterable[TrackedSample], step: int) -> None:
+        self.logged.append((name, [(item.picture.size, item.text) for item in samples], step))
+
     def finish(self) -> None:
         raise AssertionError("the run may have more to say")
 
@@ -261,8 +265,8 @@ def test_a_tracker_gets_the_scores_and_the_table(card: Card, shards: Path, tmp_p
     colors = result_of(make_task(card, shards), ["blue", "red", "red", "blue"])
     tracker = Tracker()
     items = [DatasetResult(colors, {CHANCE: 7.7}), DatasetResult(dialogs, {}), DatasetResult(hidden, {})]
-    log_scores(tracker, items, 12)
-    (numbers, step), (name, columns, rows, table_step) = tracker.logged
+    log_scores(tracker, items, 12, samples=2)
+    (numbers, step), (name, columns, rows, table_step), *pictures = tracker.logged
     assert (step, table_step, name) == (12, 12, "evaluation/table")
     assert numbers["evaluation"].keys() == {"easy_vqa_color", "visdial"}
     assert numbers["evaluation"]["easy_vqa_color"] == {"value": 75.0, "low": 10.0, "high": 90.0}
@@ -272,3 +276,15 @@ def test_a_tracker_gets_the_scores_and_the_table(card: Card, shards: Path, tmp_p
         ["easy_vqa_color", 75.0, 10.0, 90.0, 4, "accuracy", False, 7.7],
         ["visdial", 87.5, dialogs.low, dialogs.high, 4, "visdial", False, None],
     ]
+    assert [name for name, _, _ in pictures] == [
+        f"evaluation_samples/{name}" for name in ("easy_vqa_color", "visdial", "vizwiz")
+    ]
+    (_, shown, step), *_ = pictures
+    assert (len(shown), step) == (2, 12)
+    for (_, text), number in zip(shown, (0, 2), strict=True):  # spread evenly
+        sample = colors.samples[number]
+        asked, answered, right, score = text.splitlines()
+        assert asked == f"asked: {sample.prompt}"
+        assert answered == f"answered: {colors.predictions[number].prediction}"
+        assert right == f"right: {sample.record.answers[0]}"
+        assert score == f"score: {colors.per_sample[number]:g}"

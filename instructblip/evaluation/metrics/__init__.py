@@ -2,8 +2,10 @@
 
 Equal to the official scorers; each docstring names them, states the scale, and says what to know. `METRICS` has them by
 the names that dataset cards use, each with what evaluation and reports need to know about it, to be called with a model's
-outputs and the records.
+outputs and the records. Each scorer is a `torchmetrics.Metric`, too, under its name in capitals: `VQAAccuracy`, `CIDEr`.
 """
+
+from typing import TYPE_CHECKING, Any
 
 from instructblip.evaluation.metrics.accuracy import (
     accuracy,
@@ -25,13 +27,49 @@ from instructblip.evaluation.metrics.score import Score, group_means
 from instructblip.evaluation.metrics.visdial import visdial
 from instructblip.evaluation.metrics.vqa import gqa_accuracy, ocr_vqa_accuracy, vqa_accuracy
 
+if TYPE_CHECKING:
+    from instructblip.evaluation.metrics.modules import (
+        AUROC,
+        ROUGE,
+        Accuracy,
+        AOKVQADirectAnswer,
+        AOKVQAMultipleChoice,
+        CIDEr,
+        ExactMatch,
+        GQAAccuracy,
+        IconQAAccuracy,
+        IVQAAccuracy,
+        MultipleChoiceAccuracy,
+        OCRVQAAccuracy,
+        RetrievalRecall,
+        VisDial,
+        VQAAccuracy,
+        VSRAccuracy,
+    )
+
 __all__ = [
+    "AUROC",
     "METRICS",
+    "ROUGE",
+    "AOKVQADirectAnswer",
+    "AOKVQAMultipleChoice",
+    "Accuracy",
+    "CIDEr",
+    "ExactMatch",
+    "GQAAccuracy",
+    "IVQAAccuracy",
+    "IconQAAccuracy",
     "Interval",
     "Metric",
     "ModelOutput",
+    "MultipleChoiceAccuracy",
+    "OCRVQAAccuracy",
     "Outcome",
+    "RetrievalRecall",
     "Score",
+    "VQAAccuracy",
+    "VSRAccuracy",
+    "VisDial",
     "accuracy",
     "aokvqa_direct_answer",
     "aokvqa_multiple_choice",
@@ -52,3 +90,12 @@ __all__ = [
     "vqa_accuracy",
     "vsr_accuracy",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """The classes of `modules`, which begins with torchmetrics: slow to import, and for who asks for them."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from instructblip.evaluation.metrics import modules
+
+    return getattr(modules, name)

@@ -1,6 +1,6 @@
 """The report's content on one task: its row, sub-scores, breakdowns and samples."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from instructblip.data.records import Record
 from instructblip.evaluation.metrics import Interval, Outcome, group_means
@@ -13,10 +13,12 @@ from instructblip.evaluation.report.page import (
     ReportExample,
     ReportRow,
     ReportSection,
+    contact_sheet,
     thumbnail,
 )
 from instructblip.evaluation.report.table import MADE_UP_DATA, ComparabilityNote, comparison_marks
 from instructblip.evaluation.statistics import score_interval
+from instructblip.tracking import TrackedSample
 
 _FULL = 100 - 1e-6  # on the tables' scale
 _FAILURES_SHOWN = 5
@@ -170,6 +172,23 @@ def _spread(numbers: Sequence[int], count: int) -> list[int]:
     if count >= len(numbers):
         return list(numbers)
     return [numbers[place * len(numbers) // count] for place in range(count)]
+
+
+def tracked_samples(result: TaskResult, limit: int) -> Iterator[TrackedSample]:
+    """At most `limit` samples for an experiment tracker, spread evenly: the same of each evaluation of a task.
+
+    Raises:
+        UserError: a picture that cannot be read.
+    """
+    for number in _spread(range(len(result.samples)), limit):
+        sample, score = result.samples[number], result.per_sample[number]
+        frames, _ = sample.shard.read(sample.row)
+        lines = [f"asked: {sample.prompt}", f"answered: {result.predictions[number].prediction}"]
+        if answers := answers_of(sample.record):
+            lines.append(f"right: {', '.join(text for text, _ in answers)}")
+        if score is not None:
+            lines.append(f"score: {score:g}")
+        yield TrackedSample(contact_sheet(frames, f"{sample.id} in {sample.shard.path}"), "\n".join(lines))
 
 
 def _good(result: TaskResult, outcomes: Sequence[str]) -> list[bool]:

@@ -195,20 +195,25 @@ def thumbnail(frames: Sequence[bytes], where: str) -> Picture:
     Raises:
         UserError: one of them is no picture.
     """
-    images = [decode_image(frame, where) for frame in frames]
-    width, height = images[0].size
-    tiny = len(images) == 1 and max(width, height) <= _TINY_SIDE
-    sheet = images[0] if len(images) == 1 else _side_by_side(images)
+    sheet = contact_sheet(frames, where)
+    tiny = len(frames) == 1 and max(sheet.size) <= _TINY_SIDE
     if tiny:
         kind, content = "png", _encoded(sheet, "PNG", optimize=True)
     else:
-        sheet.thumbnail((_LONGEST_SIDE, _LONGEST_SIDE))
         for quality in _QUALITIES:
             kind, content = "webp", _encoded(sheet, "WEBP", quality=quality)
             if len(content) <= _MOST_BYTES:
                 break
     uri = f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
     return Picture(uri, *sheet.size, tiny)
+
+
+def contact_sheet(frames: Sequence[bytes], where: str) -> Image.Image:
+    """A picture, or the frames of a video side by side, of at most `_LONGEST_SIDE` pixels; see `thumbnail`."""
+    images = [decode_image(frame, where) for frame in frames]
+    sheet = images[0] if len(images) == 1 else _side_by_side(images)
+    sheet.thumbnail((_LONGEST_SIDE, _LONGEST_SIDE))
+    return sheet
 
 
 def candidates(example: ReportExample) -> list[dict[str, Any]]:
