@@ -25,6 +25,8 @@ from tests.kit.runs import World, evaluate_here, read_lines, run, scores, start,
 from tests.kit.tiny import tiny_encoder_decoder_llm, tiny_llm, tiny_model, tiny_released_model
 from tests.unit.test_parallel import batches
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("peft", reason="adapters need requirements-lora.txt")
 
 ADAPTER = Adapter(rank=4, alpha=8.0, dropout=0.0, targets=("all-linear",))
@@ -64,8 +66,8 @@ def three_steps(ranks: Ranks, kind: str, llm: str, recompute: bool) -> dict[str,
     [
         ("ddp", "decoder", False),
         ("fsdp", "decoder", True),
-        pytest.param("fsdp", "with a ViT", False, marks=pytest.mark.slow),
-        pytest.param("fsdp", "encoder_decoder", False, marks=pytest.mark.slow),
+        ("fsdp", "with a ViT", False),
+        ("fsdp", "encoder_decoder", False),
     ],
 )
 def test_two_ranks_compute_what_one_computes(kind: str, llm: str, recompute: bool) -> None:

@@ -22,6 +22,8 @@ sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 
 from capfilt_study import RUNS, Picture, Study, counts, share, shuffled, table, url
 
+pytestmark = pytest.mark.slow
+
 EXPERIMENTS = ("blip_demo", "blip_demo_caption", "blip_demo_retrieval", "blip_demo_vqa")
 SEED = 1
 

@@ -121,6 +121,7 @@ def test_web_pictures_are_captioned(line: str, world: World, untrained_stage1: P
     assert (tmp_path / given["out"] / "web_capfilt/train/manifest.json").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("line", commands(WEIGHTS))
 def test_a_conversion_runs(line: str, finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, _, _, *arguments = shlex.split(line)

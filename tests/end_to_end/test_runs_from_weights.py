@@ -202,6 +202,7 @@ def test_a_run_goes_on_exactly_without_its_source_and_remembers_it(
         train_here(world, tmp_path / "new", *arguments)
 
 
+@pytest.mark.slow
 def test_what_was_taken_and_what_is_new_is_printed_and_planned(
     world: World, finished_run: Path, tmp_path: Path
 ) -> None:

@@ -28,6 +28,8 @@ from instructblip.study.plan import StudyRun, plan_study
 from tests.kit.runs import SECONDS, World, one_thread
 from tests.kit.studies import STUDY, Here, compose_once, reports, shipped_study, study_config, study_here
 
+pytestmark = pytest.mark.slow
+
 SMALL = {**STUDY, "conditions": {name: STUDY["conditions"][name] for name in ("alone", "by mean")}, "stages": {}}
 
 
@@ -204,7 +206,6 @@ def test_results_that_were_edited_are_made_anew(world: World, whole: Path, tmp_p
     _assert_same(tmp_path, whole)
 
 
-@pytest.mark.slow
 def test_runs_side_by_side_in_processes_give_the_same(world: World, whole: Path, tmp_path: Path) -> None:
     forkserver.ensure_running()  # with what the kit preloads
     config = _without(world, whole, tmp_path, "alone, seed 1", "aligned, seed 1", "staged, seed 1", "by mean, seed 1")
@@ -248,7 +249,6 @@ def test_runs_that_learned_from_other_data_are_not_compared(world: World, whole:
         study_here(world, config)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(path.stem for path in (CONFIGS / "study").glob("*.yaml")))
 def test_a_shipped_study_goes_from_photos_to_its_table(name: str, world: World, tmp_path: Path) -> None:
     config = shipped_study(name, world, tmp_path)
@@ -261,7 +261,6 @@ def test_a_shipped_study_goes_from_photos_to_its_table(name: str, world: World, 
     assert all(len(item["by_seed"]) == 2 for item in (*found["scores"], *found["differences"]))
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(
     importlib.util.find_spec("submitit") is None, reason="submitit is not installed (requirements-slurm.txt)"
 )

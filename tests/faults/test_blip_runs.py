@@ -22,6 +22,8 @@ from tests.kit.blip_training import momentum_of
 from tests.kit.runs import BLIP_RUNS, World, evaluate_here, read_lines, run_ranks, start, train_here
 from tests.kit.runs import run as run_command
 
+pytestmark = pytest.mark.slow
+
 STEPS, BATCH, QUEUE = 12, 8, 20
 EXACT = ("step", "loss", "loss_by_objective", "loss_by_dataset", "lr", "grad_norm", "sample_ids", "validation")
 
@@ -98,7 +100,6 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, module: Any, name: str, call: int) 
 MOMENTS: list[tuple[Any, str]] = [(loop, "follow"), (loop, "backward"), (loop, "remember"), (run, "_save")]
 
 
-@pytest.mark.slow
 def test_ten_kills_leave_no_trace(blip_world: World, finished: Path, tmp_path: Path) -> None:
     """Same samples, negatives, losses, scores, weights, copies, queue and pointer."""
     stream, folder = random.Random(5), tmp_path / "blip_pretrain"
@@ -113,7 +114,6 @@ def test_ten_kills_leave_no_trace(blip_world: World, finished: Path, tmp_path: P
     assert_same_run(folder, finished)
 
 
-@pytest.mark.slow
 def test_ten_real_kills_leave_no_trace(blip_world: World, finished: Path, tmp_path: Path) -> None:
     """Of processes, wherever they are when metrics.jsonl has so many lines."""
     folder, train = tmp_path / "blip_pretrain", world_of(blip_world, "blip_pretrain", f"output={tmp_path}").train
@@ -134,7 +134,6 @@ def assert_same_run(found: Path, expected: Path) -> None:
         assert [key for key, tensor in tensors.items() if not torch.equal(tensor, others[key])] == []
 
 
-@pytest.mark.slow
 def test_two_ranks_and_other_micro_batches_are_like_one_process(blip_world: World, tmp_path: Path) -> None:
     steady = (
         "text.dropout=0",

@@ -28,6 +28,8 @@ from tests.kit.connectors import KINDS, connector_overrides
 from tests.kit.runs import World, compose, evaluate_here, one_thread, read_lines, run_ranks, train_here
 from tests.kit.tiny import tiny_images
 
+pytestmark = pytest.mark.slow
+
 STEPS = 4
 EXACT = ("step", "loss", "loss_by_objective", "loss_by_dataset", "lr", "grad_norm", "sample_ids")
 _SHORT = (

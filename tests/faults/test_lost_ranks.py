@@ -14,6 +14,8 @@ from instructblip.weights.checkpoint import checkpoint_folders
 from tests.kit.runs import STEPS as ALL_STEPS
 from tests.kit.runs import World, read_lines, run, scores, signal_in_evaluation, start_ranks
 
+pytestmark = pytest.mark.slow
+
 STEPS = 24
 RECIPE = (
     "~recipe.phases",
@@ -31,7 +33,6 @@ def overrides(world: World, output: Path) -> list[str]:
     return [*world.train, *RECIPE, f"output={output}"]
 
 
-@pytest.mark.slow
 def test_all_stop_at_one_step_and_one_goes_on_alone(world: World, tmp_path: Path) -> None:
     """Only rank 1 is told; the run goes on with one process and gives the samples and losses of one process."""
     arguments = overrides(world, tmp_path)
@@ -57,7 +58,6 @@ def signal_to_the_second(number: int) -> None:
         signal_in_evaluation(number, signal.SIGTERM)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 @pytest.mark.parametrize(("number", "step"), [(2, 10), (29, ALL_STEPS)], ids=["validating", "evaluating"])
 def test_all_stop_when_one_is_told_in_an_evaluation(

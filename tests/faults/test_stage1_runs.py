@@ -24,6 +24,8 @@ from instructblip.training.run import train
 from tests.faults.test_kill_resume import die_saving
 from tests.kit.runs import World, compose, read_lines, run_ranks, start, train_here
 
+pytestmark = pytest.mark.slow
+
 STEPS = 12
 EXACT = ("step", "loss", "loss_by_objective", "loss_by_dataset", "lr", "grad_norm", "sample_ids", "validation")
 
@@ -90,7 +92,6 @@ def be_killed(arguments: Sequence[str], kills: Sequence[Callable[[], None]]) -> 
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
 
 
-@pytest.mark.slow
 def test_ten_kills_leave_no_trace(caption_world: World, finished: Path, tmp_path: Path) -> None:
     """In other processes, eight between steps and two while saving: same samples, negatives, losses, scores and weights."""
     arguments, folder = [*caption_world.train, f"output={tmp_path}", "resume=auto"], tmp_path / "blip2_stage1"
@@ -107,7 +108,6 @@ def test_ten_kills_leave_no_trace(caption_world: World, finished: Path, tmp_path
         assert [key for key, tensor in tensors.items() if not torch.equal(tensor, expected[key])] == []
 
 
-@pytest.mark.slow
 def test_two_ranks_and_other_micro_batches_are_like_one_process(caption_world: World, tmp_path: Path) -> None:
     steady = ("qformer.dropout=0", "recipe.phases.align.steps=4")
     alone = train_here(caption_world, tmp_path / "alone", *steady)

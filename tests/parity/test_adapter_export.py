@@ -47,6 +47,7 @@ def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return folder
 
 
+@pytest.mark.slow
 def test_each_way_out_computes_the_same(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base, adapter = source / "base", ("--adapter", source / "adapter")
     for target, given, options in (

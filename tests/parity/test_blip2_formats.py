@@ -265,6 +265,7 @@ def test_a_retrieval_folder_in_half_precision(
     assert_same_files(tmp_path / "again", folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", HALF, ids=["float16", "bfloat16"])
 @pytest.mark.parametrize("llm", ["opt", "t5"])
 def test_a_captioners_folder_in_half_precision(

@@ -100,6 +100,7 @@ def _halves(ranks: Ranks) -> list[tuple[float, int]]:
     return found
 
 
+@pytest.mark.slow
 def test_two_ranks_compute_what_one_does() -> None:
     one, other = on_ranks(2, _halves)
     expected = [score_of(case) for case in CASES] * 2
