@@ -224,7 +224,10 @@ class RemoteTars:
             if path.suffix == _PENDING and _is_held(path):
                 taken += int(path.name.split(".")[1])  # what it is about to be
                 continue
-            state = path.stat()
+            try:
+                state = path.stat()
+            except FileNotFoundError:  # fetched by now, and renamed: look again
+                return False
             idle.append((state.st_mtime_ns, path, state.st_size))
             taken += state.st_size
         for _, path, bytes_of in sorted(idle):

@@ -267,6 +267,24 @@ def test_many_processes_share_a_cache_that_is_too_small_for_all(server: Server, 
     assert sum(_tars(tmp_path).values()) <= max(sizes) + 10
 
 
+def test_a_tar_that_is_fetched_while_others_look_for_room_is_counted(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards = open_split(_mirror(server, tmp_path)).shards
+    cache, sizes = tmp_path / "cache/tars", [shard.tar_bytes for shard in shards]
+    cache.mkdir(parents=True, exist_ok=True)
+    tars = RemoteTars(f"{server.url}/set/train", cache, max(sizes) + 10)
+    (cache / f"{shards[1].tar_sha256}.{sizes[1]}.partial").write_bytes(bytes(sizes[1]))
+
+    def is_held_no_longer(partial: Path) -> bool:
+        os.replace(partial, cache / f"{shards[1].tar_sha256}.tar")  # what its process does last
+        return False
+
+    monkeypatch.setattr(remote, "_is_held", is_held_no_longer)
+    os.close(tars.open(shards[0].path.name, shards[0].tar_sha256, sizes[0]))
+    assert [path.name for path in cache.glob("*.tar")] == [f"{shards[0].tar_sha256}.tar"]
+
+
 def test_a_descriptor_outlives_its_tar(server: Server, tmp_path: Path) -> None:
     shard = open_split(_mirror(server, tmp_path)).shards[0]
     tars = RemoteTars(f"{server.url}/set/train", tmp_path / "cache/tars", ROOMY)
