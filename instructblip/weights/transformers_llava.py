@@ -36,8 +36,7 @@ from instructblip.weights.names import (
     foreign_names,
     unpack_clip,
 )
-from instructblip.weights.transformers_layout import layout_of
-from instructblip.weights.transformers_read import load_own_llm, read_weights, widest
+from instructblip.weights.transformers_read import load_own_llm, load_own_vision, read_weights
 from instructblip.weights.transformers_settings import (
     LLMSettings,
     between_words,
@@ -90,7 +89,7 @@ def load_llava_folder(folder: Path, *, llm: LLM | None = None) -> LLaVA:
     """
     settings, weights = read_llava_settings(folder), read_weights(folder)
     config = read_transformers_config(folder)
-    vision = _load_vision(settings, weights, folder)
+    vision = load_own_vision(settings.vision, weights, folder)
     own_llm = llm or load_own_llm(config, settings.llm, weights, folder)
     widths = {"vision_width": vision.width, "llm_width": own_llm.width, "hidden_width": settings.hidden_width}
     connector = MLPConnector(Patches(vision, class_token=settings.class_token), **widths)
@@ -198,21 +197,6 @@ def around_image(tokenizer: Any, said: Mapping[str, Any]) -> tuple[str, str, str
     begins, continues = (start, "") if said.get("image_in_text") else ("", start)
     before = f"{begins}{text['image_prefix']}".removeprefix(start_of(tokenizer))
     return before, f"{continues}{text['prompt_prefix']}", text["prompt_suffix"]
-
-
-def _load_vision(settings: LlavaSettings, weights: Mapping[str, Tensor], folder: Path) -> VisionEncoder:
-    """Built without memory of its own; its parameters are the file's, but for what comes there in pieces."""
-    with torch.device("meta"):
-        vision = VisionEncoder(**settings.vision)
-    state = backbone_state(vision)
-    names = foreign_names(state, layout_of(folder).names)
-    found = {name: weights[name] for name in names.values() if name in weights}
-    check_tensors({names[name]: tensor.shape for name, tensor in state.items()}, found, str(folder))
-    vision.to_empty(device="cpu")
-    vision.load_state_dict({name.removeprefix("vision."): found[names[name]] for name in state}, assign=True)
-    vision.mean.copy_(torch.tensor(settings.vision["mean"]).view_as(vision.mean))
-    vision.std.copy_(torch.tensor(settings.vision["std"]).view_as(vision.std))
-    return vision.to(widest(found.values()))
 
 
 # --- written ---------------------------------------------------------------------------------------------------------

@@ -188,10 +188,18 @@ def _read_file(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path} cannot be read ({error}); fetch it again") from None
 
 
-def _load_vision(settings: Settings, weights: Mapping[str, Tensor], folder: Path) -> VisionEncoder:
-    """Built without memory of its own; its parameters are the file's."""
+def load_own_vision(values: Mapping[str, Any], weights: Mapping[str, Tensor], folder: Path) -> VisionEncoder:
+    """The vision encoder of a folder, built without memory of its own: its parameters are the file's.
+
+    Args:
+        values: arguments of `VisionEncoder`; `mean` and `std` are copied again, since buffers lose theirs on the way.
+        weights: of the folder, by its own names.
+
+    Raises:
+        UserError: a tensor is missing or has another shape.
+    """
     with torch.device("meta"):
-        vision = VisionEncoder(**settings.vision)
+        vision = VisionEncoder(**values)
     state = backbone_state(vision)
     names = foreign_names(state, layout_of(folder).names)
     found = {name: weights[name] for name in names.values() if name in weights}
@@ -201,9 +209,13 @@ def _load_vision(settings: Settings, weights: Mapping[str, Tensor], folder: Path
     for module in vision.modules():
         if isinstance(module, EvaAttention) and module.k_bias is not None:
             module.k_bias.zero_()  # a buffer that no file has
-    vision.mean.copy_(torch.tensor(settings.vision["mean"]).view_as(vision.mean))
-    vision.std.copy_(torch.tensor(settings.vision["std"]).view_as(vision.std))
-    vision.to(widest(found.values()))  # buffers with the weights
+    vision.mean.copy_(torch.tensor(values["mean"]).view_as(vision.mean))
+    vision.std.copy_(torch.tensor(values["std"]).view_as(vision.std))
+    return vision.to(widest(found.values()))  # buffers with the weights
+
+
+def _load_vision(settings: Settings, weights: Mapping[str, Tensor], folder: Path) -> VisionEncoder:
+    vision = load_own_vision(settings.vision, weights, folder)
     eps = read_transformers_config(folder).vision_config.layer_norm_eps
     if vision.backbone.blocks[0].norm1.eps != eps:
         raise UserError(
