@@ -1,15 +1,19 @@
 """`evaluate.py` with models that match: retrieval and statements, twice and on ranks the same results, in table and page."""
 
 import json
+import os
+import signal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from instructblip.errors import UserError
+from instructblip.evaluation import journal, retrieval
 from instructblip.evaluation.report.table import as_text, score_table
 from instructblip.evaluation.results_file import read_run
-from tests.kit.runs import World, evaluate_here, run_ranks
+from tests.kit.runs import World, evaluate_here, run, run_ranks, start
 
 SUITE = ("suite=retrieval", "data=synthetic", "name=retrieval", "batch_size=16")
 
@@ -42,6 +46,43 @@ def test_twice_and_on_two_ranks_the_results_are_the_same(world: World, untrained
     page = (first / "report.html").read_text()
     assert "captions found" in page
     assert "finds its image at place" in page
+
+
+def die_appending(*, behind: bool) -> None:
+    """A `before`: kill this process behind its first answers in the journal, or when it is to write them."""
+    append = journal._append
+
+    def dying(path: Path, lines: Any) -> None:
+        if behind:
+            append(path, lines)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    journal._append = dying
+
+
+def die_encoding() -> None:
+    """A `before`: kill this process when a file of encoded images is written and has no name yet."""
+    save = retrieval.save_file
+
+    def dying(*arguments: Any) -> None:
+        save(*arguments)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    retrieval.save_file = dying
+
+
+@pytest.mark.slow
+def test_ten_real_kills_leave_the_same_results(world: World, untrained_stage1: Path, tmp_path: Path) -> None:
+    """Of processes: there are few pictures, so most of them die before they have come further than the one before."""
+    shards = f"data.shards={tmp_path / 'shards'}"
+    alone = evaluate_here(world, untrained_stage1, tmp_path / "alone", *SUITE, shards)
+    arguments = [*world.evaluate, *SUITE, shards, f"checkpoint={untrained_stage1}", f"output={tmp_path / 'killed'}"]
+    waiting, answered = partial(die_appending, behind=False), partial(die_appending, behind=True)
+    for before in (die_encoding, die_encoding, *[waiting] * 3, answered, die_encoding, *[waiting] * 3):
+        command = start(world, "evaluate.py", *arguments, cwd=tmp_path, before=before)
+        assert command.wait() == -signal.SIGKILL, command.output
+    run(world, "evaluate.py", *arguments, cwd=tmp_path)
+    assert results(tmp_path / "killed/retrieval")["datasets"] == results(alone)["datasets"]
 
 
 def test_questions_are_not_asked_of_a_model_without_a_language_model(
