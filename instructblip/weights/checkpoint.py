@@ -115,7 +115,8 @@ def save_checkpoint(
     target = folder / f"{_PREFIX}{step:08d}"
     partial = folder / f"{target.name}.{os.getpid()}.partial"
     try:
-        partial.mkdir(parents=True)
+        folder.mkdir(exist_ok=True)  # not its parents: a run's folder that was deleted stays away
+        partial.mkdir()
         files = {}
         for name, tensors in {MODEL_FILE: model, OPTIMIZER_FILE: optimizer, AVERAGE_FILE: average}.items():
             if tensors is None:
