@@ -7,6 +7,8 @@ Sweeps (`-m key=a,b`) are Hydra's: one job for each combination, one after the o
 output folder is named after what is swept: `held_out-llm_vicuna_7b`.
 """
 
+import copy
+import functools
 import gc
 import hashlib
 import os
@@ -221,15 +223,19 @@ def _forced(argument: str) -> str:
     if argument.startswith(("-", "~", "++")) or "=" not in argument:
         return argument
     try:
-        override = OverridesParser.create().parse_override(argument)
+        override = _parse_one(argument)
     except HydraException:
         return argument  # Hydra says what is wrong with it
-    group = override.package is not None or (CONFIGS / override.key_or_group).is_dir()
+    group = _names_group(override)
     if group and override.value() is None:
         return f"~{override.key_or_group}"  # Hydra's way to leave a group out
     if override.key_or_group.startswith("hydra") or (group and not isinstance(override.value(), dict)):
         return argument
     return f"++{argument.lstrip('+')}"
+
+
+def _names_group(override: Override) -> bool:
+    return override.package is not None or (CONFIGS / override.key_or_group).is_dir()
 
 
 def _jobs(overrides: list[str]) -> Iterator[list[str]]:
@@ -273,13 +279,19 @@ def _check_swept(overrides: list[Override]) -> None:
 
 
 def _parse(overrides: list[str]) -> list[Override]:
-    parser, parsed = OverridesParser.create(), []
+    parsed = []
     for override in overrides:
         try:
-            parsed.append(parser.parse_override(override))
+            parsed.append(_parse_one(override))
         except HydraException:
             raise UserError(_unreadable(override)) from None
     return parsed
+
+
+@functools.lru_cache(maxsize=1024)
+def _parse_one(override: str) -> Override:
+    """Hydra's parser takes milliseconds for each, and a command asks it several times; what it returns is not changed."""
+    return OverridesParser.create().parse_override(override)
 
 
 def _unreadable(override: str) -> str:
@@ -364,14 +376,54 @@ def _named_after(config: Schema, swept: str) -> Schema:
 
 def _compose(name: str, overrides: list[str]) -> DictConfig:
     _parse(overrides)
+    choices, values = _choices_and_values(_settable(overrides))
+    try:
+        config = copy.deepcopy(_compose_choices(name, choices, _stamp()))
+        for override in values:
+            _set(config, override)
+    except (HydraException, OmegaConfBaseException, YAMLError, ValueError, TypeError) as error:
+        raise UserError(_explain(error)) from None
+    return config
+
+
+def _choices_and_values(overrides: list[str]) -> tuple[tuple[str, ...], list[Override]]:
+    """What Hydra composes, and the settings `++key=value` after that, which change values of what it composed.
+
+    The jobs of a sweep and the runs of a study differ in values, rarely in groups. A composition takes as long as a
+    hundred values.
+    """
+    parsed = _parse(overrides)
+    groups = [_names_group(item) and not isinstance(item.value(), dict) for item in parsed]
+    last = -1  # of those that Hydra must apply in their order: deletions, sweeps, its own settings
+    for place, item in enumerate(parsed):
+        plain = item.is_force_add() and not item.is_sweep_override() and not item.key_or_group.startswith("hydra")
+        last = last if plain or groups[place] else place
+    choices = [text for place, text in enumerate(overrides) if groups[place] or place <= last]
+    return tuple(choices), [item for place, item in enumerate(parsed) if not groups[place] and place > last]
+
+
+@functools.lru_cache(maxsize=32)
+def _compose_choices(name: str, overrides: tuple[str, ...], stamp: frozenset[tuple[str, int]]) -> DictConfig:
+    """Compose by Hydra; not to be changed by the caller. `stamp`: another one stands for files that have changed."""
     GlobalHydra.instance().clear()
     try:
         with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
-            return hydra.compose(name, overrides=_settable(overrides))
-    except (HydraException, OmegaConfBaseException, YAMLError, ValueError, TypeError) as error:
-        raise UserError(_explain(error)) from None
+            return hydra.compose(name, overrides=list(overrides))
     finally:
         GlobalHydra.instance().clear()
+
+
+def _stamp() -> frozenset[tuple[str, int]]:
+    """When each file of `configs/` was written."""
+    return frozenset((str(path), path.stat().st_mtime_ns) for path in CONFIGS.rglob("*.yaml"))
+
+
+def _set(config: DictConfig, override: Override) -> None:
+    """Set one value, as Hydra does."""
+    try:
+        OmegaConf.update(config, override.key_or_group, override.value(), merge=True, force_add=True)
+    except OmegaConfBaseException as error:
+        raise HydraException(f"Error merging override {override.input_line}") from error
 
 
 def _explain(error: Exception) -> str:

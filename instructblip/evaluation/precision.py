@@ -1,6 +1,7 @@
 """What an evaluation's matrix products are computed in, which its protocol states."""
 
 import contextlib
+import threading
 from collections.abc import Iterator
 
 import torch
@@ -8,6 +9,13 @@ import torch
 from instructblip.config.schema import EvaluationPrecision
 from instructblip.errors import UserError
 from instructblip.models.base import Model
+
+_Rules = tuple[str, bool]  # of float32: for matrix products, and whether convolutions may round to TF32
+
+# torch has one setting for all threads of a process. Evaluations in several threads need not end in the order in which they
+# began, so what was set before the first is kept here, followed by what each of them asks for.
+_rules: list[_Rules] = []
+_rules_lock = threading.Lock()
 
 
 @contextlib.contextmanager
@@ -19,15 +27,32 @@ def computing(precision: EvaluationPrecision, device: torch.device) -> Iterator[
             `bf16`: autocast to bfloat16, as a run of recipe.precision=bf16 is trained.
         device: of the model.
     """
-    products, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-    torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    rules = ("high", True) if precision == "tf32" else ("highest", False)
+    with _float32_rules(rules), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        yield
+
+
+@contextlib.contextmanager
+def _float32_rules(rules: _Rules) -> Iterator[None]:
+    with _rules_lock:
+        if not _rules:
+            _rules.append((torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32))
+        _rules.append(rules)
+        _set_rules(rules)
     try:
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            yield
+        yield
     finally:
-        torch.set_float32_matmul_precision(products)
-        torch.backends.cudnn.allow_tf32 = convolutions
+        with _rules_lock:
+            _rules.remove(rules)
+            _set_rules(_rules[-1])
+            if len(_rules) == 1:
+                _rules.clear()
+
+
+def _set_rules(rules: _Rules) -> None:
+    products, convolutions = rules
+    torch.set_float32_matmul_precision(products)
+    torch.backends.cudnn.allow_tf32 = convolutions
 
 
 def check_precision(precision: EvaluationPrecision, device: torch.device) -> None:

@@ -8,12 +8,12 @@ import pytest
 from rich.console import Console
 
 from instructblip.config.schema import EvaluateConfig, TrainConfig
-from instructblip.data.cards import all_cards, load_card
+from instructblip.data.cards import load_card
 from instructblip.training.run import train
-from tests.kit.all_datasets import OTHER_WAYS, OTHERS
+from tests.kit.all_datasets import OTHER_WAYS, OTHERS, official_cards
 from tests.kit.runs import World, compose, evaluate_here, one_thread, read_lines
 
-PAPER = [card for card in all_cards() if card.source not in OTHERS and card.name not in OTHER_WAYS]
+PAPER = [card for card in official_cards() if card.source not in OTHERS and card.name not in OTHER_WAYS]
 PAPER_HELD_IN = {card.name for card in PAPER if card.role == "held-in"}
 PAPER_HELD_OUT = {card.name for card in PAPER if card.role == "held-out"}
 

@@ -1,10 +1,11 @@
 """Hand-made raw folders of all 23 datasets that have files of their own, in their official layout, and their shards."""
 
+import functools
 import logging
 from pathlib import Path
 from typing import Any
 
-from instructblip.data.cards import load_card
+from instructblip.data.cards import Card, all_cards, load_card
 from instructblip.data.prepare.convert import prepare_dataset
 from tests.kit.raw_files import write_raw
 
@@ -48,6 +49,12 @@ SOURCES: dict[str, dict[str, tuple[int, int, int, int]]] = {
     "msrvtt_qa": {"train": (2, 8, 2, 0), "val": (1, 4, 1, 0), "test": (1, 4, 2, 0)},
     "ivqa": {"train": (1, 4, 1, 0), "val": (1, 4, 1, 0), "test": (3, 12, 3, 0)},
 }
+
+
+@functools.cache
+def official_cards() -> tuple[Card, ...]:
+    """All cards in `datasets/`, read once for the files whose tests go by them."""
+    return tuple(all_cards())
 
 
 def prepare_source(name: str, raw: Path, out: Path, **options: Any) -> list[Path]:

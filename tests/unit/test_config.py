@@ -1,7 +1,10 @@
 """Every configuration file composes and says how it is used, every key is read, and mistakes name the nearest key."""
 
 import ast
+import copy
 import dataclasses
+import functools
+import os
 import re
 import shlex
 from collections.abc import Iterator
@@ -13,8 +16,9 @@ import pytest
 from omegaconf import DictConfig, OmegaConf
 
 import instructblip
+from instructblip.config import entry as entry_points
 from instructblip.config.checks import check
-from instructblip.config.entry import compose_config
+from instructblip.config.entry import _choices_and_values, _set, _settable, compose_config
 from instructblip.config.schema import (
     CONFIGS,
     CapFiltConfig,
@@ -71,8 +75,18 @@ def _commands(file: str) -> list[tuple[str, list[str]]]:
 
 
 def _compose(entry: str, overrides: list[str]) -> DictConfig:
+    """With Hydra's own section, which says what was chosen."""
+    choices, values = _choices_and_values(_settable(overrides))
+    config = copy.deepcopy(_composed_by_hydra(entry, choices))
+    for value in values:
+        _set(config, value)
+    return config
+
+
+@functools.lru_cache(maxsize=16)
+def _composed_by_hydra(entry: str, overrides: tuple[str, ...]) -> DictConfig:
     with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        return hydra.compose(entry, overrides=overrides, return_hydra_config=True)
+        return hydra.compose(entry, overrides=list(overrides), return_hydra_config=True)
 
 
 def _own(config: DictConfig) -> DictConfig:
@@ -110,6 +124,41 @@ def test_an_entry_point_needs_no_argument(name: str) -> None:
 
 def test_the_experiment_is_what_train_does_alone() -> None:
     assert _own(_compose("train", [])) == _own(_compose("train", ["experiment=demo"]))
+
+
+# --- one composition for many settings -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["recipe.phases.alignment.steps=3", "seed=5", "name='a b'", "llm=vicuna_7b", "llm.image_prefix=x"],
+        ["seed=2", "~recipe.phases", "recipe.phases={only: {steps: 1}}", "recipe.phases.only.steps=2"],
+        ["mixture.datasets=[{name: gqa}]", "name=${seed}", "vision={image_size: 32}", "logger=null"],
+    ],
+)
+def test_values_set_on_a_composition_are_as_hydra_sets_them(overrides: list[str]) -> None:
+    choices, values = _choices_and_values(_settable(overrides))
+    assert len(values) >= 2 and len(choices) + len(values) == len(overrides)
+    whole = _own(_composed_by_hydra.__wrapped__("train", tuple(_settable(overrides))))
+    assert OmegaConf.to_yaml(entry_points._compose("train", overrides)) == OmegaConf.to_yaml(whole)
+    assert entry_points._compose("train", ["seed=1"]).seed == 1
+    assert OmegaConf.to_yaml(entry_points._compose("train", overrides)) == OmegaConf.to_yaml(whole)
+
+
+def test_a_value_that_cannot_be_set_is_named() -> None:
+    with pytest.raises(UserError) as error:
+        compose_config("train", TrainConfig, ["seed=1", "mixture.datasets.99.name=gqa"])
+    assert "(Error merging override ++mixture.datasets.99.name=gqa: " in str(error.value)
+
+
+def test_a_file_that_changed_is_composed_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "small.yaml"
+    monkeypatch.setattr(entry_points, "CONFIGS", tmp_path)
+    for number in range(2):
+        file.write_text(f"number: {number}", encoding="utf-8")
+        os.utime(file, ns=(number, number))
+        assert entry_points._compose("small", ["other=1"]) == {"number": number, "other": 1}
 
 
 # --- no key that nobody reads ----------------------------------------------------------------------------------------

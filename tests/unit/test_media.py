@@ -73,7 +73,7 @@ def _color(image: Image.Image, place: tuple[float, float]) -> str:
         (_image("GIF", "L", (1, 1)), "image is a single pixel"),
         (_image("JPEG", "RGB", (1, 1)), "image is a single pixel"),
         (_image("EPS"), "image format EPS is not taken"),
-        (_image("PNG", "1", (3000, 3000)), "too many pixels"),
+        (_halves("PNG", (3000, 3000)), "too many pixels"),
         (_image("PNG")[:45] + b"\xff" * 40 + _image("PNG")[85:], "image is"),
     ],
 )

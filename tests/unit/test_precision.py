@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import threading
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from instructblip.data.cards import load_card
 from instructblip.data.prepare.convert import prepare_dataset
 from instructblip.errors import UserError
 from instructblip.evaluation.outcomes import TaskResult
-from instructblip.evaluation.precision import check_held, check_precision
+from instructblip.evaluation.precision import check_held, check_precision, computing
 from instructblip.evaluation.protocol import Task, as_json, make_task
 from instructblip.evaluation.runner import read_pixels, run_task
 from instructblip.models.base import Model
@@ -53,7 +54,7 @@ def answered(model: Model, task: Task) -> tuple[TaskResult, set[tuple[torch.dtyp
 def test_products_are_computed_in_the_precision_of_the_protocol(shards: Path, mode: Any) -> None:
     model: Any = tiny_stage1() if mode == "match" else tiny_model()
     asked = make_task(load_card("easy_vqa_statements"), shards, mode=mode)
-    convolutions = torch.backends.cudnn.allow_tf32  # which torch.compile, in another test, turns off
+    convolutions = torch.backends.cudnn.allow_tf32
     exact, seen = answered(model, asked)
     assert seen == {(torch.float32, "highest")}
     rounded, seen = answered(model, in_precision(asked, "bf16"))
@@ -89,6 +90,26 @@ def test_bfloat16_is_not_mixed_with_what_is_held_in_float16() -> None:
         UserError, match="precision=bf16 computes in bfloat16, and the llm of this model is held in float16"
     ):
         check_held("bf16", model)
+
+
+def test_evaluations_in_two_threads_leave_the_settings_of_torch_as_they_were() -> None:
+    def settings() -> tuple[str, bool]:
+        return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+
+    def compute_until_the_other_ended() -> None:
+        with computing("fp32", torch.device("cpu")):
+            began.set()
+            assert ended.wait(60)
+
+    before, began, ended = settings(), threading.Event(), threading.Event()
+    other = threading.Thread(target=compute_until_the_other_ended, daemon=True)
+    with computing("tf32", torch.device("cpu")):
+        other.start()
+        assert began.wait(60)
+    assert settings() == ("highest", False)
+    ended.set()
+    other.join(60)
+    assert settings() == before != ("highest", False)
 
 
 def test_tf32_needs_a_gpu_that_has_it() -> None:
