@@ -695,6 +695,41 @@ class FeaturesConfig(Section):
 
 
 @dataclass(kw_only=True)
+class DemoLimitsConfig(Section):
+    """What a visitor of the page may give at most."""
+
+    bytes: AtLeastOne = 20_000_000  # of a picture's file
+    pixels: AtLeastOne = 50_000_000  # of a picture
+    characters: AtLeastOne = 2000  # of a prompt, a candidate, a text
+    candidates: Annotated[int, Field(ge=2)] = 50
+    new_tokens: AtLeastOne = 128
+    beams: AtLeastOne = 8
+
+
+@dataclass(kw_only=True)
+class DemoConfig(Section):
+    """Everything `python -m instructblip.demo` reads."""
+
+    checkpoint: str  # a run or one of its checkpoints, a transformers folder or hub id, a .pth file of LAVIS
+    llm: LLMConfig | None = None  # of a .pth file, or in place of the checkpoint's own
+    adapter: str | None = None  # folder in peft's format, whose adapters the checkpoint gets
+    beside: str | None = None  # a second checkpoint, asked the same
+    beside_llm: LLMConfig | None = None
+    beside_adapter: str | None = None
+    vision_path: str | None = None
+    qformer_path: str | None = None
+    device: Device = "auto"
+    examples: str | None = (
+        None  # folder of pictures; None: of the data that a run was scored on, where they are at hand
+    )
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=1, le=65535)] | None = None  # None: the first free one from 7860
+    share: bool = False
+    queue: AtLeastOne = 16  # requests that wait
+    limits: DemoLimitsConfig = field(default_factory=DemoLimitsConfig)
+
+
+@dataclass(kw_only=True)
 class CapFiltConfig(Section):
     """Everything `python -m instructblip.capfilt` reads."""
 

@@ -405,6 +405,10 @@ class Model(PartedModule, ABC):
         """Features of images and texts."""
         raise self._has_no("projections to make features with")
 
+    def attention(self, *_: Any, **__: Any) -> Any:
+        """Where the queries of a Q-Former look."""
+        raise self._has_no("Q-Former whose queries look at an image")
+
     def save_huggingface(self, folder: str | Path) -> None:
         """Write a folder that transformers' class of this model and its processor open.
 

@@ -34,6 +34,7 @@ from instructblip.models.decoding import decode
 from instructblip.models.med import TextLayer, TextModel
 from instructblip.models.pairs import Features, MatchHead, TextOutputs, check_pairs, padded, token_ids
 from instructblip.models.ranking import TOKEN_BUDGET, deduplicated, length_groups
+from instructblip.models.streaming import OnText, check_follows, on_ids
 from instructblip.models.transformer import KeyValueCache
 from instructblip.models.vision import Images, VisionEncoder, as_frames
 
@@ -275,6 +276,7 @@ class _Captioner(BLIP):
         temperature: float = 1.0,
         top_p: float = 0.9,
         noise: Tensor | None = None,
+        on_text: OnText | None = None,
     ) -> list[str]:
         """Caption each image; the returned text does not hold the prompt.
 
@@ -287,6 +289,7 @@ class _Captioner(BLIP):
             repetition_penalty: None takes the released 1.1 where tokens are drawn, and none otherwise.
             num_beams, max_new_tokens, min_new_tokens, length_penalty, do_sample, temperature, top_p, noise: as
                 `decoding.decode` takes them; sampling draws one text, whatever `num_beams`.
+            on_text: called with the text so far after each token, of one image and one beam.
 
         Raises:
             ValueError: a wrong argument by its name, before anything is computed.
@@ -307,6 +310,8 @@ class _Captioner(BLIP):
         check_decoding(**options)
         check_noise(noise, count, max_new_tokens, do_sample=do_sample)
         options |= {"do_sample": do_sample, "num_beams": 1 if do_sample else num_beams}
+        check_follows(on_text, count, options["num_beams"])
+        options["on_ids"] = on_ids(on_text, self._texts)
         starts = [self._prompt_ids(text) for text in ([self.prompt] * count if prompts is None else prompts)]
         self._check_room("prompts", starts)
         tokens_BPU = self.normalised(self.image_tokens(images))
@@ -478,6 +483,7 @@ class BLIPVQA(BLIP):
         top_p: float = 0.9,
         noise: Tensor | None = None,
         attend_padding: bool = False,
+        on_text: OnText | None = None,
     ) -> list[str]:
         """Answer each question freely; the defaults are the released ones, whose length limits count the start token.
 
@@ -488,6 +494,7 @@ class BLIPVQA(BLIP):
                 noise: as `decoding.decode` takes them; sampling draws one text, whatever `num_beams`.
             attend_padding: the decoder reads a question's padding too, as the released code's does when it generates: the
                 answer then depends on the batch's longest question.
+            on_text: called with the text so far after each token, of one image and one beam.
 
         Raises:
             ValueError: a wrong argument by its name, before anything is computed.
@@ -504,13 +511,15 @@ class BLIPVQA(BLIP):
             top_p=top_p,
         )
         check_noise(noise, count, max_new_tokens, do_sample=do_sample)
+        num_beams = 1 if do_sample else num_beams
+        check_follows(on_text, count, num_beams)
         states_BTD, mask_BT = self.encode_questions(self.image_tokens(images), prompts)
         ids_BT = self._decoded(
             self.text_decoder,
             torch.full((count, 1), self.start_id, device=self.device),
             states_BTD,
             None if attend_padding else mask_BT,
-            num_beams=1 if do_sample else num_beams,
+            num_beams=num_beams,
             max_new_tokens=max_new_tokens,
             min_new_tokens=min_new_tokens,
             length_penalty=length_penalty,
@@ -519,6 +528,7 @@ class BLIPVQA(BLIP):
             temperature=temperature,
             top_p=top_p,
             noise_BT=noise,
+            on_ids=on_ids(on_text, self._texts),
         )
         return self._texts(ids_BT[:, 1:])
 

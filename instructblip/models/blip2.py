@@ -17,10 +17,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from instructblip.models.arguments import check_choice, check_decoding, check_images, check_noise
+from instructblip.models.attention import ImageAttention, recorded_attention
 from instructblip.models.base import Inputs, Model, Outputs, PartStructure, PassWorkload, Samples
 from instructblip.models.decoding import decode
 from instructblip.models.pairs import Features, MatchHead, TextOutputs, check_pairs, padded, token_ids
 from instructblip.models.qformer import QFormer
+from instructblip.models.streaming import OnText, check_follows, on_ids
 from instructblip.models.transformer import KeyValueCache
 from instructblip.models.vision import Images, VisionEncoder
 
@@ -355,6 +357,7 @@ class BLIP2(Model):
         temperature: float = 1.0,
         top_p: float = 0.9,
         noise: Tensor | None = None,
+        on_text: OnText | None = None,
     ) -> list[str]:
         """Caption each image; the defaults are the released ones, whose length limits count the start token.
 
@@ -363,6 +366,7 @@ class BLIP2(Model):
             prompts: this model captions without one.
             num_beams, max_new_tokens, min_new_tokens, length_penalty, repetition_penalty, do_sample, temperature, top_p,
                 noise: as `decoding.decode` takes them; sampling draws one text, whatever `num_beams`.
+            on_text: called with the text so far after each token, of one image and one beam.
 
         Raises:
             ValueError: prompts, or a wrong argument by its name, before anything is computed.
@@ -383,6 +387,8 @@ class BLIP2(Model):
             temperature=temperature,
             top_p=top_p,
         )
+        num_beams = 1 if do_sample else num_beams
+        check_follows(on_text, count, num_beams)
         cache = self.encode_images(self.image_tokens(images)).cache
         batch = len(cache.layers[0].keys_BHKE)
         ids_BT = decode(
@@ -391,7 +397,7 @@ class BLIP2(Model):
             cache,
             eos_id=self.tokenizer.sep_token_id,
             pad_id=self.tokenizer.pad_token_id,
-            num_beams=1 if do_sample else num_beams,
+            num_beams=num_beams,
             max_new_tokens=min(max_new_tokens, self.qformer.max_text_tokens - 1),  # the start token takes a place
             min_new_tokens=min_new_tokens,
             length_penalty=length_penalty,
@@ -400,8 +406,32 @@ class BLIP2(Model):
             temperature=temperature,
             top_p=top_p,
             noise_BT=noise,
+            on_ids=on_ids(on_text, self._texts),
         )
-        return [text.strip() for text in self.tokenizer.batch_decode(ids_BT[:, 1:], skip_special_tokens=True)]
+        return self._texts(ids_BT[:, 1:])
+
+    @torch.inference_mode()
+    def attention(self, images: Images, prompts: Sequence[str] | None = None) -> ImageAttention:
+        """Where the queries look on their own, or in the light of texts, as `match` reads them.
+
+        Args:
+            images: B pictures, or their image tokens.
+            prompts: B texts; None: the queries alone.
+
+        Raises:
+            ValueError: unequal numbers of images and texts, clips of several frames.
+        """
+        check_pairs(images, prompts)
+        tokens_B1PU = self.image_tokens(images)
+        with recorded_attention(self.qformer) as weights:
+            if prompts is None:
+                self.encode_images(tokens_B1PU)
+            else:
+                self.encode_pairs(self.normalised(tokens_B1PU), *self.tokenize(prompts))
+        return ImageAttention.of(weights, self.vision, frames=1)
+
+    def _texts(self, ids_BT: Tensor) -> list[str]:
+        return [text.strip() for text in self.tokenizer.batch_decode(ids_BT, skip_special_tokens=True)]
 
     def _next_logits(self, new_RT: Tensor, cache: KeyValueCache) -> Tensor:
         return self.qformer.logits(self._caption_states(cache, new_RT, torch.ones_like(new_RT))[:, -1])

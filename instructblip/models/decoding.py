@@ -23,6 +23,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from instructblip.models.streaming import OnIds
 from instructblip.models.transformer import KeyValueCache
 
 # (token ids (R, T) that the cache does not hold yet, the cache) -> logits (R, W) of the token behind them.
@@ -52,6 +53,7 @@ def decode(
     temperature: float = 1.0,
     top_p: float = 1.0,
     noise_BT: Tensor | None = None,
+    on_ids: OnIds | None = None,
 ) -> Tensor:
     """Continue token sequences.
 
@@ -70,6 +72,7 @@ def decode(
             `temperature`.
         noise_BT: what sampling draws with, a number in [0, 1) for each new token of each row: a row is then a function of
             its own numbers, whatever stands beside it. None: torch's global random stream.
+        on_ids: called after each token with the new ones so far; without beams.
 
     Returns:
         Start and new tokens (B, T).
@@ -91,7 +94,7 @@ def decode(
     if num_beams > 1:
         return _beam_search(step, start_BT, cache, processors, tokens, num_beams, length_penalty)
     choices = _draws(noise_BT, start_BT.device) if do_sample else repeat(_likeliest)
-    return _one_text_each(step, start_BT, cache, processors, tokens, choices)
+    return _one_text_each(step, start_BT, cache, processors, tokens, choices, on_ids)
 
 
 class _Tokens(NamedTuple):
@@ -163,6 +166,7 @@ def _one_text_each(
     process: Process,
     tokens: _Tokens,
     choices: Iterator[Choose],
+    on_ids: OnIds | None,
 ) -> Tensor:
     ids_BT, new_BT, cache = start_BT, start_BT, replace(cache)
     ended_B = torch.zeros(len(ids_BT), dtype=torch.bool, device=ids_BT.device)
@@ -172,6 +176,8 @@ def _one_text_each(
         ended_B = ended_B | (next_B == tokens.eos_id)
         new_BT = next_B[:, None]
         ids_BT = torch.cat([ids_BT, new_BT], dim=1)
+        if on_ids is not None:
+            on_ids(ids_BT[:, start_BT.shape[1] :])
     return ids_BT
 
 

@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from instructblip.devices import to_device
+from instructblip.models.arguments import check_images, check_texts
+from instructblip.models.attention import ImageAttention, recorded_attention
 from instructblip.models.base import PartStructure, blocks_of
 from instructblip.models.llm import LLM
 from instructblip.models.qformer import QFormer
-from instructblip.models.vision import VisionEncoder
+from instructblip.models.vision import Images, VisionEncoder
 from instructblip.models.vision_language import VisionLanguageModel
 
 
@@ -102,6 +104,25 @@ class InstructBLIP(VisionLanguageModel):
     def fixed_parameters(self) -> Iterator[nn.Parameter]:
         """Those of the Q-Former that it was built with as fixed: text layers that nothing reads, embeddings by choice."""
         return iter(self._fixed)
+
+    @torch.inference_mode()
+    def attention(self, images: Images, prompts: Sequence[str] | None = None) -> ImageAttention:
+        """Where the queries look, in the light of the prompts where the Q-Former reads them.
+
+        Args:
+            images: B pictures, clips or their image tokens.
+            prompts: B prompts; BLIP-2 needs none.
+
+        Raises:
+            ValueError: a wrong argument, by its name, before anything is computed.
+        """
+        count = check_images(images)
+        prompts = self._no_prompts(count) if prompts is None else prompts
+        check_texts("prompts", prompts, count)
+        tokens_BFPV = self.image_tokens(images)
+        with recorded_attention(self.qformer) as weights:
+            self.visual_prompt(tokens_BFPV, prompts)
+        return ImageAttention.of(weights, self.vision, frames=tokens_BFPV.shape[1])
 
     def normalised(self, tokens_NPV: Tensor) -> Tensor:
         """Image tokens (N, P, V) behind `ln_vision`, in the type of what trains: float32, unless the model was cast."""

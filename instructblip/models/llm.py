@@ -38,6 +38,7 @@ from instructblip.models.decoding import Draws
 from instructblip.models.exact_buffers import ExactBuffers
 from instructblip.models.packing import RowLayout, block_causal_mask, pack_rows, packed_layout
 from instructblip.models.prompt_format import DecoderPromptFormat, EncoderDecoderPromptFormat, PromptFormat
+from instructblip.models.streaming import NewTokens, OnText, on_ids
 
 
 @dataclass(frozen=True)
@@ -233,12 +234,20 @@ class LLM(ExactBuffers):
         """Those of the token ids that `continue_rows` returned which are new."""
 
     @torch.inference_mode()
-    def generate(self, prefixes: Sequence[Tensor], *, draws: Draws | None = None, **options: Any) -> list[str]:
+    def generate(
+        self,
+        prefixes: Sequence[Tensor],
+        *,
+        draws: Draws | None = None,
+        on_text: OnText | None = None,
+        **options: Any,
+    ) -> list[str]:
         """Continue each embedded prompt (T_i, L); return the new text only, stripped.
 
         Args:
             prefixes: B embedded prompts.
             draws: draw each token with the row's own numbers; `options` say a greedy search then.
+            on_text: called with the text so far after each token; of one prompt, without beams.
             options: as `continue_rows` takes them.
 
         Raises:
@@ -247,6 +256,8 @@ class LLM(ExactBuffers):
         self.check_writes(options.get("num_beams", 1))
         together = self.abilities.padded_prompts or len({len(prefix) for prefix in prefixes}) == 1
         device = self.embeddings.weight.device
+        if (listener := on_ids(on_text, self._decode)) is not None:
+            options["streamer"] = NewTokens(listener)
         ids = []
         for rows in [range(len(prefixes))] if together else [[row] for row in range(len(prefixes))]:
             processors = [] if draws is None else draws.processors(rows, device)

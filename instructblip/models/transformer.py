@@ -4,6 +4,7 @@ Shape legend: B batch, S positions computed in this pass, K positions attended t
 H heads, E width of a head, D width, U width of what is attended to, N rows of any kind, V vocabulary.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -106,6 +107,18 @@ class Attention(nn.Module):
         out_BHSE = F.scaled_dot_product_attention(q_BHSE, *source, attn_mask=mask_B1SK, dropout_p=dropout)
         out_BSD = self.output(out_BHSE.transpose(1, 2).flatten(2))
         return self.norm(x_BSD + F.dropout(out_BSD, self.dropout, self.training)), source
+
+    def weights(self, x_BSD: Tensor, source: Tensor | KeysValues, mask_B1SK: Tensor | None = None) -> Tensor:
+        """How much each position attends to each of the source's: (B, H, S, K), float32, rows sum to 1.
+
+        What `forward` multiplies the values by, without dropout; it computes them in a kernel that keeps none.
+        """
+        q_BHSE = self._split_heads(self.query(x_BSD)).float()
+        keys_BHKE = (source if isinstance(source, KeysValues) else self.keys_values(source)).keys_BHKE.float()
+        scores_BHSK = q_BHSE @ keys_BHKE.transpose(2, 3) / math.sqrt(q_BHSE.shape[-1])
+        if mask_B1SK is not None:
+            scores_BHSK = scores_BHSK.masked_fill(~mask_B1SK, -torch.inf)
+        return scores_BHSK.softmax(dim=3)
 
     def keys_values(self, source_BKU: Tensor) -> KeysValues:
         """Keys and values of what is attended to."""

@@ -34,6 +34,7 @@ from instructblip.models.base import Inputs, Model, Outputs, PassWorkload, Sampl
 from instructblip.models.decoding import Draws
 from instructblip.models.llm import LLM
 from instructblip.models.ranking import TOKEN_BUDGET, deduplicated, rank_candidates
+from instructblip.models.streaming import OnText, check_follows
 from instructblip.models.vision import Images
 
 
@@ -208,6 +209,7 @@ class VisionLanguageModel(Model):
         top_p: float = 1.0,
         noise: Tensor | None = None,
         beam_lengths: str = "new_tokens",
+        on_text: OnText | None = None,
     ) -> list[str]:
         """Answer each prompt freely; the returned text never holds the prompt. Without prompts BLIP-2 captions the images.
 
@@ -215,7 +217,7 @@ class VisionLanguageModel(Model):
         is drawn from the smallest set of probability `top_p`, after division of the logits by `temperature`, with torch's
         global random stream or with `noise`: a number in [0, 1) for each new token of each image (B, max_new_tokens). The
         released defaults are 5 beams, 256 tokens, a repetition penalty of 1.5. `beam_lengths` is one of
-        `generation.BEAM_LENGTHS`.
+        `generation.BEAM_LENGTHS`. `on_text` is called with the text so far after each token, of one image and one beam.
 
         Raises:
             ValueError: a wrong argument, by its name, before anything is computed.
@@ -236,6 +238,7 @@ class VisionLanguageModel(Model):
         )
         check_choice("beam_lengths", beam_lengths, generation.BEAM_LENGTHS)
         check_noise(noise, count, max_new_tokens, do_sample=do_sample)
+        check_follows(on_text, count, num_beams)
         if noise is not None and num_beams > 1:
             raise ValueError("noise draws one text for each image: num_beams=1")
         self._check_positions(images, prompts, [range(max_new_tokens)] * len(prompts))
@@ -252,6 +255,7 @@ class VisionLanguageModel(Model):
                 min_new_tokens=min_new_tokens,
                 length_penalty=length_penalty,
                 repetition_penalty=repetition_penalty,
+                on_text=on_text,
                 **sampling,
             )
 

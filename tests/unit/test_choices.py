@@ -15,6 +15,7 @@ from instructblip.config import schema
 from instructblip.config.entry import _parse, check_overrides, compose_config
 from instructblip.config.schema import (
     CapFiltConfig,
+    DemoConfig,
     EvaluateConfig,
     FeaturesConfig,
     InspectConfig,
@@ -46,6 +47,7 @@ COMMANDS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "prepare": (PrepareConfig, ()),
     "inspect": (InspectConfig, ()),
     "features": (FeaturesConfig, ("checkpoint=x",)),
+    "demo": (DemoConfig, ("checkpoint=x",)),
     "capfilt": (CapFiltConfig, ("shards=s", "captioner=x", "filter=y", "out=o")),
     "study": (StudyCommandConfig, ("study=sampling",)),
 }

@@ -22,6 +22,7 @@ from instructblip.config.entry import _choices_and_values, _set, _settable, comp
 from instructblip.config.schema import (
     CONFIGS,
     CapFiltConfig,
+    DemoConfig,
     EvaluateConfig,
     FeaturesConfig,
     InspectConfig,
@@ -51,6 +52,7 @@ SCHEMAS: dict[str, Any] = {
     "prepare": PrepareConfig,
     "inspect": InspectConfig,
     "features": FeaturesConfig,
+    "demo": DemoConfig,
     "capfilt": CapFiltConfig,
     "study": StudyCommandConfig,
 }
@@ -61,7 +63,7 @@ FILES = sorted(
 )
 COMMAND = re.compile(
     r"# (?:(?:torchrun [^ ]+ |python )(?=\w+\.py)|python -m instructblip\.(?:training\.)?)"
-    r"(train|evaluate|prepare|inspect|features|capfilt|study)(?:\.py)?(.*)"
+    r"(train|evaluate|prepare|inspect|features|demo|capfilt|study)(?:\.py)?(.*)"
 )
 
 
