@@ -12,7 +12,7 @@ from rich.console import Console
 
 from instructblip.config.schema import DemoConfig, LLMConfig
 from instructblip.demo.asking import Subject
-from instructblip.demo.examples import Example, examples_of_folder, examples_of_run
+from instructblip.demo.examples import Example, examples_of_pictures, examples_of_run, find_pictures
 from instructblip.demo.page import Page
 from instructblip.errors import UserError
 from instructblip.weights.load import LoadedModel, find_source, load_model
@@ -28,11 +28,11 @@ def demo(config: DemoConfig, console: Console) -> None:
     """
     if importlib.util.find_spec("gradio") is None:
         raise UserError("the page is made with gradio, which is not installed; pip install -r requirements-demo.txt")
-    given = None if config.examples is None else examples_of_folder(Path(config.examples).expanduser())
+    given = [] if config.examples is None else find_pictures(Path(config.examples).expanduser())
     subjects = _load(config, console)
     with tempfile.TemporaryDirectory(prefix="instructblip-demo-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder  # read when gradio is imported
-        examples = _examples(subjects, Path(folder)) if given is None else given
+        examples = examples_of_pictures(given, Path(folder)) if given else _examples(subjects, Path(folder))
         page = Page(subjects, examples, config)
         address, public = page.open()
         say = partial(console.print, highlight=False, soft_wrap=True, markup=False)

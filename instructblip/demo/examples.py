@@ -1,7 +1,7 @@
 """Pictures to begin with: those that a run was scored on, where its prepared data are at hand, or a folder's."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,7 +37,7 @@ class Example(NamedTuple):
     candidates: tuple[str, ...] = ()
 
 
-def examples_of_folder(folder: Path) -> list[Example]:
+def find_pictures(folder: Path) -> list[Path]:
     """The first pictures of a folder, by name.
 
     Raises:
@@ -50,7 +50,20 @@ def examples_of_folder(folder: Path) -> list[Example]:
         raise UserError(
             f"examples={folder} has no pictures in it ({', '.join(sorted(_SUFFIXES))}); give another folder"
         )
-    return [Example(path) for path in found[:EXAMPLES]]
+    return found[:EXAMPLES]
+
+
+def examples_of_pictures(paths: Sequence[Path], folder: Path) -> list[Example]:
+    """Pictures without a prompt.
+
+    Args:
+        paths: of the pictures.
+        folder: where copies of them are written: the page shows no file of another place.
+
+    Raises:
+        UserError: one that is no picture.
+    """
+    return [Example(_written(path.read_bytes(), str(path), number, folder)) for number, path in enumerate(paths)]
 
 
 def examples_of_run(loaded: LoadedModel, folder: Path) -> list[Example]:
@@ -99,12 +112,18 @@ def _example(card: Card, split: Path, number: int, folder: Path) -> Example | No
     at = chosen[len(chosen) * (2 * number + 1) // (2 * EXAMPLES)]
     row, place = (int(shard.arrays[name][at]) for name in ("record_image", "record_number"))
     frames, record = shard.read_record(row, place)
-    picture = decode_image(frames[0], f"{shard.path}:{row}")
+    path = _written(frames[0], f"{shard.path}:{row}", number, folder)
+    prompt = render_prompt(card.evaluation.prompt, record, may_be_empty=card.evaluation.may_be_empty)
+    return Example(path, prompt, _candidates(card.evaluation, record))
+
+
+def _written(data: bytes, where: str, number: int, folder: Path) -> Path:
+    """A picture as a file of the page's own, no larger than the page shows it."""
+    picture = decode_image(data, where)
     picture.thumbnail((_SIDE, _SIDE))
     path = folder / f"example_{number}.png"
     picture.save(path)
-    prompt = render_prompt(card.evaluation.prompt, record, may_be_empty=card.evaluation.may_be_empty)
-    return Example(path, prompt, _candidates(card.evaluation, record))
+    return path
 
 
 def _candidates(rules: Evaluation, record: Record) -> tuple[str, ...]:

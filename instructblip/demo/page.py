@@ -125,7 +125,7 @@ class Page:
             tokens = gr.Slider(1, limits.new_tokens, value=most, step=1, label="New tokens at most", elem_id="tokens")
         with gr.Row():
             start = gr.Button("Ask", variant="primary", elem_id="ask")
-            stop = gr.Button("Stop", elem_id="stop")
+            stop = gr.Button("Stop", scale=0, min_width=96, elem_id="stop")
         how = gr.HTML(self.buttons.how(1, most), padding=False, elem_id="how")
         wrong = gr.HTML(padding=False, elem_id="wrong-answer")
         answers = self._columns(

@@ -1,10 +1,11 @@
-"""A page in headless Chromium, driven as a hand would: real clicks and keys through the DevTools protocol.
+"""A page in headless Chromium, driven as a hand would: real clicks, keys and files through the DevTools protocol.
 
 Chromium speaks it over two pipes (`--remote-debugging-pipe`), JSON messages ended by a zero byte; nothing listens on a port.
 Playwright would do the same, with a Node runtime of its own and promises for the browser builds that it downloads; the few
 calls below work with whatever Chromium the machine has.
 """
 
+import base64
 import json
 import os
 import select
@@ -50,9 +51,25 @@ class Browser:
 
     def open(self, path: Path) -> None:
         """Open a file and wait until it and its scripts are there."""
-        self.call("Page.navigate", url=path.as_uri())
-        while self.value("document.readyState") != "complete" or self.value("location.protocol") != "file:":
-            pass
+        self.visit(path.as_uri())
+
+    def visit(self, address: str) -> None:
+        """Open an address and wait until the page and its scripts are there."""
+        self.call("Page.navigate", url=address)
+        here = f"document.readyState == 'complete' && location.href.startsWith({json.dumps(address)})"
+        self.wait_for(here)
+
+    def wait_for(self, expression: str) -> Any:
+        """The value of a JavaScript expression once it is true, or like it."""
+        deadline = time.monotonic() + SECONDS
+        while not (found := self.value(expression)):
+            assert time.monotonic() < deadline, f"not in {SECONDS} s: {expression}; the page says: {self.text()}"
+            time.sleep(0.1)
+        return found
+
+    def text(self) -> str:
+        """What the page says."""
+        return str(self.value("document.body.innerText"))
 
     def value(self, expression: str) -> Any:
         """The value of a JavaScript expression; it only looks, and the page's own policy does not concern it."""
@@ -68,6 +85,22 @@ class Browser:
         )
         for kind in ("mousePressed", "mouseReleased"):
             self.call("Input.dispatchMouseEvent", type=kind, button="left", clickCount=1, **place)
+
+    def upload(self, selector: str, path: Path) -> None:
+        """Choose a file for the first file input that a CSS selector finds."""
+        root = self.call("DOM.getDocument")["root"]["nodeId"]
+        node = self.call("DOM.querySelector", nodeId=root, selector=selector)["nodeId"]
+        self.call("DOM.setFileInputFiles", nodeId=node, files=[str(path)])
+
+    def resize(self, width: int, height: int) -> None:
+        """The window, in pixels."""
+        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+
+    def screenshot(self, path: Path) -> Path:
+        """The whole page as a PNG."""
+        found = self.call("Page.captureScreenshot", captureBeyondViewport=True)
+        path.write_bytes(base64.b64decode(found["data"]))
+        return path
 
     def press(self, key: str, code: int) -> None:
         """Press a key that is not text, such as ArrowDown (40)."""
