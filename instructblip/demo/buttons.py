@@ -24,7 +24,7 @@ _CAN = {
     "attention": "shows where its queries look",
     "match": "matches texts",
 }
-_UNITS = {"sum": "log-likelihood, nats", "mean": "nats a token"}
+_UNITS = {"sum": "nats", "mean": "nats a token"}
 
 
 class Buttons:
@@ -52,7 +52,7 @@ class Buttons:
 
     def lack(self, subject: Subject, ability: Ability) -> str:
         """What stands in the place of a checkpoint's answer that has no head for it."""
-        return str(self._pieces.quiet(subject.lack(ability)))
+        return str(self._pieces.lack(subject.label, subject.lack(ability)))
 
     def how(self, num_beams: float, max_new_tokens: float) -> str:
         """How an answer is chosen."""

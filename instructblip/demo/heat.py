@@ -21,6 +21,7 @@ _SIDE = 448  # pixels of a drawn picture's longer side
 _COLORS = matplotlib.colormaps["inferno"]
 _SHADE = 0.75  # how much of the picture the colours cover where they are brightest
 _LEAST = 0.35  # and where they are darkest
+_UNEVEN = 3.0  # even shares that the brightest colour stands for, where no patch has more
 
 
 class Panel(NamedTuple):
@@ -58,7 +59,7 @@ def panels(picture: Image.Image, attention: ImageAttention, query: int) -> list[
         named.insert(0, (f"mean of {len(layers)} layers", maps_LRC.mean(axis=0)))
     tokens = attention.prefix + maps_LRC[0].size
     return [
-        Panel(title, _note(shares_RC, tokens, attention.prefix), _data_url(overlay(picture, shares_RC)))
+        Panel(title, _note(shares_RC, tokens, attention.prefix), _data_url(overlay(picture, shares_RC * tokens)))
         for title, shares_RC in named
     ]
 
@@ -69,14 +70,17 @@ def _note(shares_RC: Floats, tokens: int, prefix: int) -> str:
     return f"{note}, {1 - shares_RC.sum():.0%} on no patch" if prefix else note
 
 
-def overlay(picture: Image.Image, shares_RC: Floats) -> Image.Image:
+def overlay(picture: Image.Image, evens_RC: Floats) -> Image.Image:
     """The picture under a map of its patches, which lie over all of it: the model saw it squeezed to a square.
 
-    The brightest patch has the brightest colour, whatever its share, and nothing the darkest.
+    Args:
+        picture: in any size.
+        evens_RC: shares of the patches, as multiples of an even one. The largest has the brightest colour, if it is three or
+            more, so that a gaze without a goal looks like one.
     """
     drawn = picture.convert("RGB")
     drawn.thumbnail((_SIDE, _SIDE))
-    scaled_RC = (shares_RC / max(float(shares_RC.max()), 1e-12)).astype(np.float32)
+    scaled_RC = (evens_RC / max(float(evens_RC.max()), _UNEVEN)).astype(np.float32)
     scaled_HW = np.asarray(Image.fromarray(scaled_RC).resize(drawn.size, Image.Resampling.BICUBIC)).clip(0, 1)
     colors_HW3 = _COLORS(scaled_HW)[..., :3] * 255
     grey_HW1 = np.asarray(drawn.convert("L"), dtype=np.float32)[..., None]

@@ -81,6 +81,7 @@ class Page:
                 with gr.Column(scale=2, min_width=300):
                     picture = self._picture()
                     prompt = self._prompt()
+                    examples = self._show_examples()
                 with gr.Column(scale=3, min_width=300), gr.Tabs():
                     candidates = None
                     if buttons.able("generate"):
@@ -90,12 +91,13 @@ class Page:
                         with gr.Tab("Candidates", elem_id="tab-rank"):
                             candidates = self._rank(picture, prompt)
                     if buttons.able("attention"):
-                        with gr.Tab("Where queries look", elem_id="tab-attention"):
+                        with gr.Tab("Attention", elem_id="tab-attention"):
                             self._look(picture, prompt)
                     if buttons.able("match"):
                         with gr.Tab("Match", elem_id="tab-match"):
                             self._match(picture)
-            self._show_examples(picture, prompt, candidates)
+            if examples is not None:
+                self._fill_from(examples, [picture, prompt, *([candidates] if candidates is not None else [])])
         return blocks
 
     def _picture(self) -> Any:
@@ -147,7 +149,7 @@ class Page:
         gr = self._gradio
         candidates = gr.Textbox(label="Candidates, one a line", lines=5, max_lines=12, elem_id="candidates")
         normalize = gr.Radio(
-            [("of all its tokens", "sum"), ("mean of its tokens", "mean")],
+            [("sum of its tokens", "sum"), ("mean of its tokens", "mean")],
             value="sum",
             label="A candidate's log-likelihood",
             elem_id="normalize",
@@ -168,26 +170,27 @@ class Page:
         start = gr.Button("Match", variant="primary", elem_id="match")
         self._connect("match", self.buttons.match, start.click, [picture, text], text.submit)
 
-    def _show_examples(self, picture: Any, prompt: Any, candidates: Any) -> None:
-        """Pictures to click on, each with its prompt and candidates."""
+    def _show_examples(self) -> Any:
+        """Pictures to click on; None where there are none."""
         if not self._examples:
-            return
-        gr, shown = self._gradio, [[str(example.picture)] for example in self._examples]
-        data = gr.Dataset(
-            components=[gr.Image(visible=False)],
-            samples=shown,
+            return None
+        return self._gradio.Dataset(
+            components=[self._gradio.Image(visible=False)],
+            samples=[[str(example.picture)] for example in self._examples],
             type="index",
             layout="gallery",
             label="Examples",
             elem_id="examples",
         )
-        filled = [picture, prompt, *([candidates] if candidates is not None else [])]
+
+    def _fill_from(self, examples: Any, filled: list[Any]) -> None:
+        """A click on an example gives the picture, its prompt and its candidates."""
 
         def fill(number: int) -> list[Any]:
             example = self._examples[number]
             return [str(example.picture), example.prompt, "\n".join(example.candidates)][: len(filled)]
 
-        data.click(fill, data, filled, queue=False, show_progress="hidden", api_visibility="private")
+        examples.click(fill, examples, filled, queue=False, show_progress="hidden", api_visibility="private")
 
     # --- what they share ---------------------------------------------------------------------------------------------
 

@@ -136,7 +136,7 @@ def test_candidates_have_bars_and_markup_is_text(tab: Browser, pictures: Path) -
 def test_a_heat_map_for_each_layer(tab: Browser, pictures: Path) -> None:
     give_picture(tab, pictures / "red.png")
     write(tab, "prompt", PROMPT)
-    choose(tab, "Where queries look")
+    choose(tab, "Attention")
     tab.click("#look")
     tab.wait_for("document.querySelectorAll('#attention-0 img').length == 3")
     tab.wait_for("[...document.querySelectorAll('#attention-0 img')].every(i => i.naturalWidth == 60)")
