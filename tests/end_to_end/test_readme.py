@@ -4,15 +4,20 @@ import contextlib
 import re
 import shlex
 import shutil
+import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 from PIL import Image
+from rich.console import Console
 
+from instructblip.config.entry import compose_config
+from instructblip.config.schema import DemoConfig
 from instructblip.data.cards import load_card
 from instructblip.data.prepare.convert import prepare_dataset
 from instructblip.data.synthetic import write_synthetic
+from instructblip.demo import command as demo_command
 from instructblip.models.adapters import Adapter
 from instructblip.weights.__main__ import main as convert
 from instructblip.weights.load import load_model
@@ -24,7 +29,7 @@ from tests.kit.connectors import write_llava
 from tests.kit.families import write_llm
 from tests.kit.hub import hub
 from tests.kit.own_data import write_own_data
-from tests.kit.runs import REPOSITORY, World, run
+from tests.kit.runs import REPOSITORY, SECONDS, World, run
 from tests.kit.studies import shipped_study
 from tests.kit.tiny import tiny_huggingface
 from tests.kit.web import caption_web, web_pictures, write_web
@@ -43,8 +48,9 @@ SWEPT_PHASES = (  # key by key: a section that is given as a whole would replace
 )
 README = REPOSITORY / "README.md"
 DOCUMENTS = (README, REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").glob("*.md")))
-FEATURES, CAPFILT, WEIGHTS, REPORTS, INSPECT, STUDIES, BENCHMARKS, ONE_TEST = KINDS = (
+FEATURES, DEMO, CAPFILT, WEIGHTS, REPORTS, INSPECT, STUDIES, BENCHMARKS, ONE_TEST = KINDS = (
     "python -m instructblip.features ",
+    "python -m instructblip.demo ",
     "python -m instructblip.capfilt ",
     "python -m instructblip.weights ",
     "python -m instructblip.evaluation.report.",
@@ -105,6 +111,29 @@ def test_features_are_written(line: str, world: World, untrained_stage1: Path, t
     Image.new("RGB", (64, 64), (200, 30, 30)).save(tmp_path / given["images"] / "a.png")
     assert "1 pictures" in run(world, module, *arguments, cwd=tmp_path)
     assert (tmp_path / given["out"]).is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("line", commands(DEMO))
+def test_a_page_is_served(
+    line: str, finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("gradio", reason="the page needs requirements-demo.txt")
+    _, _, _, *arguments = shlex.split(line)
+    _write_published(tmp_path / "Salesforce")
+    shutil.copytree(finished_run, tmp_path / "outputs/train/demo")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GRADIO_TEMP_DIR", "")  # the command's own is put back
+    pages: list[str] = []
+
+    def visit() -> None:
+        address = capsys.readouterr().out.split()[0]
+        with urllib.request.urlopen(address, timeout=SECONDS) as answer:
+            pages.append(answer.read().decode())
+
+    monkeypatch.setattr(demo_command, "_wait", visit)
+    demo_command.demo(compose_config("demo", DemoConfig, arguments), Console())
+    assert "InstructBLIP of" in pages[0]
 
 
 @pytest.mark.parametrize("line", commands(CAPFILT))
