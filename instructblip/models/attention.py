@@ -7,12 +7,13 @@ Shape legend: B batch, F frames, N = B x F, H heads, Q queries, P image tokens, 
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
-from instructblip.models.qformer import QFormer
+from instructblip.models.qformer import QFormer, QFormerLayer
 from instructblip.models.transformer import Attention
 from instructblip.models.vision import VisionEncoder
 
@@ -51,13 +52,11 @@ def recorded_attention(qformer: QFormer) -> Iterator[dict[int, Tensor]]:
     def record(layer: int, module: Attention, inputs: tuple[Any, ...]) -> None:
         found[layer] = module.weights(*inputs)
 
-    handles = [
-        layer.cross_attention.register_forward_pre_hook(
-            lambda module, inputs, number=number: record(number, module, inputs)
-        )
-        for number, layer in enumerate(qformer.layers)
-        if layer.cross_attention is not None
-    ]
+    handles = []
+    for number, layer in enumerate(qformer.layers):
+        assert isinstance(layer, QFormerLayer)
+        if layer.cross_attention is not None:
+            handles.append(layer.cross_attention.register_forward_pre_hook(partial(record, number)))
     try:
         yield found
     finally:

@@ -11,7 +11,7 @@ from tests.kit.own_data import write_own_data
 from tests.kit.runs import REPOSITORY
 
 HEAVY = frozenset(
-    {"torch", "torchvision", "transformers", "timm", "pandas", "matplotlib", "scipy", "sklearn", "datasets"}
+    {"gradio", "torch", "torchvision", "transformers", "timm", "pandas", "matplotlib", "scipy", "sklearn", "datasets"}
 )
 _WATCHED = """
 import atexit, json, pathlib, runpy, sys
@@ -39,6 +39,7 @@ def imported(folder: Path, script: str, *arguments: str) -> tuple[int, set[str],
         ("train.py", "--help", 0, "Powered by Hydra"),
         ("evaluate.py", "wrong=1", 2, "unknown key wrong"),
         ("prepare.py", "wrong=1", 2, "unknown key wrong"),
+        ("instructblip/demo/__main__.py", "--help", 0, "Powered by Hydra"),
     ],
 )
 def test_help_and_a_wrong_key_import_no_model(
