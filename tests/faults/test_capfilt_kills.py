@@ -18,6 +18,7 @@ from instructblip.capfilt.captioning import Answer, Captioning
 from instructblip.capfilt.pictures import Seen
 from instructblip.errors import UserError
 from instructblip.evaluation import journal
+from tests.kit.tars import as_tarfile_writes
 from tests.kit.web import caption_web, files_of, web_pictures, write_web
 
 KILLS = 10
@@ -80,6 +81,15 @@ def killed_after(moments: int) -> Iterator[list[str]]:
         patch.object(Path, "unlink", unlinking),
     ):
         yield came
+
+
+def test_what_is_converted_and_what_is_captioned_have_the_bytes_that_tarfile_alone_writes(
+    web: Path, whole: Path
+) -> None:
+    shards = [*web.rglob("*.tar"), *whole.rglob("*.tar")]
+    assert len(shards) == 6
+    for shard in shards:
+        assert shard.read_bytes() == as_tarfile_writes(shard)
 
 
 def test_ten_kills_at_random_moments_change_no_byte(web: Path, whole: Path, tmp_path: Path) -> None:

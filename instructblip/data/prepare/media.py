@@ -23,12 +23,13 @@ from instructblip import images
 from instructblip.data.prepare.ocr import OcrOptions
 from instructblip.data.prepare.video import VideoError, read_frames
 from instructblip.data.readers import FileSlice, MediaRecords
+from instructblip.data.tars import MAX_PICTURE_BYTES
 
 # The extension by which stock WebDataset decodes what is kept. MPO is a JPEG with further pictures behind it, as phones
 # write it.
 EXTENSION_OF_FORMAT = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png"}
 REFUSED_FORMATS = ("EPS",)  # a program, which Pillow gives to Ghostscript
-MAX_BYTES = {"image": 1 << 28, "video": 1 << 32}  # 256 MiB is more than the raw pixels of the largest picture read
+MAX_BYTES = {"image": MAX_PICTURE_BYTES, "video": 1 << 32}
 _JPEG_START = b"\xff\xd8\xff"
 # What people take for pictures that are read -> what to do about it.
 _OTHER_KINDS = {
