@@ -8,7 +8,6 @@ Letters in shapes: N images of a shard, F frames of them all (one for a picture)
 
 import contextlib
 import hashlib
-import io
 import json
 import os
 import re

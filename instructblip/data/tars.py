@@ -1,9 +1,9 @@
 """Tars in and out, through the webdataset library: its writer, and its rule of which members are one sample.
 
-Its own reader of members, also in its secure mode, takes a member of any size into memory, lets a sparse one grow there, keeps
-all that long headers say, and takes a broken header for the end of the tar. `tar_members` reads in its place, forward only, so
-that a file and a stream are read alike. Nothing is opened by the library (`pipe:` addresses run a shell), and no decoder of it
-runs: a pickle stays the bytes it is.
+Its own reader of members, also in its secure mode, takes a member of any size into memory, lets a sparse one grow there,
+keeps all that long headers say, and takes a broken header for the end of the tar. `tar_members` reads in its place, forward
+only, so that a file and a stream are read alike. Nothing is opened by the library (`pipe:` addresses run a shell), and no
+decoder of it runs: a pickle stays the bytes it is.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""Shards are written by webdataset's writer, byte for byte as tarfile alone wrote them, and tars that mean harm are refused."""
+"""Shards have the bytes that tarfile alone gave them, by webdataset's writer; tars that mean harm are refused."""
 
 import hashlib
 import io

@@ -96,7 +96,7 @@ def _matched(raw: Path, place: str) -> dict[str, list[Path]]:
     """The names that a pattern stands for, each with the files of that name."""
     return {
         name: [raw / name] if (raw / name).exists() else sorted(raw.glob(name)) if _GLOB.search(name) else []
-        for name in _without_braces(place)
+        for name in without_braces(place)
     }
 
 
@@ -105,7 +105,7 @@ _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 
 
-def _without_braces(place: str) -> list[str]:
+def without_braces(place: str) -> list[str]:
     """The names that a pattern with braces stands for, in order."""
     pieces = [[piece] if number % 2 == 0 else _alternatives(piece) for number, piece in enumerate(_BRACES.split(place))]
     return ["".join(chosen) for chosen in product(*pieces)]
