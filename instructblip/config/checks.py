@@ -256,10 +256,12 @@ def _check_training(config: TrainConfig) -> None:
 
 def _check_stream(data: DataConfig, mixture: MixtureConfig) -> None:
     if data.stream and data.cache_features:
-        raise UserError("data.stream=true reads no image twice, and data.cache_features=true keeps all; leave one out")
+        raise UserError(
+            "data.stream=true reads no image twice, and data.cache_features=true keeps all; set it to false"
+        )
     if data.stream and mixture.per == "image":
         raise UserError(
-            "mixture.per=image looks for the records of an image, which data.stream=true does not know; leave one out"
+            "mixture.per=image looks for the records of an image, which data.stream=true does not know; set it to sample"
         )
 
 

@@ -349,7 +349,7 @@ class StreamReader:
         Raises:
             UserError: a shard is gone, cut short or no tar; there are no records at all.
         """
-        for _ in range(_EMPTY_ROUNDS * len(self.chosen.places) + 100):
+        for _ in range(_EMPTY_ROUNDS * len(self.chosen.places)):
             if self._file is None:
                 self._open()
             found = next(self._records, None)
@@ -360,7 +360,7 @@ class StreamReader:
             following = self.place.slots + 1
             self.place = Place(following, self._deal.slot(self._reader, following).taken)
         kinds = f" of kind {' or '.join(self.chosen.kinds)}" if self.chosen.kinds else ""
-        raise UserError(f"the {len(self.chosen.places)} shards of {self.chosen.name} hold no records{kinds}")
+        raise UserError(f"no shard of {self.chosen.name} ({len(self.chosen.places):,}) holds a record{kinds}")
 
     def close(self) -> None:
         """Let go of the tar."""

@@ -1,0 +1,154 @@
+"""Training on a stream is killed and goes on: with as many readers as if nothing had happened, with others by shard."""
+
+import json
+import multiprocessing
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from instructblip.data.stream_dataset import Readers
+from tests.kit.runs import World, read_lines, run, run_ranks, start, start_ranks
+from tests.kit.streams import foreign_set, read_steps, steps_of, stream_of, times, write_web_tars
+
+STEPS = 15  # of four samples: the thirty records of the web twice
+KILLED = 6
+
+
+@pytest.fixture(scope="module")
+def card(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five tars of six samples, and their card."""
+    return write_web_tars(tmp_path_factory.mktemp("web"))
+
+
+# --- a process that reads and is killed ------------------------------------------------------------------------------
+
+
+def _read_and_die(card: Path, out: Path, rank: int, world: int, workers: int) -> None:
+    """Read step after step, and write after each what a checkpoint would keep, until this process kills itself."""
+    stream = stream_of([foreign_set(card)], Readers(rank, world, workers))
+    for step in steps_of(stream, 0, STEPS):
+        ids = [name for batch in step.batches for name in batch.ids]
+        kept = {"step": step.step, "ids": ids, "places": stream.places(step.step + 1)}
+        with open(out / f"{rank}.jsonl", "a") as file:
+            file.write(json.dumps(kept) + "\n")
+        if step.step == KILLED:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize(("world", "workers"), [(1, 0), (2, 2)])
+def test_a_killed_reader_goes_on_at_its_shard_and_its_record(
+    card: Path, tmp_path: Path, world: int, workers: int
+) -> None:
+    context = multiprocessing.get_context("forkserver")
+    processes = [
+        context.Process(target=_read_and_die, args=(card, tmp_path, rank, world, workers)) for rank in range(world)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == -signal.SIGKILL
+    lines = [read_lines(tmp_path / f"{rank}.jsonl") for rank in range(world)]
+    sets, done = [foreign_set(card)], KILLED - 1  # the last line that counts; what was read behind it is read again
+    begun = {step: [name for of_rank in lines for name in of_rank[step]["ids"]] for step in range(done)}
+    state = json.loads(json.dumps(stream_of(sets, Readers(0, world, workers)).state([_places(r, done) for r in lines])))
+    rest, _ = read_steps(sets, done, STEPS, world=world, workers=workers, state=state)
+    assert begun | rest == read_steps(sets, 0, STEPS, world=world, workers=workers)[0]
+    alone, _ = read_steps(sets, done, STEPS, state=state)
+    assert times(begun | alone) == {2: 30}
+
+
+def _places(lines: list[dict[str, Any]], done: int) -> Any:
+    return lines[done - 1]["places"]
+
+
+# --- whole runs ------------------------------------------------------------------------------------------------------
+
+
+_PHASE = f"{{steps: {STEPS}, batch_size: 4, learning_rate: 1e-3, objectives: {{alignment: 1.0}}}}"
+
+
+def _overrides(world: World, card: Path, output: Path, *, workers: int) -> list[str]:
+    return [
+        *world.train,
+        "~recipe.phases",
+        f"recipe.phases={{alignment: {_PHASE}}}",
+        "recipe.checkpoint_every=2",
+        f"mixture.datasets=[{{name: {card}}}]",
+        "suite.held_in=[]",
+        "suite.held_out=[]",
+        "data.stream=true",
+        "data.cache_features=false",
+        "qformer.dropout=0",  # its masks are drawn by rank
+        f"data.workers={workers}",
+        f"output={output}",
+    ]
+
+
+def _train(world: World, arguments: list[str], cwd: Path, ranks: int) -> None:
+    if ranks == 1:
+        run(world, "train.py", *arguments, cwd=cwd)
+    else:
+        run_ranks(world, "train.py", *arguments, cwd=cwd, ranks=ranks)
+
+
+def _kill(world: World, arguments: list[str], cwd: Path, ranks: int) -> None:
+    commands = (
+        [start(world, "train.py", *arguments, cwd=cwd)]
+        if ranks == 1
+        else start_ranks(world, "train.py", *arguments, cwd=cwd, ranks=ranks)
+    )
+    commands[0].wait_for_lines(cwd / "demo/metrics.jsonl", KILLED)
+    for command in commands:
+        os.kill(command.process.pid or 0, signal.SIGKILL)
+    assert [command.wait() for command in commands] == [-signal.SIGKILL] * ranks
+
+
+def _lines(folder: Path) -> list[tuple[int, float, list[str]]]:
+    return [(line["step"], line["loss"], line["sample_ids"]) for line in read_lines(folder / "demo/metrics.jsonl")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "workers"), [(1, 0), (1, 2), (2, 0), (2, 2)])
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(
+    world: World, card: Path, tmp_path: Path, ranks: int, workers: int
+) -> None:
+    _train(world, _overrides(world, card, tmp_path / "whole", workers=workers), tmp_path / "whole", ranks)
+    expected = _lines(tmp_path / "whole")
+    arguments = _overrides(world, card, tmp_path / "killed", workers=workers)
+    _kill(world, arguments, tmp_path / "killed", ranks)
+    assert len(_lines(tmp_path / "killed")) < STEPS
+    _train(world, [*arguments, "resume=auto"], tmp_path / "killed", ranks)
+    found = _lines(tmp_path / "killed")
+    assert [(step, ids) for step, _, ids in found] == [(step, ids) for step, _, ids in expected]
+    if ranks == 1:
+        assert found == expected
+    else:  # sums over ranks are rounded as they arrive
+        assert [loss for _, loss, _ in found] == pytest.approx([loss for _, loss, _ in expected], abs=1e-5)
+
+
+@pytest.mark.slow
+def test_a_killed_run_of_two_ranks_goes_on_alone_with_each_sample_once_an_epoch(
+    world: World, card: Path, tmp_path: Path
+) -> None:
+    arguments = _overrides(world, card, tmp_path, workers=2)
+    _kill(world, arguments, tmp_path, 2)
+    run(world, "train.py", *arguments, "resume=auto", "data.workers=0", cwd=tmp_path)
+    assert times({step: ids for step, _, ids in _lines(tmp_path)}) == {2: 30}
+
+
+def test_a_mixture_of_a_prepared_set_and_foreign_tars_streams_by_the_roots_of_their_sizes(
+    world: World, card: Path, tmp_path: Path
+) -> None:
+    arguments = _overrides(world, card, tmp_path, workers=0)
+    both = f"mixture.datasets=[{{name: easy_vqa_color}}, {{name: {card}}}]"
+    printed = run(world, "train.py", *arguments, both, cwd=tmp_path)
+    ids = [name for _, _, names in _lines(tmp_path) for name in names]
+    drawn = {name: sum(item.startswith(f"{name}/") for item in ids) for name in ("easy_vqa_color", "web")}
+    records = {"easy_vqa_color": 24, "web": 30}
+    assert sum(drawn.values()) == len(ids) == 60
+    assert drawn["web"] / 60 == pytest.approx(30**0.5 / sum(count**0.5 for count in records.values()), abs=0.06)
+    assert "realised" in printed
