@@ -153,10 +153,12 @@ class StreamDataset(Dataset[Item]):
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint's `state`; another number of readers share what was left."""
-        of_sets = []
+        """Go on from a checkpoint's `state`; another number of readers share what was left. A new dataset begins."""
+        of_sets: list[list[Place] | None] = []
         for number, chosen in enumerate(self.sets):
-            stated = state[chosen.name]
+            if (stated := state.get(chosen.name)) is None:
+                of_sets.append(None)
+                continue
             deal, places = Deal.from_json(stated["deal"]), [Place(*place) for place in stated["places"]]
             same = deal.readers == self.readers.count
             self._deals[number] = deal if same else deal.again(places, self.readers.count)

@@ -20,7 +20,7 @@ from instructblip.data.readers.base import Losses
 from instructblip.data.readers.columns import Columns
 from instructblip.data.readers.foreign_tars import is_media, is_text, sample_row
 from instructblip.data.records import Record, parse_records
-from instructblip.data.tars import MAX_PICTURE_BYTES, Sample, TarMember, grouped, tar_members
+from instructblip.data.tars import Sample, SampleBytes, grouped, tar_members
 from instructblip.data.templates import TemplateSet
 from instructblip.data.typed import WrongValueError
 from instructblip.errors import UserError
@@ -31,7 +31,7 @@ from instructblip.fetch.streams import shown
 _EMPTY_ROUNDS = 10  # a reader of many meets each shard once in some epochs
 BUFFERED_RECORDS = 1000
 BUFFERED_BYTES = 1 << 26  # 64 MiB, and one record more
-_TOO_LARGE = f"picture has more than {MAX_PICTURE_BYTES >> 20:,} MiB"
+_REFUSED_IN_A_ROW = 1000  # members
 
 
 # --- tars ------------------------------------------------------------------------------------------------------------
@@ -170,11 +170,17 @@ def _samples(file: BinaryIO, place: TarPlace) -> Iterator[tuple[int, Sample | No
     refused: list[tuple[str, str]] = []
 
     def members() -> Iterator[Sample]:
+        taken = SampleBytes()
         for member in tar_members(file, str(place)):
-            if reason := _refusal(member):
+            wanted = is_media(member.name) or is_text(member)
+            if reason := taken.refusal(member) if wanted else member.refusal:
                 refused.append((member.name, f"{reason} ({place}: {member.name})"))
+                if len(refused) > _REFUSED_IN_A_ROW:
+                    raise UserError(
+                        f"{place} is not to be trusted: {reason}, as {len(refused):,} of its members in a row"
+                    )
                 continue
-            content = member.read() if is_media(member.name) or is_text(member) else None
+            content = member.read() if wanted else None
             yield {"fname": member.name, "data": content, "__url__": place.location}
 
     def repeated(name: str) -> None:
@@ -186,10 +192,6 @@ def _samples(file: BinaryIO, place: TarPlace) -> Iterator[tuple[int, Sample | No
         refused.clear()
         row += 1
     yield row, None, refused
-
-
-def _refusal(member: TarMember) -> str:
-    return member.refusal or (_TOO_LARGE if is_media(member.name) and member.size > MAX_PICTURE_BYTES else "")
 
 
 def shuffled(records: Iterator[StreamedRecord], random: np.random.Generator) -> Iterator[StreamedRecord]:

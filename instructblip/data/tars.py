@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from webdataset.writer import TarWriter
 
 MAX_PICTURE_BYTES = 1 << 28  # 256 MiB is more than the raw pixels of the largest picture read
+MAX_SAMPLE_BYTES = MAX_PICTURE_BYTES  # of all members of a sample that are read
+_MEMBER_BYTES = 1024  # that a member takes even where it is empty
 MAX_TEXT_BYTES = 1 << 24  # of a member of text or JSON
 _MAX_HEADER = 1 << 20
 _PASSED = 1 << 20  # bytes that are passed over at a time
@@ -146,6 +148,25 @@ class _Forward:
         content = self._file.read(size)
         self._position += len(content)
         return content
+
+
+class SampleBytes:
+    """How much of one sample has been read: its members may each be small, and too many."""
+
+    def __init__(self) -> None:
+        self._key = ""
+        self._bytes = 0
+
+    def refusal(self, member: TarMember) -> str:
+        """Why a member is not to be read beside those before it; empty: it may be, and is counted."""
+        if member.refusal:
+            return member.refusal
+        key = member.name.rpartition("/")[0] + "/" + member.name.rpartition("/")[2].partition(".")[0]
+        self._key, self._bytes = key, self._bytes if key == self._key else 0
+        if self._bytes + member.size > MAX_SAMPLE_BYTES:
+            return f"sample has more than {MAX_SAMPLE_BYTES >> 20:,} MiB"
+        self._bytes += member.size + _MEMBER_BYTES
+        return ""
 
 
 # --- samples ---------------------------------------------------------------------------------------------------------

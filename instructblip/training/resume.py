@@ -134,7 +134,7 @@ def restore(run: TrainingRun, checkpoint: LoadedCheckpoint) -> int:
     run.lost.restore(checkpoint.state["lost"])
     run.skipped.restore(checkpoint.state["skipped"])
     if isinstance(run.dataset, StreamDataset):
-        run.dataset.restore(checkpoint.state["stream"])
+        run.dataset.restore(checkpoint.state.get("stream", {}))  # none of a run that read by index until now
     if not run.best.restore(checkpoint.state["best"]):
         find_best(run, checkpoint.step)
     run.console.print(f"continuing {checkpoint.path} after step {checkpoint.step}", highlight=False, soft_wrap=True)

@@ -302,11 +302,7 @@ def _save(run: TrainingRun, step: int, *, unvalidated: dict[str, Any] | None) ->
     optimizer = whole_tensors(optimizer_tensors(optimisation.optimizer, optimisation.names), keep=first)
     averaged = optimisation.average.state(trainable) if optimisation.average else None
     average = None if averaged is None else whole_tensors(averaged, keep=first)
-    stream = (
-        run.dataset.state(run.ranks.gather(run.dataset.places(step)))
-        if isinstance(run.dataset, StreamDataset)
-        else None
-    )
+    streamed = _streamed(run, step)
     if not first:
         return
     problem = run.writer.problem()
@@ -331,6 +327,13 @@ def _save(run: TrainingRun, step: int, *, unvalidated: dict[str, Any] | None) ->
             "best": run.best.state(),
         }
         | ({"unvalidated": finite(unvalidated)} if unvalidated else {})
-        | ({"stream": stream} if stream else {}),
+        | streamed,
         spare=[] if run.best.step is None else [run.best.step],
     )
+
+
+def _streamed(run: TrainingRun, step: int) -> dict[str, Any]:
+    """How far all ranks' readers have come; nothing of a run that reads by index."""
+    if not isinstance(run.dataset, StreamDataset):
+        return {}
+    return {"stream": run.dataset.state(run.ranks.gather(run.dataset.places(step)))}

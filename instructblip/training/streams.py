@@ -105,7 +105,7 @@ def _tars(card: Card) -> tuple[TarPlace, ...]:
                 raise UserError(
                     f"{shown(named)} cannot be looked through; name its tars by braces: {{00000..00331}}.tar"
                 )
-            places += [TarPlace(url.partition("?")[0].rpartition("/")[2], url) for url in without_braces(named)]
+            places += [TarPlace(_path(url), url) for url in without_braces(named)]
             continue
         if not (paths := found(raw, named)):
             raise UserError(f"{raw} lacks {named} (shards of split {TRAIN_SPLIT}); put it there, or correct the card")
@@ -113,3 +113,8 @@ def _tars(card: Card) -> tuple[TarPlace, ...]:
             check_not_packed(path)
         places += [TarPlace(path.relative_to(raw).as_posix(), str(path)) for path in paths]
     return tuple(places)
+
+
+def _path(url: str) -> str:
+    """What an address says behind its server."""
+    return shown(url).partition("://")[2].partition("/")[2]

@@ -13,7 +13,7 @@ import pytest
 
 from instructblip.config.entry import compose_config
 from instructblip.config.schema import TrainConfig
-from instructblip.data import streaming
+from instructblip.data import streaming, tars
 from instructblip.data.cards import load_card
 from instructblip.data.lost import LostSamples
 from instructblip.data.prepare.convert import prepare_dataset
@@ -28,7 +28,7 @@ from tests.kit.mixtures import jpeg
 from tests.kit.own_tables import write_tar
 from tests.kit.servers import FileServer, file_server
 from tests.kit.streams import bytes_of, foreign_set, read_steps, steps_of, stream_of, times, web_members, write_web_tars
-from tests.kit.tars import END, header
+from tests.kit.tars import header
 
 STEPS = 15  # of four samples: the thirty records of the web twice
 
@@ -239,7 +239,7 @@ def test_damaged_samples_are_counted_and_the_next_of_the_dataset_takes_their_pla
 def test_members_that_mean_harm_are_lost_samples_and_none_of_them_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sound = bytes_of(web_members(0, 6))[: -10240 + 10240 % 512 or None]
+    sound = bytes_of(web_members(0, 6))
     harm = [
         header("../out.jpg", 0),
         header("/etc/passwd.txt", 0),
@@ -247,18 +247,20 @@ def test_members_that_mean_harm_are_lost_samples_and_none_of_them_is_read(
         header("hard.jpg", 0, tarfile.LNKTYPE),
         header("sparse.jpg", 0, tarfile.GNUTYPE_SPARSE),
     ]
-    monkeypatch.setattr(streaming, "MAX_PICTURE_BYTES", 100_000)
+    monkeypatch.setattr(tars, "MAX_SAMPLE_BYTES", 100_000)
     large = header("large.jpg", 200_192) + bytes(200_192) + header("large.txt", 0)
-    with open(tmp_path / "sound", "wb") as file:
-        file.write(sound)
-    with tarfile.open(tmp_path / "sound") as tar:
-        end = max(member.offset_data + -(-member.size // 512) * 512 for member in tar)
-    item = _set_of(tmp_path, b"".join([*harm, large]) + sound[:end] + END)
+    many = b"".join(header(f"many.{number}.jpg", 512) + bytes(512) for number in range(100))
+    item = _set_of(tmp_path, b"".join([*harm, large, many]) + sound)
     (records,) = [list(item.read(place.open(), place)) for place in item.places]
     refused = [found.lost for found in records if found.record is None]
     assert len(records) - len(refused) == 6
-    for words in ("../out.jpg", "/etc/passwd.txt", "link.jpg", "hard.jpg", "sparse.jpg", "large.jpg"):
+    for words in ("../out.jpg", "/etc/passwd.txt", "link.jpg", "hard.jpg", "sparse.jpg", "large.jpg", "many.99.jpg"):
         assert any(words in reason for reason in refused)
+    monkeypatch.setattr(streaming, "_REFUSED_IN_A_ROW", 3)
+    with pytest.raises(
+        UserError, match=r"is not to be trusted: member is no regular file, as 4 of its members in a row"
+    ):
+        list(item.read(item.places[0].open(), item.places[0]))
 
 
 @pytest.mark.parametrize(
