@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from instructblip.data.mixture import Int64Array, seeded_generator
-from instructblip.data.readers.base import Losses
+from instructblip.data.readers.base import Losses, shown_example
 from instructblip.data.readers.columns import Columns
 from instructblip.data.readers.foreign_tars import is_media, is_text, sample_row
 from instructblip.data.records import Record, parse_records
@@ -32,6 +32,7 @@ _EMPTY_ROUNDS = 10  # a reader of many meets each shard once in some epochs
 BUFFERED_RECORDS = 1000
 BUFFERED_BYTES = 1 << 26  # 64 MiB, and one record more
 _REFUSED_IN_A_ROW = 1000  # members
+_TEXT_GROWTH = 16  # of JSON in memory: a number of two signs takes 32 bytes
 
 
 # --- tars ------------------------------------------------------------------------------------------------------------
@@ -81,6 +82,7 @@ class StreamedRecord(NamedTuple):
         frames: encoded, one of a picture.
         record: None where it cannot be used.
         lost: why.
+        text: bytes of text that it was read from.
     """
 
     key: str
@@ -88,6 +90,7 @@ class StreamedRecord(NamedTuple):
     frames: tuple[bytes, ...] = ()
     record: Record | None = None
     lost: str = ""
+    text: int = 0
 
 
 ReadTar = Callable[[BinaryIO, TarPlace], Iterator[StreamedRecord]]
@@ -110,13 +113,14 @@ def read_prepared(kinds: Sequence[str], file: BinaryIO, place: TarPlace) -> Iter
         except WrongValueError as error:
             yield StreamedRecord(key, row, lost=f"image {key} of {place} has damaged records ({error})")
             continue
-        wanted = [record for record in records if not kinds or record.kind in kinds]
-        if frames:
-            yield from (StreamedRecord(key, row, frames, record) for record in wanted)
+        if not frames:
+            yield StreamedRecord(key, row, lost=f"image {key} of {place} has no picture")
+            continue
+        yield from _of_kinds(kinds, records, StreamedRecord(key, row, frames, text=_text_bytes(sample)))
 
 
-def read_foreign(columns: Columns, file: BinaryIO, place: TarPlace) -> Iterator[StreamedRecord]:
-    """The records of a tar as img2dataset writes it, each sample as a row of columns.
+def read_foreign(columns: Columns, kinds: Sequence[str], file: BinaryIO, place: TarPlace) -> Iterator[StreamedRecord]:
+    """The records of a tar as img2dataset writes it, each sample as a row of columns; of these kinds (none given: all).
 
     Raises:
         UserError: the tar is cut short or damaged; it holds videos.
@@ -136,7 +140,19 @@ def read_foreign(columns: Columns, file: BinaryIO, place: TarPlace) -> Iterator[
             if example.video:
                 raise UserError(f"{where} is a video, which no stream decodes; prepare its dataset (prepare.py)")
             frames = tuple(part for part in example.media if isinstance(part, bytes))
-            yield from (StreamedRecord(key, row, frames, record) for record in example.records)
+            yield from _of_kinds(kinds, example.records, StreamedRecord(key, row, frames, text=_text_bytes(sample)))
+
+
+def _of_kinds(kinds: Sequence[str], records: Sequence[Record], found: StreamedRecord) -> Iterator[StreamedRecord]:
+    """The wanted records of a sample, each of which takes its share of the text."""
+    share = found.text // max(1, len(records))
+    for record in records:
+        if not kinds or record.kind in kinds:
+            yield found._replace(record=record, text=share)
+
+
+def _text_bytes(sample: Sample) -> int:
+    return sum(len(content) for name, content in sample.items() if isinstance(content, bytes) and not is_media(name))
 
 
 def look_at_foreign(columns: Columns, place: TarPlace) -> None:
@@ -162,7 +178,7 @@ class _Losses(Losses):
         self.said: list[str] = []
 
     def add(self, reason: str, example: str, records: int = 1) -> None:
-        self.said.append(f"{reason} ({example})")
+        self.said.append(f"{reason} ({shown_example(example)})")
 
 
 def _samples(file: BinaryIO, place: TarPlace) -> Iterator[tuple[int, Sample | None, list[tuple[str, str]]]]:
@@ -174,7 +190,8 @@ def _samples(file: BinaryIO, place: TarPlace) -> Iterator[tuple[int, Sample | No
         for member in tar_members(file, str(place)):
             wanted = is_media(member.name) or is_text(member)
             if reason := taken.refusal(member) if wanted else member.refusal:
-                refused.append((member.name, f"{reason} ({place}: {member.name})"))
+                name = shown_example(member.name)
+                refused.append((name, f"{reason} ({place}: {name})"))
                 if len(refused) > _REFUSED_IN_A_ROW:
                     raise UserError(
                         f"{place} is not to be trusted: {reason}, as {len(refused):,} of its members in a row"
@@ -216,7 +233,7 @@ def _drawn(buffer: list[StreamedRecord], random: np.random.Generator) -> Streame
 
 
 def _size(record: StreamedRecord) -> int:
-    return 1024 + sum(map(len, record.frames))
+    return 1024 + sum(map(len, record.frames)) + _TEXT_GROWTH * record.text
 
 
 # --- datasets --------------------------------------------------------------------------------------------------------
@@ -399,6 +416,6 @@ def prepared_reader(kinds: Sequence[str]) -> ReadTar:
     return partial(read_prepared, tuple(kinds))
 
 
-def foreign_reader(columns: Columns) -> ReadTar:
+def foreign_reader(columns: Columns, kinds: Sequence[str]) -> ReadTar:
     """Reads tars of others."""
-    return partial(read_foreign, columns)
+    return partial(read_foreign, columns, tuple(kinds))

@@ -86,7 +86,7 @@ def _foreign(card: Card, templates: TemplateSet) -> StreamSet:
         name=card.name,
         source=f"{card.source}/{TRAIN_SPLIT}",
         places=places,
-        read=foreign_reader(columns),
+        read=foreign_reader(columns, card.kinds),
         records=records,
         templates=templates,
         flip=card.training.flip,
