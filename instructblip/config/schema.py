@@ -701,7 +701,7 @@ class FeaturesConfig(Section):
 class CapFiltConfig(Section):
     """Everything `python -m instructblip.capfilt` reads."""
 
-    shards: str  # folder of prepared splits
+    shards: str  # folder of prepared splits, or the card of tars that are not prepared
     captioner: str
     filter: str  # variant=blip: what matches pictures and texts; blip2: a CLIP
     out: str

@@ -111,8 +111,7 @@ class ShardWriter:
         """
         if not KEY.fullmatch(key) or key in self._keys:
             raise ValueError(f"{self.path}: image key {key!r} is used twice or is not of letters, digits, _ and -")
-        fields = {"image_id": image_id, "records": [record.to_dict() for record in records]}
-        text = json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode()
+        text = image_json(image_id, records)
         row = len(self._keys)
         for extension, frame in frames.items():
             self._frames.append((write_member(self._tar, key, extension, frame), len(frame), row))
@@ -137,6 +136,12 @@ class ShardWriter:
             "tar_bytes": str(tar_bytes),
         }
         return safetensors_bytes(dict(zip(INDEX_ARRAYS, columns, strict=True)), metadata)
+
+
+def image_json(image_id: str, records: Sequence[Record]) -> bytes:
+    """What stands beside an image: its id in the source, and all its records."""
+    fields = {"image_id": image_id, "records": [record.to_dict() for record in records]}
+    return json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode()
 
 
 def safetensors_bytes(arrays: dict[str, Int64Array], metadata: dict[str, str]) -> bytes:
@@ -199,6 +204,10 @@ class ShardReader:
     def frames_of(self, row: int) -> slice:
         """Where the frames of row `row` in [0, N) stand among all F frames of the shard."""
         return slice(self._first_frame[row], self._first_frame[row + 1])
+
+    def extension(self, row: int) -> str:
+        """Of the first frame of row `row` in [0, N)."""
+        return self.extensions[self._first_frame[row]]
 
     def read(self, row: int) -> tuple[tuple[bytes, ...], list[Record]]:
         """The encoded frames (one of a picture) of row `row` in [0, N) and all its records.

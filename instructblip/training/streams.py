@@ -75,7 +75,7 @@ def _foreign(card: Card, templates: TemplateSet) -> StreamSet:
     records = card.expected_records(TRAIN_SPLIT)
     if not records:
         raise UserError(
-            f"{card.reference}: key splits.{TRAIN_SPLIT}.records is missing; its tars are streamed, and the mixture weighs "
+            f"{card.reference}: key splits.{TRAIN_SPLIT}.records{'_by_kind' if card.kinds else ''} is missing; its tars are streamed, and the mixture weighs "
             "it by how many records it has: say about how many"
         )
     places = _tars(card)
