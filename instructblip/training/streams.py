@@ -74,9 +74,10 @@ def _prepared(card: Card, folder: Path, templates: TemplateSet) -> StreamSet:
 def _foreign(card: Card, templates: TemplateSet) -> StreamSet:
     records = card.expected_records(TRAIN_SPLIT)
     if not records:
+        key = f"splits.{TRAIN_SPLIT}.records{'_by_kind' if card.kinds else ''}"
         raise UserError(
-            f"{card.reference}: key splits.{TRAIN_SPLIT}.records{'_by_kind' if card.kinds else ''} is missing; its tars are streamed, and the mixture weighs "
-            "it by how many records it has: say about how many"
+            f"{card.reference}: key {key} is missing; its tars are streamed, and the mixture weighs it by how many records "
+            "it has: say about how many"
         )
     places = _tars(card)
     columns = Columns(card.told["task"], TRAIN_SPLIT, card.told["columns"])

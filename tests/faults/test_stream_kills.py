@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from instructblip.data.stream_dataset import Readers
-from tests.kit.runs import World, read_lines, run, run_ranks, start, start_ranks
+from tests.kit.runs import SECONDS, World, read_lines, run, run_ranks, start, start_ranks
 from tests.kit.streams import foreign_set, read_steps, steps_of, stream_of, times, write_web_tars
 
 STEPS = 15  # of four samples: the thirty records of the web twice
@@ -49,7 +49,7 @@ def test_a_killed_reader_goes_on_at_its_shard_and_its_record(
     for process in processes:
         process.start()
     for process in processes:
-        process.join(60)
+        process.join(SECONDS)
         assert process.exitcode == -signal.SIGKILL
     lines = [read_lines(tmp_path / f"{rank}.jsonl") for rank in range(world)]
     sets, done = [foreign_set(card)], KILLED - 1  # the last line that counts; what was read behind it is read again
