@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from instructblip.data.stream_dataset import Readers
-from tests.kit.runs import SECONDS, World, read_lines, run, run_ranks, start, start_ranks
+from tests.kit.runs import SECONDS, Command, World, read_lines, start, start_ranks
 from tests.kit.streams import foreign_set, read_steps, steps_of, stream_of, times, write_web_tars
 
 STEPS = 15  # of four samples: the thirty records of the web twice
@@ -23,11 +23,17 @@ def card(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_web_tars(tmp_path_factory.mktemp("web"))
 
 
+def _fork() -> None:
+    """Let a process of the test's server start its data workers as one that a person starts does."""
+    multiprocessing.set_start_method("fork", force=True)
+
+
 # --- a process that reads and is killed ------------------------------------------------------------------------------
 
 
 def _read_and_die(card: Path, out: Path, rank: int, world: int, workers: int) -> None:
     """Read step after step, and write after each what a checkpoint would keep, until this process kills itself."""
+    _fork()
     stream = stream_of([foreign_set(card)], Readers(rank, world, workers))
     for step in steps_of(stream, 0, STEPS):
         ids = [name for batch in step.batches for name in batch.ids]
@@ -88,19 +94,20 @@ def _overrides(world: World, card: Path, output: Path, *, workers: int) -> list[
     ]
 
 
-def _train(world: World, arguments: list[str], cwd: Path, ranks: int) -> None:
+def _start(world: World, arguments: list[str], cwd: Path, ranks: int) -> list[Command]:
     if ranks == 1:
-        run(world, "train.py", *arguments, cwd=cwd)
-    else:
-        run_ranks(world, "train.py", *arguments, cwd=cwd, ranks=ranks)
+        return [start(world, "train.py", *arguments, cwd=cwd, before=_fork)]
+    return start_ranks(world, "train.py", *arguments, cwd=cwd, ranks=ranks, before=_fork)
+
+
+def _train(world: World, arguments: list[str], cwd: Path, ranks: int) -> str:
+    commands = _start(world, arguments, cwd, ranks)
+    assert [command.wait() for command in commands] == [0] * ranks, commands[0].output
+    return commands[0].output
 
 
 def _kill(world: World, arguments: list[str], cwd: Path, ranks: int) -> None:
-    commands = (
-        [start(world, "train.py", *arguments, cwd=cwd)]
-        if ranks == 1
-        else start_ranks(world, "train.py", *arguments, cwd=cwd, ranks=ranks)
-    )
+    commands = _start(world, arguments, cwd, ranks)
     commands[0].wait_for_lines(cwd / "demo/metrics.jsonl", KILLED)
     for command in commands:
         os.kill(command.process.pid or 0, signal.SIGKILL)
@@ -136,7 +143,7 @@ def test_a_killed_run_of_two_ranks_goes_on_alone_with_each_sample_once_an_epoch(
 ) -> None:
     arguments = _overrides(world, card, tmp_path, workers=2)
     _kill(world, arguments, tmp_path, 2)
-    run(world, "train.py", *arguments, "resume=auto", "data.workers=0", cwd=tmp_path)
+    _train(world, [*arguments, "resume=auto", "data.workers=0"], tmp_path, 1)
     assert times({step: ids for step, _, ids in _lines(tmp_path)}) == {2: 30}
 
 
@@ -145,7 +152,7 @@ def test_a_mixture_of_a_prepared_set_and_foreign_tars_streams_by_the_roots_of_th
 ) -> None:
     arguments = _overrides(world, card, tmp_path, workers=0)
     both = f"mixture.datasets=[{{name: easy_vqa_color}}, {{name: {card}}}]"
-    printed = run(world, "train.py", *arguments, both, cwd=tmp_path)
+    printed = _train(world, [*arguments, both], tmp_path, 1)
     assert "44.32" in printed and "55.68" in printed  # roots of the 19 questions and the 30 texts
     ids = {step: names for step, _, names in _lines(tmp_path)}
     assert sum(map(len, ids.values())) == 60
