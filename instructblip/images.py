@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # imported where it is needed: preparing data does without
     from torch import Tensor
 
 MAX_PIXELS = 64_000_000  # decoding is refused above this: 192 MB as RGB
+REFUSED_FORMATS = ("EPS",)  # a program, which Pillow gives to Ghostscript
 _ORIENTATION = 0x0112  # EXIF; 5 to 8 lie on their side
 _JPEG_END = b"\xff\xd9"
 _JPEG_SCAN = b"\xff\xda"
@@ -77,6 +78,8 @@ def _open(data: bytes, where: str) -> Image.Image:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         image = Image.open(io.BytesIO(data))
+    if image.format in REFUSED_FORMATS:
+        raise DamagedSample(f"image {where} is {image.format}, which is not read; prepare its dataset again")
     if image.width * image.height > MAX_PIXELS:
         raise DamagedSample(
             f"image {where} has {image.width} x {image.height} pixels, the limit is {MAX_PIXELS:,}; "

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from instructblip.capfilt.foreign import ForeignSplit, ForeignTar, foreign_split
 from instructblip.capfilt.texts import web_texts
 from instructblip.data.shards import MANIFEST_NAME, PreparedSplit, ShardReader, open_split
 from instructblip.errors import DamagedSample, UserError
@@ -20,12 +21,12 @@ class Part:
     """A shard of web pictures: the `place`-th of its split, the `number`-th of all; `first` pictures stand before it."""
 
     number: int
-    split: PreparedSplit
+    split: PreparedSplit | ForeignSplit
     place: int
     first: int
 
     @property
-    def reader(self) -> ShardReader:
+    def reader(self) -> ShardReader | ForeignTar:
         """Of the shard."""
         return self.split.shards[self.place]
 
@@ -34,7 +35,7 @@ class Part:
         return f"{self.split.dataset}/{self.split.split}/{self.reader.keys[row]}"
 
 
-def parts_of(splits: Sequence[PreparedSplit]) -> list[Part]:
+def parts_of(splits: Sequence[PreparedSplit | ForeignSplit]) -> list[Part]:
     """The shards of all splits, in order; no index is opened for it."""
     parts: list[Part] = []
     first = 0
@@ -45,12 +46,14 @@ def parts_of(splits: Sequence[PreparedSplit]) -> list[Part]:
     return parts
 
 
-def web_splits(folder: Path, split: str) -> list[PreparedSplit]:
-    """The prepared splits of a name below a folder, in the order of their paths.
+def web_splits(folder: Path, split: str) -> Sequence[PreparedSplit | ForeignSplit]:
+    """The prepared splits of a name below a folder, in the order of their paths; or the tars of a card that is a file.
 
     Raises:
-        UserError: there is none, or two of one dataset.
+        UserError: there is none, or two of one dataset; or as `foreign_split`.
     """
+    if folder.suffix in (".yaml", ".yml"):
+        return [foreign_split(str(folder), split)]
     if not folder.is_dir():
         raise UserError(f"shards={folder} is no folder; give one that prepare.py wrote to")
     found = [open_split(manifest.parent) for manifest in sorted(folder.rglob(MANIFEST_NAME))]

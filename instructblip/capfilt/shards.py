@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from instructblip.capfilt.captioning import Captioning
+from instructblip.capfilt.foreign import ForeignTar
 from instructblip.capfilt.job import Job
 from instructblip.capfilt.pictures import Part, Seen, look
 from instructblip.capfilt.settings import Settings
@@ -108,6 +109,8 @@ def _put_together(job: Job, part: Part, keys: Sequence[str], journal: Journal) -
     """Write the shard of a part whose pictures are all answered, say what it holds, and remove its journal."""
     counts: dict[str, Counter[str]] = {name: Counter() for name in ("pictures", *SOURCES)}
     losses = Losses()
+    if isinstance(part.reader, ForeignTar):
+        losses.merge(part.reader.losses.to_list())
     kept: dict[int, list[Scored]] = {}
     for row, key in enumerate(keys):
         if key in journal.failures:
@@ -157,7 +160,7 @@ def _write_shard(
                 raise UserError(
                     f"{reader.path} has changed: {reader.keys[row]} has damaged records ({error})"
                 ) from None
-            key, (extension,) = _key(part, row), reader.extensions[reader.frames_of(row)]
+            key, extension = _key(part, row), reader.extension(row)
             url = next((record.tags["url"] for record in before if "url" in record.tags), None)
             writer.add(key, {extension: frames[0]}, image_id, _records(key, texts, url, together=job.settings.kept))
             named = _named(image_id, url, extension)

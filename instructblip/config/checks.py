@@ -226,6 +226,7 @@ def _check_training(config: TrainConfig) -> None:
     for name, phase in recipe.phases.items():
         _check_phase(f"recipe.phases.{name}", phase, config)
     _check_data(config.data)
+    _check_stream(config.data, config.mixture)
     _check_mixture(config.mixture)
     for name, phase in recipe.phases.items():
         _check_groups(f"recipe.phases.{name} has", config.mixture, phase.batch_size, phase.micro_batch_size)
@@ -250,6 +251,17 @@ def _check_training(config: TrainConfig) -> None:
         raise UserError(
             "parallel.packed_attention=by_length is of rows of several samples, and no phase packs any; "
             "set recipe.phases.NAME.batching=packed, or leave it out"
+        )
+
+
+def _check_stream(data: DataConfig, mixture: MixtureConfig) -> None:
+    if data.stream and data.cache_features:
+        raise UserError(
+            "data.stream=true reads no image twice, and data.cache_features=true keeps all; set it to false"
+        )
+    if data.stream and mixture.per == "image":
+        raise UserError(
+            "mixture.per=image looks for the records of an image, which data.stream=true does not know; set it to sample"
         )
 
 
@@ -380,6 +392,8 @@ def _check_qformer(config: QFormerConfig) -> None:
 def _check_evaluation(config: EvaluateConfig) -> None:
     if not (*config.suite.held_in, *config.suite.held_out):
         raise UserError("there is nothing to evaluate; name a dataset in suite.held_in or suite.held_out")
+    if config.data.stream:
+        raise UserError("data.stream is of training; an evaluation reads by index: leave it out")
     for key in ("normalize", "include_eos"):
         if config.mode in ("generate", "match") and getattr(config, key) is not None:
             raise UserError(
@@ -397,6 +411,7 @@ def _check_inspection(config: InspectConfig) -> None:
     _check_data(config.data)
     if config.data.cache_features:
         raise UserError("data.cache_features=true leaves nothing to decode; inspect with data.cache_features=false")
+    _check_stream(config.data, config.mixture)
     _check_mixture(config.mixture)
     _check_groups("there is", config.mixture, config.batch_size, config.micro_batch_size)
 

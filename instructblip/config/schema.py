@@ -447,6 +447,9 @@ class DataConfig(Section):
         100_000_000_000  # of shards that are kept on this machine when they come from a URL
     )
     sources: dict[PartFolder, SourcesConfig] = field(default_factory=dict)  # raw data that may be fetched, by dataset
+    stream: bool = (
+        False  # training reads shards from first to last, without their indexes; also tars that nobody prepared
+    )
     workers: NotNegative = 0
     cache_features: bool = False
     transform: Transform = "resize_square"  # of training images
@@ -733,7 +736,7 @@ class DemoConfig(Section):
 class CapFiltConfig(Section):
     """Everything `python -m instructblip.capfilt` reads."""
 
-    shards: str  # folder of prepared splits
+    shards: str  # folder of prepared splits, or the card of tars that are not prepared
     captioner: str
     filter: str  # variant=blip: what matches pictures and texts; blip2: a CLIP
     out: str

@@ -17,20 +17,24 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from instructblip.data.batching import Batch, Batching, Item
+from instructblip.data.batching import Batch, Batching
 from instructblip.data.lost import LostSample
-from instructblip.data.mixture_dataset import MixtureDataset
+from instructblip.data.mixture_dataset import TrainingData
 from instructblip.errors import UserError
 
 _GRACE = 30  # seconds that a worker goes on after SIGTERM
 
 
 class LoadedStep(NamedTuple):
-    """One rank's share of a global step: its micro-batches, and the samples that could not be read and were replaced."""
+    """One rank's share of a global step: its micro-batches, and the samples that could not be read and were replaced.
+
+    `places` says, of a stream, how far its reader has come with this step.
+    """
 
     step: int
     batches: list[Batch]
     lost: list[LostSample]
+    places: tuple[tuple[int, int], ...] | None = None
 
 
 class _Refused(NamedTuple):
@@ -42,26 +46,21 @@ class _Refused(NamedTuple):
 class _Steps(Dataset[LoadedStep | _Refused]):
     """Random access by (step, positions)."""
 
-    def __init__(self, dataset: MixtureDataset, batching: Callable[[int], Batching]) -> None:
+    def __init__(self, dataset: TrainingData, batching: Callable[[int], Batching]) -> None:
         self.dataset = dataset
         self.batching = batching
 
     def __getitem__(self, share: tuple[int, list[int]]) -> LoadedStep | _Refused:
         step, positions = share
-        items: list[Item] = []
-        lost: list[LostSample] = []
         try:
-            for position in positions:
-                item, missed = self.dataset.read(position)
-                items.append(item)
-                lost += missed
-            return LoadedStep(step, self.batching(step).split(items), lost)
+            read = self.dataset.read_share(step, positions)
+            return LoadedStep(step, self.batching(step).split(read.items), read.lost, read.places)
         except UserError as error:
             return _Refused(str(error))
 
 
 def load_batches(
-    dataset: MixtureDataset,
+    dataset: TrainingData,
     steps: Iterable[tuple[int, list[int]]],
     *,
     batching: Callable[[int], Batching],
@@ -78,7 +77,7 @@ def load_batches(
         timeout: seconds that a worker may take for a step.
 
     Raises:
-        UserError: as `MixtureDataset.read`, or a worker process was killed, or is silent for longer than `timeout`.
+        UserError: as the dataset's `read_share`, or a worker process was killed, or is silent for longer than `timeout`.
     """
     loader = DataLoader(
         _Steps(dataset, batching),

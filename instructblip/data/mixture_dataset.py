@@ -1,9 +1,10 @@
 """The training set: a position of the mixture in, its images and texts out."""
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, Self
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from instructblip.config.schema import TextProcessor
 from instructblip.data.batching import Item
 from instructblip.data.lost import LostSample
 from instructblip.data.mixture import Draw, Mixture, position_generator, seeded_generator
-from instructblip.data.records import Sample
+from instructblip.data.records import Record, Sample
 from instructblip.data.shards import PreparedSplit, ShardReader
 from instructblip.data.templates import TemplateSet, answer_shares, cut_prefix, render_training
 from instructblip.data.text_processors import TEXT_PROCESSORS
@@ -23,7 +24,7 @@ from instructblip.errors import DamagedSample, UserError
 from instructblip.images import fit_frames
 
 _IMAGE_BITS = 32  # of an image's number that say its row in the shard
-_TRIES = 50  # records in a row that cannot be used: not damage here and there
+TRIES = 50  # records in a row that cannot be used: not damage here and there
 
 # (shard, row) -> image tokens (F, P, V) of the F frames, one of a picture
 ReadTokens = Callable[[ShardReader, int], Tensor]
@@ -46,6 +47,16 @@ class TrainingSet:
     kinds: tuple[str, ...]
     templates: TemplateSet
     flip: bool = True
+
+    @property
+    def source(self) -> str:
+        """`<dataset>/<split>` that its records are of."""
+        return f"{self.split.dataset}/{self.split.split}"
+
+    @property
+    def fingerprint(self) -> str:
+        """Of what is read."""
+        return self.split.fingerprint
 
     @cached_property
     def shard_records(self) -> tuple[int, ...]:
@@ -81,13 +92,15 @@ class TrainingSet:
 
 
 class DrawnImage(NamedTuple):
-    """What an image is made from: where it lies, its encoded frames, the position's random stream, the dataset's word."""
+    """What an image is made from: its name in messages, its encoded frames, the position's random stream, and whether its
+    dataset allows mirroring; where it lies, unless it comes from a stream."""
 
-    shard: ShardReader
-    row: int
+    name: str
     frames: tuple[bytes, ...]
     random: np.random.Generator
     flip: bool
+    shard: ShardReader | None = None
+    row: int = 0
 
 
 MakeImage = Callable[[DrawnImage], Tensor]  # image tokens (F, P, V) or uint8 pixels (F, 3, H, W) of the F frames
@@ -99,11 +112,11 @@ def decoded(transform: str, image_size: int) -> MakeImage:
 
 
 def _augment(transform: str, size: int, image: DrawnImage) -> Tensor:
-    return augment_frames(image.frames, _name(image), transform, size, image.random, flip=image.flip)
+    return augment_frames(image.frames, image.name, transform, size, image.random, flip=image.flip)
 
 
 def _fit(transform: str, size: int, image: DrawnImage) -> Tensor:
-    return fit_frames(image.frames, _name(image), transform, size)
+    return fit_frames(image.frames, image.name, transform, size)
 
 
 def cached(tokens: ReadTokens) -> MakeImage:
@@ -112,11 +125,111 @@ def cached(tokens: ReadTokens) -> MakeImage:
 
 
 def _tokens(tokens: ReadTokens, image: DrawnImage) -> Tensor:
+    assert image.shard is not None  # the configuration refuses data.cache_features of a stream
     return tokens(image.shard, image.row)
 
 
-def _name(image: DrawnImage) -> str:
-    return f"{image.shard.keys[image.row]} of {image.shard.path}"
+@dataclass(frozen=True)
+class Texts:
+    """How the texts of training samples are made.
+
+    Attributes:
+        text_processor: what is done to each target, one of `text_processors.TEXT_PROCESSORS`.
+        cut_prefixes: a target without an instruction gives its beginning to it (`templates.cut_prefix`).
+        all_answers: a sample holds all accepted answers beside the one that is drawn.
+        prompt_processor: what is done to each instruction.
+    """
+
+    text_processor: TextProcessor = "none"
+    cut_prefixes: bool = False
+    all_answers: bool = False
+    prompt_processor: TextProcessor = "none"
+
+    def sample(
+        self,
+        chosen: "NamedSet",
+        record: Record,
+        random: np.random.Generator,
+        *,
+        position: int,
+        frames: tuple[bytes, ...],
+        image: tuple[int, int],
+        image_id: str,
+        place: str,
+    ) -> Sample:
+        """The sample that a record gives.
+
+        Args:
+            chosen: its dataset.
+            random: the position's stream.
+            position, frames, image, image_id: as the sample has them; `image` is its location.
+            place: of the image, for messages.
+
+        Raises:
+            DamagedSample: the record lacks what its templates need.
+        """
+        try:
+            instruction, target, template = render_training(record, chosen.templates, random)
+        except ValueError as error:
+            raise DamagedSample(f"{error} (image {place})") from None
+        instruction = TEXT_PROCESSORS[self.prompt_processor](instruction)
+        processed = TEXT_PROCESSORS[self.text_processor]
+        all_answers = self.all_answers and chosen.templates.target == "answer"
+        target = processed(target)
+        if self.cut_prefixes and not instruction:
+            instruction, target = cut_prefix(target, random)
+        return Sample(
+            id=f"{chosen.name}/{record.id}",
+            dataset=chosen.name,
+            record=record,
+            frames=frames,
+            image_location=image,
+            image_id=image_id,
+            position=position,
+            instruction=instruction,
+            target=target,
+            template=template,
+            answers=tuple((processed(text), share) for text, share in answer_shares(record)) if all_answers else (),
+        )
+
+
+_PLAIN = Texts()
+
+
+class NamedSet(Protocol):
+    """A dataset to train on, wherever its records come from."""
+
+    @property
+    def name(self) -> str:
+        """Of its card."""
+        ...
+
+    @property
+    def templates(self) -> TemplateSet:
+        """It is rendered by."""
+        ...
+
+
+class ReadShare(NamedTuple):
+    """A rank's share of a step.
+
+    Attributes:
+        items: its samples, in the order of their positions.
+        lost: what could not be used, and was replaced.
+        places: of a stream, how far this reader has come in each dataset (`streaming.Place`).
+    """
+
+    items: list[Item]
+    lost: list[LostSample]
+    places: tuple[tuple[int, int], ...] | None = None
+
+
+class TrainingData(Protocol):
+    """What the loader reads steps from."""
+
+    def read_share(self, step: int, positions: Sequence[int]) -> ReadShare:
+        """The samples of a step's positions."""
+        ...
 
 
 class MixtureDataset(Dataset[Item]):
@@ -126,10 +239,7 @@ class MixtureDataset(Dataset[Item]):
         mixture: the plan.
         sets: the datasets, in the order of the mixture's entries.
         make_image: gives the image tokens or pixels of a drawn image.
-        text_processor: what is done to each target, one of `text_processors.TEXT_PROCESSORS`.
-        cut_prefixes: a target without an instruction gives its beginning to it (`templates.cut_prefix`).
-        all_answers: a sample holds all accepted answers beside the one that is drawn.
-        prompt_processor: what is done to each instruction.
+        texts: how texts are made.
     """
 
     def __init__(
@@ -137,24 +247,36 @@ class MixtureDataset(Dataset[Item]):
         mixture: Mixture,
         sets: Sequence[TrainingSet],
         make_image: MakeImage,
-        text_processor: TextProcessor = "none",
-        *,
-        cut_prefixes: bool = False,
-        all_answers: bool = False,
-        prompt_processor: TextProcessor = "none",
+        texts: Texts = _PLAIN,
     ) -> None:
         self.mixture = mixture
         self.sets = list(sets)
         self.make_image = make_image
-        self.text_processor = text_processor
-        self.cut_prefixes = cut_prefixes
-        self.all_answers = all_answers
-        self.prompt_processor = prompt_processor
+        self.texts = texts
         # Of records of one image that are drawn together: what it was made for, and the image, which the next may need.
         self._made: tuple[tuple[int, ...], Tensor] = ((), torch.empty(0))
 
     def __getitem__(self, position: int) -> Item:
         return self.read(position)[0]
+
+    def read_share(self, step: int, positions: Sequence[int]) -> ReadShare:
+        """The samples of a step's positions.
+
+        Raises:
+            UserError: as `read`.
+        """
+        read = [self.read(position) for position in positions]
+        return ReadShare([item for item, _ in read], [missing for _, lost in read for missing in lost])
+
+    def first(self, count: int) -> ReadShare:
+        """The first samples of the sequence."""
+        return self.read_share(0, range(count))
+
+    def with_images(self, make_image: MakeImage) -> Self:
+        """The same dataset with other images."""
+        other = copy.copy(self)
+        other.make_image = make_image
+        return other
 
     def read(self, position: int) -> tuple[Item, list[LostSample]]:
         """The sample of a position, and what was lost before one could be used.
@@ -166,7 +288,7 @@ class MixtureDataset(Dataset[Item]):
             UserError: a shard is gone or not the one of its index, or nothing near the draw can be used.
         """
         lost: list[LostSample] = []
-        for tries in range(_TRIES):
+        for tries in range(TRIES):
             draw = self.mixture.replacement(position, tries) if tries else self.mixture.draw(position)
             chosen = self.sets[draw.dataset]
             number, row, place = chosen.locate(draw.record)
@@ -175,7 +297,7 @@ class MixtureDataset(Dataset[Item]):
                 return self._read_draw(draw, shard, (number, row, place)), lost
             except DamagedSample as error:
                 lost.append(LostSample(position, chosen.name, str(shard.path), shard.keys[row], str(error)))
-        raise UserError(f"{_TRIES} records of {lost[0].dataset} in a row cannot be used, the last: {lost[-1].reason}")
+        raise UserError(f"{TRIES} records of {lost[0].dataset} in a row cannot be used, the last: {lost[-1].reason}")
 
     def _read_draw(self, draw: Draw, shard: ShardReader, location: tuple[int, int, int]) -> Item:
         chosen = self.sets[draw.dataset]
@@ -183,34 +305,22 @@ class MixtureDataset(Dataset[Item]):
         frames, record = shard.read_record(row, place)
         looked_at = self._looked_at(draw, location)
         random = position_generator(self.mixture.seed, draw.position)
-        try:
-            instruction, target, template = render_training(record, chosen.templates, random)
-        except ValueError as error:
-            raise DamagedSample(f"{error} (image {shard.keys[row]} of {shard.path})") from None
-        instruction = TEXT_PROCESSORS[self.prompt_processor](instruction)
-        processed = TEXT_PROCESSORS[self.text_processor]
-        all_answers = self.all_answers and chosen.templates.target == "answer"
-        target = processed(target)
-        if self.cut_prefixes and not instruction:
-            instruction, target = cut_prefix(target, random)
-        sample = Sample(
-            id=f"{chosen.name}/{record.id}",
-            dataset=chosen.name,
-            record=record,
-            frames=frames,
-            image_location=(number, row),
-            image_id=f"{chosen.split.dataset}/{shard.keys[row]}",
+        place = f"{shard.keys[row]} of {shard.path}"
+        sample = self.texts.sample(
+            chosen,
+            record,
+            random,
             position=draw.position,
-            instruction=instruction,
-            target=target,
-            template=template,
-            answers=tuple((processed(text), share) for text, share in answer_shares(record)) if all_answers else (),
+            frames=frames,
+            image=(number, row),
+            image_id=f"{chosen.split.dataset}/{shard.keys[row]}",
+            place=place,
         )
         if looked_at is None:
-            return sample, self.make_image(DrawnImage(shard, row, frames, random, chosen.flip))
+            return sample, self.make_image(DrawnImage(place, frames, random, chosen.flip, shard, row))
         if self._made[0] != (draw.dataset, number, row, looked_at):
             random = seeded_generator(self.mixture.seed, "image", looked_at)
-            image = self.make_image(DrawnImage(shard, row, frames, random, chosen.flip))
+            image = self.make_image(DrawnImage(place, frames, random, chosen.flip, shard, row))
             self._made = (draw.dataset, number, row, looked_at), image
         return sample, self._made[1]
 

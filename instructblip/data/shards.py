@@ -8,7 +8,6 @@ Letters in shapes: N images of a shard, F frames of them all (one for a picture)
 
 import contextlib
 import hashlib
-import io
 import json
 import os
 import re
@@ -19,17 +18,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO, Self, overload
+from typing import TYPE_CHECKING, Any, Self, overload
 
 import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
 from instructblip.data.records import Record, parse_records
+from instructblip.data.tars import tar_writer, write_member
 from instructblip.data.typed import Fields, WrongValueError, parse_json
 from instructblip.errors import DamagedSample, UserError
 from instructblip.fetch.shard_cache import RemoteTars, remote_tars
 from instructblip.files import atomic_path, read_json, sha256_file, write_atomically
+
+if TYPE_CHECKING:
+    from webdataset.writer import TarWriter
 
 Int64Array = npt.NDArray[np.int64]
 
@@ -69,10 +72,9 @@ class ShardWriter:
         notes: further texts for the index's metadata, to be set before the end.
     """
 
-    def __init__(self, path: Path, file: BinaryIO, tar: tarfile.TarFile) -> None:
+    def __init__(self, path: Path, tar: "TarWriter") -> None:
         self.path = path
         self.notes: dict[str, str] = {}
-        self._file = file
         self._tar = tar
         self._keys: dict[str, None] = {}  # in order
         self._extensions: list[str] = []  # of each frame
@@ -90,8 +92,8 @@ class ShardWriter:
             UserError: the disk is full or the folder may not be written.
         """
         with atomic_path(path) as partial:
-            with open(partial, "wb") as file, tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
-                writer = cls(path, file, tar)
+            with open(partial, "wb") as file, tar_writer(file) as tar:
+                writer = cls(path, tar)
                 yield writer
             tar_sha256, tar_bytes = sha256_file(partial), partial.stat().st_size
         write_atomically(index_path(path), writer._index(tar_sha256, tar_bytes))
@@ -109,22 +111,14 @@ class ShardWriter:
         """
         if not KEY.fullmatch(key) or key in self._keys:
             raise ValueError(f"{self.path}: image key {key!r} is used twice or is not of letters, digits, _ and -")
-        fields = {"image_id": image_id, "records": [record.to_dict() for record in records]}
-        text = json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode()
+        text = image_json(image_id, records)
         row = len(self._keys)
         for extension, frame in frames.items():
-            self._frames.append((self._add_member(f"{key}.{extension}", frame), len(frame), row))
-        self._json.append((self._add_member(f"{key}.json", text), len(text)))
+            self._frames.append((write_member(self._tar, key, extension, frame), len(frame), row))
+        self._json.append((write_member(self._tar, key, "json", text), len(text)))
         self._keys[key] = None
         self._extensions += frames
         self._records += [(row, number, record.kind) for number, record in enumerate(records)]
-
-    def _add_member(self, name: str, content: bytes) -> int:
-        member = tarfile.TarInfo(name)  # time 0, owner 0, mode 0644: nothing of this machine or moment
-        member.size = len(content)
-        self._tar.addfile(member, io.BytesIO(content))
-        padded = -(-len(content) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-        return self._file.tell() - padded
 
     def _index(self, tar_sha256: str, tar_bytes: int) -> bytes:
         kinds = sorted({kind for _, _, kind in self._records})
@@ -142,6 +136,12 @@ class ShardWriter:
             "tar_bytes": str(tar_bytes),
         }
         return safetensors_bytes(dict(zip(INDEX_ARRAYS, columns, strict=True)), metadata)
+
+
+def image_json(image_id: str, records: Sequence[Record]) -> bytes:
+    """What stands beside an image: its id in the source, and all its records."""
+    fields = {"image_id": image_id, "records": [record.to_dict() for record in records]}
+    return json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode()
 
 
 def safetensors_bytes(arrays: dict[str, Int64Array], metadata: dict[str, str]) -> bytes:
@@ -204,6 +204,10 @@ class ShardReader:
     def frames_of(self, row: int) -> slice:
         """Where the frames of row `row` in [0, N) stand among all F frames of the shard."""
         return slice(self._first_frame[row], self._first_frame[row + 1])
+
+    def extension(self, row: int) -> str:
+        """Of the first frame of row `row` in [0, N)."""
+        return self.extensions[self._first_frame[row]]
 
     def read(self, row: int) -> tuple[tuple[bytes, ...], list[Record]]:
         """The encoded frames (one of a picture) of row `row` in [0, N) and all its records.

@@ -130,14 +130,19 @@ def _fetch(wanted: Wanted, partial: Path, name: str, shown_in: tuple[Progress, T
             if fruitless == TRIES or gone:
                 line = f"{shown(wanted.url)} cannot be fetched ({error}); run the same command again to go on"
                 raise DownloadError(line) from None
-            seconds = _seconds_to_pause(wanted, error, fruitless)
+            seconds = seconds_to_pause(wanted, error, fruitless)
             bar.update(task, description=f"{name}: {error}; again in {seconds:.0f} s" if seconds >= 1 else name)
             time.sleep(seconds)
             bar.update(task, description=name)
     return in_parts
 
 
-def _seconds_to_pause(wanted: Wanted, error: BrokenOffError, fruitless: int) -> float:
+def seconds_to_pause(wanted: Wanted, error: BrokenOffError, fruitless: int) -> float:
+    """How long to wait before another try, after so many that brought nothing.
+
+    Raises:
+        DownloadError: the server wants to be asked again much later.
+    """
     if error.wait is not None and error.wait > LONGEST_WAIT_SECONDS:
         line = f"{error}, and is to be asked again in {error.wait:,.0f} seconds"
         raise DownloadError(f"{shown(wanted.url)} cannot be fetched ({line}); run the same command again then")

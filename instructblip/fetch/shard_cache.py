@@ -10,7 +10,7 @@ import hashlib
 import os
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +47,11 @@ def is_url(shards: str) -> bool:
 
 
 def mirror_datasets(
-    url: str, splits: Sequence[tuple[str, str]], cache: Path, limit: int
+    url: str,
+    splits: Sequence[tuple[str, str]],
+    cache: Path,
+    limit: int,
+    streamed: Collection[tuple[str, str]] = (),
 ) -> tuple[Path, set[tuple[str, str]]]:
     """Mirror (dataset, split) pairs from a URL; return the local folder above them, and the pairs that the URL has.
 
@@ -56,6 +60,7 @@ def mirror_datasets(
         splits: datasets and splits that are wanted.
         cache: the folder that mirrors and tars are kept in.
         limit: of the tars in it, bytes.
+        streamed: those of which no index is needed.
 
     Raises:
         UserError: the place cannot be read, an index is not the one of its manifest, or a cache without room.
@@ -67,7 +72,13 @@ def mirror_datasets(
     found = {
         (dataset, split)
         for dataset, split in splits
-        if _mirror_split(joined(url, dataset, split), root / dataset / split, cache / "tars", limit)
+        if _mirror_split(
+            joined(url, dataset, split),
+            root / dataset / split,
+            cache / "tars",
+            limit,
+            indexes=(dataset, split) not in streamed,
+        )
     }
     return root, found
 
@@ -78,8 +89,8 @@ def _mirror_name(url: str) -> str:
     return f"{words[:80]}-{hashlib.sha256(url.encode()).hexdigest()[:16]}"
 
 
-def _mirror_split(url: str, folder: Path, tars: Path, limit: int) -> bool:
-    """Fetch a split's manifest and indexes into a folder for `open_split`; False if the URL has no such split."""
+def _mirror_split(url: str, folder: Path, tars: Path, limit: int, *, indexes: bool) -> bool:
+    """Fetch a split's manifest, perhaps its indexes, into a folder to open it from; False if the URL has no such split."""
     new = folder.parent / f".{folder.name}.{_MANIFEST_NAME}"
     with exclusive(folder.parent / f".{folder.name}.lock", f"reading {shown(url)}"):
         try:
@@ -87,13 +98,14 @@ def _mirror_split(url: str, folder: Path, tars: Path, limit: int) -> bool:
         except NotThereError:
             return False
         try:
-            indexes = _listed_indexes(new)
+            listed = _listed_indexes(new)
         except (UserError, ValueError, KeyError, TypeError):
             raise UserError(
                 f"{shown(url)}/{_MANIFEST_NAME} is no manifest; give the URL of what prepare.py wrote"
             ) from None
         folder.mkdir(parents=True, exist_ok=True)
-        _mirror_indexes(url, folder, indexes)
+        if indexes:
+            _mirror_indexes(url, folder, listed)
         write_json(folder / REMOTE_NAME, {"url": url, "tars": str(tars.absolute()), "limit": limit})
         os.replace(new, folder / _MANIFEST_NAME)  # last: `open_split` takes a folder with a manifest for complete
     return True

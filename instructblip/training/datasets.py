@@ -13,6 +13,7 @@ from instructblip.data.feature_cache import FeatureCache
 from instructblip.data.mixture import Mixture, MixtureEntry, MixtureSegment
 from instructblip.data.mixture_dataset import MakeImage, TrainingSet, cached, decoded
 from instructblip.data.shards import PreparedSplit, open_split
+from instructblip.data.streaming import StreamSet
 from instructblip.data.templates import load_templates
 from instructblip.errors import UserError
 from instructblip.evaluation.protocol import Task
@@ -79,7 +80,7 @@ def open_sets(cards: Sequence[Card], shards: Path, templates: str | None = None)
 
 
 def make_mixture(
-    config: MixtureConfig, sets: Sequence[TrainingSet], phases: Iterable[CutSteps], *, seed: int
+    config: MixtureConfig, sets: Sequence[TrainingSet] | Sequence[StreamSet], phases: Iterable[CutSteps], *, seed: int
 ) -> Mixture:
     """The plan of a run over these datasets, in the mixture's order, and phases.
 
@@ -108,13 +109,15 @@ def make_mixture(
         raise UserError(f"mixture {config.name}: {error}") from None
 
 
-def data_fingerprints(sets: Sequence[TrainingSet], validation: Sequence[Task], shards: Path) -> Inputs:
+def data_fingerprints(
+    sets: Sequence[TrainingSet] | Sequence[StreamSet], validation: Sequence[Task], shards: Path
+) -> Inputs:
     """What a run reads on its way, by name.
 
     The prepared `splits`; of each of its `cards` what makes samples of them; and the `protocols` that it is watched by,
     whose scores decide which step is the best.
     """
-    splits = {f"{item.split.dataset}/{item.split.split}": item.split.fingerprint for item in sets}
+    splits = {item.source: item.fingerprint for item in sets}
     for task in validation:
         split = open_split(shards / task.card.source / task.protocol.split)
         splits[f"{split.dataset}/{split.split}"] = split.fingerprint
@@ -125,7 +128,7 @@ def data_fingerprints(sets: Sequence[TrainingSet], validation: Sequence[Task], s
     }
 
 
-def _card_fingerprint(item: TrainingSet) -> str:
+def _card_fingerprint(item: TrainingSet | StreamSet) -> str:
     rules = [item.kinds, dataclasses.asdict(item.templates), item.flip]
     return hashlib.sha256(json.dumps(rules).encode()).hexdigest()
 

@@ -4,7 +4,7 @@ python -m instructblip.training.inspect mixture=held_in data.shards=/data/shards
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import count, islice
 
@@ -15,16 +15,19 @@ from torch import Tensor
 
 from instructblip.config.entry import main
 from instructblip.config.schema import InspectConfig
-from instructblip.data.batching import Batching
-from instructblip.data.cards import TRAIN_SPLIT, load_cards
+from instructblip.data.batching import Batching, Item
+from instructblip.data.cards import TRAIN_SPLIT, Card, load_cards
 from instructblip.data.loader import load_batches
+from instructblip.data.lost import LostSample
 from instructblip.data.mixture import position_generator
-from instructblip.data.mixture_dataset import DrawnImage, MixtureDataset, decoded
-from instructblip.data.prepare.command import Needed, shards_folder
+from instructblip.data.mixture_dataset import DrawnImage, MixtureDataset, Texts, decoded
+from instructblip.data.prepare.command import Needed, find_shards
+from instructblip.data.stream_dataset import Readers, StreamDataset
 from instructblip.data.transforms import AUGMENTATIONS, decode_for, draw_view
 from instructblip.images import decode_image, image_size
 from instructblip.training.datasets import check_mixture, make_mixture, open_sets
 from instructblip.training.plan.tables import shares_planned
+from instructblip.training.streams import open_streams, streamed_as_they_are
 
 
 def inspect(config: InspectConfig, console: Console) -> None:
@@ -35,23 +38,34 @@ def inspect(config: InspectConfig, console: Console) -> None:
     """
     cards = load_cards(entry.name for entry in config.mixture.datasets)
     check_mixture(config.mixture, cards)
-    needed = [Needed(card, frozenset({TRAIN_SPLIT})) for card in cards]
-    sets = open_sets(cards, shards_folder(needed, config.data, console), config.mixture.templates)
-    mixture = make_mixture(config.mixture, sets, [config], seed=config.seed)
-    console.print(shares_planned(mixture, [config]))
-    images = decoded(config.data.transform, config.image_size)
-    dataset = MixtureDataset(
-        mixture, sets, images, config.data.text_processor, prompt_processor=config.data.prompt_processor
-    )
-    for position in range(config.samples):
-        _show(dataset, position, console)
+    dataset = _dataset(config, cards, console)
+    console.print(shares_planned(dataset.mixture, [config]))
+    first = dataset.first(config.samples)
+    for item in first.items:
+        _show(item, [missing for missing in first.lost if missing.position == item[0].position], console)
     console.print(_timing(dataset, config))
 
 
-def _show(dataset: MixtureDataset, position: int, console: Console) -> None:
-    (sample, image), lost = dataset.read(position)
+def _dataset(config: InspectConfig, cards: Sequence[Card], console: Console) -> MixtureDataset | StreamDataset:
+    needed = [Needed(card, frozenset({TRAIN_SPLIT}), config.data.stream) for card in cards]
+    found = find_shards(needed, config.data, console)
+    foreign = streamed_as_they_are(cards, config.data, found.missing)
+    if found.missing.keys() - foreign:
+        raise found.refusal(*(found.missing.keys() - foreign))
+    images = decoded(config.data.transform, config.image_size)
+    texts = Texts(config.data.text_processor, prompt_processor=config.data.prompt_processor)
+    if config.data.stream:
+        streams = open_streams(cards, found.folder, foreign, config.mixture.templates)
+        mixture = make_mixture(config.mixture, streams, [config], seed=config.seed)
+        return StreamDataset(mixture, streams, images, texts, Readers(workers=config.data.workers))
+    sets = open_sets(cards, found.folder, config.mixture.templates)
+    return MixtureDataset(make_mixture(config.mixture, sets, [config], seed=config.seed), sets, images, texts)
+
+
+def _show(item: Item, lost: Sequence[LostSample], console: Console) -> None:
+    sample, image = item
     lines = [
-        f"{position}: {sample.id}",
+        f"{sample.position}: {sample.id}",
         f"  template     {sample.template!r}",
         f"  instruction  {sample.instruction!r}",
         f"  target       {sample.target!r}",
@@ -61,7 +75,7 @@ def _show(dataset: MixtureDataset, position: int, console: Console) -> None:
     console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
 
 
-def _timing(dataset: MixtureDataset, config: InspectConfig) -> Table:
+def _timing(dataset: MixtureDataset | StreamDataset, config: InspectConfig) -> Table:
     workers = config.data.workers
     whole = loading_seconds(dataset, config.timed, workers)
     parts = loading_parts(dataset, config.data.transform, config.image_size, config.timed, workers)
@@ -78,7 +92,7 @@ _WARM_UP = 2  # steps of each worker before the clock starts
 _DECODED = 64  # samples whose decoding is timed apart
 
 
-def loading_seconds(dataset: MixtureDataset, samples: int, workers: int) -> float:
+def loading_seconds(dataset: MixtureDataset | StreamDataset, samples: int, workers: int) -> float:
     """Seconds a sample that the loader takes to give so many samples in steps of 32."""
     steps = load_batches(dataset, _steps(), batching=_whole_step, workers=workers)
     try:
@@ -92,7 +106,9 @@ def loading_seconds(dataset: MixtureDataset, samples: int, workers: int) -> floa
         steps.close()
 
 
-def loading_parts(dataset: MixtureDataset, transform: str, size: int, samples: int, workers: int) -> dict[str, float]:
+def loading_parts(
+    dataset: MixtureDataset | StreamDataset, transform: str, size: int, samples: int, workers: int
+) -> dict[str, float]:
     """Seconds of one process that a sample takes: to decode, to transform, and for all else.
 
     Decoding and transforming are timed in this process; the rest is what the loader takes where every image is the same.
@@ -102,7 +118,7 @@ def loading_parts(dataset: MixtureDataset, transform: str, size: int, samples: i
         samples, workers: as of `loading_seconds`.
     """
     blank = torch.zeros(1, 3, size, size, dtype=torch.uint8)
-    idle = MixtureDataset(dataset.mixture, dataset.sets, _Always(blank))
+    idle = dataset.with_images(_Always(blank))
     decode, made = _image_seconds(dataset, transform, size)
     rest = loading_seconds(idle, samples, workers) * max(workers, 1)
     return {"decode": decode, "transform": max(made - decode, 0.0), "read, text and transport": rest}
@@ -126,15 +142,13 @@ def _whole_step(step: int) -> Batching:
     return Batching(kind="fixed")
 
 
-def _image_seconds(dataset: MixtureDataset, transform: str, size: int) -> tuple[float, float]:
+def _image_seconds(dataset: MixtureDataset | StreamDataset, transform: str, size: int) -> tuple[float, float]:
     """Seconds a sample for decoding its frames, and for making its image, decoding included."""
     decode = made = 0.0
-    for position in range(_DECODED):
-        sample, _ = dataset[position]
-        chosen = dataset.sets[dataset.mixture.draw(position).dataset]
-        number, row = sample.image_location
-        random = position_generator(dataset.mixture.seed, position)
-        image = DrawnImage(chosen.split.shards[number], row, sample.frames, random, chosen.flip)
+    for sample, _ in dataset.first(_DECODED).items:
+        chosen = dataset.sets[dataset.mixture.draw(sample.position).dataset]
+        random = position_generator(dataset.mixture.seed, sample.position)
+        image = DrawnImage(sample.id, sample.frames, random, chosen.flip)
         made += _seconds(partial(dataset.make_image, image))
         for frame in sample.frames:
             if transform in AUGMENTATIONS:

@@ -7,6 +7,7 @@ from rich.console import Console
 
 from instructblip.config.schema import TrainConfig
 from instructblip.config.validate import differences, read_config, to_dict, unknown_key, valid_keys
+from instructblip.data.stream_dataset import StreamDataset
 from instructblip.distributed import Ranks
 from instructblip.errors import UserError
 from instructblip.models.fingerprint import fingerprint_tensors
@@ -132,6 +133,8 @@ def restore(run: TrainingRun, checkpoint: LoadedCheckpoint) -> int:
     _check_inputs(run, checkpoint)
     run.lost.restore(checkpoint.state["lost"])
     run.skipped.restore(checkpoint.state["skipped"])
+    if isinstance(run.dataset, StreamDataset):
+        run.dataset.restore(checkpoint.state.get("stream", {}))  # none of a run that read by index until now
     if not run.best.restore(checkpoint.state["best"]):
         find_best(run, checkpoint.step)
     run.console.print(f"continuing {checkpoint.path} after step {checkpoint.step}", highlight=False, soft_wrap=True)

@@ -17,6 +17,7 @@ from instructblip.config.validate import to_yaml
 from instructblip.data.batching import Batch
 from instructblip.data.loader import LoadedStep, load_batches
 from instructblip.data.lost import LostSample
+from instructblip.data.stream_dataset import StreamDataset
 from instructblip.distributed import Ranks, choose_device, start_ranks, whole_tensors
 from instructblip.files import claimed_folder, write_atomically
 from instructblip.progress import TrainingProgress, training_progress
@@ -251,7 +252,9 @@ def _record(
 
 def _counted(run: TrainingRun, steps: Iterator[LoadedStep]) -> Iterator[tuple[int, list[Batch]]]:
     """Count what each step has lost, over all ranks."""
-    for step, batches, lost in steps:
+    for step, batches, lost, places in steps:
+        if isinstance(run.dataset, StreamDataset) and places is not None:
+            run.dataset.read_ahead(step, places)
         of_ranks = run.ranks.gather(lost)
         if any(of_ranks):
             place = locate(run.phases, step)
@@ -299,6 +302,7 @@ def _save(run: TrainingRun, step: int, *, unvalidated: dict[str, Any] | None) ->
     optimizer = whole_tensors(optimizer_tensors(optimisation.optimizer, optimisation.names), keep=first)
     averaged = optimisation.average.state(trainable) if optimisation.average else None
     average = None if averaged is None else whole_tensors(averaged, keep=first)
+    streamed = _streamed(run, step)
     if not first:
         return
     problem = run.writer.problem()
@@ -322,6 +326,14 @@ def _save(run: TrainingRun, step: int, *, unvalidated: dict[str, Any] | None) ->
             "skipped": run.skipped.state(),
             "best": run.best.state(),
         }
-        | ({"unvalidated": finite(unvalidated)} if unvalidated else {}),
+        | ({"unvalidated": finite(unvalidated)} if unvalidated else {})
+        | streamed,
         spare=[] if run.best.step is None else [run.best.step],
     )
+
+
+def _streamed(run: TrainingRun, step: int) -> dict[str, Any]:
+    """How far all ranks' readers have come; nothing of a run that reads by index."""
+    if not isinstance(run.dataset, StreamDataset):
+        return {}
+    return {"stream": run.dataset.state(run.ranks.gather(run.dataset.places(step)))}

@@ -15,6 +15,7 @@ from instructblip.evaluation.protocol import needed_splits, watched_split
 from instructblip.evaluation.results_file import NotEvaluated
 from instructblip.evaluation.suite_tasks import check_suite, split_missing
 from instructblip.training.datasets import check_mixture
+from instructblip.training.streams import streamed_as_they_are
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class RunCards:
         absent: of the suite, what is not prepared.
         best_by: what decides which step is the best: None, `mean`, or the name of a watched one.
         shards: the folder of prepared datasets.
+        foreign: names of the trained ones that are not prepared, whose tars are streamed as they are.
     """
 
     trained: list[Card]
@@ -35,6 +37,7 @@ class RunCards:
     absent: list[NotEvaluated]
     best_by: str | None
     shards: Path
+    foreign: frozenset[str] = frozenset()
 
 
 def find_cards(config: TrainConfig, console: Console) -> RunCards:
@@ -50,20 +53,25 @@ def find_cards(config: TrainConfig, console: Console) -> RunCards:
     check_mixture(config.mixture, trained)
     check_suite(suite, asked)
     best = _best_by(config.recipe.keep_best, held_in)
-    found = find_shards(_needed(trained, held_in, held_out), config.data, console)
-    scored, absent = split_missing(asked, found, suite.missing, *(card.name for card in trained))
+    found = find_shards(_needed(trained, held_in, held_out, streamed=config.data.stream), config.data, console)
+    foreign = streamed_as_they_are(trained, config.data, found.missing)
+    scored, absent = split_missing(
+        asked, found, suite.missing, *(card.name for card in trained if card.name not in foreign)
+    )
     for item in absent:
         console.print(f"not evaluated: {item.reason}", markup=False, highlight=False, soft_wrap=True)
     if best in {item.name for item in absent}:
         raise UserError(f"recipe.keep_best={config.recipe.keep_best} is not prepared, so no step can be best by it")
     watched = [card for card in held_in if card.name not in {item.name for item in absent}]
-    return RunCards(trained, watched, scored, absent, best, found.folder)
+    return RunCards(trained, watched, scored, absent, best, found.folder, foreign)
 
 
-def _needed(trained: Sequence[Card], held_in: Sequence[Card], held_out: Sequence[Card]) -> list[Needed]:
+def _needed(
+    trained: Sequence[Card], held_in: Sequence[Card], held_out: Sequence[Card], *, streamed: bool
+) -> list[Needed]:
     """The splits that a run opens of what it trains on, and of what it watches and scores."""
     return [
-        *(Needed(card, frozenset({TRAIN_SPLIT})) for card in trained),
+        *(Needed(card, frozenset({TRAIN_SPLIT}), streamed) for card in trained),
         *(Needed(card, needed_splits(card) | {watched_split(card)}) for card in held_in),
         *(Needed(card, needed_splits(card)) for card in held_out),
     ]

@@ -19,7 +19,9 @@ from instructblip.data.batching import Batching, Length
 from instructblip.data.feature_cache import FeatureCache, ReadImage, cached_images, feature_cache
 from instructblip.data.lost import LostSamples
 from instructblip.data.mixture import Mixture
-from instructblip.data.mixture_dataset import MixtureDataset, TrainingSet
+from instructblip.data.mixture_dataset import MixtureDataset, Texts, TrainingSet
+from instructblip.data.stream_dataset import Readers, StreamDataset
+from instructblip.data.streaming import StreamSet
 from instructblip.distributed import Ranks, choose_device
 from instructblip.evaluation.protocol import Task, make_task, make_validation_task, mode_in_training, refuse_unable
 from instructblip.evaluation.results_file import NotEvaluated
@@ -57,6 +59,7 @@ from instructblip.training.run_cards import RunCards, find_cards
 from instructblip.training.schedule import Phase
 from instructblip.training.skipped import SkippedSteps
 from instructblip.training.start import begin_run
+from instructblip.training.streams import open_streams
 from instructblip.training.writer import CheckpointWriter
 from instructblip.weights.checkpoint import LoadedCheckpoint, load_checkpoint, newest_whole
 from instructblip.weights.init_from import VISION_NORM, Begun, differing_parts
@@ -111,7 +114,7 @@ class TrainingRun:
     model: Model
     phases: list[Phase]
     mixture: Mixture
-    dataset: MixtureDataset
+    dataset: MixtureDataset | StreamDataset
     lost: LostSamples
     validation: list[Task]
     final: list[Task]
@@ -197,19 +200,7 @@ def set_up(
     model, begun, checkpoint, frozen = _weights(config, folder, ranks, console, checkpoint)
     check_writes(model, [*validation, *final])  # the first of them is run hours later
     _place(model, choose_device(config.device), without_llm=is_sharded(config.parallel.kind, ranks.world_size))
-    sets = open_sets(cards.trained, cards.shards, config.mixture.templates)
-    mixture = make_mixture(config.mixture, sets, config.recipe.phases.values(), seed=config.seed)
-    cache = _feature_cache(config, model, sets, [*validation, *final])
-    images = make_images(config.data, model.vision.image_size, cache)
-    dataset = MixtureDataset(
-        mixture,
-        sets,
-        images,
-        config.data.text_processor,
-        cut_prefixes=config.reads_prefixes(),
-        all_answers=any(phase.objectives.get(Answering.name) for phase in config.recipe.phases.values()),
-        prompt_processor=config.data.prompt_processor,
-    )
+    sets, dataset, cache = _training_data(config, cards, model, ranks, [*validation, *final])
     if isinstance(model.vision_norm, ChannelNorm) and VISION_NORM in begun.start.new and not checkpoint:
         _calibrate(model, model.vision_norm, dataset)
     frozen |= frozen_fingerprints(model, model.PARTS.keys() - frozen.keys())
@@ -223,7 +214,7 @@ def set_up(
         ranks=ranks,
         model=model,
         phases=make_phases(config, model.sample_length(), packs=model.packs()),
-        mixture=mixture,
+        mixture=dataset.mixture,
         dataset=dataset,
         lost=LostSamples(
             fraction=config.data.tolerance.fraction,
@@ -246,6 +237,29 @@ def set_up(
         writer=CheckpointWriter(folder / "checkpoints", config.recipe.keep_checkpoints),
     )
     return run, checkpoint
+
+
+def _training_data(
+    config: TrainConfig, cards: RunCards, model: Model, ranks: Ranks, tasks: Sequence[Task]
+) -> tuple[Sequence[TrainingSet] | Sequence[StreamSet], MixtureDataset | StreamDataset, FeatureCache | None]:
+    """What a run reads: by index, perhaps with its images encoded once, or as a stream."""
+    phases, named = config.recipe.phases.values(), config.mixture.templates
+    texts = Texts(
+        config.data.text_processor,
+        config.reads_prefixes(),
+        any(phase.objectives.get(Answering.name) for phase in phases),
+        config.data.prompt_processor,
+    )
+    if config.data.stream:
+        streams = open_streams(cards.trained, cards.shards, cards.foreign, named)
+        mixture = make_mixture(config.mixture, streams, phases, seed=config.seed)
+        images = make_images(config.data, model.vision.image_size, None)
+        readers = Readers(ranks.rank, ranks.world_size, config.data.workers)
+        return streams, StreamDataset(mixture, streams, images, texts, readers), None
+    sets = open_sets(cards.trained, cards.shards, named)
+    mixture = make_mixture(config.mixture, sets, phases, seed=config.seed)
+    cache = _feature_cache(config, model, sets, tasks)
+    return sets, MixtureDataset(mixture, sets, make_images(config.data, model.vision.image_size, cache), texts), cache
 
 
 def _tasks(config: TrainConfig, cards: RunCards) -> tuple[list[Task], list[Task]]:
@@ -387,9 +401,9 @@ def _feature_cache(
     return cache
 
 
-def _calibrate(model: Model, norm: ChannelNorm, dataset: MixtureDataset) -> None:
+def _calibrate(model: Model, norm: ChannelNorm, dataset: MixtureDataset | StreamDataset) -> None:
     """Measure the channel statistics on the images of the run's first draws, whatever rank asks."""
-    images = torch.stack([dataset[position][1] for position in range(_CALIBRATION_IMAGES)])
+    images = torch.stack([image for _, image in dataset.first(_CALIBRATION_IMAGES).items])
     norm.calibrate(model.image_tokens(images).flatten(0, 1))
 
 

@@ -17,7 +17,7 @@ from tests.kit.runs import REPOSITORY, SECONDS, World, read_lines
 
 FOLDERS = ("instructblip", "configs", "datasets")
 TWO_STEPS = ("~recipe.phases", "recipe.phases={short: {steps: 2, batch_size: 2, learning_rate: 1e-3}}")
-TEST_TOOLS = {"pytest", "pytest-cov", "pytest-xdist", "webdataset", "datasets", "import-linter", "ruff", "mypy"}
+TEST_TOOLS = {"pytest", "pytest-cov", "pytest-xdist", "datasets", "import-linter", "ruff", "mypy"}
 
 
 def _call(*command: str | Path, cwd: Path) -> str:

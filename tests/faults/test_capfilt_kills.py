@@ -1,5 +1,6 @@
 """`python -m instructblip.capfilt`, killed whenever, goes on and ends with the same bytes."""
 
+import json
 import multiprocessing
 import os
 import random
@@ -16,8 +17,13 @@ import pytest
 from instructblip import files
 from instructblip.capfilt.captioning import Answer, Captioning
 from instructblip.capfilt.pictures import Seen
+from instructblip.data.cards import load_card
+from instructblip.data.prepare.convert import prepare_dataset
 from instructblip.errors import UserError
 from instructblip.evaluation import journal
+from tests.kit.own_tables import write_tar
+from tests.kit.streams import web_members, write_web_tars
+from tests.kit.tars import as_tarfile_writes
 from tests.kit.web import caption_web, files_of, web_pictures, write_web
 
 KILLS = 10
@@ -80,6 +86,29 @@ def killed_after(moments: int) -> Iterator[list[str]]:
         patch.object(Path, "unlink", unlinking),
     ):
         yield came
+
+
+def test_what_is_converted_and_what_is_captioned_have_the_bytes_that_tarfile_alone_writes(
+    web: Path, whole: Path
+) -> None:
+    shards = [*web.rglob("*.tar"), *whole.rglob("*.tar")]
+    assert len(shards) == 6
+    for shard in shards:
+        assert shard.read_bytes() == as_tarfile_writes(shard)
+
+
+def test_tars_that_nobody_prepared_give_the_bytes_of_those_that_somebody_did(tmp_path: Path) -> None:
+    card = write_web_tars(tmp_path / "raw", tars=2, samples=2)
+    write_tar(tmp_path / "raw/00001.tar", {**web_members(1, 2), "c.txt": b"no picture"})
+    prepare_dataset(load_card(card), tmp_path / "raw", tmp_path / "shards", images_per_shard=2, progress=False)
+    prepared, foreign = caption_web(tmp_path / "shards", tmp_path / "a"), caption_web(card, tmp_path / "b")
+    names = ["captions.json", *(f"web_capfilt/train/shard-{number:06d}.tar" for number in range(2))]
+    for name in names:
+        assert (foreign / name).read_bytes() == (prepared / name).read_bytes()
+    (lost,) = json.loads((foreign / "report.json").read_text())["lost"]
+    assert (lost["reason"], lost["count"], lost["examples"]) == ("image is missing", 1, ["00001.tar: c"])
+    with pytest.raises(UserError, match=r"mine\.yaml has no split val, but train; set split="):
+        caption_web(card, tmp_path / "c", split="val")
 
 
 def test_ten_kills_at_random_moments_change_no_byte(web: Path, whole: Path, tmp_path: Path) -> None:

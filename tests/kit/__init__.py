@@ -15,6 +15,8 @@ untrained        a run that was never trained, as a checkpoint folder
 mixtures         small prepared training splits, written so that single samples can be damaged
 own_data         pictures, questions and a short card of one's own
 own_tables       rows of one's own in every form that is read: tables, dialogues, tars
+tars             tars as other writers make them, and those of whoever means harm
+streams          tars of img2dataset with a card, and streams over them for any number of readers
 raw_files        raw folders in official layouts: the cases of tests/data/readers, with real small images
 web              shards of web pictures with their texts, and capfilt on them
 all_datasets     raw folders and shards of all datasets that have files of their own

@@ -3,7 +3,6 @@
 import gzip
 import io
 import json
-import sys
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -148,15 +147,6 @@ def test_tars_without_the_column_that_the_task_needs_are_one_line(tmp_path: Path
     ):
         _read(tmp_path, task="classification")
     assert _read(tmp_path, task="classification", label="txt")[0][0].records[0].answers == ("text",)
-
-
-def test_without_the_library_a_tar_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_tar(tmp_path / "0.tar", {"a.jpg": _picture(), "a.txt": b"text"})
-    monkeypatch.setitem(sys.modules, "webdataset.tariterators", None)
-    with pytest.raises(
-        UserError, match=r"needs the library webdataset; install it with: pip install -r requirements-records\.txt"
-    ):
-        _read(tmp_path)
 
 
 def test_a_picture_that_is_damaged_is_named_by_its_member(tmp_path: Path) -> None:

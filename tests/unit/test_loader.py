@@ -17,7 +17,7 @@ from torch import Tensor
 from instructblip.data.batching import Batch, Batching, Item, collate, split_further
 from instructblip.data.loader import LoadedStep, load_batches
 from instructblip.data.mixture import Mixture, MixtureEntry
-from instructblip.data.mixture_dataset import MixtureDataset, TrainingSet, decoded
+from instructblip.data.mixture_dataset import MixtureDataset, Texts, TrainingSet, decoded
 from instructblip.data.records import Record
 from instructblip.data.shards import PreparedSplit, ShardReader, ShardWriter, open_split, shard_path
 from instructblip.data.templates import TemplateSet
@@ -89,7 +89,7 @@ Row = tuple[str, str, str, str, list[int]]
 
 def _rows(steps: Iterable[LoadedStep]) -> list[tuple[int, list[Row]]]:
     """Each step's samples in order: id, dataset, instruction, target, pixels."""
-    return [(step, [row for batch in batches for row in _batch_rows(batch)]) for step, batches, _ in steps]
+    return [(step, [row for batch in batches for row in _batch_rows(batch)]) for step, batches, *_ in steps]
 
 
 def _batch_rows(batch: Batch) -> list[Row]:
@@ -152,7 +152,7 @@ def test_samples_say_where_they_were_drawn_and_which_image_they_show(dataset: Mi
     """An image is the same in every view of its dataset; sorted and cut batches keep both beside their samples."""
     batching = Batching("bucketed", micro_batch_size=3, length=lambda prompt, target, frames: len(prompt))
     steps = [(0, list(range(20, 40)))]
-    ((_, batches, _),) = load_batches(dataset, steps, batching=lambda step: batching)
+    ((_, batches, *_),) = load_batches(dataset, steps, batching=lambda step: batching)
     drawn: dict[str, set[str]] = {}
     positions = []
     for batch in batches:
@@ -177,7 +177,7 @@ def test_targets_are_processed_as_the_released_code_does(tmp_path: Path) -> None
     (tmp_path / "manifest.json").write_text(json.dumps(manifest | {"records_by_kind": {"color": 1}}))
     sets, mixture = [TrainingSet("color", open_split(tmp_path), (), TEMPLATES)], Mixture([MixtureEntry("color", 1)])
     for processor, expected in (("none", record.answers[0]), ("blip_caption", "a dog small rex it runs")):
-        dataset = MixtureDataset(mixture, sets, decoded("resize_square", 4), processor)  # type: ignore[arg-type]
+        dataset = MixtureDataset(mixture, sets, decoded("resize_square", 4), Texts(processor))  # type: ignore[arg-type]
         sample, _ = dataset[0]
         assert sample.target == expected
         assert "What?" in sample.instruction
@@ -198,7 +198,7 @@ def test_a_sample_has_all_its_answers_where_a_model_learns_them_all(tmp_path: Pa
     sets = [TrainingSet("color", open_split(tmp_path), (), bare)]
 
     def drawn(**options: Any) -> dict[str, Item]:
-        dataset = MixtureDataset(mixture, sets, decoded("resize_square", 4), "blip_caption", **options)
+        dataset = MixtureDataset(mixture, sets, decoded("resize_square", 4), Texts("blip_caption", **options))
         return {item[0].id: item for item in (dataset[place] for place in range(2))}
 
     items = drawn(all_answers=True, prompt_processor="blip_question")
@@ -212,7 +212,7 @@ def test_a_sample_has_all_its_answers_where_a_model_learns_them_all(tmp_path: Pa
 def test_micro_batches_have_their_size(dataset: MixtureDataset) -> None:
     sizes = {
         step: [len(batch.ids) for batch in batches]
-        for step, batches, _ in load_batches(
+        for step, batches, *_ in load_batches(
             dataset, rank_positions(PHASES, 0), batching=partial(step_batching, PHASES)
         )
     }

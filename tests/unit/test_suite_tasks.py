@@ -1,6 +1,7 @@
 """What of a suite is evaluated: the modes that fit, what is not prepared, what cannot be asked; all of it named at once."""
 
 import io
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from rich.console import Console
 
 from instructblip.config.schema import DataConfig, SourcesConfig, SuiteConfig
 from instructblip.data.cards import Card, load_card, load_cards
-from instructblip.data.prepare.command import FoundShards, Needed, find_shards, shards_folder
+from instructblip.data.prepare.command import FoundShards, Needed, find_shards
 from instructblip.data.prepare.convert import prepare_dataset
 from instructblip.errors import UserError
 from instructblip.evaluation.protocol import Task, make_task, needed_splits, watched_split
@@ -151,9 +152,10 @@ def test_what_may_be_fetched_is_and_a_failure_there_is_the_reason(tmp_path: Path
 def test_a_folder_of_shards_is_given_where_all_is_there(own: tuple[Path, Path]) -> None:
     path, shards = own
     data, console = DataConfig(shards=str(shards)), Console(file=io.StringIO())
-    assert shards_folder([Needed(load_card(path), frozenset({"train"}))], data, console) == shards
-    with pytest.raises(UserError, match=r"vsr .*is not prepared"):
-        shards_folder([Needed(load_card("vsr"), frozenset({"zeroshot_test"}))], data, console)
+    found = find_shards([Needed(load_card(path), frozenset({"train"}))], data, console)
+    assert (found.folder, found.missing) == (shards, {})
+    missing = find_shards([Needed(load_card("vsr"), frozenset({"zeroshot_test"}))], data, console)
+    assert re.search(r"vsr .*is not prepared", str(missing.refusal()))
 
 
 # --- what cannot be asked --------------------------------------------------------------------------------------------

@@ -27,10 +27,11 @@ SHOWN_SIZE = 224  # the side of the square that the paper's models get, pixels
 
 @dataclass(frozen=True)
 class Needed:
-    """A dataset, or a view of one, and the splits of it that are read."""
+    """A dataset, or a view of one, and the splits of it that are read; `streamed`: without their indexes."""
 
     card: Card
     splits: frozenset[str]
+    streamed: bool = False
 
 
 @dataclass(frozen=True)
@@ -87,8 +88,17 @@ def find_shards(needed: Sequence[Needed], data: DataConfig, console: Console) ->
         return FoundShards(Path(data.shards), data.shards, {})
     failed: dict[str, str] = {}
     if is_url(data.shards):
-        wanted = {(item.card.source, split) for item in needed for split in (*item.card.splits, *item.splits)}
-        root, found = mirror_datasets(data.shards, sorted(wanted), cache_folder() / "shards", data.remote_cache_bytes)
+        indexed, streamed = (
+            {(item.card.source, split) for item in needed if item.streamed == kind for split in _mirrored(item)}
+            for kind in (False, True)
+        )
+        root, found = mirror_datasets(
+            data.shards,
+            sorted(indexed | streamed),
+            cache_folder() / "shards",
+            data.remote_cache_bytes,
+            streamed - indexed,
+        )
     else:
         root, failed = Path(data.shards), ensure_prepared(cards, Path(data.shards), data.sources, console)
         found = {
@@ -105,16 +115,8 @@ def find_shards(needed: Sequence[Needed], data: DataConfig, console: Console) ->
     return FoundShards(root, data.shards, missing)
 
 
-def shards_folder(needed: Sequence[Needed], data: DataConfig, console: Console) -> Path:
-    """The folder that these splits can be opened from, wherever data.shards is.
-
-    Raises:
-        UserError: as `find_shards`; some of them are not prepared, all of which it names.
-    """
-    found = find_shards(needed, data, console)
-    if found.missing:
-        raise found.refusal()
-    return found.folder
+def _mirrored(item: Needed) -> Iterable[str]:
+    return item.splits if item.streamed else (*item.card.splits, *item.splits)
 
 
 def ensure_prepared(

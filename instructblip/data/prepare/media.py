@@ -23,12 +23,12 @@ from instructblip import images
 from instructblip.data.prepare.ocr import OcrOptions
 from instructblip.data.prepare.video import VideoError, read_frames
 from instructblip.data.readers import FileSlice, MediaRecords
+from instructblip.data.tars import MAX_PICTURE_BYTES
 
 # The extension by which stock WebDataset decodes what is kept. MPO is a JPEG with further pictures behind it, as phones
 # write it.
 EXTENSION_OF_FORMAT = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png"}
-REFUSED_FORMATS = ("EPS",)  # a program, which Pillow gives to Ghostscript
-MAX_BYTES = {"image": 1 << 28, "video": 1 << 32}  # 256 MiB is more than the raw pixels of the largest picture read
+MAX_BYTES = {"image": MAX_PICTURE_BYTES, "video": 1 << 32}
 _JPEG_START = b"\xff\xd8\xff"
 # What people take for pictures that are read -> what to do about it.
 _OTHER_KINDS = {
@@ -195,7 +195,7 @@ def _store(content: bytes, image_size: int | None) -> StoredImage:
         _check_pixels(image)
         if image.width * image.height == 1:
             raise MediaError("image is a single pixel")
-        if image.format in REFUSED_FORMATS:
+        if image.format in images.REFUSED_FORMATS:
             raise MediaError(f"image format {image.format} is not taken")
         extension = EXTENSION_OF_FORMAT.get(image.format or "")
         deep = image.mode == "F" or image.mode.startswith("I")

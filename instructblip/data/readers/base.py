@@ -96,7 +96,7 @@ def _matched(raw: Path, place: str) -> dict[str, list[Path]]:
     """The names that a pattern stands for, each with the files of that name."""
     return {
         name: [raw / name] if (raw / name).exists() else sorted(raw.glob(name)) if _GLOB.search(name) else []
-        for name in _without_braces(place)
+        for name in without_braces(place)
     }
 
 
@@ -105,7 +105,7 @@ _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 
 
-def _without_braces(place: str) -> list[str]:
+def without_braces(place: str) -> list[str]:
     """The names that a pattern with braces stands for, in order."""
     pieces = [[piece] if number % 2 == 0 else _alternatives(piece) for number, piece in enumerate(_BRACES.split(place))]
     return ["".join(chosen) for chosen in product(*pieces)]
@@ -166,6 +166,12 @@ class MediaRecords:
     video: bool = False
 
 
+def shown_example(example: str) -> str:
+    """What raw files say, cut to a readable length and without signs that a terminal would obey."""
+    shown = example[:MAX_EXAMPLE_LENGTH]
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in shown)
+
+
 @dataclass
 class Losses:
     """What could not be kept: counted by reason, with the first few examples of each.
@@ -181,10 +187,7 @@ class Losses:
 
         What an example holds comes from the raw files: it is cut to a readable length and to one line.
         """
-        shown = example[:MAX_EXAMPLE_LENGTH]
-        if not shown.isprintable():
-            shown = "".join(char if char.isprintable() else repr(char)[1:-1] for char in shown)
-        self.merge([{"reason": reason, "count": 1, "records": records, "examples": [shown]}])
+        self.merge([{"reason": reason, "count": 1, "records": records, "examples": [shown_example(example)]}])
 
     @contextlib.contextmanager
     def counting(self, place: str, records: int = 1) -> Iterator[None]:

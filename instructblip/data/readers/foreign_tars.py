@@ -6,10 +6,8 @@ and JSON, so that a pickle stays the bytes it is; pictures are read from their p
 Reader options, which the card gives: dataset (its name), task, columns.
 """
 
-import contextlib
 import itertools
-import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
 
@@ -19,15 +17,13 @@ from instructblip.data.readers.columns import COLUMNS, Columns, Row
 from instructblip.data.readers.common import media_key
 from instructblip.data.readers.files import PICTURE_EXTENSIONS, VIDEO_EXTENSIONS, check_not_packed
 from instructblip.data.readers.records import own_files
-from instructblip.data.typed import WrongValueError, parse_json, path_below
-from instructblip.errors import UserError
+from instructblip.data.tars import MAX_TEXT_BYTES, Sample, TarMember, grouped, tar_members
+from instructblip.data.typed import WrongValueError, parse_json
 
-MAX_TEXT_BYTES = 1 << 24  # of a member of text or JSON
 _TEXTS = ("txt", "text", "caption", "cls", "json")
 _COLUMN_OF_TEXT = {"txt": "caption", "text": "caption", "cls": "label"}
 _LOOKED_AT = 100  # samples whose members are the columns
-
-Sample = dict[str, Any]  # extension -> content, beside `__key__` and `__url__` as the library calls them
+_MEDIA = (*PICTURE_EXTENSIONS, *VIDEO_EXTENSIONS)
 
 
 def read_foreign_tars(source: RawSplit, losses: Losses) -> Iterator[MediaRecords]:
@@ -37,7 +33,7 @@ def read_foreign_tars(source: RawSplit, losses: Losses) -> Iterator[MediaRecords
     no other.
 
     Raises:
-        UserError: a tar is missing, packed or cut short; a column that the task needs is nowhere; no webdataset library.
+        UserError: a tar is missing, packed or cut short; a column that the task needs is nowhere.
     """
     columns, rows = _opened(source, losses)
     for row in rows:
@@ -70,92 +66,71 @@ def _opened(source: RawSplit, losses: Losses) -> tuple[Columns, Iterator[Row]]:
 
 def _rows(path: Path, raw: Path, losses: Losses) -> Iterator[Row]:
     tar = path.relative_to(raw).with_suffix("").as_posix()
-    with _tar_errors(path):
-        for sample in _grouped()(_members(path, losses), handler=_Repeats(path, losses)):
-            key = sample["__key__"]
-            with losses.counting(f"{path.name}: {key}"):
-                yield Row(f"{tar}/{key}", f"{path.name}: {key}", _values(sample))
 
+    def repeated(name: str) -> None:
+        losses.add("member occurs twice in its sample", f"{path.name}: {name}", records=0)
 
-def _grouped() -> Callable[..., Iterator[Sample]]:
-    """The library's rule of which members are one sample."""
-    try:
-        from webdataset.tariterators import group_by_keys
-    except ModuleNotFoundError:
-        raise UserError(
-            "reader webdataset needs the library webdataset; install it with: pip install -r requirements-records.txt"
-        ) from None
-    grouped: Callable[..., Iterator[Sample]] = group_by_keys
-    return grouped
-
-
-class _Repeats:
-    """Counts what the library finds wrong with a member: that its name was there before."""
-
-    def __init__(self, path: Path, losses: Losses) -> None:
-        self._path = path
-        self._losses = losses
-
-    def __call__(self, error: Exception) -> bool:
-        if not isinstance(error, ValueError):
-            raise error
-        name = str(error.args[0]).partition(":")[0]
-        self._losses.add("member occurs twice in its sample", f"{self._path.name}: {name}", records=0)
-        return True
+    for sample in grouped(_members(path, losses), repeated):
+        place = f"{path.name}: {sample['__key__']}"
+        with losses.counting(place):
+            yield sample_row(sample, tar, place)
 
 
 def _members(path: Path, losses: Losses) -> Iterator[Sample]:
     """The members of a tar as the library takes them: text as bytes, pictures as where they stand, others as None."""
     check_not_packed(path)
-    with tarfile.open(path, "r:") as tar:
-        while (member := tar.next()) is not None:
-            tar.members = []  # type: ignore[attr-defined]  # else it remembers them all; the library does so too
-            name = member.name.removeprefix("./")
-            if member.isdir() or name.startswith("__"):  # the library's names for facts about the whole tar
-                continue
-            place, extension = f"{path.name}: {name}", name.rpartition(".")[2].lower()
-            if path_below(name) is None:
-                losses.add("member name leads out of its folder", place, records=0)
-            elif not member.isreg() or member.issparse():
-                losses.add("member is no regular file", place, records=0)
-            elif extension in (*PICTURE_EXTENSIONS, *VIDEO_EXTENSIONS):
-                content = FileSlice(path, member.offset_data, member.size, place)
-                yield {"fname": name, "data": content, "__url__": str(path)}
+    with open(path, "rb") as file:
+        for member in tar_members(file, str(path)):
+            place = f"{path.name}: {member.name}"
+            if member.refusal:
+                losses.add(member.refusal, place, records=0)
             else:
-                read = extension in _TEXTS and member.size <= MAX_TEXT_BYTES
-                file = tar.extractfile(member) if read else None
-                yield {"fname": name, "data": None if file is None else file.read(), "__url__": str(path)}
-        end = tar.offset
-    with open(path, "rb") as whole:
-        whole.seek(end)
-        if whole.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # tarfile takes a broken header for the end
-            raise tarfile.ReadError(f"it is cut short or damaged at byte {end:,}")
+                yield {"fname": member.name, "data": _content(member, path, place), "__url__": str(path)}
 
 
-@contextlib.contextmanager
-def _tar_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (tarfile.TarError, OSError, EOFError) as error:
-        raise UserError(f"{path} is no whole tar ({error}); copy or fetch it again") from None
+def _content(member: TarMember, path: Path, place: str) -> FileSlice | bytes | None:
+    if is_media(member.name):
+        return FileSlice(path, member.offset, member.size, place)
+    return member.read() if is_text(member) else None
+
+
+def is_media(name: str) -> bool:
+    """Whether a member's name is that of a picture or a video."""
+    return name.rpartition(".")[2].lower() in _MEDIA
+
+
+def is_text(member: TarMember) -> bool:
+    """Whether a member is text or JSON, of a size that these have."""
+    return member.name.rpartition(".")[2].lower() in _TEXTS and member.size <= MAX_TEXT_BYTES
 
 
 # --- a sample as a row -----------------------------------------------------------------------------------------------
 
 
-def _values(sample: Sample) -> dict[str, Any]:
-    """Columns of a sample: the keys of its JSON, its texts by extension, and its picture, pictures or video.
+def sample_row(sample: Sample, tar: str, place: str) -> Row:
+    """A sample as a row of a table. Its media are what `sample` has in their place: bytes, or where they stand.
+
+    Args:
+        sample: as `grouped` gives it; of what is not to be read it has None.
+        tar: what the tar is called in the row's name.
+        place: where it stands, for messages.
 
     Raises:
         WrongValueError: text that is not UTF-8, no JSON, several pictures that are not numbered.
     """
-    texts = {name: _text(name, content) for name, content in sample.items() if isinstance(content, bytes)}
+    return Row(f"{tar}/{sample['__key__']}", place, _values(sample))
+
+
+def _values(sample: Sample) -> dict[str, Any]:
+    """Columns of a sample: the keys of its JSON, its texts by extension, and its picture, pictures or video."""
+    members = {name: content for name, content in sample.items() if not name.startswith("__") and content is not None}
+    media = {name: content for name, content in members.items() if is_media(name)}
+    texts = {name: _text(name, content) for name, content in members.items() if name not in media}
     values: dict[str, Any] = {}
     if "json" in texts:
         said = parse_json(texts.pop("json"), constant=lambda _: None)
         values |= said if isinstance(said, dict) else {"json": said}
     values |= {_COLUMN_OF_TEXT[name]: text for name, text in texts.items() if name in _COLUMN_OF_TEXT}
-    media = {name: content for name, content in sample.items() if isinstance(content, FileSlice)}
     videos = [name for name in media if name.rpartition(".")[2] in VIDEO_EXTENSIONS]
     pictures = [name for name in media if name not in videos]
     for column, names in (("image", pictures), ("video", videos)):
@@ -172,7 +147,7 @@ def _text(name: str, content: bytes) -> str:
         raise WrongValueError(f"{name} is not UTF-8") from None
 
 
-def _one_or_numbered(media: dict[str, FileSlice], column: str) -> FileSlice | list[FileSlice]:
+def _one_or_numbered(media: dict[str, Any], column: str) -> Any:
     """`jpg` alone or before `mask.png`; or all of `0.jpg`, `1.jpg`, in the order of their numbers."""
     if len(plain := [content for name, content in media.items() if "." not in name]) == 1:
         return plain[0]

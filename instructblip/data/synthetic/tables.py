@@ -2,10 +2,10 @@
 
 import io
 import json
-import tarfile
 from collections.abc import Sequence
 
 from instructblip.data.synthetic.scenes import MadeUpSplit, draw_scene, write_picture
+from instructblip.data.tars import tar_writer, write_member
 from instructblip.files import write_json
 
 _CAPTIONS = 2
@@ -26,7 +26,7 @@ def write_tars(splits: Sequence[MadeUpSplit]) -> None:
     """One tar a split: picture, text and JSON of each scene."""
     for split in splits:
         path = split.source.raw / f"{split.name}-00000.tar"
-        with tarfile.open(path, "w") as tar:
+        with open(path, "wb") as file, tar_writer(file) as tar:
             for row, scene in enumerate(split.scenes):
                 picture = io.BytesIO()
                 draw_scene(scene).save(picture, "JPEG", quality=95)
@@ -37,9 +37,7 @@ def write_tars(splits: Sequence[MadeUpSplit]) -> None:
                     ("txt", text.encode()),
                     ("json", described.encode()),
                 ):
-                    member = tarfile.TarInfo(f"{row:09d}.{extension}")
-                    member.size = len(content)
-                    tar.addfile(member, io.BytesIO(content))
+                    write_member(tar, f"{row:09d}", extension, content)
 
 
 WRITERS = {"records": write_records, "webdataset": write_tars}

@@ -1,7 +1,8 @@
 """Recall of retrieval in both directions: how often what is right stands among the first 1, 5 and 10.
 
 As LAVIS reports it (`tasks/retrieval.py`): an image finds its captions when any of them is among the first k of all
-captions, a caption its image when that is among the first k of all images; and the means of these.
+captions, a caption its image when that is among the first k of all images; and the means of these. Equal to torchmetrics'
+`retrieval_hit_rate`, which asks for the scores of a whole row; here a row has no more than its first ten places left.
 """
 
 import math

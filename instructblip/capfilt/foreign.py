@@ -1,0 +1,153 @@
+"""Web pictures in tars of img2dataset that nobody prepared: found by the reader that prepares them, stored alike."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any, overload
+
+from instructblip.data.cards import OwnCard, load_card, source_facts
+from instructblip.data.prepare.media import MediaError, MediaOptions, read_media, stored_frames
+from instructblip.data.readers import Losses, MediaRecords, RawSplit
+from instructblip.data.readers.foreign_tars import read_foreign_tars
+from instructblip.data.readers.records import own_files
+from instructblip.data.records import Record
+from instructblip.data.shards import image_json
+from instructblip.errors import DamagedSample, UserError
+
+_READER = "webdataset"
+
+
+class ForeignTar:
+    """One tar of others, its samples looked up once; read by number as a `ShardReader` is.
+
+    Attributes:
+        path: of the tar.
+        keys: of its images, as preparing would name them.
+        losses: what of it cannot be used.
+    """
+
+    def __init__(self, path: Path, card: OwnCard, split: str) -> None:
+        self.path = path
+        self.losses = Losses()
+        self._raw = Path(card.path).expanduser().parent
+        place = path.relative_to(self._raw).as_posix()
+        source = RawSplit(self._raw, split, {"shards": (place,)}, card.told)
+        self._images: list[MediaRecords] = list(read_foreign_tars(source, self.losses))
+        self.keys = [image.key for image in self._images]
+
+    def __len__(self) -> int:
+        """How many images."""
+        return len(self._images)
+
+    def read(self, row: int) -> tuple[tuple[bytes, ...], list[Record]]:
+        """The frames of an image, as preparing would store them, and its records.
+
+        Raises:
+            DamagedSample: it cannot be read.
+        """
+        return tuple(self._frames(row).values()), self._images[row].records
+
+    def read_encoded(self, row: int) -> tuple[tuple[bytes, ...], bytes]:
+        """The frames of an image and the JSON of its records, as preparing would store them."""
+        image = self._images[row]
+        return tuple(self._frames(row).values()), image_json(image.media_id, image.records)
+
+    def read_records(self, row: int) -> list[Record]:
+        """The records of an image."""
+        return self._images[row].records
+
+    def extension(self, row: int) -> str:
+        """Of a picture, as preparing would store it."""
+        return next(iter(self._frames(row)))
+
+    def _frames(self, row: int) -> dict[str, bytes]:
+        image = self._images[row]
+        try:
+            return stored_frames(read_media(image, self._raw), image.video, MediaOptions())[0]
+        except MediaError as error:
+            raise DamagedSample(f"{self.keys[row]} of {self.path}: {error}") from None
+
+
+class _Tars(Sequence[ForeignTar]):
+    """The tars of a split, the last ones used kept."""
+
+    def __init__(self, paths: Sequence[Path], card: OwnCard, split: str) -> None:
+        self._paths = paths
+        self._open = lru_cache(maxsize=4)(lambda number: ForeignTar(paths[number], card, split))
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    @overload
+    def __getitem__(self, number: int) -> ForeignTar: ...
+
+    @overload
+    def __getitem__(self, number: slice) -> Sequence[ForeignTar]: ...
+
+    def __getitem__(self, number: int | slice) -> ForeignTar | Sequence[ForeignTar]:
+        if isinstance(number, slice):
+            return [self[place] for place in range(len(self))[number]]
+        return self._open(range(len(self))[number])
+
+
+@dataclass(frozen=True)
+class ForeignSplit:
+    """The tars that a card names for a split, in place of a `PreparedSplit`."""
+
+    card: OwnCard
+    split: str
+
+    @property
+    def dataset(self) -> str:
+        """Name of the dataset."""
+        return self.card.source
+
+    @property
+    def folder(self) -> Path:
+        """That the tars lie below."""
+        return Path(self.card.path).expanduser().parent
+
+    @cached_property
+    def paths(self) -> list[Path]:
+        """Of the tars, in order."""
+        return own_files(RawSplit(self.folder, self.split, self.card.splits[self.split].files), "shards")
+
+    @cached_property
+    def shards(self) -> Sequence[ForeignTar]:
+        """The tars, looked into when they are asked for."""
+        return _Tars(self.paths, self.card, self.split)
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """What is known without looking into them: images by the card's number of records, if it says one."""
+        about = (self.card.expected_records(self.split) or 0) // max(1, len(self.paths))
+        return {"shards": [{"images": about}] * len(self.paths), "licence": self.card.licence}
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of names and sizes: to hash the tars would be to read them all."""
+        sizes = [[path.relative_to(self.folder).as_posix(), path.stat().st_size] for path in self.paths]
+        stated = [source_facts(self.card, self.split), sizes]
+        return hashlib.sha256(json.dumps(stated, sort_keys=True).encode()).hexdigest()
+
+
+def foreign_split(path: str, split: str) -> ForeignSplit:
+    """The tars that a card of one's own names.
+
+    Raises:
+        UserError: no such card, one of another reader or without that split; a tar is missing.
+    """
+    card = load_card(path)
+    if not isinstance(card, OwnCard) or card.reader != _READER or card.view_of is not None:
+        raise UserError(
+            f"shards={path} is no card of tars (reader: {_READER}); prepare its dataset, and give the folder"
+        )
+    if split not in card.splits:
+        raise UserError(f"shards={path} has no split {split}, but {', '.join(card.splits)}; set split=")
+    found = ForeignSplit(card, split)
+    if not found.paths:
+        raise UserError(f"shards={path} names no tars of split {split}")
+    return found
