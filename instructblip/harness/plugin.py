@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
+from lmms_eval.api.instance import GenerationResult, unwrap_generation_output
 from lmms_eval.api.model import lmms
 from lmms_eval.api.registry import register_model
 from lmms_eval.api.task import ConfigurableTask
@@ -78,11 +79,11 @@ class InstructBLIPNative(lmms):
 
         return self._shown("answers", len(requests), ask)
 
-    def loglikelihood(self, requests: Sequence[Request]) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: Sequence[Request]) -> list[Any]:
         """Log-likelihood of each request's text, and whether it is the greedy one: see `score_texts`.
 
         Of the texts of a multiple choice lmms-eval takes the one with the smallest value, as its models return losses: these
-        get the negative.
+        get the negative. Version 0.7.3 turns a pair into a text, but for one in the wrapper of generated texts.
         """
 
         def ask(answered: Answered) -> list[tuple[float, bool]]:
@@ -97,10 +98,12 @@ class InstructBLIPNative(lmms):
 
         sign = -1.0 if takes_smallest() else 1.0
         found = self._shown("log-likelihoods", len(requests), ask)
-        return [
+        pairs = [
             (score if callable(request.args[1]) else sign * score, greedy)
             for request, (score, greedy) in zip(requests, found, strict=True)
         ]
+        kept = all(unwrap_generation_output(pair)[0] == pair for pair in pairs[:1])
+        return list(pairs) if kept else [GenerationResult(pair) for pair in pairs]  # type: ignore[arg-type, unused-ignore]
 
     def generate_until_multi_round(self, requests: Sequence[Request]) -> list[str]:
         """Refused.

@@ -93,7 +93,7 @@ def test_several_pictures_go_to_a_model_that_reads_them(model: InstructBLIP) -> 
     documents = DOCUMENTS["colors"]["two"]
     expected = [model.generate([one["images"]], ["color?"], max_new_tokens=6, min_new_tokens=0)[0] for one in documents]
     assert write_answers(model, requests, DOCUMENTS, batch_size=2) == expected
-    with pytest.raises(UserError, match="colors/two/0: BLIP.* reads one picture a sample, not 2 frames"):
+    with pytest.raises(UserError, match=r"colors/two/0: BLIP.* reads one picture a sample, not 2 frames"):
         write_answers(tiny_vqa(), requests, DOCUMENTS, batch_size=1)
 
 
@@ -120,7 +120,7 @@ def test_settings_of_sampling_that_is_off_are_let_pass() -> None:
 
 
 def test_an_unknown_setting_is_named() -> None:
-    with pytest.raises(UserError, match="generation_kwargs has stop_sequences, .* it takes until, max_new_tokens"):
+    with pytest.raises(UserError, match=r"generation_kwargs has stop_sequences, .* it takes until, max_new_tokens"):
         read_decoding({"stop_sequences": ["."]})
 
 
