@@ -55,7 +55,7 @@ Transform = Literal[
     "blip_image_pretrain",
     "clip_image_train",
 ]
-TextProcessor = Literal["none", "blip_caption", "blip_question"]
+TextProcessor = Literal["none", "blip_caption", "blip_question", "capitalize"]
 BatchingKind = Literal["fixed", "bucketed", "packed"]
 Ahead = Literal["none", "copies", "vision"]
 PackedAttention = Literal["dense", "by_length"]
@@ -68,7 +68,7 @@ LoggerKind = Literal["none", "wandb", "tensorboard"]
 LoggerMode = Literal["offline", "online"]
 GPUName = Literal["a100_40", "a100_80", "h100", "h200", "l40s", "rtx_4090"]
 Mode = Literal["rank", "generate", "retrieve", "match"]
-Preset = Literal["paper", "lavis"]
+Preset = Literal["paper", "lavis", "lmms_eval"]
 OcrLibrary = Literal["rapidocr"]
 Missing = Literal["stop", "skip"]
 CapFiltVariant = Literal["blip", "blip2"]
@@ -89,6 +89,9 @@ MetricName = Literal[
     "vizwiz_accuracy_lmms_eval",
     "gqa_accuracy",
     "gqa_accuracy_lavis",
+    "gqa_accuracy_lmms_eval",
+    "anls_lmms_eval",
+    "letter_accuracy_lmms_eval",
     "ocr_vqa_accuracy",
     "ivqa_accuracy",
     "cider",
@@ -639,7 +642,7 @@ class EvaluateConfig(Section):
     adapter: str | None = None  # folder in peft's format, whose adapters the checkpoint gets
     split: str | None = None  # None takes each card's own
     mode: Mode | None = None  # None takes each card's own
-    preset: Preset = "paper"  # lavis: what the released code computes
+    preset: Preset = "paper"  # lavis: what the released code computes; lmms_eval: what that harness asks
     precision: EvaluationPrecision = "fp32"  # of matrix products of what is held in float32; part of the protocol
     samples: AtLeastOne | None = None  # per dataset; None is all of them
     rerank: AtLeastOne | None = None  # in retrieval, how many of the nearest are matched; None takes each card's own

@@ -1,7 +1,8 @@
-"""What a dataset card says of its evaluation, and the presets where the paper and the released code differ.
+"""What a dataset card says of its evaluation, and the presets where others than the paper ask otherwise.
 
-A card's `evaluation:` is the paper's protocol. Below `presets.lavis` stand the keys that the released code (LAVIS)
-has otherwise; those that hold for one kind of language model stand below `decoder` or `encoder_decoder` once more.
+A card's `evaluation:` is the paper's protocol. Below `presets.lavis` stand the keys that the released code (LAVIS) has
+otherwise, below `presets.lmms_eval` those of that harness; what holds for one kind of language model stands below `decoder`
+or `encoder_decoder` once more.
 """
 
 import dataclasses
@@ -64,6 +65,7 @@ class Evaluation(Section):
         min_new_tokens, length_penalty, repetition_penalty: further decoding in `generate` mode (tokens; exponent of the
             length that a beam's log-likelihood is divided by; factor against tokens that were written before, 1 for none).
         beam_lengths: how lengths of beams are counted, one of `generation.BEAM_LENGTHS`.
+        until: texts that end an answer in `generate` mode and are no part of it.
         text_processor: what is done to a question first, one of `text_processors.TEXT_PROCESSORS`.
         may_be_empty: fields that the prompt shows even where a record has none of them.
         transform: how an image becomes a square, one of `transforms.FITS`.
@@ -97,6 +99,7 @@ class Evaluation(Section):
     length_penalty: float = 1.0
     repetition_penalty: PositiveFloat = 1.0
     beam_lengths: Literal["new_tokens", "transformers_4_33"] = "new_tokens"
+    until: tuple[str, ...] = ()
     text_processor: TextProcessor = "none"
     may_be_empty: tuple[str, ...] = ()
     transform: Literal["resize_square", "center_crop"] = "resize_square"

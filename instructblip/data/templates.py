@@ -27,7 +27,7 @@ from instructblip.files import shipped
 
 TEMPLATE_FOLDER = shipped("datasets") / "templates"
 
-FIELDS = ("question", "answer", "choices", "context", "ocr_tokens", "history", "caption")
+FIELDS = ("question", "answer", "choices", "options", "context", "ocr_tokens", "history", "caption")
 MAX_OCR_TOKENS = 30
 # What a set teaches to write -> the field that each of its templates must show, and those that would give it away.
 NEEDED_FIELD = {"answer": "question", "choice": "question", "question": "answer", "caption": None, "class": None}
@@ -187,16 +187,18 @@ def _field_text(name: str, record: Record, answer: str | None, max_ocr_tokens: i
     return _TEXT_OF_FIELD[name](record, max_ocr_tokens)
 
 
-def _lettered(choices: tuple[str, ...]) -> str:
+def _lettered(choices: tuple[str, ...], form: str, between: str) -> str:
     if len(choices) > len(string.ascii_lowercase):
         raise ValueError(f"{len(choices)} choices are too many to be lettered (a) to (z)")
-    return " ".join(f"({letter}) {choice}" for letter, choice in zip(string.ascii_lowercase, choices, strict=False))
+    letters = string.ascii_lowercase if "(" in form else string.ascii_uppercase
+    return between.join(form.format(*pair) for pair in zip(letters, choices, strict=False))
 
 
 _TEXT_OF_FIELD: Mapping[str, Callable[[Record, int], str]] = {
     "question": lambda record, _: record.question or "",
     "answer": lambda record, _: record.answers[0] if record.answers else "",
-    "choices": lambda record, _: _lettered(record.choices),
+    "choices": lambda record, _: _lettered(record.choices, "({}) {}", " "),
+    "options": lambda record, _: _lettered(record.choices, "{}. {}", "\n"),
     "context": lambda record, _: record.context or "",
     "ocr_tokens": lambda record, count: ", ".join(record.ocr_tokens[:count]),
     "history": lambda record, _: "\n".join(f"Q: {question} A: {answer}" for question, answer in record.history),

@@ -1,10 +1,12 @@
-"""What the released code does to a question before it asks it (LAVIS, `lavis/processors/blip_processors.py`).
+"""What is done to a question before it is asked.
 
     blip_caption   lower case; each of . ! " ( ) * # : ; ~ becomes a space, runs of white space become one space
     blip_question  lower case; the same characters are removed
+    capitalize     the first letter upper case, all others lower case (lmms-eval, TextVQA and VizWiz)
     none           the question as the source has it
 
-Both keep the first 50 words. The names are LAVIS's; all its evaluation files of InstructBLIP name `blip_caption`.
+The first two keep the first 50 words. Their names are LAVIS's (`lavis/processors/blip_processors.py`); all its evaluation
+files of InstructBLIP name `blip_caption`.
 """
 
 import re
@@ -34,4 +36,5 @@ TEXT_PROCESSORS: dict[str, Callable[[str], str]] = {
     "none": str,
     "blip_caption": blip_caption,
     "blip_question": blip_question,
+    "capitalize": str.capitalize,
 }

@@ -30,7 +30,7 @@ from instructblip.models.ranking import RANKING_PRESETS
 
 logger = logging.getLogger(__name__)
 # What results of earlier versions do not state. The hash leaves these values out, so that it is the same for both.
-UNSTATED: Mapping[str, Any] = {"precision": "fp32"}
+UNSTATED: Mapping[str, Any] = {"precision": "fp32", "until": ()}
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Protocol:
     """Everything that decides a score besides the model; stored in results.json.
 
     Attributes:
-        preset: `paper`, or `lavis` for what the released code computes.
+        preset: `paper`, `lavis` for what the released code computes, or `lmms_eval` for what that harness asks.
         candidates_from: where ranked texts come from: `card`, each record's `choices`, or a vocabulary of `vocabulary_size`
             texts with the hash `vocabulary_sha256`: `train_answers`, an `answer_list`, or the `captions` of the chosen
             samples; `none` when the model writes freely.
@@ -49,6 +49,7 @@ class Protocol:
         normalize, include_eos: of a candidate's token log-likelihoods.
         max_new_tokens, min_new_tokens, num_beams, length_penalty, repetition_penalty: of generation.
         beam_lengths: how lengths of beams are counted, one of `generation.BEAM_LENGTHS`.
+        until: texts that end what was generated, and are no part of it.
         rerank, max_text_tokens: of retrieval, the latter of matching too, see `card_evaluation.Evaluation`; 0 otherwise.
         text_processor: what is done to a question, or to a caption that is looked for, one of
             `text_processors.TEXT_PROCESSORS`.
@@ -102,6 +103,7 @@ class Protocol:
     samples_sha256: str
     images: str
     precision: EvaluationPrecision = "fp32"
+    until: tuple[str, ...] = ()
 
     def sha256(self) -> str:
         """Hash of the whole protocol."""
@@ -141,7 +143,8 @@ class Protocol:
             tokens = f"{self.min_new_tokens} to {self.max_new_tokens} new tokens"
             penalties = f"length penalty {self.length_penalty:g}, repetition penalty {self.repetition_penalty:g}"
             lengths = "" if self.beam_lengths == "new_tokens" else f", beam lengths of {self.beam_lengths}"
-            shown["decoding"] = f"beam size {self.num_beams}, {tokens}, {penalties}{lengths}"
+            ends = f", until {' or '.join(map(repr, self.until))}" if self.until else ""
+            shown["decoding"] = f"beam size {self.num_beams}, {tokens}, {penalties}{lengths}{ends}"
         return shown | {"samples sha256": self.samples_sha256[:16], "protocol sha256": self.sha256()[:16]}
 
     def _describe_ranking(self) -> dict[str, str]:
@@ -247,7 +250,7 @@ def make_task(
         samples: how many to score; None is all.
         mode: instead of the card's own.
         withhold_images: the blind baseline.
-        preset: `paper`, or `lavis` for what the released code computes.
+        preset: `paper`, `lavis` for what the released code computes, or `lmms_eval` for what that harness asks.
         llm_kind: `decoder` or `encoder_decoder`; the released code treats them differently.
         answers: the list of a card that ranks one.
         precision: of matrix products.
@@ -469,13 +472,31 @@ def _rules(card: Card, preset: str, llm_kind: str, **instead: Any) -> Evaluation
     """How a card is evaluated under a preset; what is given and not None stands in for the card's own.
 
     Raises:
-        UserError: it is not evaluated.
+        UserError: it is not evaluated, or not by that harness.
     """
     if card.evaluation is None:
         raise UserError(f"{card.name} is a dataset to train on: its card has no evaluation; take it out of the suite")
+    if preset == "lmms_eval" and preset not in card.evaluation.presets:
+        raise UserError(
+            f"{card.name} has no presets.lmms_eval that says what that harness asks of it; suite=lmms_eval has the datasets "
+            "that do"
+        )
     rules = with_preset(card.evaluation, preset, llm_kind)
+    rules = as_in_lmms_eval(rules) if preset == "lmms_eval" else rules
     rules = as_released(rules, llm_kind) if preset == "lavis" else rules
     return replace(rules, **{name: value for name, value in instead.items() if value is not None})
+
+
+def as_in_lmms_eval(rules: Evaluation) -> Evaluation:
+    """What lmms-eval does with every dataset, whatever its card says: greedy decoding, pictures by `convert("RGB")`."""
+    return replace(
+        rules,
+        num_beams=1,
+        min_new_tokens=0,
+        length_penalty=1.0,
+        repetition_penalty=1.0,
+        transparency="dropped",
+    )
 
 
 def as_released(rules: Evaluation, llm_kind: str) -> Evaluation:
@@ -656,6 +677,7 @@ _FROM_CARD = (
     "length_penalty",
     "repetition_penalty",
     "beam_lengths",
+    "until",
     "text_processor",
     "may_be_empty",
     "transform",

@@ -32,6 +32,7 @@ from instructblip.evaluation.work import BatchLimit, read_ahead
 from instructblip.files import sha256_file
 from instructblip.models.arguments import of_samples
 from instructblip.models.base import Model
+from instructblip.models.decoding import cut_at
 from instructblip.progress import progress_bar
 
 logger = logging.getLogger(__name__)
@@ -295,10 +296,11 @@ def _answers(model: Any, task: Task, batch: Sequence[tuple[Question, Tensor]]) -
     if protocol.mode == "generate":
         decoding = {name: getattr(protocol, name) for name in _DECODING}
         if task.needs(model.SKILLS) == "caption":
-            return [(text, (), ()) for text in model.generate(images, **decoding)]
+            return [(cut_at(text, protocol.until), (), ()) for text in model.generate(images, **decoding)]
         # Beams are counted in more ways than one by transformers, which runs language models alone.
         counted = {"beam_lengths": protocol.beam_lengths} if "llm" in model.PARTS else {}
-        texts = model.generate(images, prompts, **counted, **decoding)
+        written = model.generate(images, prompts, **counted, **decoding)
+        texts = [cut_at(text, protocol.until) for text in written]
         classes = {normalize_answer(text): label for text, label in protocol.verbalizers}
         return [(classes.get(normalize_answer(text), text), (), ()) for text in texts]
     candidates = [task.candidates(sample.record) for sample in samples]

@@ -97,6 +97,12 @@ def decode(
     return _one_text_each(step, start_BT, cache, processors, tokens, choices, on_ids)
 
 
+def cut_at(text: str, until: Sequence[str]) -> str:
+    """What of a text stands in front of the first of some others, without white space around it."""
+    ends = [place for stop in until if (place := text.find(stop)) >= 0]
+    return text[: min(ends, default=len(text))].strip()
+
+
 class _Tokens(NamedTuple):
     eos_id: int
     pad_id: int

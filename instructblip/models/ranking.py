@@ -129,6 +129,29 @@ def rank_candidates(
     return scores
 
 
+def greedy_candidates(
+    llm: LLM, prefixes: Sequence[Tensor], candidates: Sequence[Sequence[int]], token_budget: int = TOKEN_BUDGET
+) -> list[bool]:
+    """Whether each token of a candidate is the likeliest behind those before it, so that greedy decoding would write it.
+
+    Args:
+        llm: the language model.
+        prefixes: B embedded prompts, each (T_i, L).
+        candidates: a token sequence for each of them.
+        token_budget: as of `rank_candidates`.
+    """
+    found = [False] * len(prefixes)
+    lengths = [len(prefix) + len(tokens) for prefix, tokens in zip(prefixes, candidates, strict=True)]
+    for group in length_groups(lengths, token_budget):
+        answers = [candidates[row] for row in group]
+        hidden_SL = llm.answer_states([prefixes[row] for row in group], answers).hidden_SL
+        likeliest_S = torch.cat([llm.logits(chunk_NL).argmax(-1) for chunk_NL in hidden_SL.split(_LOGIT_ROWS)]).cpu()
+        agrees_S = likeliest_S == torch.tensor([token for answer in answers for token in answer])
+        for row, own in zip(group, agrees_S.split([len(answer) for answer in answers]), strict=True):
+            found[row] = bool(own.all())
+    return found
+
+
 def deduplicated(items: Sequence[Item]) -> tuple[list[Item], list[int]]:
     """The distinct items in the order of their first appearance, and for each item the place of its like among them."""
     places: dict[Item, int] = {}

@@ -7,6 +7,7 @@ Shape legend: B batch, F frames, P image tokens, V vision width, Q visual tokens
 L language-model width, S supervised tokens in the batch.
 """
 
+import itertools
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
@@ -33,7 +34,7 @@ from instructblip.models.arguments import (
 from instructblip.models.base import Inputs, Model, Outputs, PassWorkload, Samples
 from instructblip.models.decoding import Draws
 from instructblip.models.llm import LLM
-from instructblip.models.ranking import TOKEN_BUDGET, deduplicated, rank_candidates
+from instructblip.models.ranking import TOKEN_BUDGET, deduplicated, greedy_candidates, rank_candidates
 from instructblip.models.streaming import OnText, check_follows
 from instructblip.models.vision import Images
 
@@ -192,6 +193,40 @@ class VisionLanguageModel(Model):
         self._check_positions(images, prompts, longest)
         prefixes = self.llm.prefixes(self.visual_prompt(self.image_tokens(images), prompts), prompts)
         return rank_candidates(self.llm, prefixes, ids, list_of, normalize=normalize, token_budget=token_budget)
+
+    @torch.inference_mode()
+    def is_greedy(
+        self,
+        images: Images,
+        prompts: Sequence[str],
+        candidates: Sequence[Sequence[str]],
+        *,
+        include_eos: bool = True,
+        token_budget: int = TOKEN_BUDGET,
+    ) -> list[list[bool]]:
+        """Whether greedy decoding would write each candidate: each of its tokens is the likeliest in its place.
+
+        Args:
+            images, prompts, candidates, include_eos, token_budget: as of `rank`.
+
+        Raises:
+            ValueError: as `rank`.
+        """
+        count = check_images(images)
+        check_texts("prompts", prompts, count)
+        check_candidates(candidates, count)
+        check_counts({"token_budget": token_budget}, at_least=1)
+        form = self.llm.prompt_format
+        ids = [
+            [form.target_ids(text, include_eos, follows_text=bool(form.text_before(prompt))) for text in texts]
+            for prompt, texts in zip(prompts, candidates, strict=True)
+        ]
+        self._check_positions(images, prompts, [max(tokens, key=len) for tokens in ids])
+        prefixes = self.llm.prefixes(self.visual_prompt(self.image_tokens(images), prompts), prompts)
+        rows = [prefix for prefix, tokens in zip(prefixes, ids, strict=True) for _ in tokens]
+        found = greedy_candidates(self.llm, rows, [own for tokens in ids for own in tokens], token_budget)
+        ends = list(itertools.accumulate(map(len, ids)))
+        return [found[start:end] for start, end in zip([0, *ends], ends, strict=False)]
 
     @torch.inference_mode()
     def generate(

@@ -367,7 +367,7 @@ PAD = "[PAD]"
 
 
 def tiny_huggingface(
-    folder: Path, llm: str = "llama", *, image_token: bool = True, seed: int = 0
+    folder: Path, llm: str = "llama", *, image_token: bool = True, seed: int = 0, positions: int | None = None
 ) -> InstructBlipForConditionalGeneration:
     """Write an InstructBLIP folder of transformers with random weights that all matter; return the model.
 
@@ -377,6 +377,7 @@ def tiny_huggingface(
         image_token: the newer form, whose tokenizer and token table have `<image>`; the older one has a
             preprocessor_config.json and no word of it.
         seed: of every weight.
+        positions: of the language model and of the Q-Former's text, in place of a few.
     """
     tokenizer, bert_tokenizer = _huggingface_tokenizer(ends_prompts=llm == "t5"), tiny_bert_tokenizer()
     images = BlipImageProcessor(size={"height": 28, "width": 28})
@@ -400,12 +401,14 @@ def tiny_huggingface(
             "num_hidden_layers": 3,
             "num_attention_heads": 4,
             "intermediate_size": 64,
-            "max_position_embeddings": 64,
+            "max_position_embeddings": positions or 64,
         },
         text_config=_huggingface_llm_config(llm, tokenizer),
         num_query_tokens=4,
         image_token_index=tokenizer.convert_tokens_to_ids("<image>") if image_token else None,
     )
+    if positions is not None:
+        config.text_config.max_position_embeddings = positions
     torch.manual_seed(seed)
     model = InstructBlipForConditionalGeneration(config).eval()
     if llm == "t5":  # transformers ties the two until weights say otherwise, as FlanT5's do

@@ -6,6 +6,9 @@ import pytest
 
 from instructblip.data.cards import load_card
 from instructblip.data.templates import render_prompt
+from instructblip.errors import UserError
+from instructblip.evaluation.protocol import make_task
+from tests.kit.all_datasets import prepare_source
 from tests.kit.raw_files import read_raw, write_raw
 
 PROMPTS: list[tuple[str, str, str]] = [
@@ -62,6 +65,71 @@ def test_prompt(dataset: str, record_id: str, prompt: str, tmp_path: Path) -> No
     assert render_prompt(rules.prompt, records[record_id]) == prompt
     if rules.candidates_from == "choices":
         assert len(records[record_id].choices) > 1
+
+
+ONE_WORD = "Answer the question using a single word or phrase."
+# What lmms-eval 0.7.3 asks of the same records (`doc_to_text` of its tasks), its most new tokens, and its scorer.
+LMMS_EVAL: list[tuple[str, str, str, int, str]] = [
+    ("nocaps", "0", "Provide a one-sentence caption for the provided image.", 64, "cider"),
+    ("flickr30k", "2199200615", "Provide a one-sentence caption for the provided image.", 64, "cider"),
+    ("gqa", "02930152", f"Is the sky dark?\n{ONE_WORD}", 16, "gqa_accuracy_lmms_eval"),
+    (
+        "iconqa",
+        "7",
+        "Given a set of images and a question, please provide the answer to the question.\nQuestion: How many dots?.\n"
+        "Options:\nA. 3\nB. 10\nC. 0.5\nPlease answer with the option letter from the given choices directly.",
+        32,
+        "anls_lmms_eval",
+    ),
+    ("textvqa", "34602", f"What is the brand of this camera?\n{ONE_WORD}", 1024, "textvqa_accuracy"),
+    (
+        "vizwiz",
+        "VizWiz_val_00000001",
+        "Can you tell me what this medicine is please?\n"
+        f"When the provided information is insufficient, respond with 'Unanswerable'.\n{ONE_WORD}",
+        1024,
+        "vizwiz_accuracy_lmms_eval",
+    ),
+    (
+        "scienceqa_img",
+        "10",
+        "Context: A passage.\nIts second line.\nWhich one?\nA. a\nB. b\nC. c\n"
+        "Answer with the option's letter from the given choices directly.",
+        16,
+        "letter_accuracy_lmms_eval",
+    ),
+    (
+        "scienceqa_img",
+        "2",
+        "Which of these states is farthest north?\nA. West Virginia\nB. Louisiana\n"
+        "Answer with the option's letter from the given choices directly.",
+        16,
+        "letter_accuracy_lmms_eval",
+    ),
+]
+
+
+@pytest.mark.parametrize(("dataset", "record_id", "prompt", "tokens", "metric"), LMMS_EVAL)
+def test_preset_of_lmms_eval(
+    dataset: str, record_id: str, prompt: str, tokens: int, metric: str, tmp_path: Path
+) -> None:
+    """Greedy decoding of each dataset, a choice of several too; the shards are prepared as for any preset."""
+    write_raw(dataset, tmp_path / "raw")
+    rules = load_card(dataset).evaluation
+    assert rules is not None
+    prepare_source(dataset, tmp_path / "raw", tmp_path, splits=[rules.split])
+    task = make_task(load_card(dataset), tmp_path, preset="lmms_eval")
+    assert {sample.record.id: sample.prompt for sample in task.samples}[record_id] == prompt
+    protocol = task.protocol
+    assert (protocol.mode, protocol.max_new_tokens, protocol.metric) == ("generate", tokens, metric)
+    assert (protocol.num_beams, protocol.min_new_tokens, protocol.repetition_penalty) == (1, 0, 1.0)
+    assert protocol.until == (("ASSISTANT:",) if tokens == 1024 else ("\n\n",))
+    assert (protocol.upright, protocol.transparency, protocol.ocr) == (True, "dropped", "")
+
+
+def test_a_dataset_that_lmms_eval_is_not_asked_about_here_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"vsr has no presets\.lmms_eval .* suite=lmms_eval has the datasets that do"):
+        make_task(load_card("vsr"), tmp_path, preset="lmms_eval")
 
 
 # Split, mode, metric, and the paper's zero-shot number of InstructBLIP with Vicuna-7B (table 1).

@@ -29,6 +29,10 @@ def cases() -> Iterator[Case]:
     right = [texts[label] for texts, label in zip(choices, labels, strict=True)]
     yield "AOKVQAMultipleChoice", [chosen, right], {}, {}
     yield "AOKVQADirectAnswer", [written, several], {"difficult": difficult}, {}
+    written, letters, _ = (list(column) for column in zip(*vectors("lmms_eval")["letters"], strict=True))
+    yield "LetterAccuracy", [written, letters], {}, {}
+    written, accepted, _ = (list(column) for column in zip(*vectors("lmms_eval")["anls"], strict=True))
+    yield "ANLS", [written, accepted], {}, {}
     _, answered, answers, _ = columns("iconqa", 60)
     yield "IconQAAccuracy", [answered, answers], {}, {}
     relations, labels, judged, _ = columns("vsr", 60)

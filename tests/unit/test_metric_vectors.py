@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from instructblip.evaluation.metrics import (
+    anls,
     aokvqa_direct_answer,
     aokvqa_multiple_choice,
     auroc,
@@ -19,6 +20,7 @@ from instructblip.evaluation.metrics import (
     group_means,
     iconqa_accuracy,
     ivqa_accuracy,
+    letter_accuracy,
     multiple_choice_accuracy,
     ocr_vqa_accuracy,
     probability_of_class,
@@ -73,6 +75,19 @@ def test_vqa_accuracy_with_fewer_than_ten_answers() -> None:
 def test_vizwiz_accuracy() -> None:
     predictions, answers, expected = columns("vizwiz_rules", 74)
     assert vqa_accuracy(predictions, answers, variant="vizwiz").per_sample == pytest.approx(expected, abs=ROUNDED)
+
+
+def test_scorers_of_lmms_eval() -> None:
+    found = vectors("lmms_eval")
+    assert [len(found[name]) for name in ("gqa", "anls", "letters")] == [113, 185, 57]
+    predictions, answers, expected = zip(*found["gqa"], strict=True)
+    score = gqa_accuracy(predictions, answers, variant="lmms_eval")
+    assert score.per_sample == pytest.approx([100 * value for value in expected])
+    predictions, several, expected = zip(*found["anls"], strict=True)
+    assert anls(predictions, several).per_sample == pytest.approx(expected)
+    predictions, labels, expected = zip(*found["letters"], strict=True)
+    score = letter_accuracy(predictions, labels)
+    assert score.per_sample == pytest.approx([100 * value for value in expected])
 
 
 def test_gqa_accuracy() -> None:

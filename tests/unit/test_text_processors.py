@@ -23,5 +23,9 @@ def test_questions_as_lavis_cleans_them(text: str, caption: str, question: str |
     assert blip_question(text) == (caption if question is None else question)
 
 
+def test_capitalize_is_what_lmms_eval_does_to_questions() -> None:
+    assert TEXT_PROCESSORS["capitalize"]("what is the Brand, NASA?") == "What is the brand, nasa?"
+
+
 def test_none_leaves_a_question_as_it_is() -> None:
     assert TEXT_PROCESSORS["none"]('"A" ?') == '"A" ?'

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from instructblip.evaluation.metrics.accuracy import (
     accuracy,
+    anls,
     aokvqa_direct_answer,
     aokvqa_multiple_choice,
     exact_match,
     iconqa_accuracy,
     ivqa_accuracy,
+    letter_accuracy,
     multiple_choice_accuracy,
     scienceqa_choice,
     vsr_accuracy,
@@ -29,6 +31,7 @@ from instructblip.evaluation.metrics.vqa import gqa_accuracy, ocr_vqa_accuracy, 
 
 if TYPE_CHECKING:
     from instructblip.evaluation.metrics.modules import (
+        ANLS,
         AUROC,
         ROUGE,
         Accuracy,
@@ -39,6 +42,7 @@ if TYPE_CHECKING:
         GQAAccuracy,
         IconQAAccuracy,
         IVQAAccuracy,
+        LetterAccuracy,
         MultipleChoiceAccuracy,
         OCRVQAAccuracy,
         RetrievalRecall,
@@ -48,6 +52,7 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "ANLS",
     "AUROC",
     "METRICS",
     "ROUGE",
@@ -60,6 +65,7 @@ __all__ = [
     "IVQAAccuracy",
     "IconQAAccuracy",
     "Interval",
+    "LetterAccuracy",
     "Metric",
     "ModelOutput",
     "MultipleChoiceAccuracy",
@@ -71,6 +77,7 @@ __all__ = [
     "VSRAccuracy",
     "VisDial",
     "accuracy",
+    "anls",
     "aokvqa_direct_answer",
     "aokvqa_multiple_choice",
     "auroc",
@@ -80,6 +87,7 @@ __all__ = [
     "group_means",
     "iconqa_accuracy",
     "ivqa_accuracy",
+    "letter_accuracy",
     "multiple_choice_accuracy",
     "ocr_vqa_accuracy",
     "probability_of_class",

@@ -1,5 +1,6 @@
 """Accuracy by equality: of texts, of the number of a choice, of a yes/no label."""
 
+import string
 from collections import Counter
 from collections.abc import Collection, Hashable, Sequence
 
@@ -17,6 +18,7 @@ from instructblip.evaluation.metrics.score import Score, check_references, group
 
 _TRAILING_PUNCTUATION = ".,;:!?"
 _LETTERS = "ABCDE"
+_NEAR = 0.5  # ANLS below it is 0
 NO_CHOICE = -1
 
 
@@ -132,6 +134,53 @@ def aokvqa_direct_answer(
     return mean_score(per_sample, metric="A-OKVQA direct answer", scored=scored)
 
 
+def letter_accuracy(predictions: Sequence[str], labels: Sequence[int]) -> Score:
+    """Share of texts that name the right option by its letter, on a scale of 0 to 100: lmms-eval's rule for ScienceQA.
+
+    A text is right that is the letter, of either case, or begins with the upper-case letter and a full stop ("B. Iowa").
+
+    Raises:
+        ValueError: different lengths, no samples, or a label that has no letter.
+    """
+    same_length("labels", predictions, labels)
+    if any(not 0 <= label < len(string.ascii_uppercase) for label in labels):
+        raise ValueError(f"labels are numbered from 0 to 25, got {min(labels)} to {max(labels)}")
+    letters = [string.ascii_uppercase[label] for label in labels]
+    per_sample = [
+        100.0 * (text.strip().lower() == letter.lower() or text.strip().startswith(f"{letter}."))
+        for text, letter in zip(predictions, letters, strict=True)
+    ]
+    return mean_score(per_sample, metric="letter accuracy")
+
+
+def anls(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> Score:
+    """Average normalised Levenshtein similarity to the nearest answer, between 0 and 1; a text below 0.5 scores 0.
+
+    Biten et al., "Scene Text Visual Question Answering", ICCV 2019; white space and case as lmms-eval has them.
+
+    Raises:
+        ValueError: different lengths, no samples, or a sample without answers.
+    """
+    check_references("answers", predictions, answers)
+    per_sample = []
+    for text, accepted in zip(predictions, answers, strict=True):
+        near = max(1 - _edit_share(text, answer) for answer in accepted)
+        per_sample.append(near if near >= _NEAR else 0.0)
+    return mean_score(per_sample, metric="ANLS", table_factor=100)
+
+
+def _edit_share(text: str, answer: str) -> float:
+    """Edits that lead from one to the other, by the longer one's length."""
+    one, other = (" ".join(side.lower().split()) for side in (text, answer))
+    row = list(range(len(one) + 1))
+    for place, letter in enumerate(other):
+        last, row = row, [place + 1]
+        for number, own in enumerate(one):
+            row.append(last[number] if own == letter else 1 + min(last[number], last[number + 1], row[-1]))
+    longest = max(len(text.upper()), len(answer.upper()))  # as lmms-eval takes it
+    return row[-1] / longest if longest else 0.0
+
+
 def vsr_accuracy(
     predictions: Sequence[int], labels: Sequence[int], *, relations: Sequence[Hashable] | None = None
 ) -> Score:
@@ -239,6 +288,16 @@ def exact_match_of_records(outputs: Outputs, records: Records) -> Score:
 def ivqa_accuracy_of_records(outputs: Outputs, records: Records) -> Score:
     """Against all annotators' answers."""
     return ivqa_accuracy(texts_of(outputs), all_answers(records))
+
+
+def letter_accuracy_of_records(outputs: Outputs, records: Records) -> Score:
+    """Against the letter of the right choice."""
+    return letter_accuracy(texts_of(outputs), labels_of(records))
+
+
+def anls_of_letters(outputs: Outputs, records: Records) -> Score:
+    """ANLS against the letter of the right choice, which is what lmms-eval's prompt for IconQA asks for."""
+    return anls(texts_of(outputs), [[string.ascii_uppercase[label]] for label in labels_of(records)])
 
 
 def chosen_option(output: ModelOutput, record: Record) -> int:

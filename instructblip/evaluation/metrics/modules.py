@@ -19,11 +19,13 @@ from torchmetrics.utilities import dim_zero_cat
 
 from instructblip.evaluation.metrics.accuracy import (
     accuracy,
+    anls,
     aokvqa_direct_answer,
     aokvqa_multiple_choice,
     exact_match,
     iconqa_accuracy,
     ivqa_accuracy,
+    letter_accuracy,
     multiple_choice_accuracy,
     vsr_accuracy,
 )
@@ -123,6 +125,18 @@ class MultipleChoiceAccuracy(ScorerMetric):
     """`multiple_choice_accuracy`."""
 
     scorer = staticmethod(multiple_choice_accuracy)
+
+
+class LetterAccuracy(ScorerMetric):
+    """`letter_accuracy`."""
+
+    scorer = staticmethod(letter_accuracy)
+
+
+class ANLS(ScorerMetric):
+    """`anls`."""
+
+    scorer = staticmethod(anls)
 
 
 class IconQAAccuracy(ScorerMetric):

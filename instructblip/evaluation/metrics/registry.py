@@ -4,10 +4,12 @@ from functools import partial
 
 from instructblip.evaluation.metrics.accuracy import (
     accuracy_of_records,
+    anls_of_letters,
     aokvqa_direct_answer_of_records,
     aokvqa_multiple_choice_of_records,
     exact_match_of_records,
     ivqa_accuracy_of_records,
+    letter_accuracy_of_records,
     multiple_choice_accuracy_of_records,
 )
 from instructblip.evaluation.metrics.auroc import auroc_of_records
@@ -95,6 +97,16 @@ _ALL = (
     ),
     Metric("gqa_accuracy", "GQA accuracy", partial(gqa_accuracy_of_records, variant="official")),
     Metric("gqa_accuracy_lavis", "GQA accuracy as in LAVIS", partial(gqa_accuracy_of_records, variant="lavis")),
+    Metric(
+        "gqa_accuracy_lmms_eval", "GQA accuracy as in lmms-eval", partial(gqa_accuracy_of_records, variant="lmms_eval")
+    ),
+    Metric("anls_lmms_eval", "ANLS as in lmms-eval", anls_of_letters, references=label_of_record),
+    Metric(
+        "letter_accuracy_lmms_eval",
+        "letter accuracy as in lmms-eval",
+        letter_accuracy_of_records,
+        references=label_of_record,
+    ),
     Metric("ocr_vqa_accuracy", "OCR-VQA accuracy", ocr_vqa_accuracy_of_records),
     Metric(
         "ivqa_accuracy",

@@ -6,12 +6,14 @@ the differences reach tens of points on odd answers, so the variant is part of e
 """
 
 import re
+import string
 from collections.abc import Callable, Sequence
 
 from instructblip.evaluation.metrics.metric import Outputs, Records, all_answers, only_answers, texts_of
 from instructblip.evaluation.metrics.score import Score, check_references, mean_score, same_length
 
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _PERIOD = re.compile(r"\.(?!\d)")
 _DIGITS_AROUND_COMMA = re.compile(r"\d,\d")
 VQA_ANNOTATORS = 10
@@ -190,21 +192,22 @@ def gqa_accuracy(
 
     Args:
         predictions, answers: one text a sample.
-        variant: `official` compares the strings as they stand; `lavis` after `normalize_vqa` on both sides.
+        variant: `official` compares the strings as they stand; `lavis` after `normalize_vqa` on both sides; `lmms_eval`
+            (EvolvingLMMs-Lab/lmms-eval, `exact_match`) without case and punctuation.
         balanced: whether each question is of the balanced set; the others are left out of `official` scores. None: all
             are, as in the released balanced files.
 
     Raises:
         ValueError: unknown variant, different lengths, or nothing left to score.
     """
-    if variant not in ("official", "lavis"):
-        raise ValueError(f"GQA accuracy knows the variants official, lavis, not {variant!r}")
+    if variant not in GQA_VARIANTS:
+        raise ValueError(f"GQA accuracy knows the variants {', '.join(GQA_VARIANTS)}, not {variant!r}")
     same_length("answers", predictions, answers)
     scored = tuple(range(len(predictions)))
     if balanced is not None:
         same_length("marks of balanced questions", predictions, balanced)
-        scored = tuple(number for number in scored if balanced[number] or variant == "lavis")
-    normalize = normalize_vqa if variant == "lavis" else str
+        scored = tuple(number for number in scored if balanced[number] or variant != "official")
+    normalize = GQA_VARIANTS[variant]
     per_sample = [100.0 * (normalize(predictions[number]) == normalize(answers[number])) for number in scored]
     return mean_score(per_sample, metric="GQA accuracy", scored=scored, details={"variant": variant})
 
@@ -234,7 +237,7 @@ def vqa_accuracy_of_records(outputs: Outputs, records: Records, *, variant: str)
 
 
 def gqa_accuracy_of_records(outputs: Outputs, records: Records, *, variant: str) -> Score:
-    """With `lavis` also the official score, in `details`: both go by the name of GQA accuracy."""
+    """With another variant also the official score, in `details`: all go by the name of GQA accuracy."""
     texts, answers = texts_of(outputs), only_answers(records)
     balanced = [record.tags.get("balanced", "true") == "true" for record in records]
     score = gqa_accuracy(texts, answers, variant=variant, balanced=balanced)
@@ -281,6 +284,13 @@ VQA_VARIANTS: dict[str, Comparable] = {
     "vizwiz": _vizwiz,
     "lmms_eval": _textvqa,
 }
+
+
+def _plain(text: str) -> str:
+    return text.lower().translate(_NO_PUNCTUATION)
+
+
+GQA_VARIANTS: dict[str, Callable[[str], str]] = {"official": str, "lavis": normalize_vqa, "lmms_eval": _plain}
 
 
 def _leave_one_out(text: str, references: Sequence[str]) -> float:
