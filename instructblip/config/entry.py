@@ -12,6 +12,7 @@ import hashlib
 import os
 import re
 import shlex
+import shutil
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -32,6 +33,7 @@ from rich.console import Console
 from yaml import YAMLError
 
 from instructblip.config.checks import check, check_read, check_search
+from instructblip.config.help import FLAGS, command_help, own_settings
 from instructblip.config.schema import CONFIGS, Schema
 from instructblip.config.validate import read_yaml, unknown_choice, validate
 from instructblip.errors import UserError
@@ -87,6 +89,9 @@ def main(name: str, schema: type[Schema], task: Callable[[Schema, Console], int 
         return outcome.score
 
     try:
+        if set(sys.argv[1:]) & set(FLAGS):
+            print_help(name, schema, sys.argv[1:])
+            return
         check_overrides(name, schema, sys.argv[1:])
         sys.argv += _sweep_naming(sys.argv[1:])
         sys.argv[1:] = _settable(sys.argv[1:])
@@ -207,6 +212,31 @@ def compose_config(name: str, schema: type[Schema], overrides: list[str]) -> Sch
     check(config)
     check_read(config, _keys(overrides))
     return config
+
+
+def print_help(name: str, schema: type[Schema], arguments: list[str]) -> None:
+    """Print what a command does, the choices of each group, and its settings as the other arguments compose them.
+
+    Raises:
+        UserError: as `check_overrides`.
+    """
+    overrides = [argument for argument in arguments if "=" in argument or argument.startswith("~")]
+    settings, choices = own_settings(name), {}
+    if overrides:
+        check_overrides(name, schema, arguments)
+    if overrides or not _mandatory(name):
+        composed = _compose(name, next(_jobs(overrides)), with_hydra=True)
+        choices = {key: value for key, value in composed.hydra.runtime.choices.items() if "hydra/" not in key}
+        settings = {str(key): value for key, value in OmegaConf.to_container(composed).items() if key != "hydra"}
+    width = min(shutil.get_terminal_size((120, 0)).columns, 120)
+    print(command_help(name, settings, choices, width=width))
+    print("\nPowered by Hydra (https://hydra.cc): --hydra-help shows its own options, --cfg job the settings alone.")
+
+
+def _mandatory(name: str) -> bool:
+    """Whether a command cannot be composed before a choice is made, such as `study=`."""
+    entries = read_yaml(CONFIGS / f"{name}.yaml").get("defaults", [])
+    return any("???" in entry.values() for entry in entries if isinstance(entry, dict))
 
 
 def _settable(arguments: list[str]) -> list[str]:
@@ -362,12 +392,12 @@ def _named_after(config: Schema, swept: str) -> Schema:
     return config
 
 
-def _compose(name: str, overrides: list[str]) -> DictConfig:
+def _compose(name: str, overrides: list[str], *, with_hydra: bool = False) -> DictConfig:
     _parse(overrides)
     GlobalHydra.instance().clear()
     try:
         with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
-            return hydra.compose(name, overrides=_settable(overrides))
+            return hydra.compose(name, overrides=_settable(overrides), return_hydra_config=with_hydra)
     except (HydraException, OmegaConfBaseException, YAMLError, ValueError, TypeError) as error:
         raise UserError(_explain(error)) from None
     finally:
