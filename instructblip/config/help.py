@@ -19,6 +19,7 @@ from instructblip.config.validate import read_yaml
 
 FLAGS = ("--help", "-h")
 _COMMAND = re.compile(r"# (python|torchrun) ")
+_BESIDE = re.compile(r"""(?:"(?:\\.|[^"])*"|'[^']*'|[^"'#]|(?<!\s)\#)*\s\#\s+(.*)$""")  # not a sign within quotes
 _KEY = re.compile(r"( *)([\w.]+):(?=\s|$)")
 _SWEEPS = {"hydra/launcher": "what starts the jobs of a sweep (-m)", "hydra/sweeper": "what chooses their values"}
 
@@ -68,7 +69,7 @@ def read_comments(lines: Sequence[str], package: tuple[str, ...] = ()) -> dict[t
                 above, beside = [*above, text.lstrip("# ")], None
             continue
         if path is not None:
-            told = re.search(r"\s#\s+(.*)$", line)
+            told = _BESIDE.match(line)
             words = [*above, *([told[1]] if told else [])]
             beside = (*package, *path) if told else None
             if words:

@@ -9,7 +9,7 @@ from PIL import Image
 from rich.console import Console
 from safetensors import safe_open
 
-from instructblip import features as command
+from instructblip.features import rows as command
 from instructblip.config.schema import FeaturesConfig
 from instructblip.errors import UserError
 from instructblip.features.rows import FeatureFile, features, find_pictures
