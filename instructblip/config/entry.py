@@ -4,7 +4,7 @@ Hydra changes only keys that some YAML file writes, and wants `+` for others. He
 `key=value`: Hydra is told `++key=value`, and what is no key is found when the whole is validated.
 
 Sweeps (`-m key=a,b`) are Hydra's: one job for each combination, one after the other, or on SLURM by a launcher. Each job's
-output folder is named after what is swept: `held_out-llm_vicuna_7b`.
+output folder is named after what is swept, keys by their last parts: `held_out-llm_vicuna_7b`.
 """
 
 import gc
@@ -43,6 +43,7 @@ EXIT_USER_ERROR = 2
 _SWEEP_FLAGS = ("-m", "--multirun")
 _OTHER_CONFIGURATION = ("--config", "-cp", "-cn", "-cd")  # Hydra's options that name one
 _LONGEST_NAME = 180  # characters; file systems end at 255 bytes
+_SWEPT_KEY = r"(?:(?<=^)|(?<=,))([\w./@]+)="
 _SHELL_SIGNS = ("$", "`", "!", "\\")  # that mean something within double quotes
 _SEARCH = "hydra/sweeper=search needs Hydra's sweeper for it; pip install -r requirements-search.txt"
 _SLURM = "hydra/launcher=slurm needs Hydra's launcher for it; pip install -r requirements-slurm.txt"
@@ -384,12 +385,26 @@ def _named_after(config: Schema, swept: str) -> Schema:
     """The configuration with a `name`, if it has one, that no other job of the sweep has: its output folder's."""
     if not hasattr(config, "name"):
         return config
-    job = re.sub(r"[^\w.+-]+", "_", swept.replace(",", "-"))
+    job = re.sub(r"[^\w.+-]+", "_", _short_keys(swept).replace(",", "-"))
     name = f"{config.name}-{job}" if job else str(config.name)
     if len(name) > _LONGEST_NAME:
         name = f"{name[: _LONGEST_NAME - 17]}-{hashlib.sha256(swept.encode()).hexdigest()[:16]}"
     config.name = name
     return config
+
+
+def _short_keys(swept: str) -> str:
+    """What a job's command line says of what is swept, each key by as many of its last parts as tell it from the others.
+
+    The same keys give the same names in all jobs of a sweep, wherever they run.
+    """
+    keys = re.findall(_SWEPT_KEY, swept)
+    short = {}
+    for key in keys:
+        parts = key.split(".")
+        tails = (".".join(parts[-length:]) for length in range(1, len(parts) + 1))
+        short[key] = next(tail for tail in tails if sum(f".{other}".endswith(f".{tail}") for other in keys) == 1)
+    return re.sub(_SWEPT_KEY, lambda found: short[found[1]] + "=", swept)
 
 
 def _compose(name: str, overrides: list[str], *, with_hydra: bool = False) -> DictConfig:

@@ -1,7 +1,7 @@
 """What `--help` prints: commands, the choices of each group, and all settings, in the words of the YAML files' comments.
 
-A file's first comment lines are the commands that use it; those after them say what it is for, of which the first sentence is
-shown. A comment beside or above a key says what the key is. In a list of defaults it says what the group is.
+A file's first comment lines are the commands that use it; those after them say what it is for, and the first sentence of
+that is shown. A comment beside or above a key says what the key is. In a list of defaults it says what the group is.
 """
 
 import json
@@ -138,7 +138,11 @@ def _group(group: str, chosen: str | None, told: str, width: int) -> str:
 def _wrapped(label: str, text: str, width: int) -> list[str]:
     """Text behind a label, further lines of it below its first."""
     return textwrap.wrap(
-        text, max(width, len(label) + 30), initial_indent=label, subsequent_indent=" " * len(label), break_on_hyphens=False
+        text,
+        max(width, len(label) + 30),
+        initial_indent=label,
+        subsequent_indent=" " * len(label),
+        break_on_hyphens=False,
     ) or [label.rstrip()]
 
 
@@ -177,4 +181,6 @@ def _one_line(value: Any) -> str:
 
 def own_settings(name: str) -> dict[str, Any]:
     """What a command's own file sets, for help on a command that lacks a choice it cannot be composed without."""
-    return {key: value for key, value in read_yaml(CONFIGS / f"{name}.yaml").items() if key not in ("defaults", "hydra")}
+    return {
+        key: value for key, value in read_yaml(CONFIGS / f"{name}.yaml").items() if key not in ("defaults", "hydra")
+    }

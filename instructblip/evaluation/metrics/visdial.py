@@ -3,7 +3,6 @@
 import math
 from collections.abc import Sequence
 
-
 from instructblip.evaluation.metrics.metric import Outputs, Records, labels_of
 from instructblip.evaluation.metrics.score import Score, mean_score, same_length
 
