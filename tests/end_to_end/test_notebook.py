@@ -1,5 +1,6 @@
 """docs/try_it.ipynb runs from top to bottom; here on tiny parts, which its cell of parameters names."""
 
+import ast
 import json
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytes
     }
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     (place,) = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
-    assert {line.split(" = ")[0] for line in place.source.splitlines()} == parameters.keys()
+    assert {ast.unparse(line).split(" = ")[0] for line in ast.parse(place.source).body} == parameters.keys()
     place.source = "\n".join(f"{name} = {value!r}" for name, value in parameters.items())
     for name, value in {**world.environment, "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"}.items():
         monkeypatch.setenv(name, value)
