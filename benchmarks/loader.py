@@ -35,7 +35,7 @@ from instructblip.data.mixture_dataset import MixtureDataset, TrainingSet, decod
 from instructblip.data.records import Record
 from instructblip.data.shards import ShardReader, ShardWriter, open_split, shard_path
 from instructblip.data.templates import TemplateSet
-from instructblip.training.inspect import loading_parts
+from instructblip.training.inspection import loading_parts
 
 IMAGES, SHARDS, WIDTH, HEIGHT, QUALITY = 128, 4, 640, 480, 90
 SIZE, BATCH, PER_RUN = 224, 32, 512

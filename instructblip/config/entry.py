@@ -4,7 +4,7 @@ Hydra changes only keys that some YAML file writes, and wants `+` for others. He
 `key=value`: Hydra is told `++key=value`, and what is no key is found when the whole is validated.
 
 Sweeps (`-m key=a,b`) are Hydra's: one job for each combination, one after the other, or on SLURM by a launcher. Each job's
-output folder is named after what is swept: `held_out-llm_vicuna_7b`.
+output folder is named after what is swept, keys by their last parts: `held_out-llm_vicuna_7b`.
 """
 
 import copy
@@ -14,6 +14,7 @@ import hashlib
 import os
 import re
 import shlex
+import shutil
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -34,6 +35,7 @@ from rich.console import Console
 from yaml import YAMLError
 
 from instructblip.config.checks import check, check_read, check_search
+from instructblip.config.help import FLAGS, command_help, own_settings
 from instructblip.config.schema import CONFIGS, Schema
 from instructblip.config.validate import read_yaml, unknown_choice, validate
 from instructblip.errors import UserError
@@ -43,6 +45,7 @@ EXIT_USER_ERROR = 2
 _SWEEP_FLAGS = ("-m", "--multirun")
 _OTHER_CONFIGURATION = ("--config", "-cp", "-cn", "-cd")  # Hydra's options that name one
 _LONGEST_NAME = 180  # characters; file systems end at 255 bytes
+_SWEPT_KEY = r"(?:(?<=^)|(?<=,))([\w./@]+)="
 _SHELL_SIGNS = ("$", "`", "!", "\\")  # that mean something within double quotes
 _SEARCH = "hydra/sweeper=search needs Hydra's sweeper for it; pip install -r requirements-search.txt"
 _SLURM = "hydra/launcher=slurm needs Hydra's launcher for it; pip install -r requirements-slurm.txt"
@@ -89,6 +92,9 @@ def main(name: str, schema: type[Schema], task: Callable[[Schema, Console], int 
         return outcome.score
 
     try:
+        if set(sys.argv[1:]) & set(FLAGS):
+            print_help(name, schema, sys.argv[1:])
+            return
         check_overrides(name, schema, sys.argv[1:])
         sys.argv += _sweep_naming(sys.argv[1:])
         sys.argv[1:] = _settable(sys.argv[1:])
@@ -209,6 +215,31 @@ def compose_config(name: str, schema: type[Schema], overrides: list[str]) -> Sch
     check(config)
     check_read(config, _keys(overrides))
     return config
+
+
+def print_help(name: str, schema: type[Schema], arguments: list[str]) -> None:
+    """Print what a command does, the choices of each group, and its settings as the other arguments compose them.
+
+    Raises:
+        UserError: as `check_overrides`.
+    """
+    overrides = [argument for argument in arguments if "=" in argument or argument.startswith("~")]
+    settings, choices = own_settings(name), {}
+    if overrides:
+        check_overrides(name, schema, arguments)
+    if overrides or not _mandatory(name):
+        composed = _compose(name, next(_jobs(overrides)), with_hydra=True)
+        choices = {key: value for key, value in composed.hydra.runtime.choices.items() if "hydra/" not in key}
+        settings = {str(key): value for key, value in OmegaConf.to_container(composed).items() if key != "hydra"}
+    width = min(shutil.get_terminal_size((120, 0)).columns, 120)
+    print(command_help(name, settings, choices, width=width))
+    print("\nPowered by Hydra (https://hydra.cc): --hydra-help shows its own options, --cfg job the settings alone.")
+
+
+def _mandatory(name: str) -> bool:
+    """Whether a command cannot be composed before a choice is made, such as `study=`."""
+    entries = read_yaml(CONFIGS / f"{name}.yaml").get("defaults", [])
+    return any("???" in entry.values() for entry in entries if isinstance(entry, dict))
 
 
 def _settable(arguments: list[str]) -> list[str]:
@@ -366,7 +397,7 @@ def _named_after(config: Schema, swept: str) -> Schema:
     """The configuration with a `name`, if it has one, that no other job of the sweep has: its output folder's."""
     if not hasattr(config, "name"):
         return config
-    job = re.sub(r"[^\w.+-]+", "_", swept.replace(",", "-"))
+    job = re.sub(r"[^\w.+-]+", "_", _short_keys(swept).replace(",", "-"))
     name = f"{config.name}-{job}" if job else str(config.name)
     if len(name) > _LONGEST_NAME:
         name = f"{name[: _LONGEST_NAME - 17]}-{hashlib.sha256(swept.encode()).hexdigest()[:16]}"
@@ -374,11 +405,25 @@ def _named_after(config: Schema, swept: str) -> Schema:
     return config
 
 
-def _compose(name: str, overrides: list[str]) -> DictConfig:
+def _short_keys(swept: str) -> str:
+    """What a job's command line says of what is swept, each key by as many of its last parts as tell it from the others.
+
+    The same keys give the same names in all jobs of a sweep, wherever they run.
+    """
+    keys = re.findall(_SWEPT_KEY, swept)
+    short = {}
+    for key in keys:
+        parts = key.split(".")
+        tails = (".".join(parts[-length:]) for length in range(1, len(parts) + 1))
+        short[key] = next(tail for tail in tails if sum(f".{other}".endswith(f".{tail}") for other in keys) == 1)
+    return re.sub(_SWEPT_KEY, lambda found: short[found[1]] + "=", swept)
+
+
+def _compose(name: str, overrides: list[str], *, with_hydra: bool = False) -> DictConfig:
     _parse(overrides)
     choices, values = _choices_and_values(_settable(overrides))
     try:
-        config = copy.deepcopy(_compose_choices(name, choices, _stamp()))
+        config = copy.deepcopy(_compose_choices(name, choices, _stamp(), with_hydra))
         for override in values:
             _set(config, override)
     except (HydraException, OmegaConfBaseException, YAMLError, ValueError, TypeError) as error:
@@ -403,12 +448,12 @@ def _choices_and_values(overrides: list[str]) -> tuple[tuple[str, ...], list[Ove
 
 
 @functools.lru_cache(maxsize=32)
-def _compose_choices(name: str, overrides: tuple[str, ...], stamp: frozenset[tuple[str, int]]) -> DictConfig:
+def _compose_choices(name: str, overrides: tuple[str, ...], stamp: frozenset[tuple[str, int]], with_hydra: bool) -> DictConfig:
     """Compose by Hydra; not to be changed by the caller. `stamp`: another one stands for files that have changed."""
     GlobalHydra.instance().clear()
     try:
         with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
-            return hydra.compose(name, overrides=list(overrides))
+            return hydra.compose(name, overrides=list(overrides), return_hydra_config=with_hydra)
     finally:
         GlobalHydra.instance().clear()
 

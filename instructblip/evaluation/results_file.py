@@ -74,6 +74,7 @@ class StoredRun:
     """An evaluation's folder, what was evaluated, the scores in it, and what has none, by dataset.
 
     `adapter` is the folder of those that were put onto the checkpoint; `llm` is None where there is no language model.
+    `seed`, `recipe` and `step` are of the run that was trained: its seed, a hash of what else decided it, steps it has seen.
     """
 
     folder: Path
@@ -82,12 +83,16 @@ class StoredRun:
     scores: dict[str, StoredScore]
     not_evaluated: dict[str, NotEvaluated] = field(default_factory=dict)
     adapter: str | None = None
+    seed: int | None = None
+    recipe: str | None = None
+    step: int | None = None
 
     @property
     def about(self) -> str:
         """Where the scores come from, in a line."""
         beside = {"adapter": self.adapter, "LLM": self.llm}
         told = [f"{what} {name}" for what, name in beside.items() if name]
+        told += [] if self.seed is None else [f"seed {self.seed}"]
         return ", ".join([str(self.folder), f"checkpoint {self.checkpoint}", *told])
 
 
@@ -128,7 +133,10 @@ def read_run(place: str | Path) -> StoredRun:
     if not (adapter is None or isinstance(adapter, str)):
         raise UserError(f"{file} names no adapter: checkpoint.adapter is {adapter!r}; {_HINT}")
     evaluated = str(checkpoint.get("path"))
-    return StoredRun(file.parent, evaluated, llm, scores, _not_evaluated(values, file), adapter)
+    seed, recipe, step = (checkpoint.get(key) for key in ("seed", "recipe_sha256", "step"))
+    if not (seed is None or (isinstance(seed, int) and isinstance(recipe, str))):
+        raise UserError(f"{file} does not say whole what was trained: checkpoint.seed is {seed!r}; {_HINT}")
+    return StoredRun(file.parent, evaluated, llm, scores, _not_evaluated(values, file), adapter, seed, recipe, step)
 
 
 def read_predictions(run: StoredRun, dataset: str) -> dict[str, StoredPrediction]:

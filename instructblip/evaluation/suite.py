@@ -27,6 +27,7 @@ from instructblip.evaluation.report.page import Report, write_report
 from instructblip.evaluation.report.table import MADE_UP_DATA
 from instructblip.evaluation.results_file import FORMAT, PREDICTIONS, RESULTS, NotEvaluated
 from instructblip.evaluation.runner import answer_share, read_pixels, run_task
+from instructblip.evaluation.seeds import training_of
 from instructblip.evaluation.submissions import SUBMISSION, write_submission
 from instructblip.files import errors_for_users, exclusive, write_json
 from instructblip.models.base import Model
@@ -353,7 +354,13 @@ def results_json(
     return {
         "format": FORMAT,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "checkpoint": {"path": checkpoint, **on_top, "trainable_sha256": fingerprint, "step": step},
+        "checkpoint": {
+            "path": checkpoint,
+            **on_top,
+            "trainable_sha256": fingerprint,
+            "step": step,
+            **training_of(checkpoint),
+        },
         "started_from": list(started_from),
         "model": dict(model),
         "machine": {"platform": platform.platform(), "torch_threads": torch.get_num_threads()},
@@ -365,7 +372,8 @@ def results_json(
 
 def _checkpoint_line(checkpoint: Mapping[str, Any]) -> str:
     adapter = f" with adapter {checkpoint['adapter']}" if "adapter" in checkpoint else ""
-    return f"{checkpoint['path']}{adapter} (step {checkpoint['step']})"
+    seed = f", seed {checkpoint['seed']}" if "seed" in checkpoint else ""
+    return f"{checkpoint['path']}{adapter} (step {checkpoint['step']}{seed})"
 
 
 def write_results(

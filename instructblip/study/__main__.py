@@ -1,8 +1,16 @@
-"""The command; see the package."""
+"""The command; see the package. What computes is imported once a configuration is right: help and mistakes need no model."""
+
+from rich.console import Console
 
 from instructblip.config.entry import main
 from instructblip.config.schema import StudyCommandConfig
-from instructblip.study.command import study
+
+
+def _study(config: StudyCommandConfig, console: Console) -> int:
+    from instructblip.study.command import study
+
+    return study(config, console)
+
 
 if __name__ == "__main__":
-    main("study", StudyCommandConfig, study)
+    main("study", StudyCommandConfig, _study)

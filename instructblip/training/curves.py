@@ -1,8 +1,9 @@
 """The curves of a run as one picture."""
 
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from instructblip.files import atomic_path
 from instructblip.training.metrics_log import Entry, MetricsLog
@@ -10,14 +11,15 @@ from instructblip.training.metrics_log import Entry, MetricsLog
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 # Of an entry, what its curves show; the rest, most of it sample ids, would fill the memory.
-_DRAWN = ("step", "loss", "loss_by_dataset", "validation", "lr", "samples_per_second")
+_DRAWN = ("step", "phase", "loss", "loss_by_dataset", "validation", "lr", "samples_per_second")
 
 
 def draw_curves(metrics_path: Path, out_path: Path, title: str) -> None:
     """Draw a run's `metrics.jsonl` as one PNG picture: losses, validation, learning rate, speed.
 
-    Reads from each entry, where present: "loss", "loss_by_dataset" {name: loss}, "lr", "samples_per_second", and
-    "validation" {name: accuracy, 0 to 100}. What was never recorded is named as such in its panel.
+    Reads from each entry, where present: "phase", "loss", "loss_by_dataset" {name: loss}, "lr", "samples_per_second", and
+    "validation" {name: score on the tables' scale}. What was never recorded is named as such in its panel; of several phases
+    each stands between lines, and says in the panel of validation if it has none.
 
     Raises:
         UserError: the picture cannot be written.
@@ -31,11 +33,14 @@ def draw_curves(metrics_path: Path, out_path: Path, title: str) -> None:
     grid = figure.add_gridspec(
         2, 6, height_ratios=(3, 2), left=0.05, right=0.99, top=0.89, bottom=0.07, wspace=0.65, hspace=0.32
     )
-    _draw_loss(figure.add_subplot(grid[0, :2]), entries)
-    _draw_by_dataset(figure.add_subplot(grid[0, 2:4]), entries, "loss_by_dataset", "Loss by dataset", smooth=True)
-    _draw_by_dataset(figure.add_subplot(grid[0, 4:]), entries, "validation", "Validation accuracy (%)", smooth=False)
-    _draw_single(figure.add_subplot(grid[1, :3]), entries, "lr", "Learning rate")
-    _draw_single(figure.add_subplot(grid[1, 3:]), entries, "samples_per_second", "Samples per second")
+    panels = [figure.add_subplot(place) for place in (grid[0, :2], grid[0, 2:4], grid[0, 4:], grid[1, :3], grid[1, 3:])]
+    _draw_loss(panels[0], entries)
+    _draw_by_dataset(panels[1], entries, "loss_by_dataset", "Loss by dataset", smooth=True)
+    _draw_by_dataset(panels[2], entries, "validation", "Validation score (%)", smooth=False)
+    _draw_single(panels[3], entries, "lr", "Learning rate")
+    _draw_single(panels[4], entries, "samples_per_second", "Samples per second")
+    for panel in panels:
+        _draw_phases(panel, phases_of(entries), named=panel in panels[:3], names_unvalidated=panel is panels[2])
     with atomic_path(out_path) as partial:
         figure.savefig(partial, format="png", metadata={"Software": None})  # the same numbers give the same bytes
 
@@ -47,6 +52,54 @@ def smoothed(values: Sequence[float], span: float) -> list[float]:
         total, weight = decay * total + value, decay * weight + 1
         result.append(total / weight)
     return result
+
+
+class DrawnPhase(NamedTuple):
+    """A phase's name, its first and last step, and whether it was validated."""
+
+    name: str
+    first: int
+    last: int
+    validated: bool
+
+
+def phases_of(entries: Sequence[Entry]) -> list[DrawnPhase]:
+    """The phases that a run has been in, in their order; none of entries that name none."""
+    named = [entry for entry in entries if entry.get("phase") is not None]
+    found = []
+    for name, group in groupby(named, key=lambda entry: str(entry["phase"])):
+        steps = list(group)
+        found.append(
+            DrawnPhase(name, steps[0]["step"], steps[-1]["step"], any(step.get("validation") for step in steps))
+        )
+    return found
+
+
+def _draw_phases(axes: "Axes", phases: Sequence[DrawnPhase], *, named: bool, names_unvalidated: bool) -> None:
+    """A line where a phase begins, its name, and where validation is drawn what has none."""
+    if len(phases) < 2:
+        return
+    axes.set_xlim(0, phases[-1].last * 1.01)
+    for phase in phases:
+        if phase.first > phases[0].first:
+            axes.axvline(phase.first - 0.5, color="#9a9a94", linewidth=0.8, linestyle=(0, (3, 3)), zorder=0)
+        narrow = (phase.last - phase.first + 1) / phases[-1].last < 0.3  # its name does not fit across
+        text = f"{phase.name}: not validated" if names_unvalidated and not phase.validated else phase.name
+        if names_unvalidated and not phase.validated:
+            axes.axvspan(phase.first - 0.5, phase.last + 0.5, color="#f3f3ee", zorder=0, linewidth=0)
+        if not named:
+            continue
+        axes.text(
+            (phase.first + phase.last) / 2,
+            0.98,
+            text,
+            transform=axes.get_xaxis_transform(),
+            ha="center",
+            va="top",
+            rotation=90 if narrow else 0,
+            fontsize=7.5,
+            color="#777777",
+        )
 
 
 def _series(entries: list[Entry], key: str) -> tuple[list[int], list[float]]:
@@ -81,7 +134,8 @@ def _draw_by_dataset(axes: "Axes", entries: list[Entry], key: str, title: str, s
         color = colors(number % colors.N)
         axes.plot(steps, values, color=color, linewidth=1.5, marker=marker, markersize=4, label=name)
     _finish(axes, title, bool(names))
-    axes.set_ylim(0, None if smooth else 102)
+    scores = [value for row in rows for value in row[key].values() if value is not None]
+    axes.set_ylim(0, None if smooth or max(scores, default=0.0) > 100 else 102)  # CIDEr goes beyond 100
     if names:
         axes.legend(fontsize=7.5, frameon=False, ncols=1 + len(names) // 9, loc="best")
 

@@ -43,9 +43,7 @@ def _validated(run_folder: Path) -> float:
 def test_each_job_of_a_sweep_returns_its_score(world: World, tmp_path: Path) -> None:
     seen = "+hydra.callbacks.seen._target_=tests.kit.callbacks.PrintScore"
     printed = run(world, "train.py", *_train(world, RATES, seen), cwd=tmp_path)
-    runs = [
-        tmp_path / f"outputs/train/demo-recipe.phases.instruction.learning_rate_{rate}" for rate in ("0.001", "1e-05")
-    ]
+    runs = [tmp_path / f"outputs/train/demo-learning_rate_{rate}" for rate in ("0.001", "1e-05")]
     for folder in runs:
         assert f"score: {_validated(folder)!r}" in printed
 
@@ -60,7 +58,7 @@ def test_a_search_of_four_trials_names_its_best(world: World, tmp_path: Path) ->
     found = yaml.safe_load(results.read_text())
     assert found["best_value"] == max(runs.values())
     (rate,) = found["best_params"].values()
-    assert runs[tmp_path / f"outputs/train/demo-recipe.phases.instruction.learning_rate_{rate}"] == found["best_value"]
+    assert runs[tmp_path / f"outputs/train/demo-learning_rate_{rate}"] == found["best_value"]
     assert f"best: {found['best_value']:.4g} with recipe.phases.instruction.learning_rate={rate}" in printed
     assert f"wrote {results.relative_to(tmp_path)}" in printed
 

@@ -9,10 +9,10 @@ from PIL import Image
 from rich.console import Console
 from safetensors import safe_open
 
-from instructblip import features as command
 from instructblip.config.schema import FeaturesConfig
 from instructblip.errors import UserError
-from instructblip.features import FeatureFile, features, find_pictures
+from instructblip.features import rows as command
+from instructblip.features.rows import FeatureFile, features, find_pictures
 from instructblip.models.blip import BLIPRetrieval
 from instructblip.models.blip2 import BLIP2
 from tests.kit.blip import tiny_retrieval

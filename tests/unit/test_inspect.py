@@ -12,7 +12,7 @@ from instructblip.config.schema import InspectConfig
 from instructblip.data.cards import load_card
 from instructblip.data.prepare.convert import prepare_dataset
 from instructblip.errors import UserError
-from instructblip.training.inspect import inspect
+from instructblip.training.inspection import inspect
 from tests.kit.tiny import write_easy_vqa
 
 

@@ -9,13 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 from rich.console import Console
 
 from instructblip.errors import UserError
 from instructblip.progress import training_progress
 from instructblip.training import metrics_log
-from instructblip.training.curves import draw_curves, smoothed
+from instructblip.training.curves import DrawnPhase, draw_curves, phases_of, smoothed
 from instructblip.training.metrics_log import BestStep, MetricsLog
 from instructblip.training.timer import StepTimer
 
@@ -320,3 +321,28 @@ def test_curves_are_one_picture_and_the_same_each_time(tmp_path: Path) -> None:
 def test_curves_of_a_run_without_steps_are_empty_panels(tmp_path: Path) -> None:
     draw_curves(tmp_path / "missing.jsonl", tmp_path / "curves.png", "run")
     assert (tmp_path / "curves.png").stat().st_size > 1000
+
+
+def test_the_curves_know_each_phase_and_which_was_validated() -> None:
+    entries = [{"step": step, "phase": "alignment" if step < 4 else "instruction"} for step in range(1, 8)]
+    entries[5]["validation"] = {"a": 50.0}
+    assert phases_of(entries) == [DrawnPhase("alignment", 1, 3, False), DrawnPhase("instruction", 4, 7, True)]
+    assert phases_of([{"step": 1, "loss": 2.0}]) == []
+
+
+def test_the_picture_names_the_phases_that_were_not_validated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures: list[Figure] = []
+    saved = Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, *args, **keys: (figures.append(self), saved(self, *args, **keys))
+    )
+    lines = [
+        {"step": step, "phase": name, "loss": 1.0, "validation": {"a": 120.0} if step == 9 else None}
+        for step, name in enumerate(["alignment"] * 5 + ["instruction"] * 5)
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    draw_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png", "run")
+    loss, _, validation = figures[0].axes[:3]
+    assert [text.get_text() for text in loss.texts] == ["alignment", "instruction"]
+    assert [text.get_text() for text in validation.texts] == ["alignment: not validated", "instruction"]
+    assert validation.get_ylim()[1] > 120  # CIDEr

@@ -34,7 +34,7 @@ from instructblip.fetch import download as module
 from instructblip.fetch import shard_cache as remote
 from instructblip.fetch import stamps
 from instructblip.fetch.shard_cache import RemoteTars, mirror_datasets
-from instructblip.training.inspect import inspect
+from instructblip.training.inspection import inspect
 from tests.kit.mixtures import jpeg, mixture_of, write_split
 from tests.kit.tiny import write_easy_vqa
 

@@ -36,7 +36,7 @@ def imported(folder: Path, script: str, *arguments: str) -> tuple[int, set[str],
 @pytest.mark.parametrize(
     ("script", "argument", "status", "said"),
     [
-        ("train.py", "--help", 0, "Powered by Hydra"),
+        ("train.py", "--help", 0, "instruction-aware Q-Former"),
         ("evaluate.py", "wrong=1", 2, "unknown key wrong"),
         ("prepare.py", "wrong=1", 2, "unknown key wrong"),
         ("instructblip/demo/__main__.py", "--help", 0, "Powered by Hydra"),
@@ -48,6 +48,14 @@ def test_help_and_a_wrong_key_import_no_model(
     found, packages, printed = imported(tmp_path, script, argument)
     assert (found, said in printed) == (status, True), printed
     assert "instructblip" in packages
+    assert not packages & HEAVY
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["capfilt", "features", "study", "weights"])
+def test_help_of_the_other_commands_imports_no_model(command: str, tmp_path: Path) -> None:
+    status, packages, printed = imported(tmp_path, f"instructblip/{command}/__main__.py", "--help")
+    assert (status, len(printed) > 500) == (0, True)
     assert not packages & HEAVY
 
 

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from instructblip.evaluation.metrics.metric import Outputs, Records, labels_of
@@ -57,6 +56,8 @@ def auroc(probabilities: Sequence[float], labels: Sequence[int]) -> Score:
 
 def probability_of_class(log_likelihoods: Sequence[Sequence[float]], index: int = 1) -> list[float]:
     """Softmax over each sample's class log-likelihoods (nats), in float64: the probability of class `index`."""
+    import torch  # a table of scores needs none
+
     return [float(torch.tensor(row, dtype=torch.float64).softmax(0)[index]) for row in log_likelihoods]
 
 

@@ -3,8 +3,6 @@
 import math
 from collections.abc import Sequence
 
-import torch
-
 from instructblip.evaluation.metrics.metric import Outputs, Records, labels_of
 from instructblip.evaluation.metrics.score import Score, mean_score, same_length
 
@@ -101,6 +99,8 @@ def _ndcg(order: Sequence[int], relevance: Sequence[float], number: int) -> floa
 
     if len(relevance) != len(order):
         raise ValueError(f"round {number} has {len(order)} options but {len(relevance)} relevances")
+    import torch  # a table of scores needs none
+
     ordered = torch.tensor([relevance[option] for option in order], dtype=torch.float64)
     count = int(ordered.count_nonzero())
     if count == 0:

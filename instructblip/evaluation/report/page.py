@@ -2,7 +2,7 @@
 
 The page loads nothing: pictures are data URIs, each stored once however many questions share it, and a
 Content-Security-Policy admits only this page's own style and script, by their hashes. Without JavaScript everything is
-shown; the script adds the filter, the search and larger pictures.
+shown; the script adds the filter, the search, larger pictures, and tables that sort by a click.
 """
 
 import base64
@@ -16,7 +16,7 @@ from typing import Any
 
 from PIL import Image
 
-from instructblip.evaluation.report.table import MARKS, MODELS, ComparabilityNote
+from instructblip.evaluation.report.table import MADE_UP_DATA, MARKS, MODELS, ComparabilityNote
 from instructblip.files import write_atomically
 from instructblip.html import page_environment
 from instructblip.images import decode_image
@@ -173,6 +173,8 @@ def write_report(path: Path, report: Report) -> None:
         titles={row.dataset: row.title for row in report.summary},
         baseline_names=list(dict.fromkeys(name for row in report.summary for name in row.baselines)),
         models={key: name for key, name in MODELS.items() if any(key in row.paper for row in report.summary)},
+        made_up=MADE_UP_DATA,
+        invented=[row.title for row in report.summary if MADE_UP_DATA in row.marks],
         marks=[mark for mark in MARKS if any(mark in row.marks for row in report.summary)],
         outcomes=[name for name in ("right", "partial", "wrong") if name in outcomes],
         pictures=list(pictures),

@@ -7,11 +7,12 @@ of a run has its 95% interval, and a mark where it is not comparable with the pa
 import argparse
 import csv
 import io
+import re
 import sys
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from instructblip.errors import UserError
 from instructblip.evaluation.metrics import METRICS
 from instructblip.evaluation.protocol import UNSTATED, expected_shard_fields, protocol_fields
 from instructblip.evaluation.results_file import NotEvaluated, StoredRun, StoredScore, read_run
+from instructblip.evaluation.seeds import groups_of_seeds
+from instructblip.evaluation.statistics import spread
 from instructblip.files import write_atomically
 from instructblip.html import page_environment
 
@@ -42,7 +45,7 @@ class ComparabilityNote:
 class Cell:
     """One score; `low` and `high` are None for the paper's, `value` too where the answers are not public or it has none.
 
-    `instead` stands there then.
+    `instead` stands there then. `deviation` is of a mean over seeds, between them.
     """
 
     value: float | None
@@ -50,6 +53,14 @@ class Cell:
     high: float | None = None
     marks: tuple[tuple[ComparabilityNote, str], ...] = ()
     instead: str = _HIDDEN
+    deviation: float | None = None
+
+    @property
+    def below(self) -> str:
+        """What stands below the score: its interval, or how far seeds are apart."""
+        if self.deviation is not None:
+            return f"±{self.deviation:.1f}"
+        return "" if self.low is None else f"{self.low:.1f}-{self.high:.1f}"
 
     @property
     def symbols(self) -> str:
@@ -59,12 +70,17 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """An evaluation, or a model of the paper; `about` says where it comes from."""
+    """An evaluation, the mean of some that differ by seed, or a model of the paper; `about` says where it comes from.
+
+    `seeds` are those of a mean; the rows of its runs stand below it, `is_member`.
+    """
 
     name: str
     about: str
     cells: dict[str, Cell]
     is_paper: bool = False
+    seeds: tuple[int, ...] = ()
+    is_member: bool = False
 
 
 @dataclass(frozen=True)
@@ -103,17 +119,11 @@ def score_table(runs: Sequence[StoredRun]) -> ScoreTable:
     cards = {card.name: card for card in all_cards()}
     scored = in_table_order(name for run in runs for name in (*run.scores, *run.not_evaluated))
     datasets = [column for name in scored for column in (name, *_part_columns(cards.get(name)))]
-    rows = [
-        Row(
-            name,
-            run.about,
-            _cells(run.scores, cards) | {dataset: _no_cell(item) for dataset, item in run.not_evaluated.items()},
-        )
-        for name, run in zip(_row_names(runs), runs, strict=True)
-    ]
+    names = {run.folder: name for name, run in zip(_row_names(runs), runs, strict=True)}
+    rows = [row for group in groups_of_seeds(runs) for row in _group_rows(group, names, cards)]
     tokenizers = {
-        (row.name, dataset): score.tokenizer
-        for row, run in zip(rows, runs, strict=True)
+        (names[run.folder], dataset): score.tokenizer
+        for run in runs
         for dataset, score in run.scores.items()
         if score.tokenizer is not None
     }
@@ -152,21 +162,24 @@ def as_text(table: ScoreTable, width: int = 120) -> str:
         parts.append("\n".join(lines))
     legend = [line for note in table.notes for line in textwrap.wrap(note, width)]
     legend += [f"{mark.symbol} {mark.meaning}" for mark in table.marks]
-    return "\n\n".join([*parts, "\n".join([*legend, "Below a score: 95% bootstrap interval, images resampled."])])
+    legend.append("Below a score: 95% bootstrap interval, images resampled.")
+    legend += [SPREAD] if any(row.seeds for row in table.rows) else []
+    return "\n\n".join([*parts, "\n".join(legend)])
 
 
 def as_csv(table: ScoreTable) -> str:
     """One line a row; for each dataset its value, the ends of the interval, and the marks."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    fields = ("", "_low", "_high", "_marks")
+    several = any(row.seeds for row in table.rows)
+    fields = ("", "_low", "_high", "_marks", *(["_deviation"] if several else []))
     writer.writerow(["row", "source", *(f"{name}{field}" for name in table.datasets for field in fields)])
     for row in table.rows:
         line: list[object] = [row.name, row.about]
         for dataset in table.datasets:
             cell = row.cells.get(dataset)
-            values = () if cell is None else (cell.value, cell.low, cell.high, cell.symbols)
-            line += values or ("", "", "", "")
+            values = ("",) * 5 if cell is None else (cell.value, cell.low, cell.high, cell.symbols, cell.deviation)
+            line += values[: len(fields)]
         writer.writerow(line)
     return buffer.getvalue()
 
@@ -175,7 +188,11 @@ def as_html(table: ScoreTable) -> str:
     """The table as a page that loads nothing."""
     page = page_environment(Path(__file__).parent).get_template(_TEMPLATE)
     best = {name: _best(table, name) for name in table.datasets}
-    return page.render(table=table, heading=heading, best=best)
+    cells = ((name, row.cells[name]) for name in table.datasets for row in table.rows if name in row.cells)
+    invented = dict.fromkeys(heading(name) for name, cell in cells if MADE_UP_DATA in dict(cell.marks))
+    return page.render(
+        table=table, heading=heading, best=best, made_up=MADE_UP_DATA, invented=list(invented), spread=SPREAD
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -217,6 +234,35 @@ def _cells(scores: Mapping[str, StoredScore], cards: Mapping[str, Card]) -> dict
     return cells
 
 
+def _group_rows(runs: Sequence[StoredRun], names: Mapping[Path, str], cards: Mapping[str, Card]) -> Iterator[Row]:
+    """The row of a run; of several that differ by seed alone, their mean's before theirs."""
+    rows = [
+        Row(
+            names[run.folder],
+            run.about,
+            _cells(run.scores, cards) | {dataset: _no_cell(item) for dataset, item in run.not_evaluated.items()},
+            is_member=len(runs) > 1,
+        )
+        for run in runs
+    ]
+    if len(runs) > 1:
+        yield _mean_row(rows, tuple(sorted(run.seed for run in runs if run.seed is not None)))
+    yield from rows
+
+
+def _mean_row(rows: Sequence[Row], seeds: tuple[int, ...]) -> Row:
+    cells = {}
+    for dataset in rows[0].cells:
+        found = [row.cells[dataset] for row in rows if dataset in row.cells]
+        values = [cell.value for cell in found if cell.value is not None]
+        if len(values) == len(rows):
+            over = spread(values)
+            marks = {mark: detail for cell in found for mark, detail in cell.marks}
+            cells[dataset] = Cell(over.mean, marks=tuple(marks.items()), deviation=over.deviation)
+    told = f"seeds {', '.join(map(str, seeds))}, alike in all else"
+    return Row(f"mean of {len(seeds)} seeds", told, cells, seeds=seeds)
+
+
 def _part_columns(card: Card | None) -> list[str]:
     """The columns of the parts that papers give of a dataset's score."""
     if card is None:
@@ -238,12 +284,18 @@ def _no_cell(item: NotEvaluated) -> Cell:
 
 
 def _row_names(runs: Sequence[StoredRun]) -> list[str]:
-    """The folders' own names, with as many parents as it takes to tell them apart."""
+    """The folders' own names, with as many parents as it takes to tell them apart, without what all begin with.
+
+    The jobs of a sweep, `held_out-llm_vicuna_7b` and `held_out-llm_flan_t5_xl`, are `llm_vicuna_7b` and `llm_flan_t5_xl`.
+    """
     for length in range(1, 1 + max(len(run.folder.parts) for run in runs)):
         names = ["/".join(run.folder.parts[-length:]) for run in runs]
         if len(set(names)) == len({run.folder for run in runs}):
             break
-    return names
+    pieces = [re.split(r"(?<=[-/])", name) for name in names]
+    common = list(takewhile(lambda column: len(set(column)) == 1, zip(*pieces, strict=False)))
+    start = min(len(common), min(map(len, pieces)) - 1) if len(names) > 1 else 0
+    return ["".join(parts[start:]) for parts in pieces]
 
 
 def _column(table: ScoreTable, dataset: str) -> list[str]:
@@ -258,7 +310,7 @@ def _column(table: ScoreTable, dataset: str) -> list[str]:
         value = cell.instead if cell.value is None else f"{cell.value:.1f}"
         lines.append(value + cell.symbols.ljust(room))
         if not row.is_paper:
-            lines.append("" if cell.low is None else f"{cell.low:.1f}-{cell.high:.1f}" + " " * room)
+            lines.append(cell.below + " " * room if cell.below else "")
     return lines
 
 
@@ -325,6 +377,7 @@ OTHER_PROTOCOL = ComparabilityNote("‡", "another protocol than the card's")
 MADE_UP_DATA = ComparabilityNote("§", "made-up data: the score means nothing")
 NO_SCORE = ComparabilityNote("¶", "no score: it was not prepared, or failed")
 OTHER_PRECISION = ComparabilityNote("‖", "computed in bf16 or TF32, presets in float32")
+SPREAD = "Below a mean of seeds: the standard deviation between them."
 MARKS = (SUBSET, OTHER_SPLIT, OTHER_PROTOCOL, OTHER_PRECISION, MADE_UP_DATA, NO_SCORE)
 
 

@@ -1,12 +1,4 @@
-"""Features of a folder of pictures or of a file of texts, for use elsewhere.
-
-    python -m instructblip.features checkpoint=RUN images=FOLDER out=features.safetensors
-
-`out` has a row for each picture, in the order of their paths: `image` (N, Q, D), states of BLIP-2's queries or BLIP's image
-tokens, and `image_projected` (N, Q, E), of unit length, Q = 1 for BLIP; and one for each line of `texts`: `text_projected`
-(M, E). The similarity of picture and text is the largest product of the text with a projected row
-(`models.pairs.similarities`). Metadata: the paths as `images`, the lines as `texts`, both JSON lists.
-"""
+"""The work of `python -m instructblip.features`: rows of features, written as they come."""
 
 import json
 import shutil
@@ -19,7 +11,6 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from instructblip.config.entry import main
 from instructblip.config.schema import FeaturesConfig
 from instructblip.errors import DamagedSample, UserError
 from instructblip.files import atomic_path, errors_for_users
@@ -202,7 +193,3 @@ class FeatureFile:
         text = json.dumps(described).encode()
         text += b" " * (-len(text) % 8)
         return len(text).to_bytes(8, "little") + text
-
-
-if __name__ == "__main__":
-    main("features", FeaturesConfig, features)
