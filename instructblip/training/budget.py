@@ -10,12 +10,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-import torch
 from torch import nn
 
 from instructblip.config.schema import ConnectorConfig, TrainConfig
 from instructblip.errors import UserError
 from instructblip.models.connector import rectangles
+from instructblip.models.empty import empty_modules
 from instructblip.training.plan.connector import ConnectorShape, connector_shape, frame_flops
 from instructblip.training.plan.flops import ModelShape, model_shape
 from instructblip.weights.modules import (
@@ -93,7 +93,7 @@ class _Sizes:
     def budget(self, connector: ConnectorConfig) -> Budget:
         vision = self.parts.vision
         llm_width = self.parts.llm.get_input_embeddings().weight.shape[1]
-        with torch.device("meta"):
+        with empty_modules():
             module = make_connector(connector, vision, llm_width)
         shape = dataclasses.replace(
             self.shape,

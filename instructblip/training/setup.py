@@ -33,6 +33,7 @@ from instructblip.models.adapters import Adapter
 from instructblip.models.base import Model
 from instructblip.models.blip import BLIP
 from instructblip.models.blip2 import BLIP2
+from instructblip.models.empty import empty_modules
 from instructblip.models.fp8 import check_device
 from instructblip.models.instructblip import InstructBLIP
 from instructblip.models.llava import LLaVA
@@ -432,7 +433,7 @@ def _tracked_as(folder: Path, *, goes_on: bool) -> str:
 
 
 def _shape(config: TrainConfig, model: Model) -> ModelShape:
-    with torch.device("meta"):
+    with empty_modules():
         vision = vision_encoder(config.vision)
     shares = adapter_shares({part: model.part_modules(part) for part in model.adapters})
     if isinstance(model, BLIP):

@@ -5,6 +5,8 @@ says `trust_remote_code=False`, and a folder that cannot do without its code is 
 """
 
 import contextlib
+import copy
+import functools
 import json
 import re
 import struct
@@ -139,10 +141,17 @@ def open_config(folder: Path, where: str = "") -> Any:
     Raises:
         UserError: settings that its class refuses.
     """
+    file = folder / "config.json"
     try:
-        settings = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        return copy.deepcopy(_read_config(folder, file.read_bytes() if file.is_file() else None))
     except Exception as error:  # each class checks its own settings in its own way
-        raise UserError(f"{where}{folder}/config.json: {reason(error)}") from None
+        raise UserError(f"{where}{file}: {reason(error)}") from None
+
+
+@functools.lru_cache(maxsize=8)
+def _read_config(folder: Path, content: bytes | None) -> Any:
+    """As `content` of the folder's config.json has it; several parts of a model ask for it, and may change theirs."""
+    settings = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     # It would name other files of weights than those that were looked at.
     vars(settings).pop("transformers_weights", None)
     return settings

@@ -19,6 +19,7 @@ from instructblip.errors import UserError
 from instructblip.fetch.parts import cache_folder
 from instructblip.files import exclusive, read_json, write_json
 from instructblip.models.abilities import limits, measure
+from instructblip.models.empty import empty_modules
 from instructblip.models.llm import LLM, LLM_KINDS, LLMAbilities, body_name
 from instructblip.weights.gatekeeper import check_vocabulary, reason
 
@@ -130,7 +131,7 @@ def _text_model(model: Any) -> Any:
     settings = model.config.get_text_config()
     if settings is model.config:
         return model
-    with torch.device("meta"):
+    with empty_modules():
         text = AutoModelForCausalLM.from_config(settings, dtype=model.dtype, trust_remote_code=False)
     setattr(text, body_name(text), model.get_decoder())
     text.set_output_embeddings(model.get_output_embeddings())

@@ -1,7 +1,7 @@
 """A model's parts from their configuration alone: the modules in their sizes, weights as constructed.
 
 Sizes stand in a part's YAML; a part without them has its config.json read. `parts.py` fills the modules from files; under
-`torch.device("meta")` they hold no memory, and show what a run would need.
+`empty_modules()` they hold no memory, and show what a run would need.
 """
 
 from collections.abc import Mapping
@@ -27,6 +27,7 @@ from instructblip.models.base import blocks_of
 from instructblip.models.blip import BLIP_TOKENS, pair_heads
 from instructblip.models.blip2 import blip2_heads
 from instructblip.models.connector import Connector, LinearConnector, MLPConnector, Patches, Resampler
+from instructblip.models.empty import empty_modules
 from instructblip.models.llm import LLM_KINDS
 from instructblip.models.med import TextModel
 from instructblip.models.qformer import QFormer
@@ -80,7 +81,7 @@ def parts_without_weights(config: ModelConfig) -> Parts:
     Raises:
         UserError: a part without either, or settings that do not fit.
     """
-    with torch.device("meta"):
+    with empty_modules():
         vision = vision_encoder(config.vision)
         norm = nn.LayerNorm(vision.width) if config.vision.norm == "layer" else nn.Identity()
         if config.model.kind == "blip2_stage1":
@@ -117,13 +118,13 @@ def adapt_without_weights(parts: Parts | ConnectorParts | BLIPParts, adapters: M
             members = {id(block) for block in blocks_of(root)}
             blocks = {path: module for path, module in holder.named_modules() if id(module) in members}
             config = root.config if part == "llm" else None
-            with torch.device("meta"):
+            with empty_modules():
                 inject(holder, choose_layers(part, blocks, adapter.targets, config), adapter, seed=0)
 
 
 def connector_without_weights(config: ModelConfig) -> ConnectorParts:
     """All parts of a model whose connector is no Q-Former, as `parts_without_weights`."""
-    with torch.device("meta"):
+    with empty_modules():
         vision = vision_encoder(config.vision)
         norm = nn.LayerNorm(vision.width) if config.vision.norm == "layer" else nn.Identity()
         llm = language_model_of_sizes(config.language_model())
@@ -274,7 +275,7 @@ def blip_without_weights(config: ModelConfig) -> BLIPParts:
     bert = _sizes("text", text)
     common: dict[str, Any] = {"bert": bert, "rows": bert["vocab_size"] + len(BLIP_TOKENS), "where": "text.sizes"}
     writes = kind != "blip_retrieval"
-    with torch.device("meta"):
+    with empty_modules():
         vision = vision_encoder(config.vision)
         decoder_reads = bert["hidden_size"] if kind == "blip_vqa" else vision.width
         if kind in ("blip_caption", "blip_vqa"):

@@ -15,7 +15,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -34,6 +33,7 @@ from instructblip.models.blip import (
     BLIPPretrain,
     BLIPRetrieval,
 )
+from instructblip.models.empty import empty_modules
 from instructblip.models.med import TextLayer, TextModel
 from instructblip.models.vision import VisionEncoder
 from instructblip.models.vocabulary import add_tokens
@@ -214,7 +214,7 @@ def transformers_blip(model: BLIP, *, merge: bool = True) -> Any:
     names = foreign_names(own, layout.names)
     state = {names[name]: tensor for name, tensor in own.items()}
     state |= {copy: state[name] for copy, name in _TIED.items() if name in state}
-    with torch.device("meta"):
+    with empty_modules():
         target = layout.model(_config(model))
     target.load_state_dict(state, assign=True)
     return target

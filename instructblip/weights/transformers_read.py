@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from instructblip.errors import UserError
 from instructblip.files import read_json
 from instructblip.models.blip2 import BLIP2
+from instructblip.models.empty import empty_modules
 from instructblip.models.instructblip import InstructBLIP
 from instructblip.models.llm import LLM
 from instructblip.models.qformer import QFormer
@@ -198,7 +199,7 @@ def load_own_vision(values: Mapping[str, Any], weights: Mapping[str, Tensor], fo
     Raises:
         UserError: a tensor is missing or has another shape.
     """
-    with torch.device("meta"):
+    with empty_modules():
         vision = VisionEncoder(**values)
     state = backbone_state(vision)
     names = foreign_names(state, layout_of(folder).names)

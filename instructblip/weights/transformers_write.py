@@ -30,6 +30,7 @@ from instructblip.models.adapters import plain_state, without_adapters
 from instructblip.models.base import Model
 from instructblip.models.blip import BLIP
 from instructblip.models.blip2 import BLIP2
+from instructblip.models.empty import empty_modules
 from instructblip.models.instructblip import InstructBLIP
 from instructblip.models.llava import LLaVA
 from instructblip.models.llm import LLM, EncoderDecoderLLM
@@ -187,7 +188,7 @@ def _warn_about_ids(llm: LLM, tokenizer: PreTrainedTokenizerBase, around: tuple[
 
 def llava_model(model: LLaVA, rows: int, image_token: int) -> Any:
     """transformers' class with this model's tensors; arguments as of `huggingface_model`."""
-    with torch.device("meta"):
+    with empty_modules():
         target = LlavaForConditionalGeneration(llava_config(model, _text_config(model.llm, rows), image_token))
     tensors = llava_tensors(model, _llm_tensors(model.llm, rows, merge=True))
     return _filled(target, tensors, model.vision, model.llm.model.dtype)
@@ -235,7 +236,7 @@ def huggingface_model(model: InstructBLIP, rows: int, image_token: int, *, merge
         image_token: row that marks the places of visual tokens.
         merge: adapters into the weights; else they are left out.
     """
-    with torch.device("meta"):
+    with empty_modules():
         target = layout_for(model).model(_huggingface_config(model, rows, image_token))
     state = _own_tensors(model, merge=merge) | _llm_tensors(model.llm, rows, merge=merge)
     return _filled(target, state, model.vision, model.llm.model.dtype)
@@ -243,7 +244,7 @@ def huggingface_model(model: InstructBLIP, rows: int, image_token: int, *, merge
 
 def retrieval_model(model: BLIP2, *, merge: bool = True) -> Any:
     """transformers' class of BLIP-2's first stage with this model's tensors, `merge` as above; for `save_pretrained`."""
-    with torch.device("meta"):
+    with empty_modules():
         target = Blip2ForImageTextRetrieval(_retrieval_config(model))
     return _filled(target, _own_tensors(model, merge=merge), model.vision, model.vision.dtype)
 

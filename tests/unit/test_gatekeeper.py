@@ -20,6 +20,7 @@ import instructblip
 from instructblip.config.schema import CONFIGS, LLMConfig
 from instructblip.config.validate import read_config
 from instructblip.errors import UserError
+from instructblip.weights.gatekeeper import open_config
 from instructblip.weights.parts import load_llm
 from tests.kit.families import llm_config, write_llm
 from tests.kit.tiny import tiny_huggingface
@@ -63,6 +64,15 @@ def refusal(call: Callable[[], Any]) -> str:
         call()
     assert "\n" not in str(error.value) and len(str(error.value)) < 1000
     return str(error.value)
+
+
+def test_a_configuration_that_was_changed_or_written_anew_is_read_as_it_stands(folder: Path) -> None:
+    first = open_config(folder)
+    expected = first.to_dict()
+    first.vocab_size, first.architectures = 7, []
+    assert open_config(folder).to_dict() == expected
+    settings(architectures=["Other"])(folder)
+    assert open_config(folder).to_dict() == expected | {"architectures": ["Other"]}
 
 
 # --- changes ---------------------------------------------------------------------------------------------------------
