@@ -448,7 +448,9 @@ def _choices_and_values(overrides: list[str]) -> tuple[tuple[str, ...], list[Ove
 
 
 @functools.lru_cache(maxsize=32)
-def _compose_choices(name: str, overrides: tuple[str, ...], stamp: frozenset[tuple[str, int]], with_hydra: bool) -> DictConfig:
+def _compose_choices(
+    name: str, overrides: tuple[str, ...], stamp: frozenset[tuple[str, int]], with_hydra: bool
+) -> DictConfig:
     """Compose by Hydra; not to be changed by the caller. `stamp`: another one stands for files that have changed."""
     GlobalHydra.instance().clear()
     try:
