@@ -305,7 +305,7 @@ class MixtureDataset(Dataset[Item]):
         frames, record = shard.read_record(row, place)
         looked_at = self._looked_at(draw, location)
         random = position_generator(self.mixture.seed, draw.position)
-        place = f"{shard.keys[row]} of {shard.path}"
+        where = f"{shard.keys[row]} of {shard.path}"
         sample = self.texts.sample(
             chosen,
             record,
@@ -314,13 +314,13 @@ class MixtureDataset(Dataset[Item]):
             frames=frames,
             image=(number, row),
             image_id=f"{chosen.split.dataset}/{shard.keys[row]}",
-            place=place,
+            place=where,
         )
         if looked_at is None:
-            return sample, self.make_image(DrawnImage(place, frames, random, chosen.flip, shard, row))
+            return sample, self.make_image(DrawnImage(where, frames, random, chosen.flip, shard, row))
         if self._made[0] != (draw.dataset, number, row, looked_at):
             random = seeded_generator(self.mixture.seed, "image", looked_at)
-            image = self.make_image(DrawnImage(place, frames, random, chosen.flip, shard, row))
+            image = self.make_image(DrawnImage(where, frames, random, chosen.flip, shard, row))
             self._made = (draw.dataset, number, row, looked_at), image
         return sample, self._made[1]
 
