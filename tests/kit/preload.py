@@ -1,6 +1,9 @@
 """What the server that tests fork their processes from does first, so that none of them pays for it again."""
 
+# ruff: noqa: E402
 import gc
+
+gc.disable()  # all that is imported here stays
 
 import matplotlib.axes
 import matplotlib.backends.backend_agg
@@ -17,4 +20,5 @@ import tests.kit.runs
 LOADED = (matplotlib, scipy, torch, wandb, tests)
 # OmegaConf derives a loader from this one for each file that Hydra composes; libyaml reads the same eight times as fast.
 yaml.SafeLoader = yaml.CSafeLoader  # type: ignore[misc, assignment]
+gc.enable()
 gc.freeze()  # a collection in a forked process does not touch, and so copy, what lies here

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 from transformers import Blip2ForConditionalGeneration, Blip2ForImageTextRetrieval
 
 import instructblip
@@ -74,6 +75,13 @@ def formats(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return made
 
 
+@pytest.fixture(scope="module")
+def weights(formats: Formats) -> dict[str, Tensor]:
+    """All tensors of the model, as they are in its transformers folder."""
+    state: dict[str, Tensor] = load_model(formats.huggingface, device="cpu").model.state_dict()
+    return state
+
+
 @pytest.fixture(autouse=True)
 def _named_parts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Names of parts mean those of `Formats.configs`."""
@@ -81,14 +89,15 @@ def _named_parts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
         monkeypatch.setattr(loading, "CONFIGS", request.getfixturevalue("formats").configs)
 
 
-def test_every_format_is_the_same_model(formats: Formats, caplog: pytest.LogCaptureFixture) -> None:
-    expected = load_model(formats.huggingface, device="cpu").model.state_dict()
+def test_every_format_is_the_same_model(
+    formats: Formats, weights: dict[str, Tensor], caplog: pytest.LogCaptureFixture
+) -> None:
     for form in FORMATS:
         source, options = formats.source(form)
         found = load_model(source, device="cpu", **options)
         state = found.model.state_dict()
-        assert state.keys() == expected.keys()
-        assert not [name for name, tensor in expected.items() if not torch.equal(state[name], tensor)], form
+        assert state.keys() == weights.keys()
+        assert not [name for name, tensor in weights.items() if not torch.equal(state[name], tensor)], form
         assert ("llm" in found.parts) is (formats.stage == "stage2")
         kind = find_source(source, **options).kind
         assert kind == {"stage1": "blip2_stage1", "stage2": "blip2"}[formats.stage]
@@ -126,10 +135,10 @@ def test_a_retrieval_model_of_transformers_does_not_caption(tmp_path: Path) -> N
 
 # The ids that BLIP-2 is published under, by what they hold.
 PUBLISHED = {
-    "Salesforce/blip2-itm-vit-g": ("blip2_stage1", write_retrieval),
-    "Salesforce/blip2-itm-vit-g-coco": ("blip2_stage1", write_retrieval),
+    "Salesforce/blip2-itm-vit-g": ("blip2_stage1", ""),
+    "Salesforce/blip2-itm-vit-g-coco": ("blip2_stage1", ""),
     **{
-        f"Salesforce/blip2-{name}{tuned}": ("blip2", lambda folder, llm=llm: write_captioner(folder, llm))
+        f"Salesforce/blip2-{name}{tuned}": ("blip2", llm)
         for name, llm in (("opt-2.7b", "opt"), ("opt-6.7b", "opt"), ("flan-t5-xl", "t5"), ("flan-t5-xxl", "t5"))
         for tuned in ("", "-coco")
         if (name, tuned) != ("flan-t5-xxl", "-coco")
@@ -137,12 +146,24 @@ PUBLISHED = {
 }
 
 
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """What the ids hold, by language model; not to be changed by a test."""
+    folders = {llm: tmp_path_factory.mktemp(llm or "retrieval") for _, llm in PUBLISHED.values()}
+    for llm, folder in folders.items():
+        if llm:
+            write_captioner(folder, llm)
+        else:
+            write_retrieval(folder)
+    return folders
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_published_ids(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_published_ids(name: str, published: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the layout of the hub's cache, which is what there is of a hub without a network."""
-    kind, write = PUBLISHED[name]
+    kind, llm = PUBLISHED[name]
     repository = tmp_path / "hub" / f"models--{name.replace('/', '--')}"
-    write(repository / "snapshots/0123abc")
+    shutil.copytree(published[llm], repository / "snapshots/0123abc")
     (repository / "refs").mkdir()
     (repository / "refs/main").write_text("0123abc")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
@@ -170,7 +191,12 @@ def convert(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int
 
 @pytest.mark.parametrize(("source", "to"), list(itertools.product(FORMATS, FORMATS)))
 def test_every_format_to_every_other(
-    source: str, to: str, formats: Formats, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    source: str,
+    to: str,
+    formats: Formats,
+    weights: dict[str, Tensor],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     given, options = formats.source(source)
     target = tmp_path / "target"
@@ -178,11 +204,10 @@ def test_every_format_to_every_other(
     assert status == 0, rows
     assert [stage for stage, _, _ in rows] == STAGES[formats.stage]
     assert all(difference < 1e-4 and verdict == "within" for _, difference, verdict in rows), rows
-    before = load_model(formats.huggingface, device="cpu").model.state_dict()
     options = {"llm": "own"} if to == "lavis" and formats.stage == "stage2" else {}
     after = load_model(target, device="cpu", **options).model.state_dict()  # type: ignore[arg-type]
-    assert before.keys() == after.keys()
-    assert not [name for name, tensor in before.items() if not torch.equal(after[name], tensor)]
+    assert weights.keys() == after.keys()
+    assert not [name for name, tensor in weights.items() if not torch.equal(after[name], tensor)]
 
 
 def test_a_retrieval_model_of_transformers_as_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ For language models of three families. Half precision is compared with float32's
 transformers' own class opens as well.
 """
 
+import copy
 import itertools
 import json
 from collections.abc import Mapping
@@ -58,7 +59,8 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     tiny_huggingface(path, llm)
     if dtype != torch.float32:  # as whoever publishes in half precision does it; some tensors stay in float32 then
         InstructBlipForConditionalGeneration.from_pretrained(path, dtype=dtype).save_pretrained(path)
-    return Folder(path, dtype, load_huggingface(path), load_huggingface(path).float())
+    model = load_huggingface(path)
+    return Folder(path, dtype, model, copy.deepcopy(model).float())
 
 
 def pictures() -> list[Image.Image]:

@@ -312,6 +312,7 @@ def test_a_run_needs_no_training_sections_and_not_what_it_started_from(parts: di
     model.vision_norm.calibrate(torch.randn(2, 5, model.vision.width))  # type: ignore[operator]
     state = {"frozen": frozen_fingerprints(model), "seed": 3}
     folder = tmp_path / "run/checkpoints"
+    folder.mkdir(parents=True)
     save_checkpoint(folder, step=9, model=model.held_state(), optimizer={}, state=state, keep=1)
     sections = ModelConfig(seed=config.seed, vision=config.vision, qformer=config.qformer, llm=config.llm)
     (tmp_path / "run/config.yaml").write_text(to_yaml(sections))
