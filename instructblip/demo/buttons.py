@@ -66,7 +66,8 @@ class Buttons:
     ) -> Iterator[list[str]]:
         """The answers as they are written, one checkpoint after the other."""
         able = self.able("generate")
-        texts, wrong = [""] * len(able), []
+        texts = [""] * len(able)
+        wrong: list[str] = []
         try:
             beams = read_number("the number of beams", num_beams, self.limits.beams)
             tokens = read_number("the number of tokens", max_new_tokens, self.limits.new_tokens)

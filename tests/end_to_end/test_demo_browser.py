@@ -1,8 +1,9 @@
 """The page to try, in headless Chromium by clicks: upload, ask, rank, look, match; two checkpoints; what is refused."""
 
 import json
-import os
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -110,8 +111,6 @@ def test_a_picture_is_asked_about(tab: Browser, subjects: list[Subject], picture
     tab.wait_for(f"document.querySelector('#generate-0 textarea').value == {json.dumps(shown)}")
     assert "Greedy" in said(tab, "how")
     assert "has no head to generate text with" in said(tab, "generate-1")
-    if folder := os.environ.get("SCREENSHOTS"):
-        tab.screenshot(Path(folder) / "test_answer.png")
 
 
 def test_candidates_have_bars_and_markup_is_text(tab: Browser, pictures: Path) -> None:
@@ -153,6 +152,30 @@ def test_a_text_is_matched(tab: Browser, subjects: list[Subject], pictures: Path
     expected = float(subjects[1].model.match([Image.open(pictures / "red.png")], ["a dog"]))
     tab.wait_for(f"document.querySelector('#match-1').innerText.includes('{100 * expected:.1f}%')")
     assert "has no head to match images and texts with" in said(tab, "match-0")
+
+
+def test_stop_ends_the_writing(
+    tab: Browser, subjects: list[Subject], pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended = threading.Event()
+
+    def generate(images: object, on_text: Callable[[str], None], **options: object) -> list[str]:
+        """Writes for a minute, where nobody ends it."""
+        try:
+            for count in range(600):
+                on_text("word " * (count + 1))
+                time.sleep(0.1)
+        finally:
+            ended.set()
+        return ["the end"]
+
+    monkeypatch.setattr(subjects[0].model, "generate", generate)
+    give_picture(tab, pictures / "red.png")
+    write(tab, "prompt", PROMPT)
+    tab.click("#ask")
+    tab.wait_for("document.querySelector('#generate-0 textarea').value.startsWith('word word')")
+    tab.click("#stop")
+    assert ended.wait(timeout=30)
 
 
 def test_an_example_fills_the_page(tab: Browser) -> None:

@@ -5,7 +5,6 @@ Playwright would do the same, with a Node runtime of its own and promises for th
 calls below work with whatever Chromium the machine has.
 """
 
-import base64
 import json
 import os
 import select
@@ -95,12 +94,6 @@ class Browser:
     def resize(self, width: int, height: int) -> None:
         """The window, in pixels."""
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
-
-    def screenshot(self, path: Path) -> Path:
-        """The whole page as a PNG."""
-        found = self.call("Page.captureScreenshot", captureBeyondViewport=True)
-        path.write_bytes(base64.b64decode(found["data"]))
-        return path
 
     def press(self, key: str, code: int) -> None:
         """Press a key that is not text, such as ArrowDown (40)."""

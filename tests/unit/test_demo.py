@@ -5,6 +5,7 @@ import importlib.util
 import io
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -234,9 +235,14 @@ def loaded_run(folder: Path, stored: str) -> LoadedModel:
     return LoadedModel(tiny_model(), "run", str(folder / "run/checkpoints/step_00000001"), 1, config, {})
 
 
-def test_examples_are_what_the_run_was_scored_on(world: World, tmp_path: Path) -> None:
-    config = compose_config("train", TrainConfig, list(world.train))
-    found = examples_of_run(loaded_run(tmp_path, to_yaml(config)), tmp_path)
+@pytest.fixture(scope="module")
+def trained(world: World) -> TrainConfig:
+    """A run's configuration."""
+    return compose_config("train", TrainConfig, list(world.train))
+
+
+def test_examples_are_what_the_run_was_scored_on(trained: TrainConfig, tmp_path: Path) -> None:
+    found = examples_of_run(loaded_run(tmp_path, to_yaml(trained)), tmp_path)
     assert len(found) == 6
     assert {example.picture.parent for example in found} == {tmp_path}
     statements = load_card("easy_vqa_statements").evaluation
@@ -246,11 +252,10 @@ def test_examples_are_what_the_run_was_scored_on(world: World, tmp_path: Path) -
     assert all(len(example.candidates) > 1 and example.prompt for example in found)
 
 
-def test_a_run_whose_data_are_not_at_hand_has_no_examples(world: World, tmp_path: Path) -> None:
-    gone = [item for item in world.train if not item.startswith("data.shards")]
-    config = compose_config("train", TrainConfig, [*gone, f"data.shards={tmp_path / 'none'}"])
-    assert examples_of_run(loaded_run(tmp_path, to_yaml(config)), tmp_path) == []
-    converted = ModelConfig(seed=1, vision=config.vision, qformer=config.qformer, llm=config.llm)
+def test_a_run_whose_data_are_not_at_hand_has_no_examples(trained: TrainConfig, tmp_path: Path) -> None:
+    gone = replace(trained, data=replace(trained.data, shards=str(tmp_path / "none")))
+    assert examples_of_run(loaded_run(tmp_path, to_yaml(gone)), tmp_path) == []
+    converted = ModelConfig(seed=1, vision=trained.vision, qformer=trained.qformer, llm=trained.llm)
     assert examples_of_run(loaded_run(tmp_path / "other", to_yaml(converted)), tmp_path) == []
     broken = loaded_run(tmp_path / "third", "suite: {name: x, held_in: [./gone.yaml]}\ndata: {shards: none}\n")
     assert examples_of_run(broken, tmp_path) == []
