@@ -65,7 +65,7 @@ COMMANDS: dict[str, tuple[Any, tuple[str, ...]]] = {
         (schema.LoggerKind, LOGGERS),
         (schema.OcrLibrary, RECOGNISERS),
         (schema.Precision, PRECISIONS),
-        (schema.Preset, RANKING_PRESETS),
+        (schema.Preset, (*RANKING_PRESETS, "lmms_eval")),  # which ranks nothing
         (schema.Quantization, QUANTIZATIONS),
         (schema.TextProcessor, TEXT_PROCESSORS),
         (schema.Transform, TRANSFORMS),
