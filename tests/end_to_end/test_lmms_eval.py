@@ -315,12 +315,13 @@ def test_two_processes_share_the_questions_and_give_the_same_score(local: Local,
     script, out = tmp_path / "ask.py", tmp_path / "found.json"
     script.write_text(_RANKS)
     paths = [str(local.folder / "site"), str(ROOT), *sys.path]
-    start = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"]
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     subprocess.run(
         [*start, str(script), str(local.folder), str(out)],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
         check=True,
         cwd=tmp_path,
+        timeout=600,  # a rank that waits for another is no reason to wait on
     )
     score, answers = json.loads(out.read_text())
     assert score == pytest.approx(ours.scores["local_gqa"])

@@ -56,6 +56,12 @@ def test_the_wheel_holds_every_file_of_the_package(wheel: Path) -> None:
     assert {name.split("/")[0].split("-")[0] for name in names} == {"instructblip"}
 
 
+def test_lmms_eval_finds_its_model_in_the_wheel(wheel: Path) -> None:
+    archive = zipfile.ZipFile(wheel)
+    (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/entry_points.txt"))
+    assert "[lmms_eval.models]\ninstructblip = instructblip.harness:registration\n" in archive.read(name).decode()
+
+
 def test_test_tools_are_an_extra(wheel: Path) -> None:
     archive = zipfile.ZipFile(wheel)
     (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))

@@ -30,7 +30,7 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["preset=papr"], "preset=papr is none of paper, lavis; did you mean paper"),
+        (["preset=papr"], "preset=papr is none of paper, lavis, lmms_eval; did you mean paper"),
         (["mode=guess"], "mode=guess is none of rank, generate, retrieve, match, null"),
         (["split=dev"], r"easy_vqa has no split dev; choose among train, validation, test"),
         (["suite.held_in=[easy_vqa_shap]"], "no dataset card 'easy_vqa_shap'"),

@@ -65,7 +65,7 @@ COMMANDS: dict[str, tuple[Any, tuple[str, ...]]] = {
         (schema.LoggerKind, LOGGERS),
         (schema.OcrLibrary, RECOGNISERS),
         (schema.Precision, PRECISIONS),
-        (schema.Preset, RANKING_PRESETS),
+        (schema.Preset, (*RANKING_PRESETS, "lmms_eval")),  # which ranks nothing
         (schema.Quantization, QUANTIZATIONS),
         (schema.TextProcessor, TEXT_PROCESSORS),
         (schema.Transform, TRANSFORMS),
@@ -114,7 +114,7 @@ WRONG = [
     ("train", "name=7", "name must be text, not 7; put it in quotes: name=\"'7'\""),
     ("train", "seed=1.5", "seed must be a whole number, not 1.5"),
     ("train", "mixture.temperature=2", "mixture.weights=sqrt takes no mixture.temperature"),
-    ("evaluate", "preset=papers", "preset=papers is none of paper, lavis; did you mean paper?"),
+    ("evaluate", "preset=papers", "preset=papers is none of paper, lavis, lmms_eval; did you mean paper?"),
     ("evaluate", "mode=guess", "mode=guess is none of rank, generate, retrieve, match, null"),
     ("evaluate", "data.transform=crop", "data.transform=crop is none of resize_square, center_crop"),
     ("evaluate", "suite.held_in=[] suite.held_out=[]", "there is nothing to evaluate; name a dataset"),

@@ -249,7 +249,7 @@ def test_a_mean_score_says_how_many_samples_it_has() -> None:
             "official, lavis, textvqa, vizwiz, lmms_eval, not 'okvqa'",
         ),
         (lambda: vqa_accuracy(["a"], [["a"] * 9], variant="textvqa"), "ten answers a sample, got 9"),
-        (lambda: gqa_accuracy(["a"], ["a"], variant="paper"), "official, lavis, not 'paper'"),
+        (lambda: gqa_accuracy(["a"], ["a"], variant="paper"), "official, lavis, lmms_eval, not 'paper'"),
         (lambda: gqa_accuracy(["a"], ["a"], balanced=[False]), "GQA accuracy of no samples"),
         (lambda: aokvqa_direct_answer(["a"], [["a"]], difficult=[]), "1 predictions for 0 marks"),
         (lambda: multiple_choice_accuracy([0], [-1]), "labels are numbered from 0, got -1"),
