@@ -230,10 +230,16 @@ def print_help(name: str, schema: type[Schema], arguments: list[str]) -> None:
     if overrides or not _mandatory(name):
         composed = _compose(name, next(_jobs(overrides)), with_hydra=True)
         choices = {key: value for key, value in composed.hydra.runtime.choices.items() if "hydra/" not in key}
-        settings = {str(key): value for key, value in OmegaConf.to_container(composed).items() if key != "hydra"}
+        settings = {key: value for key, value in _plain(composed).items() if key != "hydra"}
     width = min(shutil.get_terminal_size((120, 0)).columns, 120)
     print(command_help(name, settings, choices, width=width))
     print("\nPowered by Hydra (https://hydra.cc): --hydra-help shows its own options, --cfg job the settings alone.")
+
+
+def _plain(composed: DictConfig) -> dict[str, Any]:
+    """The settings as they stand in the files, nothing interpolated."""
+    found: dict[str, Any] = OmegaConf.to_container(composed)  # type: ignore[assignment]
+    return found
 
 
 def _mandatory(name: str) -> bool:
