@@ -1,12 +1,14 @@
 """Self-contained HTML pages: one file, nothing fetched, every text escaped."""
 
 import base64
+import functools
 import hashlib
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 
+@functools.cache  # it compiles a template once for all pages of a process
 def page_environment(folder: Path) -> Environment:
     """Jinja over the templates of a folder: texts are escaped, unknown names are errors.
 

@@ -2,6 +2,7 @@
 
 # ruff: noqa: E402
 import gc
+from pathlib import Path
 
 gc.disable()  # all that is imported here stays
 
@@ -16,8 +17,11 @@ import wandb
 import yaml
 
 import tests.kit.runs
+from instructblip.evaluation.report import page
+from instructblip.html import page_environment
 
 LOADED = (matplotlib, scipy, torch, wandb, tests)
+page_environment(Path(page.__file__).parent).get_template(page._TEMPLATE)  # compiled once, too
 # OmegaConf derives a loader from this one for each file that Hydra composes; libyaml reads the same eight times as fast.
 yaml.SafeLoader = yaml.CSafeLoader  # type: ignore[misc, assignment]
 gc.enable()
