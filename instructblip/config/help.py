@@ -120,7 +120,7 @@ def _group_comments(lines: Sequence[str]) -> dict[str, str]:
     found = {}
     for line in lines:
         if entry := re.match(r"  - ([\w/]+)(?:@[\w.]+)?: [^#]*(?:#\s+(.*))?$", line):
-            found[entry[1]] = entry[2] or ""
+            found.setdefault(entry[1], entry[2] or "")  # a group may be composed twice
     return found
 
 

@@ -15,7 +15,7 @@ from instructblip.errors import UserError
 from instructblip.evaluation import journal, runner
 from instructblip.evaluation.protocol import make_task
 from instructblip.evaluation.report import compare, table
-from instructblip.training import inspect
+from instructblip.training import inspection
 from instructblip.training.run import train
 from tests.kit.own_data import write_card, write_own_data
 from tests.kit.runs import World, compose, evaluate_here, one_thread, read_lines, run, train_here
@@ -184,7 +184,7 @@ def test_inspect_takes_a_path(world: World, home: Path) -> None:
     config = compose("inspect", InspectConfig, [*mixture, shards_of(home), "timed=2", "samples=2"])
     console = Console(file=io.StringIO(), width=200)
     with world.here(), one_thread():
-        inspect.inspect(config, console)
+        inspection.inspect(config, console)
     assert "0: mine/" in console.file.getvalue()
 
 
