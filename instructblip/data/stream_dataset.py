@@ -34,7 +34,7 @@ class Readers(NamedTuple):
         return max(1, self.workers)
 
     @property
-    def count(self) -> int:
+    def total(self) -> int:
         """How many there are."""
         return self.world_size * self.lanes
 
@@ -58,7 +58,7 @@ class StreamDataset(Dataset[Item]):
         self.make_image = make_image
         self.texts = texts
         self.readers = readers
-        self._deals = [Deal(readers.count) for _ in sets]
+        self._deals = [Deal(readers.total) for _ in sets]
         self._begin = [self._places(lane, None) for lane in range(readers.lanes)]
         self._open: dict[int, list[StreamReader]] = {}  # of the lanes that this process reads
         self._ahead: list[tuple[int, tuple[Place, ...]]] = []  # places of steps that were read, and not trained on yet
@@ -160,8 +160,8 @@ class StreamDataset(Dataset[Item]):
                 of_sets.append(None)
                 continue
             deal, places = Deal.from_json(stated["deal"]), [Place(*place) for place in stated["places"]]
-            same = deal.readers == self.readers.count
-            self._deals[number] = deal if same else deal.again(places, self.readers.count)
+            same = deal.readers == self.readers.total
+            self._deals[number] = deal if same else deal.again(places, self.readers.total)
             of_sets.append(places if same else None)
         self._begin = [self._places(lane, of_sets) for lane in range(self.readers.lanes)]
         self._open, self._ahead = {}, []

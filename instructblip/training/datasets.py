@@ -87,11 +87,12 @@ def make_mixture(
     Raises:
         UserError: weights, multipliers or groups that cannot be planned.
     """
+    items: list[TrainingSet | StreamSet] = [*sets]
     entries = [
         MixtureEntry(
             item.name, len(item), entry.multiplier, item.shard_records, item.images if config.per == "image" else None
         )
-        for item, entry in zip(sets, config.datasets, strict=True)
+        for item, entry in zip(items, config.datasets, strict=True)
     ]
     segments = []
     for phase in phases:

@@ -17,7 +17,7 @@ from instructblip.data.loader import load_batches
 from instructblip.data.lost import LostSample
 from instructblip.data.mixture import position_generator
 from instructblip.data.mixture_dataset import DrawnImage, MixtureDataset, Texts, decoded
-from instructblip.data.prepare.command import Needed, find_shards
+from instructblip.data.prepare.command import Needed, find_shards, shards_folder
 from instructblip.data.stream_dataset import Readers, StreamDataset
 from instructblip.data.transforms import AUGMENTATIONS, decode_for, draw_view
 from instructblip.images import decode_image, image_size
@@ -44,18 +44,18 @@ def inspect(config: InspectConfig, console: Console) -> None:
 
 def _dataset(config: InspectConfig, cards: Sequence[Card], console: Console) -> MixtureDataset | StreamDataset:
     needed = [Needed(card, frozenset({TRAIN_SPLIT}), config.data.stream) for card in cards]
-    found = find_shards(needed, config.data, console)
-    foreign = streamed_as_they_are(cards, config.data, found.missing)
-    if found.missing.keys() - foreign:
-        raise found.refusal(*(found.missing.keys() - foreign))
     images = decoded(config.data.transform, config.image_size)
     texts = Texts(config.data.text_processor, prompt_processor=config.data.prompt_processor)
-    if config.data.stream:
-        streams = open_streams(cards, found.folder, foreign, config.mixture.templates)
-        mixture = make_mixture(config.mixture, streams, [config], seed=config.seed)
-        return StreamDataset(mixture, streams, images, texts, Readers(workers=config.data.workers))
-    sets = open_sets(cards, found.folder, config.mixture.templates)
-    return MixtureDataset(make_mixture(config.mixture, sets, [config], seed=config.seed), sets, images, texts)
+    if not config.data.stream:
+        sets = open_sets(cards, shards_folder(needed, config.data, console), config.mixture.templates)
+        return MixtureDataset(make_mixture(config.mixture, sets, [config], seed=config.seed), sets, images, texts)
+    found = find_shards(needed, config.data, console)
+    foreign = streamed_as_they_are(cards, config.data, found.missing)
+    if missing := found.missing.keys() - foreign:
+        raise found.refusal(*missing)
+    streams = open_streams(cards, found.folder, foreign, config.mixture.templates)
+    mixture = make_mixture(config.mixture, streams, [config], seed=config.seed)
+    return StreamDataset(mixture, streams, images, texts, Readers(workers=config.data.workers))
 
 
 def _show(item: Item, lost: Sequence[LostSample], console: Console) -> None:

@@ -119,6 +119,18 @@ def _mirrored(item: Needed) -> Iterable[str]:
     return item.splits if item.streamed else (*item.card.splits, *item.splits)
 
 
+def shards_folder(needed: Sequence[Needed], data: DataConfig, console: Console) -> Path:
+    """The folder that these splits can be opened from, wherever data.shards is.
+
+    Raises:
+        UserError: as `find_shards`; some of them are not prepared, all of which it names.
+    """
+    found = find_shards(needed, data, console)
+    if found.missing:
+        raise found.refusal()
+    return found.folder
+
+
 def ensure_prepared(
     cards: Sequence[Card], shards: Path, fetchable: Mapping[str, SourcesConfig], console: Console
 ) -> dict[str, str]:
