@@ -117,7 +117,7 @@ def _lines(name: str) -> list[str]:
 
 def _group_comments(lines: Sequence[str]) -> dict[str, str]:
     """The groups of a file's list of defaults in their order, and what it says of each."""
-    found = {}
+    found: dict[str, str] = {}
     for line in lines:
         if entry := re.match(r"  - ([\w/]+)(?:@[\w.]+)?: [^#]*(?:#\s+(.*))?$", line):
             found.setdefault(entry[1], entry[2] or "")  # a group may be composed twice
