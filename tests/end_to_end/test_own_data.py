@@ -333,7 +333,7 @@ def test_a_sweep_over_cards_gives_each_a_folder(world: World, untrained_run: Pat
     run(world, "evaluate.py", "-m", f"checkpoint={untrained_run}", "suite=own", cards, cwd=tmp_path)
     found = {path.parent.name: json.loads(path.read_text()) for path in (tmp_path / "outputs").rglob("results.json")}
     assert [list(results["datasets"]) for _, results in sorted(found.items())] == [["one"], ["two"]]
-    assert sorted(found) == ["own-suite.held_out_._one_mine.yaml_", "own-suite.held_out_._two_mine.yaml_"]
+    assert sorted(found) == ["own-held_out_._one_mine.yaml_", "own-held_out_._two_mine.yaml_"]
 
 
 def test_a_score_of_ones_own_is_marked_where_it_is_not_as_the_card_says(
