@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from instructblip.models.instructblip import InstructBLIP
-from instructblip.weights import __main__ as command
+from instructblip.weights import conversion as command
 from instructblip.weights.__main__ import main
 from instructblip.weights.lavis import save_lavis
 from instructblip.weights.load import load_model
