@@ -110,13 +110,16 @@ def test_the_sequence_has_what_it_is_to_show(whole: list[tuple[int, list[Row], l
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
-@pytest.mark.parametrize("world", [1, 2, 4, 8])
+@pytest.mark.parametrize(
+    "world", [1, 2, pytest.param(4, marks=pytest.mark.slow), pytest.param(8, marks=pytest.mark.slow)]
+)
 def test_any_number_of_ranks_and_workers(
     dataset: MixtureDataset, whole: list[tuple[int, list[Row], list[tuple[str, str]]]], world: int, workers: int
 ) -> None:
     assert _sequence(dataset, world=world, workers=workers) == whole
 
 
+@pytest.mark.slow
 def test_twenty_stops_and_restarts_with_another_number_of_ranks(
     dataset: MixtureDataset, whole: list[tuple[int, list[Row], list[tuple[str, str]]]]
 ) -> None:

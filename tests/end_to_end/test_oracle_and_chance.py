@@ -52,12 +52,15 @@ def test_an_oracle_scores_the_maximum(name: str, preset: str, tmp_path: Path) ->
         assert not any(f" {answer} " in f" {said} " for answer in answers - {"true", "false"})
 
 
-# A retrieval scores all of its pairs, which takes seconds: of the two, one stands among the fast tests.
-LONG = ("coco_retrieval",)
+# One card of each mode and number of candidates stands among the fast tests; the others are asked alike.
+QUICK = (
+    *("easy_vqa_shape", "easy_vqa_statements", "clothing_what", "scienceqa_img", "iconqa", "hateful_memes"),
+    *("msvd_qa", "visdial", "gqa", "flickr30k", "flickr30k_retrieval"),
+)
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow) if name in LONG else name for name in EVALUATED]
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in EVALUATED]
 )
 def test_a_model_of_random_parts_scores_near_chance(
     name: str, random_models: tuple[InstructBLIP, BLIP2], tmp_path: Path

@@ -88,7 +88,7 @@ def test_the_gradient_of_all_three_together() -> None:
     assert_like_lavis(found, expected["loss_total_whole_batch"])
 
 
-@pytest.mark.parametrize("name", ["losses", "losses_image_ids"])
+@pytest.mark.parametrize("name", [pytest.param("losses", marks=pytest.mark.slow), "losses_image_ids"])
 def test_negatives_are_drawn_as_often_as_lavis_weights_them(name: str) -> None:
     """Over 1,000 seeds, each candidate within four standard deviations of its share; samples of the same image never."""
     vectors = case("blip2_stage1", name)

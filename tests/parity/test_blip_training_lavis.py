@@ -135,7 +135,7 @@ def test_gradients_of_each_loss(name: str, loss: str) -> None:
     assert_like_lavis(model, found, of(name)["expected"]["gradients"][loss])
 
 
-@pytest.mark.parametrize("name", ["pretrain_losses", "retrieval_losses"])
+@pytest.mark.parametrize("name", [pytest.param("pretrain_losses", marks=pytest.mark.slow), "retrieval_losses"])
 def test_negatives_are_drawn_as_often_as_lavis_weights_them(name: str) -> None:
     """Over 1,000 seeds, each candidate within four standard deviations of its share; what may not be drawn never."""
     vectors, seeds = of(name), 1000

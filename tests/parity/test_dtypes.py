@@ -158,7 +158,7 @@ def assert_same(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> No
         assert torch.equal(found[name], tensor), name
 
 
-@pytest.mark.parametrize("mode", ["rank", "generate"])
+@pytest.mark.parametrize("mode", ["rank", pytest.param("generate", marks=pytest.mark.slow)])
 def test_it_is_evaluated(folder: Folder, mode: str, world: World, tmp_path: Path) -> None:
     evaluated = evaluate_here(world, folder.path, tmp_path, "samples=4", "batch_size=4", f"mode={mode}")
     held = json.loads((evaluated / "results.json").read_text())["model"]["llm"]["dtype"]

@@ -83,6 +83,7 @@ def begin(config: TrainConfig, init_from: list[str] | str, **sections: Any) -> t
 def write_run(folder: Path, config: TrainConfig, model: Model, start: Start = PLAIN.start) -> Path:
     """The folder of a run that took nine steps."""
     state = {"frozen": frozen_fingerprints(model), "start": start.to_json(), "untrained": []}
+    (folder / "checkpoints").mkdir(parents=True)
     save_checkpoint(folder / "checkpoints", step=9, model=model.held_state(), optimizer={}, state=state, keep=1)
     (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
     return folder
