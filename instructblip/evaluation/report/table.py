@@ -292,7 +292,7 @@ def _row_names(runs: Sequence[StoredRun]) -> list[str]:
         names = ["/".join(run.folder.parts[-length:]) for run in runs]
         if len(set(names)) == len({run.folder for run in runs}):
             break
-    pieces = [re.split(r"(?<=[-/])", name) for name in names]
+    pieces = [list(filter(None, re.split(r"(?<=[-/])", name))) for name in names]
     common = list(takewhile(lambda column: len(set(column)) == 1, zip(*pieces, strict=False)))
     start = min(len(common), min(map(len, pieces)) - 1) if len(names) > 1 else 0
     return ["".join(parts[start:]) for parts in pieces]
