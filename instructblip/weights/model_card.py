@@ -75,7 +75,7 @@ def write_model_card(
     run = found.path.parents[1] if found.format == "run" else None
     base = origin if is_hub_id(origin) and not Path(origin).exists() else None
     trained_on = {} if run is None else _trained_on(run / "config.yaml")
-    scores = _scores(_results_file(run, results), loaded, set(trained_on))
+    scores = _scores(_results_file(run, results), loaded, trained_on)
     parts = _parts(loaded, base)
     metadata = _metadata(loaded, PIPELINE_TAGS[found.kind], name, parts, _official(trained_on), scores, licence)
     sections = [
@@ -232,7 +232,7 @@ def _results_file(run: Path | None, given: Path | None) -> Path | None:
     return own if own is not None and own.is_file() else None
 
 
-def _scores(file: Path | None, loaded: LoadedModel, trained_on: set[str]) -> list[ScoreRow]:
+def _scores(file: Path | None, loaded: LoadedModel, trained_on: Mapping[str, Card | None]) -> list[ScoreRow]:
     """The scores of a results.json, which must be of these very weights."""
     if file is None:
         return []
@@ -240,7 +240,7 @@ def _scores(file: Path | None, loaded: LoadedModel, trained_on: set[str]) -> lis
         stored = read_json(file)
         evaluated = stored["checkpoint"]["trainable_sha256"]
         rows = [
-            ScoreRow(name, _title(name, entry), name in trained_on, _checked(entry))
+            ScoreRow(name, _title(name, entry), is_trained_on(name, trained_on), _checked(entry))
             for name, entry in stored["datasets"].items()
         ]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -250,6 +250,18 @@ def _scores(file: Path | None, loaded: LoadedModel, trained_on: set[str]) -> lis
     if evaluated != fingerprint_tensors(loaded.model.held_state()):
         raise UserError(f"{file} has the scores of other weights than {loaded.source}; {_AGAIN}")
     return rows
+
+
+def is_trained_on(name: str, trained_on: Mapping[str, Card | None]) -> bool:
+    """Whether the mixture has the dataset, or another view of the same images that asks for the same kinds of records."""
+    if name in trained_on:
+        return True
+    try:
+        card = load_card(name)
+    except UserError:  # a card of one's own, and no longer there
+        return False
+    alike = [other for other in trained_on.values() if other is not None and other.source == card.source]
+    return any(not card.kinds or not other.kinds or set(card.kinds) & set(other.kinds) for other in alike)
 
 
 def _checked(entry: Mapping[str, Any]) -> Mapping[str, Any]:

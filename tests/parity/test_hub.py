@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 
+from instructblip.data.cards import Card, load_card
 from instructblip.data.records import Record
 from instructblip.errors import UserError
 from instructblip.evaluation.suite import DatasetResult, results_json
@@ -20,6 +21,7 @@ from instructblip.files import write_json
 from instructblip.models.fingerprint import fingerprint_tensors
 from instructblip.weights.__main__ import main
 from instructblip.weights.load import load_model
+from instructblip.weights.model_card import is_trained_on
 from tests.kit.hub import Hub, hub
 from tests.kit.mixtures import jpeg, mixture_of, write_split
 from tests.parity.conftest import Formats
@@ -61,6 +63,20 @@ def evaluated(formats: Formats, tmp_path: Path) -> Path:
 
 def convert(*arguments: object) -> int:
     return main([*map(str, arguments), "--to", "huggingface"])
+
+
+def test_another_view_of_what_was_trained_is_held_in_and_another_kind_is_not() -> None:
+    trained: dict[str, Card | None] = {
+        name: load_card(name) for name in ("clothing_known_what", "clothing_known_present")
+    }
+    asked = (
+        "clothing_known_yes_no",
+        "clothing_small",
+        "clothing_novel_yes_no",
+        "clothing_statements",
+        "easy_vqa_yes_no",
+    )
+    assert [is_trained_on(name, {**trained, "gone": None}) for name in asked] == [True, True, False, False, False]
 
 
 def test_a_card_has_parts_data_scores_and_terms_and_the_hubs_client_reads_it(evaluated: Path, tmp_path: Path) -> None:
