@@ -1,10 +1,13 @@
-"""Where a run's metrics go besides its own `metrics.jsonl`: nowhere, to Weights & Biases, to TensorBoard, or to several."""
+"""Where a run's metrics go besides its own `metrics.jsonl`: nowhere, to Weights & Biases, to TensorBoard, to MLflow, or to
+several."""
 
 import contextlib
+import hashlib
 import json
 import logging
 import math
 import os
+import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +22,12 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _CONFIG = "config"  # name of the text that TensorBoard has of a run's settings
+_MLFLOW_TAG = "instructblip_folder"  # of a run there: by it a run that goes on is found
+_MLFLOW_METRICS, _MLFLOW_PARAMS, _MLFLOW_TEXT = (
+    1000,
+    100,
+    500,
+)  # what its servers take at once: numbers, settings, characters
 
 
 @dataclass(frozen=True)
@@ -176,8 +185,7 @@ class TensorBoardLogger:
     def log_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int | None) -> None:
         """Record a table as a text in Markdown."""
         file, place = self._at(step)
-        cells = [columns, ["---"] * len(columns), *(["" if cell is None else cell for cell in row] for row in rows)]
-        file.add_text(name, "\n".join(f"| {' | '.join(map(_table_cell, row))} |" for row in cells), place)
+        file.add_text(name, _markdown(columns, rows), place)
 
     def log_samples(self, name: str, samples: Iterable[TrackedSample], step: int | None) -> None:
         """Record pictures, and beside each, under the same name, its text."""
@@ -251,6 +259,101 @@ class _EventFile:
             self._writer.flush()
 
 
+class MLflowLogger:
+    """A run of MLflow in `<folder>/mlflow/`, for `mlflow ui --backend-store-uri sqlite:///<folder>/mlflow/mlflow.db`.
+
+    Online it goes to the server that MLFLOW_TRACKING_URI names. A run that goes on is the same one there. MLflow only adds,
+    so what it already has of a step is not recorded again.
+    """
+
+    def __init__(self, run: TrackedRun) -> None:
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read when mlflow is imported
+        logging.getLogger("mlflow").setLevel(logging.WARNING)
+        logging.getLogger("alembic").setLevel(logging.WARNING)
+        try:
+            import sqlalchemy  # noqa: F401  of the offline store, which mlflow-skinny imports late
+            from mlflow import MlflowClient
+            from mlflow.entities import Metric, Param
+        except ImportError:
+            raise UserError(
+                "logger=mlflow needs the package mlflow-skinny; pip install -r requirements-trackers.txt, or choose another "
+                "logger"
+            ) from None
+        self._metric, self._param = Metric, Param
+        home = run.folder.resolve() / "mlflow"
+        online = run.mode == "online"
+        if online and not os.environ.get("MLFLOW_TRACKING_URI"):
+            raise UserError(
+                "logger=mlflow with mode=online needs a server; set MLFLOW_TRACKING_URI, or choose mode=offline"
+            )
+        if not online:
+            home.mkdir(parents=True, exist_ok=True)
+        self._client = MlflowClient(None if online else f"sqlite:///{home / 'mlflow.db'}")
+        self._id, self._had = self._begin(run, None if online else (home / "files").as_uri())
+        self._last = run.first_step - 1
+
+    def log(self, metrics: Mapping[str, Any], step: int | None) -> None:
+        """Record numbers; texts and what is not known are left to metrics.jsonl."""
+        numbers = {name: value for name, value in flatten(metrics).items() if isinstance(value, int | float)}
+        numbers.pop("step", None)
+        place, now = self._at(step), time.time_ns() // 1_000_000
+        new = {
+            name: value
+            for name, value in numbers.items()
+            if step is None or step > self._had.get(_mlflow_name(name), -1)
+        }
+        found = [self._metric(_mlflow_name(name), float(value), now, place) for name, value in new.items()]
+        for start in range(0, len(found), _MLFLOW_METRICS):
+            self._client.log_batch(self._id, metrics=found[start : start + _MLFLOW_METRICS])
+
+    def log_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int | None) -> None:
+        """Record a table as a text in Markdown."""
+        self._client.log_text(self._id, _markdown(columns, rows), f"{name}/step_{self._at(step):08d}.md")
+
+    def log_samples(self, name: str, samples: Iterable[TrackedSample], step: int | None) -> None:
+        """Record pictures, and beside each its text."""
+        for number, item in enumerate(samples):
+            file = f"{name}/step_{self._at(step):08d}/{number:03d}"
+            self._client.log_image(self._id, item.picture, artifact_file=f"{file}.png")
+            self._client.log_text(self._id, item.text, f"{file}.txt")
+
+    def finish(self) -> None:
+        """Say that the run has ended."""
+        self._client.set_terminated(self._id)
+
+    def _begin(self, run: TrackedRun, files: str | None) -> tuple[str, dict[str, int]]:
+        """The run's id, and the last step that it has of each number; its own earlier one where it goes on."""
+        experiment = self._client.get_experiment_by_name(run.project)
+        place = experiment.experiment_id if experiment else self._client.create_experiment(run.project, files)
+        tag = {_MLFLOW_TAG: hashlib.sha256(os.fsencode(run.folder.resolve())).hexdigest()}  # free of quotes
+        mine = f"tags.{_MLFLOW_TAG} = '{tag[_MLFLOW_TAG]}'"
+        if run.first_step > 1 and (found := self._client.search_runs([place], mine, max_results=1)):
+            self._client.update_run(found[0].info.run_id, status="RUNNING")
+            return found[0].info.run_id, {entry.key: entry.step for entry in found[0].to_proto().data.metrics}
+        begun = self._client.create_run(place, run_name=run.name, tags=tag).info.run_id
+        self._client.log_dict(begun, dict(run.config), "config.json")
+        settings = [
+            self._param(_mlflow_name(name), str(value)[:_MLFLOW_TEXT]) for name, value in flatten(run.config).items()
+        ]
+        for start in range(0, len(settings), _MLFLOW_PARAMS):
+            self._client.log_batch(begun, params=settings[start : start + _MLFLOW_PARAMS])
+        return begun, {}
+
+    def _at(self, step: int | None) -> int:
+        """The number that something of a step is kept under; what comes after all steps under the last one's."""
+        self._last = self._last if step is None else step
+        return self._last
+
+
+def _mlflow_name(name: str) -> str:
+    return re.sub(r"[^\w\-./ ]", "_", name)
+
+
+def _markdown(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    cells = [columns, ["---"] * len(columns), *(["" if cell is None else cell for cell in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(map(_table_cell, row))} |" for row in cells)
+
+
 def _table_cell(value: Any) -> str:
     text = f"{value:.4g}" if isinstance(value, float) else str(value)
     return " ".join(text.replace("|", "\\|").split())
@@ -260,6 +363,7 @@ LOGGERS: dict[str, Callable[[TrackedRun], Logger] | None] = {
     "none": None,
     "wandb": WandbLogger,
     "tensorboard": TensorBoardLogger,
+    "mlflow": MLflowLogger,
 }
 
 

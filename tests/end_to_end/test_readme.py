@@ -200,7 +200,7 @@ def test_a_study_answers(line: str, world: World, tmp_path: Path) -> None:
     ]
     printed = run(world, module, *arguments, "form=short", "seeds=[1]", *train, cwd=tmp_path)
     if "plan" in given:
-        assert "seed 1: to do, outputs/study/runs/photos-seed1-" in printed
+        assert "seed 1: to do, outputs/study/runs/photos_known-seed1-" in printed
         return
     for name in ("study.md", "study.png", "study.json"):
         assert f"wrote outputs/study/{given['study']}/{name}" in printed
@@ -230,7 +230,7 @@ def _tiny_training(world: World, given: Mapping[str, str], folder: Path) -> tupl
     if any(key.startswith("recipe.phases") and ("," in value) for key, value in given.items()):  # swept
         return (*(item for item in world.train if "recipe." not in item), *SWEPT_PHASES)
     short = (*ONE_PHASE, "recipe.final_samples=1", "recipe.validation_samples=1")
-    if given.get("experiment") == "photos":
+    if given.get("experiment") in ("photos", "photos_known"):
         write_synthetic(load_card("clothing_small"), folder / "data/clothing", scenes=12)
         short = (*short, "data.sources.clothing_small.path=data/clothing")
     if "experiment" in given:

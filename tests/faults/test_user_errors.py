@@ -95,7 +95,7 @@ def test_a_mistake_on_the_command_line(
         ("llm.dtype=float33", ["llm.dtype=float33 is none of float32, bfloat16, float16; did you mean float32?"]),
         ("llm.eos_token=nothing", ["llm=smollm2_135m", "no token 'nothing'", "llm config"]),
         ("device=tpu9", ["device=tpu9", "auto, cpu or cuda"]),
-        ("logger.kind=tensorbord", ["logger.kind", "tensorbord is none of none, wandb, tensorboard"]),
+        ("logger.kind=tensorbord", ["logger.kind", "tensorbord is none of none, wandb, tensorboard, mlflow"]),
         ("recipe.phases.alignment.steps=0", ["recipe.phases.alignment.steps=0 is too small", "1 or more"]),
         ("recipe.phases.instruction.micro_batch_size=0", ["recipe.phases.instruction.micro_batch_size=0", "1 or more"]),
         ("~recipe.phases", ["key recipe.phases is missing"]),

@@ -56,7 +56,12 @@ def test_none_keeps_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "remedy"), [("wandb", "pip install wandb"), ("tensorboard", "pip install -r requirements-trackers.txt")]
+    ("kind", "remedy"),
+    [
+        ("wandb", "pip install wandb"),
+        ("tensorboard", "pip install -r requirements-trackers.txt"),
+        ("mlflow", "pip install -r requirements-trackers.txt"),
+    ],
 )
 def test_a_missing_package_says_how_to_mend(
     kind: str, remedy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -166,6 +171,52 @@ def test_a_resumed_run_has_each_step_once_in_tensorboard(tmp_path: Path) -> None
     begun_anew = make("tensorboard", tmp_path)
     begun_anew.log({"loss": 0.5}, 1)
     assert scalars(tmp_path / "tensorboard")["loss"] == [(1, 0.5)]
+
+
+def test_mlflow_has_numbers_scores_settings_and_pictures_and_each_step_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("sqlalchemy")
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "it's a run"
+    for process, (first, last) in enumerate(
+        [(1, 5), (4, 6)]
+    ):  # killed after 5, before its validation; a checkpoint of 3
+        logger = make("mlflow", folder, first_step=first)
+        for step in range(first, last + 1):
+            logger.log(
+                {"step": step, "loss": 10.0 * process + step, "loss_by_dataset": {"a(b)": 0.5}, "phase": "x"}, step
+            )
+            if step == 5 and process:
+                logger.log({"validation": {"gqa": 49.25, "vsr": None}}, step)
+                logger.log_samples("seen", [picture("red", "asked: what?\nanswered: red")], step)
+    logger.log_table("scores", ["dataset", "value"], [["gqa", 49.256789]], None)
+    logger.log({"evaluation": {"gqa": {"value": 49.5}}}, None)
+    logger.finish()
+    client = mlflow.MlflowClient(f"sqlite:///{folder / 'mlflow/mlflow.db'}")
+    (run,) = client.search_runs([client.get_experiment_by_name("tests").experiment_id])
+    history = {
+        name: [(at.step, at.value) for at in client.get_metric_history(run.info.run_id, name)]
+        for name in run.data.metrics
+    }
+    assert history.pop("loss") == [(1, 1), (2, 2), (3, 3), (4, 4), (5, 5), (6, 16)]
+    assert [step for step, _ in history.pop("loss_by_dataset/a_b_")] == [1, 2, 3, 4, 5, 6]
+    assert history == {"validation/gqa": [(5, 49.25)], "evaluation/gqa/value": [(6, 49.5)]}
+    assert (run.info.run_name, run.info.status, run.data.params) == ("tiny", "FINISHED", {"lr": "0.0001", "a/b": "1"})
+    (files,) = folder.glob("mlflow/files/*/artifacts")
+    assert json.loads((files / "config.json").read_text()) == {"lr": 1e-4, "a": {"b": 1}}
+    assert (files / "seen/step_00000005/000.txt").read_text() == "asked: what?\nanswered: red"
+    assert Image.open(files / "seen/step_00000005/000.png").convert("RGB").getpixel((0, 0)) == (255, 0, 0)
+    assert "| gqa | 49.26 |" in (files / "scores/step_00000006.md").read_text()
+    assert [path.name for path in tmp_path.iterdir()] == [folder.name]
+
+
+def test_mlflow_online_needs_a_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("mlflow")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with pytest.raises(UserError, match=r"^logger=mlflow with mode=online needs a server; set MLFLOW_TRACKING_URI, or"):
+        make("mlflow", tmp_path, mode="online")
 
 
 def test_a_full_disk_ends_tensorboard_and_not_the_run(
