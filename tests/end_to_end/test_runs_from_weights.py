@@ -114,7 +114,7 @@ def _take_steps(run: TrainingRun) -> list[float]:
         run.model,
         run.optimisation.optimizer,
         run.phases,
-        ((step, micro_batches) for step, micro_batches, _ in batches),
+        ((loaded.step, loaded.batches) for loaded in batches),
         start_step=0,
         seed=run.config.seed,
         clip_norm=run.config.recipe.clip_norm,
