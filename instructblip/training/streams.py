@@ -98,7 +98,7 @@ def _foreign(card: Card, templates: TemplateSet) -> StreamSet:
 
 def _tars(card: Card) -> tuple[TarPlace, ...]:
     """All tars that a card names: below its folder, or at URLs."""
-    assert isinstance(card, OwnCard)  # see `is_foreign`
+    assert isinstance(card, OwnCard)  # see `streamed_as_they_are`
     raw, places = Path(card.path).expanduser().parent, list[TarPlace]()
     for named in card.splits[TRAIN_SPLIT].files["shards"]:
         if is_url(named):

@@ -14,7 +14,7 @@ from instructblip.demo.asking import Subject
 from instructblip.demo.examples import Example
 from instructblip.weights.load import load_model
 from tests.kit.blip2 import write_retrieval
-from tests.kit.browser import Browser, browser
+from tests.kit.browser import Browser
 from tests.kit.tiny import tiny_huggingface
 
 pytestmark = pytest.mark.slow
@@ -58,12 +58,6 @@ def address(subjects: list[Subject], pictures: Path, tmp_path_factory: pytest.Te
         assert local.startswith("http://127.0.0.1:")
         yield local
         page.close()
-
-
-@pytest.fixture(scope="module")
-def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    with browser(tmp_path_factory.mktemp("profile")) as tab:
-        yield tab
 
 
 @pytest.fixture

@@ -1,13 +1,12 @@
 """The report in headless Chromium: filter, search and larger pictures by real clicks and keys."""
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from instructblip.evaluation.report.page import Report, ReportSection, write_report
-from tests.kit.browser import Browser, browser
+from tests.kit.browser import Browser
 from tests.unit.test_report import example, row
 
 _VISIBLE = """[...document.querySelectorAll(".example")].filter((e) => e.checkVisibility())
@@ -29,12 +28,6 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     report = Report("T", "outputs/train/x", "LLM y", "2026-01-31", [row("a"), row("b")], sections)
     write_report(folder / "report.html", report)
     return folder / "report.html"
-
-
-@pytest.fixture(scope="module")
-def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    with browser(tmp_path_factory.mktemp("profile")) as tab:
-        yield tab
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """Tables that sort by a click and by keys, made-up data that says so, and pages on a telephone, in headless Chromium."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -8,7 +7,7 @@ import pytest
 from instructblip.evaluation.report.page import Report, ReportSection, write_report
 from instructblip.evaluation.report.table import MADE_UP_DATA, as_html, score_table
 from instructblip.evaluation.results_file import read_run
-from tests.kit.browser import Browser, browser
+from tests.kit.browser import Browser
 from tests.kit.stored import entry, write_run
 from tests.unit.test_report import example, row
 
@@ -17,12 +16,6 @@ pytestmark = pytest.mark.slow
 _FIRST = """[...document.querySelectorAll(".sortable tbody tr")].map((e) => e.cells[0].firstChild.textContent.trim())"""
 _SORTED = """[...document.querySelectorAll("thead th")].map((e) => e.getAttribute("aria-sort")).filter((e) => e)"""
 _WIDER = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
-
-
-@pytest.fixture(scope="module")
-def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    with browser(tmp_path_factory.mktemp("profile")) as tab:
-        yield tab
 
 
 @pytest.fixture(scope="module")
