@@ -306,10 +306,13 @@ def _answers(model: Any, task: Task, batch: Sequence[tuple[Question, Tensor]]) -
     candidates = [task.candidates(sample.record) for sample in samples]
     released = dict(model.RELEASED_RANKING) if protocol.preset == "lavis" else {}
     options = {"normalize": protocol.normalize, "include_eos": protocol.include_eos, **released}
+    if "llm" in model.PARTS and max(map(len, candidates)) > _MOST_SCORES:
+        options["best"] = _BEST_SCORES  # more are not kept
     scores = model.rank(images, prompts, candidates, **options)
     for sample, row in zip(samples, scores, strict=True):
         # What a model did not choose to rank has -inf.
-        if not (row[row > -torch.inf] if "preselect" in released else row).isfinite().all() or row.isnan().any():
+        numbers = row[row > -torch.inf] if {"preselect", "best"} & options.keys() else row
+        if not numbers.isfinite().all() or row.isnan().any():
             raise _not_finite(sample)
     return [_ranked(task, texts, row.tolist()) for texts, row in zip(candidates, scores, strict=True)]
 

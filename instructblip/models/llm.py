@@ -80,6 +80,13 @@ class Prefill:
     cache: Any
     encoded: dict[str, Tensor]
 
+    def keep(self, rows: Sequence[int]) -> "Prefill":
+        """Some of the prompts; what has all of them must not be used afterwards."""
+        kept = torch.tensor(rows, device=self.last_BL.device)
+        self.cache.batch_select_indices(kept)
+        encoded = {name: state[kept] for name, state in self.encoded.items()}
+        return Prefill(self.last_BL[kept], [self.lengths[row] for row in rows], self.cache, encoded)
+
 
 class AnswerStates(NamedTuple):
     """What `LLM.answer_states` returns.

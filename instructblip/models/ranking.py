@@ -109,11 +109,9 @@ def rank_candidates(
         ValueError: a sample without candidates, a candidate without tokens, an unknown normalisation.
     """
     list_of = range(len(candidates)) if list_of is None else list_of
-    if normalize not in ("sum", "mean"):
-        raise ValueError(f"normalize is 'sum' or 'mean', not {normalize!r}")
     if len(prefixes) != len(list_of):
         raise ValueError(f"{len(prefixes)} prompts and {len(list_of)} lists of candidates; each prompt needs one")
-    _check(candidates, list_of)
+    check_lists(candidates, list_of, normalize)
     if not llm.abilities.tree:
         rows = zip(prefixes, list_of, strict=True)
         return [_score_rows(llm, prefix, candidates[number], normalize, token_budget) for prefix, number in rows]
@@ -159,7 +157,14 @@ def deduplicated(items: Sequence[Item]) -> tuple[list[Item], list[int]]:
     return list(places), inverse
 
 
-def _check(candidates: Sequence[Sequence[Sequence[int]]], list_of: Sequence[int]) -> None:
+def check_lists(candidates: Sequence[Sequence[Sequence[int]]], list_of: Sequence[int], normalize: str) -> None:
+    """Refuse what cannot be ranked.
+
+    Raises:
+        ValueError: a sample without candidates, a candidate without tokens, an unknown normalisation.
+    """
+    if normalize not in ("sum", "mean"):
+        raise ValueError(f"normalize is 'sum' or 'mean', not {normalize!r}")
     for list_number, sequences in enumerate(candidates):
         row = list_of.index(list_number)
         if not sequences:
@@ -193,7 +198,7 @@ def _score_rows(
         hidden_SL = llm.answer_states([prefix] * len(answers), answers).hidden_SL
         tokens_S = torch.tensor([token for answer in answers for token in answer], device=hidden_SL.device)
         rows_S = torch.arange(len(hidden_SL), device=hidden_SL.device)
-        log_probs_S = _log_probs(llm, hidden_SL, rows_S, tokens_S)
+        log_probs_S = log_probs(llm, hidden_SL, rows_S, tokens_S)
         scores[group] = _reduced(log_probs_S, [len(answer) for answer in answers], normalize)
     return scores
 
@@ -245,6 +250,12 @@ def _score_trees(
     llm: LLM, prompts: Prefill, trees: Sequence[CandidateTree], tree_of: Sequence[int], normalize: str
 ) -> list[Tensor]:
     """Scores of each prompt's tree, `trees[tree_of[i]]`."""
+    node_BNL = tree_states(llm, prompts, trees, tree_of)
+    return [_score(llm, trees[number], node_NL, normalize) for number, node_NL in zip(tree_of, node_BNL, strict=True)]
+
+
+def tree_states(llm: LLM, prompts: Prefill, trees: Sequence[CandidateTree], tree_of: Sequence[int]) -> Tensor:
+    """Hidden states (B, 1 + N, L) of each prompt's last token and of the nodes of its tree, `trees[tree_of[i]]`, padded."""
     nodes, node_BNL = max(len(tree.tokens) for tree in trees), prompts.last_BL[:, None]
     if nodes:
         device, filler = node_BNL.device, [[0] * (nodes - len(tree.tokens)) for tree in trees]
@@ -257,16 +268,18 @@ def _score_trees(
         visible_BNN = torch.stack([_visible(tree, nodes) for tree in trees]).to(device)[of_row_B]
         hidden_BNL = llm.decode_tree(prompts, tokens_BN, depths_BN, visible_BNN)
         node_BNL = torch.cat([node_BNL, hidden_BNL], dim=1)
-    return [_score(llm, trees[number], node_NL, normalize) for number, node_NL in zip(tree_of, node_BNL, strict=True)]
+    return node_BNL
 
 
 def _visible(tree: CandidateTree, nodes: int) -> Tensor:
     """Which nodes each node attends to, (N, N) booleans; filler nodes see nothing but the prompt."""
     visible_NN = torch.zeros(nodes, nodes, dtype=torch.bool)
-    for node, parent in enumerate(tree.parents):  # parents come before children
-        if parent >= 0:
-            visible_NN[node] = visible_NN[parent]
-        visible_NN[node, node] = True
+    parents_N = torch.tensor(tree.parents, dtype=torch.long)
+    node_N = at_N = torch.arange(len(tree.parents))
+    while len(node_N):
+        visible_NN[node_N, at_N] = True
+        above_N = parents_N[at_N]
+        node_N, at_N = node_N[above_N >= 0], above_N[above_N >= 0]
     return visible_NN
 
 
@@ -276,10 +289,10 @@ def _score(llm: LLM, tree: CandidateTree, node_NL: Tensor, normalize: str) -> Te
     # Row 0 of node_NL is the prompt's last token, row n + 1 is node n.
     rows = torch.tensor([node + 1 for path in tree.paths for node, _ in path], device=node_NL.device)
     tokens = torch.tensor([token for path in tree.paths for _, token in path], device=node_NL.device)
-    return _reduced(_log_probs(llm, node_NL, rows, tokens), [len(path) for path in tree.paths], normalize)
+    return _reduced(log_probs(llm, node_NL, rows, tokens), [len(path) for path in tree.paths], normalize)
 
 
-def _log_probs(llm: LLM, hidden_NL: Tensor, rows_S: Tensor, tokens_S: Tensor) -> Tensor:
+def log_probs(llm: LLM, hidden_NL: Tensor, rows_S: Tensor, tokens_S: Tensor) -> Tensor:
     """The log-probability (S,) of each token by the hidden state of its row; each row's logits are computed once."""
     needed, place_S = rows_S.unique(return_inverse=True)
     log_probs_S = torch.empty(len(rows_S), device=hidden_NL.device)

@@ -34,6 +34,7 @@ from instructblip.models.arguments import (
 from instructblip.models.base import Inputs, Model, Outputs, PassWorkload, Samples
 from instructblip.models.decoding import Draws
 from instructblip.models.llm import LLM
+from instructblip.models.pruning import best_candidates
 from instructblip.models.ranking import TOKEN_BUDGET, deduplicated, greedy_candidates, rank_candidates
 from instructblip.models.streaming import OnText, check_follows
 from instructblip.models.vision import Images
@@ -156,6 +157,7 @@ class VisionLanguageModel(Model):
         *,
         normalize: str = "sum",
         include_eos: bool = True,
+        best: int | None = None,
         token_budget: int = TOKEN_BUDGET,
     ) -> list[Tensor]:
         """Log-likelihood (nats) of every candidate answer: one float32 tensor a sample, in the candidates' order.
@@ -166,6 +168,8 @@ class VisionLanguageModel(Model):
             candidates: B lists, of any lengths.
             normalize: `sum` over a candidate's tokens, or their `mean`.
             include_eos: count the end of sequence, without which a candidate that begins another always wins over it.
+            best: only so many are needed, the likeliest. The others may be left out where a part of their tokens shows that
+                they are none of these, and have -inf; the best ones and their scores stay the same. None: all are needed.
             token_budget: tokens that one pass through the LLM may hold; bounds memory, changes no score.
 
         Raises:
@@ -175,7 +179,7 @@ class VisionLanguageModel(Model):
         check_texts("prompts", prompts, count)
         check_candidates(candidates, count)
         check_choice("normalize", normalize, ("sum", "mean"))
-        check_counts({"token_budget": token_budget}, at_least=1)
+        check_counts({"token_budget": token_budget} | ({} if best is None else {"best": best}), at_least=1)
         # Every text is tokenised once, and lists that are alike (a vocabulary) are worked on once.
         form = self.llm.prompt_format
         follows = [bool(form.text_before(prompt)) for prompt in prompts]
@@ -192,7 +196,8 @@ class VisionLanguageModel(Model):
         longest = [max(ids[number], key=len) for number in list_of]
         self._check_positions(images, prompts, longest)
         prefixes = self.llm.prefixes(self.visual_prompt(self.image_tokens(images), prompts), prompts)
-        return rank_candidates(self.llm, prefixes, ids, list_of, normalize=normalize, token_budget=token_budget)
+        score = rank_candidates if best is None else partial(best_candidates, best=best)
+        return score(self.llm, prefixes, ids, list_of, normalize=normalize, token_budget=token_budget)
 
     @torch.inference_mode()
     def is_greedy(
