@@ -64,7 +64,7 @@ class Evaluation(Section):
         answer_list: address of that file, a JSON list of texts.
         min_new_tokens, length_penalty, repetition_penalty: further decoding in `generate` mode (tokens; exponent of the
             length that a beam's log-likelihood is divided by; factor against tokens that were written before, 1 for none).
-        beam_lengths: how lengths of beams are counted, one of `generation.BEAM_LENGTHS`.
+        beam_lengths: how lengths of beams are counted, one of `decoding.BEAM_LENGTHS`.
         until: texts that end an answer in `generate` mode and are no part of it.
         text_processor: what is done to a question first, one of `text_processors.TEXT_PROCESSORS`.
         may_be_empty: fields that the prompt shows even where a record has none of them.

@@ -48,7 +48,7 @@ class Protocol:
         verbalizers: (text, class) pairs; a freely generated text of one of them counts as its class.
         normalize, include_eos: of a candidate's token log-likelihoods.
         max_new_tokens, min_new_tokens, num_beams, length_penalty, repetition_penalty: of generation.
-        beam_lengths: how lengths of beams are counted, one of `generation.BEAM_LENGTHS`.
+        beam_lengths: how lengths of beams are counted, one of `decoding.BEAM_LENGTHS`.
         until: texts that end what was generated, and are no part of it.
         rerank, max_text_tokens: of retrieval, the latter of matching too, see `card_evaluation.Evaluation`; 0 otherwise.
         text_processor: what is done to a question, or to a caption that is looked for, one of

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from instructblip.errors import UserError
 from instructblip.models.base import blocks_of
+from instructblip.models.generation import Branches
 from instructblip.models.llm import LLM, DecoderLLM, LLMAbilities
 from instructblip.models.ranking import rank_candidates
 
@@ -153,11 +154,12 @@ def _measure(llm: LLM, in_float32: LLMAbilities | None = None) -> LLMAbilities:
             f"{_name(llm)} gives other logits for padded rows of embeddings than for each row's tokens alone; answers "
             "would be wrong: use another LLM"
         )
+    tree = _tries(_tree_is_right, trial) and _tries(_growing_tree_is_right, trial)
     return replace(
         trial.llm.abilities,
-        tree=_tries(_tree_is_right, trial),
+        tree=tree,
         packed=isinstance(llm, DecoderLLM) and _tries(_packing_is_right, trial),
-        **_generation(trial),
+        **({} if tree else _generation(trial)),  # else nothing is asked of its class
     )
 
 
@@ -337,6 +339,20 @@ def _tree_is_right(trial: _Trial) -> bool:
     found = torch.stack(rank_candidates(trial.llm, trial.prefixes, [trial.answers], [0] * len(trial.prefixes)))
     expected = [_log_likelihoods(logits, trial.answers) for logits in trial.own]
     return trial.near(found, torch.stack(expected).to(found.device))
+
+
+def _growing_tree_is_right(trial: _Trial) -> bool:
+    """The answers as beams, a token after the other."""
+    llm, beams, prompts = trial.llm, len(trial.answers), len(trial.prefixes)
+    rows = Branches.of(llm, trial.prefixes).select(
+        torch.arange(prompts).repeat_interleave(beams).to(llm.embeddings.weight.device)
+    )
+    answers = torch.tensor(trial.answers * prompts, device=llm.embeddings.weight.device)
+    found = [
+        rows.next_logits(answers[:, token : token + 1] if token >= 0 else answers[:, :0])
+        for token in range(-1, _ANSWER - 1)
+    ]
+    return trial.near(torch.stack(found, dim=1), torch.cat(trial.own))
 
 
 def _log_likelihoods(logits_ASV: Tensor, answers: Sequence[Sequence[int]]) -> Tensor:

@@ -1,7 +1,8 @@
-"""Texts from a stack of blocks with a key/value cache: greedy, nucleus sampling, and the beam search of the released models.
+"""Texts from a model with a cache: greedy, nucleus sampling, and beam search as three versions of transformers have it.
 
-BLIP and BLIP-2 were released with transformers 4.26. Later versions of its beam search stop earlier and divide the
-log-likelihood of a text that never ended by another length, so that they find other captions.
+BLIP and BLIP-2 were released with transformers 4.26, InstructBLIP with 4.33. Each version stops a beam search by another
+rule, and divides the log-likelihood of a text by another length, so that they find other captions. What has ended leaves the
+batch where the cache allows it.
 
 Shape legend: B batch, N beams, R = B x N rows, T tokens, W vocabulary.
 """
@@ -10,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import repeat
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -24,23 +25,55 @@ from transformers import (
 )
 
 from instructblip.models.streaming import OnIds
-from instructblip.models.transformer import KeyValueCache
 
 # (token ids (R, T) that the cache does not hold yet, the cache) -> logits (R, W) of the token behind them.
-Step = Callable[[Tensor, KeyValueCache], Tensor]
+Step = Callable[[Tensor, Any], Tensor]
 
 # (token ids so far (R, T), scores (R, W) of the next one) -> changed scores.
 Process = Callable[[Any, Any], Tensor]
 
-# Scores (B, W) -> the next token of each row (B,).
-Choose = Callable[[Tensor], Tensor]
+# Scores (R, W), numbers of the R rows in the batch -> the next token of each row (R,).
+Choose = Callable[[Tensor, Tensor], Tensor]
+
+
+class Cache(Protocol):
+    """What a model has computed of the rows; a dataclass."""
+
+    def select(self, rows_N: Tensor) -> Self:
+        """Of these rows, in this order; one may be taken more than once. What was given may be used up."""
+
+
+@dataclass(frozen=True)
+class BeamLengths:
+    """How a version of transformers counts tokens in its beam search. The n-th new token is being added.
+
+    Attributes:
+        before: tokens counted in front of the new ones; None: those of the start.
+        end: 1 where a text that ends is divided by a length with its end token, else 0.
+        added: 1 where the search is judged to be over by a length with the n-th token, else 0.
+        by_running: it is judged by the best beam that goes on; else by the best candidate, which may have ended. At the
+            largest length the N best candidates are taken as they are; else the N best that have not ended.
+    """
+
+    before: int | None
+    end: int
+    added: int
+    by_running: bool
+
+
+RELEASED_BLIP = BeamLengths(before=None, end=0, added=0, by_running=False)  # transformers 4.26, and BLIP's repository
+BEAM_LENGTHS = {
+    "new_tokens": BeamLengths(before=0, end=1, added=1, by_running=True),  # transformers since 4.35
+    # It counts the token that generation begins with, which is none of the text where a prompt is embedded.
+    "transformers_4_33": BeamLengths(before=1, end=0, added=1, by_running=False),
+}
 
 
 @torch.no_grad()
 def decode(
     step: Step,
     start_BT: Tensor,
-    cache: KeyValueCache,
+    cache: Cache,
     *,
     eos_id: int,
     pad_id: int,
@@ -54,13 +87,15 @@ def decode(
     top_p: float = 1.0,
     noise_BT: Tensor | None = None,
     on_ids: OnIds | None = None,
+    lengths: BeamLengths = RELEASED_BLIP,
+    leaves: bool = False,
 ) -> Tensor:
     """Continue token sequences.
 
     Args:
         step: runs new tokens through the blocks and extends the cache.
-        start_BT: the tokens to begin with; none is padding.
-        cache: what stands in front of them (each sample's queries, say); left as it is.
+        start_BT: the tokens to begin with; none is padding. T may be 0 where `step` has logits from the cache alone.
+        cache: what stands in front of them (each sample's queries, say).
         eos_id: ends a text.
         pad_id: fills the rows behind it.
         num_beams: 1 is greedy, or sampling with `do_sample`.
@@ -73,6 +108,8 @@ def decode(
         noise_BT: what sampling draws with, a number in [0, 1) for each new token of each row: a row is then a function of
             its own numbers, whatever stands beside it. None: torch's global random stream.
         on_ids: called after each token with the new ones so far; without beams.
+        lengths: how beam search counts them.
+        leaves: what has ended is dropped from the cache, which holds all that `step` knows of a row.
 
     Returns:
         Start and new tokens (B, T).
@@ -92,9 +129,12 @@ def decode(
         processors += nucleus(temperature, top_p)
     tokens = _Tokens(eos_id, pad_id, first + max_new_tokens)
     if num_beams > 1:
-        return _beam_search(step, start_BT, cache, processors, tokens, num_beams, length_penalty)
+        before = first if lengths.before is None else lengths.before
+        counted = _Counted(first, before, lengths, length_penalty)
+        return _beam_search(step, start_BT, cache, processors, tokens, num_beams, counted, leaves=leaves)
     choices = _draws(noise_BT, start_BT.device) if do_sample else repeat(_likeliest)
-    return _one_text_each(step, start_BT, cache, processors, tokens, choices, on_ids)
+    leaves = leaves and not (do_sample and noise_BT is None)  # torch's stream gives every row a number in each step
+    return _one_text_each(step, start_BT, cache, processors, tokens, choices, on_ids, leaves=leaves)
 
 
 def cut_at(text: str, until: Sequence[str]) -> str:
@@ -109,19 +149,23 @@ class _Tokens(NamedTuple):
     max_length: int  # the start's tokens are counted
 
 
-def _likeliest(scores_BW: Tensor) -> Tensor:
-    return scores_BW.argmax(dim=1)
+def _likeliest(scores_RW: Tensor, _rows_R: Tensor) -> Tensor:
+    return scores_RW.argmax(dim=1)
 
 
-def _draw(scores_BW: Tensor) -> Tensor:
-    return torch.multinomial(scores_BW.softmax(dim=1), 1)[:, 0]
+def _draw(scores_RW: Tensor, _rows_R: Tensor) -> Tensor:
+    return torch.multinomial(scores_RW.softmax(dim=1), 1)[:, 0]
+
+
+def _draw_with(scores_RW: Tensor, rows_R: Tensor, *, noise_B: Tensor) -> Tensor:
+    return drawn_with(scores_RW, noise_B[rows_R])
 
 
 def _draws(noise_BT: Tensor | None, device: torch.device) -> Iterator[Choose]:
     """How each new token is drawn, in turn."""
     if noise_BT is None:
         return repeat(_draw)
-    return (partial(drawn_with, noise_B=noise_B) for noise_B in noise_BT.to(device).T)
+    return (partial(_draw_with, noise_B=noise_B) for noise_B in noise_BT.to(device).T)
 
 
 def nucleus(temperature: float, top_p: float) -> list[LogitsProcessor]:
@@ -161,30 +205,38 @@ class _OnlyDrawn(LogitsProcessor):
         self._choices = _draws(noise_RT, device)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        chosen_R1 = next(self._choices)(scores)[:, None]
+        chosen_R1 = next(self._choices)(scores, torch.arange(len(scores), device=scores.device))[:, None]
         return torch.full_like(scores, -torch.inf).scatter(1, chosen_R1, 0.0)
 
 
 def _one_text_each(
     step: Step,
     start_BT: Tensor,
-    cache: KeyValueCache,
+    cache: Cache,
     process: Process,
     tokens: _Tokens,
     choices: Iterator[Choose],
     on_ids: OnIds | None,
+    *,
+    leaves: bool,
 ) -> Tensor:
-    ids_BT, new_BT, cache = start_BT, start_BT, replace(cache)
-    ended_B = torch.zeros(len(ids_BT), dtype=torch.bool, device=ids_BT.device)
-    while ids_BT.shape[1] < tokens.max_length and not ended_B.all():
-        next_B = next(choices)(process(ids_BT, step(new_BT, cache).float()))
-        next_B = next_B.masked_fill(ended_B, tokens.pad_id)
-        ended_B = ended_B | (next_B == tokens.eos_id)
-        new_BT = next_B[:, None]
-        ids_BT = torch.cat([ids_BT, new_BT], dim=1)
+    batch, first, device = *start_BT.shape, start_BT.device
+    ids_BT = start_BT.new_full((batch, tokens.max_length), tokens.pad_id)
+    ids_BT[:, :first] = start_BT
+    new_RT, cache, length = start_BT, replace(cache), first  # type: ignore[type-var]
+    left_R, ended_R = torch.arange(batch, device=device), torch.zeros(batch, dtype=torch.bool, device=device)
+    while length < tokens.max_length and not ended_R.all():
+        if leaves and ended_R.any():
+            rows = (~ended_R).nonzero()[:, 0]
+            cache, left_R, new_RT, ended_R = cache.select(rows), left_R[rows], new_RT[rows], ended_R[rows]
+        scores_RW = process(ids_BT[left_R, :length], step(new_RT, cache).float())
+        next_R = next(choices)(scores_RW, left_R).masked_fill(ended_R, tokens.pad_id)
+        ended_R = ended_R | (next_R == tokens.eos_id)
+        ids_BT[left_R, length] = next_R
+        new_RT, length = next_R[:, None], length + 1
         if on_ids is not None:
-            on_ids(ids_BT[:, start_BT.shape[1] :])
-    return ids_BT
+            on_ids(ids_BT[:, first:length])
+    return ids_BT[:, :length]
 
 
 class _Candidate(NamedTuple):
@@ -195,27 +247,76 @@ class _Candidate(NamedTuple):
     token: int
 
 
+@dataclass(frozen=True)
+class _Counted:
+    """The lengths of one search.
+
+    Attributes:
+        first: tokens of the start.
+        before: of them, or in their place, those that are counted.
+        rule: how.
+        penalty: the exponent of a length.
+    """
+
+    first: int
+    before: int
+    rule: BeamLengths
+    penalty: float
+
+    def divided(self, log_likelihood: float, length: int, more: int) -> float:
+        """A log-likelihood of so many tokens, the start and the one being added among them.
+
+        `more` says whether the last is counted.
+        """
+        return log_likelihood / (length - 1 - self.first + self.before + more) ** self.penalty
+
+
 @dataclass
 class _BestTexts:
     """The texts that one sample's beams have finished, at most as many as beams, and whether a better one may come."""
 
     beams: int
-    length_penalty: float
+    counted: _Counted
     texts: list[tuple[float, list[int]]] = field(default_factory=list)
     complete: bool = False
 
-    def add(self, ids: list[int], log_likelihood: float, length: int) -> None:
-        """Keep a text if it is among the best; `length` counts the start and leaves the end token out."""
-        score = log_likelihood / length**self.length_penalty
+    def add(self, ids: list[int], score: float) -> None:
+        """Keep a text if it is among the best."""
         if len(self.texts) < self.beams or score > self._worst():
             self.texts.append((score, ids))
         if len(self.texts) > self.beams:
             self.texts.remove(min(self.texts, key=_score))
 
-    def check(self, best_log_likelihood: float, length: int) -> None:
-        """The search is over when the best candidate, divided by its length so far, is worse than all that are kept."""
+    def go_on(self, candidates: Sequence[_Candidate], so_far: Sequence[list[int]], tokens: _Tokens) -> list[_Candidate]:
+        """Set aside what ends, and return the N best candidates that do not.
+
+        Args:
+            candidates: the 2 N best, the best first.
+            so_far: the tokens of each row.
+            tokens: the end, and the largest length.
+        """
+        counted, rule = self.counted, self.counted.rule
+        length, running = len(so_far[candidates[0].row]) + 1, list[_Candidate]()
+        cut = rule.by_running and length == tokens.max_length
+        for rank, candidate in enumerate(candidates):
+            ends = candidate.token == tokens.eos_id
+            if (ends or cut) and rank < self.beams:
+                score = counted.divided(candidate.score, length, rule.end)
+                self.add([*so_far[candidate.row], candidate.token], score)
+            if not ends:
+                running.append(candidate)
+            if len(running) == self.beams:
+                break
         if len(self.texts) == self.beams:
-            self.complete |= self._worst() >= best_log_likelihood / length**self.length_penalty
+            best = (running if rule.by_running else candidates)[0].score
+            self.complete = self._worst() >= counted.divided(best, length, rule.added)
+        return running
+
+    def cut(self, texts: Sequence[list[int]], log_likelihoods: Sequence[float]) -> None:
+        """Take what runs still, at the largest length."""
+        if not (self.complete or self.counted.rule.by_running):
+            for ids, log_likelihood in zip(texts, log_likelihoods, strict=True):
+                self.add(ids, self.counted.divided(log_likelihood, len(ids), 1))
 
     def best(self) -> list[int]:
         return sorted(self.texts, key=_score)[-1][1]
@@ -231,36 +332,44 @@ def _score(text: tuple[float, list[int]]) -> float:
 def _beam_search(
     step: Step,
     start_BT: Tensor,
-    cache: KeyValueCache,
+    cache: Cache,
     process: Process,
     tokens: _Tokens,
     beams: int,
-    length_penalty: float,
+    counted: _Counted,
+    *,
+    leaves: bool,
 ) -> Tensor:
     batch, device = len(start_BT), start_BT.device
     ids_RT = new_RT = start_BT.repeat_interleave(beams, dim=0)
     cache = cache.select(torch.arange(batch, device=device).repeat_interleave(beams))
     scores_BN = torch.zeros(batch, beams, device=device)
     scores_BN[:, 1:] = -1e9  # all beams begin alike: the first step's candidates are those of one
-    found = [_BestTexts(beams, length_penalty) for _ in range(batch)]
-    while ids_RT.shape[1] < tokens.max_length and not all(best.complete for best in found):
+    found = [_BestTexts(beams, counted) for _ in range(batch)]
+    left = list(range(batch))
+    while left and ids_RT.shape[1] < tokens.max_length:
         scores_RW = process(ids_RT, step(new_RT, cache).float().log_softmax(dim=1))
+        so_far = ids_RT.tolist()
         running = [
-            candidate
-            for best, candidates in zip(found, _candidates(scores_RW, scores_BN), strict=True)
-            for candidate in _go_on(best, candidates, ids_RT, tokens)
+            [_Candidate(0.0, candidates[0].row, tokens.pad_id)] * beams
+            if found[number].complete
+            else found[number].go_on(candidates, so_far, tokens)
+            for number, candidates in zip(left, _candidates(scores_RW, scores_BN), strict=True)
         ]
-        scores_BN = torch.tensor([candidate.score for candidate in running], device=device).view(batch, beams)
-        rows_R = torch.tensor([candidate.row for candidate in running], device=device)
-        new_RT = torch.tensor([[candidate.token] for candidate in running], device=device)
-        ids_RT, cache = torch.cat([ids_RT[rows_R], new_RT], dim=1), cache.select(rows_R)
-    unfinished = zip(ids_RT.view(batch, beams, -1).tolist(), scores_BN.tolist(), strict=True)
-    for best, (texts, scores) in zip(found, unfinished, strict=True):
-        if not best.complete:
-            for ids, score in zip(texts, scores, strict=True):
-                best.add(ids, score, len(ids))
-    texts = [torch.tensor(best.best(), device=device) for best in found]
-    return torch.nn.utils.rnn.pad_sequence(texts, batch_first=True, padding_value=tokens.pad_id)
+        if leaves or all(found[number].complete for number in left):
+            running = [own for number, own in zip(left, running, strict=True) if not found[number].complete]
+            left = [number for number in left if not found[number].complete]
+        rows = [candidate for own in running for candidate in own]
+        scores_BN = torch.tensor([candidate.score for candidate in rows], device=device).view(len(left), beams)
+        rows_R = torch.tensor([candidate.row for candidate in rows], dtype=torch.long, device=device)
+        new_RT = torch.tensor([[candidate.token] for candidate in rows], dtype=torch.long, device=device)
+        if left:
+            ids_RT, cache = torch.cat([ids_RT[rows_R], new_RT], dim=1), cache.select(rows_R)
+    running_texts = ids_RT.view(-1, beams, ids_RT.shape[1]).tolist() if left else []
+    for number, texts, scores in zip(left, running_texts, scores_BN.tolist(), strict=True):
+        found[number].cut(texts, scores)
+    best_texts = [torch.tensor(best.best(), device=device) for best in found]
+    return torch.nn.utils.rnn.pad_sequence(best_texts, batch_first=True, padding_value=tokens.pad_id)
 
 
 def _candidates(scores_RW: Tensor, scores_BN: Tensor) -> list[list[_Candidate]]:
@@ -276,19 +385,3 @@ def _candidates(scores_RW: Tensor, scores_BN: Tensor) -> list[list[_Candidate]]:
         ]
         for sample, (scores, places) in enumerate(zip(best_BC.tolist(), places_BC.tolist(), strict=True))
     ]
-
-
-def _go_on(best: _BestTexts, candidates: list[_Candidate], ids_RT: Tensor, tokens: _Tokens) -> list[_Candidate]:
-    """Set aside what ends, and return the N best candidates that do not."""
-    if best.complete:
-        return [_Candidate(0.0, candidates[0].row, tokens.pad_id)] * best.beams
-    length, running = ids_RT.shape[1], []
-    for rank, candidate in enumerate(candidates):
-        if candidate.token != tokens.eos_id:
-            running.append(candidate)
-        elif rank < best.beams:
-            best.add([*ids_RT[candidate.row].tolist(), tokens.eos_id], candidate.score, length)
-        if len(running) == best.beams:
-            break
-    best.check(candidates[0].score, length)
-    return running

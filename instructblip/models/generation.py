@@ -1,10 +1,15 @@
-"""What is particular about generation here: logits that are not finite stop it, and beams may be counted as years ago.
+"""Texts from a language model: all beams of a prompt are branches of one tree behind it.
 
-Both hold for the calls inside a `with` block and leave the model as it was.
+A step adds a node for each beam. A node attends to the prompt and to its own ancestors, so a prompt's keys and values are
+held once, whatever the number of its beams, and none is copied when beams change places. Prompts that have ended leave the
+batch. A language model whose class cannot do that (`LLMAbilities.tree`) is continued by transformers' own generation.
+
+Shape legend: B prompts, N beams, R = B x N rows, T tokens, K nodes so far, L language-model width, V vocabulary.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,10 +17,166 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from instructblip.errors import UserError
+from instructblip.models.decoding import BEAM_LENGTHS, Draws, decode
+from instructblip.models.llm import LLM, Prefill
+from instructblip.models.streaming import NewTokens, OnText, on_ids
 
-# Steps of transformers' beam search (5.23) that have no public hook.
-_UPDATE, _UNSATISFIED = "_update_finished_beams", "_check_early_stop_heuristic"
-BEAM_LENGTHS = ("new_tokens", "transformers_4_33")
+
+@torch.inference_mode()
+def write(
+    llm: LLM,
+    prefixes: Sequence[Tensor],
+    *,
+    num_beams: int = 1,
+    max_new_tokens: int = 10,
+    min_new_tokens: int = 1,
+    length_penalty: float = 1.0,
+    repetition_penalty: float = 1.0,
+    do_sample: bool = False,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    noise: Tensor | None = None,
+    beam_lengths: str = "new_tokens",
+    on_text: OnText | None = None,
+) -> list[str]:
+    """Continue each embedded prompt (T_i, L); return the new text only, stripped.
+
+    Args:
+        llm: the language model.
+        prefixes: B embedded prompts.
+        beam_lengths: key of `BEAM_LENGTHS`.
+        on_text: called with the text so far after each token; of one prompt, without beams.
+
+    The others are those of `decoding.decode`; lengths and the repetition penalty count new tokens only.
+
+    Raises:
+        UserError: logits that are not finite; as `LLM.check_writes`; other `beam_lengths` than transformers' where that
+            generates.
+    """
+    llm.check_writes(num_beams)
+    common: dict[str, Any] = {
+        "num_beams": num_beams,
+        "max_new_tokens": max_new_tokens,
+        "min_new_tokens": min_new_tokens,
+        "length_penalty": length_penalty,
+        "repetition_penalty": repetition_penalty,
+    }
+    sampling: dict[str, Any] = {"do_sample": do_sample, "temperature": temperature, "top_p": top_p}
+    if llm.abilities.tree:
+        draws: dict[str, Any] = {
+            "noise_BT": noise,
+            "on_ids": on_ids(on_text, llm.texts),
+            "lengths": BEAM_LENGTHS[beam_lengths],
+        }
+        return _in_branches(llm, prefixes, **common, **sampling, **draws)
+    if num_beams > 1 and beam_lengths != "new_tokens":
+        raise UserError(
+            f"{type(llm.model).__name__} is searched by transformers' own generation, which counts beam lengths as "
+            "new_tokens; set beam_lengths=new_tokens"
+        )
+    return _by_transformers(llm, prefixes, on_text=on_text, noise=noise, **common, **sampling)
+
+
+# --- branches of a tree ----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Branches:
+    """The rows of a search, for `decoding.decode`: what of a tree's nodes each of them has written.
+
+    Attributes:
+        llm: the language model.
+        prompts: of the rows, as many of each.
+        ancestors_RK: which nodes are a row's own.
+        not_finite: whether logits were NaN or +infinity, which no text shows: (1,), on the device.
+    """
+
+    llm: LLM
+    prompts: Prefill
+    ancestors_RK: Tensor
+    not_finite: Tensor
+
+    @classmethod
+    def of(cls, llm: LLM, prefixes: Sequence[Tensor]) -> "Branches":
+        """One row for each prompt, of nothing yet."""
+        device = prefixes[0].device
+        ancestors_RK = torch.zeros(len(prefixes), 0, dtype=torch.bool, device=device)
+        return cls(llm, llm.prefill(prefixes), ancestors_RK, torch.zeros(1, dtype=torch.bool, device=device))
+
+    def select(self, rows_N: Tensor) -> "Branches":
+        """These rows, those of a prompt side by side; prompts without any are dropped, and so is what this was."""
+        of_prompt = (rows_N // (len(self.ancestors_RK) // len(self.prompts.lengths))).unique_consecutive().tolist()
+        every = of_prompt == list(range(len(self.prompts.lengths)))
+        prompts = self.prompts if every else self.prompts.keep(of_prompt)
+        return Branches(self.llm, prompts, self.ancestors_RK[rows_N], self.not_finite)
+
+    def next_logits(self, new_RT: Tensor) -> Tensor:
+        """Logits (R, V) of the token behind each row, after one more token or none."""
+        batch, rows = len(self.prompts.lengths), len(new_RT)
+        if new_RT.shape[1]:
+            logits_RV = self.llm.logits(self._grown(new_RT.view(batch, -1)))
+        else:
+            logits_RV = self.llm.logits(self.prompts.last_BL).repeat_interleave(rows // batch, dim=0)
+        self.not_finite |= ~(logits_RV < torch.inf).all()
+        return logits_RV
+
+    def _grown(self, tokens_BN: Tensor) -> Tensor:
+        """Hidden states (R, L) of a new node for each row."""
+        (batch, beams), own_NN = (
+            tokens_BN.shape,
+            torch.eye(tokens_BN.shape[1], dtype=torch.bool, device=tokens_BN.device),
+        )
+        before_BNK = self.ancestors_RK.view(batch, beams, -1)
+        visible_BNK = torch.cat([before_BNK, own_NN.expand(batch, -1, -1)], dim=2)
+        depths_BN = before_BNK.sum(dim=2)
+        self.ancestors_RK = visible_BNK.flatten(0, 1)
+        return self.llm.decode_tree(self.prompts, tokens_BN, depths_BN, visible_BNK, keep=True).flatten(0, 1)
+
+
+def _in_branches(llm: LLM, prefixes: Sequence[Tensor], **options: Any) -> list[str]:
+    rows = Branches.of(llm, prefixes)
+    ids_BT = decode(
+        lambda new_RT, cache: cache.next_logits(new_RT),
+        torch.zeros(len(prefixes), 0, dtype=torch.long, device=prefixes[0].device),
+        rows,
+        eos_id=llm.prompt_format.eos_id,
+        pad_id=llm.prompt_format.pad_id,
+        leaves=True,
+        **options,
+    )
+    if bool(rows.not_finite):
+        raise _not_finite()
+    return llm.texts(ids_BT)
+
+
+# --- transformers' own generation ------------------------------------------------------------------------------------
+
+
+def _by_transformers(
+    llm: LLM,
+    prefixes: Sequence[Tensor],
+    *,
+    do_sample: bool,
+    temperature: float,
+    top_p: float,
+    noise: Tensor | None,
+    on_text: OnText | None,
+    **options: Any,
+) -> list[str]:
+    draws = None if noise is None else Draws(noise, temperature, top_p)
+    options["do_sample"] = do_sample and draws is None
+    if options["do_sample"]:  # top_k=0 sets no limit; left out, transformers' default of 50 would
+        options |= {"temperature": temperature, "top_p": top_p, "top_k": 0}
+    if (listener := on_ids(on_text, llm.texts)) is not None:
+        options["streamer"] = NewTokens(listener)
+    together = llm.abilities.padded_prompts or len({len(prefix) for prefix in prefixes}) == 1
+    texts = []
+    with finite_logits(llm.model):
+        for rows in [range(len(prefixes))] if together else [[row] for row in range(len(prefixes))]:
+            processors = [] if draws is None else draws.processors(rows, prefixes[0].device)
+            found = llm.continue_rows([prefixes[row] for row in rows], processors=processors, **options)
+            texts += llm.texts(llm.new_tokens(found))
+    return texts
 
 
 @contextmanager
@@ -39,108 +200,10 @@ def finite_logits(model: PreTrainedModel) -> Iterator[None]:
     finally:
         handle.remove()
     if found and bool(found[0]):
-        raise UserError(
-            "the language model's logits are not finite numbers; weights are damaged, or overflow in their dtype"
-        )
+        raise _not_finite()
 
 
-@contextmanager
-def beam_lengths(model: PreTrainedModel, lengths: str) -> Iterator[None]:
-    """Divide the log-likelihoods of beams by lengths as one of `BEAM_LENGTHS` counts them.
-
-    `new_tokens` is transformers' own way since 4.35: all beams by the number of new tokens, with the power `length_penalty`.
-    The released code runs on 4.33, which counts the token that generation begins with in two places: a beam that is cut at
-    the maximum of N tokens is divided by (N + 1)^p, and after n tokens a prompt is done when none of its beams, divided by
-    (n + 1)^p, is better than the worst finished one; beams that end in the same step count there, too.
-
-    Raises:
-        ValueError: another name.
-    """
-    if lengths not in BEAM_LENGTHS:
-        raise ValueError(f"beam_lengths is {' or '.join(BEAM_LENGTHS)}, not {lengths!r}")
-    if lengths == "new_tokens":
-        yield
-        return
-    search = _BeamsOf433(model)
-    hooks = {_UPDATE: search.update, _UNSATISFIED: search.unsatisfied}
-    for name, hook in hooks.items():
-        setattr(model, name, hook)  # on the instance, before its class's
-    try:
-        yield
-    finally:
-        for name in hooks:
-            delattr(model, name)
-
-
-class _BeamsOf433:
-    """The two steps of transformers' beam search that count lengths, with the lengths of 4.33.
-
-    Shape legend: B prompts, K kept continuations of all their beams, the best first (two a beam), N beams, T tokens.
-    """
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self._update: Callable[..., tuple[Tensor, ...]] = getattr(model, _UPDATE)
-        self._unsatisfied: Callable[..., Tensor] = getattr(model, _UNSATISFIED)
-        self._ends = torch.as_tensor(model.generation_config.eos_token_id, device=model.device)
-        self._best_B1 = torch.empty(0)
-
-    def update(
-        self,
-        *,
-        topk_running_sequences: Tensor,
-        topk_log_probs: Tensor,
-        is_early_stop_heuristic_unsatisfied: Tensor,
-        next_token_hits_stopping_criteria: Tensor,
-        top_num_beam_mask: Tensor,
-        cur_len: int,
-        decoder_prompt_len: int,
-        **state: Any,
-    ) -> tuple[Tensor, ...]:
-        """Add the beams that end with an EOS, then, at the maximum, those of the N best others that are cut there."""
-        ended_BK = torch.isin(topk_running_sequences[:, :, cur_len], self._ends)
-        self._best_B1 = topk_log_probs[:, :1]
-        shared = {
-            "topk_running_sequences": topk_running_sequences,
-            "topk_log_probs": topk_log_probs,
-            "cur_len": cur_len,
-        }
-        finished = self._update(
-            **shared,
-            **state,
-            is_early_stop_heuristic_unsatisfied=is_early_stop_heuristic_unsatisfied,
-            next_token_hits_stopping_criteria=next_token_hits_stopping_criteria & ended_BK,
-            top_num_beam_mask=top_num_beam_mask,
-            decoder_prompt_len=decoder_prompt_len,
-        )
-        cut_BK = next_token_hits_stopping_criteria & ~ended_BK
-        if not bool(cut_BK.any()):
-            return finished
-        state = state | dict(zip(_STATE, finished, strict=True))
-        unsatisfied = self.unsatisfied(
-            is_early_stop_heuristic_unsatisfied=is_early_stop_heuristic_unsatisfied,
-            beam_scores=state["beam_scores"],
-            is_sent_finished=state["is_sent_finished"],
-            cur_len=cur_len + 1,
-            max_length=cur_len + 1,
-            decoder_prompt_len=decoder_prompt_len,
-            early_stopping=state["early_stopping"],
-            length_penalty=state["length_penalty"],
-        )
-        return self._update(
-            **shared,
-            **state,
-            is_early_stop_heuristic_unsatisfied=unsatisfied,
-            next_token_hits_stopping_criteria=cut_BK & (cut_BK.cumsum(dim=1) <= state["num_beams"]),
-            top_num_beam_mask=torch.ones_like(top_num_beam_mask),
-            decoder_prompt_len=decoder_prompt_len - 1,
-        )
-
-    def unsatisfied(
-        self, *, decoder_prompt_len: int, running_beam_scores: Tensor | None = None, **state: Any
-    ) -> Tensor:
-        """Which prompts go on, by the best continuation of this step, whether it ended or not."""
-        return self._unsatisfied(running_beam_scores=self._best_B1, decoder_prompt_len=decoder_prompt_len - 1, **state)
-
-
-# What `_update_finished_beams` returns, in its order and by the names of its arguments.
-_STATE = ("sequences", "beam_scores", "beam_indices", "is_sent_finished")
+def _not_finite() -> UserError:
+    return UserError(
+        "the language model's logits are not finite numbers; weights are damaged, or overflow in their dtype"
+    )

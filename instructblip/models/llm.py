@@ -34,11 +34,9 @@ from transformers.utils import ModelOutput
 from instructblip.devices import on_device
 from instructblip.errors import UserError
 from instructblip.models import varlen
-from instructblip.models.decoding import Draws
 from instructblip.models.exact_buffers import ExactBuffers
 from instructblip.models.packing import RowLayout, block_causal_mask, pack_rows, packed_layout
 from instructblip.models.prompt_format import DecoderPromptFormat, EncoderDecoderPromptFormat, PromptFormat
-from instructblip.models.streaming import NewTokens, OnText, on_ids
 
 
 @dataclass(frozen=True)
@@ -46,7 +44,8 @@ class LLMAbilities:
     """Which savings one language model allows; `abilities.measure` finds out. What it does not allow is done the plain way.
 
     Attributes:
-        tree: all candidates of a prompt in one pass (`prefill`, `decode_tree`); else each candidate in a row of its own.
+        tree: all candidates of a prompt in one pass, and all its beams (`prefill`, `decode_tree`). Else each candidate in a
+            row of its own, and texts by transformers' generation; the four of these at the end are asked only then.
         packed: several samples in a row; else one.
         padded_prompts: prompts of different lengths are continued together; else one by one.
         shared_beams: the beams of a prompt share its keys and values; else each beam runs the prompt.
@@ -71,21 +70,25 @@ class Prefill:
     Attributes:
         last_BL: hidden state that predicts the first answer token.
         lengths: number of positions that each row's answer tokens may attend to before the answer.
-        cache: keys and values of those positions, as wide as the longest row.
+        cache: keys and values of those positions, as wide as the longest row, and of nodes that were kept.
         encoded: encoder states and their mask, of an encoder-decoder model.
+        depths_BK: places in the answer of the nodes that were kept.
     """
 
     last_BL: Tensor
     lengths: list[int]
     cache: Any
     encoded: dict[str, Tensor]
+    depths_BK: Tensor
 
     def keep(self, rows: Sequence[int]) -> "Prefill":
         """Some of the prompts; what has all of them must not be used afterwards."""
         kept = torch.tensor(rows, device=self.last_BL.device)
         self.cache.batch_select_indices(kept)
         encoded = {name: state[kept] for name, state in self.encoded.items()}
-        return Prefill(self.last_BL[kept], [self.lengths[row] for row in rows], self.cache, encoded)
+        return Prefill(
+            self.last_BL[kept], [self.lengths[row] for row in rows], self.cache, encoded, self.depths_BK[kept]
+        )
 
 
 class AnswerStates(NamedTuple):
@@ -211,14 +214,17 @@ class LLM(ExactBuffers):
         """Run B embedded prompts, each (T_i, L), up to where their answers begin."""
 
     @abstractmethod
-    def decode_tree(self, prompts: Prefill, tokens_BN: Tensor, depths_BN: Tensor, visible_BNN: Tensor) -> Tensor:
-        """Hidden states (B, N, L) of tree nodes after their prompts, which stay as they were.
+    def decode_tree(
+        self, prompts: Prefill, tokens_BN: Tensor, depths_BN: Tensor, visible_BNK: Tensor, *, keep: bool = False
+    ) -> Tensor:
+        """Hidden states (B, N, L) of tree nodes after their prompts.
 
         Args:
             prompts: what `prefill` returned.
             tokens_BN: the nodes' tokens.
             depths_BN: their places in the answer, 0 for its first token.
-            visible_BNN: True where node i attends to node j: itself and its ancestors.
+            visible_BNK: True where a node attends to another, itself or an ancestor: first those that were kept, then these.
+            keep: later nodes may attend to these; else the prompts stay as they were.
         """
 
     @abstractmethod
@@ -240,44 +246,14 @@ class LLM(ExactBuffers):
     def new_tokens(self, ids_BT: Tensor) -> Tensor:
         """Those of the token ids that `continue_rows` returned which are new."""
 
-    @torch.inference_mode()
-    def generate(
-        self,
-        prefixes: Sequence[Tensor],
-        *,
-        draws: Draws | None = None,
-        on_text: OnText | None = None,
-        **options: Any,
-    ) -> list[str]:
-        """Continue each embedded prompt (T_i, L); return the new text only, stripped.
-
-        Args:
-            prefixes: B embedded prompts.
-            draws: draw each token with the row's own numbers; `options` say a greedy search then.
-            on_text: called with the text so far after each token; of one prompt, without beams.
-            options: as `continue_rows` takes them.
-
-        Raises:
-            UserError: as `check_writes`.
-        """
-        self.check_writes(options.get("num_beams", 1))
-        together = self.abilities.padded_prompts or len({len(prefix) for prefix in prefixes}) == 1
-        device = self.embeddings.weight.device
-        if (listener := on_ids(on_text, self._decode)) is not None:
-            options["streamer"] = NewTokens(listener)
-        ids = []
-        for rows in [range(len(prefixes))] if together else [[row] for row in range(len(prefixes))]:
-            processors = [] if draws is None else draws.processors(rows, device)
-            found = self.continue_rows([prefixes[row] for row in rows], processors=processors, **options)
-            ids.append(self.new_tokens(found))
-        return [text for ids_BT in ids for text in self._decode(ids_BT)]
-
     def check_writes(self, num_beams: int) -> None:
         """Refuse to generate what transformers' class of this model cannot.
 
         Raises:
             UserError: it cannot generate from embeddings, or not with several beams.
         """
+        if self.abilities.tree:
+            return
         name = type(self.model).__name__
         if not self.abilities.generates:
             raise UserError(
@@ -286,7 +262,8 @@ class LLM(ExactBuffers):
         if num_beams > 1 and not self.abilities.beams:
             raise UserError(f"{name} does not search with several beams; set num_beams=1")
 
-    def _decode(self, ids_BT: Tensor) -> list[str]:
+    def texts(self, ids_BT: Tensor) -> list[str]:
+        """What rows of token ids say, stripped."""
         return [text.strip() for text in self.prompt_format.tokenizer.batch_decode(ids_BT, skip_special_tokens=True)]
 
     def embed(self, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
@@ -483,23 +460,29 @@ class DecoderLLM(LLM):
         lengths, cache = [len(prefix) for prefix in prefixes], DynamicCache()
         hidden_BTL = self.hidden_states(pad_sequence(list(prefixes), batch_first=True), cache=cache)
         last_BL = torch.stack([row[length - 1] for row, length in zip(hidden_BTL, lengths, strict=True)])
-        return Prefill(last_BL, lengths, cache, {})
+        return Prefill(last_BL, lengths, cache, {}, _no_nodes(prefixes))
 
-    def decode_tree(self, prompts: Prefill, tokens_BN: Tensor, depths_BN: Tensor, visible_BNN: Tensor) -> Tensor:
+    def decode_tree(
+        self, prompts: Prefill, tokens_BN: Tensor, depths_BN: Tensor, visible_BNK: Tensor, *, keep: bool = False
+    ) -> Tensor:
         """A node's position is its prompt's length plus its depth."""
-        device = tokens_BN.device
-        lengths_B1, longest = torch.tensor(prompts.lengths, device=device)[:, None], prompts.cache.get_seq_length()
+        device, depths_BK = tokens_BN.device, torch.cat([prompts.depths_BK, depths_BN], dim=1)
+        lengths_B1 = torch.tensor(prompts.lengths, device=device)[:, None]
+        longest = prompts.cache.get_seq_length() - prompts.depths_BK.shape[1]
         prompt_BT = torch.arange(longest, device=device).expand(len(tokens_BN), -1)
         positions_BN = lengths_B1 + depths_BN
         prompt_visible_BNT = (prompt_BT < lengths_B1)[:, None].expand(-1, tokens_BN.shape[1], -1)
         mask = self._mask(
-            torch.cat([prompt_visible_BNT, visible_BNN], dim=2),
-            distance_BNK=positions_BN[:, :, None] - torch.cat([prompt_BT, positions_BN], dim=1)[:, None],
+            torch.cat([prompt_visible_BNT, visible_BNK], dim=2),
+            distance_BNK=positions_BN[:, :, None] - torch.cat([prompt_BT, lengths_B1 + depths_BK], dim=1)[:, None],
         )
         hidden_BNL = self.hidden_states(
             self.look_up(tokens_BN), cache=prompts.cache, positions_BT=positions_BN, mask=mask
         )
-        prompts.cache.crop(-tokens_BN.shape[1])
+        if keep:
+            prompts.depths_BK = depths_BK
+        else:
+            prompts.cache.crop(-tokens_BN.shape[1])
         return hidden_BNL
 
     def _mask(self, visible_BNK: Tensor, *, distance_BNK: Tensor) -> Tensor | dict[str, Tensor]:
@@ -605,20 +588,26 @@ class EncoderDecoderLLM(LLM):
         encoded, cache = self._encode(prefixes), EncoderDecoderCache(DynamicCache(), DynamicCache())
         start_B1 = torch.full((len(prefixes), 1), self.start_id, device=self.embeddings.weight.device)
         hidden_B1L = self._decode_states(start_B1, encoded, cache=cache)
-        return Prefill(hidden_B1L[:, 0], [1] * len(prefixes), cache, encoded)
+        return Prefill(hidden_B1L[:, 0], [1] * len(prefixes), cache, encoded, _no_nodes(prefixes))
 
-    def decode_tree(self, prompts: Prefill, tokens_BN: Tensor, depths_BN: Tensor, visible_BNN: Tensor) -> Tensor:
+    def decode_tree(
+        self, prompts: Prefill, tokens_BN: Tensor, depths_BN: Tensor, visible_BNK: Tensor, *, keep: bool = False
+    ) -> Tensor:
         """A node's place after the start token is its depth; what T5 adds for its index is taken back."""
         dtype, nodes = self.embeddings.weight.dtype, tokens_BN.shape[1]
-        visible_BNK = torch.cat([visible_BNN.new_ones(len(tokens_BN), nodes, 1), visible_BNN], dim=2)
-        place_BK = torch.cat([depths_BN.new_zeros(len(tokens_BN), 1), depths_BN + 1], dim=1)
-        depth = int(place_BK.max()) + 1
+        depths_BK = torch.cat([prompts.depths_BK, depths_BN], dim=1)
+        visible_BNK = torch.cat([visible_BNK.new_ones(len(tokens_BN), nodes, 1), visible_BNK], dim=2)
+        place_BK = torch.cat([depths_BN.new_zeros(len(tokens_BN), 1), depths_BK + 1], dim=1)
+        depth, keys = int(place_BK.max()) + 1, place_BK.shape[1]
         by_place_HKK = self._relative.compute_bias(depth, depth)[0]
-        by_index_1HNK = self._relative.compute_bias(nodes, nodes + 1, past_seen_tokens=1)
-        wanted_BHNK = by_place_HKK[:, place_BK[:, 1:, None], place_BK[:, None]].transpose(0, 1)
+        by_index_1HNK = self._relative.compute_bias(nodes, keys, past_seen_tokens=keys - nodes)
+        wanted_BHNK = by_place_HKK[:, place_BK[:, keys - nodes :, None], place_BK[:, None]].transpose(0, 1)
         mask_BHNK = wanted_BHNK - by_index_1HNK + _additive(visible_BNK, dtype)[:, None]
         hidden_BNL = self._decode_states(tokens_BN, prompts.encoded, cache=prompts.cache, mask=mask_BHNK)
-        prompts.cache.self_attention_cache.crop(-nodes)
+        if keep:
+            prompts.depths_BK = depths_BK
+        else:
+            prompts.cache.self_attention_cache.crop(-nodes)
         return hidden_BNL
 
     @torch.inference_mode()
@@ -697,6 +686,10 @@ def _row_norms(table_VL: Tensor) -> Tensor:
 
 def _additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, torch.finfo(dtype).min)
+
+
+def _no_nodes(prefixes: Sequence[Tensor]) -> Tensor:
+    return torch.zeros(len(prefixes), 0, dtype=torch.long, device=prefixes[0].device)
 
 
 def _row_mask(rows: Sequence[Tensor]) -> Tensor:

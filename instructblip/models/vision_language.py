@@ -32,7 +32,7 @@ from instructblip.models.arguments import (
     frame_counts,
 )
 from instructblip.models.base import Inputs, Model, Outputs, PassWorkload, Samples
-from instructblip.models.decoding import Draws
+from instructblip.models.decoding import BEAM_LENGTHS
 from instructblip.models.llm import LLM
 from instructblip.models.pruning import best_candidates
 from instructblip.models.ranking import TOKEN_BUDGET, deduplicated, greedy_candidates, rank_candidates
@@ -257,7 +257,7 @@ class VisionLanguageModel(Model):
         is drawn from the smallest set of probability `top_p`, after division of the logits by `temperature`, with torch's
         global random stream or with `noise`: a number in [0, 1) for each new token of each image (B, max_new_tokens). The
         released defaults are 5 beams, 256 tokens, a repetition penalty of 1.5. `beam_lengths` is one of
-        `generation.BEAM_LENGTHS`. `on_text` is called with the text so far after each token, of one image and one beam.
+        `decoding.BEAM_LENGTHS`. `on_text` is called with the text so far after each token, of one image and one beam.
 
         Raises:
             ValueError: a wrong argument, by its name, before anything is computed.
@@ -276,28 +276,27 @@ class VisionLanguageModel(Model):
             temperature=temperature,
             top_p=top_p,
         )
-        check_choice("beam_lengths", beam_lengths, generation.BEAM_LENGTHS)
+        check_choice("beam_lengths", beam_lengths, tuple(BEAM_LENGTHS))
         check_noise(noise, count, max_new_tokens, do_sample=do_sample)
         check_follows(on_text, count, num_beams)
         if noise is not None and num_beams > 1:
             raise ValueError("noise draws one text for each image: num_beams=1")
         self._check_positions(images, prompts, [range(max_new_tokens)] * len(prompts))
-        sampling: dict[str, Any] = {"do_sample": False}
-        if noise is not None:
-            sampling["draws"] = Draws(noise, temperature, top_p)
-        elif do_sample:  # top_k=0 sets no limit; left out, transformers' default of 50 would
-            sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
-        with generation.finite_logits(self.llm.model), generation.beam_lengths(self.llm.model, beam_lengths):
-            return self.llm.generate(
-                self.llm.prefixes(self.visual_prompt(self.image_tokens(images), prompts), prompts),
-                num_beams=num_beams,
-                max_new_tokens=max_new_tokens,
-                min_new_tokens=min_new_tokens,
-                length_penalty=length_penalty,
-                repetition_penalty=repetition_penalty,
-                on_text=on_text,
-                **sampling,
-            )
+        return generation.write(
+            self.llm,
+            self.llm.prefixes(self.visual_prompt(self.image_tokens(images), prompts), prompts),
+            num_beams=num_beams,
+            max_new_tokens=max_new_tokens,
+            min_new_tokens=min_new_tokens,
+            length_penalty=length_penalty,
+            repetition_penalty=repetition_penalty,
+            do_sample=do_sample,
+            temperature=temperature,
+            top_p=top_p,
+            noise=noise,
+            beam_lengths=beam_lengths,
+            on_text=on_text,
+        )
 
     def _check_positions(
         self, images: Images, prompts: Sequence[str], answers: Sequence[Sequence[int]], *, training: bool = False

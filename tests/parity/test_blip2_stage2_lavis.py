@@ -119,7 +119,7 @@ def generated_ids(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     rows: list[list[int]] = []
     for kind in KINDS:
         llm = model_of(kind).llm
-        monkeypatch.setattr(llm, "_decode", lambda ids: rows.extend(ids.tolist()) or [""] * len(ids))
+        monkeypatch.setattr(llm, "texts", lambda ids: rows.extend(ids.tolist()) or [""] * len(ids))
     return rows
 
 

@@ -149,7 +149,7 @@ def test_loss(pair: Pair, prompts: list[str]) -> None:
 @pytest.mark.parametrize("beams", [1, 3])
 @pytest.mark.parametrize("prompts", [PROMPTS, None], ids=["prompt", "none"])
 def test_token_ids(pair: Pair, prompts: list[str] | None, beams: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pair.ours.llm, "_decode", Tensor.tolist)
+    monkeypatch.setattr(pair.ours.llm, "texts", Tensor.tolist)
     ours = pair.ours.generate(pictures(), prompts, max_new_tokens=8, num_beams=beams)
     decoder_only = pair.theirs.config.use_decoder_only_language_model
     for number in range(2):

@@ -102,7 +102,7 @@ def test_answers_depend_on_the_batch_no_more_than_rounding_lets_them(
     folder: Folder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     images = pictures()
-    monkeypatch.setattr(folder.ours.llm, "_decode", Tensor.tolist)
+    monkeypatch.setattr(folder.ours.llm, "texts", Tensor.tolist)
     together: list[Any] = folder.ours.generate(images, PROMPTS, max_new_tokens=5)
     for number, answer in enumerate(together):
         alone: Any = folder.ours.generate(images[number : number + 1], PROMPTS[number : number + 1], max_new_tokens=5)[

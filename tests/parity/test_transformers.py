@@ -94,7 +94,7 @@ def test_loss(pair: Pair) -> None:
 @torch.inference_mode()
 def test_greedy_token_ids(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     images = pictures()
-    monkeypatch.setattr(pair.ours.llm, "_decode", Tensor.tolist)
+    monkeypatch.setattr(pair.ours.llm, "texts", Tensor.tolist)
     ours = pair.ours.generate(images, PROMPTS, max_new_tokens=8)
     for number in range(len(PROMPTS)):
         inputs = their_inputs(pair, number, images, [])

@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from instructblip.config.schema import CONFIGS
 from instructblip.errors import UserError
 from instructblip.models.fingerprint import fingerprint
+from instructblip.models.generation import write
 from instructblip.models.instructblip import InstructBLIP
 from instructblip.models.llm import LLM
 from instructblip.models.quantized import QuantizedLinear
@@ -34,10 +35,10 @@ CANDIDATES = [["red", "red no", "blue"], ["yes"], ["gray teal", "gray", "no", "y
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A folder for each family; those that share a writer share it."""
-    made = {write: tmp_path_factory.mktemp(write.__name__) for write in FAMILIES.values()}
-    for name, write in FAMILIES.items():
-        if not any(made[write].iterdir()):
-            write_llm(name, made[write])
+    made = {writer: tmp_path_factory.mktemp(writer.__name__) for writer in FAMILIES.values()}
+    for name, writer in FAMILIES.items():
+        if not any(made[writer].iterdir()):
+            write_llm(name, made[writer])
     return {name: made[write] for name, write in FAMILIES.items()}
 
 
@@ -102,8 +103,8 @@ def test_beams_that_share_their_prompt_are_transformers_own(
     options = {"num_beams": 4, "max_new_tokens": 6, "length_penalty": length_penalty}
     plain = [llm.model.generate(inputs_embeds=prefix[None], **options)[0] for prefix in prefixes]
     expected = [llm.prompt_format.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in plain]
-    assert llm.generate(prefixes, **options) == expected
-    assert [llm.generate([prefix], **options)[0] for prefix in prefixes] == expected
+    assert write(llm, prefixes, **options) == expected
+    assert [write(llm, [prefix], **options)[0] for prefix in prefixes] == expected
     assert len(set(expected)) > 1
 
 

@@ -74,7 +74,10 @@ def test_a_question_that_the_model_cannot_take_is_named_by_its_sample(mode: str,
 
 @pytest.mark.parametrize(
     ("abilities", "words"),
-    [({"generates": False}, "does not generate from embeddings"), ({"beams": False}, "set num_beams=1")],
+    [
+        ({"tree": False, "generates": False}, "does not generate from embeddings"),
+        ({"tree": False, "beams": False}, "set num_beams=1"),
+    ],
 )
 def test_texts_of_a_model_that_cannot_write_are_refused_before_the_first_task(
     abilities: dict[str, bool], words: str, task: Task, tmp_path: Path
