@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
 from torch.nn import functional
 
-from instructblip.images import FITS, decode_image, image_size, stack_frames, to_pixels
+from instructblip.images import FITS, decode_pixels, image_size, stack_frames, to_pixels
 
 _CROP_RATIOS = (3 / 4, 4 / 3)  # width by height
 _CROP_TRIES = 10
@@ -96,13 +97,13 @@ def _draw_crop(
     return (across - width) // 2, (down - height) // 2, width, height
 
 
-def decode_for(data: bytes, where: str, view: View, size: int) -> Image.Image:
-    """The image, at the smallest scale at which the view's crop has `size` pixels a side.
+def decode_for(data: bytes, where: str, view: View, size: int) -> npt.NDArray[np.uint8]:
+    """The pixels (H, W, 3), at the smallest scale at which the view's crop has `size` pixels a side.
 
     Raises:
         DamagedSample: as `decode_image`.
     """
-    return decode_image(data, where, at_least=(math.ceil(size / view.width), math.ceil(size / view.height)))
+    return decode_pixels(data, where, at_least=(math.ceil(size / view.width), math.ceil(size / view.height)))
 
 
 def show_view(data: bytes, where: str, view: View, size: int) -> Tensor:
@@ -111,11 +112,14 @@ def show_view(data: bytes, where: str, view: View, size: int) -> Tensor:
     Raises:
         DamagedSample: as `decode_image`.
     """
-    image = decode_for(data, where, view, size)
-    width, height = max(1, round(view.width * image.width)), max(1, round(view.height * image.height))
-    left = min(round(view.left * image.width), image.width - width)
-    top = min(round(view.top * image.height), image.height - height)
-    crop_HWC = np.asarray(image)[top : top + height, left : left + width].copy()  # the image is read-only
+    image_HWC = decode_for(data, where, view, size)
+    down, across, _ = image_HWC.shape
+    width, height = max(1, round(view.width * across)), max(1, round(view.height * down))
+    left = min(round(view.left * across), across - width)
+    top = min(round(view.top * down), down - height)
+    crop_HWC = image_HWC[top : top + height, left : left + width]
+    if not crop_HWC.flags.writeable:  # Pillow's memory, which PyTorch does not take
+        crop_HWC = crop_HWC.copy()
     crop_1CHW = torch.from_numpy(crop_HWC).permute(2, 0, 1)[None]
     pixels = functional.interpolate(crop_1CHW, size=(size, size), mode="bicubic", antialias=True)[0]
     if view.flip:

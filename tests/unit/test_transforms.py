@@ -28,7 +28,7 @@ from instructblip.data.transforms import (
     show_view,
 )
 from instructblip.errors import DamagedSample, UserError
-from instructblip.images import center_crop, decode_image, fit_frames, image_size, resize_square
+from instructblip.images import center_crop, decode_image, decode_pixels, fit_frames, image_size, resize_square
 
 
 def _encode(image: Image.Image, format: str = "PNG", **options: object) -> bytes:
@@ -106,6 +106,62 @@ def test_cut_short(format: str) -> None:
     for length in (len(data) // 2, 30, 1):
         with pytest.raises(UserError, match=r"image 7 of shard\.tar cannot be decoded \(.+\); prepare its dataset"):
             decode_image(data[:length], "7 of shard.tar")
+
+
+def _exif(orientation: int) -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return exif
+
+
+def _photo(size: tuple[int, int] = (333, 251)) -> Image.Image:
+    """Smooth colours, as a photograph's, so that chroma is subsampled and interpolated somewhere."""
+    return _noise((12, 9)).resize(size, Image.Resampling.BICUBIC)
+
+
+PICTURES = {
+    "baseline": _encode(_photo(), "JPEG", quality=90),
+    "progressive": _encode(_photo(), "JPEG", progressive=True),
+    "full chroma": _encode(_photo(), "JPEG", subsampling=0),
+    "half chroma": _encode(_photo((64, 501)), "JPEG", subsampling=1),
+    "restarts": _encode(_photo(), "JPEG", restart_marker_blocks=3),
+    "grey": _encode(_photo().convert("L"), "JPEG"),
+    "cmyk": _encode(_photo().convert("CMYK"), "JPEG"),
+    "turned": _encode(_photo(), "JPEG", exif=_exif(6)),
+    "not turned": _encode(_photo(), "JPEG", exif=_exif(1)),
+    "bytes behind its end": _encode(_photo(), "JPEG") + b"\0" * 99,
+    "transparent": _encode(_photo().convert("RGBA").rotate(30, fillcolor=(0, 0, 0, 0))),
+    "webp": _encode(_photo(), "WEBP"),
+}
+
+
+@pytest.mark.parametrize("name", PICTURES)
+@pytest.mark.parametrize(
+    "at_least", [None, (9, 9), (40, 30), (60, 60), (83, 62), (120, 90), (166, 125), (167, 126), (500, 400)]
+)
+def test_pixels_are_those_of_pillow(name: str, at_least: tuple[int, int] | None) -> None:
+    expected = np.asarray(decode_image(PICTURES[name], "x", at_least=at_least))
+    assert np.array_equal(decode_pixels(PICTURES[name], "x", at_least=at_least), expected)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+def test_damaged_pictures_give_the_same_pixels_or_the_same_line() -> None:
+    stream, refused = random.Random(0), 0
+    for name in ("baseline", "progressive", "turned"):
+        for _ in range(60):
+            data = bytearray(PICTURES[name])
+            for _ in range(3):
+                data[stream.randrange(len(data))] = stream.randrange(256)
+            damaged = bytes(data[: stream.choice((len(data), len(data), stream.randrange(len(data))))])
+            found: list[object] = []
+            for decode in (decode_image, decode_pixels):
+                try:
+                    found.append(np.asarray(decode(damaged, "x")).tolist())
+                except DamagedSample as error:
+                    found.append(str(error))
+            assert found[0] == found[1]
+            refused += isinstance(found[0], str)
+    assert 30 < refused < 150
 
 
 @pytest.mark.parametrize("data", [b"", b"<html>not found</html>", b"\x89PNG\r\n\x1a\n", bytes(100)])
