@@ -220,6 +220,8 @@ def _answer_chunks(
     share = journal.ranks.share(chunks)
     left = [chunk for chunk in share if any(key not in journal for question in chunk for key in question.keys)]
     limit = BatchLimit(batch_size)
+    # A language model that writes takes questions in as others end, so it is given several batches.
+    given = _BATCHES_PER_CHUNK if task.protocol.mode == "generate" and "llm" in model.PARTS else 1
     blind = task.protocol.images == "withheld"
     samples = [[question.sample for question in chunk] for chunk in left]
     read = repeat({}) if blind else read_ahead(samples, read_image)
@@ -228,12 +230,12 @@ def _answer_chunks(
         for chunk, pixels in zip(left, read, strict=False):
             images = _blank(model, chunk) if blind else _images(model, chunk, pixels, journal, limit)
             _check_failures(task, journal, tolerance)
-            for batch in cut_chunk(chunk, batch_size):
+            for batch in cut_chunk(chunk, batch_size * given):
                 journal.ranks.poll_stop()
                 asked = [question for question in batch if question.sample.image_key in images]
                 if any(key not in journal for question in asked for key in question.keys):
                     pairs = [(question, images[question.sample.image_key]) for question in asked]
-                    answers = limit.run(pairs, partial(_ask, model, task))
+                    answers = limit.run(pairs, lambda some: _ask(model, task, some, limit.size), given=given)
                     journal.append(_new_predictions(asked, answers, journal))
                 progress.advance(bar, _samples(batch))
 
@@ -276,30 +278,31 @@ def _images(
 
 
 @torch.inference_mode()
-def _ask(model: Any, task: Task, batch: Sequence[tuple[Question, Tensor]]) -> list[Answer]:
-    """The model's answers to questions, from image tokens.
+def _ask(model: Any, task: Task, batch: Sequence[tuple[Question, Tensor]], at_once: int) -> list[Answer]:
+    """The model's answers to questions, from image tokens, of which at most `at_once` are worked on together.
 
     Raises:
         UserError: a question that the model cannot take, or answers with no numbers; names its sample.
     """
     try:
-        return _answers(model, task, batch)
+        return _answers(model, task, batch, at_once)
     except ValueError as error:
         raise of_samples(error, [question.sample.id for question, _ in batch]) from None
 
 
-def _answers(model: Any, task: Task, batch: Sequence[tuple[Question, Tensor]]) -> list[Answer]:
+def _answers(model: Any, task: Task, batch: Sequence[tuple[Question, Tensor]], at_once: int) -> list[Answer]:
     protocol, samples = task.protocol, [question.sample for question, _ in batch]
     images, prompts = torch.stack([tokens for _, tokens in batch]), [sample.prompt for sample in samples]
     if protocol.mode == "match":
         return _judgements(model, task, images, samples)
     if protocol.mode == "generate":
         decoding = {name: getattr(protocol, name) for name in _DECODING}
+        some = {"at_once": at_once} if "llm" in model.PARTS else {}
         if task.needs(model.SKILLS) == "caption":
-            return [(cut_at(text, protocol.until), (), ()) for text in model.generate(images, **decoding)]
-        # Beams are counted in more ways than one by transformers, which runs language models alone.
+            return [(cut_at(text, protocol.until), (), ()) for text in model.generate(images, **some, **decoding)]
+        # Beams are counted in more ways than one by the released code of language models alone.
         counted = {"beam_lengths": protocol.beam_lengths} if "llm" in model.PARTS else {}
-        written = model.generate(images, prompts, **counted, **decoding)
+        written = model.generate(images, prompts, **some, **counted, **decoding)
         texts = [cut_at(text, protocol.until) for text in written]
         classes = {normalize_answer(text): label for text, label in protocol.verbalizers}
         return [(classes.get(normalize_answer(text), text), (), ()) for text in texts]

@@ -27,25 +27,33 @@ class BatchLimit:
     def __init__(self, size: int) -> None:
         self.size = size
 
-    def run(self, items: Sequence[Item], work: Callable[[Sequence[Item]], Sequence[Result]]) -> list[Result]:
+    def run(
+        self, items: Sequence[Item], work: Callable[[Sequence[Item]], Sequence[Result]], *, given: int = 1
+    ) -> list[Result]:
         """Apply `work` to all items, as many at a time as memory holds.
+
+        Args:
+            items: all of them.
+            work: gives a result for each.
+            given: so many batches are handed to `work` in one call; it takes `size` of their items at a time itself.
 
         Raises:
             UserError: memory does not hold a single item.
         """
         done: list[Result] = []
         while len(done) < len(items):
-            batch = items[len(done) : len(done) + self.size]
+            batch = items[len(done) : len(done) + self.size * given]
             results = self._try(batch, work)
+            together = min(len(batch), self.size)
             if results is not None:
                 done += results
-            elif len(batch) == 1:
+            elif together == 1:
                 raise UserError(
                     "one question alone does not fit into the GPU's memory; use a smaller model or another GPU"
                 )
             else:
-                self.size = len(batch) // 2
-                logger.warning("out of memory with a batch of %d; going on with %d", len(batch), self.size)
+                self.size = together // 2
+                logger.warning("out of memory with a batch of %d; going on with %d", together, self.size)
                 gc.collect()
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()

@@ -7,6 +7,7 @@ batch where the cache allows it.
 Shape legend: B batch, N beams, R = B x N rows, T tokens, W vocabulary.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -35,12 +36,21 @@ Process = Callable[[Any, Any], Tensor]
 # Scores (R, W), numbers of the R rows in the batch -> the next token of each row (R,).
 Choose = Callable[[Tensor, Tensor], Tensor]
 
+_ENTERING = 4  # others enter once a share of one in so many places is free: each entry copies the cache
+
 
 class Cache(Protocol):
     """What a model has computed of the rows; a dataclass."""
 
     def select(self, rows_N: Tensor) -> Self:
         """Of these rows, in this order; one may be taken more than once. What was given may be used up."""
+
+
+class OpenCache(Cache, Protocol):
+    """A cache that rows can enter."""
+
+    def joined(self, other: Self) -> Self:
+        """Of these rows and then the other's. What was given may be used up."""
 
 
 @dataclass(frozen=True)
@@ -75,20 +85,8 @@ def decode(
     start_BT: Tensor,
     cache: Cache,
     *,
-    eos_id: int,
-    pad_id: int,
     num_beams: int = 1,
-    max_new_tokens: int,
-    min_new_tokens: int = 1,
-    length_penalty: float = 1.0,
-    repetition_penalty: float = 1.0,
-    do_sample: bool = False,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    noise_BT: Tensor | None = None,
-    on_ids: OnIds | None = None,
-    lengths: BeamLengths = RELEASED_BLIP,
-    leaves: bool = False,
+    **settings: Any,
 ) -> Tensor:
     """Continue token sequences.
 
@@ -96,9 +94,11 @@ def decode(
         step: runs new tokens through the blocks and extends the cache.
         start_BT: the tokens to begin with; none is padding. T may be 0 where `step` has logits from the cache alone.
         cache: what stands in front of them (each sample's queries, say).
+        num_beams: 1 is greedy, or sampling with `do_sample`.
+
+    Args of `settings`:
         eos_id: ends a text.
         pad_id: fills the rows behind it.
-        num_beams: 1 is greedy, or sampling with `do_sample`.
         max_new_tokens: at most so many are added to the start, the end token among them.
         min_new_tokens: at least so many stand before the end token.
         length_penalty: of beam search: exponent of the length that a text's log-likelihood is divided by.
@@ -117,6 +117,107 @@ def decode(
     Raises:
         ValueError: sampling with several beams.
     """
+    search = _search(start_BT, num_beams=num_beams, **settings)
+    cache = replace(cache)  # type: ignore[type-var]
+    if num_beams > 1:
+        cache = cache.select(_beam_rows(start_BT, num_beams))
+    while not search.ended:
+        rows_R = search.take(step(search.new_RT, cache))
+        if rows_R is not None and not search.ended:
+            cache = cache.select(rows_R)
+    return search.texts()
+
+
+@torch.no_grad()
+def decode_in_turn(
+    step: Step,
+    begin: Callable[[Sequence[int]], OpenCache],
+    count: int,
+    at_once: int,
+    *,
+    device: torch.device,
+    num_beams: int = 1,
+    noise_BT: Tensor | None = None,
+    **settings: Any,
+) -> list[Tensor]:
+    """Continue prompts from nothing: as some end, others enter their places, so that a step always serves many.
+
+    Args:
+        step: as of `decode`; gives logits for no tokens from the cache that `begin` gave.
+        begin: a cache of these prompts, by their numbers, a row each.
+        count: of all prompts.
+        at_once: so many of them are in the cache together, at most.
+        device: of the token ids.
+        num_beams, noise_BT, settings: as of `decode`; texts leave.
+
+    Returns:
+        The new tokens of each prompt.
+    """
+    found: list[Tensor] = [torch.empty(0)] * count
+    waiting, running, cache = deque(range(count)), list[tuple[list[int], _Search]](), None
+    while waiting or running:
+        free = at_once - sum(search.prompts for _, search in running)
+        if waiting and (not running or free * _ENTERING >= at_once):
+            numbers = [waiting.popleft() for _ in range(min(free, len(waiting)))]
+            own_noise = None if noise_BT is None else noise_BT[numbers]
+            start_BT = torch.zeros(len(numbers), 0, dtype=torch.long, device=device)
+            search = _search(start_BT, num_beams=num_beams, noise_BT=own_noise, leaves=True, **settings)
+            entering = begin(numbers)
+            if num_beams > 1:
+                entering = entering.select(_beam_rows(start_BT, num_beams))
+            rows_R = search.take(step(search.new_RT, entering))
+            if not search.ended:
+                entering = entering if rows_R is None else entering.select(rows_R)
+                cache = entering if cache is None else cache.joined(entering)
+            running.append((numbers, search))
+        else:
+            logits_RW = step(torch.cat([search.new_RT for _, search in running]), cache)
+            cache = _taken(running, logits_RW, cache)
+        for numbers, search in running:
+            if search.ended:
+                for number, text_T in zip(numbers, search.texts(), strict=True):
+                    found[number] = text_T
+        running = [(numbers, search) for numbers, search in running if not search.ended]
+        cache = cache if running else None
+    return found
+
+
+def _taken(running: Sequence[tuple[list[int], "_Search"]], logits_RW: Tensor, cache: Any) -> Any:
+    """Hand to each search the logits of its rows; the cache of the rows that go on."""
+    kept, first, changed = list[Tensor](), 0, False
+    for (_, search), own_RW in zip(
+        running, logits_RW.split([len(search.new_RT) for _, search in running]), strict=True
+    ):
+        rows_R = search.take(own_RW)
+        if not search.ended:
+            kept.append(first + (torch.arange(len(own_RW), device=own_RW.device) if rows_R is None else rows_R))
+        changed |= search.ended or rows_R is not None
+        first += len(own_RW)
+    return cache.select(torch.cat(kept)) if kept and changed else cache
+
+
+def _beam_rows(start_BT: Tensor, beams: int) -> Tensor:
+    return torch.arange(len(start_BT), device=start_BT.device).repeat_interleave(beams)
+
+
+def _search(
+    start_BT: Tensor,
+    *,
+    eos_id: int,
+    pad_id: int,
+    num_beams: int,
+    max_new_tokens: int,
+    min_new_tokens: int = 1,
+    length_penalty: float = 1.0,
+    repetition_penalty: float = 1.0,
+    do_sample: bool = False,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    noise_BT: Tensor | None = None,
+    on_ids: OnIds | None = None,
+    lengths: BeamLengths = RELEASED_BLIP,
+    leaves: bool = False,
+) -> "_Search":
     if do_sample and num_beams > 1:
         raise ValueError("sampling draws one text: num_beams=1")
     first, device = start_BT.shape[1], str(start_BT.device)
@@ -131,10 +232,10 @@ def decode(
     if num_beams > 1:
         before = first if lengths.before is None else lengths.before
         counted = _Counted(first, before, lengths, length_penalty)
-        return _beam_search(step, start_BT, cache, processors, tokens, num_beams, counted, leaves=leaves)
+        return _Beams(start_BT, processors, tokens, num_beams, counted, leaves=leaves)
     choices = _draws(noise_BT, start_BT.device) if do_sample else repeat(_likeliest)
     leaves = leaves and not (do_sample and noise_BT is None)  # torch's stream gives every row a number in each step
-    return _one_text_each(step, start_BT, cache, processors, tokens, choices, on_ids, leaves=leaves)
+    return _OneTextEach(start_BT, processors, tokens, choices, on_ids, leaves=leaves)
 
 
 def cut_at(text: str, until: Sequence[str]) -> str:
@@ -209,34 +310,71 @@ class _OnlyDrawn(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter(1, chosen_R1, 0.0)
 
 
-def _one_text_each(
-    step: Step,
-    start_BT: Tensor,
-    cache: Cache,
-    process: Process,
-    tokens: _Tokens,
-    choices: Iterator[Choose],
-    on_ids: OnIds | None,
-    *,
-    leaves: bool,
-) -> Tensor:
-    batch, first, device = *start_BT.shape, start_BT.device
-    ids_BT = start_BT.new_full((batch, tokens.max_length), tokens.pad_id)
-    ids_BT[:, :first] = start_BT
-    new_RT, cache, length = start_BT, replace(cache), first  # type: ignore[type-var]
-    left_R, ended_R = torch.arange(batch, device=device), torch.zeros(batch, dtype=torch.bool, device=device)
-    while length < tokens.max_length and not ended_R.all():
-        if leaves and ended_R.any():
-            rows = (~ended_R).nonzero()[:, 0]
-            cache, left_R, new_RT, ended_R = cache.select(rows), left_R[rows], new_RT[rows], ended_R[rows]
-        scores_RW = process(ids_BT[left_R, :length], step(new_RT, cache).float())
-        next_R = next(choices)(scores_RW, left_R).masked_fill(ended_R, tokens.pad_id)
-        ended_R = ended_R | (next_R == tokens.eos_id)
-        ids_BT[left_R, length] = next_R
-        new_RT, length = next_R[:, None], length + 1
-        if on_ids is not None:
-            on_ids(ids_BT[:, first:length])
-    return ids_BT[:, :length]
+class _Search(Protocol):
+    """Texts that are being written, from one step's logits to the next one's tokens.
+
+    Attributes:
+        new_RT: the tokens of each row that the cache does not hold yet.
+        ended: nothing is to be written any more.
+    """
+
+    new_RT: Tensor
+    ended: bool
+
+    @property
+    def prompts(self) -> int:
+        """How many of them have rows."""
+
+    def take(self, logits_RW: Tensor) -> Tensor | None:
+        """Choose the next token of each row; the rows that go on, in their order. None: all, as they stand."""
+
+    def texts(self) -> Tensor:
+        """Start and new tokens (B, T)."""
+
+
+class _OneTextEach:
+    """Greedy, or drawn."""
+
+    def __init__(
+        self,
+        start_BT: Tensor,
+        process: Process,
+        tokens: _Tokens,
+        choices: Iterator[Choose],
+        on_ids: OnIds | None,
+        *,
+        leaves: bool,
+    ) -> None:
+        batch, self._first = start_BT.shape
+        self._ids_BT = start_BT.new_full((batch, tokens.max_length), tokens.pad_id)
+        self._ids_BT[:, : self._first] = start_BT
+        self._process, self._tokens, self._choices, self._on_ids = process, tokens, choices, on_ids
+        self._leaves, self._length, self.new_RT = leaves, self._first, start_BT
+        self._left_R = torch.arange(batch, device=start_BT.device)
+        self._ended_R = torch.zeros(batch, dtype=torch.bool, device=start_BT.device)
+        self.ended = self._length >= tokens.max_length
+
+    @property
+    def prompts(self) -> int:
+        return len(self._left_R)
+
+    def take(self, logits_RW: Tensor) -> Tensor | None:
+        scores_RW = self._process(self._ids_BT[self._left_R, : self._length], logits_RW.float())
+        next_R = next(self._choices)(scores_RW, self._left_R).masked_fill(self._ended_R, self._tokens.pad_id)
+        self._ended_R = self._ended_R | (next_R == self._tokens.eos_id)
+        self._ids_BT[self._left_R, self._length] = next_R
+        self.new_RT, self._length = next_R[:, None], self._length + 1
+        if self._on_ids is not None:
+            self._on_ids(self._ids_BT[:, self._first : self._length])
+        self.ended = self._length == self._tokens.max_length or bool(self._ended_R.all())
+        if self.ended or not self._leaves or not bool(self._ended_R.any()):
+            return None
+        rows_R = (~self._ended_R).nonzero()[:, 0]
+        self._left_R, self.new_RT, self._ended_R = self._left_R[rows_R], self.new_RT[rows_R], self._ended_R[rows_R]
+        return rows_R
+
+    def texts(self) -> Tensor:
+        return self._ids_BT[:, : self._length]
 
 
 class _Candidate(NamedTuple):
@@ -329,47 +467,54 @@ def _score(text: tuple[float, list[int]]) -> float:
     return text[0]
 
 
-def _beam_search(
-    step: Step,
-    start_BT: Tensor,
-    cache: Cache,
-    process: Process,
-    tokens: _Tokens,
-    beams: int,
-    counted: _Counted,
-    *,
-    leaves: bool,
-) -> Tensor:
-    batch, device = len(start_BT), start_BT.device
-    ids_RT = new_RT = start_BT.repeat_interleave(beams, dim=0)
-    cache = cache.select(torch.arange(batch, device=device).repeat_interleave(beams))
-    scores_BN = torch.zeros(batch, beams, device=device)
-    scores_BN[:, 1:] = -1e9  # all beams begin alike: the first step's candidates are those of one
-    found = [_BestTexts(beams, counted) for _ in range(batch)]
-    left = list(range(batch))
-    while left and ids_RT.shape[1] < tokens.max_length:
-        scores_RW = process(ids_RT, step(new_RT, cache).float().log_softmax(dim=1))
-        so_far = ids_RT.tolist()
+class _Beams:
+    """Beam search; a sample's beams lie side by side."""
+
+    def __init__(
+        self, start_BT: Tensor, process: Process, tokens: _Tokens, beams: int, counted: _Counted, *, leaves: bool
+    ) -> None:
+        batch, device = len(start_BT), start_BT.device
+        self._process, self._tokens, self._beams, self._leaves = process, tokens, beams, leaves
+        self._ids_RT = self.new_RT = start_BT.repeat_interleave(beams, dim=0)
+        self._scores_BN = torch.zeros(batch, beams, device=device)
+        self._scores_BN[:, 1:] = -1e9  # all beams begin alike: the first step's candidates are those of one
+        self._found = [_BestTexts(beams, counted) for _ in range(batch)]
+        self._left = list(range(batch))
+        self.ended = self._ids_RT.shape[1] >= tokens.max_length
+
+    @property
+    def prompts(self) -> int:
+        return len(self._left)
+
+    def take(self, logits_RW: Tensor) -> Tensor | None:
+        scores_RW = self._process(self._ids_RT, logits_RW.float().log_softmax(dim=1))
+        so_far, found = self._ids_RT.tolist(), self._found
         running = [
-            [_Candidate(0.0, candidates[0].row, tokens.pad_id)] * beams
+            [_Candidate(0.0, candidates[0].row, self._tokens.pad_id)] * self._beams
             if found[number].complete
-            else found[number].go_on(candidates, so_far, tokens)
-            for number, candidates in zip(left, _candidates(scores_RW, scores_BN), strict=True)
+            else found[number].go_on(candidates, so_far, self._tokens)
+            for number, candidates in zip(self._left, _candidates(scores_RW, self._scores_BN), strict=True)
         ]
-        if leaves or all(found[number].complete for number in left):
-            running = [own for number, own in zip(left, running, strict=True) if not found[number].complete]
-            left = [number for number in left if not found[number].complete]
-        rows = [candidate for own in running for candidate in own]
-        scores_BN = torch.tensor([candidate.score for candidate in rows], device=device).view(len(left), beams)
-        rows_R = torch.tensor([candidate.row for candidate in rows], dtype=torch.long, device=device)
-        new_RT = torch.tensor([[candidate.token] for candidate in rows], dtype=torch.long, device=device)
-        if left:
-            ids_RT, cache = torch.cat([ids_RT[rows_R], new_RT], dim=1), cache.select(rows_R)
-    running_texts = ids_RT.view(-1, beams, ids_RT.shape[1]).tolist() if left else []
-    for number, texts, scores in zip(left, running_texts, scores_BN.tolist(), strict=True):
-        found[number].cut(texts, scores)
-    best_texts = [torch.tensor(best.best(), device=device) for best in found]
-    return torch.nn.utils.rnn.pad_sequence(best_texts, batch_first=True, padding_value=tokens.pad_id)
+        if self._leaves or all(found[number].complete for number in self._left):
+            running = [own for number, own in zip(self._left, running, strict=True) if not found[number].complete]
+            self._left = [number for number in self._left if not found[number].complete]
+        self.ended = not self._left
+        if self.ended:
+            return None
+        rows, device = [candidate for own in running for candidate in own], logits_RW.device
+        self._scores_BN = torch.tensor([candidate.score for candidate in rows], device=device).view(-1, self._beams)
+        rows_R = torch.tensor([candidate.row for candidate in rows], device=device)
+        self.new_RT = torch.tensor([[candidate.token] for candidate in rows], device=device)
+        self._ids_RT = torch.cat([self._ids_RT[rows_R], self.new_RT], dim=1)
+        self.ended = self._ids_RT.shape[1] == self._tokens.max_length
+        return rows_R
+
+    def texts(self) -> Tensor:
+        running = self._ids_RT.view(-1, self._beams, self._ids_RT.shape[1]).tolist() if self._left else []
+        for number, texts, scores in zip(self._left, running, self._scores_BN.tolist(), strict=False):
+            self._found[number].cut(texts, scores)
+        best = [torch.tensor(found.best(), device=self.new_RT.device) for found in self._found]
+        return torch.nn.utils.rnn.pad_sequence(best, batch_first=True, padding_value=self._tokens.pad_id)
 
 
 def _candidates(scores_RW: Tensor, scores_BN: Tensor) -> list[list[_Candidate]]:

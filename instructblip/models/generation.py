@@ -2,7 +2,8 @@
 
 A step adds a node for each beam. A node attends to the prompt and to its own ancestors, so a prompt's keys and values are
 held once, whatever the number of its beams, and none is copied when beams change places. Prompts that have ended leave the
-batch. A language model whose class cannot do that (`LLMAbilities.tree`) is continued by transformers' own generation.
+batch, and others that wait take their places. A language model whose class cannot do that (`LLMAbilities.tree`) is continued
+by transformers' own generation.
 
 Shape legend: B prompts, N beams, R = B x N rows, T tokens, K nodes so far, L language-model width, V vocabulary.
 """
@@ -13,12 +14,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from instructblip.errors import UserError
-from instructblip.models.decoding import BEAM_LENGTHS, Draws, decode
-from instructblip.models.llm import LLM, Prefill
+from instructblip.models.decoding import BEAM_LENGTHS, Draws, decode_in_turn
+from instructblip.models.llm import LLM
+from instructblip.models.prefill import Prefill
 from instructblip.models.streaming import NewTokens, OnText, on_ids
 
 
@@ -38,6 +42,7 @@ def write(
     noise: Tensor | None = None,
     beam_lengths: str = "new_tokens",
     on_text: OnText | None = None,
+    at_once: int | None = None,
 ) -> list[str]:
     """Continue each embedded prompt (T_i, L); return the new text only, stripped.
 
@@ -46,6 +51,7 @@ def write(
         prefixes: B embedded prompts.
         beam_lengths: key of `BEAM_LENGTHS`.
         on_text: called with the text so far after each token; of one prompt, without beams.
+        at_once: so many prompts are worked on together, at most; as some end, others enter. None: all.
 
     The others are those of `decoding.decode`; lengths and the repetition penalty count new tokens only.
 
@@ -68,13 +74,13 @@ def write(
             "on_ids": on_ids(on_text, llm.texts),
             "lengths": BEAM_LENGTHS[beam_lengths],
         }
-        return _in_branches(llm, prefixes, **common, **sampling, **draws)
+        return _in_branches(llm, prefixes, at_once or len(prefixes), **common, **sampling, **draws)
     if num_beams > 1 and beam_lengths != "new_tokens":
         raise UserError(
             f"{type(llm.model).__name__} is searched by transformers' own generation, which counts beam lengths as "
             "new_tokens; set beam_lengths=new_tokens"
         )
-    return _by_transformers(llm, prefixes, on_text=on_text, noise=noise, **common, **sampling)
+    return _by_transformers(llm, prefixes, at_once or len(prefixes), on_text=on_text, noise=noise, **common, **sampling)
 
 
 # --- branches of a tree ----------------------------------------------------------------------------------------------
@@ -97,11 +103,12 @@ class Branches:
     not_finite: Tensor
 
     @classmethod
-    def of(cls, llm: LLM, prefixes: Sequence[Tensor]) -> "Branches":
+    def of(cls, llm: LLM, prefixes: Sequence[Tensor], not_finite: Tensor | None = None) -> "Branches":
         """One row for each prompt, of nothing yet."""
         device = prefixes[0].device
         ancestors_RK = torch.zeros(len(prefixes), 0, dtype=torch.bool, device=device)
-        return cls(llm, llm.prefill(prefixes), ancestors_RK, torch.zeros(1, dtype=torch.bool, device=device))
+        flag = torch.zeros(1, dtype=torch.bool, device=device) if not_finite is None else not_finite
+        return cls(llm, llm.prefill(prefixes), ancestors_RK, flag)
 
     def select(self, rows_N: Tensor) -> "Branches":
         """These rows, those of a prompt side by side; prompts without any are dropped, and so is what this was."""
@@ -109,6 +116,26 @@ class Branches:
         every = of_prompt == list(range(len(self.prompts.lengths)))
         prompts = self.prompts if every else self.prompts.keep(of_prompt)
         return Branches(self.llm, prompts, self.ancestors_RK[rows_N], self.not_finite)
+
+    def joined(self, other: "Branches") -> "Branches":
+        """These rows and then the other's; nodes that no row has written are dropped."""
+        ancestors_RK = self._forget_nodes()
+        nodes = max(ancestors_RK.shape[1], other.ancestors_RK.shape[1])
+        both = [F.pad(rows_RK, (0, nodes - rows_RK.shape[1])) for rows_RK in (ancestors_RK, other.ancestors_RK)]
+        return Branches(self.llm, self.prompts.joined(other.prompts), torch.cat(both), self.not_finite)
+
+    def _forget_nodes(self) -> Tensor:
+        """Drop nodes that no row has written, as far as all prompts keep equally many places; the rows' ancestors."""
+        batch, beams = len(self.prompts.lengths), len(self.ancestors_RK) // len(self.prompts.lengths)
+        by_prompt_BNK = self.ancestors_RK.view(batch, beams, -1)
+        written_BK = by_prompt_BNK.any(dim=1)
+        needed = int(written_BK.sum(dim=1).max())
+        if needed == written_BK.shape[1]:
+            return self.ancestors_RK
+        # False sorts behind True; a stable sort leaves parents in front of their children.
+        places_BK = written_BK.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :needed]
+        self.prompts.keep_nodes(places_BK)
+        return by_prompt_BNK.gather(2, places_BK[:, None].expand(-1, beams, -1)).flatten(0, 1)
 
     def next_logits(self, new_RT: Tensor) -> Tensor:
         """Logits (R, V) of the token behind each row, after one more token or none."""
@@ -133,20 +160,21 @@ class Branches:
         return self.llm.decode_tree(self.prompts, tokens_BN, depths_BN, visible_BNK, keep=True).flatten(0, 1)
 
 
-def _in_branches(llm: LLM, prefixes: Sequence[Tensor], **options: Any) -> list[str]:
-    rows = Branches.of(llm, prefixes)
-    ids_BT = decode(
+def _in_branches(llm: LLM, prefixes: Sequence[Tensor], at_once: int, **options: Any) -> list[str]:
+    not_finite = torch.zeros(1, dtype=torch.bool, device=prefixes[0].device)
+    ids = decode_in_turn(
         lambda new_RT, cache: cache.next_logits(new_RT),
-        torch.zeros(len(prefixes), 0, dtype=torch.long, device=prefixes[0].device),
-        rows,
+        lambda numbers: Branches.of(llm, [prefixes[number] for number in numbers], not_finite),
+        len(prefixes),
+        at_once,
+        device=not_finite.device,
         eos_id=llm.prompt_format.eos_id,
         pad_id=llm.prompt_format.pad_id,
-        leaves=True,
         **options,
     )
-    if bool(rows.not_finite):
+    if bool(not_finite):
         raise _not_finite()
-    return llm.texts(ids_BT)
+    return llm.texts(pad_sequence(ids, batch_first=True, padding_value=llm.prompt_format.pad_id))
 
 
 # --- transformers' own generation ------------------------------------------------------------------------------------
@@ -155,6 +183,7 @@ def _in_branches(llm: LLM, prefixes: Sequence[Tensor], **options: Any) -> list[s
 def _by_transformers(
     llm: LLM,
     prefixes: Sequence[Tensor],
+    at_once: int,
     *,
     do_sample: bool,
     temperature: float,
@@ -169,10 +198,11 @@ def _by_transformers(
         options |= {"temperature": temperature, "top_p": top_p, "top_k": 0}
     if (listener := on_ids(on_text, llm.texts)) is not None:
         options["streamer"] = NewTokens(listener)
-    together = llm.abilities.padded_prompts or len({len(prefix) for prefix in prefixes}) == 1
+    together = at_once if llm.abilities.padded_prompts or len({len(prefix) for prefix in prefixes}) == 1 else 1
     texts = []
     with finite_logits(llm.model):
-        for rows in [range(len(prefixes))] if together else [[row] for row in range(len(prefixes))]:
+        for first in range(0, len(prefixes), together):
+            rows = range(len(prefixes))[first : first + together]
             processors = [] if draws is None else draws.processors(rows, prefixes[0].device)
             found = llm.continue_rows([prefixes[row] for row in rows], processors=processors, **options)
             texts += llm.texts(llm.new_tokens(found))

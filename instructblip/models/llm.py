@@ -36,6 +36,7 @@ from instructblip.errors import UserError
 from instructblip.models import varlen
 from instructblip.models.exact_buffers import ExactBuffers
 from instructblip.models.packing import RowLayout, block_causal_mask, pack_rows, packed_layout
+from instructblip.models.prefill import Prefill
 from instructblip.models.prompt_format import DecoderPromptFormat, EncoderDecoderPromptFormat, PromptFormat
 
 
@@ -61,34 +62,6 @@ class LLMAbilities:
     beams: bool = True
     generates: bool = True
     embedding_factor: float = 1.0
-
-
-@dataclass
-class Prefill:
-    """Prompts that were run once and can be continued many times; what `LLM.prefill` returns.
-
-    Attributes:
-        last_BL: hidden state that predicts the first answer token.
-        lengths: number of positions that each row's answer tokens may attend to before the answer.
-        cache: keys and values of those positions, as wide as the longest row, and of nodes that were kept.
-        encoded: encoder states and their mask, of an encoder-decoder model.
-        depths_BK: places in the answer of the nodes that were kept.
-    """
-
-    last_BL: Tensor
-    lengths: list[int]
-    cache: Any
-    encoded: dict[str, Tensor]
-    depths_BK: Tensor
-
-    def keep(self, rows: Sequence[int]) -> "Prefill":
-        """Some of the prompts; what has all of them must not be used afterwards."""
-        kept = torch.tensor(rows, device=self.last_BL.device)
-        self.cache.batch_select_indices(kept)
-        encoded = {name: state[kept] for name, state in self.encoded.items()}
-        return Prefill(
-            self.last_BL[kept], [self.lengths[row] for row in rows], self.cache, encoded, self.depths_BK[kept]
-        )
 
 
 class AnswerStates(NamedTuple):
@@ -468,8 +441,7 @@ class DecoderLLM(LLM):
         """A node's position is its prompt's length plus its depth."""
         device, depths_BK = tokens_BN.device, torch.cat([prompts.depths_BK, depths_BN], dim=1)
         lengths_B1 = torch.tensor(prompts.lengths, device=device)[:, None]
-        longest = prompts.cache.get_seq_length() - prompts.depths_BK.shape[1]
-        prompt_BT = torch.arange(longest, device=device).expand(len(tokens_BN), -1)
+        prompt_BT = torch.arange(prompts.width, device=device).expand(len(tokens_BN), -1)
         positions_BN = lengths_B1 + depths_BN
         prompt_visible_BNT = (prompt_BT < lengths_B1)[:, None].expand(-1, tokens_BN.shape[1], -1)
         mask = self._mask(

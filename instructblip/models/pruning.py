@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from instructblip.models.llm import LLM, Prefill
+from instructblip.models.llm import LLM
+from instructblip.models.prefill import Prefill
 from instructblip.models.ranking import (
     TOKEN_BUDGET,
     CandidateTree,

@@ -15,7 +15,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from instructblip.models.llm import LLM, Prefill
+from instructblip.models.llm import LLM
+from instructblip.models.prefill import Prefill
 
 Item = TypeVar("Item", bound=Hashable)
 

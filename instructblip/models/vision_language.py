@@ -250,6 +250,7 @@ class VisionLanguageModel(Model):
         noise: Tensor | None = None,
         beam_lengths: str = "new_tokens",
         on_text: OnText | None = None,
+        at_once: int | None = None,
     ) -> list[str]:
         """Answer each prompt freely; the returned text never holds the prompt. Without prompts BLIP-2 captions the images.
 
@@ -258,6 +259,7 @@ class VisionLanguageModel(Model):
         global random stream or with `noise`: a number in [0, 1) for each new token of each image (B, max_new_tokens). The
         released defaults are 5 beams, 256 tokens, a repetition penalty of 1.5. `beam_lengths` is one of
         `decoding.BEAM_LENGTHS`. `on_text` is called with the text so far after each token, of one image and one beam.
+        At most `at_once` images are worked on together, all where it is None: as some texts end, others are begun.
 
         Raises:
             ValueError: a wrong argument, by its name, before anything is computed.
@@ -282,9 +284,11 @@ class VisionLanguageModel(Model):
         if noise is not None and num_beams > 1:
             raise ValueError("noise draws one text for each image: num_beams=1")
         self._check_positions(images, prompts, [range(max_new_tokens)] * len(prompts))
+        if at_once is not None:
+            check_counts({"at_once": at_once}, at_least=1)
         return generation.write(
             self.llm,
-            self.llm.prefixes(self.visual_prompt(self.image_tokens(images), prompts), prompts),
+            self._prefixes(images, prompts, at_once or count),
             num_beams=num_beams,
             max_new_tokens=max_new_tokens,
             min_new_tokens=min_new_tokens,
@@ -296,7 +300,16 @@ class VisionLanguageModel(Model):
             noise=noise,
             beam_lengths=beam_lengths,
             on_text=on_text,
+            at_once=at_once,
         )
+
+    def _prefixes(self, images: Images, prompts: Sequence[str], at_once: int) -> list[Tensor]:
+        """The LLM's embedded prompts (T_i, L), so many by one pass of the connector."""
+        tokens_BFPV, found = self.image_tokens(images), list[Tensor]()
+        for first in range(0, len(prompts), at_once):
+            asked = prompts[first : first + at_once]
+            found += self.llm.prefixes(self.visual_prompt(tokens_BFPV[first : first + at_once], asked), asked)
+        return found
 
     def _check_positions(
         self, images: Images, prompts: Sequence[str], answers: Sequence[Sequence[int]], *, training: bool = False

@@ -6,11 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
 from instructblip.errors import UserError
 from instructblip.models.decoding import Draws
+from instructblip.models.instructblip import InstructBLIP
 from instructblip.models.llm import LLM
+from instructblip.models.prefill import Prefill
 from tests.kit.tiny import tiny_encoder_decoder_llm, tiny_images, tiny_llm, tiny_model
 
 
@@ -105,3 +108,89 @@ def test_wrong_noise_is_named() -> None:
     ):
         with pytest.raises(ValueError, match=line):
             model.generate(images, ["a", "b"], noise=noise, **options | more)
+
+
+# --- as some end, others enter -----------------------------------------------------------------------------------------
+
+QUESTIONS = [
+    "a?",
+    "what is there in the image of it, and what color is the shape?",
+    "is it red?",
+    "shape",
+    "b?",
+    "c c c c c?",
+]
+
+
+def ending_model(make: Callable[[], LLM]) -> InstructBLIP:
+    """Random weights, and an end that is so likely that some texts come to it soon and others late."""
+    torch.manual_seed(3)
+    model = tiny_model(llm=make())
+    with torch.no_grad():
+        model.llm.model.get_output_embeddings().weight.mul_(6)
+    logits, end = model.llm.logits, model.llm.prompt_format.eos_id
+
+    def with_likely_end(hidden_NL: Tensor) -> Tensor:
+        logits_NV = logits(hidden_NL)
+        spread_N1 = logits_NV.std(dim=1, keepdim=True)
+        return logits_NV + 2.4 * spread_N1 * (torch.arange(logits_NV.shape[1]) == end)
+
+    object.__setattr__(model.llm, "logits", with_likely_end)
+    return model
+
+
+@pytest.mark.parametrize("make", [tiny_llm, tiny_encoder_decoder_llm])
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("lengths", ["new_tokens", "transformers_4_33"])
+def test_texts_do_not_depend_on_how_many_are_worked_on_together(
+    make: Callable[[], LLM], beams: int, lengths: str
+) -> None:
+    model = ending_model(make)
+    images, prompts = tiny_images(18), [f"{QUESTIONS[row % 6]}{'x' * (row % 4)}" for row in range(18)]
+    options: dict[str, Any] = {
+        "num_beams": beams,
+        "max_new_tokens": 12,
+        "repetition_penalty": 1.2,
+        "beam_lengths": lengths,
+    }
+    alone = [model.generate(images[row : row + 1], prompts[row : row + 1], **options)[0] for row in range(18)]
+    assert len({len(text) for text in alone}) > 3
+    for at_once in (None, 1, 2, 5, 16):
+        assert model.generate(images, prompts, at_once=at_once, **options) == alone
+
+
+@pytest.mark.parametrize("make", [tiny_llm, tiny_encoder_decoder_llm])
+def test_drawn_texts_do_not_depend_on_it_either(make: Callable[[], LLM]) -> None:
+    model, images = ending_model(make), tiny_images(12)
+    noise = torch.rand(12, 9, generator=torch.Generator().manual_seed(0))
+    options: dict[str, Any] = {"do_sample": True, "max_new_tokens": 9, "noise": noise}
+    together = model.generate(images, QUESTIONS * 2, **options)
+    assert len({len(text) for text in together}) > 2
+    assert model.generate(images, QUESTIONS * 2, at_once=3, **options) == together
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_places_that_are_free_are_taken(beams: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, rows = ending_model(tiny_llm), list[int]()
+    whole = type(model.llm).decode_tree
+
+    def counted(self: LLM, prompts: Prefill, *rest: Any, **named: Any) -> Any:
+        rows.append(len(prompts.lengths))
+        return whole(self, prompts, *rest, **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(type(model.llm), "decode_tree", counted)
+    images, prompts = tiny_images(24), QUESTIONS * 4
+    options: dict[str, Any] = {"num_beams": beams, "max_new_tokens": 12}
+    expected = [
+        text for first in range(0, 24, 6) for text in model.generate(images[first : first + 6], prompts[:6], **options)
+    ]
+    in_batches = len(rows)
+    rows.clear()
+    assert model.generate(images, prompts, at_once=6, **options) == expected
+    assert max(rows) <= 6
+    assert len(rows) < 0.9 * in_batches
+
+
+def test_a_wrong_number_at_once_is_named() -> None:
+    with pytest.raises(ValueError, match="at_once"):
+        tiny_model().generate(tiny_images(1), ["a"], at_once=0)
