@@ -236,9 +236,9 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     counts: list[int] = []
     ask = runner._ask
 
-    def counted(model: Any, task: Any, batch: Any) -> Any:
+    def counted(model: Any, task: Any, batch: Any, at_once: int) -> Any:
         counts.append(len(batch))
-        return ask(model, task, batch)
+        return ask(model, task, batch, at_once)
 
     monkeypatch.setattr(runner, "_ask", counted)
     return counts
