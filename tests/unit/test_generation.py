@@ -140,22 +140,21 @@ def ending_model(make: Callable[[], LLM]) -> InstructBLIP:
 
 
 @pytest.mark.parametrize("make", [tiny_llm, tiny_encoder_decoder_llm])
-@pytest.mark.parametrize("beams", [1, 3])
-@pytest.mark.parametrize("lengths", ["new_tokens", "transformers_4_33"])
+@pytest.mark.parametrize(("beams", "lengths"), [(1, "new_tokens"), (3, "new_tokens"), (3, "transformers_4_33")])
 def test_texts_do_not_depend_on_how_many_are_worked_on_together(
     make: Callable[[], LLM], beams: int, lengths: str
 ) -> None:
     model = ending_model(make)
-    images, prompts = tiny_images(18), [f"{QUESTIONS[row % 6]}{'x' * (row % 4)}" for row in range(18)]
+    images, prompts = tiny_images(10), [f"{QUESTIONS[row % 6]}{'x' * (row % 4)}" for row in range(10)]
     options: dict[str, Any] = {
         "num_beams": beams,
-        "max_new_tokens": 12,
+        "max_new_tokens": 9,
         "repetition_penalty": 1.2,
         "beam_lengths": lengths,
     }
-    alone = [model.generate(images[row : row + 1], prompts[row : row + 1], **options)[0] for row in range(18)]
-    assert len({len(text) for text in alone}) > 3
-    for at_once in (None, 1, 2, 5, 16):
+    alone = [model.generate(images[row : row + 1], prompts[row : row + 1], **options)[0] for row in range(10)]
+    assert len({len(text) for text in alone}) > 2
+    for at_once in (None, 2, 5):
         assert model.generate(images, prompts, at_once=at_once, **options) == alone
 
 
