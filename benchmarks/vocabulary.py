@@ -41,7 +41,9 @@ def vocabulary(model: InstructBLIP, own: tuple[str, ...], size: int) -> list[str
     words = sorted(word for word in table if word.isascii() and word.isalpha() and len(word) > 2)
     found = dict.fromkeys(own)
     while len(found) < size:
-        found[" ".join(draw.choices(words, k=2 if len(found) % 4 == 3 else 1))] = None
+        text = " ".join(draw.choices(words, k=2 if len(found) % 4 == 3 else 1))
+        # Where a table is so small that its words are used up, three of them make something new.
+        found[text if text not in found else " ".join(draw.choices(words, k=3))] = None
     return list(found)[:size]
 
 
