@@ -132,10 +132,10 @@ def fail_at_colours() -> None:
     """Make this process fail at every question of one dataset."""
     ask = runner._ask
 
-    def failing(model: Any, task: Any, batch: Any) -> Any:
+    def failing(model: Any, task: Any, *rest: Any) -> Any:
         if task.card.name == "easy_vqa_color":
             raise UserError("the GPU of this process is on fire")
-        return ask(model, task, batch)
+        return ask(model, task, *rest)
 
     runner._ask = failing
 
