@@ -22,6 +22,7 @@ _ORIENTATION = 0x0112  # EXIF; 5 to 8 lie on their side
 _JPEG_END = b"\xff\xd9"
 _JPEG_SCAN = b"\xff\xda"
 _ROWS_NEEDED = 0.9  # of a JPEG without its end
+_BLOCK = 8  # pixels a side of what a JPEG transforms at once
 _BLOCK_ROWS = 16  # that are coded together, so that a cut a few bytes before the end costs all of them
 _PROBE = b"\x55" * 256  # bits that decode to something, whatever the Huffman table
 
@@ -76,7 +77,9 @@ def decode_pixels(data: bytes, where: str, *, at_least: tuple[int, int] | None =
     """
     with contextlib.suppress(OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         image = _open(data, where)
-        if type(image) is JpegImagePlugin.JpegImageFile and image.mode == "RGB" and not _is_turned(image):
+        # Below a block, sides rounded up do not say which of eight scales is meant.
+        plain = type(image) is JpegImagePlugin.JpegImageFile and image.mode == "RGB" and min(image.size) > _BLOCK
+        if plain and not _is_turned(image):
             width, height = (-(-side // _dct_scale(image.size, at_least)) for side in image.size)
             pixels: npt.NDArray[np.uint8] = simplejpeg.decode_jpeg(data, "RGB", min_height=height, min_width=width)
             return pixels

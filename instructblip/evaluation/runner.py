@@ -25,7 +25,7 @@ from instructblip.evaluation.journal import Journal, journal_keys
 from instructblip.evaluation.metrics.accuracy import normalize_answer
 from instructblip.evaluation.outcomes import Failure, Prediction, TaskResult, class_scores, score_task
 from instructblip.evaluation.precision import computing
-from instructblip.evaluation.protocol import EvaluationSample, Task, refuse_unable
+from instructblip.evaluation.protocol import EvaluationSample, Protocol, Task, refuse_unable
 from instructblip.evaluation.results_file import PREDICTIONS
 from instructblip.evaluation.retrieval import answer_pairs, remove_images
 from instructblip.evaluation.work import BatchLimit, read_ahead
@@ -309,7 +309,7 @@ def _answers(model: Any, task: Task, batch: Sequence[tuple[Question, Tensor]], a
     candidates = [task.candidates(sample.record) for sample in samples]
     released = dict(model.RELEASED_RANKING) if protocol.preset == "lavis" else {}
     options = {"normalize": protocol.normalize, "include_eos": protocol.include_eos, **released}
-    if "llm" in model.PARTS and max(map(len, candidates)) > _MOST_SCORES:
+    if "llm" in model.PARTS and min(map(len, candidates)) > _MOST_SCORES and not _adds_up(protocol):
         options["best"] = _BEST_SCORES  # more are not kept
     scores = model.rank(images, prompts, candidates, **options)
     for sample, row in zip(samples, scores, strict=True):
@@ -318,6 +318,11 @@ def _answers(model: Any, task: Task, batch: Sequence[tuple[Question, Tensor]], a
         if not numbers.isfinite().all() or row.isnan().any():
             raise _not_finite(sample)
     return [_ranked(task, texts, row.tolist()) for texts, row in zip(candidates, scores, strict=True)]
+
+
+def _adds_up(protocol: Protocol) -> bool:
+    """Whether a class has several texts whose likelihoods are added, so that each of them counts."""
+    return protocol.aggregate == "sum" and len(set(protocol.classes)) < len(protocol.classes)
 
 
 def _judgements(model: Any, task: Task, images: Tensor, samples: Sequence[EvaluationSample]) -> list[Answer]:

@@ -107,7 +107,8 @@ def best_candidates(
         ValueError: as `rank_candidates`.
     """
     if not llm.abilities.tree:
-        return rank_candidates(llm, prefixes, candidates, list_of, normalize=normalize, token_budget=token_budget)
+        whole = rank_candidates(llm, prefixes, candidates, list_of, normalize=normalize, token_budget=token_budget)
+        return [row if bool(row.isfinite().all()) else torch.full_like(row, torch.nan) for row in whole]
     check_lists(candidates, list_of, normalize)
     vocabularies = [vocabulary_of(sequences) for sequences in candidates]
     scores: list[Tensor] = [torch.empty(0)] * len(prefixes)

@@ -304,11 +304,11 @@ class VisionLanguageModel(Model):
         )
 
     def _prefixes(self, images: Images, prompts: Sequence[str], at_once: int) -> list[Tensor]:
-        """The LLM's embedded prompts (T_i, L), so many by one pass of the connector."""
-        tokens_BFPV, found = self.image_tokens(images), list[Tensor]()
+        """The LLM's embedded prompts (T_i, L), so many by one pass of the vision encoder and the connector."""
+        found: list[Tensor] = []
         for first in range(0, len(prompts), at_once):
-            asked = prompts[first : first + at_once]
-            found += self.llm.prefixes(self.visual_prompt(tokens_BFPV[first : first + at_once], asked), asked)
+            asked, tokens_BFPV = prompts[first : first + at_once], self.image_tokens(images[first : first + at_once])
+            found += self.llm.prefixes(self.visual_prompt(tokens_BFPV, asked), asked)
         return found
 
     def _check_positions(

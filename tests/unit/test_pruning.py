@@ -3,11 +3,13 @@
 import math
 import random
 from collections.abc import Sequence
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
+from instructblip.evaluation import runner
 from instructblip.models.instructblip import InstructBLIP
 from instructblip.models.llm import LLM, LLMAbilities
 from instructblip.models.pruning import best_candidates, vocabulary_of
@@ -116,11 +118,48 @@ def test_a_model_that_cannot_run_trees_scores_all(llm: LLM, monkeypatch: pytest.
         torch.testing.assert_close(one, other, rtol=0, atol=1e-4)
 
 
-def test_numbers_that_are_not_finite_show(llm: LLM) -> None:
+@pytest.mark.parametrize("tree", [True, False])
+def test_numbers_that_are_not_finite_show(llm: LLM, tree: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     lists, (prefix,) = [answers(llm, 5, 20)], prompts(llm, 1)
+    monkeypatch.setattr(llm, "abilities", LLMAbilities(tree=tree))
     with torch.inference_mode():
         (found,) = best_candidates(llm, [torch.full_like(prefix, torch.nan)], lists, [0], best=2)
     assert bool(found.isnan().all())
+
+
+@pytest.mark.parametrize(
+    ("texts", "classes", "aggregate", "best"),
+    [
+        ([221], (), "sum", 10),
+        ([221, 221], (), "sum", 10),
+        ([200], (), "sum", None),
+        ([221, 50], (), "sum", None),  # what is kept of a question does not depend on its neighbour
+        ([221], [str(number) for number in range(221)], "sum", 10),
+        ([221], ["a", *"b" * 220], "sum", None),  # each text counts
+        ([221], ["a", *"b" * 220], "max", 10),
+    ],
+)
+def test_the_evaluation_asks_for_the_best_where_the_others_do_not_count(
+    texts: list[int], classes: Sequence[str], aggregate: str, best: int | None
+) -> None:
+    asked: list[int | None] = []
+
+    def rank(
+        _images: Tensor, _prompts: Sequence[str], lists: Sequence[Sequence[str]], **options: object
+    ) -> list[Tensor]:
+        asked.append(options.get("best"))  # type: ignore[arg-type]
+        return [torch.arange(len(candidates)) - 500.0 for candidates in lists]
+
+    protocol = SimpleNamespace(
+        mode="rank", preset="paper", normalize="sum", include_eos=True, classes=tuple(classes), aggregate=aggregate
+    )
+    task = SimpleNamespace(protocol=protocol, candidates=lambda count: [str(number) for number in range(count)])
+    samples = [SimpleNamespace(prompt="x", id=str(count), record=count) for count in texts]
+    batch = [(SimpleNamespace(sample=sample), torch.zeros(1, 1, 1)) for sample in samples]
+    model = SimpleNamespace(PARTS={"llm"}, RELEASED_RANKING={}, rank=rank)
+    found = runner._answers(model, task, batch, 8)  # type: ignore[arg-type]
+    assert asked == [best]
+    assert [len(scores) for _, scores, _ in found] == [count if count <= 200 else 10 for count in texts]
 
 
 def test_a_vocabulary_is_a_tree_of_beginnings() -> None:

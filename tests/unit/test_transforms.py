@@ -144,6 +144,15 @@ def test_pixels_are_those_of_pillow(name: str, at_least: tuple[int, int] | None)
     assert np.array_equal(decode_pixels(PICTURES[name], "x", at_least=at_least), expected)
 
 
+@pytest.mark.parametrize("at_least", [None, (1, 1), (2, 2), (5, 5)])
+def test_pixels_of_the_smallest_pictures_are_those_of_pillow(at_least: tuple[int, int] | None) -> None:
+    for width in range(1, 20):
+        for height in (1, 3, 5, 8, 9, width):
+            data = _encode(_noise((width, height)), "JPEG", quality=90, subsampling=0)
+            expected = np.asarray(decode_image(data, "x", at_least=at_least))
+            assert np.array_equal(decode_pixels(data, "x", at_least=at_least), expected), (width, height)
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 def test_damaged_pictures_give_the_same_pixels_or_the_same_line() -> None:
     stream, refused = random.Random(0), 0
