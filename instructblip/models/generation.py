@@ -149,10 +149,8 @@ class Branches:
 
     def _grown(self, tokens_BN: Tensor) -> Tensor:
         """Hidden states (R, L) of a new node for each row."""
-        (batch, beams), own_NN = (
-            tokens_BN.shape,
-            torch.eye(tokens_BN.shape[1], dtype=torch.bool, device=tokens_BN.device),
-        )
+        batch, beams = tokens_BN.shape
+        own_NN = torch.eye(beams, dtype=torch.bool, device=tokens_BN.device)
         before_BNK = self.ancestors_RK.view(batch, beams, -1)
         visible_BNK = torch.cat([before_BNK, own_NN.expand(batch, -1, -1)], dim=2)
         depths_BN = before_BNK.sum(dim=2)
