@@ -104,6 +104,7 @@ def assert_same(found: Path, expected: Path) -> None:
     assert not [*found.rglob("journal-*"), *found.rglob(".rank-*")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 3])
 def test_any_number_of_processes_gives_the_same_files(
     world: World, untrained_run: Path, alone: Path, tmp_path: Path, count: int

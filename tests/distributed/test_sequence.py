@@ -131,6 +131,7 @@ def test_twenty_stops_and_restarts_with_another_number_of_ranks(
         assert first + _sequence(dataset, world=after, start=stop) == whole
 
 
+@pytest.mark.slow
 def test_records_of_one_image_together_are_one_sequence_too(dataset: MixtureDataset) -> None:
     folders = {item.name: item.split.folder for item in dataset.sets}
     together = mixture_of(folders, kinds={"small": ("a",)}, flip={"small": False}, group=4)

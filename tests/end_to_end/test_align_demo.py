@@ -23,6 +23,7 @@ STAGES = ("align_demo_stage1", "align_demo_stage2", "align_demo")
 STEPS = {"stage1": 2, "stage2": 2, "cosine": 2, "tuned": 2}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STAGES)
 def test_a_stage_is_planned_and_names_the_one_before(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     config = compose("train", TrainConfig, [f"experiment={name}", "plan=true"])
@@ -32,6 +33,7 @@ def test_a_stage_is_planned_and_names_the_one_before(name: str, capsys: pytest.C
     assert config.init_from == ([] if before is None else [f"outputs/train/{before}"])
 
 
+@pytest.mark.slow
 def test_photos_of_ones_own_take_the_pictures_place(world: World, tmp_path: Path) -> None:
     card = write_own_data(tmp_path, task="captioning", columns={"captions": "answer"})
     prepare_dataset(load_card(card), tmp_path, tmp_path / "shards", progress=False)

@@ -68,6 +68,7 @@ def chain(world: World, tmp_path_factory: pytest.TempPathFactory) -> Chain:
     return Chain(stage1, stage2, tuned)
 
 
+@pytest.mark.slow
 def test_each_stage_starts_from_the_one_before(chain: Chain) -> None:
     kinds = {"stage1": "blip2_stage1", "stage2": "blip2", "tuned": "instructblip"}
     new = {
@@ -88,6 +89,7 @@ def test_each_stage_starts_from_the_one_before(chain: Chain) -> None:
             ]
 
 
+@pytest.mark.slow
 def test_each_is_loaded_and_does_what_it_can(chain: Chain) -> None:
     images, texts = tiny_images(2), ["a red circle", "two dogs"]
     stage1, stage2, tuned = (
@@ -103,12 +105,14 @@ def test_each_is_loaded_and_does_what_it_can(chain: Chain) -> None:
     assert len(tuned.generate(images, texts, max_new_tokens=3)) == 2
 
 
+@pytest.mark.slow
 def test_the_second_stage_is_evaluated_as_any_model(chain: Chain, world: World, tmp_path: Path) -> None:
     evaluated = evaluate_here(world, chain.stage2, tmp_path, "samples=3", "batch_size=4")
     assert len(scores(evaluated)) == 4
     assert json.loads((evaluated / "results.json").read_text())["model"]["llm"]["name"] == "smollm2_135m"
 
 
+@pytest.mark.slow
 def test_an_encoder_decoder_reads_prefixes_and_learns_the_rest(
     chain: Chain, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,6 +18,7 @@ def evaluated(world: World, model: Path, output: Path, name: str, *arguments: st
     return evaluate_here(world, model, output, *chosen, shards, *arguments)
 
 
+@pytest.mark.slow
 def test_a_list_of_answers_is_ranked_in_both_presets_and_asked_for_where_it_is_missing(
     world: World, tmp_path: Path
 ) -> None:
@@ -42,6 +43,7 @@ def test_a_list_of_answers_is_ranked_in_both_presets_and_asked_for_where_it_is_m
     assert read_json(written / "results.json")["datasets"]["vqav2_blip"]["protocol"]["mode"] == "generate"
 
 
+@pytest.mark.slow
 def test_a_published_retrieval_model_judges_statements_and_a_captioner_captions(world: World, tmp_path: Path) -> None:
     write_blip(tmp_path / "itm", "retrieval")
     folder = evaluated(world, tmp_path / "itm", tmp_path, "vsr", "mode=match")

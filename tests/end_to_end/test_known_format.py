@@ -23,6 +23,7 @@ def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_a_copied_card_is_prepared_trained_and_evaluated(world: World, mine: Path) -> None:
     data = ("data=synthetic", f"data.shards={mine / 'shards'}")
     mixture = ("mixture.datasets=[{name: mine, multiplier: 1.0}]", "suite.held_in=[mine]", "suite.held_out=[]")

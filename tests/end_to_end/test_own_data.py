@@ -63,6 +63,7 @@ def test_the_raw_files_are_looked_for_beside_the_card_or_in_raw(home: Path, tmp_
     assert (status, printed.count("6 images, 6 records, 0 records lost")) == (0, 2)
 
 
+@pytest.mark.slow
 def test_the_page_of_samples_shows_what_the_card_leaves_to_defaults(home: Path) -> None:
     with pytest.raises(UserError, match=r"no card of mine is known: give its path, cards=\[./mine.yaml\]"):
         command(show=str(home / "shards"))
@@ -89,6 +90,7 @@ def test_check_looks_at_one_dataset_and_whether_it_is_the_cards(home: Path, tmp_
         command(check=shards, dataset="vsr")
 
 
+@pytest.mark.slow
 def test_an_audit_finds_ones_own_benchmark_in_ones_own_training_data(home: Path, tmp_path: Path) -> None:
     shards = tmp_path / "shards"
     files = {"records": "train.jsonl", "images": "photos"}
@@ -138,6 +140,7 @@ def own_run(world: World, home: Path, output: Path, *overrides: str) -> Path:
     )
 
 
+@pytest.mark.slow
 def test_a_card_is_trained_on_beside_an_official_one_watched_and_scored(
     world: World, home: Path, tmp_path: Path
 ) -> None:
@@ -156,6 +159,7 @@ def test_a_card_is_trained_on_beside_an_official_one_watched_and_scored(
     assert "task" in kept["said"] and "templates" not in kept["said"]
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_another_folder_and_notices_a_changed_card(
     world: World, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -179,6 +183,7 @@ def test_a_run_goes_on_from_another_folder_and_notices_a_changed_card(
         go_on(str(card), "resume=auto", "resume_allow=[mixture.datasets]")
 
 
+@pytest.mark.slow
 def test_inspect_takes_a_path(world: World, home: Path) -> None:
     mixture = "mixture=own", f"mixture.datasets=[{{name: '{home / 'mine.yaml'}'}}]"
     config = compose("inspect", InspectConfig, [*mixture, shards_of(home), "timed=2", "samples=2"])
@@ -244,6 +249,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return counts
 
 
+@pytest.mark.slow
 def test_another_metric_scores_the_same_answers(
     world: World, untrained_run: Path, home: Path, tmp_path: Path, asked: list[int]
 ) -> None:
@@ -336,6 +342,7 @@ def test_a_sweep_over_cards_gives_each_a_folder(world: World, untrained_run: Pat
     assert sorted(found) == ["own-held_out_._one_mine.yaml_", "own-held_out_._two_mine.yaml_"]
 
 
+@pytest.mark.slow
 def test_a_score_of_ones_own_is_marked_where_it_is_not_as_the_card_says(
     world: World, untrained_run: Path, home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

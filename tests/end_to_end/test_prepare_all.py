@@ -77,6 +77,7 @@ def test_four_workers_write_what_one_writes(all_datasets: Path, tmp_path: Path, 
     assert len(written) > 4
 
 
+@pytest.mark.slow
 def test_all_of_them_can_be_shown_and_audited(all_datasets: Path) -> None:
     console = Console(file=io.StringIO(), width=200)
     assert prepare(PrepareConfig(show=str(all_datasets / "shards"), samples=2), console) == 0

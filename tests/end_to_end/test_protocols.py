@@ -71,6 +71,7 @@ def test_every_protocol_runs_and_twice_gives_the_same(twice: dict[str, tuple[Pat
         assert entry["failed"] == []
 
 
+@pytest.mark.slow
 def test_videos_are_shown_with_their_frames_and_pictures_alone(twice: dict[str, tuple[Path, Path]]) -> None:
     frames = {name: entry["protocol"]["frames"] for name, entry in stored(twice["held_out"][0])["datasets"].items()}
     assert {name for name, count in frames.items() if count == 4} == {"msvd_qa", "msrvtt_qa", "ivqa"}
@@ -83,6 +84,7 @@ def test_vocabularies_come_from_the_train_split(twice: dict[str, tuple[Path, Pat
     assert entry["vocabulary_size"] > 1 and len(entry["vocabulary_sha256"]) == 64
 
 
+@pytest.mark.slow
 def test_the_released_code_is_another_protocol(
     world: World, untrained_run: Path, all_datasets: Path, twice: dict[str, tuple[Path, Path]], tmp_path: Path
 ) -> None:

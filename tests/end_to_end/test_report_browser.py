@@ -91,6 +91,7 @@ def test_a_click_makes_a_picture_larger_and_another_smaller(tab: Browser) -> Non
     assert tab.value(width) == before
 
 
+@pytest.mark.slow
 def test_a_link_of_the_table_leads_to_its_dataset(tab: Browser) -> None:
     tab.click('.summary a[href="#dataset-1"]')
     assert re.search("#dataset-1$", tab.value("location.href"))

@@ -23,6 +23,7 @@ def results(folder: Path) -> dict[str, Any]:
     return values
 
 
+@pytest.mark.slow
 def test_twice_and_on_two_ranks_the_results_are_the_same(world: World, untrained_stage1: Path, tmp_path: Path) -> None:
     shards = f"data.shards={tmp_path / 'shards'}"
     first = evaluate_here(world, untrained_stage1, tmp_path / "first", *SUITE, shards)
@@ -107,6 +108,7 @@ def test_an_instructblip_is_not_asked_to_retrieve(world: World, untrained_run: P
         evaluate_here(world, untrained_run, tmp_path, *SUITE, f"data.shards={tmp_path / 'shards'}")
 
 
+@pytest.mark.slow
 def test_statements_are_judged_by_matching(world: World, untrained_stage1: Path, tmp_path: Path) -> None:
     arguments = ("suite=own", "suite.held_out=[vsr]", "mode=match", "data=synthetic", "name=statements", "batch_size=2")
     shards = f"data.shards={tmp_path / 'shards'}"

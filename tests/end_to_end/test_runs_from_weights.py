@@ -140,6 +140,7 @@ def test_ten_steps_are_those_of_a_model_whose_weights_were_put_in_by_hand(
         assert found == pytest.approx(expected, rel=1e-6), place
 
 
+@pytest.mark.slow
 def test_a_folders_own_parts_are_compared_by_their_weights(
     instructblip: Source, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -258,6 +259,7 @@ def test_two_ranks_start_alike_and_hold_what_no_other_file_has(
 # --- evaluation ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_an_untrained_projection_is_evaluated_only_when_that_is_allowed(
     world: World, finished_run: Path, tmp_path: Path
 ) -> None:
@@ -290,6 +292,7 @@ def test_an_untrained_projection_is_evaluated_only_when_that_is_allowed(
 # --- from stage to stage ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_weights_pass_unchanged_from_stage_1_over_stage_2_to_instruction_tuning(world: World, tmp_path: Path) -> None:
     """Stage 1 learns; the steps of the two others are too small to change a weight."""
     without_llm = replace(world, train=tuple(item for item in world.train if not item.startswith("llm.")))

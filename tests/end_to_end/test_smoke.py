@@ -71,6 +71,7 @@ def test_all_held_out_datasets_are_evaluated(
     assert caplog.messages == []  # no warning that made-up files have not the counts of the official ones
 
 
+@pytest.mark.slow
 def test_any_parts_may_be_tried() -> None:
     config = compose(
         "train", TrainConfig, ["experiment=smoke", "llm=flan_t5_base", "qformer=blip2", "vision=eva_vit_g"]

@@ -165,6 +165,7 @@ def test_evaluate_agrees_with_the_runs_own_last_evaluation(
             assert ours["scores"] == pytest.approx(theirs["scores"], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_without_cache_and_prepared_shards_the_same_model_is_trained(
     world: World, finished_run: Path, tmp_path: Path
 ) -> None:
@@ -191,6 +192,7 @@ def test_all_questions_when_no_number_is_given(world: World, finished_run: Path,
     assert {sample_id for sample_id, _, _ in predictions(finished_run / "evaluation")["easy_vqa_shape"]} < shown
 
 
+@pytest.mark.slow
 def test_open_generation(world: World, finished_run: Path, tmp_path: Path) -> None:
     options = ("mode=generate", "samples=3", "suite.held_out=[]")
     folder = evaluate_here(world, finished_run, tmp_path / "together", *options)

@@ -111,6 +111,7 @@ def test_tars_that_nobody_prepared_give_the_bytes_of_those_that_somebody_did(tmp
         caption_web(card, tmp_path / "c", split="val")
 
 
+@pytest.mark.slow
 def test_ten_kills_at_random_moments_change_no_byte(web: Path, whole: Path, tmp_path: Path) -> None:
     with killed_after(0) as came:
         out = caption_web(web, tmp_path / "once")

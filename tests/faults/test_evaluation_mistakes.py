@@ -50,6 +50,7 @@ def test_a_mistake_costs_no_model(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_model")
 def test_hateful_memes_and_visdial_are_not_generated(
     world: World, untrained_run: Path, all_datasets: Path, tmp_path: Path
@@ -76,6 +77,7 @@ def test_a_place_that_cannot_be_costs_no_model(world: World, untrained_run: Path
         evaluate_here(world, untrained_run, tmp_path, f"name={'long' * 100}")
 
 
+@pytest.mark.slow
 def test_results_of_another_checkpoint_are_not_replaced(
     world: World, untrained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -50,6 +50,7 @@ def assert_same_evaluation(found: Path, expected: Path) -> None:
         assert (found / file).read_bytes() == (expected / file).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_cut_line_is_answered_again(
     world: World, finished_run: Path, whole: Path, answered: list[str], tmp_path: Path
 ) -> None:
@@ -72,6 +73,7 @@ def test_a_finished_evaluation_asks_nothing_again(
     assert answered == []
 
 
+@pytest.mark.slow
 def test_another_checkpoint_answers_for_itself(
     world: World, finished_run: Path, whole: Path, answered: list[str], tmp_path: Path
 ) -> None:
@@ -91,6 +93,7 @@ def test_another_checkpoint_answers_for_itself(
     ).read_bytes()
 
 
+@pytest.mark.slow
 def test_scores_are_not_compared_by_answers_that_a_later_evaluation_left_when_it_died(
     world: World, finished_run: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -121,6 +124,7 @@ def test_scores_are_not_compared_by_answers_that_a_later_evaluation_left_when_it
     assert len(compare_runs(read_run(folder), read_run(folder))) == len(DATASETS)
 
 
+@pytest.mark.slow
 def test_what_an_earlier_evaluation_left_does_not_stay(world: World, finished_run: Path, tmp_path: Path) -> None:
     folder = evaluate_here(world, finished_run, tmp_path, "samples=2", "blind_baseline=true")
     for name in DATASETS:

@@ -96,6 +96,7 @@ def test_a_checkpoint_names_all_that_is_read_on_the_way(finished_run: Path) -> N
     assert len({value for named in inputs.values() for value in named.values()}) >= 6  # yes and no share their rules
 
 
+@pytest.mark.slow
 def test_other_data_is_refused_or_allowed_by_name(world: World, begun: Path, whole: Path, other_shards: Path) -> None:
     other = f"data.shards={other_shards}"
     before = (begun / "metrics.jsonl").read_bytes()
@@ -108,6 +109,7 @@ def test_other_data_is_refused_or_allowed_by_name(world: World, begun: Path, who
     assert losses(begun)[4:] != losses(whole)[4:]
 
 
+@pytest.mark.slow
 def test_the_same_data_elsewhere_is_the_same(world: World, begun: Path, whole: Path, tmp_path: Path) -> None:
     shutil.copytree(world.shards, tmp_path / "moved")
     run(world, begun.parent, "resume=auto", f"data.shards={tmp_path / 'moved'}")
@@ -152,6 +154,7 @@ def test_another_tokenizer_is_refused(world: World, begun: Path, monkeypatch: py
 # --- checkpoints -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_another_frozen_hash_gives_way_to_the_checkpoint_before(world: World, whole: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(whole, tmp_path / "demo"))
     newest, older = checkpoint_folders(folder / "checkpoints")
@@ -202,6 +205,7 @@ def test_a_run_without_a_whole_checkpoint_does_not_begin_anew_by_itself(
 # --- metrics, the folder, steps that are skipped -------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("line", [1, 3])
 def test_a_zeroed_line_of_the_metrics_costs_that_line_alone(world: World, begun: Path, whole: Path, line: int) -> None:
     path = begun / "metrics.jsonl"
@@ -229,6 +233,7 @@ def test_one_run_at_a_time_writes_to_a_folder(world: World, begun: Path) -> None
     assert set(before) <= set(begun.rglob("*"))
 
 
+@pytest.mark.slow
 def test_a_folder_that_is_deleted_under_a_run_ends_it_and_stays_away(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -246,6 +251,7 @@ def test_a_folder_that_is_deleted_under_a_run_ends_it_and_stays_away(
     assert not (tmp_path / "demo").exists()
 
 
+@pytest.mark.slow
 def test_steps_that_are_not_finite_are_skipped_up_to_a_limit(world: World, tmp_path: Path) -> None:
     more = ("recipe.non_finite=skip", "recipe.non_finite_limit=2", "recipe.clip_norm=null")
     broken = "recipe.phases.instruction.learning_rate=1e30"

@@ -44,6 +44,7 @@ def _read_and_die(card: Path, out: Path, rank: int, world: int, workers: int) ->
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("world", "workers"), [(1, 0), (2, 2)])
 def test_a_killed_reader_goes_on_at_its_shard_and_its_record(
     card: Path, tmp_path: Path, world: int, workers: int

@@ -68,12 +68,14 @@ def test_each_way_out_computes_the_same(source: Path, tmp_path: Path, capsys: py
     assert all(difference > 1e-3 for difference in stage_differences(plain, with_adapters).values())
 
 
+@pytest.mark.slow
 def test_a_lavis_file_is_refused(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = (source / "base", tmp_path / "a.pth", "--adapter", source / "adapter", "--to", "lavis")
     status, _, error = run(capsys, *arguments)
     assert status == 2 and "no place for them; write --to huggingface" in error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("merge", [True, False])
 @pytest.mark.parametrize("base", ["int8", "bfloat16"])
 def test_what_adapters_were_trained_over_goes_with_them(base: str, merge: bool, tmp_path: Path) -> None:
@@ -90,6 +92,7 @@ def test_what_adapters_were_trained_over_goes_with_them(base: str, merge: bool, 
     assert max(stage_differences(expected, found).values()) < 1e-5
 
 
+@pytest.mark.slow
 def test_a_llava_is_adapted_by_peft_and_goes_out_merged(tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
 

@@ -89,6 +89,7 @@ def _named_parts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
         monkeypatch.setattr(loading, "CONFIGS", request.getfixturevalue("formats").configs)
 
 
+@pytest.mark.slow
 def test_every_format_is_the_same_model(
     formats: Formats, weights: dict[str, Tensor], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -210,6 +211,7 @@ def test_every_format_to_every_other(
     assert not [name for name, tensor in weights.items() if not torch.equal(after[name], tensor)]
 
 
+@pytest.mark.slow
 def test_a_retrieval_model_of_transformers_as_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_retrieval(tmp_path / "theirs")
     status, rows, _ = convert(capsys, tmp_path / "theirs", tmp_path / "run", "--to", "native", "--bound", "1e-5")
@@ -219,6 +221,7 @@ def test_a_retrieval_model_of_transformers_as_a_run(tmp_path: Path, capsys: pyte
     assert (status, [stage for stage, _, _ in rows]) == (0, STAGES["stage1"][:-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("llm", ["opt", "t5"])
 def test_a_captioner_of_transformers_as_a_run(llm: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_captioner(tmp_path / "theirs", llm)
@@ -231,6 +234,7 @@ def test_a_captioner_of_transformers_as_a_run(llm: str, tmp_path: Path, capsys: 
     assert status == 0, rows
 
 
+@pytest.mark.slow
 def test_a_vit_of_the_file_is_kept_on_the_way(
     formats: Formats, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -257,6 +261,7 @@ def test_a_vit_of_the_file_is_kept_on_the_way(
 HALF = (torch.float16, torch.bfloat16)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", HALF, ids=["float16", "bfloat16"])
 def test_a_retrieval_folder_in_half_precision(
     dtype: torch.dtype, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -314,6 +319,7 @@ def test_a_captioners_folder_in_half_precision(
     assert_same_files(tmp_path / "again", folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["rank", "generate"])
 def test_a_captioners_folder_is_evaluated(mode: str, world: World, tmp_path: Path) -> None:
     folder = tmp_path / "half"

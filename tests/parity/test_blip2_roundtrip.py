@@ -105,6 +105,7 @@ def test_the_second_stage_goes_to_transformers_and_comes_back_whole(llm: str, tm
     assert not (tmp_path / "out/instructblip.safetensors").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("llm", HUGGINGFACE_LLMS)
 @pytest.mark.parametrize("image_token", [False, True], ids=["older", "newer"])
 def test_a_published_captioner_goes_out_as_it_came(llm: str, image_token: bool, tmp_path: Path) -> None:

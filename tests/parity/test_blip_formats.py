@@ -173,6 +173,7 @@ def test_a_file_with_half_of_momentum_is_loaded_without_it(
     assert_same(found.state_dict(), own)
 
 
+@pytest.mark.slow
 def test_what_is_no_blip_is_refused_in_one_line(published: dict[str, Any], tmp_path: Path) -> None:
     model = tiny_pretrain()
     save_blip(model, tmp_path / "model.pth")
@@ -265,6 +266,7 @@ STAGES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", CLASSES)
 def test_conversions_have_a_certificate(task: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_blip(tmp_path / "theirs", task, dtype=torch.float16 if task == "vqa" else torch.float32)
@@ -283,6 +285,7 @@ def test_conversions_have_a_certificate(task: str, tmp_path: Path, capsys: pytes
         assert all(torch.equal(state[name].to(tensor.dtype), tensor) for name, tensor in expected.items())
 
 
+@pytest.mark.slow
 def test_a_certificate_covers_momentum(
     published: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -180,6 +180,7 @@ def test_certificates_are_made_in_that_dtype(
         assert said.count("within") == (5 if folder.dtype == torch.float32 else 10)
 
 
+@pytest.mark.slow
 def test_what_was_trained_is_never_rounded(tmp_path: Path) -> None:
     tiny_huggingface(tmp_path / "half").bfloat16().save_pretrained(tmp_path / "half")
     model = load_huggingface(tmp_path / "half")

@@ -79,6 +79,7 @@ def test_another_view_of_what_was_trained_is_held_in_and_another_kind_is_not() -
     assert [is_trained_on(name, {**trained, "gone": None}) for name in asked] == [True, True, False, False, False]
 
 
+@pytest.mark.slow
 def test_a_card_has_parts_data_scores_and_terms_and_the_hubs_client_reads_it(evaluated: Path, tmp_path: Path) -> None:
     assert convert(evaluated, tmp_path / "out", "--card", "--licence", "apache-2.0") == 0
     card = huggingface_hub.ModelCard.load(tmp_path / "out/README.md")
@@ -104,6 +105,7 @@ def test_a_card_has_parts_data_scores_and_terms_and_the_hubs_client_reads_it(eva
     assert str(tmp_path) not in text.replace(json.dumps(str(tmp_path / "out")), "")  # nothing of this machine's folders
 
 
+@pytest.mark.slow
 def test_scores_of_made_up_data_are_marked_and_not_given_to_the_hub(evaluated: Path, tmp_path: Path) -> None:
     file = evaluated / "evaluation/results.json"
     stored = json.loads(file.read_text())
@@ -115,6 +117,7 @@ def test_scores_of_made_up_data_are_marked_and_not_given_to_the_hub(evaluated: P
     assert "VisDial 1.0 (made-up data: the score means nothing)" in card.text
 
 
+@pytest.mark.slow
 def test_scores_of_other_weights_are_refused(
     evaluated: Path, formats: Formats, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -130,6 +133,7 @@ def test_scores_of_other_weights_are_refused(
     assert "is no results.json of an evaluation (KeyError: 'checkpoint')" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_model_is_sent_privately_and_loaded_at_a_revision(
     server: Hub, evaluated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

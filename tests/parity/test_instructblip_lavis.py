@@ -170,6 +170,7 @@ def _until(ids: list[int], eos: int) -> list[int]:
     return ids[: ids.index(eos)] if eos in ids else ids
 
 
+@pytest.mark.slow
 def test_beams_are_counted_otherwise_since_then(generated_ids: list[list[int]]) -> None:
     """The same search with the lengths of today's transformers gives other answers to some of the vectors."""
     differing = 0

@@ -181,6 +181,7 @@ def test_older_and_newer_names_of_tensors_are_read(tmp_path: Path) -> None:
         assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("llm", LLAVA_LLMS)
 def test_the_command_certifies_both_ways(llm: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_llava(tmp_path / "theirs", llm)

@@ -233,6 +233,7 @@ def test_the_sidecar_says_what_transformers_cannot(tmp_path: Path, caplog: pytes
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("llm", HUGGINGFACE_LLMS)
 @pytest.mark.parametrize("image_token", [False, True], ids=["older", "newer"])
 def test_transformers_to_ours_to_transformers(llm: str, image_token: bool, tmp_path: Path) -> None:
@@ -250,6 +251,7 @@ def test_transformers_to_ours_to_transformers(llm: str, image_token: bool, tmp_p
     assert_same_tensors(load_huggingface(tmp_path / "again").state_dict(), model.state_dict())
 
 
+@pytest.mark.slow
 def test_every_form_of_weight_file_reads_the_same(tmp_path: Path) -> None:
     theirs = tiny_huggingface(tmp_path / "whole", image_token=False)
     expected = load_huggingface(tmp_path / "whole").state_dict()
@@ -337,6 +339,7 @@ def test_a_folder_in_the_way(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.slow
 def test_a_folder_that_is_not_whole_is_named(tmp_path: Path) -> None:
     theirs = tiny_huggingface(tmp_path / "theirs")
     whole = theirs.state_dict()

@@ -42,6 +42,7 @@ def qformer(instruction_aware: bool = True) -> QFormer:
     return qformer_of_sizes(config, vision_width=1408)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TRAINED)
 def test_published_models(name: str) -> None:
     parts = parts_without_weights(compose_config("train", TrainConfig, [f"experiment=paper_{name}"]))
@@ -52,12 +53,14 @@ def test_published_models(name: str) -> None:
     assert parameters(trainable, trained=True) == TRAINED[name] - LAST_TEXT_FFN
 
 
+@pytest.mark.slow
 def test_the_second_stage_trains_as_many_parameters_as_others_counted() -> None:
     """A log of BLIP-2's second stage beside OPT 2.7B (BLIText) says 107,133,696."""
     parts = parts_without_weights(compose_config("train", TrainConfig, ["experiment=blip2_stage2"]))
     assert parameters(nn.ModuleList([parts.norm, parts.qformer, parts.heads]), trained=True) == 107_133_696
 
 
+@pytest.mark.slow
 def test_every_language_model_has_its_published_size() -> None:
     found = {}
     for file in sorted((CONFIGS / "llm").glob("*.yaml")):

@@ -58,6 +58,7 @@ def test_every_format_to_every_other(
     assert not [name for name, tensor in before.items() if not torch.equal(after[name], tensor)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("llm", ["opt", "t5"])
 def test_other_language_models(llm: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tiny_huggingface(tmp_path / "source", llm, image_token=False)
@@ -66,6 +67,7 @@ def test_other_language_models(llm: str, tmp_path: Path, capsys: pytest.CaptureF
         assert status == 0, rows
 
 
+@pytest.mark.slow
 def test_each_side_is_run_by_its_own_code(
     formats: Formats, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -86,6 +88,7 @@ def test_each_side_is_run_by_its_own_code(
     assert calls == ["transformers", "ours", "ours", "transformers", "transformers", "transformers"]
 
 
+@pytest.mark.slow
 def test_a_native_target_brings_its_frozen_parts(formats: Formats, tmp_path: Path) -> None:
     shutil.copytree(formats.huggingface, tmp_path / "source")
     assert main([str(tmp_path / "source"), str(tmp_path / "run"), "--to", "native"]) == 0
@@ -157,6 +160,7 @@ def test_the_bound_holds_for_every_format(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_what_stands_in_the_way(formats: Formats, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     target = tmp_path / "target"
     target.write_text("mine")

@@ -316,6 +316,7 @@ def test_half_precision_is_allowed_the_same(name: str, dtype: torch.dtype) -> No
     assert largest_error_of_ranks(llm) < 0.3  # some rounding; a tree that is wrong is off by up to 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_rounding_in_many_layers_is_no_mistake(dtype: torch.dtype) -> None:
     torch.manual_seed(0)

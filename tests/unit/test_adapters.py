@@ -135,6 +135,7 @@ def test_new_adapters_change_nothing(llm: str) -> None:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("llm", ["decoder", "encoder_decoder", "int8"])
 def test_adapters_act_in_every_path_as_the_weights_with_them_merged(llm: str) -> None:
     model = adapted(released(llm), {"vision": ALL, "qformer": ALL, "llm": ALL})
@@ -210,6 +211,7 @@ def transformers_loss(model: Any, folder: Path, ours: InstructBLIP, images: Tens
     return torch.nn.functional.cross_entropy(outputs.logits[0, -len(answer) :], torch.tensor(answer))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("llm", ["decoder", "encoder_decoder"])
 def test_peft_opens_a_checkpoints_adapters_around_transformers_language_model(llm: str, tmp_path: Path) -> None:
     from peft import PeftModel
@@ -279,6 +281,7 @@ def test_half_precision_weights_stay_and_adapters_over_them_keep_small_updates()
     assert {tensor.dtype for name, tensor in model.held_state().items() if is_adapter(name)} == {torch.float32}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("llm", ["decoder", "encoder_decoder"])
 def test_recomputed_activations_and_an_average_change_no_step(llm: str) -> None:
     plain, recomputed = (adapted(model_of(llm), {"llm": replace(ALL, dropout=0.4), "qformer": PLAIN}) for _ in range(2))

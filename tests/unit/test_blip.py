@@ -78,6 +78,7 @@ def test_parts_that_do_not_fit_are_refused() -> None:
         module.BLIPRetrieval(vision=tiny_vit(), text_encoder=tiny_text_model(plain), tokenizer=plain)
 
 
+@pytest.mark.slow
 def test_prompts_of_unequal_lengths_are_continued_as_alone() -> None:
     model, images, prompts = tiny_caption(), pictures(4), ["a picture of ", "", "two dogs", "a picture of "]
     for beams in (1, 3):

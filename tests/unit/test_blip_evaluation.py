@@ -108,6 +108,7 @@ def test_the_released_ranking_smooths_and_leaves_out_what_begins_unlikely(
         assert all(math.isfinite(score) for score in json.loads(line)["scores"])
 
 
+@pytest.mark.slow
 def test_answers_and_captions_are_written(shards: Path, tmp_path: Path) -> None:
     asked = make_task(load_card("easy_vqa_shape"), shards, samples=5, mode="generate")
     alone, together = (answer(tiny_vqa(), asked, batch_size=size) for size in (1, 5))
@@ -118,6 +119,7 @@ def test_answers_and_captions_are_written(shards: Path, tmp_path: Path) -> None:
         assert all(item.prediction for item in answer(model, shown, batch_size=2).predictions)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["nocaps", "flickr30k_retrieval", "easy_vqa_shape"])
 def test_one_and_two_ranks_write_the_same_answers_twice(name: str, shards: Path, tmp_path: Path) -> None:
     """The three tasks: captions, retrieval, answers ranked."""

@@ -105,6 +105,7 @@ def test_dropout_and_drop_path_draw_the_same_in_both_passes() -> None:
             assert torch.equal(before[name], after[name])
 
 
+@pytest.mark.slow
 def test_steps_are_those_of_the_algorithm_written_down() -> None:
     """Four steps (BLIP, section 3.2; ALBEF, algorithm of its appendix): copies move first, the queue is filled last."""
     ours, theirs, drawn = tiny_blip(queue_size=40), tiny_blip(queue_size=40), list[dict[int, tuple[int, int]]]()
@@ -400,6 +401,7 @@ def counted_step(model: BLIP, batch: Batch, objectives: Sequence[Objective]) -> 
     return found - trained * 2 * patches.num_patches * patches.proj.weight.numel(), float(counter.get_total_flops())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parts", [("vision", "text"), ("text",)])
 def test_a_step_of_pre_training_is_counted_as_torch_counts_it(parts: Sequence[str]) -> None:
     """Two samples with captions of one length."""
@@ -408,6 +410,7 @@ def test_a_step_of_pre_training_is_counted_as_torch_counts_it(parts: Sequence[st
     assert found == pytest.approx(expected, rel=0.01)
 
 
+@pytest.mark.slow
 def test_steps_of_captions_and_of_answers_are_counted_as_torch_counts_them() -> None:
     """The last token of an answer passes through the decoder for nothing, which the formula leaves out."""
     batch = tiny_batch([0, 6])._replace(targets=["a man", "a bus"], instructions=["a man", "a bus"])

@@ -58,6 +58,7 @@ def step_flops(plan: Plan) -> float:
     return sum(part.forward + part.backward for part in plan.sample_flops())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "match", "sizes"),
     [
@@ -104,6 +105,7 @@ def test_without_a_budget_the_qformer_section_is_left_out(reference: TrainConfig
     assert matched(reference) == (reference, [])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "settings", "queries", "words"),
     [

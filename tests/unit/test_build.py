@@ -305,6 +305,7 @@ def test_from_scratch_everything_is_drawn_as_bert_was(parts: dict[str, str], tmp
 # --- restored runs ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_needs_no_training_sections_and_not_what_it_started_from(parts: dict[str, str], tmp_path: Path) -> None:
     bert = Path(shutil.copytree(parts["qformer.sources.path"], tmp_path / "bert"))
     config = model_config(parts, f"qformer.sources.path={bert}", "seed=3")

@@ -85,6 +85,7 @@ def report_of(out: Path) -> dict[str, Any]:
 # --- one caption, kept where it matches ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_texts_that_match_are_kept_with_their_scores_and_the_others_counted(web: Path, blip: Path) -> None:
     model, source, kept = tiny_captioner(), open_split(web / "cc3m/train"), records_of(open_split(blip / SPLIT))
     counts: Counter[tuple[str, str]] = Counter()
@@ -178,6 +179,7 @@ def blip2(web: Path, clip: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return caption_web(web, out, variant="blip2", filter=str(clip), batch_size=20)
 
 
+@pytest.mark.slow
 def test_the_best_two_by_transformers_clip_stand_in_one_record(web: Path, clip: Path, blip2: Path) -> None:
     theirs, tokenizer = CLIPModel.from_pretrained(clip).eval(), AutoTokenizer.from_pretrained(clip)
     processor = CLIPImageProcessor.from_pretrained(clip)
@@ -292,6 +294,7 @@ def names_in(out: Path) -> set[tuple[str, str]]:
     }
 
 
+@pytest.mark.slow
 def test_the_page_of_samples_shows_them(blip: Path, blip2: Path, tmp_path: Path) -> None:
     for number, out in enumerate((blip, blip2)):
         shown = shutil.copytree(out, tmp_path / str(number))
@@ -304,6 +307,7 @@ def test_the_page_of_samples_shows_them(blip: Path, blip2: Path, tmp_path: Path)
 # --- what is not caption or picture ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_pictures_that_cannot_be_read_stop_it_or_are_counted_and_named(tmp_path: Path) -> None:
     shards, out = write_web(tmp_path, web_pictures(9)), tmp_path / "out"
     shard = open_split(shards / "cc3m/train").shards[1]
@@ -510,6 +514,7 @@ def test_instructblip_captions_by_its_prompt(web: Path, tmp_path: Path) -> None:
         assert " ".join(caption.split()) in [record.answers[0] for record in kept[key]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [1, 64])
 def test_blip_captions_and_filters_as_released(web: Path, tmp_path: Path, batch_size: int) -> None:
     captioner, judge = tiny_caption(), tiny_retrieval()

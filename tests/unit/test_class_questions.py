@@ -175,6 +175,7 @@ def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_the_same_photos_are_prepared_from_a_folder_and_from_their_address(
     raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -217,6 +218,7 @@ def _archive(raw: Path) -> bytes:
     return content.getvalue()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("names", [[], ["mixture=photos_known", "suite=photos_novel"]], ids=["all", "known"])
 def test_one_command_prepares_trains_scores_and_reports(
     names: list[str], raw: Path, world: World, tmp_path: Path

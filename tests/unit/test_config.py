@@ -138,6 +138,7 @@ def test_the_experiment_is_what_train_does_alone() -> None:
 # --- one composition for many settings -------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -189,6 +190,7 @@ def _attributes_read() -> set[str]:
     return {node.attr for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)}
 
 
+@pytest.mark.slow
 def test_every_key_is_read_somewhere() -> None:
     read = _attributes_read()
     keys = {
@@ -276,6 +278,7 @@ def test_evaluate_needs_a_checkpoint() -> None:
         validate(_own(_compose("evaluate", [])), EvaluateConfig)
 
 
+@pytest.mark.slow
 def test_blip_is_of_parts_that_make_it() -> None:
     def composed(kind: str, *overrides: str) -> TrainConfig:
         blip = [

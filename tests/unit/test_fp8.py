@@ -96,6 +96,7 @@ def test_weights_that_do_not_fit_tensor_cores_are_refused() -> None:
 
 
 class TestLanguageModel:
+    @pytest.mark.slow
     @pytest.mark.parametrize("name", ["vicuna_7b", "flan_t5_xl"])
     def test_is_trained_through_within_the_rounding_of_float8(self, name: str, tmp_path: Path) -> None:
         write_llm(name, tmp_path)

@@ -452,6 +452,7 @@ def test_no_code_that_lies_in_a_folder_runs(
     assert not marker.exists()
 
 
+@pytest.mark.slow
 def test_every_call_refuses_foreign_code() -> None:
     """Calls of transformers that could run a folder's code, and of torch.load, say in plain words that they do not."""
     seen = []

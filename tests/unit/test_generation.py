@@ -139,6 +139,7 @@ def ending_model(make: Callable[[], LLM]) -> InstructBLIP:
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [tiny_llm, tiny_encoder_decoder_llm])
 @pytest.mark.parametrize(("beams", "lengths"), [(1, "new_tokens"), (3, "new_tokens"), (3, "transformers_4_33")])
 def test_texts_do_not_depend_on_how_many_are_worked_on_together(

@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_hugging_face_datasets_imports_from_the_repository_root() -> None:
     pytest.importorskip("datasets", reason="in requirements.txt")
     code = (
@@ -33,6 +34,7 @@ def test_the_folder_datasets_holds_no_code() -> None:
     assert {path.suffix for path in files} <= {".yaml", ".md"}
 
 
+@pytest.mark.slow
 def test_nothing_imports_datasets_or_evaluate() -> None:
     files = [*ROOT.glob("*.py"), *(ROOT / "instructblip").rglob("*.py")]
     assert len(files) > 30

@@ -134,6 +134,7 @@ def stages(tmp_path_factory: pytest.TempPathFactory) -> Stages:
 # --- BLIP-2's two stages ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_stage_2_lies_over_stage_1_however_it_is_spelt(stages: Stages) -> None:
     old = dict(zip(("stage1", "stage2"), stages.both, strict=True))
     for spelling in ({"init_from": stages.both}, {"init_from": [], "qformer": old}):
@@ -335,6 +336,7 @@ def test_weights_can_be_pinned(stages: Stages) -> None:
 # --- runs ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_parts_that_a_run_trained_are_taken_too_and_held(stages: Stages, tmp_path: Path) -> None:
     config = changed(stages.config, train={"vision": "full", "llm": "full"})
     source = shift(build_model(config, trained=config.train.parts(config)), ("vision", "qformer", "llm"))

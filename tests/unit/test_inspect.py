@@ -53,6 +53,7 @@ def test_table_samples_and_rate(shards: Path, overrides: tuple[str, ...]) -> Non
     assert 98 <= sum(int(share) for *_, share in rows) <= 102
 
 
+@pytest.mark.slow
 def test_the_sequence_is_that_of_training(shards: Path) -> None:
     first, second = _inspect(shards), _inspect(shards, "seed=1")
     ids = [re.findall(r"^\d: (\S+)$", text, flags=re.MULTILINE) for text in (first, second, _inspect(shards))]

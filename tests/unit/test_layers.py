@@ -82,6 +82,7 @@ def _functions() -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]
                 yield f"{file.relative_to(ROOT)}:{node.lineno} {node.name}", node
 
 
+@pytest.mark.slow
 def test_every_function_says_what_it_returns_and_is_short() -> None:
     functions = list(_functions())
     assert len(functions) > 2000

@@ -173,6 +173,7 @@ def test_a_resumed_run_has_each_step_once_in_tensorboard(tmp_path: Path) -> None
     assert scalars(tmp_path / "tensorboard")["loss"] == [(1, 0.5)]
 
 
+@pytest.mark.slow
 def test_mlflow_has_numbers_scores_settings_and_pictures_and_each_step_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -243,6 +244,7 @@ def test_nested_metrics_get_joined_names() -> None:
     assert flatten({"loss": 1, "by": {"a": 2, "deep": {"b": 3}}}) == {"loss": 1, "by/a": 2, "by/deep/b": 3}
 
 
+@pytest.mark.slow
 def test_both_trackers_offline_write_only_below_their_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("wandb")
     pytest.importorskip("tensorboard")

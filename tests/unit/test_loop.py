@@ -246,6 +246,7 @@ def test_ranks_are_averaged_as_micro_batches_are() -> None:
     _assert_close({name: found[0][name] + found[1][name] for name in gradients}, gradients)
 
 
+@pytest.mark.slow
 def test_a_micro_batch_that_is_cut_for_sharded_ranks_keeps_its_mean() -> None:
     expected, gradients = _mean_of_means([[0, 1], [2], [3]])
     context = StepContext(ranks=TwoRanks(rank=0, other={"passes": 2, "units": [99]}), equal_passes=True)

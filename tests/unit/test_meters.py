@@ -166,6 +166,7 @@ def test_a_damaged_line_is_named_and_left_out(tmp_path: Path, line: bytes, caplo
     assert [record.getMessage() for record in caplog.records] == [f"{path} line 2 is damaged and left out"]
 
 
+@pytest.mark.slow
 def test_zeros_in_place_of_a_line_and_its_end_cost_that_line_alone(tmp_path: Path) -> None:
     path = tmp_path / "m.jsonl"
     lines = [json.dumps({"step": step}).encode() + b"\n" for step in range(1, 7)]
@@ -330,6 +331,7 @@ def test_the_curves_know_each_phase_and_which_was_validated() -> None:
     assert phases_of([{"step": 1, "loss": 2.0}]) == []
 
 
+@pytest.mark.slow
 def test_the_picture_names_the_phases_that_were_not_validated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     figures: list[Figure] = []
     saved = Figure.savefig

@@ -86,6 +86,7 @@ def test_a_new_metric_is_its_function_and_an_entry(monkeypatch: pytest.MonkeyPat
     assert "0.0" in console.export_text()
 
 
+@pytest.mark.slow
 def test_nothing_but_the_registry_knows_metrics_by_name() -> None:
     datasets = {card.name for card in all_cards()}
     names = METRICS.keys() - datasets - {"accuracy", "exact_match"}  # words that mean other things as well

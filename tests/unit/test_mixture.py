@@ -66,6 +66,7 @@ def test_golden_draws_of_the_demo() -> None:
     assert _draws(mixture, range(31198, 31200)) == [(31198, 1, 0, 7742), (31199, 3, 1, 741)]
 
 
+@pytest.mark.slow
 def test_order_of_access_does_not_matter() -> None:
     forward = _draws(_small(), range(2000))
     backward = _small()
@@ -176,6 +177,7 @@ def test_counts_without_drawing(positions: int) -> None:
 SEGMENTS = (MixtureSegment(30, 6), MixtureSegment(4 * 700, 4), MixtureSegment(300, 100))
 
 
+@pytest.mark.slow
 def test_groups_come_from_one_dataset_and_count_on_through_the_stretches() -> None:
     mixture = Mixture(SMALL, seed=5, segments=SEGMENTS)
     draws = _draws(mixture, range(30 + 2800 + 300 + 200))  # two groups beyond the last stretch, which goes on

@@ -269,6 +269,7 @@ def one_step(model: InstructBLIP, batching: Batching) -> tuple[StepResult, dict[
     return result, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "family"),
     [

@@ -77,6 +77,7 @@ def model_of(kind: str, dropout: float = 0.1) -> InstructBLIP:
     return tiny_model(llm=LLMS[kind](), dropout=dropout)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", LLMS)
 def test_activation_checkpointing_gives_the_same_bits_with_less_memory(kind: str) -> None:
     plain, recomputing = model_of(kind), model_of(kind)

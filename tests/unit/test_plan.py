@@ -113,6 +113,7 @@ def saved_bytes(work: Callable[[], object], *own: nn.Module) -> int:
     return sum(tensor.untyped_storage().nbytes() for address, tensor in kept.items() if address not in tables)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("encoders_once")
 @pytest.mark.parametrize("name", SIZES)
 def test_activations_of_the_llm_are_those_that_autograd_keeps(name: str) -> None:
@@ -150,6 +151,7 @@ def test_activations_of_the_qformer_are_those_that_autograd_keeps() -> None:
     assert rows["activations, Q-Former"] + rows["bfloat16 copies"] == pytest.approx(expected, rel=0.2)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("encoders_once")
 def test_activations_of_the_first_stage_are_those_that_autograd_keeps() -> None:
     """All four ways through the Q-Former, with three pairs a sample."""
@@ -196,6 +198,7 @@ BLIP_SMALL = (
 )
 
 
+@pytest.mark.slow
 def test_memory_of_blips_pre_training_is_what_modules_hold_and_autograd_keeps() -> None:
     """Contrast, matching with three pairs a sample, captions; two images a sample pass through the encoder."""
     phase = ("recipe.phases.pretrain.batch_size=4", "recipe.phases.pretrain.negatives_among=4")
@@ -231,6 +234,7 @@ def test_memory_of_blips_pre_training_is_what_modules_hold_and_autograd_keeps() 
     assert found == pytest.approx(expected, rel=0.2)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("encoders_once")
 def test_static_memory_of_the_7b_model() -> None:
     rows = {row.part: row.usual for row in plan("experiment=paper_vicuna_7b", "plan_gpus=8").memory()}
@@ -275,6 +279,7 @@ def test_time_follows_from_work_and_peak() -> None:
     assert recomputing.hours() == pytest.approx(1.4 * once.hours(), rel=0.03)
 
 
+@pytest.mark.slow
 def test_phases_of_unlike_work_are_added_up() -> None:
     demo = plan("experiment=demo", "parallel=single")
     alignment, instruction = demo.phases
@@ -309,6 +314,7 @@ def test_every_experiment_is_planned_and_nothing_is_opened(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("encoders_once")
 @pytest.mark.parametrize(
     "overrides",
@@ -327,6 +333,7 @@ def test_what_does_not_fit_is_told_what_would(overrides: tuple[str, ...]) -> Non
     assert printed(*overrides, *advised)[0] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("encoders_once")
 def test_nothing_helps_a_gpu_that_is_too_small() -> None:
     huge = plan("llm=vicuna_13b", "llm.sizes.num_hidden_layers=200", "plan_gpus=1", "plan_gpu=rtx_4090")
@@ -406,6 +413,7 @@ def test_the_hub_is_asked_for_the_config_alone(tmp_path: Path, monkeypatch: pyte
     assert asked == [("Qwen/Qwen3-8B", "config.json", None)]
 
 
+@pytest.mark.slow
 def test_a_language_model_whose_sizes_are_nowhere_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("INSTRUCTBLIP_CACHE", str(tmp_path / "cache"))
     config = compose("train", TrainConfig, ["plan=true", "~llm.sizes", "llm.sources.hub=null"])
@@ -423,6 +431,7 @@ def test_main_memory_for_building_the_model_is_named() -> None:
     assert "26.8 GiB for every GPU of a node" in " ".join(plan_summary(planned))
 
 
+@pytest.mark.slow
 def test_adapters_need_the_memory_of_adapters(encoders_once: None) -> None:
     pytest.importorskip("peft", reason="adapters need requirements-lora.txt")
     plans = {

@@ -50,6 +50,7 @@ def answered(model: Model, task: Task) -> tuple[TaskResult, set[tuple[torch.dtyp
             handle.remove()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["rank", "generate", "match"])
 def test_products_are_computed_in_the_precision_of_the_protocol(shards: Path, mode: Any) -> None:
     model: Any = tiny_stage1() if mode == "match" else tiny_model()

@@ -81,6 +81,7 @@ def test_the_best_equal_those_of_the_whole_vocabulary(llm: LLM, normalize: str, 
         assert all(bool((scores > -math.inf).all()) for scores in found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("token_budget", [1, 40, 300])
 def test_the_size_of_a_pass_changes_nothing(llm: LLM, token_budget: int) -> None:
     lists, prefixes = [answers(llm, 2)], prompts(llm, 5)

@@ -78,6 +78,7 @@ class Unread(torch.optim.AdamW):
         self.decided_by: Tensor = self.found_inf  # type: ignore[attr-defined]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objectives", [LANGUAGE, ALIGNMENT, (*LANGUAGE, *ALIGNMENT)])
 def test_a_step_is_launched_without_reading_anything_from_the_device(
     objectives: Any, monkeypatch: pytest.MonkeyPatch
@@ -124,6 +125,7 @@ def steps_of(read_after: Any, changed: Any = None, *, skip: bool = False) -> tup
     return seen, model
 
 
+@pytest.mark.slow
 def test_results_that_are_read_late_are_the_same_to_the_bit() -> None:
     expected, weights = steps_of(lambda done: True)
     found, own = steps_of(lambda done: done in (2, 5))
@@ -142,6 +144,7 @@ def spoilt(model: InstructBLIP, *steps: int) -> None:
     model.projection.weight.register_hook(spoil)
 
 
+@pytest.mark.slow
 def test_steps_that_are_not_finite_are_skipped_before_anyone_knows() -> None:
     expected, weights = steps_of(lambda done: True, lambda model: spoilt(model, 1, 2), skip=True)
     found, own = steps_of(lambda done: done == 5, lambda model: spoilt(model, 1, 2), skip=True)
@@ -217,6 +220,7 @@ def loaded(steps: int) -> Iterator[LoadedStep]:
     return iter([LoadedStep(step, [batch([step, step + 1]), batch([step + 2])], []) for step in range(steps)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", [None, torch.bfloat16])
 @pytest.mark.parametrize("objectives", [LANGUAGE, CONTRAST])
 def test_images_that_are_encoded_before_their_step_change_no_bit(

@@ -219,6 +219,7 @@ def test_what_changes_there_changes_here(server: Server, tmp_path: Path) -> None
     assert len(split.shards) == 2
 
 
+@pytest.mark.slow
 def test_inspect_and_with_it_training_take_a_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_easy_vqa(tmp_path / "raw", images=12)
     prepare_dataset(load_card("easy_vqa"), tmp_path / "raw", tmp_path / "there", progress=False)
@@ -257,6 +258,7 @@ def _read_all(folder: Path, order: list[int]) -> list[bytes]:
     return [split.read(number, row)[0][0] for number in order for row in range(4)]
 
 
+@pytest.mark.slow
 def test_many_processes_share_a_cache_that_is_too_small_for_all(server: Server, tmp_path: Path) -> None:
     sizes = [shard.tar_bytes for shard in open_split(server.folder / "set/train").shards]
     folder = _mirror(server, tmp_path, max(sizes) + 10)  # one at a time

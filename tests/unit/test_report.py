@@ -197,6 +197,7 @@ def test_what_is_no_picture_is_told_with_its_place() -> None:
         thumbnail([b"nonsense"], "the_place")
 
 
+@pytest.mark.slow
 def test_a_large_report_stays_below_15_megabytes(tmp_path: Path) -> None:
     generator = np.random.default_rng(0)
     smooth = Image.fromarray(generator.integers(0, 255, (30, 40, 3), dtype=np.uint8)).resize((640, 480), Image.BICUBIC)

@@ -206,6 +206,7 @@ def test_a_task_is_scored_with_intervals_and_parts(alone: tuple[TaskResult, str]
     assert first["prediction"] == result.task.vocabulary[first["ranked"][0]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [1, 64])
 def test_the_batch_size_changes_nothing(
     model: BLIP2, task: Task, alone: tuple[TaskResult, str], batch_size: int
@@ -216,6 +217,7 @@ def test_the_batch_size_changes_nothing(
         assert found.scores == pytest.approx(expected.scores, abs=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_ranks_share_images_and_rows(
     model: BLIP2, task: Task, alone: tuple[TaskResult, str], tmp_path: Path, world_size: int
@@ -246,6 +248,7 @@ class Stopped(Exception):  # noqa: N818
     """A process that ends here."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("calls", [1, 2, 3, 9])
 def test_an_interrupted_task_goes_on_where_it_stopped(
     model: BLIP2, task: Task, alone: tuple[TaskResult, str], tmp_path: Path, calls: int
@@ -329,6 +332,7 @@ def test_ten_kills_leave_the_same_results(
     assert result.to_json() == alone[0].to_json()
 
 
+@pytest.mark.slow
 def test_equal_captions_have_equal_scores_and_stand_in_their_order(model: BLIP2, tmp_path: Path) -> None:
     task = synthetic_task(load_card(CARD), tmp_path, 12)
     twice = replace(task.samples[7], record=replace(task.samples[7].record, captions=task.samples[2].record.captions))

@@ -146,6 +146,7 @@ def test_a_shard_that_is_gone_is_no_damaged_sample(model: InstructBLIP, task: Ta
 # --- memory ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_out_of_memory_halves_the_batch_and_changes_no_answer(
     model: InstructBLIP, task: Task, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -168,6 +169,7 @@ def test_out_of_memory_halves_the_batch_and_changes_no_answer(
     assert len(messages) == 3
 
 
+@pytest.mark.slow
 def test_too_little_memory_for_one_is_said_in_one_line() -> None:
     def hopeless(batch: Sequence[int]) -> list[int]:
         raise torch.OutOfMemoryError("too much")
@@ -183,6 +185,7 @@ class Killed(BaseException):
     """The process is gone."""
 
 
+@pytest.mark.slow
 def test_twenty_kills_at_random_moments_change_nothing(
     model: InstructBLIP, task: Task, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -231,6 +234,7 @@ def test_twenty_kills_at_random_moments_change_nothing(
     assert len(task.samples) <= asked <= len(task.samples) + 2 * KILLS
 
 
+@pytest.mark.slow
 def test_a_silent_process_is_given_up_with_one_line(
     model: InstructBLIP, task: Task, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -241,6 +245,7 @@ def test_a_silent_process_is_given_up_with_one_line(
     assert answer(model, task, folder=tmp_path).predictions == answer(model, task).predictions
 
 
+@pytest.mark.slow
 def test_a_process_that_gives_up_ends_the_wait_of_the_first_with_its_reason(
     model: InstructBLIP, task: Task, tmp_path: Path
 ) -> None:

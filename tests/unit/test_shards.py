@@ -117,6 +117,7 @@ def test_stock_webdataset_iterates_the_shards(tmp_path: Path) -> None:
     assert [sample["json"]["image_id"] for sample in samples] == ["0", "1", "2", "3"]
 
 
+@pytest.mark.slow
 def test_equal_content_gives_equal_bytes_in_another_process(tmp_path: Path) -> None:
     path = _write(tmp_path / "a")
     code = (

@@ -33,6 +33,7 @@ def imported(folder: Path, script: str, *arguments: str) -> tuple[int, set[str],
     return done.returncode, {name.partition(".")[0] for name in modules}, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "argument", "status", "said"),
     [
@@ -59,6 +60,7 @@ def test_help_of_the_other_commands_imports_no_model(command: str, tmp_path: Pat
     assert not packages & HEAVY
 
 
+@pytest.mark.slow
 def test_preparing_pictures_imports_no_model(tmp_path: Path) -> None:
     card = write_own_data(tmp_path / "data", count=2)
     settings = (f"dataset={card}", f"raw={card.parent}", f"out={tmp_path / 'shards'}", "workers=1")

@@ -71,6 +71,7 @@ def test_records_are_those_that_preparing_gives(card: Path, web: StreamSet, tmp_
     assert len(samples[0]) == len(prepared) == 30
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("world", [1, 2])
 def test_as_many_readers_go_on_with_the_same_samples_and_others_with_each_once(

@@ -19,6 +19,7 @@ def test_the_eight_questions_and_the_two_demos_have_studies() -> None:
     assert sorted([*questions, "demo", "photos"]) == STUDIES
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STUDIES)
 def test_its_runs_are_what_train_and_evaluate_take(name: str) -> None:
     config, plan = _planned(name)
@@ -47,6 +48,7 @@ def test_its_other_forms_are_taken_too(name: str, form: StudyForm) -> None:
     assert (max(steps) <= 4) == (form == "short")
 
 
+@pytest.mark.slow
 def test_studies_share_the_run_that_is_their_reference() -> None:
     shared = [_planned(name)[1].scored for name in ("queries", "int8", "ranking")]
     assert len({next(iter(scored.values())) for scored in shared}) == 1

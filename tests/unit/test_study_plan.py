@@ -39,6 +39,7 @@ def _run(plan: StudyPlan, condition: str, seed: int) -> StudyRun:
     return plan.runs[plan.scored[condition, seed]]
 
 
+@pytest.mark.slow
 def test_runs_come_after_those_that_they_need(world: World, tmp_path: Path) -> None:
     plan = _plan(world, tmp_path)
     labels = [run.label for run in plan.runs.values()]
@@ -83,6 +84,7 @@ def test_how_a_run_is_carried_out_makes_no_other_run(world: World, tmp_path: Pat
     assert {run.folder.name for run in plan.runs.values()} == {run.folder.name for run in other.runs.values()}
 
 
+@pytest.mark.slow
 def test_an_evaluation_has_its_data_where_its_training_has_them(world: World, tmp_path: Path) -> None:
     config = study_config(world, tmp_path, train=["data.shards=/of/all", "data.sources.easy_vqa.path=/raw"])
     config.study.evaluate = list(STUDY["evaluate"])
@@ -123,6 +125,7 @@ def test_a_card_that_changed_makes_other_runs(world: World, tmp_path: Path, monk
     }
 
 
+@pytest.mark.slow
 def test_forms_change_length_and_number(world: World, tmp_path: Path) -> None:
     values = copy.deepcopy(STUDY) | {"forms": {"short": {"train": ["recipe.clip_norm=2.0"], "seeds": 1}}}
     values["conditions"]["staged"]["forms"] = {"short": ["recipe.phases.instruction.steps=1"]}

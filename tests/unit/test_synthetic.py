@@ -71,6 +71,7 @@ def test_records_have_what_is_trained_on_and_scored(shards: Path, card: Card) ->
         assert all(record.captions or record.answers or record.label is not None for record in records)
 
 
+@pytest.mark.slow
 def test_the_shards_are_whole_and_held_out_pictures_are_no_training_data(shards: Path) -> None:
     assert check_prepared(shards) == []
     audit = audit_prepared([shards])

@@ -18,6 +18,7 @@ def run(code: str) -> str:
     return done.stdout.strip()
 
 
+@pytest.mark.slow
 def test_timm_imports_after_the_declaration() -> None:
     code = """
 import sys

@@ -60,6 +60,7 @@ def test_its_work_is_that_of_the_step(llm: str, questions: int) -> None:
     assert [number for number, length in enumerate(answers) if length >= 100] == [15, 31, 47, 63]
 
 
+@pytest.mark.slow
 def test_the_published_model_is_built_from_its_sizes_on_a_gpu() -> None:
     options = arguments("vicuna_7b")
     options.device, options.tiny = "cuda", False

@@ -162,14 +162,15 @@ def test_damaged_pictures_give_the_same_pixels_or_the_same_line() -> None:
             for _ in range(3):
                 data[stream.randrange(len(data))] = stream.randrange(256)
             damaged = bytes(data[: stream.choice((len(data), len(data), stream.randrange(len(data))))])
-            found: list[object] = []
+            found: list[tuple[object, object]] = []
             for decode in (decode_image, decode_pixels):
                 try:
-                    found.append(np.asarray(decode(damaged, "x")).tolist())
+                    pixels = np.asarray(decode(damaged, "x"))
+                    found.append((pixels.shape, pixels.tobytes()))  # a damaged size may be 50 megapixels
                 except DamagedSample as error:
-                    found.append(str(error))
+                    found.append((None, str(error)))
             assert found[0] == found[1]
-            refused += isinstance(found[0], str)
+            refused += found[0][0] is None
     assert 30 < refused < 150
 
 
