@@ -21,6 +21,7 @@ RECIPE = (
     "recipe.checkpoint_every=50",
     "suite.held_in=[]",
     "suite.held_out=[]",
+    "mixture.templates=null",
     "llm.prompt_suffix=''",
 )
 
