@@ -25,6 +25,7 @@ from instructblip.evaluation.metrics.metric import captions_of_record
 from instructblip.evaluation.metrics.own import find_metric
 from instructblip.evaluation.metrics.retrieval import chance_of_recall
 from instructblip.files import errors_for_users, read_json
+from instructblip.models.arguments import SEARCH
 from instructblip.models.base import Skill
 from instructblip.models.ranking import RANKING_PRESETS
 
@@ -667,15 +668,11 @@ STATEMENT_CLASSES = ("false", "true")
 _STATEMENT = "{question}"  # a prompt that shows nothing else
 _OWN_OCR = "the dataset's own"
 _FROM_CARD = (
+    *SEARCH,
     "prompt",
     "aggregate",
     "normalize",
     "include_eos",
-    "max_new_tokens",
-    "min_new_tokens",
-    "num_beams",
-    "length_penalty",
-    "repetition_penalty",
     "beam_lengths",
     "until",
     "text_processor",

@@ -30,7 +30,7 @@ from instructblip.evaluation.results_file import PREDICTIONS
 from instructblip.evaluation.retrieval import answer_pairs, remove_images
 from instructblip.evaluation.work import BatchLimit, read_ahead
 from instructblip.files import sha256_file
-from instructblip.models.arguments import of_samples
+from instructblip.models.arguments import SEARCH, of_samples
 from instructblip.models.base import Model
 from instructblip.models.decoding import cut_at
 from instructblip.progress import progress_bar
@@ -38,7 +38,6 @@ from instructblip.progress import progress_bar
 logger = logging.getLogger(__name__)
 Answer = tuple[str, tuple[float, ...], tuple[int, ...]]  # text, scores and what they are of, as in `Prediction`
 
-_DECODING = ("num_beams", "max_new_tokens", "min_new_tokens", "length_penalty", "repetition_penalty")
 _GREY = 127  # of a withheld image: near the middle of the range that encoders expect
 _BATCHES_PER_CHUNK = 4
 _READERS = 4  # threads that read and decode the next chunk's images meanwhile
@@ -296,7 +295,7 @@ def _answers(model: Any, task: Task, batch: Sequence[tuple[Question, Tensor]], a
     if protocol.mode == "match":
         return _judgements(model, task, images, samples)
     if protocol.mode == "generate":
-        decoding = {name: getattr(protocol, name) for name in _DECODING}
+        decoding = {name: getattr(protocol, name) for name in SEARCH}
         some = {"at_once": at_once} if "llm" in model.PARTS else {}
         if task.needs(model.SKILLS) == "caption":
             return [(cut_at(text, protocol.until), (), ()) for text in model.generate(images, **some, **decoding)]

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 from PIL import Image
 
 from instructblip.errors import UserError
-from instructblip.models.arguments import of_samples
+from instructblip.models.arguments import SEARCH, of_samples
 from instructblip.models.decoding import cut_at
 
 logger = logging.getLogger(__name__)
@@ -26,7 +26,6 @@ Answered = Callable[[int], None]  # told how many requests more are answered
 MAX_NEW_TOKENS = 1024  # where a task says nothing; that of lmms-eval's own class of InstructBLIP
 _WRITE, _SCORE = 6, 6  # arguments of a request
 _IMAGE_MARK = "<image>"  # stands for a picture in some tasks' prompts
-_HONOURED = ("max_new_tokens", "num_beams", "min_new_tokens", "length_penalty", "repetition_penalty")
 _OF_SAMPLING = ("do_sample", "temperature", "top_p", "top_k", "seed")
 
 Item = TypeVar("Item")
@@ -40,7 +39,7 @@ class Request(Protocol):
         """What the task asks."""
 
 
-class Decoding(NamedTuple):
+class TaskDecoding(NamedTuple):
     """How a task wants its texts written.
 
     Attributes:
@@ -65,7 +64,7 @@ class _Asked(NamedTuple):
         return "/".join(map(str, self.document))
 
 
-def read_decoding(given: Mapping[str, Any], *, max_new_tokens: int = MAX_NEW_TOKENS) -> Decoding:
+def read_decoding(given: Mapping[str, Any], *, max_new_tokens: int = MAX_NEW_TOKENS) -> TaskDecoding:
     """A task's `generation_kwargs`.
 
     Args:
@@ -86,12 +85,12 @@ def read_decoding(given: Mapping[str, Any], *, max_new_tokens: int = MAX_NEW_TOK
     until = (until,) if isinstance(until, str) else tuple(until)
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "min_new_tokens": 0}
     for name, value in settings.items():
-        if name in _HONOURED:
+        if name in SEARCH:
             options[name] = value
         elif name not in _OF_SAMPLING:
-            known = ", ".join(("until", *_HONOURED))
+            known = ", ".join(("until", *SEARCH))
             raise UserError(f"generation_kwargs has {name}, which instructblip_native does not know; it takes {known}")
-    return Decoding(tuple(sorted(options.items())), tuple(text for text in until if text))
+    return TaskDecoding(tuple(sorted(options.items())), tuple(text for text in until if text))
 
 
 def write_answers(
@@ -121,7 +120,7 @@ def write_answers(
     prompted = "generate" in model.SKILLS
     if not prompted:
         logger.warning("%s captions pictures and reads no prompts: those of the tasks are left out", model.title)
-    by_decoding: dict[Decoding, list[_Asked]] = {}
+    by_decoding: dict[TaskDecoding, list[_Asked]] = {}
     for place, request in enumerate(requests):
         asked, settings = _read(place, request, _WRITE)
         by_decoding.setdefault(read_decoding(settings, max_new_tokens=max_new_tokens), []).append(asked)

@@ -3,19 +3,25 @@
 A string is a sequence of letters, and a path a string: given for a list they would be taken letter by letter and answered.
 """
 
+import inspect
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
 from pathlib import PurePath
-from typing import Any
+from typing import Any, TypedDict, TypeVar
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from instructblip.errors import UserError
+from instructblip.models.streaming import OnText
 
 _MOST_NAMED = 5  # samples in a message
+SEARCH = ("max_new_tokens", "num_beams", "min_new_tokens", "length_penalty", "repetition_penalty")  # no draw reads more
+
+Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 class EntryError(ValueError):
@@ -158,52 +164,135 @@ def check_counts(counts: Mapping[str, Any], *, at_least: int) -> None:
             raise ValueError(f"{name} is {value!r}; give a whole number of at least {at_least}")
 
 
-def check_decoding(
-    *,
-    num_beams: int,
-    max_new_tokens: int,
-    min_new_tokens: int,
-    length_penalty: float,
-    repetition_penalty: float,
-    temperature: float,
-    top_p: float,
-) -> None:
-    """Settings of decoding that go together.
+class DecodingOptions(TypedDict, total=False):
+    """What a caller may say of `Decoding`."""
 
-    Raises:
-        ValueError: names the argument.
+    num_beams: int
+    max_new_tokens: int
+    min_new_tokens: int
+    length_penalty: float
+    repetition_penalty: float
+    do_sample: bool
+    temperature: float
+    top_p: float
+    noise: Tensor | None
+    on_text: OnText | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoding:
+    """How texts are written.
+
+    Attributes:
+        num_beams: 1 is greedy, or sampling with `do_sample`.
+        max_new_tokens: of each text at most, its end token among them.
+        min_new_tokens: at least so many stand before the end token.
+        length_penalty: of beam search: exponent of the tokens that a text's log-likelihood is divided by; 1 for their mean.
+        repetition_penalty: against tokens that a text already holds, those it was begun with among them; 1 for none.
+        do_sample: draw each token from the smallest set of probability `top_p`, after division of the logits by
+            `temperature`.
+        noise: what sampling draws with, a number in [0, 1) for each new token of each image (B, max_new_tokens or more): a
+            text is then a function of its own numbers, whatever stands beside it. None: torch's global random stream.
+        on_text: called with the text so far after each token, of one image and one beam.
     """
-    check_counts({"num_beams": num_beams, "max_new_tokens": max_new_tokens}, at_least=1)
-    check_counts({"min_new_tokens": min_new_tokens}, at_least=0)
-    if min_new_tokens > max_new_tokens:
-        raise ValueError(f"min_new_tokens is {min_new_tokens}, more than max_new_tokens ({max_new_tokens})")
-    if not _is_number(length_penalty):
-        raise ValueError(f"length_penalty is {length_penalty!r}; give a number, 1 for the mean a token")
-    for name, value in {"repetition_penalty": repetition_penalty, "temperature": temperature}.items():
-        if not _is_number(value) or value <= 0:
-            raise ValueError(f"{name} is {value!r}; give a number above 0, 1 for none")
-    if not _is_number(top_p) or not 0 < top_p <= 1:
-        raise ValueError(f"top_p is {top_p!r}; give a probability above 0, 1 for all tokens")
+
+    num_beams: int = 1
+    max_new_tokens: int = 10
+    min_new_tokens: int = 1
+    length_penalty: float = 1.0
+    repetition_penalty: float = 1.0
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_p: float = 1.0
+    noise: Tensor | None = None
+    on_text: OnText | None = None
+
+    def given(self, options: DecodingOptions, count: int, *, draws_one: bool = False) -> "Decoding":
+        """This with a caller's options in its place, checked for so many images.
+
+        Args:
+            draws_one: sampling draws one text, whatever `num_beams`.
+
+        Raises:
+            TypeError: an unknown option, by its name.
+            ValueError: a wrong one, by its name.
+        """
+        if unknown := options.keys() - DecodingOptions.__annotations__:
+            raise TypeError(f"generate() got an unexpected keyword argument {min(unknown)!r}")
+        found = replace(self, **options)
+        found._check_numbers()
+        found._check_noise(count)
+        if draws_one and found.do_sample:
+            found = replace(found, num_beams=1)
+        if found.on_text is not None and count != 1:
+            raise ValueError(f"on_text follows one text as it is written, not {count}; give one image")
+        if found.on_text is not None and found.num_beams != 1:
+            raise ValueError(
+                f"on_text follows a text whose tokens stay, not a search with {found.num_beams} beams; set num_beams=1"
+            )
+        if found.noise is not None and found.num_beams > 1:
+            raise ValueError("noise draws one text for each image: num_beams=1")
+        return found
+
+    def of_rows(self, rows: Sequence[int]) -> "Decoding":
+        """That of some of the images, which bring their own noise."""
+        return self if self.noise is None else replace(self, noise=self.noise[list(rows)])
+
+    def _check_numbers(self) -> None:
+        check_counts({"num_beams": self.num_beams, "max_new_tokens": self.max_new_tokens}, at_least=1)
+        check_counts({"min_new_tokens": self.min_new_tokens}, at_least=0)
+        if self.min_new_tokens > self.max_new_tokens:
+            raise ValueError(
+                f"min_new_tokens is {self.min_new_tokens}, more than max_new_tokens ({self.max_new_tokens})"
+            )
+        if not _is_number(self.length_penalty):
+            raise ValueError(f"length_penalty is {self.length_penalty!r}; give a number, 1 for the mean a token")
+        for name, value in {"repetition_penalty": self.repetition_penalty, "temperature": self.temperature}.items():
+            if not _is_number(value) or value <= 0:
+                raise ValueError(f"{name} is {value!r}; give a number above 0, 1 for none")
+        if not _is_number(self.top_p) or not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p!r}; give a probability above 0, 1 for all tokens")
+
+    def _check_noise(self, count: int) -> None:
+        noise, most = self.noise, self.max_new_tokens
+        if noise is None:
+            return
+        if not self.do_sample:
+            raise ValueError("noise is what sampling draws with; set do_sample=True, or leave it out")
+        if not isinstance(noise, Tensor) or not noise.is_floating_point() or noise.ndim != 2:
+            raise ValueError("noise is no tensor of numbers (images, tokens); give one of torch.rand")
+        if len(noise) != count or noise.shape[1] < most:
+            raise ValueError(
+                f"noise is of {tuple(noise.shape)} for {count} images and {most} new tokens; give a number for each"
+            )
+        if not ((noise >= 0) & (noise < 1)).all():
+            raise ValueError("noise holds numbers outside of [0, 1); give those of torch.rand")
 
 
-def check_noise(noise: Any, count: int, max_new_tokens: int, *, do_sample: bool) -> None:
-    """What sampling draws with, where it is given: a number in [0, 1) for each new token of each row.
+def shows_options(defaults: Decoding, **instead: Any) -> Callable[[Method], Method]:
+    """Names a method's options of decoding and their defaults where Python is asked what it takes: `help`, notebooks.
 
-    Raises:
-        ValueError: names `noise`.
+    Args:
+        defaults: of the method's class.
+        instead: those that are decided when it is called.
     """
-    if noise is None:
-        return
-    if not do_sample:
-        raise ValueError("noise is what sampling draws with; set do_sample=True, or leave it out")
-    if not isinstance(noise, Tensor) or not noise.is_floating_point() or noise.ndim != 2:
-        raise ValueError("noise is no tensor of numbers (images, tokens); give one of torch.rand")
-    if len(noise) != count or noise.shape[1] < max_new_tokens:
-        raise ValueError(
-            f"noise is of {tuple(noise.shape)} for {count} images and {max_new_tokens} new tokens; give a number for each"
-        )
-    if not ((noise >= 0) & (noise < 1)).all():
-        raise ValueError("noise holds numbers outside of [0, 1); give those of torch.rand")
+
+    def names_them(method: Method) -> Method:
+        own = inspect.signature(method)
+        *stated, _ = own.parameters.values()
+        options = [
+            inspect.Parameter(
+                field.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=instead.get(field.name, getattr(defaults, field.name)),
+                annotation=field.type,
+            )
+            for field in fields(defaults)
+        ]
+        method.__signature__ = own.replace(parameters=[*stated, *options])  # type: ignore[attr-defined]
+        return method
+
+    return names_them
 
 
 def check_positions(spans: Sequence[int], limit: int | None) -> None:

@@ -13,7 +13,7 @@ import copy
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple, Unpack, get_args
 
 import torch
 import torch.nn.functional as F
@@ -21,20 +21,21 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from instructblip.models.arguments import (
+    Decoding,
+    DecodingOptions,
     check_candidates,
     check_choice,
     check_counts,
-    check_decoding,
     check_images,
-    check_noise,
     check_texts,
+    shows_options,
 )
 from instructblip.models.base import Inputs, Model, Outputs, PartStructure, PassWorkload, Samples
 from instructblip.models.decoding import decode
 from instructblip.models.med import TextLayer, TextModel
 from instructblip.models.pairs import Features, MatchHead, TextOutputs, check_pairs, padded, token_ids
 from instructblip.models.ranking import TOKEN_BUDGET, deduplicated, length_groups
-from instructblip.models.streaming import OnText, check_follows, on_ids
+from instructblip.models.streaming import on_ids
 from instructblip.models.transformer import KeyValueCache
 from instructblip.models.vision import Images, VisionEncoder, as_frames
 
@@ -193,13 +194,12 @@ class BLIP(Model):
         decoder: TextModel,
         start_BT: Tensor,
         source_BPU: Tensor,
-        source_mask_BP: Tensor | None = None,
-        *,
-        max_new_tokens: int,
-        **options: Any,
+        source_mask_BP: Tensor | None,
+        decoding: Decoding,
     ) -> Tensor:
         """Start and new tokens (B, T), by `decoding.decode`."""
         source = decoder.keys_values(source_BPU)  # once, for all beams and steps
+        places = decoder.max_text_tokens - start_BT.shape[1]
 
         def step(new_RT: Tensor, cache: KeyValueCache) -> Tensor:
             states_RTD = decoder(new_RT, torch.ones_like(new_RT), source, source_mask_BP, causal=True, cache=cache)
@@ -209,10 +209,10 @@ class BLIP(Model):
             step,
             start_BT,
             KeyValueCache(),
+            replace(decoding, max_new_tokens=min(decoding.max_new_tokens, places)),
             eos_id=self.tokenizer.sep_token_id,
             pad_id=self.tokenizer.pad_token_id,
-            max_new_tokens=min(max_new_tokens, decoder.max_text_tokens - start_BT.shape[1]),
-            **options,
+            on_ids=on_ids(decoding.on_text, self._texts),
         )
 
     def _texts(self, ids_BT: Tensor) -> list[str]:
@@ -226,6 +226,7 @@ class _Captioner(BLIP):
         prompt: begins every caption, in training and in generation; it is given, not learnt.
     """
 
+    DECODING = Decoding(num_beams=3, max_new_tokens=16, top_p=0.9)
     prompt: str
 
     @property
@@ -262,34 +263,19 @@ class _Captioner(BLIP):
         return self._written(self.decoder, self.caption_start(), answers, tokens_BPU)
 
     @torch.inference_mode()
+    @shows_options(DECODING, repetition_penalty=None)
     def generate(
-        self,
-        images: Images,
-        prompts: Sequence[str] | None = None,
-        *,
-        num_beams: int = 3,
-        max_new_tokens: int = 16,
-        min_new_tokens: int = 1,
-        length_penalty: float = 1.0,
-        repetition_penalty: float | None = None,
-        do_sample: bool = False,
-        temperature: float = 1.0,
-        top_p: float = 0.9,
-        noise: Tensor | None = None,
-        on_text: OnText | None = None,
+        self, images: Images, prompts: Sequence[str] | None = None, **options: Unpack[DecodingOptions]
     ) -> list[str]:
         """Caption each image; the returned text does not hold the prompt.
 
         The defaults are the released ones: 20 and 5 tokens at most and at least, which count the 4 of the prompt "[DEC] a
-        picture of".
+        picture of". No repetition penalty is the released one, of 1.1 where tokens are drawn.
 
         Args:
             images: B pictures, or their image tokens.
             prompts: beginnings of the B captions in place of `prompt`; "" begins with [DEC] alone, as transformers does.
-            repetition_penalty: None takes the released 1.1 where tokens are drawn, and none otherwise.
-            num_beams, max_new_tokens, min_new_tokens, length_penalty, do_sample, temperature, top_p, noise: as
-                `decoding.decode` takes them; sampling draws one text, whatever `num_beams`.
-            on_text: called with the text so far after each token, of one image and one beam.
+            options: of `arguments.Decoding`, which says what they are; sampling draws one text, whatever `num_beams`.
 
         Raises:
             ValueError: a wrong argument by its name, before anything is computed.
@@ -297,29 +283,16 @@ class _Captioner(BLIP):
         count = check_images(images)
         if prompts is not None:
             check_texts("prompts", prompts, count)
-        penalty = repetition_penalty if repetition_penalty is not None else 1.1 if do_sample else 1.0
-        options: dict[str, Any] = {
-            "num_beams": num_beams,
-            "max_new_tokens": max_new_tokens,
-            "min_new_tokens": min_new_tokens,
-            "length_penalty": length_penalty,
-            "repetition_penalty": penalty,
-            "temperature": temperature,
-            "top_p": top_p,
-        }
-        check_decoding(**options)
-        check_noise(noise, count, max_new_tokens, do_sample=do_sample)
-        options |= {"do_sample": do_sample, "num_beams": 1 if do_sample else num_beams}
-        check_follows(on_text, count, options["num_beams"])
-        options["on_ids"] = on_ids(on_text, self._texts)
+        if options.get("repetition_penalty") is None:
+            options["repetition_penalty"] = 1.1 if options.get("do_sample") else 1.0
+        decoding = self.DECODING.given(options, count, draws_one=True)
         starts = [self._prompt_ids(text) for text in ([self.prompt] * count if prompts is None else prompts)]
         self._check_room("prompts", starts)
         tokens_BPU = self.normalised(self.image_tokens(images))
         found = [""] * count
         for rows in _of_equal_length(starts):  # no row is padded in front of what it writes
             start_NT = torch.tensor([starts[row] for row in rows], device=self.device)
-            drawn_NT = None if noise is None else noise[rows]
-            ids_NT = self._decoded(self.decoder, start_NT, tokens_BPU[rows], noise_BT=drawn_NT, **options)
+            ids_NT = self._decoded(self.decoder, start_NT, tokens_BPU[rows], None, decoding.of_rows(rows))
             for row, text in zip(rows, self._texts(ids_NT[:, start_NT.shape[1] :]), strict=True):
                 found[row] = text
         return found
@@ -408,6 +381,7 @@ class BLIPVQA(BLIP):
     PARTS = {"vision": ("vision",), "text": ("vision_norm", "text_encoder", "text_decoder")}  # noqa: RUF012
     OUTPUTS = frozenset({"answer_logits"})
     SKILLS = frozenset({"rank", "generate"})
+    DECODING = Decoding(num_beams=3, max_new_tokens=9, min_new_tokens=0, top_p=0.9)
     RELEASED_RANKING = {"label_smoothing": 0.1, "preselect": 128}  # noqa: RUF012
 
     def __init__(
@@ -468,69 +442,34 @@ class BLIPVQA(BLIP):
         return self.text_encoder(ids_BT, mask_BT, self.normalised(tokens_B1PU)), mask_BT
 
     @torch.inference_mode()
+    @shows_options(DECODING)
     def generate(
         self,
         images: Images,
         prompts: Sequence[str],
         *,
-        num_beams: int = 3,
-        max_new_tokens: int = 9,
-        min_new_tokens: int = 0,
-        length_penalty: float = 1.0,
-        repetition_penalty: float = 1.0,
-        do_sample: bool = False,
-        temperature: float = 1.0,
-        top_p: float = 0.9,
-        noise: Tensor | None = None,
         attend_padding: bool = False,
-        on_text: OnText | None = None,
+        **options: Unpack[DecodingOptions],
     ) -> list[str]:
         """Answer each question freely; the defaults are the released ones, whose length limits count the start token.
 
         Args:
             images: B pictures, or their image tokens.
             prompts: B questions.
-            num_beams, max_new_tokens, min_new_tokens, length_penalty, repetition_penalty, do_sample, temperature, top_p,
-                noise: as `decoding.decode` takes them; sampling draws one text, whatever `num_beams`.
             attend_padding: the decoder reads a question's padding too, as the released code's does when it generates: the
                 answer then depends on the batch's longest question.
-            on_text: called with the text so far after each token, of one image and one beam.
+            options: of `arguments.Decoding`, which says what they are; sampling draws one text, whatever `num_beams`.
 
         Raises:
             ValueError: a wrong argument by its name, before anything is computed.
         """
         count = check_images(images)
         check_texts("prompts", prompts, count)
-        check_decoding(
-            num_beams=num_beams,
-            max_new_tokens=max_new_tokens,
-            min_new_tokens=min_new_tokens,
-            length_penalty=length_penalty,
-            repetition_penalty=repetition_penalty,
-            temperature=temperature,
-            top_p=top_p,
-        )
-        check_noise(noise, count, max_new_tokens, do_sample=do_sample)
-        num_beams = 1 if do_sample else num_beams
-        check_follows(on_text, count, num_beams)
+        decoding = self.DECODING.given(options, count, draws_one=True)
         states_BTD, mask_BT = self.encode_questions(self.image_tokens(images), prompts)
-        ids_BT = self._decoded(
-            self.text_decoder,
-            torch.full((count, 1), self.start_id, device=self.device),
-            states_BTD,
-            None if attend_padding else mask_BT,
-            num_beams=num_beams,
-            max_new_tokens=max_new_tokens,
-            min_new_tokens=min_new_tokens,
-            length_penalty=length_penalty,
-            repetition_penalty=repetition_penalty,
-            do_sample=do_sample,
-            temperature=temperature,
-            top_p=top_p,
-            noise_BT=noise,
-            on_ids=on_ids(on_text, self._texts),
-        )
-        return self._texts(ids_BT[:, 1:])
+        start_B1 = torch.full((count, 1), self.start_id, device=self.device)
+        mask = None if attend_padding else mask_BT
+        return self._texts(self._decoded(self.text_decoder, start_B1, states_BTD, mask, decoding)[:, 1:])
 
     @torch.inference_mode()
     def rank(

@@ -9,20 +9,20 @@ of the projected features, N rows of any kind, S supervised tokens in the batch,
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple, Unpack, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from instructblip.models.arguments import check_choice, check_decoding, check_images, check_noise
+from instructblip.models.arguments import Decoding, DecodingOptions, check_choice, check_images, shows_options
 from instructblip.models.attention import ImageAttention, recorded_attention
 from instructblip.models.base import Inputs, Model, Outputs, PartStructure, PassWorkload, Samples
 from instructblip.models.decoding import decode
 from instructblip.models.pairs import Features, MatchHead, TextOutputs, check_pairs, padded, token_ids
 from instructblip.models.qformer import QFormer
-from instructblip.models.streaming import OnText, check_follows, on_ids
+from instructblip.models.streaming import on_ids
 from instructblip.models.transformer import KeyValueCache
 from instructblip.models.vision import Images, VisionEncoder
 
@@ -110,6 +110,7 @@ class BLIP2(Model):
     held_parts = frozenset({"qformer"})
     OUTPUTS = frozenset({"image_projected", "text_projected", "temperature", "answer_logits", "match_logits"})
     SKILLS = frozenset({"caption", "retrieve", "match"})
+    DECODING = Decoding(num_beams=3, max_new_tokens=29, min_new_tokens=9, top_p=0.9)
 
     def __init__(
         self,
@@ -343,30 +344,14 @@ class BLIP2(Model):
         return features
 
     @torch.inference_mode()
-    def generate(
-        self,
-        images: Images,
-        prompts: None = None,
-        *,
-        num_beams: int = 3,
-        max_new_tokens: int = 29,
-        min_new_tokens: int = 9,
-        length_penalty: float = 1.0,
-        repetition_penalty: float = 1.0,
-        do_sample: bool = False,
-        temperature: float = 1.0,
-        top_p: float = 0.9,
-        noise: Tensor | None = None,
-        on_text: OnText | None = None,
-    ) -> list[str]:
+    @shows_options(DECODING)
+    def generate(self, images: Images, prompts: None = None, **options: Unpack[DecodingOptions]) -> list[str]:
         """Caption each image; the defaults are the released ones, whose length limits count the start token.
 
         Args:
             images: B pictures, or their image tokens.
             prompts: this model captions without one.
-            num_beams, max_new_tokens, min_new_tokens, length_penalty, repetition_penalty, do_sample, temperature, top_p,
-                noise: as `decoding.decode` takes them; sampling draws one text, whatever `num_beams`.
-            on_text: called with the text so far after each token, of one image and one beam.
+            options: of `arguments.Decoding`, which says what they are; sampling draws one text, whatever `num_beams`.
 
         Raises:
             ValueError: prompts, or a wrong argument by its name, before anything is computed.
@@ -377,36 +362,16 @@ class BLIP2(Model):
         if prompts is not None:
             raise ValueError("BLIP-2's first stage captions without a prompt: prompts=None")
         count = check_images(images)
-        check_noise(noise, count, max_new_tokens, do_sample=do_sample)
-        check_decoding(
-            num_beams=num_beams,
-            max_new_tokens=max_new_tokens,
-            min_new_tokens=min_new_tokens,
-            length_penalty=length_penalty,
-            repetition_penalty=repetition_penalty,
-            temperature=temperature,
-            top_p=top_p,
-        )
-        num_beams = 1 if do_sample else num_beams
-        check_follows(on_text, count, num_beams)
-        cache = self.encode_images(self.image_tokens(images)).cache
-        batch = len(cache.layers[0].keys_BHKE)
+        decoding = self.DECODING.given(options, count, draws_one=True)
+        places = self.qformer.max_text_tokens - 1  # the start token takes one
         ids_BT = decode(
             self._next_logits,
-            torch.full((batch, 1), self.start_id, device=self.device),
-            cache,
+            torch.full((count, 1), self.start_id, device=self.device),
+            self.encode_images(self.image_tokens(images)).cache,
+            replace(decoding, max_new_tokens=min(decoding.max_new_tokens, places)),
             eos_id=self.tokenizer.sep_token_id,
             pad_id=self.tokenizer.pad_token_id,
-            num_beams=num_beams,
-            max_new_tokens=min(max_new_tokens, self.qformer.max_text_tokens - 1),  # the start token takes a place
-            min_new_tokens=min_new_tokens,
-            length_penalty=length_penalty,
-            repetition_penalty=repetition_penalty,
-            do_sample=do_sample,
-            temperature=temperature,
-            top_p=top_p,
-            noise_BT=noise,
-            on_ids=on_ids(on_text, self._texts),
+            on_ids=on_ids(decoding.on_text, self._texts),
         )
         return self._texts(ids_BT[:, 1:])
 

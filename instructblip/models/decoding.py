@@ -25,6 +25,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from instructblip.models.arguments import Decoding
 from instructblip.models.streaming import OnIds
 
 # (token ids (R, T) that the cache does not hold yet, the cache) -> logits (R, W) of the token behind them.
@@ -84,43 +85,30 @@ def decode(
     step: Step,
     start_BT: Tensor,
     cache: Cache,
+    decoding: Decoding,
     *,
-    num_beams: int = 1,
-    **settings: Any,
+    eos_id: int,
+    pad_id: int,
+    on_ids: OnIds | None = None,
 ) -> Tensor:
-    """Continue token sequences.
+    """Continue token sequences as BLIP was released; the repetition penalty and lengths of beams count those of the start.
 
     Args:
         step: runs new tokens through the blocks and extends the cache.
         start_BT: the tokens to begin with; none is padding. T may be 0 where `step` has logits from the cache alone.
         cache: what stands in front of them (each sample's queries, say).
-        num_beams: 1 is greedy, or sampling with `do_sample`.
-
-    Args of `settings`:
+        decoding: how.
         eos_id: ends a text.
         pad_id: fills the rows behind it.
-        max_new_tokens: at most so many are added to the start, the end token among them.
-        min_new_tokens: at least so many stand before the end token.
-        length_penalty: of beam search: exponent of the length that a text's log-likelihood is divided by.
-        repetition_penalty: on the tokens that a row already holds, those of the start among them.
-        do_sample: draw each token from the smallest set of probability `top_p`, after division of the logits by
-            `temperature`.
-        noise_BT: what sampling draws with, a number in [0, 1) for each new token of each row: a row is then a function of
-            its own numbers, whatever stands beside it. None: torch's global random stream.
         on_ids: called after each token with the new ones so far; without beams.
-        lengths: how beam search counts them.
-        leaves: what has ended is dropped from the cache, which holds all that `step` knows of a row.
 
     Returns:
         Start and new tokens (B, T).
-
-    Raises:
-        ValueError: sampling with several beams.
     """
-    search = _search(start_BT, num_beams=num_beams, **settings)
+    search = _search(start_BT, decoding, RELEASED_BLIP, on_ids, eos_id=eos_id, pad_id=pad_id, leaves=False)
     cache = replace(cache)  # type: ignore[type-var]
-    if num_beams > 1:
-        cache = cache.select(_beam_rows(start_BT, num_beams))
+    if decoding.num_beams > 1:
+        cache = cache.select(_beam_rows(start_BT, decoding.num_beams))
     while not search.ended:
         rows_R = search.take(step(search.new_RT, cache))
         if rows_R is not None and not search.ended:
@@ -134,21 +122,24 @@ def decode_in_turn(
     begin: Callable[[Sequence[int]], OpenCache],
     count: int,
     at_once: int,
+    decoding: Decoding,
+    lengths: BeamLengths,
     *,
     device: torch.device,
-    num_beams: int = 1,
-    noise_BT: Tensor | None = None,
-    **settings: Any,
+    eos_id: int,
+    pad_id: int,
+    on_ids: OnIds | None,
 ) -> list[Tensor]:
     """Continue prompts from nothing: as some end, others enter their places, so that a step always serves many.
 
     Args:
-        step: as of `decode`; gives logits for no tokens from the cache that `begin` gave.
+        step: as of `decode`; gives logits for no tokens from the cache that `begin` gave, which holds all it knows of a row.
         begin: a cache of these prompts, by their numbers, a row each.
         count: of all prompts.
         at_once: so many of them are in the cache together, at most.
+        lengths: how beam search counts them.
         device: of the token ids.
-        num_beams, noise_BT, settings: as of `decode`; texts leave.
+        decoding, eos_id, pad_id, on_ids: as of `decode`.
 
     Returns:
         The new tokens of each prompt.
@@ -159,12 +150,12 @@ def decode_in_turn(
         free = at_once - sum(search.prompts for _, search in running)
         if waiting and (not running or free * _ENTERING >= at_once):
             numbers = [waiting.popleft() for _ in range(min(free, len(waiting)))]
-            own_noise = None if noise_BT is None else noise_BT[numbers]
             start_BT = torch.zeros(len(numbers), 0, dtype=torch.long, device=device)
-            search = _search(start_BT, num_beams=num_beams, noise_BT=own_noise, leaves=True, **settings)
+            own = decoding.of_rows(numbers)
+            search = _search(start_BT, own, lengths, on_ids, eos_id=eos_id, pad_id=pad_id, leaves=True)
             entering = begin(numbers)
-            if num_beams > 1:
-                entering = entering.select(_beam_rows(start_BT, num_beams))
+            if own.num_beams > 1:
+                entering = entering.select(_beam_rows(start_BT, own.num_beams))
             rows_R = search.take(step(search.new_RT, entering))
             if not search.ended:
                 entering = entering if rows_R is None else entering.select(rows_R)
@@ -202,39 +193,31 @@ def _beam_rows(start_BT: Tensor, beams: int) -> Tensor:
 
 def _search(
     start_BT: Tensor,
+    decoding: Decoding,
+    lengths: BeamLengths,
+    on_ids: OnIds | None,
     *,
     eos_id: int,
     pad_id: int,
-    num_beams: int,
-    max_new_tokens: int,
-    min_new_tokens: int = 1,
-    length_penalty: float = 1.0,
-    repetition_penalty: float = 1.0,
-    do_sample: bool = False,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    noise_BT: Tensor | None = None,
-    on_ids: OnIds | None = None,
-    lengths: BeamLengths = RELEASED_BLIP,
-    leaves: bool = False,
+    leaves: bool,
 ) -> "_Search":
-    if do_sample and num_beams > 1:
-        raise ValueError("sampling draws one text: num_beams=1")
+    """`leaves`: what has ended is dropped from the cache, which holds all that is known of a row."""
     first, device = start_BT.shape[1], str(start_BT.device)
     processors = LogitsProcessorList()
-    if repetition_penalty != 1:
-        processors.append(RepetitionPenaltyLogitsProcessor(float(repetition_penalty)))
-    if min_new_tokens > 0:
-        processors.append(MinLengthLogitsProcessor(first + min_new_tokens, eos_id, device=device))
-    if do_sample:
-        processors += nucleus(temperature, top_p)
-    tokens = _Tokens(eos_id, pad_id, first + max_new_tokens)
-    if num_beams > 1:
+    if decoding.repetition_penalty != 1:
+        processors.append(RepetitionPenaltyLogitsProcessor(float(decoding.repetition_penalty)))
+    if decoding.min_new_tokens > 0:
+        processors.append(MinLengthLogitsProcessor(first + decoding.min_new_tokens, eos_id, device=device))
+    if decoding.do_sample:
+        processors += _nucleus(decoding)
+    tokens = _Tokens(eos_id, pad_id, first + decoding.max_new_tokens)
+    if decoding.num_beams > 1:
         before = first if lengths.before is None else lengths.before
-        counted = _Counted(first, before, lengths, length_penalty)
-        return _Beams(start_BT, processors, tokens, num_beams, counted, leaves=leaves)
-    choices = _draws(noise_BT, start_BT.device) if do_sample else repeat(_likeliest)
-    leaves = leaves and not (do_sample and noise_BT is None)  # torch's stream gives every row a number in each step
+        counted = _Counted(first, before, lengths, decoding.length_penalty)
+        return _Beams(start_BT, processors, tokens, decoding.num_beams, counted, leaves=leaves)
+    choices = _draws(decoding.noise, start_BT.device) if decoding.do_sample else repeat(_likeliest)
+    # torch's stream gives every row a number in each step
+    leaves = leaves and not (decoding.do_sample and decoding.noise is None)
     return _OneTextEach(start_BT, processors, tokens, choices, on_ids, leaves=leaves)
 
 
@@ -269,9 +252,9 @@ def _draws(noise_BT: Tensor | None, device: torch.device) -> Iterator[Choose]:
     return (partial(_draw_with, noise_B=noise_B) for noise_B in noise_BT.to(device).T)
 
 
-def nucleus(temperature: float, top_p: float) -> list[LogitsProcessor]:
+def _nucleus(decoding: Decoding) -> list[LogitsProcessor]:
     """What leaves to scores the smallest set of probability `top_p`, after division by `temperature`."""
-    return [TemperatureLogitsWarper(float(temperature)), TopPLogitsWarper(top_p)]
+    return [TemperatureLogitsWarper(float(decoding.temperature)), TopPLogitsWarper(decoding.top_p)]
 
 
 def drawn_with(scores_BW: Tensor, noise_B: Tensor) -> Tensor:
@@ -287,16 +270,9 @@ def drawn_with(scores_BW: Tensor, noise_B: Tensor) -> Tensor:
     return torch.searchsorted(borders_BW, wanted_B1, right=True)[:, 0]
 
 
-class Draws(NamedTuple):
-    """How transformers' greedy search is made to draw, each row with its own numbers; arguments as of `decode`."""
-
-    noise_BT: Tensor
-    temperature: float
-    top_p: float
-
-    def processors(self, rows: Sequence[int], device: torch.device) -> list[LogitsProcessor]:
-        """For one call over some of the B rows; they come last."""
-        return [*nucleus(self.temperature, self.top_p), _OnlyDrawn(self.noise_BT[list(rows)], device)]
+def drawing(decoding: Decoding, device: torch.device) -> list[LogitsProcessor]:
+    """What makes one call of transformers' greedy search draw, each row with its own noise; they come last."""
+    return [] if decoding.noise is None else [*_nucleus(decoding), _OnlyDrawn(decoding.noise, device)]
 
 
 class _OnlyDrawn(LogitsProcessor):

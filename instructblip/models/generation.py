@@ -8,7 +8,7 @@ by transformers' own generation.
 Shape legend: B prompts, N beams, R = B x N rows, T tokens, K nodes so far, L language-model width, V vocabulary.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,70 +17,75 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedModel
 
 from instructblip.errors import UserError
-from instructblip.models.decoding import BEAM_LENGTHS, Draws, decode_in_turn
+from instructblip.models.arguments import SEARCH, Decoding
+from instructblip.models.decoding import BEAM_LENGTHS, BeamLengths, decode_in_turn, drawing
 from instructblip.models.llm import LLM
 from instructblip.models.prefill import Prefill
-from instructblip.models.streaming import NewTokens, OnText, on_ids
+from instructblip.models.streaming import NewTokens, on_ids
+
+
+def check_write(llm: LLM, decoding: Decoding, beam_lengths: str) -> None:
+    """Refuse what this language model does not write.
+
+    Raises:
+        ValueError: sampling with several beams, where the beams are branches.
+        UserError: as `LLM.check_writes`; other `beam_lengths` than transformers' where that generates.
+    """
+    llm.check_writes(decoding.num_beams)
+    if decoding.num_beams == 1:
+        return
+    if llm.abilities.tree and decoding.do_sample:
+        raise ValueError("sampling draws one text: num_beams=1")
+    if not llm.abilities.tree and beam_lengths != "new_tokens":
+        raise UserError(
+            f"{type(llm.model).__name__} is searched by transformers' own generation, which counts beam lengths as "
+            "new_tokens; set beam_lengths=new_tokens"
+        )
 
 
 @torch.inference_mode()
 def write(
-    llm: LLM,
-    prefixes: Sequence[Tensor],
-    *,
-    num_beams: int = 1,
-    max_new_tokens: int = 10,
-    min_new_tokens: int = 1,
-    length_penalty: float = 1.0,
-    repetition_penalty: float = 1.0,
-    do_sample: bool = False,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    noise: Tensor | None = None,
-    beam_lengths: str = "new_tokens",
-    on_text: OnText | None = None,
-    at_once: int | None = None,
+    llm: LLM, prefixes: Sequence[Tensor], decoding: Decoding, *, beam_lengths: str = "new_tokens", at_once: int
 ) -> list[str]:
     """Continue each embedded prompt (T_i, L); return the new text only, stripped.
 
     Args:
         llm: the language model.
         prefixes: B embedded prompts.
+        decoding: how, `check_write` being content; lengths and the repetition penalty count new tokens only.
         beam_lengths: key of `BEAM_LENGTHS`.
-        on_text: called with the text so far after each token; of one prompt, without beams.
-        at_once: so many prompts are worked on together, at most; as some end, others enter. None: all.
-
-    The others are those of `decoding.decode`; lengths and the repetition penalty count new tokens only.
+        at_once: so many prompts are worked on together, at most; as some end, others enter.
 
     Raises:
-        UserError: logits that are not finite; as `LLM.check_writes`; other `beam_lengths` than transformers' where that
-            generates.
+        UserError: logits that are not finite.
     """
-    llm.check_writes(num_beams)
-    common: dict[str, Any] = {
-        "num_beams": num_beams,
-        "max_new_tokens": max_new_tokens,
-        "min_new_tokens": min_new_tokens,
-        "length_penalty": length_penalty,
-        "repetition_penalty": repetition_penalty,
-    }
-    sampling: dict[str, Any] = {"do_sample": do_sample, "temperature": temperature, "top_p": top_p}
     if llm.abilities.tree:
-        draws: dict[str, Any] = {
-            "noise_BT": noise,
-            "on_ids": on_ids(on_text, llm.texts),
-            "lengths": BEAM_LENGTHS[beam_lengths],
-        }
-        return _in_branches(llm, prefixes, at_once or len(prefixes), **common, **sampling, **draws)
-    if num_beams > 1 and beam_lengths != "new_tokens":
+        return _in_branches(llm, prefixes, decoding, BEAM_LENGTHS[beam_lengths], at_once)
+    return _by_transformers(llm, prefixes, decoding, at_once)
+
+
+@contextmanager
+def _finite_logits() -> Iterator[Callable[[Tensor], None]]:
+    """What logits are shown to; at the end of the block refuse what was generated from NaN or +infinity.
+
+    A model with such logits writes texts like any other. The check costs no wait for the device until the end.
+
+    Raises:
+        UserError: there were such logits.
+    """
+    found: list[Tensor] = []
+
+    def look(logits: Tensor) -> None:
+        wrong = ~(logits < torch.inf).all()
+        found[:] = [wrong | found[0]] if found else [wrong]
+
+    yield look
+    if found and bool(found[0]):
         raise UserError(
-            f"{type(llm.model).__name__} is searched by transformers' own generation, which counts beam lengths as "
-            "new_tokens; set beam_lengths=new_tokens"
+            "the language model's logits are not finite numbers; weights are damaged, or overflow in their dtype"
         )
-    return _by_transformers(llm, prefixes, at_once or len(prefixes), on_text=on_text, noise=noise, **common, **sampling)
 
 
 # --- branches of a tree ----------------------------------------------------------------------------------------------
@@ -94,35 +99,31 @@ class Branches:
         llm: the language model.
         prompts: of the rows, as many of each.
         ancestors_RK: which nodes are a row's own.
-        not_finite: whether logits were NaN or +infinity, which no text shows: (1,), on the device.
     """
 
     llm: LLM
     prompts: Prefill
     ancestors_RK: Tensor
-    not_finite: Tensor
 
     @classmethod
-    def of(cls, llm: LLM, prefixes: Sequence[Tensor], not_finite: Tensor | None = None) -> "Branches":
+    def of(cls, llm: LLM, prefixes: Sequence[Tensor]) -> "Branches":
         """One row for each prompt, of nothing yet."""
-        device = prefixes[0].device
-        ancestors_RK = torch.zeros(len(prefixes), 0, dtype=torch.bool, device=device)
-        flag = torch.zeros(1, dtype=torch.bool, device=device) if not_finite is None else not_finite
-        return cls(llm, llm.prefill(prefixes), ancestors_RK, flag)
+        ancestors_RK = torch.zeros(len(prefixes), 0, dtype=torch.bool, device=prefixes[0].device)
+        return cls(llm, llm.prefill(prefixes), ancestors_RK)
 
     def select(self, rows_N: Tensor) -> "Branches":
         """These rows, those of a prompt side by side; prompts without any are dropped, and so is what this was."""
         of_prompt = (rows_N // (len(self.ancestors_RK) // len(self.prompts.lengths))).unique_consecutive().tolist()
         every = of_prompt == list(range(len(self.prompts.lengths)))
         prompts = self.prompts if every else self.prompts.keep(of_prompt)
-        return Branches(self.llm, prompts, self.ancestors_RK[rows_N], self.not_finite)
+        return Branches(self.llm, prompts, self.ancestors_RK[rows_N])
 
     def joined(self, other: "Branches") -> "Branches":
         """These rows and then the other's; nodes that no row has written are dropped."""
         ancestors_RK = self._forget_nodes()
         nodes = max(ancestors_RK.shape[1], other.ancestors_RK.shape[1])
         both = [F.pad(rows_RK, (0, nodes - rows_RK.shape[1])) for rows_RK in (ancestors_RK, other.ancestors_RK)]
-        return Branches(self.llm, self.prompts.joined(other.prompts), torch.cat(both), self.not_finite)
+        return Branches(self.llm, self.prompts.joined(other.prompts), torch.cat(both))
 
     def _forget_nodes(self) -> Tensor:
         """Drop nodes that no row has written, as far as all prompts keep equally many places; the rows' ancestors."""
@@ -141,11 +142,8 @@ class Branches:
         """Logits (R, V) of the token behind each row, after one more token or none."""
         batch, rows = len(self.prompts.lengths), len(new_RT)
         if new_RT.shape[1]:
-            logits_RV = self.llm.logits(self._grown(new_RT.view(batch, -1)))
-        else:
-            logits_RV = self.llm.logits(self.prompts.last_BL).repeat_interleave(rows // batch, dim=0)
-        self.not_finite |= ~(logits_RV < torch.inf).all()
-        return logits_RV
+            return self.llm.logits(self._grown(new_RT.view(batch, -1)))
+        return self.llm.logits(self.prompts.last_BL).repeat_interleave(rows // batch, dim=0)
 
     def _grown(self, tokens_BN: Tensor) -> Tensor:
         """Hidden states (R, L) of a new node for each row."""
@@ -158,80 +156,47 @@ class Branches:
         return self.llm.decode_tree(self.prompts, tokens_BN, depths_BN, visible_BNK, keep=True).flatten(0, 1)
 
 
-def _in_branches(llm: LLM, prefixes: Sequence[Tensor], at_once: int, **options: Any) -> list[str]:
-    not_finite = torch.zeros(1, dtype=torch.bool, device=prefixes[0].device)
-    ids = decode_in_turn(
-        lambda new_RT, cache: cache.next_logits(new_RT),
-        lambda numbers: Branches.of(llm, [prefixes[number] for number in numbers], not_finite),
-        len(prefixes),
-        at_once,
-        device=not_finite.device,
-        eos_id=llm.prompt_format.eos_id,
-        pad_id=llm.prompt_format.pad_id,
-        **options,
-    )
-    if bool(not_finite):
-        raise _not_finite()
-    return llm.texts(pad_sequence(ids, batch_first=True, padding_value=llm.prompt_format.pad_id))
+def _in_branches(
+    llm: LLM, prefixes: Sequence[Tensor], decoding: Decoding, lengths: BeamLengths, at_once: int
+) -> list[str]:
+    pad_id = llm.prompt_format.pad_id
+
+    def step(new_RT: Tensor, rows: Branches) -> Tensor:
+        look(logits_RV := rows.next_logits(new_RT))
+        return logits_RV
+
+    with _finite_logits() as look:
+        ids = decode_in_turn(
+            step,
+            lambda numbers: Branches.of(llm, [prefixes[number] for number in numbers]),
+            len(prefixes),
+            at_once,
+            decoding,
+            lengths,
+            device=prefixes[0].device,
+            eos_id=llm.prompt_format.eos_id,
+            pad_id=pad_id,
+            on_ids=on_ids(decoding.on_text, llm.texts),
+        )
+    return llm.texts(pad_sequence(ids, batch_first=True, padding_value=pad_id))
 
 
 # --- transformers' own generation ------------------------------------------------------------------------------------
 
 
-def _by_transformers(
-    llm: LLM,
-    prefixes: Sequence[Tensor],
-    at_once: int,
-    *,
-    do_sample: bool,
-    temperature: float,
-    top_p: float,
-    noise: Tensor | None,
-    on_text: OnText | None,
-    **options: Any,
-) -> list[str]:
-    draws = None if noise is None else Draws(noise, temperature, top_p)
-    options["do_sample"] = do_sample and draws is None
+def _by_transformers(llm: LLM, prefixes: Sequence[Tensor], decoding: Decoding, at_once: int) -> list[str]:
+    options: dict[str, Any] = {name: getattr(decoding, name) for name in SEARCH}
+    options["do_sample"] = decoding.do_sample and decoding.noise is None
     if options["do_sample"]:  # top_k=0 sets no limit; left out, transformers' default of 50 would
-        options |= {"temperature": temperature, "top_p": top_p, "top_k": 0}
-    if (listener := on_ids(on_text, llm.texts)) is not None:
+        options |= {"temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": 0}
+    if (listener := on_ids(decoding.on_text, llm.texts)) is not None:
         options["streamer"] = NewTokens(listener)
     together = at_once if llm.abilities.padded_prompts or len({len(prefix) for prefix in prefixes}) == 1 else 1
     texts = []
-    with finite_logits(llm.model):
+    with _finite_logits() as look, llm.model.register_forward_hook(lambda *call: look(call[-1].logits[:, -1])):
         for first in range(0, len(prefixes), together):
             rows = range(len(prefixes))[first : first + together]
-            processors = [] if draws is None else draws.processors(rows, prefixes[0].device)
+            processors = drawing(decoding.of_rows(rows), prefixes[0].device)
             found = llm.continue_rows([prefixes[row] for row in rows], processors=processors, **options)
             texts += llm.texts(llm.new_tokens(found))
     return texts
-
-
-@contextmanager
-def finite_logits(model: PreTrainedModel) -> Iterator[None]:
-    """Refuse, at the end of the block, what was generated from logits that are NaN or +infinity.
-
-    A model with such logits writes texts like any other. The check costs no wait for the device until the end.
-
-    Raises:
-        UserError: there were such logits.
-    """
-    found: list[Tensor] = []
-
-    def watch(_module: Any, _inputs: Any, outputs: Any) -> None:
-        wrong = ~(outputs.logits[:, -1] < torch.inf).all()
-        found[:] = [wrong | found[0]] if found else [wrong]
-
-    handle = model.register_forward_hook(watch)
-    try:
-        yield
-    finally:
-        handle.remove()
-    if found and bool(found[0]):
-        raise _not_finite()
-
-
-def _not_finite() -> UserError:
-    return UserError(
-        "the language model's logits are not finite numbers; weights are damaged, or overflow in their dtype"
-    )

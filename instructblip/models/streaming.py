@@ -12,22 +12,6 @@ OnText = Callable[[str], None]  # the text of them
 _CUT_CHARACTER = "\ufffd"  # how tokenizers write bytes that are no whole character yet
 
 
-def check_follows(on_text: OnText | None, count: int, num_beams: int) -> None:
-    """One text, of which each token is final once it is chosen.
-
-    Raises:
-        ValueError: several images, or a beam search, whose best text may change to its end.
-    """
-    if on_text is None:
-        return
-    if count != 1:
-        raise ValueError(f"on_text follows one text as it is written, not {count}; give one image")
-    if num_beams != 1:
-        raise ValueError(
-            f"on_text follows a text whose tokens stay, not a search with {num_beams} beams; set num_beams=1"
-        )
-
-
 def on_ids(on_text: OnText | None, decode: Callable[[Tensor], list[str]]) -> OnIds | None:
     """What hands on the text of token ids (1, T); a character of which bytes are missing waits for them."""
     if on_text is None:

@@ -11,7 +11,7 @@ import itertools
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -19,24 +19,24 @@ from torch import Tensor
 
 from instructblip.models import abilities, generation
 from instructblip.models.arguments import (
+    Decoding,
+    DecodingOptions,
     check_candidates,
     check_choice,
     check_counts,
-    check_decoding,
     check_images,
     check_names,
-    check_noise,
     check_positions,
     check_texts,
     check_tokens,
     frame_counts,
+    shows_options,
 )
 from instructblip.models.base import Inputs, Model, Outputs, PassWorkload, Samples
 from instructblip.models.decoding import BEAM_LENGTHS
 from instructblip.models.llm import LLM
 from instructblip.models.pruning import best_candidates
 from instructblip.models.ranking import TOKEN_BUDGET, deduplicated, greedy_candidates, rank_candidates
-from instructblip.models.streaming import OnText, check_follows
 from instructblip.models.vision import Images
 
 
@@ -54,6 +54,7 @@ class VisionLanguageModel(Model):
 
     OUTPUTS = frozenset({"visual_prompt", "visual_cosines", "embedding_length", "answer_logits"})
     SKILLS = frozenset({"rank", "generate"})
+    DECODING = Decoding()
     connector_part: ClassVar[str]
     llm: LLM
 
@@ -234,32 +235,27 @@ class VisionLanguageModel(Model):
         return [found[start:end] for start, end in zip([0, *ends], ends, strict=False)]
 
     @torch.inference_mode()
+    @shows_options(DECODING)
     def generate(
         self,
         images: Images,
         prompts: Sequence[str] | None = None,
         *,
-        num_beams: int = 1,
-        max_new_tokens: int = 10,
-        min_new_tokens: int = 1,
-        length_penalty: float = 1.0,
-        repetition_penalty: float = 1.0,
-        do_sample: bool = False,
-        temperature: float = 1.0,
-        top_p: float = 1.0,
-        noise: Tensor | None = None,
         beam_lengths: str = "new_tokens",
-        on_text: OnText | None = None,
         at_once: int | None = None,
+        **options: Unpack[DecodingOptions],
     ) -> list[str]:
         """Answer each prompt freely; the returned text never holds the prompt. Without prompts BLIP-2 captions the images.
 
-        Lengths and the repetition penalty are over new tokens only. Greedy with one beam; with `do_sample` the next token
-        is drawn from the smallest set of probability `top_p`, after division of the logits by `temperature`, with torch's
-        global random stream or with `noise`: a number in [0, 1) for each new token of each image (B, max_new_tokens). The
-        released defaults are 5 beams, 256 tokens, a repetition penalty of 1.5. `beam_lengths` is one of
-        `decoding.BEAM_LENGTHS`. `on_text` is called with the text so far after each token, of one image and one beam.
-        At most `at_once` images are worked on together, all where it is None: as some texts end, others are begun.
+        Lengths and the repetition penalty are over new tokens only. The released defaults are 5 beams, 256 tokens, a
+        repetition penalty of 1.5.
+
+        Args:
+            images: B pictures, clips or their image tokens.
+            prompts: B prompts.
+            beam_lengths: how a search counts its tokens, one of `decoding.BEAM_LENGTHS`.
+            at_once: so many images are worked on together, at most: as some texts end, others are begun. None: all.
+            options: of `arguments.Decoding`, which says what they are.
 
         Raises:
             ValueError: a wrong argument, by its name, before anything is computed.
@@ -269,39 +265,15 @@ class VisionLanguageModel(Model):
         if prompts is None:
             prompts = self._no_prompts(count)
         check_texts("prompts", prompts, count)
-        check_decoding(
-            num_beams=num_beams,
-            max_new_tokens=max_new_tokens,
-            min_new_tokens=min_new_tokens,
-            length_penalty=length_penalty,
-            repetition_penalty=repetition_penalty,
-            temperature=temperature,
-            top_p=top_p,
-        )
+        decoding = self.DECODING.given(options, count)
         check_choice("beam_lengths", beam_lengths, tuple(BEAM_LENGTHS))
-        check_noise(noise, count, max_new_tokens, do_sample=do_sample)
-        check_follows(on_text, count, num_beams)
-        if noise is not None and num_beams > 1:
-            raise ValueError("noise draws one text for each image: num_beams=1")
-        self._check_positions(images, prompts, [range(max_new_tokens)] * len(prompts))
+        self._check_positions(images, prompts, [range(decoding.max_new_tokens)] * len(prompts))
         if at_once is not None:
             check_counts({"at_once": at_once}, at_least=1)
-        return generation.write(
-            self.llm,
-            self._prefixes(images, prompts, at_once or count),
-            num_beams=num_beams,
-            max_new_tokens=max_new_tokens,
-            min_new_tokens=min_new_tokens,
-            length_penalty=length_penalty,
-            repetition_penalty=repetition_penalty,
-            do_sample=do_sample,
-            temperature=temperature,
-            top_p=top_p,
-            noise=noise,
-            beam_lengths=beam_lengths,
-            on_text=on_text,
-            at_once=at_once,
-        )
+        generation.check_write(self.llm, decoding, beam_lengths)
+        together = at_once or count
+        prefixes = self._prefixes(images, prompts, together)
+        return generation.write(self.llm, prefixes, decoding, beam_lengths=beam_lengths, at_once=together)
 
     def _prefixes(self, images: Images, prompts: Sequence[str], at_once: int) -> list[Tensor]:
         """The LLM's embedded prompts (T_i, L), so many by one pass of the vision encoder and the connector."""

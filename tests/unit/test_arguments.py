@@ -1,6 +1,9 @@
 """`generate`, `rank` and `forward` refuse wrong arguments by their names, before anything is computed."""
 
+import inspect
+import pydoc
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +12,14 @@ import pytest
 from PIL import Image
 from torch import nn
 
-from instructblip.models.base import Inputs
+from instructblip.models.arguments import Decoding, DecodingOptions
+from instructblip.models.base import Inputs, Model
+from instructblip.models.blip import BLIPVQA, BLIPCaption, BLIPPretrain
+from instructblip.models.blip2 import BLIP2
 from instructblip.models.instructblip import InstructBLIP
+from instructblip.models.llava import LLaVA
+from tests.kit.blip import tiny_caption, tiny_pretrain, tiny_vqa
+from tests.kit.blip2 import tiny_stage1
 from tests.kit.losses import Samples
 from tests.kit.tiny import tiny_encoder_decoder_llm, tiny_images, tiny_llm, tiny_model
 
@@ -151,6 +160,50 @@ def test_options_of_ranking(options: dict[str, Any], words: str, model: Instruct
 )
 def test_options_of_decoding(options: dict[str, Any], words: str, model: InstructBLIP) -> None:
     refused(lambda: model.generate(pictures(2), PROMPTS, **options), next(iter(options)), words)
+
+
+def test_sampling_with_beams_is_refused(model: InstructBLIP) -> None:
+    refused(
+        lambda: model.generate(pictures(2), PROMPTS, do_sample=True, num_beams=2),
+        "sampling draws one text: num_beams=1",
+    )
+
+
+# What `generate` takes beside pictures and prompts, and where a class begins: num_beams, max_new_tokens, min_new_tokens,
+# repetition_penalty, top_p.
+GENERATE: dict[type[Model], tuple[set[str], tuple[Any, ...]]] = {
+    InstructBLIP: ({"beam_lengths", "at_once"}, (1, 10, 1, 1.0, 1.0)),
+    LLaVA: ({"beam_lengths", "at_once"}, (1, 10, 1, 1.0, 1.0)),
+    BLIP2: (set(), (3, 29, 9, 1.0, 0.9)),
+    BLIPCaption: (set(), (3, 16, 1, None, 0.9)),
+    BLIPPretrain: (set(), (3, 16, 1, None, 0.9)),
+    BLIPVQA: ({"attend_padding"}, (3, 9, 0, 1.0, 0.9)),
+}
+
+
+@pytest.mark.parametrize("kind", GENERATE)
+def test_notebooks_and_help_show_what_each_class_takes(kind: type[Model]) -> None:
+    own, defaults = GENERATE[kind]
+    taken = inspect.signature(kind.generate).parameters
+    shared = set(DecodingOptions.__annotations__)
+    assert shared == {field.name for field in fields(Decoding)} and len(shared) == 10
+    assert set(taken) == {"self", "images", "prompts"} | own | shared
+    names = ("num_beams", "max_new_tokens", "min_new_tokens", "repetition_penalty", "top_p")
+    assert tuple(taken[name].default for name in names) == defaults
+    assert f"num_beams: int = {defaults[0]}" in pydoc.render_doc(kind.generate)
+
+
+@pytest.mark.parametrize(
+    ("make", "prompted"),
+    [(tiny_model, True), (tiny_vqa, True), (tiny_caption, False), (tiny_pretrain, False), (tiny_stage1, False)],
+)
+def test_an_unknown_option_is_named(make: Callable[[], Model], prompted: bool) -> None:
+    model, prompts = make(), [PROMPTS] if prompted else []
+    theirs = {"beam_lengths": "new_tokens", "at_once": 2, "attend_padding": True}
+    for name, value in ({"temprature": 0.5} | theirs).items():
+        if name not in GENERATE[type(model)][0]:
+            with pytest.raises(TypeError, match=rf"generate\(\) got an unexpected keyword argument '{name}'"):
+                model.generate(pictures(2), *prompts, **{name: value})
 
 
 def test_numbers_of_numpy_are_numbers() -> None:

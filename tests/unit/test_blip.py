@@ -9,6 +9,7 @@ from PIL import Image
 
 from instructblip.errors import UserError
 from instructblip.models import blip as module
+from instructblip.models.arguments import Decoding
 from instructblip.models.blip import BLIP
 from instructblip.models.pairs import similarities
 from tests.kit.blip import SIDE, tiny_caption, tiny_pretrain, tiny_retrieval, tiny_text_model, tiny_vit, tiny_vqa
@@ -91,12 +92,12 @@ def test_prompts_of_unequal_lengths_are_continued_as_alone() -> None:
 
 
 def test_sampling_has_the_released_penalty(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[dict[str, Any]] = []
+    asked: list[Decoding] = []
     own = module.decode
 
-    def watched(*arguments: Any, **options: Any) -> Any:
-        asked.append(options)
-        return own(*arguments, **options)
+    def watched(step: Any, start: Any, cache: Any, decoding: Decoding, **ends: Any) -> Any:
+        asked.append(decoding)
+        return own(step, start, cache, decoding, **ends)
 
     monkeypatch.setattr(module, "decode", watched)
     model, images = tiny_caption(), pictures(2)
@@ -106,9 +107,9 @@ def test_sampling_has_the_released_penalty(monkeypatch: pytest.MonkeyPatch) -> N
     assert drawn == model.generate(images, do_sample=True)
     model.generate(images, do_sample=True, repetition_penalty=1.0)
     model.generate(images)
-    assert [options["repetition_penalty"] for options in asked] == [1.1, 1.1, 1.0, 1.0]
-    assert [options["num_beams"] for options in asked] == [1, 1, 1, 3]
-    assert all(options["top_p"] == 0.9 and options["max_new_tokens"] == 16 for options in asked)
+    assert [decoding.repetition_penalty for decoding in asked] == [1.1, 1.1, 1.0, 1.0]
+    assert [decoding.num_beams for decoding in asked] == [1, 1, 1, 3]
+    assert all(decoding.top_p == 0.9 and decoding.max_new_tokens == 16 for decoding in asked)
 
 
 @pytest.mark.parametrize("make", [tiny_caption, tiny_pretrain, tiny_retrieval])

@@ -2,12 +2,14 @@
 
 from collections import Counter
 from itertools import pairwise, product
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
+from instructblip.models.arguments import Decoding
 from instructblip.models.decoding import Step, decode, drawn_with
 from instructblip.models.transformer import KeysValues, KeyValueCache
 
@@ -40,6 +42,10 @@ def starts(batch: int = 4) -> Tensor:
     return (torch.arange(batch) % 3 + 1)[:, None].masked_fill(torch.arange(batch)[:, None] % 3 == 2, 5)
 
 
+def decoded(step: Step, start_BT: Tensor, cache: KeyValueCache | None = None, **options: Any) -> Tensor:
+    return decode(step, start_BT, cache or KeyValueCache(), Decoding(**options), eos_id=END, pad_id=PAD)
+
+
 def score(log_probabilities: Tensor, text: tuple[int, ...]) -> float:
     """Log-likelihood of what follows a text's first token, its end left aside in the length."""
     scaled = (log_probabilities * (1 + 0.1 * text[0])).log_softmax(dim=1)
@@ -48,7 +54,7 @@ def score(log_probabilities: Tensor, text: tuple[int, ...]) -> float:
 
 
 def test_greedy_takes_the_likeliest_token_until_the_end() -> None:
-    found = decode(chain(table()), starts(), KeyValueCache(), eos_id=END, pad_id=PAD, max_new_tokens=7)
+    found = decoded(chain(table()), starts(), max_new_tokens=7)
     for row, start in zip(found.tolist(), starts()[:, 0].tolist(), strict=True):
         text = [start]
         while text[-1] != END and len(text) < 8:
@@ -61,8 +67,7 @@ def test_greedy_takes_the_likeliest_token_until_the_end() -> None:
 
 def test_many_beams_find_the_best_text_of_all() -> None:
     log_probabilities = table(3)
-    options = {"eos_id": END, "pad_id": PAD, "num_beams": 200, "max_new_tokens": 3, "min_new_tokens": 0}
-    found = decode(chain(log_probabilities), starts(), KeyValueCache(), **options)
+    found = decoded(chain(log_probabilities), starts(), num_beams=200, max_new_tokens=3, min_new_tokens=0)
     for row, start in zip(found.tolist(), starts()[:, 0].tolist(), strict=True):
         texts = {
             (start, *tokens[: tokens.index(END) + 1 if END in tokens else None])
@@ -74,10 +79,10 @@ def test_many_beams_find_the_best_text_of_all() -> None:
 
 @pytest.mark.parametrize("beams", [1, 3])
 def test_a_row_does_not_depend_on_its_neighbours(beams: int) -> None:
-    options = {"eos_id": END, "pad_id": PAD, "num_beams": beams, "max_new_tokens": 6}
-    together = decode(chain(table(1)), starts(8), KeyValueCache(), **options)
+    options = {"num_beams": beams, "max_new_tokens": 6}
+    together = decoded(chain(table(1)), starts(8), **options)
     for row, start in zip(together, starts(8), strict=True):
-        alone = decode(chain(table(1)), start[None], KeyValueCache(), **options)[0]
+        alone = decoded(chain(table(1)), start[None], **options)[0]
         assert row.tolist() == alone.tolist() + [PAD] * (len(row) - len(alone))
 
 
@@ -85,40 +90,31 @@ def test_a_row_does_not_depend_on_its_neighbours(beams: int) -> None:
 def test_limits_of_length(beams: int) -> None:
     sure_end = torch.full((WORDS, WORDS), -9.0)
     sure_end[:, END], sure_end[:, 4] = 0.0, -1.0
-    options = {"eos_id": END, "pad_id": PAD, "num_beams": beams}
     start = torch.tensor([[1, 2]])
     for least in range(4):
-        found = decode(
-            chain(sure_end),
-            start,
-            KeyValueCache(),
-            max_new_tokens=6,
-            min_new_tokens=least,
-            length_penalty=0.0,
-            **options,
-        )
+        limits = {"max_new_tokens": 6, "min_new_tokens": least}
+        found = decoded(chain(sure_end), start, num_beams=beams, length_penalty=0.0, **limits)
         assert found.tolist() == [[1, 2, *[4] * least, END]]
-    found = decode(chain(sure_end), start, KeyValueCache(), max_new_tokens=3, min_new_tokens=3, **options)
+    found = decoded(chain(sure_end), start, num_beams=beams, max_new_tokens=3, min_new_tokens=3)
     assert found.tolist() == [[1, 2, 4, 4, 4]]
 
 
 def test_a_repetition_penalty_avoids_what_was_said() -> None:
     liked = torch.full((WORDS, WORDS), -5.0)
     liked[:, 4], liked[:, 5] = -1.0, -1.2
-    options = {"eos_id": END, "pad_id": PAD, "max_new_tokens": 2}
-    assert decode(chain(liked), starts(1), KeyValueCache(), **options).tolist() == [[1, 4, 4]]
-    assert decode(chain(liked), starts(1), KeyValueCache(), repetition_penalty=2.0, **options).tolist() == [[1, 4, 5]]
+    assert decoded(chain(liked), starts(1), max_new_tokens=2).tolist() == [[1, 4, 4]]
+    assert decoded(chain(liked), starts(1), max_new_tokens=2, repetition_penalty=2.0).tolist() == [[1, 4, 5]]
 
 
 def test_sampling_draws_from_the_nucleus_in_its_proportions() -> None:
     torch.manual_seed(0)
     shares = torch.tensor([0.02, 0.02, 0.4, 0.01, 0.3, 0.25])
-    options = {"eos_id": END, "pad_id": PAD, "max_new_tokens": 1, "do_sample": True}
 
     def draw(**more: float) -> Counter[int]:
         # Token 0 begins every row, so that `chain` leaves the table as it is.
         start = torch.zeros(4000, 1, dtype=torch.long)
-        found = decode(chain(shares.log().expand(WORDS, -1)), start, KeyValueCache(), **options, **more)
+        step = chain(shares.log().expand(WORDS, -1))
+        found = decoded(step, start, max_new_tokens=1, do_sample=True, **more)
         return Counter(found[:, 1].tolist())
 
     counts = draw(top_p=0.6)
@@ -127,8 +123,6 @@ def test_sampling_draws_from_the_nucleus_in_its_proportions() -> None:
     colder = draw(top_p=0.6, temperature=0.5)
     assert colder[2] / 4000 == pytest.approx(0.16 / 0.25, abs=0.03)
     assert len(draw()) == WORDS - 1  # all but the end, before which one token has to stand
-    with pytest.raises(ValueError, match="num_beams=1"):
-        decode(chain(table()), starts(), KeyValueCache(), **options, num_beams=2)
 
 
 @pytest.mark.parametrize("beams", [1, 3])
@@ -136,11 +130,11 @@ def test_the_cache_given_stays_as_it_is(beams: int) -> None:
     step, cache = chain(table()), KeyValueCache()
     step(starts(), cache)
     kept = cache.layers[0].keys_BHKE.clone()
-    options = {"eos_id": END, "pad_id": PAD, "num_beams": beams, "max_new_tokens": 4}
-    first = decode(step, starts(), cache, **options)
+    options = {"num_beams": beams, "max_new_tokens": 4}
+    first = decoded(step, starts(), cache, **options)
     assert (cache.text, len(cache.layers)) == (1, 1)
     assert torch.equal(cache.layers[0].keys_BHKE, kept)
-    assert torch.equal(decode(step, starts(), cache, **options), first)
+    assert torch.equal(decoded(step, starts(), cache, **options), first)
 
 
 def even_noise(tokens: int, *, steps: int) -> Tensor:
@@ -154,16 +148,8 @@ def test_noise_falls_on_texts_in_the_proportions_of_transformers_nucleus(top_p: 
     steps, log_probabilities = 60, table(4)
     noise = even_noise(2, steps=steps)
     start = torch.zeros(len(noise), 1, dtype=torch.long)  # leaves the table of `chain` as it is
-    options = {"eos_id": END, "pad_id": PAD, "max_new_tokens": 2, "min_new_tokens": 0, "do_sample": True}
-    found = decode(
-        chain(log_probabilities),
-        start,
-        KeyValueCache(),
-        noise_BT=noise,
-        top_p=top_p,
-        temperature=temperature,
-        **options,  # type: ignore[arg-type]
-    )
+    options = {"max_new_tokens": 2, "min_new_tokens": 0, "do_sample": True, "top_p": top_p, "temperature": temperature}
+    found = decoded(chain(log_probabilities), start, noise=noise, **options)
     counts = Counter(map(tuple, found[:, 1:].tolist()))
     warped = TopPLogitsWarper(top_p)(None, TemperatureLogitsWarper(temperature)(None, log_probabilities))
     shares = warped.softmax(dim=1).tolist()
@@ -177,14 +163,14 @@ def test_noise_falls_on_texts_in_the_proportions_of_transformers_nucleus(top_p: 
 
 
 def test_a_row_with_noise_is_a_function_of_its_own_numbers() -> None:
-    options = {"eos_id": END, "pad_id": PAD, "max_new_tokens": 6, "do_sample": True, "top_p": 0.9}
+    options = {"max_new_tokens": 6, "do_sample": True, "top_p": 0.9}
     noise = torch.rand(8, 9, generator=torch.Generator().manual_seed(0))  # more numbers than are needed
     torch.manual_seed(1)
-    together = decode(chain(table(1)), starts(8), KeyValueCache(), noise_BT=noise, **options)
+    together = decoded(chain(table(1)), starts(8), noise=noise, **options)
     torch.manual_seed(2)  # of no consequence
     assert len({tuple(row) for row in together.tolist()}) > 4
     for row, start, own in zip(together, starts(8), noise, strict=True):
-        alone = decode(chain(table(1)), start[None], KeyValueCache(), noise_BT=own[None], **options)[0]
+        alone = decoded(chain(table(1)), start[None], noise=own[None], **options)[0]
         assert row.tolist() == alone.tolist() + [PAD] * (len(row) - len(alone))
 
 

@@ -10,7 +10,8 @@ from torch import Tensor
 from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
 from instructblip.errors import UserError
-from instructblip.models.decoding import Draws
+from instructblip.models.arguments import Decoding
+from instructblip.models.decoding import drawing
 from instructblip.models.instructblip import InstructBLIP
 from instructblip.models.llm import LLM
 from instructblip.models.prefill import Prefill
@@ -87,7 +88,7 @@ def test_even_noise_draws_first_tokens_in_the_proportions_of_the_nucleus(make: C
         logits_1V = model.llm.logits(model.llm.prefill([prefix]).last_BL)
     shares = TopPLogitsWarper(0.8)(None, TemperatureLogitsWarper(1.5)(None, logits_1V))[0].softmax(0)
     noise = ((torch.arange(rows) + 0.5) / rows)[:, None]
-    processors = Draws(noise, 1.5, 0.8).processors(range(rows), torch.device("cpu"))
+    processors = drawing(Decoding(noise=noise, temperature=1.5, top_p=0.8), torch.device("cpu"))
     options = {"processors": processors, "max_new_tokens": 1, "min_new_tokens": 0, "do_sample": False}
     found = model.llm.new_tokens(model.llm.continue_rows([prefix] * rows, **options))[:, 0]
     counts = found.bincount(minlength=len(shares))
