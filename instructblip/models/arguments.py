@@ -19,7 +19,8 @@ from instructblip.errors import UserError
 from instructblip.models.streaming import OnText
 
 _MOST_NAMED = 5  # samples in a message
-SEARCH = ("max_new_tokens", "num_beams", "min_new_tokens", "length_penalty", "repetition_penalty")  # no draw reads more
+# Of `Decoding`, all that decides a text that is not drawn.
+SEARCH = ("max_new_tokens", "num_beams", "min_new_tokens", "length_penalty", "repetition_penalty")
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -165,7 +166,7 @@ def check_counts(counts: Mapping[str, Any], *, at_least: int) -> None:
 
 
 class DecodingOptions(TypedDict, total=False):
-    """What a caller may say of `Decoding`."""
+    """`Decoding`, as callers may give it."""
 
     num_beams: int
     max_new_tokens: int
@@ -208,9 +209,11 @@ class Decoding:
     on_text: OnText | None = None
 
     def given(self, options: DecodingOptions, count: int, *, draws_one: bool = False) -> "Decoding":
-        """This with a caller's options in its place, checked for so many images.
+        """A caller's options, the rest as it is here; checked.
 
         Args:
+            options: what was given.
+            count: of the images.
             draws_one: sampling draws one text, whatever `num_beams`.
 
         Raises:
@@ -235,7 +238,7 @@ class Decoding:
         return found
 
     def of_rows(self, rows: Sequence[int]) -> "Decoding":
-        """That of some of the images, which bring their own noise."""
+        """For some of the images, which keep their own noise."""
         return self if self.noise is None else replace(self, noise=self.noise[list(rows)])
 
     def _check_numbers(self) -> None:

@@ -198,7 +198,8 @@ def _search_all(llm: LLM, prompts: Prefill, searches: Sequence[_Search], token_b
     best, number = max(search._best for search in searches), 0
     left = list(searches)
     while True:
-        # Ancestors are run again with each pass, so a pass has at most so many nodes for each that it is for.
+        # Ancestors are run again with each pass, so a pass has at most so many nodes for each that it is for. If the cache
+        # kept them (`decode_tree(keep=True)`), it would grow by every node of every pass, whatever `token_budget` says.
         deepest = max(int(search.vocabulary.depths_M[-1]) + 1 for search in left)
         count = max(min(_FIRST_PASS * best << number, token_budget // (len(left) * deepest)), 1)
         nodes = [search.next_nodes(count) for search in left]
