@@ -270,7 +270,7 @@ class _Captioner(BLIP):
         """Caption each image; the returned text does not hold the prompt.
 
         The defaults are the released ones: 20 and 5 tokens at most and at least, which count the 4 of the prompt "[DEC] a
-        picture of". No repetition penalty is the released one, of 1.1 where tokens are drawn.
+        picture of"; `repetition_penalty`, left out or None, 1.1 where tokens are drawn, else 1.
 
         Args:
             images: B pictures, or their image tokens.

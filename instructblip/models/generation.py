@@ -47,23 +47,29 @@ def check_write(llm: LLM, decoding: Decoding, beam_lengths: str) -> None:
 
 @torch.inference_mode()
 def write(
-    llm: LLM, prefixes: Sequence[Tensor], decoding: Decoding, *, beam_lengths: str = "new_tokens", at_once: int
+    llm: LLM,
+    prefixes: Sequence[Tensor],
+    decoding: Decoding,
+    *,
+    beam_lengths: str = "new_tokens",
+    at_once: int | None = None,
 ) -> list[str]:
     """Continue each embedded prompt (T_i, L); return the new text only, stripped.
 
     Args:
         llm: the language model.
         prefixes: B embedded prompts.
-        decoding: how, `check_write` being content; lengths and the repetition penalty count new tokens only.
+        decoding: how, as `check_write` lets it pass; lengths and the repetition penalty count new tokens only.
         beam_lengths: key of `BEAM_LENGTHS`.
-        at_once: so many prompts are worked on together, at most; as some end, others enter.
+        at_once: so many prompts are worked on together, at most; as some end, others enter. None: all.
 
     Raises:
         UserError: logits that are not finite.
     """
+    together = at_once or len(prefixes)
     if llm.abilities.tree:
-        return _in_branches(llm, prefixes, decoding, BEAM_LENGTHS[beam_lengths], at_once)
-    return _by_transformers(llm, prefixes, decoding, at_once)
+        return _in_branches(llm, prefixes, decoding, BEAM_LENGTHS[beam_lengths], together)
+    return _by_transformers(llm, prefixes, decoding, together)
 
 
 @contextmanager

@@ -271,9 +271,8 @@ class VisionLanguageModel(Model):
         if at_once is not None:
             check_counts({"at_once": at_once}, at_least=1)
         generation.check_write(self.llm, decoding, beam_lengths)
-        together = at_once or count
-        prefixes = self._prefixes(images, prompts, together)
-        return generation.write(self.llm, prefixes, decoding, beam_lengths=beam_lengths, at_once=together)
+        prefixes = self._prefixes(images, prompts, at_once or count)
+        return generation.write(self.llm, prefixes, decoding, beam_lengths=beam_lengths, at_once=at_once)
 
     def _prefixes(self, images: Images, prompts: Sequence[str], at_once: int) -> list[Tensor]:
         """The LLM's embedded prompts (T_i, L), so many by one pass of the vision encoder and the connector."""

@@ -18,8 +18,9 @@ from instructblip.config.schema import TrainConfig
 from instructblip.errors import UserError
 from instructblip.models import abilities
 from instructblip.models.abilities import limits, measure
+from instructblip.models.arguments import Decoding
 from instructblip.models.base import blocks_of
-from instructblip.models.generation import write
+from instructblip.models.generation import check_write, write
 from instructblip.models.instructblip import InstructBLIP
 from instructblip.models.llm import LLM, LLM_KINDS, DecoderLLM, LLMAbilities
 from instructblip.models.ranking import rank_candidates
@@ -272,7 +273,7 @@ def test_texts_are_those_of_its_own_class(name: str, beams: int) -> None:
     prompts = llm.embed(samples(llm)[0])
     own = [llm.model.generate(inputs_embeds=prompt[None], **options) for prompt in prompts]  # type: ignore[operator]
     expected = [TOKENIZER.batch_decode(llm.new_tokens(ids), skip_special_tokens=True)[0].strip() for ids in own]
-    assert write(llm, prompts, **options) == expected
+    assert write(llm, prompts, Decoding(num_beams=beams, max_new_tokens=5)) == expected
 
 
 @pytest.mark.parametrize("name", ["granite", "mpt", "qwen3_5", "t5"])
@@ -451,15 +452,15 @@ def test_an_encoder_decoder_without_a_first_token_is_refused() -> None:
 def test_what_does_not_write_says_so() -> None:
     llm = measured("falcon_h1")
     with pytest.raises(UserError, match="FalconH1ForCausalLM does not generate from embeddings"):
-        write(llm, llm.embed([[1, 2, 3]]), max_new_tokens=2)
+        check_write(llm, Decoding(), "new_tokens")
     torch.manual_seed(0)
     settings = transformers.RwkvConfig(**TOKENS, hidden_size=32, num_hidden_layers=2, context_length=64)
     recurrent = DecoderLLM(transformers.RwkvForCausalLM(settings).eval(), TOKENIZER, eos_token=EOS, pad_token=PAD)
     recurrent.abilities = measure(recurrent)
     prompts = recurrent.embed([[1, 2, 3], [4, 5]])
-    assert len(write(recurrent, prompts, max_new_tokens=2)) == 2
+    assert len(write(recurrent, prompts, Decoding(max_new_tokens=2))) == 2
     with pytest.raises(UserError, match="RwkvForCausalLM does not search with several beams; set num_beams=1"):
-        write(recurrent, prompts, num_beams=2, max_new_tokens=2)
+        check_write(recurrent, Decoding(num_beams=2), "new_tokens")
 
 
 # --- said once, measured once ----------------------------------------------------------------------------------------

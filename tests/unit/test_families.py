@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from instructblip.config.schema import CONFIGS
 from instructblip.errors import UserError
+from instructblip.models.arguments import Decoding
 from instructblip.models.fingerprint import fingerprint
 from instructblip.models.generation import write
 from instructblip.models.instructblip import InstructBLIP
@@ -103,8 +104,9 @@ def test_beams_that_share_their_prompt_are_transformers_own(
     options = {"num_beams": 4, "max_new_tokens": 6, "length_penalty": length_penalty}
     plain = [llm.model.generate(inputs_embeds=prefix[None], **options)[0] for prefix in prefixes]
     expected = [llm.prompt_format.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in plain]
-    assert write(llm, prefixes, **options) == expected
-    assert [write(llm, [prefix], **options)[0] for prefix in prefixes] == expected
+    decoding = Decoding(num_beams=4, max_new_tokens=6, length_penalty=length_penalty)
+    assert write(llm, prefixes, decoding) == expected
+    assert [write(llm, [prefix], decoding)[0] for prefix in prefixes] == expected
     assert len(set(expected)) > 1
 
 
