@@ -4,9 +4,9 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 from instructblip.data.cards import OwnCard, load_card, source_facts
 from instructblip.data.prepare.media import MediaError, MediaOptions, read_media, stored_frames
@@ -14,10 +14,11 @@ from instructblip.data.readers import Losses, MediaRecords, RawSplit
 from instructblip.data.readers.foreign_tars import read_foreign_tars
 from instructblip.data.readers.records import own_files
 from instructblip.data.records import Record
-from instructblip.data.shards import image_json
+from instructblip.data.shards import KeptOpen, image_json
 from instructblip.errors import DamagedSample, UserError
 
 _READER = "webdataset"
+_TARS_KEPT = 4
 
 
 class ForeignTar:
@@ -71,28 +72,6 @@ class ForeignTar:
             raise DamagedSample(f"{self.keys[row]} of {self.path}: {error}") from None
 
 
-class _Tars(Sequence[ForeignTar]):
-    """The tars of a split, the last ones used kept."""
-
-    def __init__(self, paths: Sequence[Path], card: OwnCard, split: str) -> None:
-        self._paths = paths
-        self._open = lru_cache(maxsize=4)(lambda number: ForeignTar(paths[number], card, split))
-
-    def __len__(self) -> int:
-        return len(self._paths)
-
-    @overload
-    def __getitem__(self, number: int) -> ForeignTar: ...
-
-    @overload
-    def __getitem__(self, number: slice) -> Sequence[ForeignTar]: ...
-
-    def __getitem__(self, number: int | slice) -> ForeignTar | Sequence[ForeignTar]:
-        if isinstance(number, slice):
-            return [self[place] for place in range(len(self))[number]]
-        return self._open(range(len(self))[number])
-
-
 @dataclass(frozen=True)
 class ForeignSplit:
     """The tars that a card names for a split, in place of a `PreparedSplit`."""
@@ -118,7 +97,8 @@ class ForeignSplit:
     @cached_property
     def shards(self) -> Sequence[ForeignTar]:
         """The tars, looked into when they are asked for."""
-        return _Tars(self.paths, self.card, self.split)
+        paths = self.paths
+        return KeptOpen(len(paths), lambda number: ForeignTar(paths[number], self.card, self.split), _TARS_KEPT)
 
     @property
     def manifest(self) -> dict[str, Any]:

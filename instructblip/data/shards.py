@@ -14,11 +14,11 @@ import re
 import struct
 import tarfile
 from collections import Counter, OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, overload
+from typing import TYPE_CHECKING, Any, Self, TypeVar, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from webdataset.writer import TarWriter
 
 Int64Array = npt.NDArray[np.int64]
+Opened = TypeVar("Opened")
 
 MANIFEST_NAME = "manifest.json"
 MANIFEST_FORMAT = 1
@@ -409,49 +410,55 @@ def _no_index(path: Path, error: Exception) -> UserError:
     return _broken(_tar_of(path), f"has no usable index: {path.name} {reason}")
 
 
-class _Shards(Sequence[ShardReader]):
-    """A split's readers, opened when they are asked for; the last ones used stay open.
+class KeptOpen(Sequence[Opened]):
+    """The files of a split, each opened when it is asked for; the last ones used stay open.
 
-    The indexes of 14 million images would be gigabytes in every process.
+    Args:
+        count: how many there are.
+        open_file: opens the one of a number.
+        kept: how many stay open. The indexes of 14 million images would be gigabytes in every process.
     """
 
-    def __init__(self, folder: Path, entries: Sequence[Mapping[str, Any]], remote: RemoteTars | None) -> None:
-        self._folder = folder
-        self._entries = entries  # of the manifest
-        self._remote = remote
-        self._kept: OrderedDict[int, ShardReader] = OrderedDict()
+    def __init__(self, count: int, open_file: Callable[[int], Opened], kept: int) -> None:
+        self._count = count
+        self._open = open_file
+        self._most = kept
+        self._kept: OrderedDict[int, Opened] = OrderedDict()
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return self._count
 
     @overload
-    def __getitem__(self, number: int) -> ShardReader: ...
+    def __getitem__(self, number: int) -> Opened: ...
 
     @overload
-    def __getitem__(self, number: slice) -> Sequence[ShardReader]: ...
+    def __getitem__(self, number: slice) -> Sequence[Opened]: ...
 
-    def __getitem__(self, number: int | slice) -> ShardReader | Sequence[ShardReader]:
+    def __getitem__(self, number: int | slice) -> Opened | Sequence[Opened]:
         if isinstance(number, slice):
             return [self[place] for place in range(len(self))[number]]
         place = range(len(self))[number]
         if place not in self._kept:
-            self._kept[place] = self._open(self._entries[place])
-            while len(self._kept) > _READERS_KEPT:
+            self._kept[place] = self._open(place)
+            while len(self._kept) > self._most:
                 self._kept.popitem(last=False)
         self._kept.move_to_end(place)
         return self._kept[place]
 
-    def _open(self, entry: Mapping[str, Any]) -> ShardReader:
-        index = index_path(self._folder / entry["name"])
-        # Not on opening the split: that would read all of them at each start.
-        if self._remote is not None and entry.get("index_sha256") != sha256_file(index):
-            raise UserError(
-                f"{index} is not the index that its manifest lists; delete {self._folder} to fetch it again"
-            )
-        reader = ShardReader(self._folder / entry["name"], self._remote)
-        if reader.tar_sha256 != entry["sha256"]:
-            raise _broken(reader.path, "is not the one its manifest lists (another SHA-256 in the index)")
-        return reader
+
+def _open_shard(
+    folder: Path, entries: Sequence[Mapping[str, Any]], remote: RemoteTars | None, number: int
+) -> ShardReader:
+    """The reader of a shard that a manifest lists among its entries."""
+    entry = entries[number]
+    index = index_path(folder / entry["name"])
+    # Not on opening the split: that would read all of them at each start.
+    if remote is not None and entry.get("index_sha256") != sha256_file(index):
+        raise UserError(f"{index} is not the index that its manifest lists; delete {folder} to fetch it again")
+    reader = ShardReader(folder / entry["name"], remote)
+    if reader.tar_sha256 != entry["sha256"]:
+        raise _broken(reader.path, "is not the one its manifest lists (another SHA-256 in the index)")
+    return reader
 
 
 @dataclass(frozen=True)
@@ -577,9 +584,10 @@ def open_split(folder: Path) -> PreparedSplit:
     """
     manifest = read_manifest(folder)
     remote = remote_tars(folder)
-    shards = _Shards(folder, manifest["shards"], remote)
+    entries = manifest["shards"]
+    shards = KeptOpen(len(entries), partial(_open_shard, folder, entries, remote), _READERS_KEPT)
     sizes = dict(_file_sizes(folder))
-    for number, entry in enumerate(manifest["shards"]):
+    for number, entry in enumerate(entries):
         tar_is_there = remote is not None or sizes.get(entry["name"]) == entry.get("bytes")
         if not tar_is_there or index_path(folder / entry["name"]).name not in sizes:
             shards[number]  # which says what is wrong with it

@@ -15,8 +15,7 @@ from instructblip.config.schema import FeaturesConfig
 from instructblip.errors import DamagedSample, UserError
 from instructblip.files import atomic_path, errors_for_users
 from instructblip.images import fit_frames
-from instructblip.models.blip import BLIPRetrieval
-from instructblip.models.blip2 import BLIP2
+from instructblip.models.pairs import PairModel
 from instructblip.progress import progress_bar
 from instructblip.weights.load import find_source, load_model
 
@@ -43,7 +42,7 @@ def features(config: FeaturesConfig, console: Console) -> None:
     model = load_model(
         source, vision_path=config.vision_path, qformer_path=config.qformer_path, device=config.device
     ).model
-    assert isinstance(model, BLIP2 | BLIPRetrieval)
+    assert isinstance(model, PairModel)
     out = Path(config.out).expanduser()
     kept: list[str] = []
     failed: list[str] = []
@@ -102,7 +101,7 @@ def read_lines(path: Path) -> list[str]:
     return [line for line in lines if line]
 
 
-def _read(path: Path, model: BLIP2 | BLIPRetrieval, config: FeaturesConfig, failed: list[str]) -> Tensor | None:
+def _read(path: Path, model: PairModel, config: FeaturesConfig, failed: list[str]) -> Tensor | None:
     """The pixels of a picture; None where it is damaged and that is tolerated.
 
     Raises:
@@ -118,7 +117,7 @@ def _read(path: Path, model: BLIP2 | BLIPRetrieval, config: FeaturesConfig, fail
 
 
 @torch.inference_mode()
-def _image_rows(model: BLIP2 | BLIPRetrieval, pixels: Sequence[Tensor]) -> dict[str, Tensor]:
+def _image_rows(model: PairModel, pixels: Sequence[Tensor]) -> dict[str, Tensor]:
     if not pixels:
         return {}
     found = model.features(torch.stack(list(pixels)))
@@ -128,7 +127,7 @@ def _image_rows(model: BLIP2 | BLIPRetrieval, pixels: Sequence[Tensor]) -> dict[
 
 
 @torch.inference_mode()
-def _text_rows(model: BLIP2 | BLIPRetrieval, texts: Sequence[str]) -> dict[str, Tensor]:
+def _text_rows(model: PairModel, texts: Sequence[str]) -> dict[str, Tensor]:
     found = model.features(texts=list(texts)).text_projected
     assert found is not None
     return {"text_projected": found}

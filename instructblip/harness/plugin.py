@@ -14,7 +14,7 @@ from lmms_eval.api.task import ConfigurableTask
 import instructblip
 from instructblip.errors import UserError
 from instructblip.harness import NAME
-from instructblip.harness.requests import MAX_NEW_TOKENS, Answered, Request, score_texts, write_answers
+from instructblip.harness.requests import MAX_NEW_TOKENS, Request, score_texts, write_answers
 from instructblip.progress import progress_bar
 
 Result = TypeVar("Result")
@@ -66,18 +66,7 @@ class InstructBLIPNative(lmms):
 
     def generate_until(self, requests: Sequence[Request]) -> list[str]:
         """The text that the model writes for each request: see `write_answers`."""
-
-        def ask(answered: Answered) -> list[str]:
-            return write_answers(
-                self.model,
-                requests,
-                self.task_dict,
-                batch_size=self.batch_size,
-                max_new_tokens=self._max_new_tokens,
-                answered=answered,
-            )
-
-        return self._shown("answers", len(requests), ask)
+        return self._asked(write_answers, "answers", requests, max_new_tokens=self._max_new_tokens)
 
     def loglikelihood(self, requests: Sequence[Request]) -> list[Any]:
         """Log-likelihood of each request's text, and whether it is the greedy one: see `score_texts`.
@@ -85,19 +74,8 @@ class InstructBLIPNative(lmms):
         Of the texts of a multiple choice lmms-eval takes the one with the smallest value, as its models return losses: these
         get the negative. Version 0.7.3 turns a pair into a text, but for one in the wrapper of generated texts.
         """
-
-        def ask(answered: Answered) -> list[tuple[float, bool]]:
-            return score_texts(
-                self.model,
-                requests,
-                self.task_dict,
-                batch_size=self.batch_size,
-                include_eos=self._include_eos,
-                answered=answered,
-            )
-
         sign = -1.0 if takes_smallest() else 1.0
-        found = self._shown("log-likelihoods", len(requests), ask)
+        found = self._asked(score_texts, "log-likelihoods", requests, include_eos=self._include_eos)
         pairs = [
             (score if callable(request.args[1]) else sign * score, greedy)
             for request, (score, greedy) in zip(requests, found, strict=True)
@@ -113,11 +91,20 @@ class InstructBLIPNative(lmms):
         """
         raise UserError(f"{NAME} answers one prompt and holds no dialogue of several rounds; take other tasks")
 
-    def _shown(self, what: str, count: int, ask: Callable[[Answered], Result]) -> Result:
-        """The answers, with a progress bar on the first rank."""
+    def _asked(
+        self, ask: Callable[..., list[Result]], what: str, requests: Sequence[Request], **options: Any
+    ) -> list[Result]:
+        """What `ask` gives for the requests, with a progress bar on the first rank."""
         with progress_bar(what, show=self._rank == 0) as progress:
-            bar = progress.add_task(f"{what} of {NAME}", total=count)
-            return ask(lambda done: progress.advance(bar, done))
+            bar = progress.add_task(f"{what} of {NAME}", total=len(requests))
+            return ask(
+                self.model,
+                requests,
+                self.task_dict,
+                batch_size=self.batch_size,
+                answered=lambda done: progress.advance(bar, done),
+                **options,
+            )
 
 
 def takes_smallest() -> bool:

@@ -13,7 +13,7 @@ import copy
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple, Unpack, get_args
+from typing import Any, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -30,10 +30,10 @@ from instructblip.models.arguments import (
     check_texts,
     shows_options,
 )
-from instructblip.models.base import Inputs, Model, Outputs, PartStructure, PassWorkload, Samples
+from instructblip.models.base import Inputs, Outputs, PartStructure, PassWorkload, Samples
 from instructblip.models.decoding import decode
 from instructblip.models.med import TextLayer, TextModel
-from instructblip.models.pairs import Features, MatchHead, TextOutputs, check_pairs, padded, token_ids
+from instructblip.models.pairs import BertBased, ImageOutputs, PairModel, PairOutputs, TextOutputs
 from instructblip.models.ranking import TOKEN_BUDGET, deduplicated, length_groups
 from instructblip.models.streaming import on_ids
 from instructblip.models.transformer import KeyValueCache
@@ -46,31 +46,7 @@ _HEADS = ("vision_projection", "text_projection", "matching_head", "temperature"
 _LOGIT_ROWS = 1024  # vocabulary rows in memory at a time
 
 
-class ImageOutputs(NamedTuple):
-    """What `BLIPRetrieval.encode_images` returns.
-
-    Attributes:
-        tokens_BPU: image tokens, for `encode_pairs`.
-        projected_BQE: of the first token ([CLS]), or of the mean of a CNN's tokens; unit length, Q = 1.
-    """
-
-    tokens_BPU: Tensor
-    projected_BQE: Tensor
-
-
-class PairOutputs(NamedTuple):
-    """What `BLIPRetrieval.encode_pairs` returns.
-
-    Attributes:
-        text_BTD: states of the text in the light of its image.
-        logits_B2: no match, match.
-    """
-
-    text_BTD: Tensor
-    logits_B2: Tensor
-
-
-class BLIP(Model):
+class BLIP(BertBased):
     """What the models of BLIP share: pictures, tokens, and names of parts.
 
     Args:
@@ -136,15 +112,9 @@ class BLIP(Model):
         known = {"vision": self.vision_structure(), "text": PartStructure(blocks)}
         return known | {part: PartStructure() for part in self.PARTS.keys() - known.keys()}
 
-    def normalised(self, tokens_B1PU: Tensor) -> Tensor:
-        """Image tokens (B, P, U) in the type of the text models.
-
-        Raises:
-            ValueError: clips of several frames.
-        """
-        if tokens_B1PU.shape[1] != 1:
-            raise ValueError(f"{self.title} reads one picture a sample, not {tokens_B1PU.shape[1]} frames")
-        return self.vision_norm(tokens_B1PU[:, 0].to(self.text_models()[0].norm.weight.dtype))
+    @property
+    def _read_dtype(self) -> torch.dtype:
+        return self.text_models()[0].norm.weight.dtype
 
     def uses_every_weight(self, wanted: Collection[str]) -> bool:
         """Where the vision encoder is frozen: it may end early."""
@@ -154,26 +124,10 @@ class BLIP(Model):
         """Outputs that together need all weights of the text models and their heads."""
         return self.OUTPUTS
 
-    def token_ids(self, texts: Sequence[str], limit: int | None = None) -> list[list[int]]:
-        """Tokens of each text with [CLS] and [SEP], of at most `max_text_tokens` or another number."""
-        return token_ids(self.tokenizer, texts, self.max_text_tokens if limit is None else limit)
-
     def text_models(self) -> list[TextModel]:
         """Encoder and decoder, or whichever it has."""
         names = ("text_encoder", "text_decoder")
         return [model for name in names if isinstance(model := getattr(self, name, None), TextModel)]
-
-    def _check_forward(self, packed: bool) -> None:
-        if packed:
-            raise ValueError(f"{self.title} has no LLM whose rows samples could share")
-
-    def padded(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-        """Token ids (B, T), padded on the right, and their mask."""
-        return padded(rows, self.tokenizer.pad_token_id, self.device)
-
-    def _prepared(self, samples: Samples, answers: Sequence[Sequence[int]]) -> Inputs:
-        images, ids = samples.images, samples.image_ids
-        return Inputs(images, samples.instructions, answers, ids, samples.positions, pixel_ids=samples.pixel_ids)
 
     def _written(
         self,
@@ -214,9 +168,6 @@ class BLIP(Model):
             pad_id=self.tokenizer.pad_token_id,
             on_ids=on_ids(decoding.on_text, self._texts),
         )
-
-    def _texts(self, ids_BT: Tensor) -> list[str]:
-        return [text.strip() for text in self.tokenizer.batch_decode(ids_BT, skip_special_tokens=True)]
 
 
 class _Captioner(BLIP):
@@ -639,7 +590,7 @@ class Momentum(nn.Module):
             yield from ((own, theirs[name]) for name, own in getattr(self, child).named_parameters())
 
 
-class BLIPRetrieval(BLIP):
+class BLIPRetrieval(PairModel, BLIP):
     """A vision encoder and an encoder that reads texts alone and in the light of images: it contrasts and matches.
 
     Outputs by name: `image_projected` (B, 1, E) and `text_projected` (B, E), unit length, and `temperature` (), which their
@@ -697,11 +648,7 @@ class BLIPRetrieval(BLIP):
     ) -> None:
         super().__init__(vision=vision, tokenizer=tokenizer, max_text_tokens=max_text_tokens, enc_token=enc_token)
         self.text_encoder = text_encoder
-        heads = pair_heads(vision.width, text_encoder.width, feature_width)
-        self.vision_projection = heads["vision_projection"]
-        self.text_projection = heads["text_projection"]
-        self.matching_head = heads["matching_head"]
-        self.temperature = nn.Parameter(torch.tensor(temperature))
+        self._add_heads(vision.width, text_encoder.width, feature_width, temperature)
         self.momentum: nn.Module = nn.Identity()
         if queue_size is not None:
             copied = vision, text_encoder, self.vision_projection, self.text_projection
@@ -712,6 +659,10 @@ class BLIPRetrieval(BLIP):
     def title(self) -> str:
         """BLIP for retrieval."""
         return "BLIP for retrieval"
+
+    @property
+    def _longest_text(self) -> int:
+        return self.text_encoder.max_text_tokens
 
     @property
     def queue_size(self) -> int | None:
@@ -730,13 +681,6 @@ class BLIPRetrieval(BLIP):
         """Momentum features join the queue."""
         if "image_projected_m" in rows and isinstance(self.momentum, Momentum):
             self.momentum.enqueue(rows["image_projected_m"][:, 0], rows["text_projected_m"], image_ids_N)
-
-    def prepare(self, samples: Samples) -> Inputs:
-        """Answers are the texts' tokens behind [CLS], with [SEP]; too long ones lose their end. Prompts are not read."""
-        sizes = len(samples.images), len(samples.targets)
-        if len(set(sizes)) > 1:
-            raise ValueError(f"{sizes[0]} images and {sizes[1]} texts do not make pairs")
-        return self._prepared(samples, [ids[1:] for ids in self.token_ids(samples.targets)])
 
     def sample_length(self) -> Callable[[str, str, int], int]:
         """A picklable function: tokens of a sample's text, from its (prompt, target, frames)."""
@@ -794,27 +738,8 @@ class BLIPRetrieval(BLIP):
         text = _projected(copies.text_projection, copies.text_encoder(ids_BT, mask_BT))
         return {"image_projected_m": image[:, None], "text_projected_m": text}
 
-    def _match_logits(self, image_BPU: Tensor, inputs: Inputs) -> Tensor:
-        assert inputs.partners is not None
-        other_BPU = self.normalised(self.image_tokens(inputs.partners.images))
-        ids_NT, mask_NT = self._texts_of([*inputs.answers, *inputs.answers, *inputs.partners.answers])
-        pairs = self.encode_pairs(torch.cat([image_BPU, other_BPU, image_BPU]), ids_NT, mask_NT)
-        return pairs.logits_B2.float().unflatten(0, (3, -1))
-
-    def _texts_of(self, answers: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-        return self.padded([[self.tokenizer.cls_token_id, *answer] for answer in answers])
-
     def _every_task(self) -> frozenset[str]:
         return frozenset({"image_projected", "text_projected", "temperature", "match_logits"})
-
-    def tokenize(self, texts: Sequence[str], *, max_tokens: int | None = None) -> tuple[Tensor, Tensor]:
-        """Token ids (B, T) with [CLS] and [SEP], padded on the right, and their mask.
-
-        Args:
-            texts: B texts.
-            max_tokens: in place of `max_text_tokens`.
-        """
-        return self.padded(self.token_ids(texts, max_tokens))
 
     def encode_images(self, tokens_B1PU: Tensor) -> ImageOutputs:
         """Image tokens (B, 1, P, U) as `image_tokens` gives them, and the projection of what stands for them all.
@@ -823,7 +748,8 @@ class BLIPRetrieval(BLIP):
             ValueError: clips of several frames.
         """
         tokens_BPU = self.normalised(tokens_B1PU)
-        return ImageOutputs(tokens_BPU, _projected(self.vision_projection, self._gathered(tokens_BPU))[:, None])
+        projected_BE = _projected(self.vision_projection, self._gathered(tokens_BPU))
+        return ImageOutputs(tokens_BPU, tokens_BPU, projected_BE[:, None])
 
     def _gathered(self, tokens_BPU: Tensor) -> Tensor:
         """What stands for the image: its [CLS] in front, or the mean of the tokens where the encoder has none."""
@@ -837,61 +763,13 @@ class BLIPRetrieval(BLIP):
     def encode_pairs(
         self, tokens_NPU: Tensor, ids_BT: Tensor, mask_BT: Tensor, image_rows_B: Tensor | None = None
     ) -> PairOutputs:
-        """Texts in the light of their images; the first token's state tells a match.
-
-        Args:
-            tokens_NPU: image tokens (`ImageOutputs.tokens_BPU`).
-            ids_BT, mask_BT: as `tokenize` gives them.
-            image_rows_B: each text's image among the N, which is read once for all its texts; None: N = B, in order.
-        """
+        """Texts in the light of their images; the first token's state tells a match. Arguments as of `PairModel`."""
         ids_BT = torch.cat([torch.full_like(ids_BT[:, :1], self.encode_id), ids_BT[:, 1:]], dim=1)
         text_BTD = self.text_encoder(ids_BT, mask_BT, tokens_NPU, source_rows_R=image_rows_B)
         return PairOutputs(text_BTD, self.matching_head(text_BTD[:, 0]))
 
-    @torch.inference_mode()
-    def match(self, images: Images, texts: Sequence[str], *, head: MatchHead = "itm") -> Tensor:
-        """How well each image and its text match: (B,).
-
-        Args:
-            images: B pictures, or their image tokens.
-            texts: B texts.
-            head: `itm` is the probability that they match; `itc` the cosine of both, no probability.
-
-        Raises:
-            ValueError: unequal numbers of images and texts, an unknown head.
-        """
-        check_pairs(images, texts)
-        check_choice("head", head, get_args(MatchHead))
-        ids_BT, mask_BT = self.tokenize(texts)
-        image = self.encode_images(self.image_tokens(images))
-        if head == "itm":
-            return self.encode_pairs(image.tokens_BPU, ids_BT, mask_BT).logits_B2.float().softmax(dim=1)[:, 1]
-        text_BE = self.encode_texts(ids_BT, mask_BT).projected_BE.float()  # in half precision near pairs would be equal
-        return (image.projected_BQE[:, 0].float() * text_BE).sum(dim=1)
-
-    @torch.inference_mode()
-    def features(self, images: Images | None = None, texts: Sequence[str] | None = None) -> Features:
-        """Features of images, of texts, or of both and of each text in the light of its image.
-
-        Args:
-            images: B pictures, or their image tokens.
-            texts: texts, as many where images are given too; as long as the text model can read.
-
-        Raises:
-            ValueError: neither, or unequal numbers.
-        """
-        check_pairs(images, texts)
-        image = None if images is None else self.encode_images(self.image_tokens(images))
-        features = Features()
-        if image is not None:
-            features = Features(image.tokens_BPU, image.projected_BQE)
-        if texts is not None:
-            ids_BT, mask_BT = self.tokenize(texts, max_tokens=self.text_encoder.max_text_tokens)
-            text = self.encode_texts(ids_BT, mask_BT)
-            features = features._replace(text=text.text_BTD, text_projected=text.projected_BE, text_mask=mask_BT)
-            if image is not None:
-                features = features._replace(multimodal=self.encode_pairs(image.tokens_BPU, ids_BT, mask_BT).text_BTD)
-        return features
+    def _cosines(self, image_BQE: Tensor, text_BE: Tensor) -> Tensor:
+        return (image_BQE[:, 0] * text_BE).sum(dim=1)
 
 
 class BLIPPretrain(BLIPRetrieval, _Captioner):
@@ -913,31 +791,9 @@ class BLIPPretrain(BLIPRetrieval, _Captioner):
     SKILLS = frozenset({"retrieve", "match", "caption"})
     prompt = ""  # pre-training knows none
 
-    def __init__(
-        self,
-        *,
-        vision: VisionEncoder,
-        text_encoder: TextModel,
-        tokenizer: PreTrainedTokenizerBase,
-        feature_width: int = 256,
-        max_text_tokens: int = 30,
-        enc_token: bool = True,
-        temperature: float = 0.07,
-        queue_size: int | None = None,
-        trained: Collection[str] = ("vision", "text"),
-    ) -> None:
+    def __init__(self, *, text_encoder: TextModel, max_text_tokens: int = 30, **others: Any) -> None:
         _check_writes(text_encoder)
-        super().__init__(
-            vision=vision,
-            text_encoder=text_encoder,
-            tokenizer=tokenizer,
-            feature_width=feature_width,
-            max_text_tokens=max_text_tokens,
-            enc_token=enc_token,
-            temperature=temperature,
-            queue_size=queue_size,
-            trained=trained,
-        )
+        super().__init__(text_encoder=text_encoder, max_text_tokens=max_text_tokens, **others)
 
     @property
     def title(self) -> str:
@@ -954,15 +810,6 @@ class BLIPPretrain(BLIPRetrieval, _Captioner):
 
     def _every_task(self) -> frozenset[str]:
         return super()._every_task() | {"answer_logits"}
-
-
-def pair_heads(vision_width: int, text_width: int, feature_width: int) -> dict[str, nn.Linear]:
-    """What contrasts and matches: projections of both sides' first tokens, and the matching head."""
-    return {
-        "vision_projection": nn.Linear(vision_width, feature_width),
-        "text_projection": nn.Linear(text_width, feature_width),
-        "matching_head": nn.Linear(text_width, 2),
-    }
 
 
 def _reading_half(text_model: TextModel) -> TextModel:

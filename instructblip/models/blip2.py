@@ -7,52 +7,35 @@ of the projected features, N rows of any kind, S supervised tokens in the batch,
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple, Unpack, get_args
+from typing import Any, NamedTuple, Unpack
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from instructblip.models.arguments import Decoding, DecodingOptions, check_choice, check_images, shows_options
+from instructblip.models.arguments import Decoding, DecodingOptions, check_images, shows_options
 from instructblip.models.attention import ImageAttention, recorded_attention
-from instructblip.models.base import Inputs, Model, Outputs, PartStructure, PassWorkload, Samples
+from instructblip.models.base import Inputs, Outputs, PartStructure, PassWorkload
 from instructblip.models.decoding import decode
-from instructblip.models.pairs import Features, MatchHead, TextOutputs, check_pairs, padded, token_ids
+from instructblip.models.pairs import ImageOutputs, PairModel, PairOutputs, TextOutputs, check_pairs
 from instructblip.models.qformer import QFormer
 from instructblip.models.streaming import on_ids
 from instructblip.models.transformer import KeyValueCache
 from instructblip.models.vision import Images, VisionEncoder
 
 
-class ImageOutputs(NamedTuple):
+@dataclass(frozen=True)
+class QueryOutputs(ImageOutputs):
     """What `BLIP2.encode_images` returns.
 
     Attributes:
-        tokens_BPU: normalised image tokens, for `encode_pairs`.
-        query_BQD: states of the queries alone.
-        projected_BQE: of each query, unit length.
         cache: the queries' keys and values, for `encode_captions`.
     """
 
-    tokens_BPU: Tensor
-    query_BQD: Tensor
-    projected_BQE: Tensor
     cache: KeyValueCache
-
-
-class PairOutputs(NamedTuple):
-    """What `BLIP2.encode_pairs` returns.
-
-    Attributes:
-        query_BQD: states of queries and text together.
-        logits_B2: no match, match.
-    """
-
-    query_BQD: Tensor
-    logits_B2: Tensor
 
 
 class CaptionOutputs(NamedTuple):
@@ -71,7 +54,7 @@ class CaptionOutputs(NamedTuple):
     tokens_B: Tensor
 
 
-class BLIP2(Model):
+class BLIP2(PairModel):
     """A vision encoder and a Q-Former with its heads.
 
     Outputs by name: `image_projected` (B, Q, E) and `text_projected` (B, E), unit length, and `temperature` (), which their
@@ -136,11 +119,7 @@ class BLIP2(Model):
         self.tokenizer = tokenizer
         self.max_text_tokens = max_text_tokens
         self.start_id: int = tokenizer.get_vocab()[start_token]
-        heads = blip2_heads(qformer.width, feature_width)
-        self.vision_projection = heads["vision_projection"]
-        self.text_projection = heads["text_projection"]
-        self.matching_head = heads["matching_head"]
-        self.temperature = nn.Parameter(torch.tensor(temperature))
+        self._add_heads(qformer.width, qformer.width, feature_width, temperature)
         self._fixed = [parameter for parameter in qformer.parameters() if not parameter.requires_grad]
         self.choose_trained(trained)
 
@@ -164,7 +143,7 @@ class BLIP2(Model):
 
     def conventions(self) -> list[Any]:
         """Tokens of a text, and of a caption's beginning."""
-        return [self._token_ids(["A word."], self.max_text_tokens), self.max_text_tokens, self.start_id]
+        return [self.token_ids(["A word."]), self.max_text_tokens, self.start_id]
 
     def structure(self) -> dict[str, PartStructure]:
         """The vision encoder may be sharded; the Q-Former is small."""
@@ -174,24 +153,13 @@ class BLIP2(Model):
         """Those of the Q-Former that it was built with as fixed: embeddings by choice."""
         return iter(self._fixed)
 
-    def normalised(self, tokens_B1PU: Tensor) -> Tensor:
-        """Image tokens (B, P, U) behind `ln_vision`, in the type of what trains: float32, unless the model was cast.
+    @property
+    def _read_dtype(self) -> torch.dtype:
+        return self.vision_projection.weight.dtype
 
-        Raises:
-            ValueError: clips of several frames.
-        """
-        if tokens_B1PU.shape[1] != 1:
-            raise ValueError(f"BLIP-2's first stage reads one picture a sample, not {tokens_B1PU.shape[1]} frames")
-        return self.vision_norm(tokens_B1PU[:, 0].to(self.vision_projection.weight.dtype))
-
-    def prepare(self, samples: Samples) -> Inputs:
-        """Answers are the captions' tokens behind [CLS], with [SEP]; too long ones lose their end. Prompts are not read."""
-        sizes = len(samples.images), len(samples.targets)
-        if len(set(sizes)) > 1:
-            raise ValueError(f"{sizes[0]} images and {sizes[1]} texts do not make pairs")
-        answers = [ids[1:] for ids in self._token_ids(samples.targets, self.max_text_tokens)]
-        images, ids = samples.images, samples.image_ids
-        return Inputs(images, samples.instructions, answers, ids, samples.positions, pixel_ids=samples.pixel_ids)
+    @property
+    def _longest_text(self) -> int:
+        return self.qformer.max_text_tokens
 
     def forward(self, inputs: Inputs, wanted: Collection[str], *, packed: bool = False) -> Outputs:
         """See the class for the outputs. `match_logits` needs partners.
@@ -199,9 +167,8 @@ class BLIP2(Model):
         Raises:
             ValueError: packed: there is no LLM. Clips of several frames.
         """
-        if packed:
-            raise ValueError("BLIP-2's first stage has no LLM whose rows samples could share")
-        ids_BT, mask_BT = self._captions(inputs.answers)
+        self._check_forward(packed)
+        ids_BT, mask_BT = self._texts_of(inputs.answers)
         tokens_B1PU = self.image_tokens(inputs.images, inputs.pixel_ids)
         # Not the parameter itself: DDP looks for what is used by walking back from the outputs.
         tensors: dict[str, Tensor] = {"temperature": self.temperature.clone()}
@@ -219,13 +186,6 @@ class BLIP2(Model):
         workload = PassWorkload(text=sum(map(len, inputs.answers)) + len(inputs))
         return Outputs({name: tensors[name] for name in wanted}, workload)
 
-    def _match_logits(self, image_BPU: Tensor, inputs: Inputs) -> Tensor:
-        assert inputs.partners is not None
-        other_BPU = self.normalised(self.image_tokens(inputs.partners.images))
-        ids_NT, mask_NT = self._captions([*inputs.answers, *inputs.answers, *inputs.partners.answers])
-        pairs = self.encode_pairs(torch.cat([image_BPU, other_BPU, image_BPU]), ids_NT, mask_NT)
-        return pairs.logits_B2.float().unflatten(0, (3, -1))
-
     def uses_every_weight(self, wanted: Collection[str]) -> bool:
         """The three tasks together use all of the Q-Former and its heads; a vision encoder may end early."""
         tasks = {"image_projected", "text_projected", "temperature", "answer_logits", "match_logits"}
@@ -235,25 +195,7 @@ class BLIP2(Model):
         """A picklable function: queries and tokens of a sample's pair, from its (prompt, target, frames)."""
         return partial(_pair_length, self.tokenizer, self.max_text_tokens, self.qformer.query_tokens.shape[1])
 
-    def tokenize(self, texts: Sequence[str], *, max_tokens: int | None = None) -> tuple[Tensor, Tensor]:
-        """Token ids (B, T) with [CLS] and [SEP], padded on the right, and their mask.
-
-        Args:
-            texts: B texts.
-            max_tokens: in place of `max_text_tokens`.
-        """
-        return self._padded(self._token_ids(texts, self.max_text_tokens if max_tokens is None else max_tokens))
-
-    def _token_ids(self, texts: Sequence[str], limit: int) -> list[list[int]]:
-        return token_ids(self.tokenizer, texts, limit)
-
-    def _captions(self, answers: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-        return self._padded([[self.tokenizer.cls_token_id, *answer] for answer in answers])
-
-    def _padded(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-        return padded(rows, self.tokenizer.pad_token_id, self.device)
-
-    def encode_images(self, tokens_B1PU: Tensor) -> ImageOutputs:
+    def encode_images(self, tokens_B1PU: Tensor) -> QueryOutputs:
         """Queries alone, of image tokens (B, 1, P, U) as `image_tokens` gives them.
 
         Raises:
@@ -262,7 +204,7 @@ class BLIP2(Model):
         tokens_BPU, cache = self.normalised(tokens_B1PU), KeyValueCache()
         query_BQD = self.qformer(tokens_BPU, cache=cache).query_BQD
         projected_BQE = F.normalize(self.vision_projection(query_BQD), dim=-1)
-        return ImageOutputs(tokens_BPU, query_BQD, projected_BQE, cache)
+        return QueryOutputs(tokens_BPU, query_BQD, projected_BQE, cache)
 
     def encode_texts(self, ids_BT: Tensor, mask_BT: Tensor) -> TextOutputs:
         """Text alone."""
@@ -272,13 +214,7 @@ class BLIP2(Model):
     def encode_pairs(
         self, tokens_NPU: Tensor, ids_BT: Tensor, mask_BT: Tensor, image_rows_B: Tensor | None = None
     ) -> PairOutputs:
-        """Queries and text together; the matching logits are those of each query, averaged.
-
-        Args:
-            tokens_NPU: normalised image tokens (`ImageOutputs.tokens_BPU`).
-            ids_BT, mask_BT: as `tokenize` gives them.
-            image_rows_B: each text's image among the N, which is read once for all its texts; None: N = B, in order.
-        """
+        """Queries and text together; the matching logits are those of each query, averaged. Arguments as of `PairModel`."""
         query_BQD = self.qformer(tokens_NPU, ids_BT, mask_BT, image_rows_B=image_rows_B).query_BQD
         return PairOutputs(query_BQD, self.matching_head(query_BQD).mean(dim=1))
 
@@ -286,7 +222,7 @@ class BLIP2(Model):
         """Each text as the caption of its image: a language model over the text, behind the image's queries.
 
         Args:
-            cache: the images' keys and values, `ImageOutputs.cache`; stays as it is.
+            cache: the images' keys and values, `QueryOutputs.cache`; stays as it is.
             ids_BT, mask_BT: as `tokenize` gives them.
         """
         ids_BT = torch.cat([torch.full_like(ids_BT[:, :1], self.start_id), ids_BT[:, 1:]], dim=1)
@@ -295,53 +231,8 @@ class BLIP2(Model):
         logits_NW = self.qformer.logits(text_BTD[:, :-1][predicted_BT])
         return CaptionOutputs(text_BTD, logits_NW, ids_BT[:, 1:][predicted_BT], predicted_BT.sum(dim=1))
 
-    @torch.inference_mode()
-    def match(self, images: Images, texts: Sequence[str], *, head: MatchHead = "itm") -> Tensor:
-        """How well each image and its text match: (B,).
-
-        Args:
-            images: B pictures, or their image tokens.
-            texts: B texts.
-            head: `itm` is the probability that they match; `itc` the cosine of text and nearest query, no probability.
-
-        Raises:
-            ValueError: unequal numbers of images and texts, an unknown head.
-        """
-        check_pairs(images, texts)
-        check_choice("head", head, get_args(MatchHead))
-        ids_BT, mask_BT = self.tokenize(texts)
-        tokens_B1PU = self.image_tokens(images)
-        if head == "itm":
-            pairs = self.encode_pairs(self.normalised(tokens_B1PU), ids_BT, mask_BT)
-            return pairs.logits_B2.float().softmax(dim=1)[:, 1]
-        # In float32: in half precision near pairs would be equal.
-        projected_BQE = self.encode_images(tokens_B1PU).projected_BQE.float()
-        projected_BE = self.encode_texts(ids_BT, mask_BT).projected_BE.float()
-        return torch.einsum("bqe,be->bq", projected_BQE, projected_BE).amax(dim=1)
-
-    @torch.inference_mode()
-    def features(self, images: Images | None = None, texts: Sequence[str] | None = None) -> Features:
-        """Features of images, of texts, or of both and of each image in the light of its text.
-
-        Args:
-            images: B pictures, or their image tokens.
-            texts: texts, as many where images are given too; as long as the Q-Former can read.
-
-        Raises:
-            ValueError: neither, or unequal numbers.
-        """
-        check_pairs(images, texts)
-        image = None if images is None else self.encode_images(self.image_tokens(images))
-        features = Features()
-        if image is not None:
-            features = Features(image.query_BQD, image.projected_BQE)
-        if texts is not None:
-            ids_BT, mask_BT = self.tokenize(texts, max_tokens=self.qformer.max_text_tokens)
-            text = self.encode_texts(ids_BT, mask_BT)
-            features = features._replace(text=text.text_BTD, text_projected=text.projected_BE, text_mask=mask_BT)
-            if image is not None:
-                features = features._replace(multimodal=self.encode_pairs(image.tokens_BPU, ids_BT, mask_BT).query_BQD)
-        return features
+    def _cosines(self, image_BQE: Tensor, text_BE: Tensor) -> Tensor:
+        return torch.einsum("bqe,be->bq", image_BQE, text_BE).amax(dim=1)
 
     @torch.inference_mode()
     @shows_options(DECODING)
@@ -395,23 +286,11 @@ class BLIP2(Model):
                 self.encode_pairs(self.normalised(tokens_B1PU), *self.tokenize(prompts))
         return ImageAttention.of(weights, self.vision, frames=1)
 
-    def _texts(self, ids_BT: Tensor) -> list[str]:
-        return [text.strip() for text in self.tokenizer.batch_decode(ids_BT, skip_special_tokens=True)]
-
     def _next_logits(self, new_RT: Tensor, cache: KeyValueCache) -> Tensor:
         return self.qformer.logits(self._caption_states(cache, new_RT, torch.ones_like(new_RT))[:, -1])
 
     def _caption_states(self, cache: KeyValueCache, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
         return self.qformer(None, ids_BT, mask_BT, mask="unilm", text_states=True, cache=cache).text_BTD
-
-
-def blip2_heads(width: int, feature_width: int) -> dict[str, nn.Linear]:
-    """What stands behind a Q-Former of width D: projections to the features that are contrasted, and the matching head."""
-    return {
-        "vision_projection": nn.Linear(width, feature_width),
-        "text_projection": nn.Linear(width, feature_width),
-        "matching_head": nn.Linear(width, 2),
-    }
 
 
 def _pair_length(

@@ -24,12 +24,12 @@ from instructblip.errors import UserError
 from instructblip.fetch.parts import part_settings, sources
 from instructblip.models.adapters import Adapter, choose_layers, inject, require_peft
 from instructblip.models.base import blocks_of
-from instructblip.models.blip import BLIP_TOKENS, pair_heads
-from instructblip.models.blip2 import blip2_heads
+from instructblip.models.blip import BLIP_TOKENS
 from instructblip.models.connector import Connector, LinearConnector, MLPConnector, Patches, Resampler
 from instructblip.models.empty import empty_modules
 from instructblip.models.llm import LLM_KINDS
 from instructblip.models.med import TextModel
+from instructblip.models.pairs import pair_heads
 from instructblip.models.qformer import QFormer
 from instructblip.models.vision import VisionEncoder
 from instructblip.models.vocabulary import resize_vocabulary
@@ -86,7 +86,7 @@ def parts_without_weights(config: ModelConfig) -> Parts:
         norm = nn.LayerNorm(vision.width) if config.vision.norm == "layer" else nn.Identity()
         if config.model.kind == "blip2_stage1":
             qformer = qformer_of_sizes(config.q_former(), vision_width=vision.width, reads_and_writes=True)
-            heads = blip2_heads(qformer.width, config.model.feature_width)
+            heads = pair_heads(qformer.width, qformer.width, config.model.feature_width)
             return Parts(vision, norm, qformer, nn.ModuleDict(heads), None)
         qformer = qformer_of_sizes(config.q_former(), vision_width=vision.width)
         llm = language_model_of_sizes(config.language_model())

@@ -145,7 +145,7 @@ def _trace_stage1(model: BLIP2) -> Trace:
     text = model.encode_texts(ids_BT, mask_BT)
     trace = in_float32(
         vision=image.tokens_BPU,
-        qformer=image.query_BQD,
+        qformer=image.states_BSW,
         text=text.text_BTD[mask_BT.bool()],
         contrast=similarities(image.projected_BQE, text.projected_BE),
         matching=model.encode_pairs(image.tokens_BPU, ids_BT, mask_BT).logits_B2,
