@@ -4,6 +4,7 @@ tiny             parts and models with random weights, pictures, questions; mill
 vectors          numbers that LAVIS computed, models with the weights it computed them from, a like one of random weights
 connectors       tiny models of other connectors than the Q-Former, transformers folders of LLaVA
 blip2            tiny models of BLIP-2's stages, ours and transformers' folders of them
+parity           folders that transformers and this code open, certificates, a small configs/
 families         tiny language models of every family in configs/llm, as transformers folders
 runs             the entry points on tiny parts and data: in this process, or as real processes that start fast
 preload          what the server of those processes imports before it forks them

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import torch
-from tokenizers import processors
 from torch import nn
 from transformers import (
     Blip2Config,
@@ -11,18 +10,21 @@ from transformers import (
     Blip2ForImageTextRetrieval,
     Blip2Processor,
     BlipImageProcessor,
-    LlamaConfig,
-    OPTConfig,
-    PretrainedConfig,
-    PreTrainedTokenizerFast,
-    T5Config,
 )
 
 from instructblip.models.blip2 import BLIP2
 from instructblip.models.instructblip import InstructBLIP
 from instructblip.models.llm import LLM
 from instructblip.models.vision import VisionEncoder
-from tests.kit.tiny import EOS, PAD, WIDTH, redraw, tiny_llm, tiny_llm_tokenizer, tiny_qformer, tiny_t5
+from tests.kit.tiny import (
+    WIDTH,
+    huggingface_llm_config,
+    huggingface_tokenizer,
+    redraw,
+    tiny_llm,
+    tiny_qformer,
+    write_redrawn,
+)
 from tests.kit.vectors import bert_tokenizer
 
 SIDE, FEATURES = 28, 16  # pixels, width of projected features
@@ -94,11 +96,7 @@ def write_retrieval(folder: Path, *, image_token: bool = False) -> Blip2ForImage
         image_text_hidden_size=FEATURES,
         image_token_index=rows if image_token else None,
     )
-    torch.manual_seed(0)
-    model = Blip2ForImageTextRetrieval(config).eval()
-    redraw(model)
-    model.save_pretrained(folder)
-    return model
+    return write_redrawn(Blip2ForImageTextRetrieval, config, folder)
 
 
 def write_captioner(folder: Path, llm: str = "opt", *, image_token: bool = True) -> Blip2ForConditionalGeneration:
@@ -109,47 +107,19 @@ def write_captioner(folder: Path, llm: str = "opt", *, image_token: bool = True)
         llm: `opt`, whose captions end with a newline by the configuration alone, `llama` or `t5`.
         image_token: the newer form, whose tokenizer and token table have `<image>`.
     """
-    tokenizer = _tokenizer(ends_prompts=llm == "t5")
+    tokenizer = huggingface_tokenizer(ends_prompts=llm == "t5")
     images = BlipImageProcessor(size={"height": SIDE, "width": SIDE})
     if image_token:  # which the processor adds to the tokenizer
         Blip2Processor(images, tokenizer, num_query_tokens=4).save_pretrained(folder)
     else:
         for part in (images, tokenizer):
             part.save_pretrained(folder)
+    end = tokenizer.convert_tokens_to_ids(NEWLINE) if llm == "opt" else tokenizer.eos_token_id
     config = Blip2Config(
         vision_config={**_VISION, "image_size": SIDE},
         qformer_config=_QFORMER,
-        text_config=_llm_config(llm, tokenizer).to_dict(),
+        text_config=huggingface_llm_config(llm, tokenizer, end).to_dict(),
         num_query_tokens=4,
         image_token_index=tokenizer.convert_tokens_to_ids("<image>") if image_token else None,
     )
-    torch.manual_seed(0)
-    model = Blip2ForConditionalGeneration(config).eval()
-    if llm == "t5":  # transformers ties the two until weights say otherwise, as FlanT5's do
-        model.language_model.lm_head.weight = nn.Parameter(model.language_model.lm_head.weight.clone())
-    redraw(model)
-    model.save_pretrained(folder)
-    return model
-
-
-def _tokenizer(*, ends_prompts: bool) -> PreTrainedTokenizerFast:
-    tokenizer = tiny_llm_tokenizer()
-    template = f"$A {EOS}" if ends_prompts else f"{EOS} $A"
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single=template, special_tokens=[(EOS, tokenizer.eos_token_id)]
-    )
-    tokenizer.add_special_tokens({"pad_token": PAD, "bos_token": EOS})
-    return tokenizer
-
-
-def _llm_config(llm: str, tokenizer: PreTrainedTokenizerFast) -> PretrainedConfig:
-    end = tokenizer.convert_tokens_to_ids(NEWLINE) if llm == "opt" else tokenizer.eos_token_id
-    tokens = {"vocab_size": len(tokenizer), "eos_token_id": end, "pad_token_id": tokenizer.pad_token_id}
-    if llm == "t5":
-        small = tiny_t5(len(tokenizer), tokenizer.eos_token_id).config
-        return T5Config(**(small.to_dict() | tokens | {"decoder_start_token_id": tokenizer.pad_token_id}))
-    layers = {"hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 128}
-    start = {"bos_token_id": tokenizer.eos_token_id}
-    if llm == "opt":
-        return OPTConfig(**tokens, **layers, **start, ffn_dim=64, word_embed_proj_dim=WIDTH)
-    return LlamaConfig(**tokens, **layers, **start, intermediate_size=64)
+    return write_redrawn(Blip2ForConditionalGeneration, config, folder, untied=llm == "t5")

@@ -26,7 +26,7 @@ from instructblip.models.vision import VisionEncoder
 from instructblip.weights.modules import make_connector
 from tests.kit.families import sentencepiece
 from tests.kit.runs import World
-from tests.kit.tiny import EOS, PAD, WIDTH, redraw, tiny_llm, tiny_llm_tokenizer, tiny_vision
+from tests.kit.tiny import EOS, PAD, WIDTH, redraw, tiny_llm, tiny_llm_tokenizer, tiny_vision, write_redrawn
 
 KINDS: tuple[ConnectorKind, ...] = ("mlp", "linear", "resampler")
 # Sizes that suit the tiny parts; of the resampler, which has no default that does.
@@ -105,11 +105,7 @@ def write_llava(
         vision_feature_layer=layer,
         vision_feature_select_strategy=strategy,
     )
-    torch.manual_seed(seed)
-    model = LlavaForConditionalGeneration(config).eval()
-    redraw(model)
-    model.save_pretrained(folder)
-    return model
+    return write_redrawn(LlavaForConditionalGeneration, config, folder, seed=seed)
 
 
 def _llava_tokenizer(llm: str) -> PreTrainedTokenizerFast:

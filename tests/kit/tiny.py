@@ -12,7 +12,7 @@ import json
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import timm
 import torch
@@ -31,6 +31,7 @@ from transformers import (
     LlamaForCausalLM,
     OPTConfig,
     PretrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
     T5Config,
     T5ForConditionalGeneration,
@@ -326,6 +327,13 @@ def tiny_images(count: int, *, frames: int = 1, seed: int = 0) -> torch.Tensor:
     return torch.randint(0, 256, (count, frames, 3, IMAGE_SIZE, IMAGE_SIZE), dtype=torch.uint8, generator=generator)
 
 
+def noise_pictures(count: int, *, side: int = 28, seed: int = 0) -> list[Image.Image]:
+    """Pictures of noise."""
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(0, 256, (count, side, side, 3), dtype=torch.uint8, generator=generator)
+    return [Image.fromarray(picture.numpy()) for picture in pixels]
+
+
 def tiny_parts(folder: Path, seed: int = 0) -> dict[str, str]:
     """Write the three parts' files below `folder`; return the overrides that make train.py's demo configuration use them.
 
@@ -363,6 +371,7 @@ def tiny_parts(folder: Path, seed: int = 0) -> dict[str, str]:
 
 
 HUGGINGFACE_LLMS = ("llama", "opt", "t5")
+Written = TypeVar("Written", bound=PreTrainedModel)
 PAD = "[PAD]"
 
 
@@ -379,7 +388,7 @@ def tiny_huggingface(
         seed: of every weight.
         positions: of the language model and of the Q-Former's text, in place of a few.
     """
-    tokenizer, bert_tokenizer = _huggingface_tokenizer(ends_prompts=llm == "t5"), tiny_bert_tokenizer()
+    tokenizer, bert_tokenizer = huggingface_tokenizer(ends_prompts=llm == "t5"), tiny_bert_tokenizer()
     images = BlipImageProcessor(size={"height": 28, "width": 28})
     if image_token:  # which the processor adds to the tokenizer
         InstructBlipProcessor(images, tokenizer, bert_tokenizer, num_query_tokens=4).save_pretrained(folder)
@@ -403,15 +412,22 @@ def tiny_huggingface(
             "intermediate_size": 64,
             "max_position_embeddings": positions or 64,
         },
-        text_config=_huggingface_llm_config(llm, tokenizer),
+        text_config=huggingface_llm_config(llm, tokenizer, tokenizer.eos_token_id),
         num_query_tokens=4,
         image_token_index=tokenizer.convert_tokens_to_ids("<image>") if image_token else None,
     )
     if positions is not None:
         config.text_config.max_position_embeddings = positions
+    return write_redrawn(InstructBlipForConditionalGeneration, config, folder, seed=seed, untied=llm == "t5")
+
+
+def write_redrawn(
+    kind: type[Written], config: PretrainedConfig, folder: Path, *, seed: int = 0, untied: bool = False
+) -> Written:
+    """Write a model of a class of transformers with random weights that all matter."""
     torch.manual_seed(seed)
-    model = InstructBlipForConditionalGeneration(config).eval()
-    if llm == "t5":  # transformers ties the two until weights say otherwise, as FlanT5's do
+    model = kind(config).eval()
+    if untied:  # transformers ties the two until weights say otherwise, as FlanT5's do
         model.language_model.lm_head.weight = nn.Parameter(model.language_model.lm_head.weight.clone())
     redraw(model)
     model.save_pretrained(folder)
@@ -428,7 +444,8 @@ def redraw(model: nn.Module, std: float = 0.15) -> None:
             parameter.view(3, -1)[1] = 0
 
 
-def _huggingface_tokenizer(*, ends_prompts: bool) -> PreTrainedTokenizerFast:
+def huggingface_tokenizer(*, ends_prompts: bool) -> PreTrainedTokenizerFast:
+    """A language model's, that ends or begins each text with the token of the end."""
     tokenizer = tiny_llm_tokenizer()
     template = f"$A {EOS}" if ends_prompts else f"{EOS} $A"
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
@@ -438,19 +455,17 @@ def _huggingface_tokenizer(*, ends_prompts: bool) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def _huggingface_llm_config(llm: str, tokenizer: PreTrainedTokenizerFast) -> PretrainedConfig:
-    tokens = {
-        "vocab_size": len(tokenizer),
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
+def huggingface_llm_config(llm: str, tokenizer: PreTrainedTokenizerFast, end: int) -> PretrainedConfig:
+    """One of `HUGGINGFACE_LLMS`, in small; `end` ends its answers."""
+    tokens = {"vocab_size": len(tokenizer), "eos_token_id": end, "pad_token_id": tokenizer.pad_token_id}
     if llm == "t5":
         small = tiny_t5(len(tokenizer), tokenizer.eos_token_id).config
         return T5Config(**(small.to_dict() | tokens | {"decoder_start_token_id": tokenizer.pad_token_id}))
     layers = {"hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 128}
+    start = {"bos_token_id": tokenizer.eos_token_id}
     if llm == "opt":
-        return OPTConfig(**tokens, **layers, ffn_dim=64, word_embed_proj_dim=WIDTH, bos_token_id=tokenizer.eos_token_id)
-    return LlamaConfig(**tokens, **layers, intermediate_size=64, bos_token_id=tokenizer.eos_token_id)
+        return OPTConfig(**tokens, **layers, **start, ffn_dim=64, word_embed_proj_dim=WIDTH)
+    return LlamaConfig(**tokens, **layers, **start, intermediate_size=64)
 
 
 def write_easy_vqa(raw: Path, images: int) -> None:

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from instructblip.config.schema import LLMConfig
-from instructblip.config.validate import read_model_config, to_yaml
+from instructblip.config.validate import read_model_config
 from instructblip.weights import load as loading
 from instructblip.weights.__main__ import main
+from tests.kit.parity import write_configs
 from tests.kit.tiny import EOS, tiny_huggingface, tiny_llama, tiny_llm_tokenizer
 
 
@@ -42,10 +43,7 @@ def formats(tmp_path_factory: pytest.TempPathFactory) -> Formats:
         "llm/other": _language_model(folder / "other", config.llm, width=32),
         "llm/wide": _language_model(folder / "wide", config.llm, width=48),
     }
-    for name, section in sections.items():
-        file = made.configs / f"{name}.yaml"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(to_yaml(section))
+    write_configs(made.configs, sections)
     return made
 
 

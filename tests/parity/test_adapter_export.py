@@ -16,8 +16,8 @@ from instructblip.weights.parts import train_parts
 from instructblip.weights.peft_format import whole_folder
 from instructblip.weights.transformers_write import save_huggingface
 from tests.kit.connectors import write_llava
+from tests.kit.parity import convert
 from tests.kit.tiny import tiny_huggingface, tiny_llm, tiny_released_model
-from tests.parity.test_weights_command import run
 
 pytest.importorskip("peft", reason="adapters need requirements-lora.txt")
 
@@ -57,7 +57,7 @@ def test_each_way_out_computes_the_same(source: Path, tmp_path: Path, capsys: py
         ("from_native", tmp_path / "native", ("--to", "huggingface")),
         ("from_separate", tmp_path / "separate", ("--adapter", tmp_path / "separate/adapter", "--to", "huggingface")),
     ):
-        status, rows, error = run(capsys, given, tmp_path / target, *options, "--bound", "1e-5")
+        status, rows, error = convert(capsys, given, tmp_path / target, *options, "--bound", "1e-5")
         assert (status, error) == (0, ""), (target, rows)
     models = {name: load_model(tmp_path / name, device="cpu").model for name in ("merged", "native", "from_separate")}
     assert not models["merged"].adapters and models["native"].adapters == {
@@ -71,7 +71,7 @@ def test_each_way_out_computes_the_same(source: Path, tmp_path: Path, capsys: py
 @pytest.mark.slow
 def test_a_lavis_file_is_refused(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = (source / "base", tmp_path / "a.pth", "--adapter", source / "adapter", "--to", "lavis")
-    status, _, error = run(capsys, *arguments)
+    status, _, error = convert(capsys, *arguments)
     assert status == 2 and "no place for them; write --to huggingface" in error
 
 

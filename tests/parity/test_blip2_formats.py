@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import json
-import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from torch import Tensor
 from transformers import Blip2ForConditionalGeneration, Blip2ForImageTextRetrieval
 
 import instructblip
-from instructblip.config.validate import read_model_config, to_yaml
+from instructblip.config.validate import read_model_config
 from instructblip.errors import UserError
 from instructblip.models.blip2 import BLIP2
 from instructblip.models.instructblip import InstructBLIP
@@ -26,6 +25,7 @@ from instructblip.weights.__main__ import main
 from instructblip.weights.lavis import read_lavis, save_lavis
 from instructblip.weights.load import find_source, load_model
 from tests.kit.blip2 import tiny_eva, tiny_stage1, tiny_stage2, write_captioner, write_retrieval
+from tests.kit.parity import convert, write_configs
 from tests.kit.runs import DATASETS, World, evaluate_here, predictions
 from tests.kit.tiny import tiny_images
 
@@ -68,10 +68,7 @@ def formats(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     }
     if config.llm is not None:
         sections["llm/own"] = dataclasses.replace(config.llm, name="own", lavis_projection="opt_proj")
-    for name, section in sections.items():
-        file = made.configs / f"{name}.yaml"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(to_yaml(section))
+    write_configs(made.configs, sections)
     return made
 
 
@@ -179,15 +176,6 @@ def test_published_ids(name: str, published: dict[str, Path], tmp_path: Path, mo
 
 
 # --- certificates ----------------------------------------------------------------------------------------------------
-
-
-def convert(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, list[tuple[str, float, str]], str]:
-    """The exit status, the certificate's rows and what was said on standard error."""
-    capsys.readouterr()
-    status = main([str(argument) for argument in arguments])
-    output = capsys.readouterr()
-    rows = re.findall(r"│ (\w+) +│ +(\S+) │ +\S+ │ (\w+) +│", output.out)
-    return status, [(stage, float(difference), verdict) for stage, difference, verdict in rows], output.err
 
 
 @pytest.mark.parametrize(("source", "to"), list(itertools.product(FORMATS, FORMATS)))

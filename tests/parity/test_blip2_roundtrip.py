@@ -17,8 +17,8 @@ from instructblip.models.instructblip import InstructBLIP
 from instructblip.weights.lavis import load_lavis, qformer_settings, read_lavis, save_lavis
 from instructblip.weights.transformers_read import load_huggingface
 from instructblip.weights.transformers_settings import read_settings
-from tests.kit.blip2 import EOS, NEWLINE, tiny_stage1, tiny_stage2, write_captioner, write_retrieval
-from tests.kit.tiny import HUGGINGFACE_LLMS, tiny_encoder_decoder_llm, tiny_llm
+from tests.kit.blip2 import NEWLINE, tiny_stage1, tiny_stage2, write_captioner, write_retrieval
+from tests.kit.tiny import EOS, HUGGINGFACE_LLMS, tiny_encoder_decoder_llm, tiny_llm
 from tests.kit.vectors import read, stage1_model, stage2_llm, stage2_model, tensors
 
 LLMS = {"llama": tiny_llm, "t5": tiny_encoder_decoder_llm}

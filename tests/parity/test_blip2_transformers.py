@@ -1,14 +1,11 @@
 """BLIP-2 equals transformers' classes of it, from pixels on: matching, contrast, features; logits, loss and tokens."""
 
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor
 from transformers import (
-    Blip2ForConditionalGeneration,
     Blip2ForImageTextRetrieval,
     Blip2Processor,
     Blip2TextModelWithProjection,
@@ -17,14 +14,13 @@ from transformers import (
 )
 
 from instructblip.models.blip2 import BLIP2
-from instructblip.models.instructblip import InstructBLIP
 from instructblip.models.pairs import similarities
 from instructblip.weights.parity import stage_differences, trace_native
 from instructblip.weights.parity_transformers import trace_huggingface
-from instructblip.weights.transformers_read import load_huggingface
 from tests.kit.blip2 import tiny_stage1, write_captioner
 from tests.kit.losses import term_of
-from tests.kit.tiny import HUGGINGFACE_LLMS
+from tests.kit.parity import FORMS, Pair, written_pair
+from tests.kit.tiny import noise_pictures
 
 EPS = 1e-6  # one eps serves all norms of transformers' vision part
 TEXTS = ["a man riding a horse on the grass", "two dogs", "a cat."]
@@ -90,32 +86,9 @@ PROMPTS = ["Question: what color is the shape? Answer:", "a photo of"]
 ANSWERS = ["a red one", "two circles"]
 
 
-class Pair(NamedTuple):
-    """One folder, opened by transformers and by this code."""
-
-    folder: Path
-    theirs: Blip2ForConditionalGeneration
-    ours: InstructBLIP
-
-
-@pytest.fixture(
-    scope="module", params=[(llm, form) for llm in HUGGINGFACE_LLMS for form in ("older", "newer")], ids="-".join
-)
+@pytest.fixture(scope="module", params=FORMS, ids="-".join)
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    llm, form = request.param
-    folder = tmp_path_factory.mktemp(f"{llm}_{form}")
-    theirs = write_captioner(folder, llm, image_token=form == "newer")
-    if form == "older":  # today's class needs a mark for the places of the visual tokens: a word that no text here has
-        theirs.config.image_token_index = theirs.config.text_config.vocab_size - 2
-    ours = load_huggingface(folder)
-    assert isinstance(ours, InstructBLIP)
-    return Pair(folder, theirs, ours)
-
-
-def pictures() -> list[Image.Image]:
-    generator = torch.Generator().manual_seed(0)
-    pixels = torch.randint(0, 256, (2, 28, 28, 3), dtype=torch.uint8, generator=generator)
-    return [Image.fromarray(picture.numpy()) for picture in pixels]
+    return written_pair(write_captioner, tmp_path_factory.mktemp("_".join(request.param)), *request.param)
 
 
 def their_inputs(pair: Pair, number: int, prompt: str, answer: list[int]) -> dict[str, Tensor]:
@@ -123,7 +96,8 @@ def their_inputs(pair: Pair, number: int, prompt: str, answer: list[int]) -> dic
     processor, config = Blip2Processor.from_pretrained(pair.folder), pair.theirs.config
     marks = [config.image_token_index] * config.num_query_tokens
     ids = torch.tensor([[*marks, *processor.tokenizer(prompt)["input_ids"], *answer]])
-    return {"pixel_values": processor(images=pictures()[number], return_tensors="pt")["pixel_values"], "input_ids": ids}
+    pixels = processor(images=noise_pictures(2)[number], return_tensors="pt")["pixel_values"]
+    return {"pixel_values": pixels, "input_ids": ids}
 
 
 def test_every_stage_and_the_logits(pair: Pair) -> None:
@@ -135,7 +109,7 @@ def test_every_stage_and_the_logits(pair: Pair) -> None:
 @torch.inference_mode()
 @pytest.mark.parametrize("prompts", [PROMPTS, ["", ""]], ids=["prompt", "none"])
 def test_loss(pair: Pair, prompts: list[str]) -> None:
-    loss = term_of(pair.ours, pictures(), prompts, ANSWERS)  # type: ignore[arg-type]
+    loss = term_of(pair.ours, noise_pictures(2), prompts, ANSWERS)  # type: ignore[arg-type]
     for number, prompt in enumerate(prompts):
         answer = pair.ours.llm.prompt_format.answer_ids(prompt, ANSWERS[number])
         decoder_only = pair.theirs.config.use_decoder_only_language_model
@@ -150,7 +124,7 @@ def test_loss(pair: Pair, prompts: list[str]) -> None:
 @pytest.mark.parametrize("prompts", [PROMPTS, None], ids=["prompt", "none"])
 def test_token_ids(pair: Pair, prompts: list[str] | None, beams: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pair.ours.llm, "texts", Tensor.tolist)
-    ours = pair.ours.generate(pictures(), prompts, max_new_tokens=8, num_beams=beams)
+    ours = pair.ours.generate(noise_pictures(2), prompts, max_new_tokens=8, num_beams=beams)
     decoder_only = pair.theirs.config.use_decoder_only_language_model
     for number in range(2):
         inputs = their_inputs(pair, number, (prompts or ["", ""])[number], [])

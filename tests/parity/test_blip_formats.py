@@ -13,7 +13,6 @@ from torch import Tensor
 
 import instructblip
 from instructblip.config.schema import ModelConfig
-from instructblip.config.validate import to_yaml
 from instructblip.errors import UserError
 from instructblip.models.blip import BLIP, BLIPVQA, BLIPRetrieval, Momentum
 from instructblip.weights import load as loading
@@ -38,6 +37,7 @@ from tests.kit.blip import (
     write_blip,
 )
 from tests.kit.blip_training import momentum_of
+from tests.kit.parity import write_configs
 from tests.kit.vectors import blip_tokenizer, tensors
 
 TINY = {"caption": tiny_caption, "vqa": tiny_vqa, "retrieval": tiny_retrieval, "pretrain": tiny_pretrain}
@@ -76,10 +76,7 @@ def published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]
         "vision/vit_b16": dataclasses.replace(config.vision, name="vit_b16", init="file", image_size=224),
         "text/blip": dataclasses.replace(config.text, name="blip", init="bert", dropout=0.1),
     }
-    for name, section in sections.items():
-        file = tmp_path / f"configs/{name}.yaml"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(to_yaml(section))
+    write_configs(tmp_path / "configs", sections)
     monkeypatch.setattr(loading, "CONFIGS", tmp_path / "configs")
     return {"qformer_path": str(tmp_path / "parts/text"), "device": "cpu"}
 

@@ -15,6 +15,7 @@ from instructblip.models.blip import BLIP, BLIPVQA, BLIPCaption, BLIPRetrieval
 from instructblip.models.vision import as_frames
 from instructblip.weights.transformers_blip import load_blip_folder
 from tests.kit.blip import SIDE, write_blip
+from tests.kit.tiny import noise_pictures
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 TEXTS = [
@@ -59,9 +60,7 @@ def retriever(tmp_path_factory: pytest.TempPathFactory) -> Both:
 
 
 def pictures(count: int) -> list[Image.Image]:
-    generator = torch.Generator().manual_seed(1)
-    pixels = torch.randint(0, 256, (count, SIDE, SIDE, 3), dtype=torch.uint8, generator=generator)
-    return [Image.fromarray(picture.numpy()) for picture in pixels]
+    return noise_pictures(count, side=SIDE, seed=1)
 
 
 def texts(pair: Both, found: list[str], begin: int | None = None) -> dict[str, Tensor]:

@@ -27,7 +27,7 @@ from instructblip.weights.parity import rounding_bounds, stage_differences, trac
 from instructblip.weights.parity_transformers import trace_huggingface
 from instructblip.weights.transformers_read import load_huggingface
 from tests.kit.runs import DATASETS, World, evaluate_here, predictions
-from tests.kit.tiny import HUGGINGFACE_LLMS, tiny_huggingface, tiny_images, tiny_model
+from tests.kit.tiny import HUGGINGFACE_LLMS, noise_pictures, tiny_huggingface, tiny_images, tiny_model
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 PROMPTS = [
@@ -63,12 +63,6 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return Folder(path, dtype, model, copy.deepcopy(model).float())
 
 
-def pictures() -> list[Image.Image]:
-    generator = torch.Generator().manual_seed(0)
-    pixels = torch.randint(0, 256, (len(PROMPTS), 28, 28, 3), dtype=torch.uint8, generator=generator)
-    return [Image.fromarray(picture.numpy()) for picture in pixels]
-
-
 def assert_near(found: list[Tensor], wanted: list[Tensor], dtype: torch.dtype) -> None:
     """Scores of several tokens, each of which was rounded on its way through all layers."""
     for scores, exact in zip(found, wanted, strict=True):
@@ -88,7 +82,7 @@ def test_frozen_parts_are_held_in_the_folders_dtype(folder: Folder) -> None:
 
 
 def test_scores_are_float32s_within_rounding_at_any_batch_size(folder: Folder) -> None:
-    images, candidates = pictures(), [CANDIDATES] * len(PROMPTS)
+    images, candidates = noise_pictures(len(PROMPTS)), [CANDIDATES] * len(PROMPTS)
     wanted = folder.exact.rank(images, PROMPTS, candidates)
     together = folder.ours.rank(images, PROMPTS, candidates)
     alone = [folder.ours.rank([i], [p], [CANDIDATES])[0] for i, p in zip(images, PROMPTS, strict=True)]
@@ -101,7 +95,7 @@ def test_scores_are_float32s_within_rounding_at_any_batch_size(folder: Folder) -
 def test_answers_depend_on_the_batch_no_more_than_rounding_lets_them(
     folder: Folder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    images = pictures()
+    images = noise_pictures(len(PROMPTS))
     monkeypatch.setattr(folder.ours.llm, "texts", Tensor.tolist)
     together: list[Any] = folder.ours.generate(images, PROMPTS, max_new_tokens=5)
     for number, answer in enumerate(together):
@@ -127,7 +121,7 @@ def next_logits(model: InstructBLIP, image: Image.Image, prompt: str, begun: lis
 
 @pytest.mark.parametrize("beams", [1, 3])
 def test_each_picture_and_prompt_gets_an_answer(folder: Folder, beams: int) -> None:
-    answers = folder.ours.generate(pictures(), PROMPTS, max_new_tokens=5, num_beams=beams)
+    answers = folder.ours.generate(noise_pictures(len(PROMPTS)), PROMPTS, max_new_tokens=5, num_beams=beams)
     assert len(answers) == len(PROMPTS)
     assert len(set(answers)) > 1
 
@@ -208,7 +202,7 @@ def test_a_part_of_several_types_is_held_in_one_that_holds_them_all(tmp_path: Pa
     assert {tensor.dtype for tensor in model.vision.backbone.buffers()} == {torch.float32}
     found = model.vision.backbone.state_dict()["blocks.0.norm1.weight"]
     assert torch.equal(found, expected["vision_model.encoder.layers.0.layer_norm1.weight"])
-    assert len(model.rank(pictures()[:1], PROMPTS[:1], [CANDIDATES])[0]) == len(CANDIDATES)
+    assert len(model.rank(noise_pictures(len(PROMPTS))[:1], PROMPTS[:1], [CANDIDATES])[0]) == len(CANDIDATES)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -3,50 +3,25 @@
 For language models of three families and a folder in the older form (no word of an `<image>` token) and in the newer one.
 """
 
-from pathlib import Path
-from typing import NamedTuple
-
 import pytest
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import AutoImageProcessor, AutoTokenizer, InstructBlipForConditionalGeneration
+from transformers import AutoImageProcessor, AutoTokenizer
 
-from instructblip.models.instructblip import InstructBLIP
 from instructblip.weights.parity import stage_differences, trace_native
 from instructblip.weights.parity_transformers import trace_huggingface
-from instructblip.weights.transformers_read import load_huggingface
 from tests.kit.losses import term_of
-from tests.kit.tiny import HUGGINGFACE_LLMS, tiny_huggingface
+from tests.kit.parity import FORMS, Pair, written_pair
+from tests.kit.tiny import noise_pictures, tiny_huggingface
 
 PROMPTS = ["what color is the shape?", "Question: is there a circle in the image? Short answer:"]
 ANSWERS = ["a red one", "no there is a rectangle"]
 
 
-class Pair(NamedTuple):
-    """One folder, opened by transformers and by this code."""
-
-    folder: Path
-    theirs: InstructBlipForConditionalGeneration
-    ours: InstructBLIP
-
-
-@pytest.fixture(
-    scope="module", params=[(llm, form) for llm in HUGGINGFACE_LLMS for form in ("older", "newer")], ids="-".join
-)
+@pytest.fixture(scope="module", params=FORMS, ids="-".join)
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    llm, form = request.param
-    folder = tmp_path_factory.mktemp(f"{llm}_{form}")
-    theirs = tiny_huggingface(folder, llm, image_token=form == "newer")
-    if form == "older":  # today's class needs a mark for the places of the visual tokens: a word that no text here has
-        theirs.config.image_token_index = theirs.config.text_config.vocab_size - 2
-    return Pair(folder, theirs, load_huggingface(folder))
-
-
-def pictures() -> list[Image.Image]:
-    generator = torch.Generator().manual_seed(0)
-    pixels = torch.randint(0, 256, (2, 28, 28, 3), dtype=torch.uint8, generator=generator)
-    return [Image.fromarray(picture.numpy()) for picture in pixels]
+    return written_pair(tiny_huggingface, tmp_path_factory.mktemp("_".join(request.param)), *request.param)
 
 
 def their_inputs(pair: Pair, number: int, images: list[Image.Image], answer: list[int]) -> dict[str, Tensor]:
@@ -79,7 +54,7 @@ def test_the_vocabularies_are_the_same(pair: Pair) -> None:
 
 @torch.inference_mode()
 def test_loss(pair: Pair) -> None:
-    images = pictures()
+    images = noise_pictures(2)
     loss = term_of(pair.ours, images, PROMPTS, ANSWERS)
     for number in range(len(PROMPTS)):
         answer = pair.ours.llm.prompt_format.target_ids(ANSWERS[number])
@@ -93,7 +68,7 @@ def test_loss(pair: Pair) -> None:
 
 @torch.inference_mode()
 def test_greedy_token_ids(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    images = pictures()
+    images = noise_pictures(2)
     monkeypatch.setattr(pair.ours.llm, "texts", Tensor.tolist)
     ours = pair.ours.generate(images, PROMPTS, max_new_tokens=8)
     for number in range(len(PROMPTS)):
@@ -109,7 +84,7 @@ def test_greedy_token_ids(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @torch.inference_mode()
 def test_the_input_matters(pair: Pair) -> None:
-    images = pictures()
+    images = noise_pictures(2)
     loss = term_of(pair.ours, images, PROMPTS, ANSWERS).per_sample
     assert (term_of(pair.ours, images[::-1], PROMPTS, ANSWERS).per_sample - loss).abs().min() > 1e-3
     tokens = pair.ours.image_tokens(images)

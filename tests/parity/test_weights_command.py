@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import re
 import runpy
 import shutil
 import sys
@@ -20,21 +19,13 @@ from instructblip.weights.load import load_model
 from instructblip.weights.parity import traces_native
 from instructblip.weights.parity_transformers import traces_huggingface
 from instructblip.weights.transformers_write import save_huggingface
+from tests.kit.parity import convert
 from tests.kit.tiny import tiny_huggingface
 from tests.parity.conftest import Formats
 
 pytestmark = pytest.mark.usefixtures("named_parts")
 
 STAGES = ["vision", "qformer", "projection", "logits", "padded"]
-
-
-def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, list[tuple[str, float, str]], str]:
-    """The exit status, the certificate's rows and what was said on standard error."""
-    capsys.readouterr()
-    status = main([str(argument) for argument in arguments])
-    output = capsys.readouterr()
-    rows = re.findall(r"│ (\w+) +│ +(\S+) │ +\S+ │ (\w+) +│", output.out)
-    return status, [(stage, float(difference), verdict) for stage, difference, verdict in rows], output.err
 
 
 @pytest.mark.slow
@@ -46,7 +37,7 @@ def test_every_format_to_every_other(
 ) -> None:
     options = ["--llm", "own"] if source == "lavis" else []
     target = tmp_path / "target"
-    status, rows, _ = run(capsys, getattr(formats, source), target, "--to", to, *options)
+    status, rows, _ = convert(capsys, getattr(formats, source), target, "--to", to, *options)
     assert status == 0
     assert [stage for stage, _, _ in rows] == STAGES
     assert all(difference < 1e-4 and verdict == "within" for _, difference, verdict in rows), rows
@@ -63,7 +54,7 @@ def test_every_format_to_every_other(
 def test_other_language_models(llm: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tiny_huggingface(tmp_path / "source", llm, image_token=False)
     for target, to, source in (("run", "native", "source"), ("again", "huggingface", "run")):
-        status, rows, _ = run(capsys, tmp_path / source, tmp_path / target, "--to", to, "--bound", "1e-5")
+        status, rows, _ = convert(capsys, tmp_path / source, tmp_path / target, "--to", to, "--bound", "1e-5")
         assert status == 0, rows
 
 
@@ -82,9 +73,9 @@ def test_each_side_is_run_by_its_own_code(
 
     monkeypatch.setattr(command, "traces_huggingface", recorded("transformers", traces_huggingface))
     monkeypatch.setattr(command, "traces_native", recorded("ours", traces_native))
-    run(capsys, formats.huggingface, tmp_path / "a", "--to", "native")
-    run(capsys, formats.native, tmp_path / "b", "--to", "huggingface")
-    run(capsys, formats.huggingface, tmp_path / "c", "--to", "huggingface")
+    convert(capsys, formats.huggingface, tmp_path / "a", "--to", "native")
+    convert(capsys, formats.native, tmp_path / "b", "--to", "huggingface")
+    convert(capsys, formats.huggingface, tmp_path / "c", "--to", "huggingface")
     assert calls == ["transformers", "ours", "ours", "transformers", "transformers", "transformers"]
 
 
@@ -128,7 +119,7 @@ def test_a_result_that_computes_something_else_is_not_written(
             model.qformer.layers[2].query_ffn.down.bias.copy_(kept)  # type: ignore[union-attr, operator]
 
     monkeypatch.setattr(command, "save_lavis", save_wrongly)
-    status, rows, _ = run(capsys, formats.native, tmp_path / "x.pth", "--to", "lavis")
+    status, rows, _ = convert(capsys, formats.native, tmp_path / "x.pth", "--to", "lavis")
     assert status == 1
     assert [(stage, verdict) for stage, _, verdict in rows] == list(
         zip(STAGES, ["within", "ABOVE", "ABOVE", "ABOVE", "ABOVE"], strict=True)
@@ -146,7 +137,7 @@ def test_a_result_whose_prompts_are_padded_on_the_wrong_side_is_not_written(
         (folder / "tokenizer_config.json").write_text(json.dumps(said))
 
     monkeypatch.setattr(command, "save_huggingface", save_without_the_side)
-    status, rows, _ = run(capsys, formats.native, tmp_path / "x", "--to", "huggingface")
+    status, rows, _ = convert(capsys, formats.native, tmp_path / "x", "--to", "huggingface")
     assert (status, [verdict for _, _, verdict in rows]) == (1, ["within"] * 4 + ["ABOVE"])
 
 
@@ -154,7 +145,7 @@ def test_a_result_whose_prompts_are_padded_on_the_wrong_side_is_not_written(
 def test_the_bound_holds_for_every_format(
     to: str, formats: Formats, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    status, rows, _ = run(capsys, formats.native, tmp_path / "target", "--to", to, "--bound", "-1")
+    status, rows, _ = convert(capsys, formats.native, tmp_path / "target", "--to", to, "--bound", "-1")
     assert status == 1
     assert [verdict for _, _, verdict in rows] == ["ABOVE"] * 5
     assert not list(tmp_path.iterdir())
@@ -164,18 +155,18 @@ def test_the_bound_holds_for_every_format(
 def test_what_stands_in_the_way(formats: Formats, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     target = tmp_path / "target"
     target.write_text("mine")
-    status, rows, said = run(capsys, formats.native, target, "--to", "lavis")
+    status, rows, said = convert(capsys, formats.native, target, "--to", "lavis")
     assert (status, rows) == (2, [])
     assert said == f"error: {target} exists already; choose another file, or give --overwrite\n"
     assert target.read_text() == "mine"
-    assert run(capsys, formats.native, target, "--to", "lavis", "--overwrite")[0] == 0
+    assert convert(capsys, formats.native, target, "--to", "lavis", "--overwrite")[0] == 0
     assert load_model(target, llm="own", device="cpu").model.llm.width == 32
     folder = tmp_path / "folder"
     for to, other in (("native", "huggingface"), ("huggingface", "native")):
-        assert run(capsys, formats.native, folder, "--to", to)[0] == 0
-        assert run(capsys, formats.native, folder, "--to", to)[0] == 2
-        assert run(capsys, formats.native, folder, "--to", to, "--overwrite")[0] == 0
-        status, _, said = run(capsys, formats.native, folder, "--to", other, "--overwrite")
+        assert convert(capsys, formats.native, folder, "--to", to)[0] == 0
+        assert convert(capsys, formats.native, folder, "--to", to)[0] == 2
+        assert convert(capsys, formats.native, folder, "--to", to, "--overwrite")[0] == 0
+        status, _, said = convert(capsys, formats.native, folder, "--to", other, "--overwrite")
         assert status == 2
         assert "so it is not replaced" in said
         shutil.rmtree(folder)
@@ -187,7 +178,7 @@ def test_errors_are_one_line(formats: Formats, tmp_path: Path, capsys: pytest.Ca
         ((tmp_path / "none", tmp_path / "x", "--to", "native"), "is no run, transformers folder"),
         ((formats.native, tmp_path / "x", "--to", "native", "--llm", "nine"), "there is no llm=nine"),
     ):
-        status, rows, said = run(capsys, *arguments)
+        status, rows, said = convert(capsys, *arguments)
         assert (status, rows) == (2, [])
         assert said.startswith("error: ")
         assert message in said

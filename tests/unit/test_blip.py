@@ -15,15 +15,14 @@ from instructblip.models.pairs import similarities
 from tests.kit.blip import SIDE, tiny_caption, tiny_pretrain, tiny_retrieval, tiny_text_model, tiny_vit, tiny_vqa
 from tests.kit.blip2 import tiny_stage1
 from tests.kit.losses import Samples
+from tests.kit.tiny import noise_pictures
 from tests.kit.vectors import bert_tokenizer, blip_tokenizer
 
 TEXTS = ["a dog on the grass", "two", "a red car"]
 
 
 def pictures(count: int) -> list[Image.Image]:
-    generator = torch.Generator().manual_seed(3)
-    pixels = torch.randint(0, 256, (count, SIDE, SIDE, 3), dtype=torch.uint8, generator=generator)
-    return [Image.fromarray(picture.numpy()) for picture in pixels]
+    return noise_pictures(count, side=SIDE, seed=3)
 
 
 def test_each_model_says_what_it_can() -> None:
