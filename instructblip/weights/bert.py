@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from instructblip.errors import UserError
-from instructblip.models.med import TextLayer, TextModel
-from instructblip.models.qformer import QFormer, QFormerLayer
+from instructblip.models.med import TextModel
+from instructblip.models.qformer import QFormer
 
 _ATTENTION = {
     "query": "attention.self.query",
@@ -19,6 +19,13 @@ _ATTENTION = {
 _STD = 0.02  # deviation of BERT's weights before pre-training
 _HEAD = {"dense": "dense", "norm": "LayerNorm"}
 _FEED_FORWARD = {"up": "intermediate.dense", "down": "output.dense", "norm": "output.LayerNorm"}
+_COPIES = {  # parts of a layer, as far as it has them
+    "self_attention": _ATTENTION,
+    "decoder_attention": _ATTENTION,
+    "query_ffn": _FEED_FORWARD,
+    "text_ffn": _FEED_FORWARD,
+    "ffn": _FEED_FORWARD,
+}
 
 
 def qformer_state_from_bert(bert: Mapping[str, Tensor], qformer: QFormer) -> dict[str, Tensor]:
@@ -31,16 +38,8 @@ def qformer_state_from_bert(bert: Mapping[str, Tensor], qformer: QFormer) -> dic
     Raises:
         UserError: a tensor is missing.
     """
-    names = {"norm": "embeddings.LayerNorm"}
-    for index, layer in enumerate(qformer.layers):
-        assert isinstance(layer, QFormerLayer)
-        source = f"encoder.layer.{index}"
-        names |= {f"layers.{index}.self_attention.{own}": f"{source}.{theirs}" for own, theirs in _ATTENTION.items()}
-        branches = ["query_ffn"] if layer.text_ffn is None else ["query_ffn", "text_ffn"]
-        for branch in branches:
-            names |= {f"layers.{index}.{branch}.{own}": f"{source}.{theirs}" for own, theirs in _FEED_FORWARD.items()}
     rows = qformer.word_embeddings.num_embeddings if qformer.instruction_aware else None
-    return _taken(bert, names) | _tables(bert, rows, head=qformer.lm_head is not None)
+    return _taken(bert, _names(qformer)) | _tables(bert, rows, head=qformer.lm_head is not None)
 
 
 def text_model_state_from_bert(bert: Mapping[str, Tensor], model: TextModel) -> dict[str, Tensor]:
@@ -51,17 +50,18 @@ def text_model_state_from_bert(bert: Mapping[str, Tensor], model: TextModel) -> 
     Raises:
         UserError: a tensor is missing.
     """
+    rows = model.word_embeddings.num_embeddings
+    return _taken(bert, _names(model)) | _tables(bert, rows, head=model.lm_head is not None)
+
+
+def _names(model: QFormer | TextModel) -> dict[str, str]:
+    """Its layers' names -> BERT's."""
     names = {"norm": "embeddings.LayerNorm"}
     for index, layer in enumerate(model.layers):
-        assert isinstance(layer, TextLayer)
-        source = f"encoder.layer.{index}"
-        own_attentions = (
-            ["self_attention"] if layer.decoder_attention is None else ["self_attention", "decoder_attention"]
-        )
-        for attention in own_attentions:
-            names |= {f"layers.{index}.{attention}.{own}": f"{source}.{theirs}" for own, theirs in _ATTENTION.items()}
-        names |= {f"layers.{index}.ffn.{own}": f"{source}.{theirs}" for own, theirs in _FEED_FORWARD.items()}
-    return _taken(bert, names) | _tables(bert, model.word_embeddings.num_embeddings, head=model.lm_head is not None)
+        for part, of_part in _COPIES.items():
+            if getattr(layer, part, None) is not None:
+                names |= {f"layers.{index}.{part}.{own}": f"encoder.layer.{index}.{it}" for own, it in of_part.items()}
+    return names
 
 
 def _taken(bert: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:

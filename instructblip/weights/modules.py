@@ -197,21 +197,12 @@ def make_qformer(
     Raises:
         UserError: more layers than BERT has.
     """
-    layers = bert["num_hidden_layers"] if config.layers is None else config.layers
-    if not 1 <= layers <= bert["num_hidden_layers"]:
-        raise UserError(f"qformer.layers={layers}: {where} has {bert['num_hidden_layers']}; give 1 to that many")
     qformer = QFormer(
         vocab_size=rows,
-        width=bert["hidden_size"],
-        layers=layers,
-        heads=bert["num_attention_heads"],
-        hidden_width=bert["intermediate_size"],
+        **_bert_sizes("qformer", config, bert, where),
         vision_width=vision_width,
         queries=config.queries,
         cross_attention_every=config.cross_attention_every,
-        max_text_tokens=bert["max_position_embeddings"],
-        dropout=config.dropout,
-        norm_eps=bert["layer_norm_eps"],
         instruction_aware=config.instruction_aware,
         text_outputs=reads_and_writes,
         language_model_head=reads_and_writes,
@@ -248,21 +239,24 @@ def make_text_model(
     Raises:
         UserError: more layers than BERT has.
     """
+    sizes = _bert_sizes("text", config, bert, where)
+    return TextModel(vocab_size=rows, source_width=source_width, **sizes, **options)
+
+
+def _bert_sizes(part: str, config: QFormerConfig | TextConfig, bert: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """What both take of BERT, and dropout."""
     layers = bert["num_hidden_layers"] if config.layers is None else config.layers
     if not 1 <= layers <= bert["num_hidden_layers"]:
-        raise UserError(f"text.layers={layers}: {where} has {bert['num_hidden_layers']}; give 1 to that many")
-    return TextModel(
-        vocab_size=rows,
-        width=bert["hidden_size"],
-        layers=layers,
-        heads=bert["num_attention_heads"],
-        hidden_width=bert["intermediate_size"],
-        source_width=source_width,
-        max_text_tokens=bert["max_position_embeddings"],
-        dropout=config.dropout,
-        norm_eps=bert["layer_norm_eps"],
-        **options,
-    )
+        raise UserError(f"{part}.layers={layers}: {where} has {bert['num_hidden_layers']}; give 1 to that many")
+    return {
+        "width": bert["hidden_size"],
+        "layers": layers,
+        "heads": bert["num_attention_heads"],
+        "hidden_width": bert["intermediate_size"],
+        "max_text_tokens": bert["max_position_embeddings"],
+        "dropout": config.dropout,
+        "norm_eps": bert["layer_norm_eps"],
+    }
 
 
 def blip_without_weights(config: ModelConfig) -> BLIPParts:
