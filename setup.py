@@ -7,6 +7,9 @@ DATA = {"instructblip.configs": "configs", "instructblip.datasets": "datasets"} 
 setup(
     packages=[*find_packages(include=["instructblip*"]), *DATA],
     package_dir=DATA,
-    package_data={"instructblip": ["**/*.jinja", "**/*.css"], **{name: ["**/*.yaml", "*.md"] for name in DATA}},
+    package_data={
+        "instructblip": ["**/*.jinja", "**/*.css", "**/*.json"],
+        **{name: ["**/*.yaml", "*.md"] for name in DATA},
+    },
     include_package_data=False,
 )

@@ -3,7 +3,7 @@
     python benchmarks/starts.py
 
 Each command is a process of its own, all in turns. Seconds of the processor, not of the clock: other processes slow the
-clock more. A plan builds the modules of its model, without memory, and so imports what they are made of.
+clock more. A plan lays out the modules of its model, without memory, and so imports PyTorch.
 """
 
 import argparse
@@ -24,6 +24,11 @@ from rich.table import Table
 from instructblip.config.schema import CONFIGS
 
 ROOT = CONFIGS.parent
+REPORT = "instructblip.evaluation.report"
+MODULE = (  # as `python -m` runs it from the repository
+    f"import runpy, sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv[1:] = ['--help']; "
+    f"runpy.run_module('{REPORT}.{{name}}', run_name='__main__')"
+)
 BASELINE = 'python -c "import torch"'
 COMMANDS = {
     BASELINE: ("-c", "import torch"),
@@ -33,6 +38,7 @@ COMMANDS = {
     "python prepare.py --help": (str(ROOT / "prepare.py"), "--help"),
     "python prepare.py dataset=wrong": (str(ROOT / "prepare.py"), "dataset=wrong"),
     "python train.py plan=true": (str(ROOT / "train.py"), "plan=true", "experiment=paper_vicuna_7b"),
+    **{f"python -m {REPORT}.{name} --help": ("-c", MODULE.format(name=name)) for name in ("compare", "table")},
 }
 
 

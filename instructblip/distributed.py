@@ -17,7 +17,6 @@ from typing import Any, Self, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from instructblip.errors import UserError
 
@@ -192,6 +191,8 @@ def whole_tensors(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Ten
     Args:
         keep: whether this rank wants the result; without, it only gives its shards and gets an empty dict.
     """
+    from torch.distributed.tensor import DTensor
+
     whole = {}
     for name, tensor in tensors.items():
         value = tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor
@@ -202,6 +203,8 @@ def whole_tensors(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Ten
 
 def placed_like(whole: Tensor, other: Tensor) -> Tensor:
     """A whole tensor, the same on every rank, on the device of another one and sharded as that is."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
     if not isinstance(other, DTensor):
         return whole.to(other.device)
     place = whole.to(other.device_mesh.device_type)

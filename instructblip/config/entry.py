@@ -27,9 +27,10 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, Override
+from hydra.core.utils import configure_log
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from yaml import YAMLError
@@ -95,7 +96,10 @@ def main(name: str, schema: type[Schema], task: Callable[[Schema, Console], int 
         if set(sys.argv[1:]) & set(FLAGS):
             print_help(name, schema, sys.argv[1:])
             return
-        check_overrides(name, schema, sys.argv[1:])
+        composed = check_overrides(name, schema, sys.argv[1:])
+        if composed is not None and _only_composed(composed):
+            _run_composed(composed, run)
+            return
         sys.argv += _sweep_naming(sys.argv[1:])
         sys.argv[1:] = _settable(sys.argv[1:])
         hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=name)(run)()
@@ -107,6 +111,40 @@ def main(name: str, schema: type[Schema], task: Callable[[Schema, Console], int 
         _fail(UserError("interrupted; nothing half-written is left, run the same command again to go on"), status=130)
     if failed:
         raise SystemExit(EXIT_USER_ERROR)
+
+
+def _only_composed(composed: DictConfig) -> bool:
+    """Whether Hydra has nothing to do for a job but to compose: no sweep, no folder, no callback."""
+    asked = composed.hydra
+    return (
+        asked.mode != RunMode.MULTIRUN
+        and (asked.run.dir, asked.output_subdir, asked.job.chdir) == (".", None, False)
+        and not asked.callbacks
+        and not asked.job.env_set
+    )
+
+
+def _run_composed(composed: DictConfig, run: Callable[[DictConfig], float | None]) -> None:
+    """Run a job as Hydra does, which would compose twice more: to learn the mode, and to run."""
+    settings = HydraConfig.instance()
+    before = settings.cfg
+    settings.set_config(composed)
+    configure_log(composed.hydra.job_logging, composed.hydra.verbose)
+    _leave_out_hydra(composed)
+    try:
+        run(composed)
+    except Exception as error:
+        traceback.print_exception(error)
+        raise SystemExit(1) from None
+    finally:
+        settings.cfg = before
+
+
+def _leave_out_hydra(composed: DictConfig) -> DictConfig:
+    """Take Hydra's settings out of a composed configuration, in place."""
+    with open_dict(composed):
+        del composed["hydra"]
+    return composed
 
 
 def _tell_failure(error: Exception, job: "_Job", failed: list[str], *, alone: bool) -> None:
@@ -172,18 +210,21 @@ def merged(overrides: Sequence[str]) -> list[str]:
     return list(found.values())
 
 
-def check_overrides(name: str, schema: Any, arguments: list[str]) -> None:
+def check_overrides(name: str, schema: Any, arguments: list[str]) -> DictConfig | None:
     """Compose and validate once before Hydra does, to say what is wrong in one line; of a sweep each swept value once.
 
     With Hydra's options (`--cfg job`, `--help`), which only show something, required keys may be missing. Where they name
     another configuration than ours it is left to Hydra.
+
+    Returns:
+        What was composed, with Hydra's own settings; None where the command line has options, or changes those settings.
 
     Raises:
         UserError: an unknown key or an unknown choice of a group, with the nearest valid one; as `validate` and `check`.
     """
     options = [argument for argument in arguments if argument.startswith("-") and argument not in _SWEEP_FLAGS]
     if any(option.startswith(_OTHER_CONFIGURATION) for option in options):
-        return
+        return None
     overrides = [argument for argument in arguments if not argument.startswith("-")]
     if options:
         overrides = [
@@ -193,11 +234,14 @@ def check_overrides(name: str, schema: Any, arguments: list[str]) -> None:
         _check_swept(_parse(overrides))
         for job in _jobs(overrides):  # what goes together is checked in each job, for the others may run
             validate(_compose(name, job), schema, missing_ok=bool(options))
-        return
-    config = validate(_compose(name, overrides), schema, missing_ok=bool(options))
+        return None
+    composed = _compose(name, overrides, with_hydra=True)
+    config = validate(_leave_out_hydra(copy.deepcopy(composed)), schema, missing_ok=bool(options))
     if config is not None:
         check(config)
         check_read(config, _keys(overrides))
+    of_hydra = any(item.key_or_group.startswith("hydra") for item in _parse(overrides))
+    return None if options or of_hydra else composed
 
 
 def compose_config(name: str, schema: type[Schema], overrides: list[str]) -> Schema:

@@ -25,9 +25,7 @@ from instructblip.evaluation.metrics.metric import captions_of_record
 from instructblip.evaluation.metrics.own import find_metric
 from instructblip.evaluation.metrics.retrieval import chance_of_recall
 from instructblip.files import errors_for_users, read_json
-from instructblip.models.arguments import SEARCH
-from instructblip.models.base import Skill
-from instructblip.models.ranking import RANKING_PRESETS
+from instructblip.models.facts import RANKING_PRESETS, SEARCH, Skill
 
 logger = logging.getLogger(__name__)
 # What results of earlier versions do not state. The hash leaves these values out, so that it is the same for both.

@@ -30,9 +30,10 @@ from instructblip.evaluation.results_file import PREDICTIONS
 from instructblip.evaluation.retrieval import answer_pairs, remove_images
 from instructblip.evaluation.work import BatchLimit, read_ahead
 from instructblip.files import sha256_file
-from instructblip.models.arguments import SEARCH, of_samples
+from instructblip.models.arguments import of_samples
 from instructblip.models.base import Model
 from instructblip.models.decoding import cut_at
+from instructblip.models.facts import SEARCH
 from instructblip.progress import progress_bar
 
 logger = logging.getLogger(__name__)

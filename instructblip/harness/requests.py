@@ -14,8 +14,9 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 from PIL import Image
 
 from instructblip.errors import UserError
-from instructblip.models.arguments import SEARCH, of_samples
+from instructblip.models.arguments import of_samples
 from instructblip.models.decoding import cut_at
+from instructblip.models.facts import SEARCH
 
 logger = logging.getLogger(__name__)
 

@@ -19,13 +19,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from instructblip.errors import UserError
 from instructblip.models.quantized import QuantizedLinear
 
 NAME = "default"  # as peft calls the only adapter of a layer
-_LINEAR = (nn.Linear, QuantizedLinear, Conv1D)
 ALL_LINEAR = "all-linear"  # as a target: every linear layer of the blocks, as in peft
 # What a module that is no language model adapts unless targets are given: timm's attention, the Q-Former's and BERT's.
 _USUAL = {
@@ -93,6 +91,12 @@ def require_peft() -> None:
         ) from None
 
 
+def _linear_classes() -> tuple[type[nn.Module], ...]:
+    from transformers.pytorch_utils import Conv1D
+
+    return nn.Linear, QuantizedLinear, Conv1D
+
+
 def choose_layers(
     part: str, blocks: Mapping[str, nn.Module], targets: Collection[str], config: Any = None
 ) -> dict[str, nn.Module]:
@@ -109,11 +113,12 @@ def choose_layers(
     Raises:
         UserError: a target that names no linear layer of the blocks.
     """
+    linear = _linear_classes()
     known: dict[str, nn.Module] = {
         f"{prefix}.{name}": module
         for prefix, block in blocks.items()
         for name, module in block.named_modules()
-        if isinstance(module, _LINEAR)
+        if isinstance(module, linear)
     }
     if not known:
         raise UserError(
@@ -153,12 +158,12 @@ def _ends_with(name: str, target: str) -> bool:
 
 def short_names(layers: Collection[str], blocks: Mapping[str, nn.Module]) -> tuple[str, ...]:
     """The last words of layers' names, where those say which are meant; else the whole names."""
-    short = sorted({name.rpartition(".")[2] for name in layers})
+    short, linear = sorted({name.rpartition(".")[2] for name in layers}), _linear_classes()
     known = [
         f"{prefix}.{name}"
         for prefix, block in blocks.items()
         for name, module in block.named_modules()
-        if isinstance(base_of(module), _LINEAR)
+        if isinstance(base_of(module), linear)
     ]
     meant = {name for name in known if name.rpartition(".")[2] in short}
     return tuple(short) if meant == set(layers) else tuple(sorted(layers))

@@ -16,12 +16,10 @@ from PIL import Image
 from torch import Tensor
 
 from instructblip.errors import UserError
-from instructblip.models.streaming import OnText
 
 _MOST_NAMED = 5  # samples in a message
-# Of `Decoding`, all that decides a text that is not drawn.
-SEARCH = ("max_new_tokens", "num_beams", "min_new_tokens", "length_penalty", "repetition_penalty")
 
+OnText = Callable[[str], None]  # the text of new tokens so far
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 

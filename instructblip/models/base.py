@@ -12,17 +12,20 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from transformers import PreTrainedTokenizerBase
 
 from instructblip.devices import on_device, to_device
 from instructblip.errors import UserError
 from instructblip.models.adapters import Adapter, is_adapter, train_dropout
+from instructblip.models.facts import Skill
 from instructblip.models.vision import Images, VisionEncoder, as_frames
+
+if TYPE_CHECKING:  # transformers is imported where it is used: what only counts does without
+    from transformers import PreTrainedTokenizerBase
 
 
 class Samples(Protocol):
@@ -245,9 +248,6 @@ class PartedModule(nn.Module):
         return [getattr(self, name) for name in self.PARTS[part]]
 
 
-Skill = Literal["rank", "generate", "caption", "retrieve", "match"]
-
-
 class Model(PartedModule, ABC):
     """What training drives: samples in, named outputs out. What a user calls is in it too, as far as it has the head.
 
@@ -276,7 +276,7 @@ class Model(PartedModule, ABC):
         """Where the model's inputs go."""
 
     @abstractmethod
-    def tokenizers(self) -> dict[str, PreTrainedTokenizerBase]:
+    def tokenizers(self) -> "dict[str, PreTrainedTokenizerBase]":
         """Its tokenizers, by the part that reads their tokens."""
 
     @abstractmethod

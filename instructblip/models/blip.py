@@ -32,15 +32,14 @@ from instructblip.models.arguments import (
 )
 from instructblip.models.base import Inputs, Outputs, PartStructure, PassWorkload, Samples
 from instructblip.models.decoding import decode
-from instructblip.models.med import TextLayer, TextModel
+from instructblip.models.facts import ANSWERS, PRETRAINING, QUEUED_PAIRS
+from instructblip.models.med import BLIP_TOKENS, CAPTION_PROMPT, TextLayer, TextModel
 from instructblip.models.pairs import BertBased, ImageOutputs, PairModel, PairOutputs, TextOutputs
 from instructblip.models.ranking import TOKEN_BUDGET, deduplicated, length_groups
 from instructblip.models.streaming import on_ids
 from instructblip.models.transformer import KeyValueCache
 from instructblip.models.vision import Images, VisionEncoder, as_frames
 
-BLIP_TOKENS = ("[DEC]", "[ENC]")  # what a written text begins with, and what one that reads an image does
-CAPTION_PROMPT = "a picture of "
 TEMPERATURES = (0.001, 0.5)  # bounds of the learnt temperature, as released
 _HEADS = ("vision_projection", "text_projection", "matching_head", "temperature")
 _LOGIT_ROWS = 1024  # vocabulary rows in memory at a time
@@ -278,7 +277,7 @@ class BLIPCaption(_Captioner):
     """
 
     PARTS = {"vision": ("vision",), "text": ("vision_norm", "text_decoder")}  # noqa: RUF012
-    OUTPUTS = frozenset({"answer_logits"})
+    OUTPUTS = ANSWERS
     SKILLS = frozenset({"caption"})
 
     def __init__(
@@ -330,7 +329,7 @@ class BLIPVQA(BLIP):
     """
 
     PARTS = {"vision": ("vision",), "text": ("vision_norm", "text_encoder", "text_decoder")}  # noqa: RUF012
-    OUTPUTS = frozenset({"answer_logits"})
+    OUTPUTS = ANSWERS
     SKILLS = frozenset({"rank", "generate"})
     DECODING = Decoding(num_beams=3, max_new_tokens=9, min_new_tokens=0, top_p=0.9)
     RELEASED_RANKING = {"label_smoothing": 0.1, "preselect": 128}  # noqa: RUF012
@@ -616,19 +615,7 @@ class BLIPRetrieval(PairModel, BLIP):
         "momentum": ("momentum",),
     }
     held_parts = frozenset({"text", "momentum"})
-    OUTPUTS = frozenset(
-        {
-            "image_projected",
-            "text_projected",
-            "image_projected_m",
-            "text_projected_m",
-            "image_queue",
-            "text_queue",
-            "image_id_queue",
-            "temperature",
-            "match_logits",
-        }
-    )
+    OUTPUTS = QUEUED_PAIRS
     SKILLS = frozenset({"retrieve", "match"})
     FOLLOWERS = frozenset({"momentum"})
     copy_momentum = 0.995  # as released
@@ -787,7 +774,7 @@ class BLIPPretrain(BLIPRetrieval, _Captioner):
         ValueError: a tokenizer without the start tokens, a text model without a head.
     """
 
-    OUTPUTS = BLIPRetrieval.OUTPUTS | {"answer_logits"}
+    OUTPUTS = PRETRAINING
     SKILLS = frozenset({"retrieve", "match", "caption"})
     prompt = ""  # pre-training knows none
 

@@ -20,6 +20,7 @@ from instructblip.models.arguments import Decoding, DecodingOptions, check_image
 from instructblip.models.attention import ImageAttention, recorded_attention
 from instructblip.models.base import Inputs, Outputs, PartStructure, PassWorkload
 from instructblip.models.decoding import decode
+from instructblip.models.facts import STAGE1
 from instructblip.models.pairs import ImageOutputs, PairModel, PairOutputs, TextOutputs, check_pairs
 from instructblip.models.qformer import QFormer
 from instructblip.models.streaming import on_ids
@@ -91,7 +92,7 @@ class BLIP2(PairModel):
     }
 
     held_parts = frozenset({"qformer"})
-    OUTPUTS = frozenset({"image_projected", "text_projected", "temperature", "answer_logits", "match_logits"})
+    OUTPUTS = STAGE1
     SKILLS = frozenset({"caption", "retrieve", "match"})
     DECODING = Decoding(num_beams=3, max_new_tokens=29, min_new_tokens=9, top_p=0.9)
 

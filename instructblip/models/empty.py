@@ -10,6 +10,7 @@ from torch.overrides import TorchFunctionMode
 
 # Methods of tensors by which constructors draw and scale initial weights.
 _IN_PLACE = frozenset({"normal_", "uniform_", "erfinv_", "add_", "mul_", "div_", "clamp_", "fill_", "zero_"})
+_DRAWN = (torch.randn, torch.rand)  # torch draws for the meta device in Python, for which it imports its compiler
 
 
 @contextlib.contextmanager
@@ -34,4 +35,6 @@ class _NoInitialWeights(TorchFunctionMode):
             tensor = args[0] if args else kwargs.get("tensor")
             if isinstance(tensor, Tensor) and tensor.is_meta:
                 return tensor
+        if func in _DRAWN and "generator" not in kwargs:
+            return torch.empty(*args, **kwargs)
         return func(*args, **kwargs)

@@ -19,8 +19,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from instructblip.errors import UserError
-from instructblip.models.arguments import SEARCH, Decoding
+from instructblip.models.arguments import Decoding
 from instructblip.models.decoding import BEAM_LENGTHS, BeamLengths, decode_in_turn, drawing
+from instructblip.models.facts import SEARCH
 from instructblip.models.llm import LLM
 from instructblip.models.prefill import Prefill
 from instructblip.models.streaming import NewTokens, on_ids

@@ -24,6 +24,9 @@ from instructblip.models.transformer import (
     padding_mask,
 )
 
+BLIP_TOKENS = ("[DEC]", "[ENC]")  # what a written text begins with, and what one that reads an image does
+CAPTION_PROMPT = "a picture of "
+
 # What the layers read: the source's states (B, P, U), or their keys and values in each layer, from `keys_values`.
 Source = Tensor | Sequence[KeysValues]
 

@@ -7,16 +7,18 @@ E width of the projected features, S rows of an image or a text, W their width, 
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedTokenizerBase
 
 from instructblip.models.arguments import check_choice, check_images, check_texts
 from instructblip.models.base import Inputs, Model, Samples
 from instructblip.models.vision import Images
+
+if TYPE_CHECKING:  # transformers is imported where it is used: what only counts does without
+    from transformers import PreTrainedTokenizerBase
 
 MatchHead = Literal["itm", "itc"]
 
@@ -93,7 +95,7 @@ class BertBased(Model):
         max_text_tokens: longer texts lose their end, but for [SEP].
     """
 
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: "PreTrainedTokenizerBase"
     max_text_tokens: int
 
     @property

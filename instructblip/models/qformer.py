@@ -172,7 +172,7 @@ class QFormer(nn.Module):
         self.max_text_tokens = max_text_tokens
         self.dropout = dropout
         # A zero start would make all queries equal for ever: BLIP-2 draws them with BERT's initial deviation.
-        self.query_tokens = nn.Parameter(torch.randn(1, queries, width) * 0.02)
+        self.query_tokens = nn.Parameter(torch.randn(1, queries, width).mul_(0.02))
         self.norm = nn.LayerNorm(width, eps=norm_eps)
         if instruction_aware:
             self.word_embeddings = nn.Embedding(vocab_size, width)

@@ -10,7 +10,7 @@ Shape legend: B samples, N tree nodes, L language-model width.
 
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -22,20 +22,6 @@ Item = TypeVar("Item", bound=Hashable)
 
 _LOGIT_ROWS = 256  # vocabulary rows in memory at a time
 TOKEN_BUDGET = 8192  # tokens of one forward pass
-
-# What is counted, where the paper and the released code differ. The released decoder-only code divides by the padded
-# length as well, which is one number for all candidates of a forward pass and so changes no order within it; it scores
-# long candidate lists in several passes whose numbers do not compare, which is not repeated here.
-RANKING_PRESETS: dict[str, dict[str, dict[str, Any]]] = {
-    "paper": {
-        "decoder": {"normalize": "sum", "include_eos": True},
-        "encoder_decoder": {"normalize": "sum", "include_eos": True},
-    },
-    "lavis": {
-        "decoder": {"normalize": "sum", "include_eos": False},
-        "encoder_decoder": {"normalize": "sum", "include_eos": True},
-    },
-}
 
 
 @dataclass

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
+from instructblip.models.arguments import OnText
+
 OnIds = Callable[[Tensor], None]  # new token ids of one row so far (1, T)
-OnText = Callable[[str], None]  # the text of them
 
 _CUT_CHARACTER = "\ufffd"  # how tokenizers write bytes that are no whole character yet
 

@@ -1,5 +1,7 @@
 """Vision backbones from timm, ViT or CNN, as one thing: images in, tokens out.
 
+timm is imported where a backbone is built: it takes as long as PyTorch itself, and what only counts does without.
+
 Shape legend: B batch, F frames, H and W pixels, P image tokens, V vision width.
 """
 
@@ -8,12 +10,9 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from timm.layers import pos_embed_sincos
-from timm.models import group_parameters
 from torch import Tensor, nn
 
 from instructblip.images import resize_square, to_rgb
@@ -21,9 +20,6 @@ from instructblip.models.exact_buffers import ExactBuffers
 
 # Tensors are image tokens (B, F, P, V), or uint8 frames (B, F, 3, H, W); pictures are PIL images or lists of frames.
 Images = Tensor | Sequence[Image.Image | Sequence[Image.Image]]
-
-# Their buffers are angles, or frequencies that become angles: in half precision those of far patches would run together.
-_ROTARY = tuple(value for name, value in vars(pos_embed_sincos).items() if name.startswith("RotaryEmbedding"))
 
 
 class _AllTappedError(Exception):
@@ -106,6 +102,8 @@ class VisionEncoder(ExactBuffers):
 
     def layers_of_parameters(self) -> dict[str, int]:
         """Name of each parameter -> how many layers stand behind its own: 1 in the last block, 0 in what follows it."""
+        from timm.models import group_parameters
+
         layers = group_parameters(self.backbone, self.backbone.group_matcher(coarse=False), reverse=True)
         in_blocks = [layer for name, layer in layers.items() if name.startswith("blocks.")]
         end = 1 + max(in_blocks or layers.values())
@@ -136,8 +134,9 @@ class VisionEncoder(ExactBuffers):
     def exact_buffers(self) -> Iterator[tuple[nn.Module, str]]:
         """Pixel statistics and rotary angles."""
         yield from ((self, "mean"), (self, "std"))
+        rotary = _rotary()
         for module in self.backbone.modules():
-            if isinstance(module, _ROTARY):
+            if isinstance(module, rotary):
                 yield from ((module, name) for name, _ in module.named_buffers(recurse=False))
 
     def _channels_first(self, features: Tensor) -> Tensor:
@@ -166,7 +165,19 @@ def as_frames(images: Images, size: int) -> Tensor:
     return torch.stack([torch.stack([resize_square(to_rgb(frame), size) for frame in clip]) for clip in clips])
 
 
+def _rotary() -> tuple[type[nn.Module], ...]:
+    """timm's position embeddings whose buffers are angles, or frequencies that become angles.
+
+    In half precision those of far patches would run together.
+    """
+    from timm.layers import pos_embed_sincos
+
+    return tuple(value for name, value in vars(pos_embed_sincos).items() if name.startswith("RotaryEmbedding"))
+
+
 def _create_backbone(name: str, image_size: int, options: dict[str, Any]) -> Any:
+    import timm
+
     if not timm.is_model(name):
         near = timm.list_models(f"*{name.split('_')[0]}*")[:3]
         raise ValueError(f"timm knows no backbone {name!r}" + (f"; near: {', '.join(near)}" if near else ""))

@@ -34,6 +34,7 @@ from instructblip.models.arguments import (
 )
 from instructblip.models.base import Inputs, Model, Outputs, PassWorkload, Samples
 from instructblip.models.decoding import BEAM_LENGTHS
+from instructblip.models.facts import LANGUAGE
 from instructblip.models.llm import LLM
 from instructblip.models.pruning import best_candidates
 from instructblip.models.ranking import TOKEN_BUDGET, deduplicated, greedy_candidates, rank_candidates
@@ -52,7 +53,7 @@ class VisionLanguageModel(Model):
         connector_part: name of the part that connects, with its normalisation of image tokens.
     """
 
-    OUTPUTS = frozenset({"visual_prompt", "visual_cosines", "embedding_length", "answer_logits"})
+    OUTPUTS = LANGUAGE
     SKILLS = frozenset({"rank", "generate"})
     DECODING = Decoding()
     connector_part: ClassVar[str]

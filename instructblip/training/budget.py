@@ -65,8 +65,9 @@ def matched(config: TrainConfig) -> tuple[TrainConfig, list[str]]:
     if not connector.match:
         return dataclasses.replace(config, qformer=None), []
     reference = dataclasses.replace(config, connector=ConnectorConfig())
-    wanted = _qformer_budget(reference, parts_without_weights(reference))
-    sizes = _Sizes(config, connector_without_weights(dataclasses.replace(config, connector=_plain(connector))))
+    wanted = _qformer_budget(reference, parts_without_weights(reference, outlined=True))
+    plain = dataclasses.replace(config, connector=_plain(connector))
+    sizes = _Sizes(config, connector_without_weights(plain, outlined=True))
     chosen = sizes.nearest(wanted)
     found = sizes.budget(chosen)
     for name in connector.match:

@@ -3,11 +3,11 @@
 from instructblip.config.schema import ArchitectureConfig, ModelConfig, PhaseConfig, RecipeConfig
 from instructblip.config.validate import nearest
 from instructblip.errors import UserError
+from instructblip.models.facts import outputs_of
 from instructblip.objectives import OBJECTIVES, Objective, ObjectiveSettings, make_objectives
 from instructblip.objectives.base import BatchObjective, PairedObjective
 from instructblip.objectives.distillation import COPIES, Distillation
 from instructblip.objectives.matching import Matching
-from instructblip.weights.parts import model_class
 
 
 def check_objectives(recipe: RecipeConfig, model: ModelConfig) -> None:
@@ -36,7 +36,7 @@ def check_objectives(recipe: RecipeConfig, model: ModelConfig) -> None:
 
 def _check_outputs(key: str, objectives: tuple[Objective, ...], model: ModelConfig) -> None:
     for objective in objectives:
-        given = model_class(model).OUTPUTS
+        given = outputs_of(model)
         # What its loss is made of says more than what it only looks at.
         if missing := sorted(objective.outputs - given) or sorted(objective.needed() - given):
             fitting = [name for name, other in OBJECTIVES.items() if other.needed() <= given]

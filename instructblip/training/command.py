@@ -1,4 +1,4 @@
-"""The command train.py. What trains is imported once a configuration is right: help and mistakes need no model."""
+"""The command train.py. Help and mistakes need no model, and a plan nothing that trains: each imports what it needs."""
 
 from rich.console import Console
 
@@ -12,7 +12,11 @@ def main() -> None:
     entry.main("train", TrainConfig, _train)
 
 
-def _train(config: TrainConfig, console: Console) -> Outcome:
+def _train(config: TrainConfig, console: Console) -> Outcome | int:
+    if config.plan:
+        from instructblip.training.planned import print_plan
+
+        return print_plan(config, console)
     from instructblip.training.run import train
 
     return train(config, console)

@@ -22,7 +22,7 @@ from instructblip.data.stream_dataset import Readers, StreamDataset
 from instructblip.data.transforms import AUGMENTATIONS, decode_for, draw_view
 from instructblip.images import decode_image, image_size
 from instructblip.training.datasets import check_mixture, make_mixture, open_sets
-from instructblip.training.plan.tables import shares_planned
+from instructblip.training.shares import shares_planned
 from instructblip.training.streams import open_streams, streamed_as_they_are
 
 

@@ -23,9 +23,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from instructblip.distributed import Ranks
-from instructblip.errors import UserError
 from instructblip.models.adapters import is_adapter
 from instructblip.models.base import Inputs, Model, Outputs, PartStructure
+from instructblip.training.layout import check_layout
 
 _RECOMPILE_LIMIT = 64
 
@@ -133,25 +133,6 @@ def parallelize(
                 for module in model.part_modules(part):
                     module.to(model.device)  # tables, norms and heads
     return _replicate(model, some_unused=some_unused)
-
-
-def is_sharded(kind: str, world_size: int) -> bool:
-    """Whether blocks are shared out; one process has nobody to share with."""
-    return kind == "fsdp" and world_size > 1
-
-
-def check_layout(kind: str, shard_size: int | None, world_size: int) -> None:
-    """Refuse a layout that so many processes cannot have.
-
-    Raises:
-        UserError: `single` with several processes, or a shard size that does not divide them.
-    """
-    if kind == "single" and world_size > 1:
-        raise UserError(f"parallel=single, but there are {world_size} processes; use parallel=ddp or fsdp")
-    if is_sharded(kind, world_size) and shard_size is not None and world_size % shard_size:
-        raise UserError(
-            f"parallel.shard_size={shard_size} does not divide {world_size} processes; give a node's number of GPUs"
-        )
 
 
 def _recompute(block: nn.Module) -> None:
@@ -273,6 +254,3 @@ def _sum_gradients(_: object, bucket: dist.GradBucket) -> torch.futures.Future[T
     assert work is not None
     future: torch.futures.Future[Tensor] = work.get_future().then(lambda done: done.value()[0])
     return future
-
-
-PRECISIONS: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16}

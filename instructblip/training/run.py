@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,6 @@ from instructblip.training.budget import matched
 from instructblip.training.checks import check_objectives
 from instructblip.training.loop import TRACED_STEPS, log_entry, run_steps, traced_steps
 from instructblip.training.metrics_log import finite
-from instructblip.training.plan.tables import plan_summary, plan_table, shares_planned, shares_realised
 from instructblip.training.reading import StepResult, what_is_not_finite
 from instructblip.training.resume import (
     check_configuration,
@@ -38,9 +37,9 @@ from instructblip.training.resume import (
 )
 from instructblip.training.run_cards import with_absolute_cards
 from instructblip.training.schedule import StepPosition, locate, rank_positions, step_batching, total_steps
-from instructblip.training.setup import TrainingRun, make_optimisation, make_plan, set_up
+from instructblip.training.setup import TrainingRun, make_optimisation, set_up
+from instructblip.training.shares import shares_planned, shares_realised
 from instructblip.training.signals import Stopped, StopRequest
-from instructblip.training.start import plan_start
 from instructblip.training.timer import StepTimer, peak_memory
 from instructblip.training.validation import clear_stop_file, finish, run_validation
 from instructblip.weights.checkpoint import optimizer_tensors
@@ -54,15 +53,11 @@ def train(config: TrainConfig, console: Console) -> Outcome:
 
     The score is the run's best validation where recipe.keep_best says of what, else the mean of its last one.
 
-    With `plan` only what the run would need is printed, by the first of torchrun's processes; 1 when it does not fit.
-
     Raises:
         UserError: anything the user can mend: configuration, missing parts or data, another run in the folder, disk full.
     """
     check_objectives(config.recipe, config)
     config, said = matched(with_absolute_cards(config))
-    if config.plan:
-        return Outcome(_print_plan(config, console, said))
     device, folder = choose_device(config.device), Path(config.output) / config.name
     with StopRequest() as stop, start_ranks(device, config.parallel.timeout) as ranks:
         check_batches(config.recipe.phases, ranks.world_size)
@@ -71,15 +66,6 @@ def train(config: TrainConfig, console: Console) -> Outcome:
             for line in said:
                 speaker.print(line, markup=False, highlight=False, soft_wrap=True)
             return _train(config, folder, ranks, stop, speaker)
-
-
-def _print_plan(config: TrainConfig, console: Console, said: Sequence[str]) -> int:
-    plan = make_plan(config)
-    if Ranks.from_environment().is_first:
-        console.print(plan_table(plan, config.name))
-        for line in (*plan_summary(plan), *plan_start(config, plan), *said):
-            console.print(line, markup=False, highlight=False, soft_wrap=True)
-    return 0 if plan.fits else 1
 
 
 @contextlib.contextmanager

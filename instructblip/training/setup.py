@@ -12,7 +12,6 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from instructblip.config.checks import check_batches
 from instructblip.config.schema import TrainConfig
 from instructblip.config.validate import to_dict
 from instructblip.data.batching import Batching, Length
@@ -29,9 +28,8 @@ from instructblip.evaluation.runner import read_pixels
 from instructblip.evaluation.suite import check_writes
 from instructblip.fetch.parts import cache_folder
 from instructblip.files import exclusive, write_atomically
-from instructblip.models.adapters import Adapter
 from instructblip.models.base import Model
-from instructblip.models.blip import BLIP
+from instructblip.models.blip import BLIP, BLIPVQA, BLIPCaption, BLIPRetrieval
 from instructblip.models.blip2 import BLIP2
 from instructblip.models.empty import empty_modules
 from instructblip.models.fp8 import check_device
@@ -48,14 +46,14 @@ from instructblip.training.datasets import (
     make_mixture,
     open_sets,
 )
+from instructblip.training.layout import PRECISIONS, is_sharded
 from instructblip.training.metrics_log import BestStep, MetricsLog
 from instructblip.training.optim import WeightAverage, layer_decay, make_adamw
-from instructblip.training.parallel import PRECISIONS, StepContext, check_layout, is_sharded, parallelize
+from instructblip.training.parallel import StepContext, parallelize
 from instructblip.training.plan.blip_flops import TextParts, blip_shape
-from instructblip.training.plan.blip_memory import plan_blip
-from instructblip.training.plan.connector import connector_shape, plan_connector
-from instructblip.training.plan.flops import GPUS, ModelShape, SampleLengths, adapter_shares, device_peak, model_shape
-from instructblip.training.plan.memory import Plan, PlanLayout, plan_run, planned_phases
+from instructblip.training.plan.connector import connector_shape
+from instructblip.training.plan.flops import ModelShape, adapter_shares, device_peak, model_shape
+from instructblip.training.plan.parts import adapters_of
 from instructblip.training.run_cards import RunCards, find_cards
 from instructblip.training.schedule import Phase
 from instructblip.training.skipped import SkippedSteps
@@ -72,13 +70,7 @@ from instructblip.weights.load import (
     restore_model,
     tokenizer_fingerprints,
 )
-from instructblip.weights.modules import (
-    adapt_without_weights,
-    blip_without_weights,
-    connector_without_weights,
-    parts_without_weights,
-    vision_encoder,
-)
+from instructblip.weights.modules import vision_encoder
 from instructblip.weights.parts import build_model, model_class
 from instructblip.weights.start import Start
 
@@ -132,55 +124,6 @@ class TrainingRun:
     logger: Logger
     writer: CheckpointWriter
     optimisation: Optimisation = field(init=False)
-
-
-def make_plan(config: TrainConfig) -> Plan:
-    """What the run needs on the GPUs that are planned with; nothing is opened or loaded.
-
-    Raises:
-        UserError: GPUs that the run cannot be laid over, or a part whose YAML states no sizes.
-    """
-    check_layout(config.parallel.kind, config.parallel.shard_size, gpus := _planned_gpus(config))
-    check_batches(config.recipe.phases, gpus)
-    llm = config.llm
-    layout = PlanLayout(
-        gpu=GPUS[config.plan_gpu],
-        gpus=gpus,
-        mfu=config.plan_mfu,
-        kind=config.parallel.kind,
-        shard_size=config.parallel.shard_size,
-        activation_checkpointing=config.parallel.activation_checkpointing,
-        autocast=PRECISIONS[config.recipe.precision] is not None,
-        average=config.recipe.average_decay is not None,
-        quantization=None if llm is None else llm.quantization,
-        cached=config.data.cache_features,
-        longest=_longest_sample(config),
-        trained=frozenset(config.train.parts(config)),
-    )
-    phases, adapters = planned_phases(config.recipe.phases), adapters_of(config)
-    if config.text is not None:
-        adapt_without_weights(blip := blip_without_weights(config), adapters)
-        return plan_blip(blip, phases, layout)
-    if not config.has_qformer():
-        adapt_without_weights(connected := connector_without_weights(config), adapters)
-        return plan_connector(connected, phases, layout)
-    adapt_without_weights(parts := parts_without_weights(config), adapters)
-    return plan_run(parts, phases, layout)
-
-
-def _longest_sample(config: TrainConfig) -> SampleLengths:
-    if config.llm is not None:
-        return SampleLengths(config.llm.max_prompt_tokens, config.llm.max_target_tokens)
-    longest = config.model.max_text_tokens
-    # As many answers as people were asked, of four tokens each.
-    return SampleLengths(longest, 40) if config.model.kind == "blip_vqa" else SampleLengths(0, longest)
-
-
-def _planned_gpus(config: TrainConfig) -> int:
-    if config.plan_gpus is not None:
-        return config.plan_gpus
-    sizes = [phase.batch_size for phase in config.recipe.phases.values()]
-    return 1 if config.parallel.kind == "single" else math.gcd(16, *sizes)
 
 
 def set_up(
@@ -317,12 +260,6 @@ def make_optimisation(run: TrainingRun, stop_signal: Callable[[], int]) -> Optim
     )
 
 
-def adapters_of(config: TrainConfig) -> dict[str, Adapter]:
-    """Of the parts that train by adapters, as configured."""
-    given = {part: getattr(config.train.lora, part) for part in config.train.adapted(config)}
-    return {part: Adapter(own.rank, own.alpha, own.dropout, tuple(own.targets)) for part, own in given.items()}
-
-
 class _Weights(NamedTuple):
     """The model on the CPU with its weights, where they come from, and fingerprints of what no checkpoint holds."""
 
@@ -437,13 +374,25 @@ def _shape(config: TrainConfig, model: Model) -> ModelShape:
         vision = vision_encoder(config.vision)
     shares = adapter_shares({part: model.part_modules(part) for part in model.adapters})
     if isinstance(model, BLIP):
-        return blip_shape(vision, TextParts.of(model), model.trained_parts, shares)
+        return blip_shape(vision, text_parts(model), model.trained_parts, shares)
     if isinstance(model, LLaVA):
         return connector_shape(vision, model.connector, model.llm.model, model.trained_parts, shares)
     assert isinstance(model, InstructBLIP | BLIP2)
     llm = model.llm.model if isinstance(model, InstructBLIP) else None
     heads = [part for part in model.part_modules("qformer") if part not in (model.qformer, model.vision_norm)]
     return model_shape(vision, model.qformer, nn.ModuleList(heads), llm, model.trained_parts, shares)
+
+
+def text_parts(model: BLIP) -> TextParts:
+    """The text part of a built BLIP, as its FLOPs follow from it."""
+    if isinstance(model, BLIPCaption):
+        return TextParts(None, model.text_decoder, nn.ModuleDict(), len(model.caption_start()))
+    if isinstance(model, BLIPVQA):
+        return TextParts(model.text_encoder, model.text_decoder, nn.ModuleDict())
+    assert isinstance(model, BLIPRetrieval)
+    encoder, names = model.text_encoder, ("vision_projection", "text_projection", "matching_head")
+    heads = nn.ModuleDict({name: getattr(model, name) for name in names})
+    return TextParts(encoder, encoder if encoder.lm_head is not None else None, heads)
 
 
 def _peak_flops(config: TrainConfig, model: Model, ranks: Ranks) -> float:

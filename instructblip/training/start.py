@@ -1,13 +1,13 @@
-"""The weights that a new run begins with, and what its plan says of them."""
+"""The weights that a new run begins with."""
 
 from instructblip.config.schema import TrainConfig
 from instructblip.errors import UserError
 from instructblip.models.base import Model
 from instructblip.models.blip import BLIP
-from instructblip.training.plan.memory import Plan
 from instructblip.weights.init_blip import start_blip_from, start_blip_new
-from instructblip.weights.init_from import NOTHING_GIVEN, Begun, plan_alignment, start_from, start_new
-from instructblip.weights.init_sources import check_pinned, find_start, given_weights, read_start
+from instructblip.weights.init_from import Begun, start_from, start_new
+from instructblip.weights.init_sources import check_pinned, find_start, read_start
+from instructblip.weights.partner import NOTHING_GIVEN, given_weights
 
 
 def begin_run(model: Model, config: TrainConfig) -> Begun:
@@ -38,17 +38,3 @@ def _begin_blip(model: BLIP, config: TrainConfig) -> Begun:
     weights = [read_start(find_start(source)) for source in config.init_from]
     check_pinned(weights, config.init_sha256)
     return start_blip_from(model, weights)
-
-
-def plan_start(config: TrainConfig, plan: Plan) -> list[str]:
-    """A line where Q-Former and LLM are not aligned to each other at the start; none where there is no LLM.
-
-    Raises:
-        UserError: weights to start from that are here and cannot be opened.
-    """
-    if config.llm is None:
-        return []
-    qformer = config.q_former() if config.has_qformer() else None
-    given, width = given_weights(config.init_from, qformer), plan.llm.get_input_embeddings().embedding_dim
-    line = plan_alignment(given, qformer, config.llm, width)
-    return [] if line is None else [f"At the start: {line}."]

@@ -22,7 +22,8 @@ from instructblip.evaluation.runner import answer_share, run_task
 from instructblip.evaluation.suite import evaluate_tasks, finish_evaluation, log_scores, model_identity, refuse_failed
 from instructblip.models.fingerprint import fingerprint_tensors
 from instructblip.training.curves import draw_curves
-from instructblip.training.parallel import forget_gathered, is_sharded
+from instructblip.training.layout import is_sharded
+from instructblip.training.parallel import forget_gathered
 from instructblip.training.schedule import total_steps
 from instructblip.training.setup import TrainingRun
 from instructblip.training.signals import Stopped, StopRequest

@@ -4,12 +4,10 @@ It is no resume: the run begins at step 0. From then on its checkpoints hold all
 the run's configuration, so that resuming needs the source no more.
 """
 
-import dataclasses
 import itertools
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -21,21 +19,10 @@ from instructblip.models.adapters import is_adapter, without_adapters
 from instructblip.models.base import Model
 from instructblip.models.fingerprint import fingerprint_tensors
 from instructblip.models.vision_language import VisionLanguageModel
-from instructblip.weights.init_sources import (
-    CONNECTOR_OUTPUT,
-    Partner,
-    StartWeights,
-    find_partner,
-    find_start,
-    is_here,
-)
+from instructblip.weights.init_sources import CONNECTOR_OUTPUT, StartWeights
+from instructblip.weights.partner import declared, said_partner
 from instructblip.weights.position import resize_position_embedding
 from instructblip.weights.start import NO_LLM, PROJECTION, QFORMER, Start, not_aligned
-
-NOTHING_GIVEN = (
-    "qformer.init=given has no weights of its own; give some to start from: init_from=RUN, FOLDER, HUB_ID or FILE.pth, or "
-    "BLIP-2's two stages: init_from=[blip2_pretrained.pth, blip2_pretrained_<llm>.pth]"
-)
 
 _MOST_ADDED = 16  # tokens that a Q-Former's table may have beyond BERT's
 _SAMPLED = 64  # values of each tensor that tell one language model from another
@@ -98,7 +85,7 @@ def start_from(
     if llm is not None and last.partner is not None and last.partner.name == llm.name:
         lines += _take_own(model, "llm", tensors, last)
     lines += _take_adapters(model, everything, last, llm)
-    aligned_to = None if llm is None else _aligned_to(model, last, _said(qformer), llm)
+    aligned_to = None if llm is None else _aligned_to(model, last, said_partner(qformer), llm)
     if llm is not None and aligned_to is not None:
         fits = PROJECTION not in fitted.new
         lines.append(not_aligned(aligned_to, llm.name, projection_fits=fits, qformer=qformer is not None))
@@ -117,40 +104,6 @@ def start_new(model: Model) -> Start:
     """Of a model without weights to start from: all that no part's own files hold is new."""
     part = "qformer" if "qformer" in model.PARTS else "connector"
     return Start(new=tuple(_places(model.part_state(part))), aligned_to=NO_LLM if "llm" in model.PARTS else None)
-
-
-def plan_alignment(given: Sequence[str], qformer: QFormerConfig | None, llm: LLMConfig, llm_width: int) -> str | None:
-    """The same before anything is loaded, for a plan; None where nothing speaks against it.
-
-    Weights that are not on this machine are judged by `qformer.aligned_to` alone; a connector that is no Q-Former has none.
-
-    Raises:
-        UserError: weights that cannot be opened.
-    """
-    says = partial(not_aligned, llm=llm.name, qformer=qformer is not None)
-    if not given:
-        needs = qformer is not None and qformer.init == "given"
-        return NOTHING_GIVEN if needs else says(NO_LLM, projection_fits=False)
-    name = _said(qformer)
-    partner: Partner | None = Partner(name)
-    if is_here(given[-1]):
-        partner = declared(find_partner(find_start(given[-1])), name)
-    if partner is None:
-        return says(NO_LLM, projection_fits=False)
-    other = partner.other_than(llm, llm_width)
-    return None if other is None else says(other, projection_fits=partner.width in (None, llm_width))
-
-
-def _said(qformer: QFormerConfig | None) -> str | None:
-    """The LLM that the user says the weights were trained with."""
-    return None if qformer is None else qformer.aligned_to
-
-
-def declared(partner: Partner | None, aligned_to: str | None) -> Partner | None:
-    """With the name that the user gave, where the source says none and has no weights of it to compare."""
-    if partner is None or partner.name is not None or partner.weights:
-        return partner
-    return dataclasses.replace(partner, name=aligned_to)
 
 
 # --- several sources -------------------------------------------------------------------------------------------------

@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from instructblip.config.checks import BLIP_KINDS
-from instructblip.config.schema import LLMConfig, QFormerConfig
 from instructblip.config.validate import read_model_config
 from instructblip.errors import UserError
 from instructblip.files import atomic_path
@@ -26,6 +25,7 @@ from instructblip.weights.gatekeeper import check_settings, open_config, refuse_
 from instructblip.weights.lavis import model_state, read_tensors
 from instructblip.weights.load import find_checkpoint, hub_folder, is_hub_id
 from instructblip.weights.names import LLM_PREFIX, native_names
+from instructblip.weights.partner import Partner
 from instructblip.weights.start import PROJECTION, Start
 from instructblip.weights.transformers_blip import load_blip_folder
 from instructblip.weights.transformers_layout import layout_of
@@ -56,31 +56,6 @@ class StartSource(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Partner:
-    """The language model that Q-Former and projection were trained beside, as far as a source says.
-
-    Attributes:
-        name: in configs/llm.
-        projection: LAVIS's name of the projection, which tells the family.
-        width: of its embeddings, which the projection leads into.
-        weights: tensors of it under this code's names; empty where the source has none.
-    """
-
-    name: str | None = None
-    projection: str | None = None
-    width: int | None = None
-    weights: Mapping[str, Tensor] = field(default_factory=dict)
-
-    def other_than(self, llm: LLMConfig, width: int) -> str | None:
-        """What it is called where it cannot be `llm`, whose embeddings are of that width; None where it may be."""
-        if self.projection is not None and llm.lavis_projection not in (None, self.projection):
-            return f"an LLM of LAVIS's {self.projection}"
-        if self.name not in (None, llm.name):
-            return self.name
-        return None if self.width in (None, width) else f"{self.name or 'an LLM'} of width {self.width}"
-
-
-@dataclass(frozen=True)
 class StartWeights:
     """Weights that were read.
 
@@ -104,13 +79,6 @@ class StartWeights:
     adapters: dict[str, Adapter] = field(default_factory=dict)
 
 
-def given_weights(init_from: Sequence[str], qformer: QFormerConfig | None) -> list[str]:
-    """What a configuration wants to start from; `qformer.stage1` and `stage2` are another spelling of it."""
-    if qformer is None:
-        return list(init_from)
-    return [path for path in (qformer.stage1, qformer.stage2) if path is not None] or list(init_from)
-
-
 def find_start(given: str) -> StartSource:
     """Find weights to start from. A hub id is fetched.
 
@@ -132,11 +100,6 @@ def find_start(given: str) -> StartSource:
             f"init_from={given} is no run, transformers folder, hub id or .pth file; give one that is there"
         )
     return StartSource(given, "transformers", hub_folder(given), given)
-
-
-def is_here(given: str) -> bool:
-    """Whether weights to start from lie on this machine, by their path."""
-    return Path(given).expanduser().exists()
 
 
 def find_partner(source: StartSource) -> Partner | None:

@@ -30,9 +30,10 @@ from instructblip.distributed import choose_device
 from instructblip.errors import UserError
 from instructblip.fetch.parts import Sources, part_folder
 from instructblip.models.adapters import Adapter, without_adapters
-from instructblip.models.base import Model, Skill
+from instructblip.models.base import Model
 from instructblip.models.blip import BLIP
 from instructblip.models.blip2 import BLIP2
+from instructblip.models.facts import Skill
 from instructblip.models.fingerprint import fingerprint, fingerprint_tensors
 from instructblip.models.fp8 import check_device
 from instructblip.models.instructblip import InstructBLIP

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig
 
 from instructblip.config.schema import (
     ConnectorConfig,
@@ -24,15 +23,13 @@ from instructblip.errors import UserError
 from instructblip.fetch.parts import part_settings, sources
 from instructblip.models.adapters import Adapter, choose_layers, inject, require_peft
 from instructblip.models.base import blocks_of
-from instructblip.models.blip import BLIP_TOKENS
 from instructblip.models.connector import Connector, LinearConnector, MLPConnector, Patches, Resampler
 from instructblip.models.empty import empty_modules
-from instructblip.models.llm import LLM_KINDS
-from instructblip.models.med import TextModel
+from instructblip.models.med import BLIP_TOKENS, TextModel
 from instructblip.models.pairs import pair_heads
 from instructblip.models.qformer import QFormer
 from instructblip.models.vision import VisionEncoder
-from instructblip.models.vocabulary import resize_vocabulary
+from instructblip.weights.outlines import outlined_encoder, outlined_language_model
 
 
 @dataclass(frozen=True)
@@ -75,21 +72,25 @@ class BLIPParts:
     queue_size: int | None
 
 
-def parts_without_weights(config: ModelConfig) -> Parts:
+def parts_without_weights(config: ModelConfig, *, outlined: bool = False) -> Parts:
     """All parts on the meta device, the language model and BERT in the `sizes` of their YAML, else of their config.json.
+
+    Args:
+        config: of the model.
+        outlined: vision encoder and language model are only to be counted: recorded outlines do where there are some.
 
     Raises:
         UserError: a part without either, or settings that do not fit.
     """
     with empty_modules():
-        vision = vision_encoder(config.vision)
+        vision = _encoder(config.vision, outlined=outlined)
         norm = nn.LayerNorm(vision.width) if config.vision.norm == "layer" else nn.Identity()
         if config.model.kind == "blip2_stage1":
             qformer = qformer_of_sizes(config.q_former(), vision_width=vision.width, reads_and_writes=True)
             heads = pair_heads(qformer.width, qformer.width, config.model.feature_width)
             return Parts(vision, norm, qformer, nn.ModuleDict(heads), None)
         qformer = qformer_of_sizes(config.q_former(), vision_width=vision.width)
-        llm = language_model_of_sizes(config.language_model())
+        llm = _language_model(config.language_model(), outlined=outlined)
         projection = nn.Linear(qformer.width, llm.get_input_embeddings().weight.shape[1])
     return Parts(vision, norm, qformer, nn.ModuleDict({"projection": projection}), llm)
 
@@ -122,14 +123,22 @@ def adapt_without_weights(parts: Parts | ConnectorParts | BLIPParts, adapters: M
                 inject(holder, choose_layers(part, blocks, adapter.targets, config), adapter, seed=0)
 
 
-def connector_without_weights(config: ModelConfig) -> ConnectorParts:
+def connector_without_weights(config: ModelConfig, *, outlined: bool = False) -> ConnectorParts:
     """All parts of a model whose connector is no Q-Former, as `parts_without_weights`."""
     with empty_modules():
-        vision = vision_encoder(config.vision)
+        vision = _encoder(config.vision, outlined=outlined)
         norm = nn.LayerNorm(vision.width) if config.vision.norm == "layer" else nn.Identity()
-        llm = language_model_of_sizes(config.language_model())
+        llm = _language_model(config.language_model(), outlined=outlined)
         connector = make_connector(config.connector, vision, llm.get_input_embeddings().weight.shape[1])
     return ConnectorParts(vision, norm, connector, llm)
+
+
+def _encoder(config: VisionConfig, *, outlined: bool) -> VisionEncoder:
+    return (outlined_encoder(config) if outlined else None) or vision_encoder(config)
+
+
+def _language_model(config: LLMConfig, *, outlined: bool) -> Any:
+    return (outlined_language_model(config) if outlined else None) or language_model_of_sizes(config)
 
 
 def make_connector(config: ConnectorConfig, vision: VisionEncoder, llm_width: int) -> Connector:
@@ -259,8 +268,10 @@ def _bert_sizes(part: str, config: QFormerConfig | TextConfig, bert: Mapping[str
     }
 
 
-def blip_without_weights(config: ModelConfig) -> BLIPParts:
+def blip_without_weights(config: ModelConfig, *, outlined: bool = False) -> BLIPParts:
     """The parts of a BLIP on the meta device, its text models in the `sizes` of their YAML, else of BERT's config.json.
+
+    Arguments are those of `parts_without_weights`.
 
     Raises:
         UserError: a part without either, or settings that do not fit.
@@ -270,7 +281,7 @@ def blip_without_weights(config: ModelConfig) -> BLIPParts:
     common: dict[str, Any] = {"bert": bert, "rows": bert["vocab_size"] + len(BLIP_TOKENS), "where": "text.sizes"}
     writes = kind != "blip_retrieval"
     with empty_modules():
-        vision = vision_encoder(config.vision)
+        vision = _encoder(config.vision, outlined=outlined)
         decoder_reads = bert["hidden_size"] if kind == "blip_vqa" else vision.width
         if kind in ("blip_caption", "blip_vqa"):
             decoder = make_text_model(text, source_width=decoder_reads, language_model_head=True, **common)
@@ -291,6 +302,11 @@ def language_model_of_sizes(config: LLMConfig) -> Any:
     Raises:
         UserError: there is neither, or transformers does not know its sizes or the options.
     """
+    from transformers import AutoConfig
+
+    from instructblip.models.llm import LLM_KINDS
+    from instructblip.models.vocabulary import resize_vocabulary
+
     sizes = dict(_sizes("llm", config))
     try:
         settings = AutoConfig.for_model(sizes.pop("model_type", ""), **sizes)

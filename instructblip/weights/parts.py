@@ -33,7 +33,6 @@ from instructblip.models.adapters import Adapter, choose_layers, inject, require
 from instructblip.models.base import Model
 from instructblip.models.blip import (
     BLIP,
-    BLIP_TOKENS,
     BLIPVQA,
     TEMPERATURES,
     BLIPCaption,
@@ -44,7 +43,7 @@ from instructblip.models.blip2 import BLIP2
 from instructblip.models.instructblip import InstructBLIP
 from instructblip.models.llava import LLaVA
 from instructblip.models.llm import LLM
-from instructblip.models.med import TextModel
+from instructblip.models.med import BLIP_TOKENS, TextModel
 from instructblip.models.qformer import QFormer
 from instructblip.models.quantized import QuantizedLinear, quantize_linears
 from instructblip.models.vision import ChannelNorm, VisionEncoder

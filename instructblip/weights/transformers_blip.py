@@ -27,14 +27,13 @@ from instructblip.files import read_json, write_json
 from instructblip.models.adapters import plain_state, without_adapters
 from instructblip.models.blip import (
     BLIP,
-    BLIP_TOKENS,
     BLIPVQA,
     BLIPCaption,
     BLIPPretrain,
     BLIPRetrieval,
 )
 from instructblip.models.empty import empty_modules
-from instructblip.models.med import TextLayer, TextModel
+from instructblip.models.med import BLIP_TOKENS, TextLayer, TextModel
 from instructblip.models.vision import VisionEncoder
 from instructblip.models.vocabulary import add_tokens
 from instructblip.weights.blip import MAX_TEXT_TOKENS

@@ -14,9 +14,10 @@ from torch.distributed.tensor import DTensor
 from instructblip.distributed import Ranks
 from instructblip.models.adapters import Adapter, is_adapter
 from instructblip.objectives import make_objectives
+from instructblip.training.layout import is_sharded
 from instructblip.training.loop import train_step
 from instructblip.training.optim import make_adamw
-from instructblip.training.parallel import StepContext, is_sharded, parallelize
+from instructblip.training.parallel import StepContext, parallelize
 from instructblip.weights.load import load_model
 from instructblip.weights.parts import train_parts
 from tests.faults.test_kill_resume import die_saving

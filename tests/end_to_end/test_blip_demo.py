@@ -12,7 +12,7 @@ from instructblip.config.schema import TrainConfig
 from instructblip.errors import UserError
 from instructblip.models.blip import BLIPRetrieval
 from instructblip.models.vision import ChannelNorm
-from instructblip.training.run import train
+from instructblip.training.planned import print_plan
 from instructblip.weights.blip import save_blip
 from instructblip.weights.checkpoint import load_checkpoint, newest_whole
 from instructblip.weights.start import Start
@@ -31,7 +31,7 @@ SEED = 1
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_an_experiment_is_planned_and_goes_on_from_pre_training(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     config = compose("train", TrainConfig, [f"experiment={name}", "plan=true"])
-    assert train(config, Console()).status == 0
+    assert print_plan(config, Console()) == 0
     assert "It fits" in capsys.readouterr().out
     assert config.name == config.recipe.name == name
     assert config.init_from == ([] if name == "blip_demo" else ["outputs/train/blip_demo"])

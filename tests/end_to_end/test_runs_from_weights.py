@@ -24,6 +24,7 @@ from instructblip.evaluation.run import evaluate
 from instructblip.models.base import Model
 from instructblip.models.instructblip import InstructBLIP
 from instructblip.training.loop import StepResult, run_steps
+from instructblip.training.planned import print_plan
 from instructblip.training.run import train
 from instructblip.training.schedule import StepPosition, rank_positions, step_batching
 from instructblip.training.setup import TrainingRun, make_optimisation, set_up
@@ -216,7 +217,8 @@ def test_what_was_taken_and_what_is_new_is_printed_and_planned(
         config = compose("train", TrainConfig, [*other, f"init_from={finished_run}", f"output={tmp_path}", *overrides])
         text = StringIO()
         with world.here(), one_thread():
-            assert train(config, Console(file=text, width=200)).status == 0
+            console = Console(file=text, width=200)
+            assert (print_plan(config, console) if config.plan else train(config, console).status) == 0
         return text.getvalue()
 
     lines = printed("recipe.phases.instruction.steps=1").splitlines()

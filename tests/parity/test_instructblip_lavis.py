@@ -20,10 +20,10 @@ from transformers import (
 )
 
 from instructblip.evaluation.protocol import released_lengths
+from instructblip.models.facts import RANKING_PRESETS
 from instructblip.models.instructblip import InstructBLIP
 from instructblip.models.llm import LLM, DecoderLLM, EncoderDecoderLLM
 from instructblip.models.qformer import QFormer
-from instructblip.models.ranking import RANKING_PRESETS
 from instructblip.weights.names import foreign_names
 from tests.kit.losses import term_of
 from tests.kit.tiny import tiny_vision

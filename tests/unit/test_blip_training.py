@@ -23,7 +23,8 @@ from instructblip.objectives.matching import Matching
 from instructblip.training.loop import train_step
 from instructblip.training.optim import follow, make_adamw
 from instructblip.training.parallel import StepContext, parallelize
-from instructblip.training.plan.blip_flops import TextParts, blip_shape
+from instructblip.training.plan.blip_flops import blip_shape
+from instructblip.training.setup import text_parts
 from tests.kit.blip import tiny_caption, tiny_vit, tiny_vqa
 from tests.kit.blip_training import WatchedPairMatching, momentum_of, tiny_batch, tiny_blip
 from tests.kit.stage1 import Step, WatchedMatching, assert_gradients, step
@@ -392,7 +393,7 @@ def counted_step(model: BLIP, batch: Batch, objectives: Sequence[Objective]) -> 
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         work = step(model, [batch], objectives).result.work
     with torch.device("meta"):
-        shape = blip_shape(tiny_vit(), TextParts.of(model), model.trained_parts)
+        shape = blip_shape(tiny_vit(), text_parts(model), model.trained_parts)
     outputs = frozenset[str]().union(*(objective.outputs for objective in objectives))
     copied = frozenset[str]().union(*(objective.needed() for objective in objectives)) & COPIES
     found = shape.total(work, outputs | copied) + shape.repeated(work, outputs)

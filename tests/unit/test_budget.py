@@ -23,7 +23,7 @@ from instructblip.models.llava import LLaVA
 from instructblip.training.budget import matched
 from instructblip.training.plan.connector import connector_shape, frame_flops, kept_bytes
 from instructblip.training.plan.memory import Plan
-from instructblip.training.setup import make_plan
+from instructblip.training.plan.parts import make_plan
 from instructblip.weights.parts import build_model
 from tests.kit.connectors import tiny_connector_model, tiny_llava
 from tests.kit.runs import compose

@@ -31,11 +31,11 @@ from instructblip.data.text_processors import TEXT_PROCESSORS
 from instructblip.data.transforms import TRANSFORMS
 from instructblip.errors import UserError
 from instructblip.fetch.converters import CONVERTERS
+from instructblip.models.facts import OUTPUTS, RANKING_PRESETS
 from instructblip.models.llm import LLM_KINDS
 from instructblip.models.quantized import QUANTIZATIONS
-from instructblip.models.ranking import RANKING_PRESETS
 from instructblip.tracking import LOGGERS
-from instructblip.training.parallel import PRECISIONS
+from instructblip.training.layout import PRECISIONS
 from instructblip.training.plan.flops import GPUS
 from instructblip.weights.names import PROJECTIONS
 from instructblip.weights.parts import MODELS, VISION_NORMS
@@ -294,3 +294,7 @@ def test_an_experiment_changes_one_number_of_one_phase() -> None:
         other.learning_rate,
         other.warmup_steps,
     )
+
+
+def test_the_outputs_that_are_known_before_a_model_is_imported_are_its_own() -> None:
+    assert {kind: model.OUTPUTS for kind, model in MODELS.items()} == OUTPUTS

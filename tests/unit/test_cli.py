@@ -6,8 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from rich.console import Console
 
+from instructblip.config import entry
 from instructblip.config.entry import check_overrides, main
 from instructblip.config.schema import EvaluateConfig, PrepareConfig, TrainConfig
 from instructblip.errors import UserError
@@ -58,6 +60,22 @@ def test_the_task_gets_a_validated_configuration(monkeypatch: pytest.MonkeyPatch
 def test_the_tasks_status_is_the_process_status(monkeypatch: pytest.MonkeyPatch) -> None:
     assert _main(monkeypatch, lambda config, console: 143) == 143
     assert _main(monkeypatch, lambda config, console: 0) == 0
+
+
+@pytest.mark.parametrize(("more", "times"), [((), 1), (("hydra.verbose=false",), 3)])
+def test_a_plain_command_is_composed_once_and_hydras_own_settings_are_left_to_hydra(
+    more: tuple[str, ...], times: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    composed: list[object] = []
+    load = ConfigLoaderImpl.load_configuration
+    monkeypatch.setattr(
+        ConfigLoaderImpl, "load_configuration", lambda *args, **options: composed.append(0) or load(*args, **options)
+    )
+    seen: list[PrepareConfig] = []
+    entry._compose_choices.cache_clear()
+    arguments = ("dataset=easy_vqa", "workers=3", *more)
+    assert _main(monkeypatch, lambda config, console: seen.append(config), *arguments) == 0
+    assert (len(composed), seen[0].dataset, seen[0].workers) == (times, "easy_vqa", 3)
 
 
 def test_a_users_mistake_is_one_line_however_long(

@@ -20,9 +20,10 @@ from instructblip.errors import UserError
 from instructblip.files import CHECKSUM, read_json, with_checksum, write_json
 from instructblip.models.base import Model
 from instructblip.models.instructblip import InstructBLIP
+from instructblip.training.plan.start import plan_alignment
 from instructblip.training.start import begin_run
 from instructblip.weights.checkpoint import save_checkpoint
-from instructblip.weights.init_from import Begun, differing_parts, plan_alignment, start_from
+from instructblip.weights.init_from import Begun, differing_parts, start_from
 from instructblip.weights.init_sources import check_pinned, find_start, read_start, save_text_branch
 from instructblip.weights.lavis import save_lavis
 from instructblip.weights.load import frozen_fingerprints, load_run

@@ -16,9 +16,10 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from instructblip.models.facts import RANKING_PRESETS
 from instructblip.models.instructblip import InstructBLIP
 from instructblip.models.llm import DecoderLLM
-from instructblip.models.ranking import RANKING_PRESETS, CandidateTree
+from instructblip.models.ranking import CandidateTree
 from tests.kit.losses import term_of
 from tests.kit.tiny import EOS, tiny_encoder_decoder_llm, tiny_images, tiny_llm, tiny_llm_tokenizer, tiny_model
 

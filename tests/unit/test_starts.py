@@ -13,6 +13,13 @@ from tests.kit.runs import REPOSITORY
 HEAVY = frozenset(
     {"gradio", "torch", "torchvision", "transformers", "timm", "pandas", "matplotlib", "scipy", "sklearn", "datasets"}
 )
+# What a plan does without, too: torch's compiler and what that brings, sharded tensors, trackers, reports.
+NOT_IN_A_PLAN = frozenset(
+    {
+        *("sympy", "wandb", "jinja2", "fsspec", "tokenizers", "torch._dynamo", "torch.distributed.tensor"),
+        *(f"instructblip.{name}" for name in ("data.batching", "evaluation", "training.run", "weights.parts")),
+    }
+)
 _WATCHED = """
 import atexit, json, pathlib, runpy, sys
 atexit.register(lambda: pathlib.Path(sys.argv[0]).with_name("imported.json").write_text(json.dumps(sorted(sys.modules))))
@@ -22,7 +29,7 @@ runpy.run_path(found, run_name="__main__")
 
 
 def imported(folder: Path, script: str, *arguments: str) -> tuple[int, set[str], str]:
-    """The exit status of a command in a fresh Python, the packages that it imported, and what it printed."""
+    """The exit status of a command in a fresh Python, what it imported (packages, and all modules), and what it printed."""
     watched = folder / "watched.py"
     watched.write_text(_WATCHED, encoding="utf-8")
     command = [sys.executable, str(watched), str(REPOSITORY / script), *arguments]
@@ -30,7 +37,7 @@ def imported(folder: Path, script: str, *arguments: str) -> tuple[int, set[str],
         command, cwd=folder, env={"PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True, check=False
     )
     modules = json.loads((folder / "imported.json").read_text(encoding="utf-8"))
-    return done.returncode, {name.partition(".")[0] for name in modules}, done.stdout + done.stderr
+    return done.returncode, {*modules, *(name.partition(".")[0] for name in modules)}, done.stdout + done.stderr
 
 
 @pytest.mark.slow
@@ -58,6 +65,23 @@ def test_help_of_the_other_commands_imports_no_model(command: str, tmp_path: Pat
     status, packages, printed = imported(tmp_path, f"instructblip/{command}/__main__.py", "--help")
     assert (status, len(printed) > 500) == (0, True)
     assert not packages & HEAVY
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["compare", "table"])
+def test_commands_that_read_results_import_no_model(command: str, tmp_path: Path) -> None:
+    status, modules, printed = imported(tmp_path, f"instructblip/evaluation/report/{command}.py", "--help")
+    assert (status, len(printed) > 500) == (0, True)
+    assert not modules & (HEAVY - {"scipy"} | {"scipy.stats"})  # of which the outermost file is quick
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("experiment", ["demo", "paper_vicuna_7b", "align_demo_stage2", "blip_demo_vqa"])
+def test_a_plan_imports_neither_what_builds_its_model_nor_what_trains_it(experiment: str, tmp_path: Path) -> None:
+    status, modules, printed = imported(tmp_path, "train.py", "plan=true", f"experiment={experiment}")
+    assert (status, "It fits" in printed) == (0, True), printed
+    assert "instructblip.training.plan.memory" in modules
+    assert not modules & ((HEAVY - {"torch"}) | NOT_IN_A_PLAN)
 
 
 @pytest.mark.slow

@@ -8,11 +8,10 @@ from abc import abstractmethod
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 from torch import nn
 
-from instructblip.models.blip import BLIP, BLIPVQA, BLIPCaption, BLIPRetrieval
 from instructblip.models.med import TextLayer, TextModel
 from instructblip.models.vision import VisionEncoder
 from instructblip.objectives.distillation import COPIES
@@ -208,18 +207,6 @@ class TextParts(NamedTuple):
     decoder: TextModel | None
     heads: nn.ModuleDict
     prompt: int = 1
-
-    @classmethod
-    def of(cls, model: BLIP) -> Self:
-        """Those of a built model."""
-        if isinstance(model, BLIPCaption):
-            return cls(None, model.text_decoder, nn.ModuleDict(), len(model.caption_start()))
-        if isinstance(model, BLIPVQA):
-            return cls(model.text_encoder, model.text_decoder, nn.ModuleDict())
-        assert isinstance(model, BLIPRetrieval)
-        encoder, names = model.text_encoder, ("vision_projection", "text_projection", "matching_head")
-        heads = nn.ModuleDict({name: getattr(model, name) for name in names})
-        return cls(encoder, encoder if encoder.lm_head is not None else None, heads)
 
 
 def blip_shape(

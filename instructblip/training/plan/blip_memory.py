@@ -9,8 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from instructblip.models.blip import CAPTION_PROMPT
-from instructblip.models.med import TextLayer, TextModel
+from instructblip.models.med import CAPTION_PROMPT, TextLayer, TextModel
 from instructblip.training.plan.blip_flops import BLIPShape, TextParts, TextPass, blip_shape
 from instructblip.training.plan.flops import StepWorkload, adapter_shares
 from instructblip.training.plan.memory import LOGITS, VISION, Plan, PlanLayout, PlannedPhase

@@ -26,6 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from instructblip.models.adapters import adapter_size, linear_layers
 from instructblip.models.qformer import QFormer, QFormerLayer
 from instructblip.models.vision import VisionEncoder
+from instructblip.weights.outlines import OutlinedEncoder
 
 
 @dataclass(frozen=True)
@@ -368,6 +369,8 @@ def model_shape(
 
 def image_flops(vision: VisionEncoder) -> float:
     """Of one picture through an encoder on the meta device, where torch counts every kind of attention."""
+    if isinstance(vision, OutlinedEncoder):
+        return vision.flops
     device = next(vision.parameters()).device
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         vision(torch.zeros(1, 3, vision.image_size, vision.image_size, dtype=torch.uint8, device=device))

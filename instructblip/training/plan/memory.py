@@ -15,6 +15,7 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -27,7 +28,7 @@ from instructblip.models.qformer import QFormerLayer
 from instructblip.models.vision import VisionEncoder
 from instructblip.objectives import make_objectives
 from instructblip.objectives.distillation import COPIES
-from instructblip.training.parallel import is_sharded
+from instructblip.training.layout import is_sharded
 from instructblip.training.plan.flops import (
     Gpu,
     ModelShape,
@@ -119,6 +120,10 @@ class Plan(ABC):
 
     def memory(self) -> list[Memory]:
         """Bytes on each GPU by part."""
+        return list(self._rows)
+
+    @cached_property
+    def _rows(self) -> list[Memory]:
         phase = self.heaviest
         static = [Memory(part, size, size) for part, size in self._static()]
         return [
