@@ -21,7 +21,7 @@ RECIPE = (
     "recipe.checkpoint_every=50",
     "suite.held_in=[]",
     "suite.held_out=[]",
-    "mixture.templates=null",
+    "mixture.templates=bare",
     "llm.prompt_suffix=''",
 )
 
