@@ -46,6 +46,7 @@ def test_batching_changes_neither_samples_nor_losses(
     assert 0 < waste["bucketed"] < waste["fixed"] < 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "words"),
     [

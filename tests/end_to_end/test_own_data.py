@@ -267,6 +267,7 @@ def test_another_metric_scores_the_same_answers(
     assert second["protocol"]["sha256"] != first["protocol"]["sha256"]
 
 
+@pytest.mark.slow
 def test_a_set_that_fails_does_not_lose_the_others(
     world: World, untrained_run: Path, home: Path, tmp_path: Path, asked: list[int], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -303,6 +304,7 @@ def test_a_set_that_fails_does_not_lose_the_others(
     assert (again["datasets"]["failing"]["value"], again["not_evaluated"], sum(asked)) == (25.0, {}, before)
 
 
+@pytest.mark.slow
 def test_where_nothing_can_be_scored_the_reason_is_the_error(
     world: World, untrained_run: Path, home: Path, tmp_path: Path
 ) -> None:
@@ -315,6 +317,7 @@ def test_where_nothing_can_be_scored_the_reason_is_the_error(
     assert not (tmp_path / "out/demo/results.json").exists()
 
 
+@pytest.mark.slow
 def test_what_is_not_prepared_is_skipped_where_that_is_asked_for(
     world: World, untrained_run: Path, home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -373,6 +376,7 @@ def test_a_damaged_card_in_results_is_one_line(
     assert error.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_no_code_of_a_run_is_run_by_what_is_stored_with_it(
     world: World, untrained_run: Path, home: Path, tmp_path: Path
 ) -> None:

@@ -78,6 +78,7 @@ def test_videos_are_shown_with_their_frames_and_pictures_alone(twice: dict[str, 
     assert set(frames.values()) == {1, 4}
 
 
+@pytest.mark.slow
 def test_vocabularies_come_from_the_train_split(twice: dict[str, tuple[Path, Path]]) -> None:
     entry = stored(twice["held_out"][0])["datasets"]["msvd_qa"]["protocol"]
     assert (entry["candidates_from"], entry["candidates"]) == ("train_answers", [])

@@ -102,6 +102,7 @@ def _write_published(folder: Path) -> None:
         write_blip(folder / f"blip-{name}", task)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("line", commands(FEATURES))
 def test_features_are_written(line: str, world: World, untrained_stage1: Path, tmp_path: Path) -> None:
     _, _, module, *arguments = shlex.split(line)

@@ -82,6 +82,7 @@ def test_one_dataset_alone(tab: Browser) -> None:
     assert counted(tab) == "2 of 12 samples"
 
 
+@pytest.mark.slow
 def test_a_click_makes_a_picture_larger_and_another_smaller(tab: Browser) -> None:
     width = 'document.querySelector("#dataset-1 .picture").getBoundingClientRect().width'
     before = tab.value(width)

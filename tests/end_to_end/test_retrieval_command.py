@@ -86,6 +86,7 @@ def test_ten_real_kills_leave_the_same_results(world: World, untrained_stage1: P
     assert results(tmp_path / "killed/retrieval")["datasets"] == results(alone)["datasets"]
 
 
+@pytest.mark.slow
 def test_questions_are_not_asked_of_a_model_without_a_language_model(
     world: World, untrained_stage1: Path, tmp_path: Path
 ) -> None:
@@ -96,6 +97,7 @@ def test_questions_are_not_asked_of_a_model_without_a_language_model(
         )
 
 
+@pytest.mark.slow
 def test_captions_are_written_without_a_prompt(world: World, untrained_stage1: Path, tmp_path: Path) -> None:
     shards = f"data.shards={tmp_path / 'shards'}"
     arguments = ("suite.held_in=[]", "suite.held_out=[flickr30k]", "data=synthetic", "name=captions")

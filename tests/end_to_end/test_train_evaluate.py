@@ -180,6 +180,7 @@ def test_without_cache_and_prepared_shards_the_same_model_is_trained(
     assert below(found) == RUN_FILES
 
 
+@pytest.mark.slow
 def test_all_questions_when_no_number_is_given(world: World, finished_run: Path, tmp_path: Path) -> None:
     found = evaluate_here(world, finished_run, tmp_path)
     assert {name: score["count"] for name, score in scores(found).items()} == {
@@ -203,6 +204,7 @@ def test_open_generation(world: World, finished_run: Path, tmp_path: Path) -> No
     assert read_lines(alone / "easy_vqa_color/predictions.jsonl") == lines
 
 
+@pytest.mark.slow
 def test_withheld_images_are_not_looked_at(world: World, finished_run: Path, tmp_path: Path) -> None:
     samples = f"samples={FINAL_SAMPLES}"
     folder = evaluate_here(world, finished_run, tmp_path, samples, "withhold_images=true", "blind_baseline=true")

@@ -125,6 +125,7 @@ def test_a_second_evaluation_at_the_same_time_ends_at_once(world: World, untrain
     assert journal.read_text() == "the first one's\n"
 
 
+@pytest.mark.slow
 def test_a_table_is_not_written_over_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run, page = write_run(tmp_path / "run", {"gqa": entry("gqa", 50.0)}), tmp_path / "page"
     page.mkdir()

@@ -65,6 +65,7 @@ def test_a_cut_line_is_answered_again(
     assert predictions(found) == predictions(whole)
 
 
+@pytest.mark.slow
 def test_a_finished_evaluation_asks_nothing_again(
     world: World, finished_run: Path, whole: Path, answered: list[str], tmp_path: Path
 ) -> None:
@@ -135,6 +136,7 @@ def test_what_an_earlier_evaluation_left_does_not_stay(world: World, finished_ru
     assert left.isdisjoint({"submission.json", "images_withheld"})
 
 
+@pytest.mark.slow
 def test_another_protocol_answers_for_itself(
     world: World, finished_run: Path, whole: Path, answered: list[str], tmp_path: Path
 ) -> None:

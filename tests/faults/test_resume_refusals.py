@@ -116,6 +116,7 @@ def test_the_same_data_elsewhere_is_the_same(world: World, begun: Path, whole: P
     assert losses(begun) == losses(whole)
 
 
+@pytest.mark.slow
 def test_other_counts_in_the_same_shards_are_other_data(world: World, begun: Path, tmp_path: Path) -> None:
     """They decide how often each dataset is drawn; no tar differs."""
     shutil.copytree(world.shards, tmp_path / "moved")
@@ -131,6 +132,7 @@ def test_other_counts_in_the_same_shards_are_other_data(world: World, begun: Pat
         run(world, begun.parent, "resume=auto", f"data.shards={tmp_path / 'moved'}")
 
 
+@pytest.mark.slow
 def test_other_templates_are_refused(world: World, begun: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = templates_module.load_templates
 

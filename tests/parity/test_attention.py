@@ -48,6 +48,7 @@ def assert_same(ours: ImageAttention, theirs: tuple[Tensor, ...], queries: int =
     assert not torch.allclose(ours.weights[0], ours.weights[2], atol=1e-2)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_instructblip(tmp_path: Path) -> None:
     theirs = tiny_huggingface(tmp_path)
@@ -75,6 +76,7 @@ def test_blip2_second_stage(tmp_path: Path) -> None:
     assert_same(ours.attention(pictures()), their_cross_attentions(theirs, pixel_values=pixels(ours), input_ids=marks))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_blip2_first_stage_with_a_text_and_without(tmp_path: Path) -> None:
     ours = tiny_stage1(norm_eps=1e-6)

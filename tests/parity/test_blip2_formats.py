@@ -102,6 +102,7 @@ def test_every_format_is_the_same_model(
     assert not caplog.records  # the projection is the one of the language model that is asked for
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMATS)
 def test_one_call_loads_what_can_be_asked(form: str, formats: Formats) -> None:
     source, options = formats.source(form)
@@ -178,6 +179,7 @@ def test_published_ids(name: str, published: dict[str, Path], tmp_path: Path, mo
 # --- certificates ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("source", "to"), list(itertools.product(FORMATS, FORMATS)))
 def test_every_format_to_every_other(
     source: str,

@@ -71,6 +71,7 @@ def test_the_first_stage_without_a_language_model_head(tmp_path: Path, caplog: p
     assert_same(load_huggingface(tmp_path / "out").state_dict(), model.state_dict())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("image_token", [False, True])
 def test_a_published_retrieval_model_goes_out_as_it_came(image_token: bool, tmp_path: Path) -> None:
     theirs = write_retrieval(tmp_path / "theirs", image_token=image_token)
@@ -85,6 +86,7 @@ def test_a_published_retrieval_model_goes_out_as_it_came(image_token: bool, tmp_
     assert_same(load_huggingface(tmp_path / "again").state_dict(), model.state_dict())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("llm", LLMS)
 def test_the_second_stage_goes_to_transformers_and_comes_back_whole(llm: str, tmp_path: Path) -> None:
     model = tiny_stage2(llm=LLMS[llm]())
@@ -121,6 +123,7 @@ def test_a_published_captioner_goes_out_as_it_came(llm: str, image_token: bool, 
     assert_same(load_huggingface(tmp_path / "again").state_dict(), model.state_dict())
 
 
+@pytest.mark.slow
 def test_a_captioners_conventions_are_its_configurations(tmp_path: Path) -> None:
     for llm, end in (("opt", NEWLINE), ("llama", EOS), ("t5", EOS)):
         write_captioner(tmp_path / llm, llm)
@@ -147,6 +150,7 @@ def test_other_classes_of_blip2_are_named(tmp_path: Path) -> None:
     assert isinstance(load_huggingface(tmp_path / "theirs"), BLIP2)  # by what its Q-Former reads
 
 
+@pytest.mark.slow
 def test_a_damaged_folder_of_the_first_stage_is_named(tmp_path: Path) -> None:
     tiny_stage1().save_huggingface(tmp_path / "whole")
     own, side = "model.safetensors", "instructblip.safetensors"

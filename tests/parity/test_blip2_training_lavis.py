@@ -72,6 +72,7 @@ def test_gradients_of_each_loss(loss: str) -> None:
     assert_like_lavis(trained(SPLITS[1], [wanted]), expected["lavis_one_rank"][loss], whole)
 
 
+@pytest.mark.slow
 def test_the_contrastive_gradient_is_the_whole_batchs_unless_it_is_detached() -> None:
     expected = case("blip2_stage1", "gradients")["expected"]
     mark = "full.loss_itc_whole_batch."

@@ -134,6 +134,7 @@ def test_transformers_computes_the_same_in_that_dtype(folder: Folder) -> None:
     assert all(found <= bounds[stage] for stage, found in stage_differences(theirs, ours).items())
 
 
+@pytest.mark.slow
 def test_an_export_has_the_same_tensors_in_the_same_types(folder: Folder, tmp_path: Path) -> None:
     folder.ours.save_huggingface(tmp_path / "again")
     assert_same(load_file(tmp_path / "again/model.safetensors"), load_file(folder.path / "model.safetensors"))
@@ -189,6 +190,7 @@ def test_what_was_trained_is_never_rounded(tmp_path: Path) -> None:
     assert torch.equal(again.language_projection.weight, model.projection.weight)
 
 
+@pytest.mark.slow
 def test_a_part_of_several_types_is_held_in_one_that_holds_them_all(tmp_path: Path) -> None:
     theirs = tiny_huggingface(tmp_path / "mixed").half()
     expected = {name: tensor.float() for name, tensor in theirs.state_dict().items()}

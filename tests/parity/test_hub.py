@@ -170,6 +170,7 @@ def test_a_model_is_sent_privately_and_loaded_at_a_revision(
     assert (server.find(f"models/{NAME}", "main") or ("", {}))[1].keys() == files.keys() - {"README.md"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_shards_on_the_hub_are_read_as_local_ones_are_at_a_revision(server: Hub, tmp_path: Path, workers: int) -> None:
     local = tmp_path / "there/set/train"

@@ -84,6 +84,7 @@ def assert_equal(model: LLaVA, theirs: Any, processor: Any, around: tuple[str, s
 LLAVA_1_5 = ("USER: ", "\n", " ASSISTANT:")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("llm", "layer", "strategy"),
     [
@@ -107,6 +108,7 @@ def test_a_published_folder_computes_what_transformers_does(
     assert prefix == processor.tokenizer("USER: ")["input_ids"]  # with its first token, where it has one
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("llm", LLAVA_LLMS)
 def test_a_published_folder_goes_out_and_comes_back(llm: str, tmp_path: Path) -> None:
     theirs = write_llava(tmp_path / "theirs", llm, strategy="full")
@@ -123,6 +125,7 @@ def test_a_published_folder_goes_out_and_comes_back(llm: str, tmp_path: Path) ->
     assert all(torch.equal(back[name], tensor) for name, tensor in model.state_dict().items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("conventions", "around"),
     [
@@ -164,6 +167,7 @@ def test_a_text_that_transformers_would_cut_otherwise_is_said(tmp_path: Path, ca
     assert "or train with llm.image_in_text=true" in caplog.text
 
 
+@pytest.mark.slow
 def test_older_and_newer_names_of_tensors_are_read(tmp_path: Path) -> None:
     write_llava(tmp_path)
     expected = load_llava_folder(tmp_path).state_dict()
@@ -202,6 +206,7 @@ def test_another_language_model_takes_the_place_of_a_folders(tmp_path: Path) -> 
     assert torch.equal(model.connector.output.weight, own.connector.output.weight)
 
 
+@pytest.mark.slow
 def test_a_folder_without_a_known_chat_template_takes_prompts_as_they_are(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -81,6 +81,7 @@ def test_load_returns_the_model_alone(formats: Formats) -> None:
     assert next(model.parameters()).device.type == "cpu"
 
 
+@pytest.mark.slow
 def test_the_language_model_it_was_aligned_to_is_no_reason_to_warn(
     formats: Formats, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -91,6 +92,7 @@ def test_the_language_model_it_was_aligned_to_is_no_reason_to_warn(
     assert not caplog.records
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["huggingface", "native", "lavis"])
 @pytest.mark.parametrize("llm", ["other", "wide"])
 def test_another_language_model(source: str, llm: str, formats: Formats, caplog: pytest.LogCaptureFixture) -> None:
@@ -168,6 +170,7 @@ def test_what_cannot_be_loaded(formats: Formats, tmp_path: Path) -> None:
             load(source, **parts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["safetensors", "bin"])
 def test_a_hub_id(form: str, formats: Formats, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     repository = tmp_path / "repository"

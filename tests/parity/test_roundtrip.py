@@ -323,6 +323,7 @@ def test_only_what_is_released_goes_into_transformers_format(tmp_path: Path) -> 
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_folder_in_the_way(tmp_path: Path) -> None:
     model, folder = tiny_released_model(), tmp_path / "out"
     folder.mkdir()
@@ -365,6 +366,7 @@ def test_a_folder_that_is_not_whole_is_named(tmp_path: Path) -> None:
             read(whole | {surplus: torch.zeros(1)})
 
 
+@pytest.mark.slow
 def test_a_key_bias_is_dropped_and_changes_nothing(tmp_path: Path) -> None:
     theirs = tiny_huggingface(tmp_path / "theirs")
     bias = theirs.vision_model.encoder.layers[0].self_attn.qkv.bias

@@ -98,6 +98,7 @@ def test_a_native_target_brings_its_frozen_parts(formats: Formats, tmp_path: Pat
     assert "partial" not in (tmp_path / "run/config.yaml").read_text()
 
 
+@pytest.mark.slow
 def test_with_a_named_language_model_its_weights_are_not_copied(formats: Formats, tmp_path: Path) -> None:
     assert main([str(formats.huggingface), str(tmp_path / "run"), "--to", "native", "--llm", "wide"]) == 0
     assert not (tmp_path / "run/llm").exists()
@@ -127,6 +128,7 @@ def test_a_result_that_computes_something_else_is_not_written(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_result_whose_prompts_are_padded_on_the_wrong_side_is_not_written(
     formats: Formats, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -141,6 +143,7 @@ def test_a_result_whose_prompts_are_padded_on_the_wrong_side_is_not_written(
     assert (status, [verdict for _, _, verdict in rows]) == (1, ["within"] * 4 + ["ABOVE"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("to", ["huggingface", "native", "lavis"])
 def test_the_bound_holds_for_every_format(
     to: str, formats: Formats, tmp_path: Path, capsys: pytest.CaptureFixture[str]

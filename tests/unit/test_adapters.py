@@ -165,6 +165,7 @@ def test_models_without_a_language_model_are_adapted_too(make: Any, part: str, c
 # --- peft around transformers' own class -------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_loss_and_gradients_are_those_of_peft_around_transformers_class(tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
 
@@ -250,6 +251,7 @@ def steps(model: Any, count: int = 2, ranks: Ranks | None = None, **layout: Any)
     return losses
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
 def test_a_qlora_step_is_that_over_the_expanded_weights(kind: str) -> None:
     if kind == "nf4":

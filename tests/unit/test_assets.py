@@ -156,6 +156,7 @@ def test_pips_reason_is_short(log: str, reason: str, monkeypatch: pytest.MonkeyP
         part_folder(Sources("tiny", wheel=WheelSource("tiny-part", "1.0", "ab", {"a": "a"})), progress=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("by_pip", [False, True])
 def test_a_wrong_sha256_names_both(by_pip: bool, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     archive = make_wheel(tmp_path / "mirror" if by_pip else cache / "wheels")

@@ -34,6 +34,7 @@ def close(found: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_features_and_scores_do_not_depend_on_the_batch(model: BLIP2) -> None:
     images = tiny_images(8)
     features = model.features(images, TEXTS)

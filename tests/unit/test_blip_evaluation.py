@@ -75,6 +75,7 @@ def answer(model: Model, task: Task, **options: Any) -> TaskResult:
     return run_task(model, task, read_pixels(SIDE), show_progress=False, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["paper", "lavis"])
 def test_ranked_answers_do_not_depend_on_the_batch(preset: str, shards: Path) -> None:
     model, task = tiny_vqa(), make_task(load_card("easy_vqa_yes_no"), shards, samples=20, preset=preset)

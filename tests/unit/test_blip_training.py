@@ -267,6 +267,7 @@ def test_pairs_are_right_alone_in_pre_training_and_images_in_retrieval() -> None
     assert torch.equal(PairDistillation().right(batch).long(), torch.eye(4, 7, dtype=torch.int64))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("among", [4, 8])
 def test_negatives_come_from_the_samples_of_consecutive_positions(among: int, whole: Trained) -> None:
     for split in (SPLITS[16], SPLITS[0]):
@@ -318,6 +319,7 @@ def answers_step(weights: Sequence[Sequence[float]], split: Sequence[Sequence[in
     return step(tiny_vqa().train(), batches, (Answering(),))
 
 
+@pytest.mark.slow
 def test_answers_count_by_their_weights_and_questions_by_one() -> None:
     """The loss is linear in the weights: that of each answer alone adds up to that of all."""
     weights = [[0.5, 0.3, 0.2], [1.0], [0.6, 0.4], [0.2]]

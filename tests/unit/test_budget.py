@@ -87,6 +87,7 @@ def test_what_is_to_be_equal_is_equal(
     assert f"{plan.shape.visual_tokens:,} visual tokens a frame (Q-Former {QUERIES})" in said[0]
 
 
+@pytest.mark.slow
 def test_what_was_chosen_is_stored_and_builds_the_same_model(reference: TrainConfig, tmp_path: Path) -> None:
     chosen, _ = matched(with_connector(reference, "mlp", match=["tokens", "parameters"]))
     assert chosen.connector.match == ["tokens", "parameters"]
@@ -149,6 +150,7 @@ def test_settings_that_do_not_go_together_are_refused(
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_a_model_and_what_trains_must_have_the_connector(reference: TrainConfig) -> None:
     mlp = with_connector(reference, "mlp")
     captioner = ("model=blip_caption", "vision=vit_b16", "text=bert_base", "~qformer", "~llm", "connector=mlp")

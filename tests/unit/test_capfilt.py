@@ -158,6 +158,7 @@ def test_a_filter_that_knows_the_answers_drops_the_wrong_half_exactly(tmp_path: 
     assert report["noise_percent"] == {"web": 50.0, "synthetic": 100.0}
 
 
+@pytest.mark.slow
 def test_a_shard_of_which_nothing_is_kept_is_left_out(tmp_path: Path) -> None:
     names = list(COLORS)
     texts = {name: "nothing" if row in (2, 3) else f"a {name} thing" for row, name in enumerate(names)}
@@ -226,6 +227,7 @@ def as_transformers_has_them(processor: Any, picture: Image.Image) -> Tensor:
     return found
 
 
+@pytest.mark.slow
 def test_a_mixture_draws_one_of_the_two_by_the_position(blip2: Path) -> None:
     first, again = mixture_of_captions(blip2), mixture_of_captions(blip2)
     drawn: dict[str, set[str]] = {}
@@ -487,6 +489,7 @@ def test_scores_that_are_not_finite_stop_it(web: Path, tmp_path: Path) -> None:
         caption_web(web, tmp_path / "out", judge=broken)
 
 
+@pytest.mark.slow
 def test_instructblip_captions_by_its_prompt(web: Path, tmp_path: Path) -> None:
     model = tiny_model()
     out = caption_web(

@@ -90,6 +90,7 @@ def test_datasets_folder_holds_no_python() -> None:
     assert list(CARDS_FOLDER.rglob("*.py")) == []
 
 
+@pytest.mark.slow
 def test_readme_table_equals_the_cards() -> None:
     found = (CARDS_FOLDER / "README.md").read_text()
     assert found == cards_table(all_cards()), "run python -m instructblip.data.cards"

@@ -203,6 +203,7 @@ FOREIGN = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_what_a_foreign_configuration_could_reach_with_is_refused(tmp_path: Path) -> None:
     text, path = to_yaml(compose_config("train", TrainConfig, [])), tmp_path / "config.yaml"
     for place, value, line in FOREIGN:

@@ -103,6 +103,7 @@ def test_every_question_about_novel_classes_names_one() -> None:
         assert load_card(card).role == "held-out"
 
 
+@pytest.mark.slow
 def test_no_kind_is_both_trained_on_and_held_out() -> None:
     for experiment in ("photos", "photos_known"):
         config = compose("train", TrainConfig, [f"experiment={experiment}"])

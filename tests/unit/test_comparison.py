@@ -215,6 +215,7 @@ def test_what_a_metric_leaves_out_by_its_rules_is_not_missing(tmp_path: Path) ->
     assert report_row(result, {}).marks == {}
 
 
+@pytest.mark.slow
 def test_raw_files_that_lack_images_leave_a_mark_in_the_table(tmp_path: Path) -> None:
     card = load_card("easy_vqa_color")
     write_easy_vqa(tmp_path / "raw", images=24)

@@ -331,6 +331,7 @@ def test_blip_is_of_parts_that_make_it() -> None:
                 composed(kind, override)
 
 
+@pytest.mark.slow
 def test_the_second_stage_is_of_parts_that_make_it() -> None:
     def composed(*overrides: str) -> TrainConfig:
         return compose_config("train", TrainConfig, ["experiment=blip2_stage2", *overrides])
@@ -366,6 +367,7 @@ def test_a_stored_configuration_is_read_back(tmp_path: Path) -> None:
     assert read_config(path, TrainConfig) == config
 
 
+@pytest.mark.slow
 def test_a_model_is_read_out_of_a_configuration_with_or_without_the_rest(tmp_path: Path) -> None:
     config = validate(_own(_compose("train", ["seed=4", "llm=vicuna_7b", "vision=eva_vit_g"])), TrainConfig)
     sections = ModelConfig(seed=4, vision=config.vision, qformer=config.qformer, llm=config.llm)

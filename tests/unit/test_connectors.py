@@ -149,6 +149,7 @@ def test_only_the_connector_trains(kind: ConnectorKind) -> None:
 # --- answers ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_batch_answers_as_its_samples_alone(kind: ConnectorKind) -> None:
     model, images = tiny_connector_model(kind), tiny_images(4, frames=2)

@@ -74,6 +74,7 @@ def passed(
     return result.work, float(counter.get_total_flops())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "off"), [("decoder", 0.01), ("encoder_decoder", 0.04)])
 def test_a_step_of_one_sample_is_counted_as_torch_counts_it(kind: str, off: float) -> None:
     """One sample: no padding, and no mean over lengths. A decoder's first self-attention, here one of two, has no gradient
@@ -84,6 +85,7 @@ def test_a_step_of_one_sample_is_counted_as_torch_counts_it(kind: str, off: floa
     assert shape_of(model).total(work, LLM) == pytest.approx(expected, rel=off)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parts", [("llm",), ("qformer", "llm")])
 def test_adapters_are_counted_as_torch_counts_them(parts: tuple[str, ...]) -> None:
     """The first layer's adapters have nothing to pass gradients on to; the formula does not know."""
@@ -99,6 +101,7 @@ def test_adapters_are_counted_as_torch_counts_them(parts: tuple[str, ...]) -> No
     assert shape.total(work, LLM) == pytest.approx(expected, rel=0.03)
 
 
+@pytest.mark.slow
 def test_a_clip_is_counted_frame_by_frame() -> None:
     model = tiny_model()
     work, expected = passed(model, tiny_images(1, frames=3))
@@ -106,6 +109,7 @@ def test_a_clip_is_counted_frame_by_frame() -> None:
     assert shape_of(model).total(work, LLM) == pytest.approx(expected, rel=0.02)
 
 
+@pytest.mark.slow
 def test_cached_image_tokens_leave_the_encoder_out() -> None:
     model = tiny_model()
     images = tiny_images(1)
@@ -125,6 +129,7 @@ def test_the_alignment_loss_leaves_the_llm_out() -> None:
     assert shape_of(model).total(work, ALIGNMENT[0].outputs) == pytest.approx(expected, rel=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["decoder", "encoder_decoder"])
 def test_padding_is_no_work(kind: str) -> None:
     model = tiny_model(llm={"decoder": tiny_llm, "encoder_decoder": tiny_encoder_decoder_llm}[kind]())
@@ -137,6 +142,7 @@ def test_padding_is_no_work(kind: str) -> None:
     assert shape.total(together, LLM) < 0.95 * spent
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("names", "off"),
     [(("contrastive", "matching", "captioning"), 0.03), (("contrastive",), 0.03), (("captioning",), 0.08)],
@@ -160,6 +166,7 @@ def test_a_step_of_the_first_stage_is_counted_as_torch_counts_it(names: tuple[st
     assert found == pytest.approx(counter.get_total_flops(), rel=off)
 
 
+@pytest.mark.slow
 def test_parts_cost_what_passes_through_them() -> None:
     model = tiny_model()
     work, _ = passed(model, tiny_images(1))

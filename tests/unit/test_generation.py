@@ -31,6 +31,7 @@ def test_weights_that_are_nan_do_not_write(make: Callable[[], LLM]) -> None:
     assert not model.llm.model._forward_hooks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [tiny_llm, tiny_encoder_decoder_llm])
 def test_sampling_draws_from_all_tokens(make: Callable[[], LLM]) -> None:
     """transformers' generation keeps the 50 likeliest tokens where nobody says how many."""
@@ -61,6 +62,7 @@ def test_a_drawn_token_is_as_likely_as_the_model_says(make: Callable[[], LLM]) -
     assert abs(float(counts[~often].sum() - expected[~often].sum())) < 5 * float(expected[~often].sum().sqrt() + 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [tiny_llm, tiny_encoder_decoder_llm])
 def test_a_text_drawn_with_noise_is_a_function_of_its_own_numbers(make: Callable[[], LLM]) -> None:
     model = tiny_model(llm=make())
@@ -170,6 +172,7 @@ def test_drawn_texts_do_not_depend_on_it_either(make: Callable[[], LLM]) -> None
     assert model.generate(images, QUESTIONS * 2, at_once=3, **options) == together
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("beams", [1, 3])
 def test_places_that_are_free_are_taken(beams: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model, rows = ending_model(tiny_llm), list[int]()

@@ -90,6 +90,7 @@ def test_an_unreachable_hub_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_pat
         hub_files("a/b", "train")
 
 
+@pytest.mark.slow
 def test_a_dataset_of_the_hub_is_prepared_without_raw_files(hub: Path, tmp_path: Path) -> None:
     write_images(tmp_path, "a.png")
     rows: list[dict[str, Any]] = [

@@ -69,6 +69,7 @@ def mixture(sizes: Sequence[Sequence[int]], *, shards: bool = False) -> Mixture:
     return Mixture(entries, seed=3, segments=[MixtureSegment(10, GROUP), MixtureSegment(5, GROUP)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", [64, planning.WINDOW])
 def test_a_position_is_a_function_of_itself_and_an_epoch_has_each_record_once(
     window: int, monkeypatch: pytest.MonkeyPatch

@@ -153,6 +153,7 @@ def test_stage_2_lies_over_stage_1_however_it_is_spelt(stages: Stages) -> None:
         check(changed(stages.config, init_from=["elsewhere"], qformer=old))
 
 
+@pytest.mark.slow
 def test_the_first_stage_alone_leaves_the_projection_new(stages: Stages) -> None:
     model, begun = begin(stages.config, stages.both[0])
     moved = {name: tensor for name, tensor in stages.model.held_state().items() if not name.startswith("projection.")}
@@ -173,6 +174,7 @@ def test_a_model_that_reads_no_text_keeps_the_text_branch_for_others(stages: Sta
     assert begun.start.text_branch is not None
 
 
+@pytest.mark.slow
 def test_a_run_of_the_second_stage_is_all_that_instruction_tuning_needs(stages: Stages, tmp_path: Path) -> None:
     deaf = changed(stages.config, qformer={"instruction_aware": False})
     model, begun = begin(deaf, stages.both)
@@ -195,6 +197,7 @@ def test_a_run_of_the_second_stage_is_all_that_instruction_tuning_needs(stages: 
         begin(stages.config, str(run))
 
 
+@pytest.mark.slow
 def test_without_a_text_branch_instructions_cannot_be_read_unless_bert_has_one(stages: Stages) -> None:
     with pytest.raises(UserError) as error:
         begin(stages.config, stages.both[1])
@@ -211,6 +214,7 @@ def test_without_a_text_branch_instructions_cannot_be_read_unless_bert_has_one(s
 # --- the first stage as the model itself -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_first_stage_goes_on_from_lavis_transformers_and_the_second_stage(stages: Stages, tmp_path: Path) -> None:
     source, config = tiny_stage1(0), stages.config.qformer
     save_lavis(source, tmp_path / "stage1.pth")
@@ -239,6 +243,7 @@ def test_the_first_stage_goes_on_from_lavis_transformers_and_the_second_stage(st
 # --- what does not fit -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_another_language_model_is_said_in_one_line(stages: Stages) -> None:
     wide = stages.file(
         "wide.pth",
@@ -281,6 +286,7 @@ def test_a_vision_encoder_of_another_width_leaves_the_keys_and_values_new(stages
     assert same(model, kept) == []
 
 
+@pytest.mark.slow
 def test_tokens_that_were_added_to_berts_are_cut_off_or_stay_new(stages: Stages) -> None:
     table, words = stages.model.qformer.word_embeddings.weight, "qformer.word_embeddings.weight"
     model, begun = begin(stages.config, stages.both, qformer={"extra_tokens": []})
@@ -367,6 +373,7 @@ def test_parts_that_a_run_trained_are_taken_too_and_held(stages: Stages, tmp_pat
     assert begun.start.aligned_to == "another"
 
 
+@pytest.mark.slow
 def test_untrained_parts_stay_untrained_from_run_to_run(stages: Stages, tmp_path: Path) -> None:
     model, begun = begin(stages.config, stages.both[0])
     run = write_run(tmp_path / "run", stages.config, model, begun.start)

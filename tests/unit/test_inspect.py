@@ -33,6 +33,7 @@ def _inspect(shards: Path, *overrides: str) -> str:
     return text.getvalue()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "overrides", [("workers=1", "data.transform=blip_image_train"), ("data.transform=center_crop",)]
 )

@@ -346,6 +346,7 @@ def test_without_batches_nothing_is_done() -> None:
     assert _run(start=5) == (5, [])
 
 
+@pytest.mark.slow
 def test_dropout_draws_from_seed_and_step_alone() -> None:
     """The first step after a start at step 2 has the loss it would have with any history of the random stream."""
     torch.manual_seed(99)

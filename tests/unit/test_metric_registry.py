@@ -54,6 +54,7 @@ LENGTH_ERROR = Metric(
 )
 
 
+@pytest.mark.slow
 def test_a_new_metric_is_its_function_and_an_entry(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(METRICS, LENGTH_ERROR.name, LENGTH_ERROR)
     card = load_card("okvqa")

@@ -61,6 +61,7 @@ def test_an_outline_has_the_modules_that_transformers_builds(name: str) -> None:
     assert (outline.dtype, outline.config.is_encoder_decoder) == (built.dtype, built.config.is_encoder_decoder)
 
 
+@pytest.mark.slow
 def test_an_outline_has_the_modules_that_timm_builds() -> None:
     config = read_config(CONFIGS / "vision" / "efficientnet_lite0.yaml", VisionConfig)
     outline = outlined_encoder(config)
@@ -102,6 +103,7 @@ def test_other_sizes_have_none_and_are_built() -> None:
     assert make_plan(config).llm.config.num_hidden_layers == 2
 
 
+@pytest.mark.slow
 def test_the_plan_of_an_outline_is_that_of_what_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
     config = compose("train", TrainConfig, ["plan=true"])
     outlined = make_plan(config)

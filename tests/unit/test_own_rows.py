@@ -548,6 +548,7 @@ def test_a_large_cell_is_read(raw: Path) -> None:
     assert len(media[0].records[0].answers[0]) == 500_000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("codec", "rows"), [("zstd", None), ("snappy", 10)])
 def test_a_parquet_file_does_not_fill_the_memory(
     raw: Path, codec: str, rows: int | None, monkeypatch: pytest.MonkeyPatch

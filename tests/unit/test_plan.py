@@ -138,6 +138,7 @@ def test_activations_of_the_llm_are_those_that_autograd_keeps(name: str) -> None
     assert found == pytest.approx(expected, rel=0.2)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("encoders_once")
 def test_activations_of_the_qformer_are_those_that_autograd_keeps() -> None:
     config = small("vicuna_7b")
@@ -248,6 +249,7 @@ def test_static_memory_of_the_7b_model() -> None:
     assert (rows["gradients"], rows["AdamW's moments"]) == (4 * trained, 8 * trained)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("encoders_once")
 def test_sharding_recomputing_and_rounding_save_memory() -> None:
     base = plan("experiment=paper_vicuna_13b", "plan_gpus=8", "parallel=ddp")
@@ -403,6 +405,7 @@ def test_sizes_that_no_yaml_states_are_read_from_the_models_config(name: str, tm
     assert planned == pytest.approx(sum(p.numel() for p in load_llm(config).model.parameters()), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_the_hub_is_asked_for_the_config_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_llm("qwen3_8b", tmp_path)
     asked = []
@@ -429,6 +432,7 @@ def test_a_language_model_whose_sizes_are_nowhere_is_named(tmp_path: Path, monke
         make_plan(config)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("encoders_once")
 def test_main_memory_for_building_the_model_is_named() -> None:
     planned = plan("experiment=paper_vicuna_13b", "plan_gpus=8")

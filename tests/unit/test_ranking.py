@@ -94,6 +94,7 @@ def test_scores_equal_one_full_forward_a_candidate(model: InstructBLIP, eos: boo
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", [1, 3, 8])
 def test_scores_do_not_depend_on_the_batch(model: InstructBLIP, batch: int) -> None:
     images = tiny_images(8)
@@ -273,6 +274,7 @@ def test_ranking_errors() -> None:
         model.rank(tiny_images(2), ["color", "shape"], [["red"]])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [

@@ -141,6 +141,7 @@ def sequence(dataset: MixtureDataset, workers: int) -> list[tuple[str, str, byte
 # --- the same as local ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_sequence_is_that_of_local_shards(server: Server, tmp_path: Path, workers: int) -> None:
     local = mixture_of({"set": server.folder / "set/train"})

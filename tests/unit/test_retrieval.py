@@ -142,6 +142,7 @@ def test_an_image_with_more_captions_weighs_more_and_resamples_draw_it_whole() -
     assert part.resampled(np.array([[2, 0], [0, 2], [1, 1]])) == pytest.approx([100, 0, 75])
 
 
+@pytest.mark.slow
 def test_chance_is_that_of_random_orders() -> None:
     captions = [5, 1, 3, 2, 4, 5, 5, 5, 2, 3, 1, 4]
     texts, first = sum(captions), [sum(captions[:number]) for number in range(len(captions))]

@@ -79,6 +79,7 @@ def test_batch_size_changes_no_score(model: InstructBLIP, shards: Path, name: st
         assert (together.value, together.low, together.high) == (alone.value, alone.low, alone.high)
 
 
+@pytest.mark.slow
 def test_generation_does_not_depend_on_the_batch_either(model: InstructBLIP, shards: Path) -> None:
     task = make_task(load_card("easy_vqa_yes_no"), shards, samples=8, mode="generate")
     alone, together = answer(model, task, batch_size=1), answer(model, task, batch_size=8)

@@ -118,6 +118,7 @@ def test_a_damaged_image_fails_the_run_and_says_how_to_go_on(model: InstructBLIP
         answer(model, task, read_image=read_but_three, folder=tmp_path, tolerance=3)
 
 
+@pytest.mark.slow
 def test_tolerated_failures_are_counted_and_named_and_never_answered(
     model: InstructBLIP, task: Task, tmp_path: Path
 ) -> None:

@@ -54,6 +54,7 @@ def test_the_recipe_is_all_that_decides_weights_but_the_seed(tmp_path: Path) -> 
     assert training_of(str(tmp_path)) == {}
 
 
+@pytest.mark.slow
 def test_runs_that_differ_by_seed_stand_together_below_their_mean(runs: list[Path]) -> None:
     table = score_table([read_run(folder) for folder in (runs[0], runs[3], *runs[1:3])])
     own = [row for row in table.rows if not row.is_paper]

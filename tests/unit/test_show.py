@@ -76,6 +76,7 @@ def test_training_is_shown_as_rendered_and_escaped(tmp_path: Path, cards: list[C
     assert "1 of 1 records (question), 1 images; templates bare" in page
 
 
+@pytest.mark.slow
 def test_a_page_names_what_was_lost_and_the_pictures_of_records_that_have_numbers(tmp_path: Path) -> None:
     card = write_own_data(tmp_path, 2)
     rows = (tmp_path / "train.jsonl").read_text()

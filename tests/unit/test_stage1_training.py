@@ -51,6 +51,7 @@ def whole() -> tuple[Step, WatchedMatching]:
     return trained(SPLITS[16])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [0, 1, 2, 4, 8])
 def test_any_micro_batches_give_the_same_losses_gradient_and_negatives(
     size: int, whole: tuple[Step, WatchedMatching]
@@ -75,6 +76,7 @@ def test_every_weight_that_trains_has_a_gradient_and_the_vision_encoder_none(
     assert not any(name.startswith("vision.") for name in whole[0].gradients)
 
 
+@pytest.mark.slow
 def test_a_vision_encoder_that_trains_has_the_same_gradient_for_any_micro_batches() -> None:
     def model() -> BLIP2:
         return tiny_stage1().choose_trained(("vision", "qformer"))
@@ -165,6 +167,7 @@ def test_bfloat16_passes_have_losses_in_float32(whole: tuple[Step, WatchedMatchi
     assert outputs["answer_logits"].dtype == torch.float32
 
 
+@pytest.mark.slow
 def test_images_are_encoded_once_a_step() -> None:
     model, counts = tiny_stage1(), []
     model.vision.register_forward_hook(lambda module, inputs, output: counts.append(len(output)))

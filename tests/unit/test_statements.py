@@ -87,6 +87,7 @@ def test_a_model_that_knows_scores_the_maximum(name: str, preset: str, tmp_path:
     assert {sample.prompt for sample in task.samples} == wanted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", MODELS)
 @pytest.mark.parametrize("name", STATEMENTS)
 def test_random_weights_score_near_chance(name: str, make: Callable[[], Any], tmp_path: Path) -> None:

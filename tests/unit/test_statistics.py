@@ -54,6 +54,7 @@ def test_bootstrap_of_a_large_sample_is_the_normal_interval() -> None:
     assert high == pytest.approx(values.mean() + half, abs=0.06)
 
 
+@pytest.mark.slow
 def test_the_true_mean_lies_inside_about_95_of_100_times() -> None:
     generator = np.random.default_rng(2)
     inside = 0

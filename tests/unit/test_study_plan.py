@@ -51,6 +51,7 @@ def test_runs_come_after_those_that_they_need(world: World, tmp_path: Path) -> N
         before.add(run.identity)
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_the_stage_of_its_seed(world: World, tmp_path: Path) -> None:
     plan = _plan(world, tmp_path)
     for seed in (1, 2):
@@ -65,6 +66,7 @@ def test_a_run_starts_from_the_stage_of_its_seed(world: World, tmp_path: Path) -
         assert (asked.config.normalize, asked.config.include_eos, asked.config.samples) == ("mean", True, 6)
 
 
+@pytest.mark.slow
 def test_a_change_concerns_the_runs_that_read_it_and_those_after_them(world: World, tmp_path: Path) -> None:
     before = _plan(world, tmp_path).runs.keys()
     stage = [*STUDY["stages"]["aligned"]["train"], "recipe.phases.alignment.learning_rate=1e-4"]
@@ -76,6 +78,7 @@ def test_a_change_concerns_the_runs_that_read_it_and_those_after_them(world: Wor
     assert [run.label for run in asked.values() if run.identity not in before] == ["by mean, seed 1", "by mean, seed 2"]
 
 
+@pytest.mark.slow
 def test_how_a_run_is_carried_out_makes_no_other_run(world: World, tmp_path: Path) -> None:
     plan = _plan(world, tmp_path)
     otherwise = ["data.workers=2", "evaluation.examples=3", "recipe.keep_checkpoints=1", "device=cpu", "plan_gpu=h100"]
@@ -95,6 +98,7 @@ def test_an_evaluation_has_its_data_where_its_training_has_them(world: World, tm
     assert _run(plan_study(config), "by mean", 1).config.data.shards == "/of/evaluations"
 
 
+@pytest.mark.slow
 def test_two_conditions_that_are_alike_have_one_run(world: World, tmp_path: Path) -> None:
     values = _changed("conditions", "again", to={"train": STUDY["conditions"]["alone"]["train"]})
     plan = _plan(world, tmp_path, values)

@@ -44,6 +44,7 @@ def runs(tmp_path: Path) -> list[Path]:
     return [write_run(tmp_path / "one/eval", first), write_run(tmp_path / "two/eval", second)]
 
 
+@pytest.mark.slow
 def test_every_column_of_the_paper_is_a_card_with_its_numbers() -> None:
     cards = {card.name: card for card in all_cards()}
     assert len(HELD_OUT) == 13
@@ -89,6 +90,7 @@ def test_marks_say_why_a_score_is_not_like_the_papers(
     assert all(text in (None, found[mark]) for mark, text in expected.items())
 
 
+@pytest.mark.slow
 def test_the_text_is_cut_into_blocks_that_fit(runs: list[Path]) -> None:
     table = score_table([read_run(folder) for folder in runs])
     wide, narrow = as_text(table, 200), as_text(table, 60)
@@ -109,6 +111,7 @@ def test_the_text_is_cut_into_blocks_that_fit(runs: list[Path]) -> None:
     assert lines[1].index("54.0*") + 4 == lines[2].index("52.5-55.2") + 9 == lines[5].index("64.8") + 4
 
 
+@pytest.mark.slow
 def test_the_csv_reads_back(runs: list[Path]) -> None:
     rows = list(csv.DictReader(io.StringIO(as_csv(score_table([read_run(folder) for folder in runs])))))
     assert len(rows) == 6
@@ -180,6 +183,7 @@ def test_what_has_no_score_has_a_column_and_a_mark(tmp_path: Path) -> None:
     assert next(csv.DictReader(io.StringIO(as_csv(made))))["vsr_marks"] == "¶"
 
 
+@pytest.mark.slow
 def test_a_metric_of_ones_own_may_be_better_lower(tmp_path: Path) -> None:
     runs = [
         read_run(write_run(tmp_path / name, {"gqa": entry("gqa", value) | {"metric": "mine.py:errors"} | facts}))
