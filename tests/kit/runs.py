@@ -34,7 +34,7 @@ REPOSITORY = Path(__file__).parents[2]
 DATASETS = ("easy_vqa_yes_no", "easy_vqa_shape", "easy_vqa_color", "easy_vqa_statements")
 STEPS = 24
 FINAL_SAMPLES = 10
-SECONDS = 120  # a process that takes longer hangs
+SECONDS = 400  # a process that takes longer hangs
 
 _RECIPE = (
     "~recipe.phases",
