@@ -12,7 +12,7 @@ import torch
 
 from instructblip.distributed import start_ranks
 
-SECONDS = 120  # processes that take longer hang
+SECONDS = 400  # processes that take longer hang
 
 
 def on_ranks(count: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
