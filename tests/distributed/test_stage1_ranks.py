@@ -72,6 +72,7 @@ def lavis_step(ranks: Ranks) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_two_ranks_have_lavis_losses_and_gradients() -> None:
     """Its own where `gather=detached`, else those of the whole batch, which its captions' mean per rank is not."""
     first, second = on_ranks(2, lavis_step)
@@ -150,6 +151,7 @@ def take(ranks: Ranks) -> list[tuple[Tensor, Tensor]]:
     return found
 
 
+@pytest.mark.slow
 def test_rows_come_from_whatever_rank_has_them() -> None:
     for found in (take(Ranks()), *on_ranks(2, take)):
         for rows, expected in found:

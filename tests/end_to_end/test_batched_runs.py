@@ -62,6 +62,7 @@ def test_mistakes(world: World, tmp_path: Path, settings: str, words: list[str])
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("override", "words"),
     [

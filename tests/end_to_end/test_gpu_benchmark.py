@@ -108,6 +108,7 @@ for name in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 def test_rows_go_on_after_one_that_fails_hangs_or_ends_its_process(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -334,6 +334,7 @@ def test_what_is_not_prepared_is_skipped_where_that_is_asked_for(
     assert compare.main([str(folder), str(folder)]) == 0
 
 
+@pytest.mark.slow
 def test_a_sweep_over_cards_gives_each_a_folder(world: World, untrained_run: Path, tmp_path: Path) -> None:
     for name in ("one", "two"):
         card = write_own_data(tmp_path / name, 2, name=name, evaluation={"candidates": ["red", "blue"]})

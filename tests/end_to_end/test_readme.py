@@ -137,6 +137,7 @@ def test_a_page_is_served(
     assert "InstructBLIP of" in pages[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("line", commands(CAPFILT))
 def test_web_pictures_are_captioned(line: str, world: World, untrained_stage1: Path, tmp_path: Path) -> None:
     _, _, module, *arguments = shlex.split(line)
@@ -168,6 +169,7 @@ def test_a_conversion_runs(line: str, finished_run: Path, tmp_path: Path, monkey
     assert (tmp_path / arguments[1]).exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("line", commands(REPORTS))
 def test_scores_are_read(line: str, world: World, finished_run: Path, tmp_path: Path) -> None:
     _, _, module, *arguments = shlex.split(line)

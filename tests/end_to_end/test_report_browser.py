@@ -45,6 +45,7 @@ def counted(tab: Browser) -> str:
     return str(tab.value('document.querySelector("output").textContent'))
 
 
+@pytest.mark.slow
 def test_everything_is_shown_at_first(tab: Browser) -> None:
     assert tab.value(_VISIBLE) == questions(0, 1, 2, 3, 4, 5)
     assert counted(tab) == "12 of 12 samples"  # the page's policy lets its own script run

@@ -105,6 +105,7 @@ def test_captions_are_written_without_a_prompt(world: World, untrained_stage1: P
     assert found["datasets"]["flickr30k"]["metric"] == "cider"
 
 
+@pytest.mark.slow
 def test_an_instructblip_is_not_asked_to_retrieve(world: World, untrained_run: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has no matching head to retrieve with, which coco_retrieval"):
         evaluate_here(world, untrained_run, tmp_path, *SUITE, f"data.shards={tmp_path / 'shards'}")

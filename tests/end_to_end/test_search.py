@@ -48,6 +48,7 @@ def test_each_job_of_a_sweep_returns_its_score(world: World, tmp_path: Path) -> 
         assert f"score: {_validated(folder)!r}" in printed
 
 
+@pytest.mark.slow
 @needs_sweeper
 def test_a_search_of_four_trials_names_its_best(world: World, tmp_path: Path) -> None:
     arguments = _train(world, "hydra/sweeper=search", "hydra.sweeper.n_trials=4", RATES)
@@ -63,6 +64,7 @@ def test_a_search_of_four_trials_names_its_best(world: World, tmp_path: Path) ->
     assert f"wrote {results.relative_to(tmp_path)}" in printed
 
 
+@pytest.mark.slow
 @needs_sweeper
 def test_failed_trials_are_said_and_a_search_of_nothing_else_is_one_line(world: World, tmp_path: Path) -> None:
     arguments = _train(world, "hydra/sweeper=search", "hydra.sweeper.n_trials=3", "qformer.layers=98,99")

@@ -76,6 +76,7 @@ def test_a_failing_job_is_one_line_and_the_others_run(world: World, arguments: l
     assert {path.name for path in (tmp_path / "outputs/evaluate").iterdir()} == {"mine-split_test", "sweeps"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [

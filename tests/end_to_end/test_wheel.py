@@ -64,6 +64,7 @@ def test_lmms_eval_finds_its_model_in_the_wheel(wheel: Path) -> None:
     assert "[lmms_eval.models]\ninstructblip = instructblip.harness:registration\n" in archive.read(name).decode()
 
 
+@pytest.mark.slow
 def test_test_tools_are_an_extra(wheel: Path) -> None:
     archive = zipfile.ZipFile(wheel)
     (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))

@@ -53,6 +53,7 @@ def train(world: World, output: Path, *more: str, killed: bool = False) -> str:
     return command.output
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_stays_and_metrics_are_not_read_again(world: World, tmp_path: Path) -> None:
     printed = train(world, tmp_path, KEEP_BEST)
     assert saved(tmp_path / "demo") == [STEPS, 4]

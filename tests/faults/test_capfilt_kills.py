@@ -134,6 +134,7 @@ def test_ten_kills_at_random_moments_change_no_byte(web: Path, whole: Path, tmp_
     assert set(died) == moments.keys() == {"replace", "append", "member"}
 
 
+@pytest.mark.slow
 def test_a_process_killed_while_it_writes_a_shard_leaves_nothing_that_stays(
     web: Path, whole: Path, tmp_path: Path
 ) -> None:

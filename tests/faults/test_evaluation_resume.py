@@ -166,6 +166,7 @@ def die_while_writing_the_third_batch() -> None:
     journal._append = dying
 
 
+@pytest.mark.slow
 def test_a_killed_process_is_continued_by_another(
     world: World, finished_run: Path, whole: Path, tmp_path: Path
 ) -> None:

@@ -105,6 +105,7 @@ def flip_a_bit(path: Path) -> None:
     path.write_bytes(content)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("file", "damage"), [("model.safetensors", cut), ("optimizer.safetensors", flip_a_bit)])
 def test_a_damaged_newest_checkpoint_is_passed_over(
     world: World, finished_run: Path, tmp_path: Path, file: str, damage: Callable[[Path], None]
@@ -193,6 +194,7 @@ def fill_the_disk() -> None:
     checkpoint_module.save_file = full  # type: ignore[assignment]
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_the_run_and_leaves_the_older_checkpoint(world: World, tmp_path: Path) -> None:
     command = start(world, "train.py", *overrides(world, tmp_path), cwd=tmp_path, before=fill_the_disk)
     assert command.wait() == 2, command.output
@@ -202,6 +204,7 @@ def test_a_full_disk_ends_the_run_and_leaves_the_older_checkpoint(world: World, 
     assert newest_whole(tmp_path / "demo/checkpoints")[0] == tmp_path / "demo/checkpoints/step_00000004"
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_said_and_training_goes_on_by_choice(world: World, finished_run: Path, tmp_path: Path) -> None:
     arguments = [*overrides(world, tmp_path), "+recipe.full_disk=continue"]
     command = start(world, "train.py", *arguments, cwd=tmp_path, before=fill_the_disk)
@@ -210,6 +213,7 @@ def test_a_full_disk_is_said_and_training_goes_on_by_choice(world: World, finish
     assert_same_run(tmp_path / "demo", finished_run)
 
 
+@pytest.mark.slow
 def test_a_finished_run_resumed_only_repeats_what_it_wrote(world: World, finished_run: Path, tmp_path: Path) -> None:
     shutil.copytree(finished_run, tmp_path / "demo")
     before = (tmp_path / "demo/metrics.jsonl").read_bytes()

@@ -200,6 +200,7 @@ def test_a_killed_worker_ends_the_run_in_one_line(tmp_path: Path) -> None:
     assert set(multiprocessing.active_children()) <= before
 
 
+@pytest.mark.slow
 def test_a_stopped_worker_ends_the_run_in_one_line_within_the_bound(tmp_path: Path) -> None:
     before = set(multiprocessing.active_children())
     steps = load_batches(_dataset(tmp_path), iter(STEPS * 50), batching=_batching, workers=2, timeout=1.0)
@@ -215,6 +216,7 @@ def test_a_stopped_worker_ends_the_run_in_one_line_within_the_bound(tmp_path: Pa
     assert set(multiprocessing.active_children()) <= before
 
 
+@pytest.mark.slow
 def test_a_slow_worker_is_waited_for(tmp_path: Path) -> None:
     dataset = _dataset(tmp_path)
     slow = _Slow(dataset.mixture, dataset.sets, dataset.make_image)

@@ -85,6 +85,7 @@ def other_shards(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path
     return folder / "shards"
 
 
+@pytest.mark.slow
 def test_a_checkpoint_names_all_that_is_read_on_the_way(finished_run: Path) -> None:
     inputs = load_checkpoint(checkpoint_folders(finished_run / "checkpoints")[0]).state["inputs"]
     assert {kind: set(named) for kind, named in inputs.items()} == {
@@ -145,6 +146,7 @@ def test_other_templates_are_refused(world: World, begun: Path, monkeypatch: pyt
         run(world, begun.parent, "resume=auto")
 
 
+@pytest.mark.slow
 def test_another_tokenizer_is_refused(world: World, begun: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(load_module, "_SOME_OF_EVERYTHING", "cut otherwise")
     with pytest.raises(

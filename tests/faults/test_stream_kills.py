@@ -148,6 +148,7 @@ def test_a_killed_run_of_two_ranks_goes_on_alone_with_each_sample_once_an_epoch(
     assert times({step: ids for step, _, ids in _lines(tmp_path)}) == {2: 30}
 
 
+@pytest.mark.slow
 def test_a_mixture_of_a_prepared_set_and_foreign_tars_streams_by_the_roots_of_their_sizes(
     world: World, card: Path, tmp_path: Path
 ) -> None:

@@ -141,6 +141,7 @@ def test_a_checkpoint_that_is_not_there(world: World, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_folder_without_a_checkpoint(world: World, finished_run: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
@@ -150,6 +151,7 @@ def test_a_folder_without_a_checkpoint(world: World, finished_run: Path, tmp_pat
         assert says(line, f"no checkpoint at {place};", "folder of a run", "checkpoints/step_XXXXXXXX")
 
 
+@pytest.mark.slow
 def test_a_run_without_its_configuration(world: World, finished_run: Path, tmp_path: Path) -> None:
     shutil.copytree(finished_run / "checkpoints", tmp_path / "run/checkpoints")
     line = fail(world, "evaluate.py", *world.evaluate, f"checkpoint={tmp_path / 'run'}", cwd=tmp_path)
@@ -165,6 +167,7 @@ def test_a_run_whose_checkpoints_are_all_broken(world: World, finished_run: Path
     assert says(line, f"no checkpoint of {run} is whole", "step_", "model.safetensors does not match its recorded hash")
 
 
+@pytest.mark.slow
 def test_an_existing_run_is_not_overwritten(world: World, finished_run: Path, tmp_path: Path) -> None:
     before = sorted((path, path.stat().st_mtime_ns) for path in finished_run.rglob("*"))
     line = fail(world, "train.py", *world.train, f"output={finished_run.parent}", cwd=tmp_path)
@@ -172,6 +175,7 @@ def test_an_existing_run_is_not_overwritten(world: World, finished_run: Path, tm
     assert sorted((path, path.stat().st_mtime_ns) for path in finished_run.rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_a_changed_configuration_does_not_resume(world: World, finished_run: Path, tmp_path: Path) -> None:
     before = (finished_run / "config.yaml").read_bytes()
     changes = ("recipe.weight_decay=0.5", "recipe.phases.instruction.steps=30", "resume=auto", "data.workers=1")
@@ -182,6 +186,7 @@ def test_a_changed_configuration_does_not_resume(world: World, finished_run: Pat
     assert (finished_run / "config.yaml").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_other_frozen_weights_than_trained_with(world: World, finished_run: Path, tmp_path: Path) -> None:
     from tests.kit.tiny import tiny_parts
 
@@ -212,6 +217,7 @@ def _zero_images(shard: Path) -> None:
     shard.write_bytes(shard.read_bytes().replace(b"\x89PNG", bytes(4)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
@@ -231,6 +237,7 @@ def test_a_damaged_shard(world: World, tmp_path: Path, damage: Callable[[Path], 
     assert says(line, str(shard), *words)
 
 
+@pytest.mark.slow
 def test_a_damaged_shard_stops_an_evaluation(world: World, finished_run: Path, tmp_path: Path) -> None:
     own = _copy(world, tmp_path)
     _truncate(tmp_path / "shards/easy_vqa/test/shard-000000.tar")
@@ -238,6 +245,7 @@ def test_a_damaged_shard_stops_an_evaluation(world: World, finished_run: Path, t
     assert says(line, "easy_vqa/test/shard-000000.tar", "bytes where its index says", "run prepare.py again")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_shard_damaged_while_it_is_read(world: World, tmp_path: Path, workers: int) -> None:
     """Worker processes hand their errors on as one line too."""
@@ -256,6 +264,7 @@ def test_numbers_of_an_evaluation(world: World, finished_run: Path, tmp_path: Pa
         evaluate_here(world, finished_run, tmp_path, argument)
 
 
+@pytest.mark.slow
 def test_raw_files_that_are_not_there(world: World, tmp_path: Path) -> None:
     line = fail(world, "prepare.py", "dataset=easy_vqa", "raw=/nowhere", f"out={tmp_path / 'out'}", cwd=tmp_path)
     assert says(line, "raw=/nowhere is not a folder", "pip download --no-deps easy-vqa==1.0")
@@ -277,6 +286,7 @@ OFFLINE = {
 }
 
 
+@pytest.mark.slow
 def test_no_network_and_no_cache(world: World, tmp_path: Path) -> None:
     line = fail(world, "train.py", cwd=tmp_path, INSTRUCTBLIP_CACHE=str(tmp_path / "cache"), **OFFLINE)
     assert says(line, "easy_vqa is not in the cache", "no connection to the package registry")
@@ -284,6 +294,7 @@ def test_no_network_and_no_cache(world: World, tmp_path: Path) -> None:
     assert says(line, "data.sources.easy_vqa.path=FOLDER")
 
 
+@pytest.mark.slow
 def test_no_network_and_no_vision_weights(world: World, tmp_path: Path) -> None:
     """Two sources fail: the wheel, then the hub."""
     overrides = [part for part in world.train if not part.startswith("vision.sources.path")]
@@ -301,6 +312,7 @@ def leave_free(disk: Path, size: int) -> None:
         file.write(bytes(max(0, state.f_bavail * state.f_bsize - size)))
 
 
+@pytest.mark.slow
 def test_disk_full_while_training(world: World, small_disk: Path, tmp_path: Path) -> None:
     leave_free(small_disk, 80_000)
     line = fail(world, "train.py", *world.train, *ONE_STEP, f"output={small_disk}", cwd=tmp_path)
@@ -311,6 +323,7 @@ def test_disk_full_while_training(world: World, small_disk: Path, tmp_path: Path
     assert says(line, "disk full while writing", "free some space")
 
 
+@pytest.mark.slow
 def test_disk_full_while_preparing(world: World, small_disk: Path, tmp_path: Path) -> None:
     leave_free(small_disk, 20_000)
     line = fail(world, "prepare.py", "dataset=easy_vqa", f"raw={world.raw}", f"out={small_disk}", cwd=tmp_path)
@@ -319,6 +332,7 @@ def test_disk_full_while_preparing(world: World, small_disk: Path, tmp_path: Pat
     assert left == {"fill", ".easy_vqa.lock"}  # nothing half-written; the lock is empty and stays
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("free", [4096, 16_384, 40_960])
 def test_disk_full_while_evaluating(
     world: World, finished_run: Path, small_disk: Path, tmp_path: Path, free: int
@@ -330,6 +344,7 @@ def test_disk_full_while_evaluating(
     assert says(line, f"disk full while writing {small_disk}/demo/", "free some space", "same command again")
 
 
+@pytest.mark.slow
 def test_disk_full_in_the_feature_cache(world: World, small_disk: Path, tmp_path: Path) -> None:
     leave_free(small_disk, 40_000)
     arguments = (*world.train, *ONE_STEP, f"output={tmp_path / 'out'}")
@@ -337,6 +352,7 @@ def test_disk_full_in_the_feature_cache(world: World, small_disk: Path, tmp_path
     assert says(line, "the vision features need", f"in {small_disk}/features", "free", "data.cache_features=false")
 
 
+@pytest.mark.slow
 def test_a_folder_that_may_not_be_written(world: World, tmp_path: Path) -> None:
     (tmp_path / "out").write_text("a file in the way")
     line = fail(world, "train.py", *world.train, *ONE_STEP, f"output={tmp_path / 'out'}", cwd=tmp_path)

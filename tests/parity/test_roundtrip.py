@@ -80,6 +80,7 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     return model, folder
 
 
+@pytest.mark.slow
 def test_ours_to_transformers_to_ours(exported: tuple[InstructBLIP, Path]) -> None:
     model, folder = exported
     again = load_huggingface(folder)

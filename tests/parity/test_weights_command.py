@@ -108,6 +108,7 @@ def test_with_a_named_language_model_its_weights_are_not_copied(formats: Formats
     assert loaded.config.llm.name == "wide"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrong", [0.1, float("nan")])
 def test_a_result_that_computes_something_else_is_not_written(
     wrong: float, formats: Formats, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

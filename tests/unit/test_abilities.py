@@ -560,6 +560,7 @@ def whole_model(name: str) -> InstructBLIP:
     return tiny_model(llm=measured(name))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["granite", "mpt", "umt5", "qwen3_5", "lfm2"])
 def test_a_whole_model_ranks_and_writes_the_same_in_any_batch(name: str) -> None:
     model, images = whole_model(name), tiny_images(3)

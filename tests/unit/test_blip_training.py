@@ -68,6 +68,7 @@ def test_any_micro_batches_give_the_same_losses_gradient_negatives_queue_and_cop
         torch.testing.assert_close(tensor, expected[name], rtol=1e-6, atol=1e-6, msg=name)
 
 
+@pytest.mark.slow
 def test_retrieval_gives_the_same_for_any_micro_batches() -> None:
     def of(split: Sequence[Sequence[int]]) -> tuple[Step, Any]:
         matching = WatchedMatching(0.8)
@@ -79,6 +80,7 @@ def test_retrieval_gives_the_same_for_any_micro_batches() -> None:
     assert_gradients(found.gradients, expected.gradients)
 
 
+@pytest.mark.slow
 def test_recomputed_activations_give_the_same_gradient(whole: Trained) -> None:
     model = tiny_blip()
     parallelize(model, ALONE, kind="single", activation_checkpointing=True)
@@ -202,6 +204,7 @@ def test_the_copies_of_a_frozen_encoder_read_its_tokens() -> None:
 # --- queue -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_queue_wraps_where_the_batch_does_not_divide_it() -> None:
     """Of 24 places 16 are filled, then the last 8 and the first 8; the pairs stand in the order of their positions."""
     model = tiny_blip()

@@ -100,6 +100,7 @@ def test_what_was_chosen_is_stored_and_builds_the_same_model(reference: TrainCon
     assert model.connector.output.in_features == chosen.connector.hidden_width
 
 
+@pytest.mark.slow
 def test_without_a_budget_the_qformer_section_is_left_out(reference: TrainConfig) -> None:
     config, said = matched(with_connector(reference, "linear"))
     assert (config.qformer, said) == (None, [])

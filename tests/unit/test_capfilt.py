@@ -122,6 +122,7 @@ def test_texts_that_match_are_kept_with_their_scores_and_the_others_counted(web:
     assert check_prepared(blip) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keys", [{"batch_size": 1}, {"batch_size": 64}, {"device": "cpu"}])
 def test_the_batch_size_changes_no_byte(web: Path, blip: Path, tmp_path: Path, keys: Mapping[str, Any]) -> None:
     assert files_of(caption_web(web, tmp_path / "out", **keys)) == files_of(blip)
@@ -455,6 +456,7 @@ def other_model(folder: Path) -> Path:
     return folder / "bert"
 
 
+@pytest.mark.slow
 def test_models_that_cannot_do_their_part_are_refused_before_they_are_loaded(
     untrained_run: Path, untrained_stage1: Path
 ) -> None:

@@ -284,6 +284,7 @@ def test_phases_are_replaced_by_leaving_out_those_of_the_recipe() -> None:
     assert list(config.recipe.phases) == ["second", "first"]
 
 
+@pytest.mark.slow
 def test_an_experiment_changes_one_number_of_one_phase() -> None:
     paper, other = (
         compose_config("train", TrainConfig, [f"experiment={name}"]).recipe.phases["instruction"]

@@ -153,6 +153,7 @@ def test_what_cannot_be_composed(override: str, expected: str) -> None:
         assert "write each setting as key=value" in message
 
 
+@pytest.mark.slow
 def test_what_can_be_composed_passes() -> None:
     check_overrides("train", TrainConfig, ["seed=3", "experiment=demo", "mixture.datasets=[{name: a}]", "name='a b'"])
     check_overrides("evaluate", EvaluateConfig, ["checkpoint=a/b", "suite=demo"])

@@ -61,6 +61,7 @@ def protocol_marks(card: Card, task: Task) -> dict[ComparabilityNote, str]:
     return {mark: text for mark, text in comparison_marks(card, stored(task)).items() if mark != OTHER_SPLIT}
 
 
+@pytest.mark.slow
 def test_a_cards_own_protocol_is_never_another_one(tmp_path: Path) -> None:
     for card in all_cards():
         if card.evaluation is not None:

@@ -119,6 +119,7 @@ def test_a_picture_is_encoded_once(picture: str, monkeypatch: pytest.MonkeyPatch
     assert len(calls) == 1
 
 
+@pytest.mark.slow
 def test_two_checkpoints_answer_side_by_side_and_one_says_what_it_lacks(picture: str) -> None:
     models = tiny_model(1), tiny_stage2(), tiny_retrieval()
     buttons = Buttons([subject(model, name) for model, name in zip(models, "abc", strict=True)], LIMITS)

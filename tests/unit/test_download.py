@@ -271,6 +271,7 @@ def test_pauses_double_and_no_two_processes_come_back_at_once(
     assert len({seconds / 2**number for number, seconds in enumerate(waits)}) > 1
 
 
+@pytest.mark.slow
 def test_a_long_transfer_is_not_cut_off_and_a_silent_one_is(
     server: FileServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -390,6 +390,7 @@ def smollm2(path: Path) -> Any:
     return load_llm(config)
 
 
+@pytest.mark.slow
 def test_a_gguf_file_or_a_folder_of_one_is_a_language_model(gguf: Path, tmp_path: Path) -> None:
     expected = smollm2(gguf).model.state_dict()
     (tmp_path / "config.json").write_text("{}")  # as repositories of GGUF files have one, too

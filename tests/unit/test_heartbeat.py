@@ -51,6 +51,7 @@ def test_one_alone_watches_nobody_and_clears_up_after_those_that_were_killed(tmp
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_who_works_or_has_ended_well_is_not_suspected(tmp_path: Path) -> None:
     with watched(tmp_path, FIRST) as first:
         with watched(tmp_path, SECOND) as second:
@@ -108,6 +109,7 @@ def test_who_fails_says_so_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             look(ranks, 20.0)
 
 
+@pytest.mark.slow
 def test_what_a_killed_evaluation_left_counts_for_nothing(tmp_path: Path) -> None:
     with left(SECOND, tmp_path):
         pass

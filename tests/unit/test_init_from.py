@@ -166,6 +166,7 @@ def test_the_first_stage_alone_leaves_the_projection_new(stages: Stages) -> None
     )
 
 
+@pytest.mark.slow
 def test_a_model_that_reads_no_text_keeps_the_text_branch_for_others(stages: Stages) -> None:
     model, begun = begin(stages.config, stages.both, qformer={"instruction_aware": False})
     assert not [name for name in model.held_state() if TEXT.search(name)]

@@ -88,6 +88,7 @@ def mapped(file: Path) -> tuple[int, int]:
     return sums["Rss:"], sums["Pss:"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", PARTS)
 def test_two_ranks_share_the_weights_of_a_frozen_part(part: str, tmp_path: Path) -> None:
     size = PARTS[part][0](tmp_path, torch.float32).stat().st_size

@@ -305,6 +305,7 @@ def test_smoothing_starts_at_the_first_value_and_keeps_a_constant() -> None:
     assert smoothed([], 3) == []
 
 
+@pytest.mark.slow
 def test_curves_are_one_picture_and_the_same_each_time(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path / "metrics.jsonl")
     for step in range(1, 30):
@@ -319,6 +320,7 @@ def test_curves_are_one_picture_and_the_same_each_time(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.partial"))
 
 
+@pytest.mark.slow
 def test_curves_of_a_run_without_steps_are_empty_panels(tmp_path: Path) -> None:
     draw_curves(tmp_path / "missing.jsonl", tmp_path / "curves.png", "run")
     assert (tmp_path / "curves.png").stat().st_size > 1000

@@ -47,6 +47,7 @@ def ranked(classes: tuple[str, ...], *rows: tuple[float, ...]) -> list[ModelOutp
     return [ModelOutput(classes[row.index(max(row))], classes, row) for row in rows]
 
 
+@pytest.mark.slow
 def test_every_metric_that_a_card_names_is_there() -> None:
     for card in all_cards():
         if card.evaluation is not None:

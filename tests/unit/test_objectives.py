@@ -108,6 +108,7 @@ def test_the_gradient_is_that_of_the_loss_written_down(dropout: float) -> None:
     assert_same(found, {name: p.grad for name, p in model.named_parameters() if p.grad is not None})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("split", SPLITS)
 def test_a_shared_output_gets_its_gradient_once(split: list[list[int]]) -> None:
     _, found = step(split, (TemperedContrast(),), tempered=True)

@@ -152,6 +152,7 @@ def test_the_records_are_what_the_rows_say_in_the_order_of_first_rows(raw: Path,
     assert [json.loads(text)["image_id"] for text in ids] == list(by_image)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_gives_the_same_records(form: str, raw: Path, expected: Path, tmp_path: Path) -> None:
     """By four workers what one made of the first form, to the byte where pictures are the same files."""
@@ -212,6 +213,7 @@ def _as_table(raw: Path) -> dict[str, Any]:
     return {"splits": {"train": {"records": "labels.csv", "images": "photos"}}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("write", [_as_table, _as_class_numbers, _as_folders, _as_tars])
 def test_classes_are_the_same_from_tables_folders_and_tars(
     write: Callable[[Path], dict[str, Any]], raw: Path, tmp_path: Path
@@ -230,6 +232,7 @@ def test_classes_are_the_same_from_tables_folders_and_tars(
 # --- what prepare promises of every dataset --------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_four_workers_write_the_bytes_of_one_where_pictures_stand_in_cells(raw: Path, tmp_path: Path) -> None:
     write_parquet(raw / "pictures.parquet", _with_pictures(_questions(), raw))
     card = own_card(tmp_path, {"train": {"records": "pictures.parquet"}})

@@ -345,6 +345,7 @@ def test_one_picture_under_two_forms_of_its_name_is_one_image(raw: Path) -> None
     assert lost == {}
 
 
+@pytest.mark.slow
 def test_pictures_in_cells_are_kept_once_and_read_from_their_place(raw: Path) -> None:
     """As base64, as a data: address and as an object with bytes; the same picture each time."""
     image = Image.effect_noise((40, 40), 90).convert("RGB")

@@ -132,6 +132,7 @@ def test_recomputed_blocks_know_the_lengths_too(tmp_path: Path, monkeypatch: pyt
     assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())
 
 
+@pytest.mark.slow
 def test_without_the_ends_attention_by_length_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A class that does not hand them on is found out when it is asked to, and refused."""
     model, images = tiny_model(llm=load("vicuna_7b", tmp_path)), tiny_images(len(PROMPTS))
@@ -149,6 +150,7 @@ def test_what_packs_nothing_attends_by_no_length() -> None:
         tiny_model(llm=tiny_encoder_decoder_llm()).attend_by_length()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("name", ["vicuna_7b", "gemma_3_4b"])
 def test_packed_rows_in_bfloat16(name: str, autocast: bool, tmp_path: Path) -> None:
@@ -175,6 +177,7 @@ def test_attention_by_length_in_bfloat16(tmp_path: Path, monkeypatch: pytest.Mon
     assert all(p.grad is None or bool(p.grad.isfinite().all()) for p in model.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mistral_7b", "gemma_3_4b"])
 def test_a_window_ends_inside_a_packed_sample(name: str, tmp_path: Path) -> None:
     """The tiny families' windows are shorter than their samples, or nothing would be tested of them."""

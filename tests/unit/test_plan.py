@@ -270,6 +270,7 @@ def test_sharding_recomputing_and_rounding_save_memory() -> None:
     assert 0.28 < rows(quantization="nf4")["language model"] / whole["language model"] < 0.31
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("encoders_once")
 def test_time_follows_from_work_and_peak() -> None:
     once = plan("experiment=paper_vicuna_7b", "plan_gpu=h200", "plan_gpus=8", "plan_mfu=0.25")

@@ -159,6 +159,7 @@ def _waiting(raw: Path, out: Path, workers: int) -> Iterator[tuple[BaseProcess, 
         (raw / "pipe").unlink()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_run_that_is_really_killed_goes_on_to_the_same_bytes(raw: Path, tmp_path: Path, workers: int) -> None:
     first = tmp_path / "killed/easy_vqa/test/shard-000000.index.safetensors"
@@ -174,6 +175,7 @@ def test_a_run_that_is_really_killed_goes_on_to_the_same_bytes(raw: Path, tmp_pa
     assert _files(tmp_path / "killed") == _files(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_workers_end_with_a_killed_parent(raw: Path, tmp_path: Path) -> None:
     with _waiting(raw, tmp_path / "out", 2) as (process, writing):
         process.kill()

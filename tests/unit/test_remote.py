@@ -212,6 +212,7 @@ def test_urls_that_differ_in_any_sign_have_mirrors_of_their_own(tmp_path: Path) 
     assert all(re.fullmatch(r"\w{1,80}-[0-9a-f]{16}", name) for name in names)
 
 
+@pytest.mark.slow
 def test_what_changes_there_changes_here(server: Server, tmp_path: Path) -> None:
     assert open_split(_mirror(server, tmp_path)).read(0, 0)[0] == (jpeg(0),)
     write_split(server.folder / "set/train", "set", [jpeg(seed) for seed in range(20, 26)])
@@ -240,6 +241,7 @@ def test_inspect_and_with_it_training_take_a_url(tmp_path: Path, monkeypatch: py
 # --- the cache --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_tar_used_longest_ago_makes_room(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "_TOUCH_SECONDS", 0)
     split = open_split(server.folder / "set/train")
@@ -336,6 +338,7 @@ def _exit_with(work: partial) -> None:
 # --- damage -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_download_that_is_cut_is_made_again(server: Server, tmp_path: Path) -> None:
     split = open_split(_mirror(server, tmp_path))
     server.cuts = 2
@@ -352,6 +355,7 @@ def test_a_download_that_is_cut_is_made_again(server: Server, tmp_path: Path) ->
     assert sorted(_tars(tmp_path)) == sorted(f"{shard.tar_sha256}.tar" for shard in split.shards[:2])
 
 
+@pytest.mark.slow
 def test_a_server_that_is_away_for_a_moment_is_waited_for(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -197,6 +197,7 @@ def alone(model: BLIP2, task: Task, tmp_path_factory: pytest.TempPathFactory) ->
     return result, predictions(folder)
 
 
+@pytest.mark.slow
 def test_a_task_is_scored_with_intervals_and_parts(alone: tuple[TaskResult, str]) -> None:
     result, text = alone
     assert result.low < result.value < result.high  # type: ignore[operator]

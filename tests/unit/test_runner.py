@@ -66,6 +66,7 @@ class Scripted:
         monkeypatch.setattr(InstructBLIP, "generate", generate)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["easy_vqa_yes_no", "easy_vqa_statements"])
 def test_batch_size_changes_no_score(model: InstructBLIP, shards: Path, name: str) -> None:
     task = make_task(load_card(name), shards, samples=30)

@@ -106,6 +106,7 @@ def test_two_conditions_that_are_alike_have_one_run(world: World, tmp_path: Path
     assert len(plan.runs) == len(_plan(world, tmp_path).runs)
 
 
+@pytest.mark.slow
 def test_a_card_that_changed_makes_other_runs(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = _plan(world, tmp_path).runs.keys()
     load = module.load_cards

@@ -126,6 +126,7 @@ def test_the_source_names_the_language_model(runs: list[Path]) -> None:
     assert rows[0]["source"] == f"{runs[0]}, checkpoint outputs/train/x, LLM vicuna"
 
 
+@pytest.mark.slow
 def test_the_legend_names_the_tokenizer_of_captions(runs: list[Path], tmp_path: Path) -> None:
     one = score_table([read_run(folder) for folder in runs])
     assert one.notes == [f"Captions tokenised by {JAVA}."]
@@ -155,6 +156,7 @@ def test_the_page_is_whole_escaped_and_loads_nothing(tmp_path: Path) -> None:
         assert text in page
 
 
+@pytest.mark.slow
 def test_the_command_writes_what_it_prints(
     runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -244,6 +246,7 @@ def test_a_damaged_or_foreign_file_is_one_line(tmp_path: Path, content: Any, tol
     assert str(file) in str(error.value)
 
 
+@pytest.mark.slow
 def test_jobs_of_a_sweep_are_called_by_what_differs(tmp_path: Path) -> None:
     names = ["held_out-llm_vicuna_7b-samples_4", "held_out-llm_opt_2_7b-samples_4"]
     runs = [write_run(tmp_path / name, {"gqa": entry("gqa", 48.0)}) for name in names]

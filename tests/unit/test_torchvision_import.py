@@ -32,6 +32,7 @@ print(timm.create_model("test_efficientnet", pretrained=False).num_classes)
     assert run(code) == "1000"
 
 
+@pytest.mark.slow
 def test_an_existing_operator_is_left_untouched() -> None:
     code = """
 import importlib.util, torch
