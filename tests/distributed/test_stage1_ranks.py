@@ -121,6 +121,7 @@ def tiny_step(ranks: Ranks, micro_batch: int, parts: Sequence[str]) -> dict[str,
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ranks", "micro_batch", "parts"),
     [(2, 8, ("qformer",)), (2, 3, ("vision", "qformer")), (4, 2, ("qformer",))],

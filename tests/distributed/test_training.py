@@ -72,22 +72,13 @@ def assert_like(found: Path, expected: Path) -> None:
     assert scores(found / "evaluation") == scores(expected / "evaluation")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "parallel",
     [
         ("parallel=fsdp",),
-        pytest.param(
-            (
-                "parallel=ddp",
-                "recipe.phases.alignment.micro_batch_size=2",
-                "recipe.phases.instruction.micro_batch_size=1",
-            ),
-            marks=pytest.mark.slow,
-        ),
-        pytest.param(
-            ("parallel=fsdp", "parallel.shard_size=1", "recipe.phases.instruction.batching=bucketed"),
-            marks=pytest.mark.slow,
-        ),
+        ("parallel=ddp", "recipe.phases.alignment.micro_batch_size=2", "recipe.phases.instruction.micro_batch_size=1"),
+        ("parallel=fsdp", "parallel.shard_size=1", "recipe.phases.instruction.batching=bucketed"),
     ],
 )
 def test_two_ranks_are_like_one(world: World, alone: Path, tmp_path: Path, parallel: tuple[str, ...]) -> None:

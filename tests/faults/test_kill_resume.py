@@ -121,6 +121,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(
     assert_same_run(tmp_path / "demo", finished_run)
 
 
+@pytest.mark.slow
 def test_told_to_stop_it_saves_and_says_how_to_go_on(world: World, finished_run: Path, tmp_path: Path) -> None:
     arguments = overrides(world, tmp_path)
     command = start(world, "train.py", *arguments, cwd=tmp_path)

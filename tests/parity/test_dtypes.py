@@ -71,6 +71,7 @@ def assert_near(found: list[Tensor], wanted: list[Tensor], dtype: torch.dtype) -
         torch.testing.assert_close(scores, exact, rtol=0, atol=bound)
 
 
+@pytest.mark.slow
 def test_frozen_parts_are_held_in_the_folders_dtype(folder: Folder) -> None:
     vision, llm = folder.ours.vision, folder.ours.llm
     assert {tensor.dtype for tensor in (*vision.parameters(), *vision.backbone.buffers())} == {folder.dtype}
@@ -153,7 +154,8 @@ def assert_same(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> No
         assert torch.equal(found[name], tensor), name
 
 
-@pytest.mark.parametrize("mode", ["rank", pytest.param("generate", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["rank", "generate"])
 def test_it_is_evaluated(folder: Folder, mode: str, world: World, tmp_path: Path) -> None:
     evaluated = evaluate_here(world, folder.path, tmp_path, "samples=4", "batch_size=4", f"mode={mode}")
     held = json.loads((evaluated / "results.json").read_text())["model"]["llm"]["dtype"]

@@ -104,6 +104,7 @@ def test_the_files_are_found() -> None:
 
 
 # An experiment composes a file of nearly every folder, so the fast tests do with those.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "file",
     [
