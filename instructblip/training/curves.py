@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 # Of an entry, what its curves show; the rest, most of it sample ids, would fill the memory.
 _DRAWN = ("step", "phase", "loss", "loss_by_dataset", "validation", "lr", "samples_per_second")
+_LETTER = 0.014  # of a panel's width, of a phase's name
 
 
 def draw_curves(metrics_path: Path, out_path: Path, title: str) -> None:
@@ -83,20 +84,21 @@ def _draw_phases(axes: "Axes", phases: Sequence[DrawnPhase], *, named: bool, nam
     for phase in phases:
         if phase.first > phases[0].first:
             axes.axvline(phase.first - 0.5, color="#9a9a94", linewidth=0.8, linestyle=(0, (3, 3)), zorder=0)
-        narrow = (phase.last - phase.first + 1) / phases[-1].last < 0.3  # its name does not fit across
+        share = (phase.last - phase.first + 1) / phases[-1].last
         text = f"{phase.name}: not validated" if names_unvalidated and not phase.validated else phase.name
         if names_unvalidated and not phase.validated:
             axes.axvspan(phase.first - 0.5, phase.last + 0.5, color="#f3f3ee", zorder=0, linewidth=0)
         if not named:
             continue
+        fits = len(text) * _LETTER < share
         axes.text(
             (phase.first + phase.last) / 2,
-            0.98,
+            1.01 if fits else 0.98,  # above the panel no curve runs through it
             text,
             transform=axes.get_xaxis_transform(),
             ha="center",
-            va="top",
-            rotation=90 if narrow else 0,
+            va="bottom" if fits else "top",
+            rotation=0 if fits else 90,
             fontsize=7.5,
             color="#777777",
         )
@@ -115,7 +117,7 @@ def _draw_loss(axes: "Axes", entries: list[Entry]) -> None:
     steps, losses = _series(entries, "loss")
     axes.plot(steps, losses, color="#8fa8c4", linewidth=0.7, alpha=0.6)
     axes.plot(steps, smoothed(losses, _span(len(losses))), color="#1f4e79", linewidth=1.8)
-    _finish(axes, "Training loss (nats per answer token)", bool(steps))
+    _finish(axes, "Training loss", bool(steps))
     if losses:
         ordered = sorted(losses)
         axes.set_ylim(min(0.0, ordered[0]), 1.05 * ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))])
@@ -148,7 +150,7 @@ def _draw_single(axes: "Axes", entries: list[Entry], key: str, title: str) -> No
 
 
 def _finish(axes: "Axes", title: str, has_data: bool) -> None:
-    axes.set_title(title, fontsize=10, loc="left")
+    axes.set_title(title, fontsize=10, loc="left", pad=16)  # between it and the panel stand phases' names
     axes.set_xlabel("step", fontsize=8.5)
     axes.tick_params(labelsize=8.5)
     axes.grid(True, color="#e4e4e0", linewidth=0.6)
