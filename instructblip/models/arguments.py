@@ -11,6 +11,7 @@ from numbers import Integral, Real
 from pathlib import PurePath
 from typing import Any, TypedDict, TypeVar
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -222,9 +223,12 @@ class Decoding:
             raise TypeError(f"generate() got an unexpected keyword argument {min(unknown)!r}")
         found = replace(self, **options)
         found._check_numbers()
+        found = found._plain()
         found._check_noise(count)
         if draws_one and found.do_sample:
             found = replace(found, num_beams=1)
+        if found.on_text is not None and not callable(found.on_text):
+            raise ValueError(f"on_text is of type {type(found.on_text).__name__}; give a function of the text so far")
         if found.on_text is not None and count != 1:
             raise ValueError(f"on_text follows one text as it is written, not {count}; give one image")
         if found.on_text is not None and found.num_beams != 1:
@@ -253,6 +257,15 @@ class Decoding:
                 raise ValueError(f"{name} is {value!r}; give a number above 0, 1 for none")
         if not _is_number(self.top_p) or not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p!r}; give a probability above 0, 1 for all tokens")
+        if not isinstance(self.do_sample, bool | np.bool_):  # any text is true, "false" too
+            raise ValueError(f"do_sample is {self.do_sample!r}; give True or False")
+
+    def _plain(self) -> "Decoding":
+        """With Python's own numbers, which transformers insists on."""
+        kinds = {"num_beams": int, "max_new_tokens": int, "min_new_tokens": int, "do_sample": bool}
+        kinds |= dict.fromkeys(("length_penalty", "repetition_penalty", "temperature", "top_p"), float)
+        plain: Any = {name: kind(getattr(self, name)) for name, kind in kinds.items()}
+        return replace(self, **plain)
 
     def _check_noise(self, count: int) -> None:
         noise, most = self.noise, self.max_new_tokens

@@ -155,6 +155,9 @@ def test_options_of_ranking(options: dict[str, Any], words: str, model: Instruct
         ({"temperature": -1.0}, "above 0"),
         ({"top_p": 0.0}, "probability above 0"),
         ({"top_p": 1.5}, "probability above 0"),
+        ({"do_sample": "false"}, "give True or False"),
+        ({"do_sample": None}, "give True or False"),
+        ({"on_text": "print"}, "of type str; give a function of the text so far"),
         ({"beam_lengths": "old"}, "'new_tokens' or 'transformers_4_33'"),
     ],
 )
@@ -211,10 +214,13 @@ def test_numbers_of_numpy_are_numbers() -> None:
     options: dict[str, Any] = {
         "num_beams": np.int64(2),
         "max_new_tokens": np.int32(3),
+        "min_new_tokens": np.int64(2),
         "length_penalty": np.float32(0.5),
+        "do_sample": np.bool_(False),
     }
     found = model.generate(pictures(2), PROMPTS, **options)
-    assert found == model.generate(pictures(2), PROMPTS, num_beams=2, max_new_tokens=3, length_penalty=0.5)
+    plain: dict[str, Any] = {"num_beams": 2, "max_new_tokens": 3, "min_new_tokens": 2, "length_penalty": 0.5}
+    assert found == model.generate(pictures(2), PROMPTS, **plain)
 
 
 @pytest.mark.parametrize(
