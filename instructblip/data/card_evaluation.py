@@ -193,6 +193,9 @@ def _check_rules(evaluation: Evaluation, splits: Collection[str], path: Path) ->
     if stated != (evaluation.mode == "rank"):
         ways = "candidates, verbalizers and candidates_from"
         raise UserError(f"{path}: evaluation needs one of {ways} to rank, none of them to generate, retrieve or match")
+    most, fewest = evaluation.max_new_tokens, evaluation.min_new_tokens
+    if evaluation.mode == "generate" and fewest > most:
+        raise UserError(f"{path}: evaluation.min_new_tokens {fewest} is more than max_new_tokens {most}; lower it")
     if (evaluation.candidates_from == "answer_list") != (evaluation.answer_list is not None):
         raise UserError(f"{path}: candidates_from: answer_list and answer_list, its address, go together; give both")
     if set("{}") & set(_FIELD.sub("", evaluation.prompt)):

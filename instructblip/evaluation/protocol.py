@@ -519,9 +519,10 @@ def released_lengths(max_len: int, min_len: int, llm_kind: str) -> tuple[int, in
     """The most and fewest new tokens of the released code's `max_len` and `min_len`.
 
     Under transformers 4.33 a decoder-only model's output begins with a token that both lengths count. An encoder-decoder
-    model is given `max_new_tokens`, but its `min_length` counts the decoder's start token.
+    model is given `max_new_tokens`, but its `min_length` counts the decoder's start token. One token is always written: the
+    length is looked at behind it.
     """
-    return max_len - 1 if llm_kind == "decoder" else max_len, max(0, min_len - 1)
+    return max(1, max_len - 1) if llm_kind == "decoder" else max_len, max(0, min_len - 1)
 
 
 def _vocabulary(card: Card, shards: Path, source: str, samples: Sequence[EvaluationSample]) -> tuple[str, ...]:

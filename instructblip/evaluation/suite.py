@@ -30,7 +30,9 @@ from instructblip.evaluation.runner import answer_share, read_pixels, run_task
 from instructblip.evaluation.seeds import training_of
 from instructblip.evaluation.submissions import SUBMISSION, write_submission
 from instructblip.files import errors_for_users, exclusive, write_json
+from instructblip.models.arguments import Decoding
 from instructblip.models.base import Model
+from instructblip.models.generation import check_write
 from instructblip.models.llm import LLM, LLM_KINDS
 from instructblip.models.quantized import QuantizedLinear
 from instructblip.models.vision_language import VisionLanguageModel
@@ -165,7 +167,7 @@ def check_writes(model: Model, tasks: Sequence[Task]) -> None:
     for task in tasks:
         if task.protocol.mode == "generate" and isinstance(model, VisionLanguageModel):
             try:
-                model.llm.check_writes(task.protocol.num_beams)
+                check_write(model.llm, Decoding(num_beams=task.protocol.num_beams), task.protocol.beam_lengths)
             except UserError as error:
                 raise UserError(f"{task.card.name} asks for texts: {error}") from None
 

@@ -9,12 +9,12 @@ A request is read by the arguments that lmms-eval gives it, so nothing here need
 import logging
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from itertools import groupby
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
 from PIL import Image
 
 from instructblip.errors import UserError
-from instructblip.models.arguments import of_samples
+from instructblip.models.arguments import Decoding, DecodingOptions, of_samples
 from instructblip.models.decoding import cut_at
 from instructblip.models.facts import SEARCH
 
@@ -73,7 +73,7 @@ def read_decoding(given: Mapping[str, Any], *, max_new_tokens: int = MAX_NEW_TOK
         max_new_tokens: where it does not.
 
     Raises:
-        UserError: it wants texts drawn, or something that is not known here.
+        UserError: it wants texts drawn, something that is not known here, or a number that is none.
     """
     settings = {name: value for name, value in given.items() if value is not None}
     if settings.get("do_sample", settings.get("temperature", 0) > 0):
@@ -91,6 +91,10 @@ def read_decoding(given: Mapping[str, Any], *, max_new_tokens: int = MAX_NEW_TOK
         elif name not in _OF_SAMPLING:
             known = ", ".join(("until", *SEARCH))
             raise UserError(f"generation_kwargs has {name}, which instructblip_native does not know; it takes {known}")
+    try:  # here, where no document is to blame
+        Decoding().given(cast(DecodingOptions, options), 1)
+    except ValueError as error:
+        raise UserError(f"generation_kwargs: {error}; --gen_kwargs sets another") from None
     return TaskDecoding(tuple(sorted(options.items())), tuple(text for text in until if text))
 
 

@@ -181,6 +181,10 @@ def test_a_view_takes_the_source_from_its_parent(folder: Path) -> None:
         ({"evaluation.candidates": ...}, "needs one of candidates, verbalizers and candidates_from to rank"),
         ({"evaluation.verbalizers": {"a": ["b"]}}, "needs one of candidates, verbalizers and candidates_from to rank"),
         ({"evaluation.mode": "generate"}, "none of them to generate"),
+        (
+            {"evaluation.mode": "generate", "evaluation.candidates": ..., "evaluation.min_new_tokens": 11},
+            "evaluation.min_new_tokens 11 is more than max_new_tokens 10; lower it",
+        ),
         ({"evaluation.candidates_from": "choices"}, "needs one of candidates, verbalizers and candidates_from to rank"),
         (
             {"evaluation.candidates_from": "options"},

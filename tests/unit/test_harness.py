@@ -124,6 +124,20 @@ def test_an_unknown_setting_is_named() -> None:
         read_decoding({"stop_sequences": ["."]})
 
 
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"num_beams": 0}, "num_beams is 0; give a whole number of at least 1"),
+        ({"num_beams": [1]}, r"num_beams is \[1\]; give a whole number"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"min_new_tokens": 9, "max_new_tokens": 8}, "min_new_tokens is 9, more than"),
+    ],
+)
+def test_a_wrong_number_of_a_task_is_not_blamed_on_its_documents(settings: dict[str, Any], says: str) -> None:
+    with pytest.raises(UserError, match=f"^generation_kwargs: {says}.*; --gen_kwargs sets another$"):
+        read_decoding(settings)
+
+
 def test_log_likelihoods_are_sums_over_the_tokens_of_transformers_own_forward(model: InstructBLIP) -> None:
     """And a text is greedy where each of its tokens is the likeliest there."""
     prompt = "shape?"

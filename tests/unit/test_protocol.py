@@ -13,7 +13,7 @@ from instructblip.data.prepare.convert import prepare_dataset
 from instructblip.data.records import Record
 from instructblip.data.shards import MANIFEST_FORMAT, ShardWriter, shard_path
 from instructblip.errors import UserError
-from instructblip.evaluation.protocol import as_json, blind_task, majority_answers, make_task
+from instructblip.evaluation.protocol import as_json, blind_task, majority_answers, make_task, released_lengths
 from instructblip.evaluation.runner import read_pixels
 from instructblip.evaluation.suite import takes_cached_images
 from instructblip.files import sha256_file, write_json
@@ -276,3 +276,10 @@ def test_how_candidates_are_ranked_can_be_set_and_is_in_the_hash(yes_no: Card, s
     assert len(hashes) == 4
     released = make_task(yes_no, shards, preset="lavis", normalize="mean").protocol
     assert released.normalize == "mean"  # what is asked for goes before any preset
+
+
+def test_the_released_lengths_leave_a_token_to_write() -> None:
+    """transformers 4.33 looks at the length behind each token: one is written, whatever the limit."""
+    assert released_lengths(10, 1, "decoder") == (9, 0)
+    assert released_lengths(1, 1, "decoder") == (1, 0)
+    assert released_lengths(1, 0, "encoder_decoder") == (1, 0)

@@ -77,6 +77,7 @@ def test_a_question_that_the_model_cannot_take_is_named_by_its_sample(mode: str,
     [
         ({"tree": False, "generates": False}, "does not generate from embeddings"),
         ({"tree": False, "beams": False}, "set num_beams=1"),
+        ({"tree": False}, "counts beam lengths as new_tokens"),
     ],
 )
 def test_texts_of_a_model_that_cannot_write_are_refused_before_the_first_task(
@@ -84,7 +85,8 @@ def test_texts_of_a_model_that_cannot_write_are_refused_before_the_first_task(
 ) -> None:
     silent = tiny_model()
     silent.llm.abilities = LLMAbilities(**abilities)
-    written = dataclasses.replace(task, protocol=dataclasses.replace(task.protocol, mode="generate", num_beams=5))
+    protocol = dataclasses.replace(task.protocol, mode="generate", num_beams=5, beam_lengths="transformers_4_33")
+    written = dataclasses.replace(task, protocol=protocol)
     check_writes(silent, [task, task])  # which are ranked
     with pytest.raises(UserError, match=f"^easy_vqa_yes_no asks for texts: LlamaForCausalLM .*{words}"):
         evaluate_tasks(
