@@ -43,6 +43,7 @@ from instructblip.errors import UserError
 from instructblip.interrupts import raise_once
 
 EXIT_USER_ERROR = 2
+_SIGNAL = 128  # and its number is the exit status of what a signal has ended
 _SWEEP_FLAGS = ("-m", "--multirun")
 _OTHER_CONFIGURATION = ("--config", "-cp", "-cn", "-cd")  # Hydra's options that name one
 _LONGEST_NAME = 180  # characters; file systems end at 255 bytes
@@ -69,10 +70,12 @@ def main(name: str, schema: type[Schema], task: Callable[[Schema, Console], int 
     """Run an entry point: `configs/<name>.yaml` with the command line's overrides, checked against `schema`.
 
     Exits with 0, with the status that `task` returns, or with 2 after a line on standard error that says what to mend. In a
-    sweep a user's mistake ends that job alone; the others run, and the status is 2 at the end.
+    sweep a user's mistake or such a status ends that job alone, unless a signal did; the others run, and the status is 2 at
+    the end, or the highest that one returned.
     """
     raise_once()
     failed: list[str] = []
+    statuses = [0]
     searched: set[Path] = set()
     process = os.getpid()
 
@@ -88,8 +91,9 @@ def main(name: str, schema: type[Schema], task: Callable[[Schema, Console], int 
             _tell_failure(error, job, failed, alone=not job.sweeping or os.getpid() != process)
         if job.sweeping:
             gc.collect()  # the next job's model needs the memory of this one's
-        if outcome.status:
+        if outcome.status and (outcome.status > _SIGNAL or not job.sweeping or os.getpid() != process):
             raise SystemExit(outcome.status)
+        statuses.append(outcome.status)
         return outcome.score
 
     try:
@@ -109,8 +113,8 @@ def main(name: str, schema: type[Schema], task: Callable[[Schema, Console], int 
         _fail(error)
     except KeyboardInterrupt:
         _fail(UserError("interrupted; nothing half-written is left, run the same command again to go on"), status=130)
-    if failed:
-        raise SystemExit(EXIT_USER_ERROR)
+    if failed or any(statuses):
+        raise SystemExit(EXIT_USER_ERROR if failed else max(statuses))
 
 
 def _only_composed(composed: DictConfig) -> bool:

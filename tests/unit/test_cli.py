@@ -62,6 +62,23 @@ def test_the_tasks_status_is_the_process_status(monkeypatch: pytest.MonkeyPatch)
     assert _main(monkeypatch, lambda config, console: 0) == 0
 
 
+def test_what_ends_a_job_of_a_sweep_ends_the_others_only_if_a_signal_did(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The status of a plan that does not fit is 1."""
+    monkeypatch.chdir(tmp_path)
+    seen: list[int] = []
+
+    def task(config: PrepareConfig, console: Console) -> int:
+        seen.append(config.workers)
+        return {1: 1, 2: 0, 3: 143}.get(config.workers, 0)
+
+    assert _main(monkeypatch, task, "-m", "dataset=easy_vqa", "workers=1,2,4") == 1
+    assert seen == [1, 2, 4]
+    assert _main(monkeypatch, task, "-m", "dataset=easy_vqa", "workers=3,4") == 143
+    assert seen[3:] == [3]
+
+
 @pytest.mark.parametrize(("more", "times"), [((), 1), (("hydra.verbose=false",), 3)])
 def test_a_plain_command_is_composed_once_and_hydras_own_settings_are_left_to_hydra(
     more: tuple[str, ...], times: int, monkeypatch: pytest.MonkeyPatch
