@@ -11,6 +11,7 @@ dict the frozen layers keep their names, and the adapters' stand beside them:
 peft is imported where a part is adapted, and nowhere else.
 """
 
+import contextlib
 import dataclasses
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -226,6 +227,19 @@ def adapted_layers(model: nn.Module, *, aliases: bool = False) -> Iterator[tuple
     for name, module in model.named_modules(remove_duplicate=not aliases):
         if hasattr(module, "lora_A") and hasattr(module, "base_layer"):
             yield name, module
+
+
+@contextlib.contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """Within the block a model computes what it does without its adapters."""
+    layers = [layer for _, layer in adapted_layers(model)]
+    for layer in layers:
+        layer._disable_adapters = True  # peft's own way also takes their gradients
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
 
 
 def linear_layers(module: nn.Module) -> Iterator[tuple[str, Any]]:

@@ -8,9 +8,10 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from instructblip.data.batching import Batch
-from instructblip.models.adapters import Adapter
+from instructblip.models.adapters import Adapter, adapted_layers
 from instructblip.models.instructblip import InstructBLIP
 from instructblip.objectives import Objective, make_objectives
 from instructblip.training.loop import train_step
@@ -21,10 +22,13 @@ from instructblip.training.plan.flops import (
     StepWorkload,
     adapter_shares,
     device_peak,
+    image_flops,
     known_gpu,
+    language_shape,
     model_shape,
 )
 from instructblip.weights.parts import train_parts
+from tests.kit.blip import tiny_caption
 from tests.kit.losses import ALIGNMENT, LANGUAGE
 from tests.kit.stage1 import step, tiny_batch, tiny_stage1
 from tests.kit.tiny import tiny_encoder_decoder_llm, tiny_images, tiny_llm, tiny_model, tiny_vision
@@ -101,6 +105,30 @@ def test_adapters_are_counted_as_torch_counts_them(parts: tuple[str, ...]) -> No
     assert shape.total(work, LLM) == pytest.approx(expected, rel=0.03)
 
 
+def test_adapters_of_the_encoder_are_no_second_time_in_its_own_count() -> None:
+    pytest.importorskip("peft", reason="adapters need requirements-lora.txt")
+    model = tiny_caption()
+    before = image_flops(model.vision)
+    train_parts(model, ("vision",), {"vision": Adapter(8, 16.0, 0.0, ())})
+    assert image_flops(model.vision) == before
+    assert [layer.disable_adapters for _, layer in adapted_layers(model)] == [False] * 4  # two of each block act again
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("parts", "off"), [(("llm",), 0.05), (("vision",), 0.03)])
+def test_a_frozen_qformer_passes_gradients_on_to_the_vision_encoder_alone(parts: tuple[str, ...], off: float) -> None:
+    """The LLM's first layer has nothing to pass gradients on to; the formula does not know."""
+    model = tiny_model()
+    train_parts(model, parts)
+    work, expected = passed(model, tiny_images(1))
+    with torch.device("meta"):
+        vision = tiny_vision()
+    shape = model_shape(vision, model.qformer, model.projection, model.llm.model, model.trained_parts)
+    assert shape.total(work, LLM) == pytest.approx(expected, rel=off)
+    backward = {part.part: part.backward for part in shape.by_part(work, LLM)}
+    assert (backward["Q-Former and projection"] > 0) == (parts == ("vision",))
+
+
 @pytest.mark.slow
 def test_a_clip_is_counted_frame_by_frame() -> None:
     model = tiny_model()
@@ -164,6 +192,18 @@ def test_a_step_of_the_first_stage_is_counted_as_torch_counts_it(names: tuple[st
     assert (work.samples, work.encoded, work.text) == (2, 2, 2 * 4)
     found = shape.total(work, outputs) + shape.repeated(work, outputs)
     assert found == pytest.approx(counter.get_total_flops(), rel=off)
+
+
+@pytest.mark.parametrize("kind", ["llama", "phi3", "gpt_neox"])
+def test_attention_is_counted_where_one_matrix_makes_queries_keys_and_values_too(kind: str) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    settings = AutoConfig.for_model(kind, vocab_size=50, pad_token_id=0, bos_token_id=1, eos_token_id=1, **sizes)
+    llm = AutoModelForCausalLM.from_config(settings)
+    with counted() as counter, torch.no_grad():
+        llm.base_model(inputs_embeds=torch.randn(3, 40, 64), use_cache=False)
+    work = StepWorkload(samples=3, positions=3 * 40)
+    found = language_shape(llm).by_part(work, runs=True, gradients=0.0)[0].forward
+    assert found == pytest.approx(counter.get_total_flops(), rel=1e-3)
 
 
 @pytest.mark.slow

@@ -72,8 +72,8 @@ class BLIPShape(ModelShape):
         return 0.0
 
     def _trainable(self, part: str, forward: float) -> PartFlops:
-        """A part of the text models', through which gradients always pass."""
-        return PartFlops(part, forward, forward * (1 + self._gradients("text")))
+        """A part of the text models'."""
+        return self._behind_vision(part, "text", forward)
 
 
 @dataclass(frozen=True)

@@ -73,12 +73,14 @@ class BLIPPlan(Plan):
         return kept
 
 
-def plan_blip(parts: BLIPParts, phases: Sequence[PlannedPhase], layout: PlanLayout) -> BLIPPlan:
-    """The plan of a run of these parts, which may be on the meta device."""
-    start = 1 + len(CAPTION_PROMPT.split())  # [DEC], and a token a word
+def plan_blip(
+    parts: BLIPParts, phases: Sequence[PlannedPhase], layout: PlanLayout, *, prompt: str = CAPTION_PROMPT
+) -> BLIPPlan:
+    """The plan of a run of these parts, which may be on the meta device; `prompt` begins every caption."""
+    start = 1 + len(prompt.split())  # [DEC], and a token a word
     text = TextParts(parts.encoder, parts.decoder, parts.heads, start)
     models = [model for model in (parts.encoder, parts.decoder) if model is not None]
-    shares = adapter_shares({"vision": [parts.vision.backbone], "text": models})
+    shares = adapter_shares({"vision": [parts.vision.backbone], "text": [*models, parts.heads]})
     shape = blip_shape(parts.vision, text, layout.trained, shares)
     return BLIPPlan(vision=parts.vision, shape=shape, phases=tuple(phases), layout=layout, parts=parts)
 

@@ -54,10 +54,9 @@ class ConnectorShape(ModelShape):
 
     def by_part(self, work: StepWorkload, outputs: Collection[str]) -> list[PartFlops]:
         """The LLM's layers take part in `answer_logits` alone."""
-        forward = self.connector_flops * work.frames
         return [
             self._vision_flops(work),
-            PartFlops("connector", forward, 2 * forward if "connector" in self.trained else forward),
+            self._behind_vision("connector", "connector", self.connector_flops * work.frames),
             *self.language.by_part(work, runs="answer_logits" in outputs, gradients=self._gradients("llm")),
         ]
 
@@ -117,6 +116,8 @@ class ConnectorPlan(LanguagePlan):
         if part == VISION:
             return self._vision_kept(work)
         if part == _CONNECTOR:
+            if not self.shape.passes_gradients("connector"):
+                return 0.0
             norm = 4.0 * self.shape.image_tokens * self.vision.width
             return work.frames * (norm + self._frame_kept())
         if "answer_logits" not in phase.outputs:

@@ -14,7 +14,7 @@ and recomputation are not counted: they are no work that the model asks for.
 import re
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
@@ -23,10 +23,13 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from instructblip.models.adapters import adapter_size, linear_layers
+from instructblip.models.adapters import adapter_size, adapters_off, linear_layers
 from instructblip.models.qformer import QFormer, QFormerLayer
 from instructblip.models.vision import VisionEncoder
 from instructblip.weights.outlines import OutlinedEncoder
+
+# Names of layers that make queries alone, or queries, keys and values together.
+QUERIES, FUSED = ("q", "q_proj"), ("qkv_proj", "query_key_value", "Wqkv")
 
 
 @dataclass(frozen=True)
@@ -194,6 +197,15 @@ class ModelShape(ABC):
         """The share of a part's weights that have gradients."""
         return self.shares.get(part, 1.0) if part in self.trained else 0.0
 
+    def passes_gradients(self, part: str) -> bool:
+        """Whether a part that reads the vision encoder's tokens has a backward pass: it trains, or the encoder does."""
+        return not self.trained.isdisjoint({part, "vision"})
+
+    def _behind_vision(self, title: str, part: str, forward: float) -> PartFlops:
+        """A part that reads the vision encoder's tokens."""
+        gradients = 1 + self._gradients(part) if self.passes_gradients(part) else 0
+        return PartFlops(title, forward, forward * gradients)
+
 
 @dataclass(frozen=True)
 class QFormerShape(ModelShape):
@@ -217,8 +229,8 @@ class QFormerShape(ModelShape):
         """What goes through the Q-Former for these outputs."""
 
     def _trainable(self, part: str, forward: float) -> PartFlops:
-        """A part of the Q-Former's, through which gradients always pass."""
-        return PartFlops(part, forward, forward * (1 + self._gradients("qformer")))
+        """A part of the Q-Former's."""
+        return self._behind_vision(part, "qformer", forward)
 
     def _qformer_flops(self, work: StepWorkload, outputs: Collection[str]) -> float:
         passes = self.qformer_passes(work, outputs)
@@ -361,18 +373,18 @@ def model_shape(
         "trained": frozenset(trained),
     }
     if llm is None:
-        assert qformer.lm_head is not None
-        words = qformer.word_embeddings.weight.numel() + matrices(qformer.lm_head)
+        head = qformer.lm_head  # None where it is not to caption
+        words = 0 if head is None else qformer.word_embeddings.weight.numel() + matrices(head)
         return Stage1Shape(**common, heads=matrices(heads), words=words)
     return LLMShape(**common, projection=matrices(heads), language=language_shape(llm))
 
 
 def image_flops(vision: VisionEncoder) -> float:
-    """Of one picture through an encoder on the meta device, where torch counts every kind of attention."""
+    """Of one picture through an encoder on the meta device, where torch counts every kind of attention; without adapters."""
     if isinstance(vision, OutlinedEncoder):
         return vision.flops
     device = next(vision.parameters()).device
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), adapters_off(vision):
         vision(torch.zeros(1, 3, vision.image_size, vision.image_size, dtype=torch.uint8, device=device))
     return float(counter.get_total_flops())
 
@@ -381,15 +393,27 @@ def _stack(layers: nn.Module) -> Stack:
     """T5's names its cross-attention `EncDecAttention`, whose keys and values are of the encoder's states."""
     matrices = attention = source = cross = 0
     for name, layer in linear_layers(layers):
-        last, crossing = name.rpartition(".")[2], "EncDecAttention" in name
-        if crossing and last in ("k", "v"):
+        if "EncDecAttention" in name and name.endswith((".k", ".v")):
             source += size_of(layer)
         else:
             matrices += size_of(layer)
-        if last in ("q", "q_proj"):
-            attention += 0 if crossing else layer.out_features
-            cross += layer.out_features if crossing else 0
+    for name, width in query_widths(layers):
+        crossing = "EncDecAttention" in name
+        attention += 0 if crossing else width
+        cross += width if crossing else 0
     return Stack(matrices, attention, source, cross)
+
+
+def query_widths(layers: nn.Module) -> Iterator[tuple[str, int]]:
+    """Of each attention its queries' width: where one matrix makes keys and values too, that of what the other one reads."""
+    found = dict(linear_layers(layers))
+    for name, layer in found.items():
+        parent, _, last = name.rpartition(".")
+        if last in QUERIES:
+            yield name, layer.out_features
+        elif last in FUSED:
+            beside = [other for path, other in found.items() if path.rpartition(".")[0] == parent and path != name]
+            yield name, beside[0].in_features if beside else layer.out_features // 3
 
 
 def matrices(module: nn.Module) -> int:

@@ -30,6 +30,8 @@ from instructblip.objectives import make_objectives
 from instructblip.objectives.distillation import COPIES
 from instructblip.training.layout import is_sharded
 from instructblip.training.plan.flops import (
+    FUSED,
+    QUERIES,
     Gpu,
     ModelShape,
     PartFlops,
@@ -39,6 +41,7 @@ from instructblip.training.plan.flops import (
     StepWorkload,
     adapter_shares,
     model_shape,
+    query_widths,
 )
 from instructblip.weights.modules import Parts
 
@@ -310,14 +313,16 @@ class LanguagePlan(Plan):
 
     def _stack_kept(self, stack: nn.Module, tokens: float) -> float:
         """Of layers over so many tokens: float32 copies before norms, attention's inputs and outputs, the FFN's factors."""
-        llm, blocks = self.llm, blocks_of(stack)
+        llm, blocks = self.llm, blocks_of(stack) or [stack]  # one layer is no list
         value, width = torch.finfo(llm.dtype).bits // 8, llm.get_input_embeddings().weight.shape[1]
         names = [(name.rpartition(".")[2], layer) for name, layer in linear_layers(blocks[0])]
-        attention = sum(layer.out_features for name, layer in names if name in ("q", "q_proj"))
-        attended = {"q", "k", "v", "o", "q_proj", "k_proj", "v_proj", "o_proj", "out_proj"}
-        hidden = [layer.out_features for name, layer in names if name not in attended and layer.out_features != width]
+        attention = sum(queries for _, queries in query_widths(blocks[0]))
+        attended = {*QUERIES, *FUSED, "k", "v", "o", "k_proj", "v_proj", "o_proj", "out_proj"}
+        ffn = [layer for name, layer in names if name not in attended]
+        hidden = [layer.out_features for layer in ffn if layer.out_features != width]
+        read = max((layer.in_features for layer in ffn if layer.out_features == width), default=0)
         # The activation's input, and where it is gated its output and the other factor.
-        inner = hidden[0] * (3 if len(hidden) > 1 else 1) if hidden else 0
+        inner = read * 3 if sum(hidden) > read else read
         norms = sum("norm" in name.lower() for name, layer in blocks[0].named_modules() if not list(layer.children()))
         kept = norms * 4 * width + value * (4 * attention + inner) + _adapters_kept(blocks[0])
         if llm.config.is_encoder_decoder:
@@ -365,6 +370,8 @@ class QFormerPlan(LanguagePlan):
 
     def _qformer_kept(self, work: StepWorkload, phase: PlannedPhase) -> float:
         """Of each linear layer its input, of attention its inputs and output, the input of norms, masks of dropout."""
+        if not self.shape.passes_gradients("qformer"):
+            return 0.0
         passes = self.shape.qformer_passes(work, phase.outputs)
         pictures = max(each.rows for each in passes if each.queries)  # wrong pictures of pairs are normalised too
         norm = 8.0 * self.shape.image_tokens * pictures * self.parts.vision.width  # float32 before and after
@@ -387,8 +394,8 @@ class QFormerPlan(LanguagePlan):
 
 def plan_run(parts: Parts, phases: Sequence[PlannedPhase], layout: PlanLayout) -> Plan:
     """The plan of a run of these parts, which may be on the meta device."""
-    modules = {"vision": [parts.vision.backbone], "qformer": [parts.qformer], "llm": [parts.llm] if parts.llm else []}
-    shares = adapter_shares(modules)
+    modules = {"vision": [parts.vision.backbone], "qformer": [parts.qformer, parts.heads]}
+    shares = adapter_shares(modules | ({} if parts.llm is None else {"llm": [parts.llm]}))
     shape = model_shape(parts.vision, parts.qformer, parts.heads, parts.llm, layout.trained, shares)
     return QFormerPlan(vision=parts.vision, shape=shape, phases=tuple(phases), layout=layout, parts=parts)
 

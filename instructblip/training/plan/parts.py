@@ -45,7 +45,7 @@ def make_plan(config: TrainConfig) -> Plan:
     outlined = not adapters  # which go into modules that were built
     if config.text is not None:
         adapt_without_weights(blip := blip_without_weights(config, outlined=outlined), adapters)
-        return plan_blip(blip, phases, layout)
+        return plan_blip(blip, phases, layout, prompt=config.model.prompt)
     if not config.has_qformer():
         adapt_without_weights(connected := connector_without_weights(config, outlined=outlined), adapters)
         return plan_connector(connected, phases, layout)
