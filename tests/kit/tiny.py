@@ -8,6 +8,7 @@ overrides that point them there:
     overrides = [*(f"{key}={value}" for key, value in parts.items()), f"data.sources.easy_vqa.path={tmp_path / 'raw'}"]
 """
 
+import dataclasses
 import json
 import random
 from collections.abc import Mapping, Sequence
@@ -204,6 +205,12 @@ def tiny_encoder_decoder_llm(
         max_prompt_tokens=max_prompt_tokens,
         max_target_tokens=max_target_tokens,
     )
+
+
+def by_transformers(llm: LLM) -> LLM:
+    """The same, whose texts are continued by transformers' own generation."""
+    llm.abilities = dataclasses.replace(llm.abilities, tree=False)
+    return llm
 
 
 def tiny_vision(

@@ -47,8 +47,8 @@ def test_wrong_arguments_are_named() -> None:
         (lambda: caption.generate(images, num_beams=0), "num_beams is 0"),
         (lambda: caption.generate(images, repetition_penalty=0.0), "repetition_penalty is 0"),
         (
-            lambda: caption.generate(images, ["a " * 70, "a"]),
-            r"prompts\[0\] has 71 tokens; the text model has 64 places",
+            lambda: caption.generate(images, ["a " * 63, "a"]),
+            r"prompts\[0\] has 64 tokens; the text model has 64 places",
         ),
         (lambda: vqa.generate(images, "what?"), "prompts is of type str"),
         (lambda: vqa.rank(images, TEXTS[:2], [["a"], []]), r"candidates\[1\] is empty"),
@@ -111,6 +111,20 @@ def test_sampling_has_the_released_penalty(monkeypatch: pytest.MonkeyPatch) -> N
     assert all(decoding.top_p == 0.9 and decoding.max_new_tokens == 16 for decoding in asked)
 
 
+@pytest.mark.parametrize("make", [tiny_caption, tiny_vqa, tiny_stage1])
+def test_no_text_is_longer_than_the_places_of_its_model(make: Callable[[], Any]) -> None:
+    model, lengths, side = make(), list[int](), 28 if make is tiny_stage1 else SIDE
+    texts = model._texts
+    model._texts = lambda ids_BT: lengths.append(ids_BT.shape[1]) or texts(ids_BT)
+    images = torch.zeros(1, 1, 3, side, side, dtype=torch.uint8)
+    model.generate(
+        images, *([TEXTS[:1]] if make is tiny_vqa else []), num_beams=1, max_new_tokens=99, min_new_tokens=99
+    )
+    places = model._longest_text if make is tiny_stage1 else model.text_decoder.max_text_tokens
+    begun = len(model.caption_start()) if make is tiny_caption else 1
+    assert lengths == [places - begun]
+
+
 @pytest.mark.parametrize("make", [tiny_caption, tiny_pretrain, tiny_retrieval])
 def test_long_texts_lose_their_end_but_for_its_mark(make: Callable[[], Any]) -> None:
     model: BLIP = make()
@@ -121,6 +135,13 @@ def test_long_texts_lose_their_end_but_for_its_mark(make: Callable[[], Any]) -> 
     assert all(answer[-1] == end for answer in inputs.answers)
     length = model.sample_length()
     assert [length("", text, 1) for text in ("dog " * 80, "dog")] == [model.max_text_tokens, start + 2]
+
+
+@pytest.mark.parametrize("make", [tiny_caption, tiny_vqa, tiny_retrieval, tiny_stage1])
+def test_a_batch_of_unequal_numbers_is_refused(make: Callable[[], Any]) -> None:
+    frames = torch.zeros(2, 1, 3, SIDE, SIDE, dtype=torch.uint8)
+    with pytest.raises(ValueError, match=r"^2 images.* 1 \w+ do not make (pairs|samples)$"):
+        make().prepare(Samples(frames, ["", ""], ["dog"]))
 
 
 def test_questions_are_cut_and_answers_are_not() -> None:

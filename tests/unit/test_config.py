@@ -103,15 +103,8 @@ def test_the_files_are_found() -> None:
     assert {"train.yaml", "evaluate.yaml", "prepare.yaml", "experiment/demo.yaml", "llm/vicuna_7b.yaml"} <= set(FILES)
 
 
-# An experiment composes a file of nearly every folder, so the fast tests do with those.
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "file",
-    [
-        file if "experiment/" in file or "/" not in file else pytest.param(file, marks=pytest.mark.slow)
-        for file in FILES
-    ],
-)
+@pytest.mark.parametrize("file", FILES)
 def test_every_file_begins_with_commands_that_use_it_and_compose(file: str) -> None:
     for entry, overrides in _commands(file):
         composed = _compose(entry, overrides)

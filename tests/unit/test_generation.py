@@ -15,12 +15,19 @@ from instructblip.models.decoding import drawing
 from instructblip.models.instructblip import InstructBLIP
 from instructblip.models.llm import LLM
 from instructblip.models.prefill import Prefill
-from tests.kit.tiny import tiny_encoder_decoder_llm, tiny_images, tiny_llm, tiny_model
+from tests.kit.tiny import by_transformers, tiny_encoder_decoder_llm, tiny_images, tiny_llm, tiny_model
+
+MAKERS: dict[str, Callable[[], LLM]] = {
+    "decoder": tiny_llm,
+    "encoder-decoder": tiny_encoder_decoder_llm,
+    "decoder, transformers": lambda: by_transformers(tiny_llm()),
+    "encoder-decoder, transformers": lambda: by_transformers(tiny_encoder_decoder_llm()),
+}
 
 
-@pytest.mark.parametrize("make", [tiny_llm, tiny_encoder_decoder_llm])
-def test_weights_that_are_nan_do_not_write(make: Callable[[], LLM]) -> None:
-    model = tiny_model(llm=make())
+@pytest.mark.parametrize("name", MAKERS)
+def test_weights_that_are_nan_do_not_write(name: str) -> None:
+    model = tiny_model(llm=MAKERS[name]())
     images = tiny_images(2)
     assert len(model.generate(images, ["a?", "b?"], max_new_tokens=3)) == 2
     with torch.no_grad():
@@ -32,10 +39,10 @@ def test_weights_that_are_nan_do_not_write(make: Callable[[], LLM]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("make", [tiny_llm, tiny_encoder_decoder_llm])
-def test_sampling_draws_from_all_tokens(make: Callable[[], LLM]) -> None:
+@pytest.mark.parametrize("name", MAKERS)
+def test_sampling_draws_from_all_tokens(name: str) -> None:
     """transformers' generation keeps the 50 likeliest tokens where nobody says how many."""
-    model = tiny_model(llm=make())
+    model = tiny_model(llm=MAKERS[name]())
     images = tiny_images(1).expand(256, -1, -1, -1, -1)
     torch.manual_seed(0)
     options: dict[str, Any] = {"do_sample": True, "temperature": 1e4, "max_new_tokens": 1, "min_new_tokens": 1}
@@ -77,6 +84,9 @@ def test_a_text_drawn_with_noise_is_a_function_of_its_own_numbers(make: Callable
         for row in range(6)
     ]
     assert [text for texts in alone for text in texts] == together
+    by_transformers(model.llm)
+    for more in ({}, {"at_once": 4}):
+        assert model.generate(images, prompts, noise=noise, **more, **options) == together
     model.llm.abilities = replace(model.llm.abilities, padded_prompts=False)
     assert model.generate(images, prompts, noise=noise, **options) == together
 
@@ -107,7 +117,7 @@ def test_wrong_noise_is_named() -> None:
         (torch.rand(1, 3), {}, r"noise is of \(1, 3\)"),
         (torch.ones(2, 3), {}, r"noise holds numbers outside of \[0, 1\)"),
         ([[0.5] * 3] * 2, {}, "noise is no tensor of numbers"),
-        (torch.rand(2, 3), {"num_beams": 2}, "num_beams=1"),
+        (torch.rand(2, 3), {"num_beams": 2}, "^noise draws one text for each image: num_beams=1"),
     ):
         with pytest.raises(ValueError, match=line):
             model.generate(images, ["a", "b"], noise=noise, **options | more)

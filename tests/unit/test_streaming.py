@@ -11,11 +11,13 @@ from instructblip.models.streaming import on_ids
 from tests.kit.blip import tiny_caption, tiny_vqa
 from tests.kit.blip2 import tiny_stage1
 from tests.kit.connectors import tiny_connector_model
-from tests.kit.tiny import tiny_encoder_decoder_llm, tiny_images, tiny_llm, tiny_model
+from tests.kit.tiny import by_transformers, tiny_encoder_decoder_llm, tiny_images, tiny_llm, tiny_model
 
 MODELS: dict[str, tuple[Callable[[], Model], bool]] = {  # and whether it reads a prompt
     "decoder": (lambda: tiny_model(llm=tiny_llm()), True),
     "encoder-decoder": (lambda: tiny_model(llm=tiny_encoder_decoder_llm()), True),
+    "decoder, transformers": (lambda: tiny_model(llm=by_transformers(tiny_llm())), True),
+    "encoder-decoder, transformers": (lambda: tiny_model(llm=by_transformers(tiny_encoder_decoder_llm())), True),
     "llava": (lambda: tiny_connector_model("mlp"), True),
     "blip2_stage1": (tiny_stage1, False),
     "blip_caption": (tiny_caption, False),
