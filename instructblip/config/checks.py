@@ -13,6 +13,7 @@ from instructblip.config.schema import (
     DataConfig,
     EvaluateConfig,
     InspectConfig,
+    LLMConfig,
     MixtureConfig,
     ModelConfig,
     ModelKind,
@@ -126,6 +127,8 @@ def check_model(config: ModelConfig) -> None:
             f"model.prompt={architecture.prompt!r} does not end in a space: its last word and a caption's first would be "
             "read as one; add a space"
         )
+    if config.llm is not None:
+        check_rounding(config.llm)
     if kind in BLIP_KINDS:
         _check_blip(config)
         return
@@ -145,6 +148,18 @@ def check_model(config: ModelConfig) -> None:
         raise UserError(f"model=blip2_stage1 has no language model, and llm={config.llm.name} is one; set llm=null")
     if not qformer.instruction_aware:
         raise UserError("model=blip2_stage1 reads texts with the Q-Former; set qformer.instruction_aware=true")
+
+
+def check_rounding(llm: LLMConfig) -> None:
+    """Refuse a quantization of weights in a type that it does not take.
+
+    Raises:
+        UserError: names the setting.
+    """
+    if llm.quantization == "fp8" and llm.dtype == "float32":
+        raise UserError(
+            "llm.quantization=fp8 multiplies what a model in half precision computes; set llm.dtype=bfloat16"
+        )
 
 
 def _check_connector(config: ModelConfig, connector: ConnectorConfig) -> None:

@@ -119,6 +119,21 @@ def part_settings(sources: Sources, *, setting: str) -> dict[str, Any]:
     return settings
 
 
+def settings_here(path: str | None) -> dict[str, Any] | None:
+    """The config.json of a folder that is given by its path; None where there is none on this machine.
+
+    Raises:
+        UserError: it is no JSON object.
+    """
+    file = None if path is None else Path(path).expanduser() / "config.json"
+    if file is None or not file.is_file():
+        return None
+    settings = read_json(file)
+    if not isinstance(settings, dict):
+        raise UserError(f"{file} is no JSON object; give another folder")
+    return settings
+
+
 def recorded_licence(sources: Sources) -> str | None:
     """The licence that the wheel of a part in the cache states; None where it states none, or there is no such part."""
     cached = _cached(sources) if sources.wheel is not None else None

@@ -32,7 +32,7 @@ from instructblip.models.arguments import (
 )
 from instructblip.models.base import Inputs, Outputs, PartStructure, PassWorkload, Samples
 from instructblip.models.decoding import decode
-from instructblip.models.facts import ANSWERS, PRETRAINING, QUEUED_PAIRS
+from instructblip.models.facts import ANSWERS, PRETRAINING, QUEUED_PAIRS, TEMPERATURES
 from instructblip.models.med import BLIP_TOKENS, CAPTION_PROMPT, TextLayer, TextModel
 from instructblip.models.pairs import BertBased, ImageOutputs, PairModel, PairOutputs, TextOutputs
 from instructblip.models.ranking import TOKEN_BUDGET, deduplicated, length_groups
@@ -40,7 +40,6 @@ from instructblip.models.streaming import on_ids
 from instructblip.models.transformer import KeyValueCache
 from instructblip.models.vision import Images, VisionEncoder, as_frames
 
-TEMPERATURES = (0.001, 0.5)  # bounds of the learnt temperature, as released
 _HEADS = ("vision_projection", "text_projection", "matching_head", "temperature")
 _LOGIT_ROWS = 1024  # vocabulary rows in memory at a time
 

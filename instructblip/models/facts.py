@@ -22,6 +22,8 @@ RANKING_PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     },
 }
 
+TEMPERATURES = (0.001, 0.5)  # bounds of BLIP's learnt temperature, as released
+
 ANSWERS = frozenset({"answer_logits"})
 LANGUAGE = ANSWERS | {"visual_prompt", "visual_cosines", "embedding_length"}  # of a connector in front of an LLM
 PAIRS = frozenset({"image_projected", "text_projected", "temperature", "match_logits"})
@@ -41,4 +43,12 @@ OUTPUTS: dict[ModelKind, frozenset[str]] = {
 
 def outputs_of(config: ModelConfig) -> frozenset[str]:
     """Those of a configured model: `OUTPUTS` has them for each kind with a Q-Former, and for BLIP's."""
-    return OUTPUTS[config.model.kind] if config.connector.kind == "qformer" else LANGUAGE
+    if config.connector.kind != "qformer":
+        return LANGUAGE
+    given = OUTPUTS[config.model.kind]
+    return given if config.model.language_model_head else given - ANSWERS
+
+
+def skills_of(skills: frozenset[Skill], config: ModelConfig) -> frozenset[Skill]:
+    """Of a class's skills those of a configured model: without a language-model head it writes no captions."""
+    return skills if config.model.language_model_head else skills - {"caption"}

@@ -32,6 +32,7 @@ from instructblip.models.base import Model
 from instructblip.models.blip import BLIP, BLIPVQA, BLIPCaption, BLIPRetrieval
 from instructblip.models.blip2 import BLIP2
 from instructblip.models.empty import empty_modules
+from instructblip.models.facts import skills_of
 from instructblip.models.fp8 import check_device
 from instructblip.models.instructblip import InstructBLIP
 from instructblip.models.llava import LLaVA
@@ -215,7 +216,7 @@ def _tasks(config: TrainConfig, cards: RunCards) -> tuple[list[Task], list[Task]
     samples, final_samples = config.recipe.validation_samples, config.recipe.final_samples
     validation = [make_validation_task(card, cards.shards, samples=samples) for card in cards.watched]
     final = [make_task(card, cards.shards, samples=final_samples, mode=mode_in_training(card)) for card in cards.scored]
-    refuse_unable([*validation, *final], model_class(config).SKILLS, config.said())
+    refuse_unable([*validation, *final], skills_of(model_class(config).SKILLS, config), config.said())
     return validation, final
 
 

@@ -1,17 +1,19 @@
 """A model's parts from their configuration alone: the modules in their sizes, weights as constructed.
 
-Sizes stand in a part's YAML; a part without them has its config.json read. `parts.py` fills the modules from files; under
+Sizes are those of the folder that is given for a part, where it is on this machine; else they stand in its YAML, and a part
+without them has its config.json read. `parts.py` fills the modules from files; under
 `empty_modules()` they hold no memory, and show what a run would need.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from instructblip.config.schema import (
+    ArchitectureConfig,
     ConnectorConfig,
     LLMConfig,
     ModelConfig,
@@ -20,11 +22,12 @@ from instructblip.config.schema import (
     VisionConfig,
 )
 from instructblip.errors import UserError
-from instructblip.fetch.parts import part_settings, sources
+from instructblip.fetch.parts import part_settings, settings_here, sources
 from instructblip.models.adapters import Adapter, choose_layers, inject, require_peft
 from instructblip.models.base import blocks_of
 from instructblip.models.connector import Connector, LinearConnector, MLPConnector, Patches, Resampler
 from instructblip.models.empty import empty_modules
+from instructblip.models.facts import TEMPERATURES
 from instructblip.models.med import BLIP_TOKENS, TextModel
 from instructblip.models.pairs import pair_heads
 from instructblip.models.qformer import QFormer
@@ -87,6 +90,7 @@ def parts_without_weights(config: ModelConfig, *, outlined: bool = False) -> Par
         norm = nn.LayerNorm(vision.width) if config.vision.norm == "layer" else nn.Identity()
         if config.model.kind == "blip2_stage1":
             qformer = qformer_of_sizes(config.q_former(), vision_width=vision.width, reads_and_writes=True)
+            settle_first_stage(config.model, qformer)
             heads = pair_heads(qformer.width, qformer.width, config.model.feature_width)
             return Parts(vision, norm, qformer, nn.ModuleDict(heads), None)
         qformer = qformer_of_sizes(config.q_former(), vision_width=vision.width)
@@ -138,6 +142,8 @@ def _encoder(config: VisionConfig, *, outlined: bool) -> VisionEncoder:
 
 
 def _language_model(config: LLMConfig, *, outlined: bool) -> Any:
+    if (given := settings_here(config.sources.path)) is not None:
+        config = replace(config, sizes=given)
     return (outlined_language_model(config) if outlined else None) or language_model_of_sizes(config)
 
 
@@ -229,6 +235,7 @@ def qformer_of_sizes(config: QFormerConfig, *, vision_width: int, reads_and_writ
         UserError: there is neither, or it has fewer layers than are wanted.
     """
     bert = _sizes("qformer", config)
+    check_bert(bert, "qformer.sizes")
     rows = bert["vocab_size"] + len(config.extra_tokens)
     return make_qformer(
         config,
@@ -238,6 +245,42 @@ def qformer_of_sizes(config: QFormerConfig, *, vision_width: int, reads_and_writ
         where="qformer.sizes",
         reads_and_writes=reads_and_writes,
     )
+
+
+def settle_first_stage(model: ArchitectureConfig, qformer: QFormer) -> None:
+    """Leave the language-model head out of BLIP-2's first stage where it is not to caption.
+
+    Raises:
+        UserError: texts that are longer than the Q-Former's places.
+    """
+    check_length(model, qformer.max_text_tokens)
+    if not model.language_model_head:
+        qformer.lm_head = None
+
+
+def check_length(model: ArchitectureConfig, places: int) -> None:
+    """Refuse texts that may be longer than a text model's places: the first that is would end the run.
+
+    Raises:
+        UserError: names the setting.
+    """
+    if model.max_text_tokens > places:
+        raise UserError(
+            f"model.max_text_tokens={model.max_text_tokens} is more than the text model's {places} places; lower it"
+        )
+
+
+def check_temperature(temperature: float) -> None:
+    """Refuse a temperature out of the bounds within which BLIP keeps it.
+
+    Raises:
+        UserError: names them.
+    """
+    lowest, highest = TEMPERATURES
+    if not lowest <= temperature <= highest:
+        raise UserError(
+            f"model.temperature={temperature:g} is not between {lowest:g} and {highest:g}, where BLIP's is kept; set another"
+        )
 
 
 def make_text_model(
@@ -250,6 +293,27 @@ def make_text_model(
     """
     sizes = _bert_sizes("text", config, bert, where)
     return TextModel(vocab_size=rows, source_width=source_width, **sizes, **options)
+
+
+_BERT = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "max_position_embeddings",
+    "layer_norm_eps",
+)
+
+
+def check_bert(settings: Mapping[str, Any], where: str) -> None:
+    """Refuse the settings of another kind of model, which call its sizes otherwise.
+
+    Raises:
+        UserError: names the first that is missing.
+    """
+    if missing := [name for name in _BERT if name not in settings]:
+        raise UserError(f"{where} has no {missing[0]}, as every BERT has; give a BERT's")
 
 
 def _bert_sizes(part: str, config: QFormerConfig | TextConfig, bert: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -278,6 +342,10 @@ def blip_without_weights(config: ModelConfig, *, outlined: bool = False) -> BLIP
     """
     kind, text = config.model.kind, config.text_model()
     bert = _sizes("text", text)
+    check_bert(bert, "text.sizes")
+    check_length(config.model, bert["max_position_embeddings"])
+    if kind in ("blip_retrieval", "blip_pretrain"):
+        check_temperature(config.model.temperature)
     common: dict[str, Any] = {"bert": bert, "rows": bert["vocab_size"] + len(BLIP_TOKENS), "where": "text.sizes"}
     writes = kind != "blip_retrieval"
     with empty_modules():
@@ -306,6 +374,7 @@ def language_model_of_sizes(config: LLMConfig) -> Any:
 
     from instructblip.models.llm import LLM_KINDS
     from instructblip.models.vocabulary import resize_vocabulary
+    from instructblip.weights.gatekeeper import check_kind
 
     sizes = dict(_sizes("llm", config))
     try:
@@ -314,6 +383,7 @@ def language_model_of_sizes(config: LLMConfig) -> Any:
         raise UserError(f"llm.sizes of {config.name}: {str(error).partition(chr(10))[0]}") from None
     if config.kind == "decoder":
         settings = settings.get_text_config()
+    check_kind(settings, config.kind, f"llm={config.name}: ")
     override_settings(settings, config.options)
     dtype = getattr(torch, config.dtype)
     model = LLM_KINDS[config.kind].auto_class.from_config(settings, dtype=dtype, trust_remote_code=False)
@@ -338,6 +408,8 @@ def override_settings(settings: Any, options: Mapping[Any, Any]) -> None:
 
 
 def _sizes(part: str, config: LLMConfig | QFormerConfig | TextConfig) -> Mapping[str, Any]:
+    if (given := settings_here(config.sources.path)) is not None:  # which the run would build, whatever the YAML states
+        return given
     if config.sizes:
         return config.sizes
     try:

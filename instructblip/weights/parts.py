@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from instructblip.config.checks import check_rounding
 from instructblip.config.schema import (
     LLMConfig,
     ModelConfig,
@@ -34,7 +35,6 @@ from instructblip.models.base import Model
 from instructblip.models.blip import (
     BLIP,
     BLIPVQA,
-    TEMPERATURES,
     BLIPCaption,
     BLIPPretrain,
     BLIPRetrieval,
@@ -70,10 +70,14 @@ from instructblip.weights.gatekeeper import (
 from instructblip.weights.language_model import finished_llm, load_language_model
 from instructblip.weights.lavis import read_pth
 from instructblip.weights.modules import (
+    check_bert,
+    check_length,
+    check_temperature,
     make_connector,
     make_qformer,
     make_text_model,
     override_settings,
+    settle_first_stage,
     vision_encoder,
 )
 from instructblip.weights.names import check_tensors
@@ -147,9 +151,7 @@ def build_blip2_stage1(config: ModelConfig) -> BLIP2:
     qformer = config.q_former()
     trainable, tokenizer = load_qformer(qformer, vision_width=encoder.width, reads_and_writes=True)
     assert tokenizer is not None
-    _check_length(config, trainable.max_text_tokens)
-    if not config.model.language_model_head:
-        trainable.lm_head = None
+    settle_first_stage(config.model, trainable)
     try:
         return BLIP2(
             vision=encoder,
@@ -168,7 +170,7 @@ def build_blip_caption(config: ModelConfig) -> BLIPCaption:
     """BLIP for captions, all of it trained; as `build_model`, and so are the next."""
     vision = _blip_vision(config)
     decoder, tokenizer = load_text_model(config.text_model(), source_width=vision.width, language_model_head=True)
-    _check_length(config, decoder.max_text_tokens)
+    check_length(config.model, decoder.max_text_tokens)
     try:
         return BLIPCaption(
             vision=vision,
@@ -185,7 +187,7 @@ def build_blip_vqa(config: ModelConfig) -> BLIPVQA:
     """BLIP for questions; its decoder reads the states of the questions."""
     vision = _blip_vision(config)
     encoder, tokenizer = load_text_model(config.text_model(), source_width=vision.width)
-    _check_length(config, encoder.max_text_tokens)
+    check_length(config.model, encoder.max_text_tokens)
     decoder, _ = load_text_model(config.text_model(), source_width=encoder.width, language_model_head=True)
     return BLIPVQA(
         vision=vision,
@@ -203,8 +205,8 @@ def build_blip_retrieval(config: ModelConfig) -> BLIPRetrieval:
     encoder, tokenizer = load_text_model(
         config.text_model(), source_width=vision.width, language_model_head=writes, decoder_attention=writes
     )
-    _check_length(config, encoder.max_text_tokens)
-    _check_temperature(config.model.temperature)
+    check_length(config.model, encoder.max_text_tokens)
+    check_temperature(config.model.temperature)
     kind = BLIPPretrain if writes else BLIPRetrieval
     return kind(
         vision=vision,
@@ -216,22 +218,6 @@ def build_blip_retrieval(config: ModelConfig) -> BLIPRetrieval:
         temperature=config.model.temperature,
         queue_size=config.model.queue_size,
     )
-
-
-def _check_length(config: ModelConfig, places: int) -> None:
-    # Else the first text that is longer would end the run.
-    if config.model.max_text_tokens > places:
-        raise UserError(
-            f"model.max_text_tokens={config.model.max_text_tokens} is more than the text model's {places} places; lower it"
-        )
-
-
-def _check_temperature(temperature: float) -> None:
-    lowest, highest = TEMPERATURES
-    if not lowest <= temperature <= highest:
-        raise UserError(
-            f"model.temperature={temperature:g} is not between {lowest:g} and {highest:g}, where BLIP's is kept; set another"
-        )
 
 
 def _blip_vision(config: ModelConfig) -> VisionEncoder:
@@ -405,7 +391,7 @@ def load_qformer(
     language-model head, as those of sentence embeddings do, that starts as BERT's did before it was trained.
     """
     folder = part_folder(sources(config.name, config.sources), setting="qformer.sources.path")
-    bert = config_json(folder)
+    check_bert(bert := config_json(folder), f"{folder}/config.json")
     tokenizer, rows = None, bert["vocab_size"]
     if config.instruction_aware or config.query_init == "cls":
         tokenizer = open_tokenizer(folder, f"qformer={config.name}: ", truncation_side="left")
@@ -449,7 +435,7 @@ def load_text_model(
         UserError: it cannot be fetched, or is no BERT.
     """
     folder = part_folder(sources(config.name, config.sources), setting="text.sources.path")
-    bert = config_json(folder)
+    check_bert(bert := config_json(folder), f"{folder}/config.json")
     tokenizer = open_tokenizer(folder, f"text={config.name}: ", truncation_side="right")
     add_tokens(tokenizer, BLIP_TOKENS)
     rows = max(bert["vocab_size"], _rows_needed(tokenizer))
@@ -472,6 +458,7 @@ def load_llm(config: LLMConfig) -> LLM:
     Raises:
         UserError: a folder that is no whole, plain language model of that kind, or settings that do not fit it.
     """
+    check_rounding(config)
     where = f"llm={config.name}: "
     folder = part_folder(sources(config.name, config.sources), setting="llm.sources.path")
     check_language_model(folder, where)
@@ -523,10 +510,6 @@ def _llm_tokenizer(config: LLMConfig, folder: Path) -> Any:
 
 
 def _quantize(model: Any, kind: Quantization) -> None:
-    if kind == "fp8" and model.dtype == torch.float32:
-        raise UserError(
-            "llm.quantization=fp8 multiplies what a model in half precision computes; set llm.dtype=bfloat16"
-        )
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses a CPU kernel that is not used here
     try:
         quantize_linears(model, kind, keep=model.get_output_embeddings())

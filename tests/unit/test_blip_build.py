@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import BertConfig, BertForMaskedLM, BertTokenizerFast
 
-from instructblip.config.checks import check_model
+from instructblip.config.checks import ARCHITECTURE, check_model
 from instructblip.config.schema import (
     ArchitectureConfig,
     ModelConfig,
@@ -20,6 +20,7 @@ from instructblip.config.schema import (
 from instructblip.errors import UserError
 from instructblip.models.blip import BLIP, BLIPVQA, BLIPCaption, BLIPPretrain, BLIPRetrieval, Momentum
 from instructblip.models.vision import VisionEncoder
+from instructblip.weights.modules import blip_without_weights
 from instructblip.weights.parts import MODELS, build_model
 from tests.kit.tiny import redraw
 from tests.kit.vectors import FOLDER
@@ -137,6 +138,27 @@ def test_what_cannot_be_built_is_said_in_one_line(folder: Path) -> None:
     config.text = dataclasses.replace(config.text, layers=3)
     with pytest.raises(UserError, match=r"text.layers=3: .* has 2; give 1 to that many"):
         build_model(config)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_plan_counts_and_refuses_what_a_start_builds_and_refuses(kind: ModelKind, folder: Path) -> None:
+    config = configured(folder, kind)
+    assert config.text is not None
+    config.text.sizes = {"hidden_size": 7}  # what a YAML states is not what the folder holds
+    parts, model = blip_without_weights(config, outlined=True), build_model(config)
+    planned = {
+        id(p): p.numel() for part in (parts.encoder, parts.decoder, parts.heads) if part for p in part.parameters()
+    }
+    built = [p.numel() for name, p in model.named_parameters() if model.part_of(name) == "text" and p.ndim]
+    assert sum(planned.values()) == sum(built)
+    for wrong in [{"max_text_tokens": 65}] + ([{"temperature": 0.9}] if "temperature" in ARCHITECTURE[kind] else []):
+        config = configured(folder, kind, **wrong)
+        refusals = []
+        for refuse in (build_model, blip_without_weights):
+            with pytest.raises(UserError, match=next(iter(wrong))) as error:
+                refuse(config)
+            refusals.append(str(error.value))
+        assert refusals[0] == refusals[1]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -22,13 +22,19 @@ from instructblip.models.blip2 import BLIP2
 from instructblip.training.plan import flops
 from instructblip.training.plan.memory import Plan, what_fits
 from instructblip.training.plan.parts import make_plan
+from instructblip.training.plan.start import plan_start
 from instructblip.training.plan.tables import plan_summary
 from instructblip.training.planned import print_plan
 from instructblip.weights import modules as architecture
-from instructblip.weights.modules import blip_without_weights, language_model_of_sizes, qformer_of_sizes
+from instructblip.weights.modules import (
+    blip_without_weights,
+    connector_without_weights,
+    language_model_of_sizes,
+    qformer_of_sizes,
+)
 from instructblip.weights.outlines import OutlinedEncoder, outlined_encoder
 from instructblip.weights.parts import load_llm
-from tests.kit.families import llm_config, write_llm
+from tests.kit.families import WIDTH, llm_config, write_llm
 from tests.kit.runs import compose
 from tests.kit.tiny import redraw, tiny_vision
 from tests.kit.vectors import bert_tokenizer, blip_tokenizer
@@ -54,6 +60,7 @@ SMALL = (
 )
 LLAMA = ("hidden_size=256", "intermediate_size=688", "num_hidden_layers=4", "num_attention_heads=4")
 SIZES = {
+    "phi3": ("model_type=phi3", "pad_token_id=0", *LLAMA),  # which has one matrix for queries, keys and values
     "vicuna_7b": LLAMA,
     "qwen3_8b": (*LLAMA, "num_key_value_heads=1", "head_dim=64"),
     "opt_2_7b": ("hidden_size=256", "word_embed_proj_dim=256", "ffn_dim=1024", "num_hidden_layers=4"),
@@ -98,7 +105,8 @@ def printed(*overrides: str) -> tuple[int, str]:
 
 
 def small(name: str, *overrides: str) -> TrainConfig:
-    return compose("train", TrainConfig, [f"llm={name}", *SMALL, *(f"llm.sizes.{s}" for s in SIZES[name]), *overrides])
+    llm = "vicuna_7b" if name == "phi3" else name
+    return compose("train", TrainConfig, [f"llm={llm}", *SMALL, *(f"llm.sizes.{s}" for s in SIZES[name]), *overrides])
 
 
 def saved_bytes(work: Callable[[], object], *own: nn.Module) -> int:
@@ -367,6 +375,8 @@ def test_only_the_first_of_torchruns_processes_prints(monkeypatch: pytest.Monkey
         ("parallel=single plan_gpus=2", "parallel=single, but there are 2"),
         ("parallel=fsdp parallel.shard_size=3", "parallel.shard_size=3 does not divide 8"),
         ("llm.sizes.model_type=lama", "llm.sizes of smollm2_135m"),
+        ("llm.kind=encoder_decoder", "is no encoder_decoder language model; set llm.kind=decoder"),
+        ("llm.quantization=fp8 llm.dtype=float32", "set llm.dtype=bfloat16"),
     ],
 )
 def test_a_mistake_is_one_line(override: str, says: str) -> None:
@@ -404,6 +414,35 @@ def test_sizes_that_no_yaml_states_are_read_from_the_models_config(name: str, tm
     config = replace(llm_config(name, tmp_path), sizes={}, added_tokens=[])
     planned = sum(p.numel() for p in language_model_of_sizes(config).parameters())
     assert planned == pytest.approx(sum(p.numel() for p in load_llm(config).model.parameters()), rel=1e-3)
+
+
+def test_a_folder_that_is_given_is_planned_whatever_the_yaml_states(tmp_path: Path) -> None:
+    """A larger model of the family, say; before it is copied to this machine, the YAML is all that is known."""
+    write_llm("qwen3_8b", tmp_path / "here")
+    config = compose("train", TrainConfig, ["connector=linear", "llm=qwen3_8b"])
+    for folder, width in (("here", WIDTH), ("elsewhere", 4096)):
+        config.llm = llm_config("qwen3_8b", tmp_path / folder)
+        planned = connector_without_weights(config, outlined=True)
+        assert planned.llm.get_input_embeddings().embedding_dim == width
+        assert planned.connector.output.out_features == width
+
+
+def test_a_first_stage_without_captions_is_planned_without_their_head() -> None:
+    head = "model.language_model_head=false"
+    objectives = "recipe.phases.align.objectives.captioning=0"
+    more = ["experiment=blip2_stage1", *OWN, "plan=true"]
+    whole, without = (compose("train", TrainConfig, [*more, *others]) for others in ([], [head, objectives]))
+    plans = [make_plan(config) for config in (whole, without)]
+    sizes = [{row.part: row.usual for row in plan.memory()}["Q-Former and heads"] for plan in plans]
+    assert sizes[0] - sizes[1] == 4 * (768 * 768 + 768 + 2 * 768 + 30523)  # dense, norm, a bias for each word
+    with pytest.raises(
+        UserError, match=r"objectives\.captioning needs answer_logits, which model=blip2_stage1 does not"
+    ):
+        print_plan(compose("train", TrainConfig, [*more, head]), Console(quiet=True))
+    assert plan_start(whole, plans[0]) == []
+    assert whole.qformer is not None
+    whole.qformer.init = "given"
+    assert plan_start(whole, plans[0])[0].startswith("At the start: qformer.init=given has no weights of its own")
 
 
 @pytest.mark.slow

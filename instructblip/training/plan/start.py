@@ -10,16 +10,17 @@ from instructblip.weights.start import NO_LLM, not_aligned
 
 
 def plan_start(config: TrainConfig, plan: Plan) -> list[str]:
-    """A line where Q-Former and LLM are not aligned to each other at the start; none where there is no LLM.
+    """A line where Q-Former and LLM are not aligned to each other at the start, or where a Q-Former has no weights at all.
 
     Raises:
         UserError: weights to start from that are here and cannot be opened.
     """
-    if config.llm is None:
-        return []
     qformer = config.q_former() if config.has_qformer() else None
-    given, width = given_weights(config.init_from, qformer), plan.llm.get_input_embeddings().embedding_dim
-    line = plan_alignment(given, qformer, config.llm, width)
+    given = given_weights(config.init_from, qformer)
+    if config.llm is None:
+        line = NOTHING_GIVEN if _lacks_weights(given, qformer) else None
+    else:
+        line = plan_alignment(given, qformer, config.llm, plan.llm.get_input_embeddings().embedding_dim)
     return [] if line is None else [f"At the start: {line}."]
 
 
@@ -33,8 +34,7 @@ def plan_alignment(given: Sequence[str], qformer: QFormerConfig | None, llm: LLM
     """
     says = partial(not_aligned, llm=llm.name, qformer=qformer is not None)
     if not given:
-        needs = qformer is not None and qformer.init == "given"
-        return NOTHING_GIVEN if needs else says(NO_LLM, projection_fits=False)
+        return NOTHING_GIVEN if _lacks_weights(given, qformer) else says(NO_LLM, projection_fits=False)
     name = said_partner(qformer)
     partner: Partner | None = Partner(name)
     if is_here(given[-1]):
@@ -45,3 +45,7 @@ def plan_alignment(given: Sequence[str], qformer: QFormerConfig | None, llm: LLM
         return says(NO_LLM, projection_fits=False)
     other = partner.other_than(llm, llm_width)
     return None if other is None else says(other, projection_fits=partner.width in (None, llm_width))
+
+
+def _lacks_weights(given: Sequence[str], qformer: QFormerConfig | None) -> bool:
+    return not given and qformer is not None and qformer.init == "given"
