@@ -2,13 +2,14 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from instructblip.config.schema import CONFIGS, LLMConfig, TrainConfig, VisionConfig
+from instructblip.config.schema import CONFIGS, Dtype, LLMConfig, TrainConfig, VisionConfig
 from instructblip.config.validate import read_config
 from instructblip.models.empty import empty_modules
 from instructblip.training.plan.parts import make_plan
@@ -71,6 +72,15 @@ def test_an_outline_has_the_modules_that_timm_builds() -> None:
     assert list(shapes(outline.backbone)) == list(shapes(built.backbone))
     for name in ("tokens", "width", "dtype", "patch_grid", "prefix_tokens", "class_token", "image_size"):
         assert getattr(outline, name) == getattr(built, name)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_outline_is_in_the_type_that_is_asked_for(dtype: Dtype) -> None:
+    encoder = outlined_encoder(replace(read_config(CONFIGS / "vision" / "vit_b16.yaml", VisionConfig), dtype=dtype))
+    llm = outlined_language_model(replace(read_config(CONFIGS / "llm" / "smollm2_135m.yaml", LLMConfig), dtype=dtype))
+    assert encoder is not None
+    assert {p.dtype for module in (encoder, llm) for p in module.parameters()} == {getattr(torch, dtype)}
+    assert encoder.dtype == llm.dtype == getattr(torch, dtype)
 
 
 def test_tied_and_repeated_modules_are_built_as_they_were_described() -> None:
