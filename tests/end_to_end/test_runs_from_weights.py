@@ -227,7 +227,9 @@ def test_what_was_taken_and_what_is_new_is_printed_and_planned(
         f"starting from {finished_run} (sha256 {sha256[:12]}): vision norm, Q-Former, text branch, projection"
     )
     assert aligned_to in lines
-    assert f"At the start: {aligned_to}." in printed("plan=true").splitlines()  # by the folder, whatever the YAML states
+    assert (
+        f"At the start: {aligned_to}." in printed("plan=true").splitlines()
+    )  # by the folder, whatever the YAML states
 
 
 @pytest.fixture(scope="module")

@@ -28,6 +28,7 @@ from instructblip.weights.init_sources import check_pinned, find_start, read_sta
 from instructblip.weights.lavis import save_lavis
 from instructblip.weights.load import frozen_fingerprints, load_run
 from instructblip.weights.names import foreign_names
+from instructblip.weights.partner import Partner, declared
 from instructblip.weights.parts import build_model
 from instructblip.weights.start import NO_LLM, PLAIN, Start
 from instructblip.weights.transformers_write import save_huggingface
@@ -419,3 +420,9 @@ def test_a_plan_says_what_is_not_aligned(stages: Stages, tmp_path: Path) -> None
     assert "aligned to qwen3_8b" in (line(str(run)) or "")
     assert line("Somebody/not-fetched") is None  # a plan fetches nothing
     assert "aligned to qwen3_8b" in (line("Somebody/not-fetched", aligned_to="qwen3_8b") or "")
+
+
+def test_what_the_user_says_of_a_partner_counts_where_nothing_else_tells() -> None:
+    names = [Partner(), Partner(name="qwen3_8b"), Partner(weights={"lm_head.weight": torch.zeros(1)})]
+    found = [declared(partner, "vicuna_7b") for partner in (*names, None)]
+    assert [partner and partner.name for partner in found] == ["vicuna_7b", "qwen3_8b", None, None]
