@@ -234,8 +234,7 @@ def qformer_of_sizes(config: QFormerConfig, *, vision_width: int, reads_and_writ
     Raises:
         UserError: there is neither, or it has fewer layers than are wanted.
     """
-    bert = _sizes("qformer", config)
-    check_bert(bert, "qformer.sizes")
+    bert = bert_settings(_sizes("qformer", config), "qformer.sizes")
     rows = bert["vocab_size"] + len(config.extra_tokens)
     return make_qformer(
         config,
@@ -302,18 +301,18 @@ _BERT = (
     "num_attention_heads",
     "intermediate_size",
     "max_position_embeddings",
-    "layer_norm_eps",
 )
 
 
-def check_bert(settings: Mapping[str, Any], where: str) -> None:
-    """Refuse the settings of another kind of model, which call its sizes otherwise.
+def bert_settings(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The settings of a BERT, with what older files leave to transformers.
 
     Raises:
-        UserError: names the first that is missing.
+        UserError: another kind of model, which calls its sizes otherwise; names the first that is missing.
     """
     if missing := [name for name in _BERT if name not in settings]:
         raise UserError(f"{where} has no {missing[0]}, as every BERT has; give a BERT's")
+    return {"layer_norm_eps": 1e-12, **settings}
 
 
 def _bert_sizes(part: str, config: QFormerConfig | TextConfig, bert: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -341,8 +340,7 @@ def blip_without_weights(config: ModelConfig, *, outlined: bool = False) -> BLIP
         UserError: a part without either, or settings that do not fit.
     """
     kind, text = config.model.kind, config.text_model()
-    bert = _sizes("text", text)
-    check_bert(bert, "text.sizes")
+    bert = bert_settings(_sizes("text", text), "text.sizes")
     check_length(config.model, bert["max_position_embeddings"])
     if kind in ("blip_retrieval", "blip_pretrain"):
         check_temperature(config.model.temperature)

@@ -70,7 +70,7 @@ from instructblip.weights.gatekeeper import (
 from instructblip.weights.language_model import finished_llm, load_language_model
 from instructblip.weights.lavis import read_pth
 from instructblip.weights.modules import (
-    check_bert,
+    bert_settings,
     check_length,
     check_temperature,
     make_connector,
@@ -391,7 +391,7 @@ def load_qformer(
     language-model head, as those of sentence embeddings do, that starts as BERT's did before it was trained.
     """
     folder = part_folder(sources(config.name, config.sources), setting="qformer.sources.path")
-    check_bert(bert := config_json(folder), f"{folder}/config.json")
+    bert = bert_settings(config_json(folder), f"{folder}/config.json")
     tokenizer, rows = None, bert["vocab_size"]
     if config.instruction_aware or config.query_init == "cls":
         tokenizer = open_tokenizer(folder, f"qformer={config.name}: ", truncation_side="left")
@@ -435,7 +435,7 @@ def load_text_model(
         UserError: it cannot be fetched, or is no BERT.
     """
     folder = part_folder(sources(config.name, config.sources), setting="text.sources.path")
-    check_bert(bert := config_json(folder), f"{folder}/config.json")
+    bert = bert_settings(config_json(folder), f"{folder}/config.json")
     tokenizer = open_tokenizer(folder, f"text={config.name}: ", truncation_side="right")
     add_tokens(tokenizer, BLIP_TOKENS)
     rows = max(bert["vocab_size"], _rows_needed(tokenizer))

@@ -1,6 +1,8 @@
 """BLIP from its configuration: BERT's weights, the ViT's file, what is drawn from the seed."""
 
 import dataclasses
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -172,6 +174,25 @@ def test_texts_longer_than_the_positions_are_refused_before_one_comes(kind: Mode
     assert isinstance(model, BLIP)
     (ids,) = model.token_ids(["a man " * 64])
     assert len(ids) == 64 and ids[-1] == model.tokenizer.sep_token_id
+
+
+def test_an_older_bert_states_no_epsilon_and_another_model_no_sizes(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "bert", tmp_path / "bert")
+    file = tmp_path / "bert/config.json"
+    stated = json.loads(file.read_text())
+    config = configured(folder, "blip_caption")
+    assert config.text is not None
+    config.text.sources.path = str(tmp_path / "bert")
+    file.write_text(json.dumps({key: value for key, value in stated.items() if key != "layer_norm_eps"}))
+    model = build_model(config)
+    assert isinstance(model, BLIPCaption)
+    assert model.text_decoder.norm.eps == BertConfig().layer_norm_eps
+    file.write_text(
+        json.dumps({key: value for key, value in stated.items() if key != "hidden_size"})
+    )  # DistilBERT: dim
+    for refuse in (build_model, blip_without_weights):
+        with pytest.raises(UserError, match="has no hidden_size, as every BERT has; give a BERT's"):
+            refuse(config)
 
 
 def test_without_files_everything_is_drawn_from_the_seed(folder: Path) -> None:
