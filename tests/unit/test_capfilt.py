@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Mapping
 from html import unescape
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
 from instructblip.capfilt.captioning import Captioning
 from instructblip.capfilt.job import Job
 from instructblip.capfilt.models import ClipJudge, find_models
+from instructblip.capfilt.pictures import Seen
 from instructblip.capfilt.settings import settle
 from instructblip.capfilt.texts import Scored, choose_texts, texts_to_judge
 from instructblip.config.schema import CapFiltConfig
@@ -369,6 +371,28 @@ def test_a_captioner_draws_as_it_was_released_where_nothing_else_is_said() -> No
     assert settle(config(max_new_tokens=5, min_new_tokens=0), "blip_caption").max_new_tokens == 5
     with pytest.raises(UserError, match="writes 9 tokens at least and 5 at most"):
         settle(config(max_new_tokens=5), "blip2_stage1")
+
+
+def test_captions_are_drawn_as_the_settings_say() -> None:
+    asked: list[dict[str, Any]] = []
+
+    def generate(tokens: Tensor, prompts: list[str], **options: Any) -> list[str]:
+        asked.append(options)
+        return prompts
+
+    captioner = SimpleNamespace(
+        vision=SimpleNamespace(image_size=4), image_tokens=torch.Tensor.float, generate=generate
+    )
+    settings = settle(
+        config(top_p=0.7, max_new_tokens=6, min_new_tokens=2, repetition_penalty=1.3, prompt="a", captions=3),
+        "instructblip",
+    )
+    seen = Seen("x", [], {("resize_square", 4): torch.zeros(3, 4, 4)})
+    assert Captioning(SimpleNamespace(captioner=captioner), settings, 8)._draw([seen]) == [["a"] * 3]  # type: ignore[arg-type]
+    noise = asked[0].pop("noise")
+    assert (noise.shape, len(noise.unique())) == ((3, 6), 18)
+    said = {"top_p": 0.7, "max_new_tokens": 6, "min_new_tokens": 2, "repetition_penalty": 1.3}
+    assert asked == [{"do_sample": True, "num_beams": 1, **said}]
 
 
 def config(**keys: Any) -> CapFiltConfig:

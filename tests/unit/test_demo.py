@@ -107,6 +107,18 @@ def test_an_answer_grows_and_who_leaves_ends_it(picture: str) -> None:
     assert asked._lock.acquire(timeout=30)
 
 
+@pytest.mark.parametrize(("beams", "followed"), [(1, True), (3, False)])
+def test_an_answer_is_written_as_the_visitor_says(
+    beams: int, followed: bool, picture: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, asked = tiny_stage1(), list[dict[str, Any]]()  # which by itself writes nine tokens at least
+    monkeypatch.setattr(model, "generate", lambda images, **options: asked.append(options) or ["a"])
+    list(subject(model).written(read_picture(picture, LIMITS), PROMPT, num_beams=beams, max_new_tokens=5))
+    assert ("on_text" in asked[0]) == followed
+    asked[0].pop("on_text", None)
+    assert asked == [{"num_beams": beams, "max_new_tokens": 5, "min_new_tokens": 1}]
+
+
 def test_a_picture_is_encoded_once(picture: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, calls = tiny_model(), []
     encode = model.vision.forward

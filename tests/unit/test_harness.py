@@ -119,6 +119,20 @@ def test_settings_of_sampling_that_is_off_are_let_pass() -> None:
     assert found.until == ("\n",)
 
 
+def test_all_settings_of_a_task_arrive_but_those_that_say_nothing() -> None:
+    said = {"num_beams": 4, "max_new_tokens": 7, "min_new_tokens": 2, "length_penalty": -1.0, "repetition_penalty": 1.5}
+    assert dict(read_decoding({"do_sample": False, **said}).options) == said
+    nothing = dict.fromkeys(["until", *said])
+    assert read_decoding(nothing) == read_decoding({})
+
+
+def test_a_mark_of_the_picture_is_no_part_of_the_prompt(model: InstructBLIP) -> None:
+    marked, plain = (to_write(0, prompt) for prompt in ("<image>what color is it?", "what color is it?"))
+    assert write_answers(model, [marked], DOCUMENTS, batch_size=1) == write_answers(
+        model, [plain], DOCUMENTS, batch_size=1
+    )
+
+
 def test_an_unknown_setting_is_named() -> None:
     with pytest.raises(UserError, match=r"generation_kwargs has stop_sequences, .* it takes until, max_new_tokens"):
         read_decoding({"stop_sequences": ["."]})

@@ -1,5 +1,6 @@
 """Running one evaluation task: the answers, their order, the journal, and what must not matter."""
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,10 +50,11 @@ def lines_of(folder: Path, name: str = PREDICTIONS) -> list[dict[str, Any]]:
 
 
 class Scripted:
-    """Stands for a model's `rank` and `generate`: gives set answers and keeps the prompts it was asked."""
+    """Stands for a model's `rank` and `generate`: gives set answers, keeps the prompts it was asked and the last options."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, scores: Sequence[float] = (), text: str = "") -> None:
         self.asked: list[str] = []
+        self.options: dict[str, Any] = {}
 
         def rank(_: Any, images: Tensor, prompts: Sequence[str], *rest: Any, **options: Any) -> list[Tensor]:
             self.asked += prompts
@@ -60,6 +62,7 @@ class Scripted:
 
         def generate(_: Any, images: Tensor, prompts: Sequence[str], **options: Any) -> list[str]:
             self.asked += prompts
+            self.options = options
             return [text] * len(prompts)
 
         monkeypatch.setattr(InstructBLIP, "rank", rank)
@@ -124,6 +127,18 @@ def test_a_generated_verbalizer_counts_as_its_class(
     truth = [sample.record.answers == ("true",) for sample in result.task.samples]
     assert result.per_sample == tuple(100.0 * right for right in truth)
     assert len(set(truth)) == 2
+
+
+def test_texts_are_written_as_the_protocol_says(
+    model: InstructBLIP, shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: dict[str, Any] = {"num_beams": 4, "max_new_tokens": 7, "min_new_tokens": 2, "length_penalty": -1.0}
+    said |= {"repetition_penalty": 1.5, "beam_lengths": "transformers_4_33"}
+    scripted = Scripted(monkeypatch, text="yes")
+    task = make_task(load_card("easy_vqa_yes_no"), shards, mode="generate", samples=2)
+    answer(model, dataclasses.replace(task, protocol=dataclasses.replace(task.protocol, **said)))
+    assert {name: scripted.options.get(name) for name in said} == said
+    assert scripted.options.keys() - said.keys() == {"at_once"}
 
 
 def test_generated_text_is_compared_without_case_and_full_stop(
