@@ -20,7 +20,7 @@ from instructblip.models.base import Inputs, Partners
 from instructblip.models.blip import BLIPPretrain
 from instructblip.models.blip2 import BLIP2
 from instructblip.training.plan import flops
-from instructblip.training.plan.memory import Plan, what_fits
+from instructblip.training.plan.memory import Plan, PlanLayout, what_fits
 from instructblip.training.plan.parts import make_plan
 from instructblip.training.plan.start import plan_start
 from instructblip.training.plan.tables import plan_summary
@@ -355,6 +355,42 @@ def test_nothing_helps_a_gpu_that_is_too_small() -> None:
     huge = plan("llm=vicuna_13b", "llm.sizes.num_hidden_layers=200", "plan_gpus=1", "plan_gpu=rtx_4090")
     assert what_fits(huge) is None
     assert "take GPUs with more memory" in plan_summary(huge)[-1]
+
+
+def test_what_is_configured_is_what_is_planned_with() -> None:
+    settings = {
+        "plan_gpu": "h200",
+        "plan_gpus": 2,
+        "plan_mfu": 0.3,
+        "parallel.kind": "ddp",
+        "parallel.activation_checkpointing": True,
+        "recipe.precision": "bf16",
+        "recipe.average_decay": 0.9,
+        "llm.quantization": "int8",
+        "llm.max_prompt_tokens": 50,
+        "llm.max_target_tokens": 60,
+        "data.cache_features": True,
+    }
+    layout = PlanLayout(
+        gpu=flops.GPUS["h200"],
+        gpus=2,
+        mfu=0.3,
+        kind="ddp",
+        shard_size=None,
+        activation_checkpointing=True,
+        autocast=True,
+        average=True,
+        quantization="int8",
+        cached=True,
+        longest=flops.SampleLengths(50, 60),
+    )
+    found = plan(*(f"{key}={value}" for key, value in settings.items()))
+    assert found.layout == layout
+    assert found.sample_flops()[0].forward == 0  # of the encoder: its tokens are cached
+    sharded = {"parallel.kind": "fsdp", "parallel.shard_size": 2, "train.vision": "full", "data.cache_features": False}
+    found = plan(*(f"{key}={value}" for key, value in (settings | sharded | {"llm.quantization": "null"}).items()))
+    changes: dict[str, Any] = {"kind": "fsdp", "shard_size": 2, "quantization": None, "cached": False}
+    assert found.layout == replace(layout, trained=frozenset({"vision", "qformer"}), **changes)
 
 
 @pytest.mark.usefixtures("encoders_once")
