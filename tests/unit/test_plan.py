@@ -19,6 +19,7 @@ from instructblip.errors import UserError
 from instructblip.models.base import Inputs, Partners
 from instructblip.models.blip import BLIPPretrain
 from instructblip.models.blip2 import BLIP2
+from instructblip.models.facts import skills_of
 from instructblip.training.plan import flops
 from instructblip.training.plan.memory import Plan, PlanLayout, what_fits
 from instructblip.training.plan.parts import make_plan
@@ -475,6 +476,7 @@ def test_a_first_stage_without_captions_is_planned_without_their_head() -> None:
         UserError, match=r"objectives\.captioning needs answer_logits, which model=blip2_stage1 does not"
     ):
         print_plan(compose("train", TrainConfig, [*more, head]), Console(quiet=True))
+    assert [skills_of(BLIP2.SKILLS, config) for config in (whole, without)] == [BLIP2.SKILLS, {"retrieve", "match"}]
     assert plan_start(whole, plans[0]) == []
     assert whole.qformer is not None
     whole.qformer.init = "given"
