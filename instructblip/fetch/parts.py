@@ -113,24 +113,26 @@ def part_settings(sources: Sources, *, setting: str) -> dict[str, Any]:
         file = _hub_settings(sources.name, sources.hub, sources.hub_revision, setting)
     else:
         raise UserError(f"{sources.name} has no config.json at hand; set {setting}=FOLDER, or name its hub repository")
-    settings = read_json(file) if file.is_file() else None
-    if not isinstance(settings, dict):
-        raise UserError(f"{file} is {'missing' if settings is None else 'no JSON object'}; correct {setting}")
-    return settings
+    return _read_settings(file, setting)
 
 
-def settings_here(path: str | None) -> dict[str, Any] | None:
+def settings_here(path: str | None, *, setting: str) -> dict[str, Any] | None:
     """The config.json of a folder that is given by its path; None where there is none on this machine.
+
+    Args:
+        setting: as of `part_settings`.
 
     Raises:
         UserError: it is no JSON object.
     """
     file = None if path is None else Path(path).expanduser() / "config.json"
-    if file is None or not file.is_file():
-        return None
-    settings = read_json(file)
+    return _read_settings(file, setting) if file is not None and file.is_file() else None
+
+
+def _read_settings(file: Path, setting: str) -> dict[str, Any]:
+    settings = read_json(file) if file.is_file() else None
     if not isinstance(settings, dict):
-        raise UserError(f"{file} is no JSON object; give another folder")
+        raise UserError(f"{file} is {'missing' if settings is None else 'no JSON object'}; correct {setting}")
     return settings
 
 

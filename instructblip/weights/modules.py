@@ -1,8 +1,8 @@
 """A model's parts from their configuration alone: the modules in their sizes, weights as constructed.
 
 Sizes are those of the folder that is given for a part, where it is on this machine; else they stand in its YAML, and a part
-without them has its config.json read. `parts.py` fills the modules from files; under
-`empty_modules()` they hold no memory, and show what a run would need.
+without them has its config.json read. `parts.py` fills the modules from files; under `empty_modules()` they hold no memory,
+and show what a run would need.
 """
 
 from collections.abc import Mapping
@@ -142,7 +142,7 @@ def _encoder(config: VisionConfig, *, outlined: bool) -> VisionEncoder:
 
 
 def _language_model(config: LLMConfig, *, outlined: bool) -> Any:
-    if (given := settings_here(config.sources.path)) is not None:
+    if (given := settings_here(config.sources.path, setting="llm.sources.path")) is not None:
         config = replace(config, sizes=given)
     return (outlined_language_model(config) if outlined else None) or language_model_of_sizes(config)
 
@@ -406,11 +406,13 @@ def override_settings(settings: Any, options: Mapping[Any, Any]) -> None:
 
 
 def _sizes(part: str, config: LLMConfig | QFormerConfig | TextConfig) -> Mapping[str, Any]:
-    if (given := settings_here(config.sources.path)) is not None:  # which the run would build, whatever the YAML states
+    setting = f"{part}.sources.path"
+    given = settings_here(config.sources.path, setting=setting)
+    if given is not None:  # which the run would build, whatever the YAML states
         return given
     if config.sizes:
         return config.sizes
     try:
-        return part_settings(sources(config.name, config.sources), setting=f"{part}.sources.path")
+        return part_settings(sources(config.name, config.sources), setting=setting)
     except UserError as error:
         raise UserError(f"{part}={config.name} states no {part}.sizes to plan with, and {error}") from None
