@@ -241,6 +241,8 @@ def _tiny_training(world: World, given: Mapping[str, str], folder: Path) -> tupl
     if "llm" in given:
         write_llm(given["llm"], folder / "outputs/llm")
         return (*world.train, *short, f"llm.sources.path={folder / 'outputs/llm'}")
+    if given.get("connector.match") == "flops":
+        short = (*short, "vision.grid=8")  # patches enough for as many FLOPs as the tiny Q-Former's
     keeps = "resume" in given or any(key.startswith("recipe.phases") for key in given)
     return world.train if keeps else (*world.train, *short)
 

@@ -131,7 +131,9 @@ def shipped_study(name: str, world: World, folder: Path, *given: str) -> StudyCo
     for run in (*config.study.stages.values(), *config.study.conditions.values()):
         if not isinstance(run, StudyConditionConfig) or run.evaluates is None:
             has_llm = "experiment=align_demo_stage1" not in run.train
-            run.train = [*(item for item in parts if has_llm or not item.startswith("llm.")), *run.train]
+            # six layers have more parameters than the tiny Q-Former, whatever their feed-forwards' width
+            depth = ["connector.depth=1"] if "connector=resampler" in run.train else []
+            run.train = [*(item for item in parts if has_llm or not item.startswith("llm.")), *run.train, *depth]
     return replace(config, output=str(folder / "out"), train=[*config.train, *data], evaluate=[*config.evaluate, *data])
 
 
