@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from instructblip.data.batching import Batch
 from instructblip.models.adapters import Adapter, adapted_layers
@@ -194,16 +194,51 @@ def test_a_step_of_the_first_stage_is_counted_as_torch_counts_it(names: tuple[st
     assert found == pytest.approx(counter.get_total_flops(), rel=off)
 
 
-@pytest.mark.parametrize("kind", ["llama", "phi3", "gpt_neox"])
-def test_attention_is_counted_where_one_matrix_makes_queries_keys_and_values_too(kind: str) -> None:
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+LAYERS = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+SIZES = LAYERS | {"intermediate_size": 96}
+EXPERTS = SIZES | {"num_local_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 2, "head_dim": 16}
+GPT = {"n_embd": 64, "n_layer": 2, "n_head": 4}
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes", "off"),
+    [
+        ("llama", SIZES, 1e-3),
+        ("phi3", SIZES, 1e-3),
+        ("gpt_neox", SIZES, 1e-3),
+        ("gpt2", GPT, 1e-3),  # its layers are Conv1D
+        ("gpt_bigcode", GPT, 1e-3),
+        ("mixtral", EXPERTS, 1e-2),  # the router is left out
+        ("gpt_oss", EXPERTS, 1e-2),  # experts' matrices lie the other way round
+    ],
+)
+def test_a_language_model_is_counted_as_torch_counts_it(kind: str, sizes: dict[str, int], off: float) -> None:
     settings = AutoConfig.for_model(kind, vocab_size=50, pad_token_id=0, bos_token_id=1, eos_token_id=1, **sizes)
-    llm = AutoModelForCausalLM.from_config(settings)
+    settings._experts_implementation = "eager"  # torch counts no product of groups
+    llm = AutoModelForCausalLM.from_config(settings, attn_implementation="eager")
     with counted() as counter, torch.no_grad():
         llm.base_model(inputs_embeds=torch.randn(3, 40, 64), use_cache=False)
     work = StepWorkload(samples=3, positions=3 * 40)
     found = language_shape(llm).by_part(work, runs=True, gradients=0.0)[0].forward
-    assert found == pytest.approx(counter.get_total_flops(), rel=1e-3)
+    assert found == pytest.approx(counter.get_total_flops(), rel=off)
+
+
+@pytest.mark.parametrize("kind", ["t5", "bart", "switch_transformers"])
+def test_an_encoder_decoder_is_counted_as_torch_counts_it(kind: str) -> None:
+    """The last one has a linear layer of each expert, two in each layer; a position meets one."""
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 96, "decoder_ffn_dim": 96}
+    t5 = {"num_layers": 2, "num_decoder_layers": 2, "num_heads": 4, "d_kv": 16, "d_ff": 96}
+    experts = {"num_experts": 2, "num_sparse_encoder_layers": 2, "num_sparse_decoder_layers": 2}
+    sizes = {"bart": {"encoder_layers": 2, "decoder_layers": 2, **heads}, "t5": t5, "switch_transformers": t5 | experts}
+    tokens = {"vocab_size": 50, "pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
+    settings = AutoConfig.for_model(kind, d_model=64, **tokens, **sizes[kind])
+    llm = AutoModelForSeq2SeqLM.from_config(settings, attn_implementation="eager").eval()
+    with counted() as counter, torch.no_grad():
+        source, target = torch.randn(3, 40, 64), torch.randn(3, 8, 64)
+        llm.base_model(inputs_embeds=source, decoder_inputs_embeds=target, use_cache=False)
+    work = StepWorkload(samples=3, positions=3 * 48, answers=3 * 8)
+    found = language_shape(llm).by_part(work, runs=True, gradients=0.0)[0].forward
+    assert found == pytest.approx(counter.get_total_flops(), rel=1e-2)
 
 
 @pytest.mark.slow

@@ -29,7 +29,10 @@ from instructblip.models.vision import VisionEncoder
 from instructblip.weights.outlines import OutlinedEncoder
 
 # Names of layers that make queries alone, or queries, keys and values together.
-QUERIES, FUSED = ("q", "q_proj"), ("qkv_proj", "query_key_value", "Wqkv")
+QUERIES, FUSED = ("q", "q_proj", "q_b_proj"), ("qkv_proj", "query_key_value", "Wqkv", "c_attn")
+_CROSS_ATTENTION = ("EncDecAttention", "encoder_attn")  # T5's and BART's
+_EXPERTS_A_POSITION = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_top_k")  # as configurations call them
+_ONE_OF_EXPERTS = re.compile(r"(.*\bexperts)\.([^.]+)\.")
 
 
 @dataclass(frozen=True)
@@ -140,9 +143,9 @@ class LanguageShape:
 
 def language_shape(llm: Any) -> LanguageShape:
     """That of a transformers model, quantised or not, whose weights are not looked at."""
-    decoder, encoder = _stack(llm.base_model), None
+    decoder, encoder = _stack(llm.base_model, llm.config), None
     if llm.config.is_encoder_decoder:
-        decoder, encoder = _stack(llm.get_decoder()), _stack(llm.get_encoder())
+        decoder, encoder = _stack(llm.get_decoder(), llm.config), _stack(llm.get_encoder(), llm.config)
     return LanguageShape(decoder, encoder, size_of(llm.get_output_embeddings()))
 
 
@@ -389,31 +392,95 @@ def image_flops(vision: VisionEncoder) -> float:
     return float(counter.get_total_flops())
 
 
-def _stack(layers: nn.Module) -> Stack:
-    """T5's names its cross-attention `EncDecAttention`, whose keys and values are of the encoder's states."""
-    matrices = attention = source = cross = 0
+class Matrix(NamedTuple):
+    """What positions are multiplied by: a linear layer's weight, or those of the experts that a position is sent to.
+
+    Attributes:
+        name: of the layer, or of the parameter.
+        inputs, outputs: its sides.
+        adapter: parameters of the adapter on it.
+    """
+
+    name: str
+    inputs: int
+    outputs: int
+    adapter: int = 0
+
+    @property
+    def size(self) -> int:
+        """Multiplications a position."""
+        return self.inputs * self.outputs + self.adapter
+
+    @property
+    def own_name(self) -> str:
+        """Without the names of what it stands in."""
+        return self.name.rpartition(".")[2]
+
+
+def language_matrices(layers: nn.Module, config: Any) -> list[Matrix]:
+    """The matrices of a language model's layers.
+
+    transformers has them as linear layers, as GPT-2's `Conv1D`, which is the transpose of one, and as one parameter for a
+    layer's experts, of which a position meets those that it is sent to.
+    """
+    chosen = next((number for name in _EXPERTS_A_POSITION if (number := getattr(config, name, None))), 1)
+    found = [
+        Matrix(name, layer.in_features, layer.out_features, adapter_size(layer))
+        for name, layer in _layers_of_chosen_experts(layers, chosen)
+    ]
+    for name, module in layers.named_modules():
+        if hasattr(module, "nx") and hasattr(module, "nf") and not name.endswith(".base_layer"):
+            found.append(Matrix(name, module.nx, module.nf))
+        experts = getattr(module, "num_experts", None)
+        for own, parameter in module.named_parameters(name, recurse=False):
+            if parameter.ndim == 3 and len(parameter) == experts:
+                found.append(_of_chosen_experts(own, parameter, config.hidden_size, chosen))
+    return found
+
+
+def _of_chosen_experts(name: str, parameter: nn.Parameter, width: int, chosen: int) -> Matrix:
+    """One side is the LLM's width; some classes have the outputs first, as linear layers, others the inputs."""
+    first, second = parameter.shape[1:]
+    inner = chosen * (second if first == width else first)
+    return Matrix(name, inner, width) if "down" in name else Matrix(name, width, inner)
+
+
+def _layers_of_chosen_experts(layers: nn.Module, chosen: int) -> Iterator[tuple[str, Any]]:
+    """Linear layers; where each expert has its own, those of so many of them."""
+    experts: dict[str, set[str]] = {}
     for name, layer in linear_layers(layers):
-        if "EncDecAttention" in name and name.endswith((".k", ".v")):
-            source += size_of(layer)
-        else:
-            matrices += size_of(layer)
-    for name, width in query_widths(layers):
-        crossing = "EncDecAttention" in name
-        attention += 0 if crossing else width
-        cross += width if crossing else 0
-    return Stack(matrices, attention, source, cross)
+        if inside := _ONE_OF_EXPERTS.match(name):
+            met = experts.setdefault(inside[1], set())
+            if inside[2] not in met and len(met) == chosen:
+                continue
+            met.add(inside[2])
+        yield name, layer
 
 
-def query_widths(layers: nn.Module) -> Iterator[tuple[str, int]]:
+def _stack(layers: nn.Module, config: Any) -> Stack:
+    """Keys and values of cross-attention are of the encoder's states."""
+    found = language_matrices(layers, config)
+    source = sum(each.size for each in found if _crosses(each) and each.own_name in ("k", "v", "k_proj", "v_proj"))
+    attention = cross = 0
+    for each, width in query_widths(found):
+        attention += 0 if _crosses(each) else width
+        cross += width if _crosses(each) else 0
+    return Stack(sum(each.size for each in found) - source, attention, source, cross)
+
+
+def _crosses(matrix: Matrix) -> bool:
+    return any(name in matrix.name for name in _CROSS_ATTENTION)
+
+
+def query_widths(found: Sequence[Matrix]) -> Iterator[tuple[Matrix, int]]:
     """Of each attention its queries' width: where one matrix makes keys and values too, that of what the other one reads."""
-    found = dict(linear_layers(layers))
-    for name, layer in found.items():
-        parent, _, last = name.rpartition(".")
-        if last in QUERIES:
-            yield name, layer.out_features
-        elif last in FUSED:
-            beside = [other for path, other in found.items() if path.rpartition(".")[0] == parent and path != name]
-            yield name, beside[0].in_features if beside else layer.out_features // 3
+    for each in found:
+        if each.own_name in QUERIES:
+            yield each, each.outputs
+        elif each.own_name in FUSED:
+            parent = each.name.rpartition(".")[0]
+            beside = [other for other in found if other.name.rpartition(".")[0] == parent and other is not each]
+            yield each, beside[0].inputs if beside else each.outputs // 3
 
 
 def matrices(module: nn.Module) -> int:

@@ -40,6 +40,7 @@ from instructblip.training.plan.flops import (
     SampleLengths,
     StepWorkload,
     adapter_shares,
+    language_matrices,
     model_shape,
     query_widths,
 )
@@ -315,12 +316,12 @@ class LanguagePlan(Plan):
         """Of layers over so many tokens: float32 copies before norms, attention's inputs and outputs, the FFN's factors."""
         llm, blocks = self.llm, blocks_of(stack) or [stack]  # one layer is no list
         value, width = torch.finfo(llm.dtype).bits // 8, llm.get_input_embeddings().weight.shape[1]
-        names = [(name.rpartition(".")[2], layer) for name, layer in linear_layers(blocks[0])]
-        attention = sum(queries for _, queries in query_widths(blocks[0]))
+        found = language_matrices(blocks[0], llm.config)
+        attention = sum(queries for _, queries in query_widths(found))
         attended = {*QUERIES, *FUSED, "k", "v", "o", "k_proj", "v_proj", "o_proj", "out_proj"}
-        ffn = [layer for name, layer in names if name not in attended]
-        hidden = [layer.out_features for layer in ffn if layer.out_features != width]
-        read = max((layer.in_features for layer in ffn if layer.out_features == width), default=0)
+        ffn = [each for each in found if each.own_name not in attended]
+        hidden = [each.outputs for each in ffn if each.outputs != width]
+        read = max((each.inputs for each in ffn if each.outputs == width), default=0)
         # The activation's input, and where it is gated its output and the other factor.
         inner = read * 3 if sum(hidden) > read else read
         norms = sum("norm" in name.lower() for name, layer in blocks[0].named_modules() if not list(layer.children()))
