@@ -11,6 +11,7 @@ import copy
 import functools
 import gc
 import hashlib
+import itertools
 import os
 import re
 import shlex
@@ -38,14 +39,15 @@ from yaml import YAMLError
 from instructblip.config.checks import check, check_read, check_search
 from instructblip.config.help import FLAGS, command_help, own_settings
 from instructblip.config.schema import CONFIGS, Schema
-from instructblip.config.validate import read_yaml, unknown_choice, validate
+from instructblip.config.validate import known_choices, read_yaml, unknown_choice, validate
 from instructblip.errors import UserError
 from instructblip.interrupts import raise_once
 
 EXIT_USER_ERROR = 2
 _SIGNAL = 128  # and its number is the exit status of what a signal has ended
 _SWEEP_FLAGS = ("-m", "--multirun")
-_OTHER_CONFIGURATION = ("--config", "-cp", "-cn", "-cd")  # Hydra's options that name one
+_FURTHER_FOLDER = ("--config-dir", "-cd")  # Hydra's option for files that stand beside those of `configs/`
+_OTHER_CONFIGURATION = ("--config-path", "--config-name", "-cp", "-cn")  # and for those that stand in their place
 _LONGEST_NAME = 180  # characters; file systems end at 255 bytes
 _SWEPT_KEY = r"(?:(?<=^)|(?<=,))([\w./@]+)="
 _SHELL_SIGNS = ("$", "`", "!", "\\")  # that mean something within double quotes
@@ -198,6 +200,12 @@ def launcher() -> dict[str, Any]:
     return found
 
 
+def further_folder() -> Path | None:
+    """The folder of this command's `-cd`; None without one, and outside of a command."""
+    sources = HydraConfig.get().runtime.config_sources if HydraConfig.initialized() else []
+    return next((Path(source.path) for source in sources if source.provider == "command-line"), None)
+
+
 def merged(overrides: Sequence[str]) -> list[str]:
     """Overrides of which later ones take the place of earlier ones of the same key; Hydra refuses a group's second choice.
 
@@ -217,8 +225,8 @@ def merged(overrides: Sequence[str]) -> list[str]:
 def check_overrides(name: str, schema: Any, arguments: list[str]) -> DictConfig | None:
     """Compose and validate once before Hydra does, to say what is wrong in one line; of a sweep each swept value once.
 
-    With Hydra's options (`--cfg job`, `--help`), which only show something, required keys may be missing. Where they name
-    another configuration than ours it is left to Hydra.
+    With Hydra's options (`--cfg job`, `--help`), which only show something, required keys may be missing. `-cd FOLDER` has
+    files that stand beside ours. Where options name another configuration than ours it is left to Hydra.
 
     Returns:
         What was composed, with Hydra's own settings; None where the command line has options, or changes those settings.
@@ -229,6 +237,8 @@ def check_overrides(name: str, schema: Any, arguments: list[str]) -> DictConfig 
     options = [argument for argument in arguments if argument.startswith("-") and argument not in _SWEEP_FLAGS]
     if any(option.startswith(_OTHER_CONFIGURATION) for option in options):
         return None
+    further = _further_folder(arguments)
+    shows = any(option.partition("=")[0] not in _FURTHER_FOLDER for option in options)
     overrides = [argument for argument in arguments if not argument.startswith("-")]
     if options:
         overrides = [
@@ -237,10 +247,10 @@ def check_overrides(name: str, schema: Any, arguments: list[str]) -> DictConfig 
     if set(arguments) & set(_SWEEP_FLAGS):
         _check_swept(_parse(overrides))
         for job in _jobs(overrides):  # what goes together is checked in each job, for the others may run
-            validate(_compose(name, job), schema, missing_ok=bool(options))
+            validate(_compose(name, job, further), schema, missing_ok=shows)
         return None
-    composed = _compose(name, overrides, with_hydra=True)
-    config = validate(_leave_out_hydra(copy.deepcopy(composed)), schema, missing_ok=bool(options))
+    composed = _compose(name, overrides, further, with_hydra=True)
+    config = validate(_leave_out_hydra(copy.deepcopy(composed)), schema, missing_ok=shows)
     if config is not None:
         check(config)
         check_read(config, _keys(overrides))
@@ -248,8 +258,26 @@ def check_overrides(name: str, schema: Any, arguments: list[str]) -> DictConfig 
     return None if options or of_hydra else composed
 
 
+def _further_folder(arguments: Sequence[str]) -> Path | None:
+    """The folder of `-cd`, of which Hydra takes the last.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    found = None
+    for argument, after in itertools.zip_longest(arguments, arguments[1:], fillvalue=""):
+        option, has_value, value = argument.partition("=")
+        if option in _FURTHER_FOLDER:
+            found = Path(value if has_value else after).absolute()
+            if not found.is_dir():
+                raise UserError(f"{option}: there is no folder {found}; correct its name")
+    return found
+
+
 def compose_config(name: str, schema: type[Schema], overrides: list[str]) -> Schema:
     """The configuration that an entry point would run with, for callers that are none.
+
+    Within a command with `-cd FOLDER` that folder's files are known.
 
     Args:
         name: of the file in `configs/`.
@@ -259,7 +287,7 @@ def compose_config(name: str, schema: type[Schema], overrides: list[str]) -> Sch
     Raises:
         UserError: an unknown key or an unknown choice of a group, with the nearest valid one; as `validate` and `check`.
     """
-    config = validate(_compose(name, overrides), schema)
+    config = validate(_compose(name, overrides, further_folder()), schema)
     check(config)
     check_read(config, _keys(overrides))
     return config
@@ -271,16 +299,17 @@ def print_help(name: str, schema: type[Schema], arguments: list[str]) -> None:
     Raises:
         UserError: as `check_overrides`.
     """
-    overrides = [argument for argument in arguments if "=" in argument or argument.startswith("~")]
+    overrides = [argument for argument in arguments if re.match(r"~|[^-].*=", argument)]
     settings, choices = own_settings(name), {}
+    further = _further_folder(arguments)
     if overrides:
         check_overrides(name, schema, arguments)
     if overrides or not _mandatory(name):
-        composed = _compose(name, next(_jobs(overrides)), with_hydra=True)
+        composed = _compose(name, next(_jobs(overrides)), further, with_hydra=True)
         choices = {key: value for key, value in composed.hydra.runtime.choices.items() if "hydra/" not in key}
         settings = {key: value for key, value in _plain(composed).items() if key != "hydra"}
     width = min(shutil.get_terminal_size((120, 0)).columns, 120)
-    print(command_help(name, settings, choices, width=width))
+    print(command_help(name, settings, choices, _folders(further), width=width))
     print("\nPowered by Hydra (https://hydra.cc): --hydra-help shows its own options, --cfg job the settings alone.")
 
 
@@ -473,16 +502,22 @@ def _short_keys(swept: str) -> str:
     return re.sub(_SWEPT_KEY, lambda found: short[found[1]] + "=", swept)
 
 
-def _compose(name: str, overrides: list[str], *, with_hydra: bool = False) -> DictConfig:
+def _compose(name: str, overrides: list[str], further: Path | None = None, *, with_hydra: bool = False) -> DictConfig:
+    """By files of `configs/` and of a further folder, whose own are those that it has alone."""
     _parse(overrides)
     choices, values = _choices_and_values(_settable(overrides))
+    folders = _folders(further)
     try:
-        config = copy.deepcopy(_compose_choices(name, choices, _stamp(), with_hydra))
+        config = copy.deepcopy(_compose_choices(name, choices, folders, _stamp(folders), with_hydra))
         for override in values:
             _set(config, override)
     except (HydraException, OmegaConfBaseException, YAMLError, ValueError, TypeError) as error:
-        raise UserError(_explain(error)) from None
+        raise UserError(_explain(error, folders)) from None
     return config
+
+
+def _folders(further: Path | None) -> tuple[Path, ...]:
+    return (CONFIGS,) if further is None else (CONFIGS, further)
 
 
 def _choices_and_values(overrides: list[str]) -> tuple[tuple[str, ...], list[Override]]:
@@ -503,20 +538,25 @@ def _choices_and_values(overrides: list[str]) -> tuple[tuple[str, ...], list[Ove
 
 @functools.lru_cache(maxsize=32)
 def _compose_choices(
-    name: str, overrides: tuple[str, ...], stamp: frozenset[tuple[str, int]], with_hydra: bool
+    name: str,
+    overrides: tuple[str, ...],
+    folders: tuple[Path, ...],
+    stamp: frozenset[tuple[str, int]],
+    with_hydra: bool,
 ) -> DictConfig:
     """Compose by Hydra; not to be changed by the caller. `stamp`: another one stands for files that have changed."""
     GlobalHydra.instance().clear()
     try:
-        with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
-            return hydra.compose(name, overrides=list(overrides), return_hydra_config=with_hydra)
+        with hydra.initialize_config_dir(str(folders[0]), version_base="1.3"):
+            beside = [f"hydra.searchpath={[f'file://{folder}' for folder in folders[1:]]}"] if folders[1:] else []
+            return hydra.compose(name, overrides=[*beside, *overrides], return_hydra_config=with_hydra)
     finally:
         GlobalHydra.instance().clear()
 
 
-def _stamp() -> frozenset[tuple[str, int]]:
-    """When each file of `configs/` was written."""
-    return frozenset((str(path), path.stat().st_mtime_ns) for path in CONFIGS.rglob("*.yaml"))
+def _stamp(folders: Sequence[Path]) -> frozenset[tuple[str, int]]:
+    """When each file was written."""
+    return frozenset((str(path), path.stat().st_mtime_ns) for folder in folders for path in folder.rglob("*.yaml"))
 
 
 def _set(config: DictConfig, override: Override) -> None:
@@ -527,7 +567,7 @@ def _set(config: DictConfig, override: Override) -> None:
         raise HydraException(f"Error merging override {override.input_line}") from error
 
 
-def _explain(error: Exception) -> str:
+def _explain(error: Exception, folders: Sequence[Path]) -> str:
     message = str(error)
     if "Could not load 'hydra/launcher/submitit_" in message:
         return _SLURM
@@ -535,11 +575,10 @@ def _explain(error: Exception) -> str:
         return _SEARCH
     choice = re.search(r"Could not (?:find|load) '([^']+)/([^/']+)'", message)
     if choice:
-        return unknown_choice(choice[1], choice[2])
+        return unknown_choice(choice[1], choice[2], *folders)
     needed = re.search(r"You must specify '([^']+)'", message)
     if needed:
-        known = sorted(path.stem for path in (CONFIGS / needed[1]).glob("*.yaml"))
-        return f"give {needed[1]}=NAME; configs/{needed[1]} has: {', '.join(known)}"
+        return f"give {needed[1]}=NAME; {known_choices(needed[1], *folders)[1]}"
     several = re.search(r"Ambiguous value for argument '([^']+)'", message)
     if several:
         values = several[1].lstrip("+")
@@ -547,7 +586,7 @@ def _explain(error: Exception) -> str:
         one = "" if (CONFIGS / key).is_dir() else f", or {_quoted(key, value)} for one text"
         return f"{values} are several values; give -m to run one job for each{one}"
     if isinstance(error, YAMLError):
-        return f"a file in {CONFIGS} is not valid YAML: {message}"
+        return f"a file in {' or '.join(map(str, folders))} is not valid YAML: {' '.join(message.split())}"
     reason = ": ".join(str(part).splitlines()[0] for part in (error, error.__cause__) if part and str(part))
     return f"the command line cannot be understood ({reason}); write each setting as key=value"
 

@@ -10,6 +10,7 @@ import re
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import dropwhile
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
@@ -89,30 +90,38 @@ def _paths(lines: Sequence[str]) -> Iterator[tuple[tuple[str, ...] | None, int]]
         yield (tuple(name for _, name in stack) if key else None), (stack[-1][0] if stack else 0)
 
 
-def command_help(name: str, settings: Mapping[str, Any], choices: Mapping[str, str | None], *, width: int) -> str:
+def command_help(
+    name: str, settings: Mapping[str, Any], choices: Mapping[str, str | None], folders: Sequence[Path], *, width: int
+) -> str:
     """The help of a command.
 
     Args:
         name: of its file in `configs/`.
         settings: the composed configuration.
         choices: what is chosen of each group, None: nothing; `group@package` where it is composed elsewhere.
+        folders: with the groups, `configs/` first.
         width: characters of a line.
     """
-    lines = _lines(name)
+    lines = _lines(CONFIGS / f"{name}.yaml")
     head, told = read_head(lines), _group_comments(lines) | _SWEEPS
     groups = dict.fromkeys(told) | {key.partition("@")[0]: option for key, option in choices.items()}
     ordered = [group for group in (*told, *groups) if group in groups]
     parts = [head.purpose, "\n".join(f"  {line}" for line in head.commands)]
     parts += ["CHOICES, as GROUP=NAME; * stands at what is chosen now"]
-    parts += [_group(group, groups[group], told.get(group, ""), width) for group in dict.fromkeys(ordered)]
+    parts += [_group(group, folders, groups[group], told.get(group, ""), width) for group in dict.fromkeys(ordered)]
     parts += ["SETTINGS, as KEY=VALUE, with the values that they have now; a key below another is OUTER.INNER=VALUE"]
     own = {key: settings[key] for key in own_settings(name) if key in settings}  # before those of the parts
-    parts += ["\n".join(_annotated({**own, **settings}, _all_comments(name, choices), width))]
+    parts += ["\n".join(_annotated({**own, **settings}, _all_comments(lines, choices, folders), width))]
     return "\n\n".join(filter(None, parts))
 
 
-def _lines(name: str) -> list[str]:
-    return (CONFIGS / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
+def _lines(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8").splitlines()
+
+
+def _options(group: str, folders: Sequence[Path]) -> dict[str, Path]:
+    """A group's options by name; of the same name that of the first folder counts, as for Hydra."""
+    return {path.stem: path for folder in reversed(folders) for path in sorted((folder / group).glob("*.yaml"))}
 
 
 def _group_comments(lines: Sequence[str]) -> dict[str, str]:
@@ -124,14 +133,14 @@ def _group_comments(lines: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def _group(group: str, chosen: str | None, told: str, width: int) -> str:
+def _group(group: str, folders: Sequence[Path], chosen: str | None, told: str, width: int) -> str:
     """A group's options, each with what it is for."""
-    names = sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
-    column = 4 + max(map(len, names)) + 2
+    options = _options(group, folders)
+    column = 4 + max(map(len, options)) + 2
     rows = [f"{group}=" + (f"   {told}" if told else "")]
-    for option in names:
+    for option, path in sorted(options.items()):
         label = f"  {'*' if option == chosen else ' '} {option}".ljust(column)
-        rows += _wrapped(label, read_head(_lines(f"{group}/{option}")).sentence, width)
+        rows += _wrapped(label, read_head(_lines(path)).sentence, width)
     return "\n".join(rows)
 
 
@@ -146,17 +155,20 @@ def _wrapped(label: str, text: str, width: int) -> list[str]:
     ) or [label.rstrip()]
 
 
-def _all_comments(name: str, choices: Mapping[str, str | None]) -> dict[tuple[str, ...], str]:
+def _all_comments(
+    own: Sequence[str], choices: Mapping[str, str | None], folders: Sequence[Path]
+) -> dict[tuple[str, ...], str]:
     """The comments of every file that is composed; a command's own go over those of what is chosen."""
     found: dict[tuple[str, ...], str] = {}
     for key, option in choices.items():
         group, _, package = key.partition("@")
-        if option is None or not (CONFIGS / group / f"{option}.yaml").is_file():
+        path = _options(group, folders).get(option or "")
+        if path is None:
             continue
-        lines = _lines(f"{group}/{option}")
+        lines = _lines(path)
         globally = any(line.startswith("# @package _global_") for line in lines)
         found |= read_comments(lines, () if globally else tuple((package or group).replace("/", ".").split(".")))
-    return found | read_comments(_lines(name))
+    return found | read_comments(own)
 
 
 def _annotated(

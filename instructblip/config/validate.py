@@ -303,12 +303,19 @@ def unknown_key(key: str, valid: Sequence[str]) -> str:
     return f"unknown key {key}; the keys there are: {', '.join(neighbours)}"
 
 
-def unknown_choice(group: str, wanted: str, configs: Path = CONFIGS) -> str:
-    """The message for a choice of a group that does not exist, naming the nearest one and all that do."""
-    known = sorted(path.stem for path in (configs / group).glob("*.yaml"))
+def unknown_choice(group: str, wanted: str, *folders: Path) -> str:
+    """The message for a choice that a group does not have in these folders, with the nearest one and all that it has."""
+    known, where = known_choices(group, *folders)
     near = difflib.get_close_matches(wanted, known, n=1)
     hint = f"did you mean {near[0]}? " if near else ""
-    return f"there is no {group}={wanted}; {hint}configs/{group} has: {', '.join(known)}"
+    return f"there is no {group}={wanted}; {hint}{where}"
+
+
+def known_choices(group: str, *folders: Path) -> tuple[list[str], str]:
+    """The choices of a group, and a clause that names them and where they stand."""
+    known = sorted({path.stem for folder in folders for path in (folder / group).glob("*.yaml")})
+    names = [f"{'configs' if folder == CONFIGS else folder}/{group}" for folder in folders if (folder / group).is_dir()]
+    return known, f"{' and '.join(names)} {'has' if len(names) == 1 else 'have'}: {', '.join(known)}"
 
 
 @functools.cache

@@ -3,12 +3,13 @@
 import dataclasses
 import hashlib
 import json
+import shlex
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from instructblip.config.entry import compose_config, merged
+from instructblip.config.entry import compose_config, further_folder, merged
 from instructblip.config.schema import (
     EvaluateConfig,
     StudyCommandConfig,
@@ -195,7 +196,10 @@ class _Planner:
         command: Sequence[str],
     ) -> str:
         if identity not in self.runs:  # else another condition has the same
-            run = StudyRun(f"{name}, seed {seed}", identity, folder, config, after, " ".join(["python", *command]))
+            further = further_folder()
+            beside = "" if further is None else f" -cd {shlex.quote(str(further))}"
+            line = f"python {command[0]}{beside} {' '.join(command[1:])}"
+            run = StudyRun(f"{name}, seed {seed}", identity, folder, config, after, line)
             self.runs[identity] = run
         return identity
 

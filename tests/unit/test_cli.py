@@ -10,8 +10,8 @@ from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from rich.console import Console
 
 from instructblip.config import entry
-from instructblip.config.entry import check_overrides, main
-from instructblip.config.schema import EvaluateConfig, PrepareConfig, TrainConfig
+from instructblip.config.entry import check_overrides, main, print_help
+from instructblip.config.schema import CONFIGS, EvaluateConfig, PrepareConfig, TrainConfig
 from instructblip.errors import UserError
 from instructblip.files import is_disk_full, write_atomically
 from tests.kit.runs import REPOSITORY
@@ -168,6 +168,37 @@ def test_what_cannot_be_composed(override: str, expected: str) -> None:
     assert expected in message
     if "understood" in message:
         assert "write each setting as key=value" in message
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("option", [["-cd", "{folder}"], ["--config-dir={folder}"]])
+def test_files_of_a_further_folder_stand_beside_ours(
+    option: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "a folder, 'mine'"
+    (folder / "llm").mkdir(parents=True)
+    text = (CONFIGS / "llm/smollm2_135m.yaml").read_text()
+    (folder / "llm/mine.yaml").write_text(text[text.index("name:") :])  # without a comment
+    given = [word.format(folder=folder) for word in option]
+    check_overrides("train", TrainConfig, [*given, "llm=mine", "experiment=demo"])
+    check_overrides("train", TrainConfig, [*given, "-m", "llm=mine,vicuna_7b"])
+    print_help("train", TrainConfig, [*given, "llm=mine", "--help"])
+    assert "  * mine\n" in capsys.readouterr().out
+    wrong = {
+        "llm=mien": f"did you mean mine? configs/llm and {folder}/llm have: flan_t5_base, ",
+        "lllm=mine": "unknown key lllm; did you mean llm?",
+        "vision.norm=foo": "vision.norm=foo is none of layer, channel, none",
+    }
+    for override, expected in wrong.items():
+        assert expected in _refused(*given, override)
+        assert expected in _refused(*given, "--cfg", "job", override)
+    (folder / "llm/mine.yaml").write_text("a: [1\nb: 2\n")
+    assert f"{folder} is not valid YAML: while parsing" in (said := _refused(*given, "llm=mine"))
+    assert "\n" not in said
+    assert (
+        _refused("-cd", str(tmp_path / "none"), "seed=1")
+        == f"-cd: there is no folder {tmp_path}/none; correct its name"
+    )
 
 
 @pytest.mark.slow

@@ -1,6 +1,9 @@
 """A study's file becomes runs: which there are, in which order, in which folders, and what is refused."""
 
 import copy
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,11 +11,11 @@ from typing import Any
 import pytest
 
 from instructblip.config.entry import compose_config, merged
-from instructblip.config.schema import EvaluateConfig, StudyCommandConfig, TrainConfig
+from instructblip.config.schema import CONFIGS, EvaluateConfig, StudyCommandConfig, TrainConfig
 from instructblip.errors import UserError
 from instructblip.study import plan as module
 from instructblip.study.plan import StudyPlan, StudyRun, plan_study
-from tests.kit.runs import World
+from tests.kit.runs import REPOSITORY, World
 from tests.kit.studies import STUDY, compose_once, study_config
 
 
@@ -208,6 +211,29 @@ def test_later_overrides_take_the_place_of_earlier_ones() -> None:
         "experiment=smoke",
     ]
     assert merged(given) == ["~recipe.phases", "recipe.phases={a: {steps: 1}}", "seed=2", "experiment=smoke"]
+
+
+@pytest.mark.slow
+def test_a_study_of_another_folder_knows_the_files_beside_it(tmp_path: Path) -> None:
+    folder = tmp_path / "my files"
+    for group, name, text in (
+        (
+            "study",
+            "mine",
+            "name: mine\nquestion: Mine?\ntrain: [experiment=demo, llm=own]\nseeds: [1]\n"
+            "conditions: {a: {}, b: {train: [recipe.clip_norm=2]}}\ndatasets: [easy_vqa_shape]\n",
+        ),
+        ("llm", "own", (CONFIGS / "llm/smollm2_135m.yaml").read_text()),
+    ):
+        (folder / group).mkdir(parents=True)
+        (folder / group / f"{name}.yaml").write_text(text)
+    command = [sys.executable, "-m", "instructblip.study", "-cd", str(folder), "study=mine", "plan=true"]
+    done = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = [line.strip() for line in done.stdout.splitlines() if "train.py" in line]
+    assert lines[1] == f"python train.py -cd '{folder}' experiment=demo llm=own recipe.clip_norm=2 seed=1"
 
 
 def test_a_study_has_to_be_named() -> None:
