@@ -303,19 +303,19 @@ def unknown_key(key: str, valid: Sequence[str]) -> str:
     return f"unknown key {key}; the keys there are: {', '.join(neighbours)}"
 
 
-def unknown_choice(group: str, wanted: str, *folders: Path) -> str:
+def unknown_choice(group: str, wanted: str, configs: Path = CONFIGS, *further: Path) -> str:
     """The message for a choice that a group does not have in these folders, with the nearest one and all that it has."""
-    known, where = known_choices(group, *folders)
+    known, where = known_choices(group, configs, *further)
     near = difflib.get_close_matches(wanted, known, n=1)
     hint = f"did you mean {near[0]}? " if near else ""
     return f"there is no {group}={wanted}; {hint}{where}"
 
 
-def known_choices(group: str, *folders: Path) -> tuple[list[str], str]:
+def known_choices(group: str, configs: Path = CONFIGS, *further: Path) -> tuple[list[str], str]:
     """The choices of a group, and a clause that names them and where they stand."""
-    known = sorted({path.stem for folder in folders for path in (folder / group).glob("*.yaml")})
-    names = [f"{'configs' if folder == CONFIGS else folder}/{group}" for folder in folders if (folder / group).is_dir()]
-    return known, f"{' and '.join(names)} {'has' if len(names) == 1 else 'have'}: {', '.join(known)}"
+    known = sorted({path.stem for folder in (configs, *further) for path in (folder / group).glob("*.yaml")})
+    beside = [f" and {folder}/{group}" for folder in further if (folder / group).is_dir()]
+    return known, f"configs/{group}{''.join(beside)} {'have' if beside else 'has'}: {', '.join(known)}"
 
 
 @functools.cache
