@@ -36,7 +36,7 @@ from measure import in_turns, provenance, resident_bytes
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
 
 import instructblip  # noqa: F401  declares what torchvision lacks on CPU, before it is imported
 from instructblip.data.cards import load_card
@@ -229,6 +229,17 @@ def resume(run: Any) -> float:
 # --- questions ----------------------------------------------------------------------------------------------------------
 
 
+class Answers(nn.Module):
+    """What evaluation looks at of a model before it asks."""
+
+    SKILLS, PARTS = frozenset({"generate"}), ()
+    device = torch.device("cpu")
+
+    def image_tokens(self, images: Tensor) -> Tensor:
+        """The images themselves."""
+        return images
+
+
 def questions(folder: Path, count: int) -> Figures:
     """An evaluation of so many questions, answered once and opened again, its report and its line of the table."""
     figures: Figures = {}
@@ -236,9 +247,8 @@ def questions(folder: Path, count: int) -> Figures:
     card, home = load_card("gqa"), folder / "evaluation"
     with timed(figures, "opening the task, s"):
         task = make_task(card, folder / "shards")
-    model = nn.Module()
-    model.image_tokens = lambda images: images
-    runner._ask = lambda model, task, batch: [("left", (), ())] * len(batch)
+    model = Answers()
+    runner._ask = lambda model, task, batch, at_once: [("left", (), ())] * len(batch)
     for name in ("answering, ms a question", "opening again, ms a question"):
         with timed(figures, name, 1e3 / count):
             result = runner.run_task(

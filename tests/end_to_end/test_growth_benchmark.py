@@ -10,8 +10,9 @@ from tests.kit.runs import REPOSITORY, SECONDS
 
 
 @pytest.mark.slow
-def test_steps_are_measured() -> None:
-    command = [sys.executable, str(REPOSITORY / "benchmarks/growth.py"), "--variant", "steps=100"]
+@pytest.mark.parametrize("variant", ["steps=100", "questions=100", "records=2000"])
+def test_what_grows_is_measured(variant: str) -> None:
+    command = [sys.executable, str(REPOSITORY / "benchmarks/growth.py"), "--variant", variant]
     done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=True)
     figures = json.loads(done.stdout.splitlines()[-1])
     assert figures
