@@ -42,6 +42,7 @@ from instructblip.config.schema import CONFIGS, Schema
 from instructblip.config.validate import known_choices, read_yaml, unknown_choice, validate
 from instructblip.errors import UserError
 from instructblip.interrupts import raise_once
+from instructblip.startup import without_collection
 
 EXIT_USER_ERROR = 2
 _SIGNAL = 128  # and its number is the exit status of what a signal has ended
@@ -102,7 +103,8 @@ def main(name: str, schema: type[Schema], task: Callable[[Schema, Console], int 
         if set(sys.argv[1:]) & set(FLAGS):
             print_help(name, schema, sys.argv[1:])
             return
-        composed = check_overrides(name, schema, sys.argv[1:])
+        with without_collection():
+            composed = check_overrides(name, schema, sys.argv[1:])
         if composed is not None and _only_composed(composed):
             _run_composed(composed, run)
             return

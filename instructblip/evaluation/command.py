@@ -4,6 +4,7 @@ from rich.console import Console
 
 from instructblip.config import entry
 from instructblip.config.schema import EvaluateConfig
+from instructblip.startup import without_collection
 
 
 def main() -> None:
@@ -12,6 +13,7 @@ def main() -> None:
 
 
 def _evaluate(config: EvaluateConfig, console: Console) -> None:
-    from instructblip.evaluation.run import evaluate
+    with without_collection():
+        from instructblip.evaluation.run import evaluate
 
     evaluate(config, console)

@@ -5,6 +5,7 @@ from rich.console import Console
 from instructblip.config import entry
 from instructblip.config.entry import Outcome
 from instructblip.config.schema import TrainConfig
+from instructblip.startup import without_collection
 
 
 def main() -> None:
@@ -14,9 +15,11 @@ def main() -> None:
 
 def _train(config: TrainConfig, console: Console) -> Outcome | int:
     if config.plan:
-        from instructblip.training.planned import print_plan
+        with without_collection():
+            from instructblip.training.planned import print_plan
 
-        return print_plan(config, console)
-    from instructblip.training.run import train
+            return print_plan(config, console)
+    with without_collection():
+        from instructblip.training.run import train
 
     return train(config, console)
