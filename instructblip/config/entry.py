@@ -48,7 +48,7 @@ EXIT_USER_ERROR = 2
 _SIGNAL = 128  # and its number is the exit status of what a signal has ended
 _SWEEP_FLAGS = ("-m", "--multirun")
 _FURTHER_FOLDER = ("--config-dir", "-cd")  # Hydra's option for files that stand beside those of `configs/`
-_OTHER_CONFIGURATION = ("--config-path", "--config-name", "-cp", "-cn")  # and for those that stand in their place
+_OTHER_CONFIGURATION = ("--config", "-cp", "-cn")  # how those begin that name files in their place, shortened ones too
 _LONGEST_NAME = 180  # characters; file systems end at 255 bytes
 _SWEPT_KEY = r"(?:(?<=^)|(?<=,))([\w./@]+)="
 _SHELL_SIGNS = ("$", "`", "!", "\\")  # that mean something within double quotes
@@ -237,10 +237,10 @@ def check_overrides(name: str, schema: Any, arguments: list[str]) -> DictConfig 
         UserError: an unknown key or an unknown choice of a group, with the nearest valid one; as `validate` and `check`.
     """
     options = [argument for argument in arguments if argument.startswith("-") and argument not in _SWEEP_FLAGS]
-    if any(option.startswith(_OTHER_CONFIGURATION) for option in options):
+    others = [option for option in options if option.partition("=")[0] not in _FURTHER_FOLDER]
+    if any(option.startswith(_OTHER_CONFIGURATION) for option in others):
         return None
-    further = _further_folder(arguments)
-    shows = any(option.partition("=")[0] not in _FURTHER_FOLDER for option in options)
+    further, shows = _further_folder(arguments), bool(others)
     overrides = [argument for argument in arguments if not argument.startswith("-")]
     if options:
         overrides = [

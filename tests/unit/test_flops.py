@@ -194,8 +194,7 @@ def test_a_step_of_the_first_stage_is_counted_as_torch_counts_it(names: tuple[st
     assert found == pytest.approx(counter.get_total_flops(), rel=off)
 
 
-LAYERS = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-SIZES = LAYERS | {"intermediate_size": 96}
+SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
 EXPERTS = SIZES | {"num_local_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 2, "head_dim": 16}
 GPT = {"n_embd": 64, "n_layer": 2, "n_head": 4}
 
