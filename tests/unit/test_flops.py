@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from instructblip.data.batching import Batch
-from instructblip.models.adapters import Adapter, adapted_layers
+from instructblip.models.adapters import Adapter, adapted_layers, inject
 from instructblip.models.instructblip import InstructBLIP
 from instructblip.objectives import Objective, make_objectives
 from instructblip.training.loop import train_step
@@ -105,6 +105,14 @@ def test_adapters_are_counted_as_torch_counts_them(parts: tuple[str, ...]) -> No
     assert shape.total(work, LLM) == pytest.approx(expected, rel=0.03)
 
 
+def test_the_share_of_adapters_is_theirs_in_all_matrices_that_a_position_meets() -> None:
+    pytest.importorskip("peft", reason="adapters need requirements-lora.txt")
+    llm = AutoModelForCausalLM.from_config(AutoConfig.for_model("mixtral", vocab_size=50, **EXPERTS))
+    inject(llm, ["model.layers.0.self_attn.q_proj"], Adapter(8, 16.0, 0.0, ()), seed=0)
+    shape = language_shape(llm)
+    assert adapter_shares({"llm": [llm]}) == {"llm": 8 * (64 + 64) / (shape.decoder.matrices + shape.head)}
+
+
 def test_adapters_of_the_encoder_are_no_second_time_in_its_own_count() -> None:
     pytest.importorskip("peft", reason="adapters need requirements-lora.txt")
     model = tiny_caption()
@@ -195,7 +203,8 @@ def test_a_step_of_the_first_stage_is_counted_as_torch_counts_it(names: tuple[st
 
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
-EXPERTS = SIZES | {"num_local_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 2, "head_dim": 16}
+GROUPED = SIZES | {"num_key_value_heads": 2, "head_dim": 16}
+EXPERTS = GROUPED | {"num_local_experts": 4, "num_experts_per_tok": 2}
 GPT = {"n_embd": 64, "n_layer": 2, "n_head": 4}
 
 
@@ -222,15 +231,28 @@ def test_a_language_model_is_counted_as_torch_counts_it(kind: str, sizes: dict[s
     assert found == pytest.approx(counter.get_total_flops(), rel=off)
 
 
-@pytest.mark.parametrize("kind", ["t5", "bart", "switch_transformers"])
+def test_a_number_of_experts_for_each_layer_is_counted() -> None:
+    """As Hunyuan's config.json has it."""
+    settings = AutoConfig.for_model("hunyuan_v1_moe", vocab_size=50, num_experts=4, moe_topk=[2, 2], **GROUPED)
+    llm = AutoModelForCausalLM.from_config(settings)
+    one = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model("hunyuan_v1_moe", vocab_size=50, num_experts=4, moe_topk=2, **GROUPED)
+    )
+    assert language_shape(llm).decoder == language_shape(one).decoder
+
+
+@pytest.mark.parametrize("kind", ["t5", "bart", "switch_transformers", "t5gemma", "bigbird_pegasus"])
 def test_an_encoder_decoder_is_counted_as_torch_counts_it(kind: str) -> None:
-    """The last one has a linear layer of each expert, two in each layer; a position meets one."""
+    """Switch Transformers have a linear layer of each expert, two in each layer; a position meets one."""
     heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 96, "decoder_ffn_dim": 96}
     t5 = {"num_layers": 2, "num_decoder_layers": 2, "num_heads": 4, "d_kv": 16, "d_ff": 96}
     experts = {"num_experts": 2, "num_sparse_encoder_layers": 2, "num_sparse_decoder_layers": 2}
-    sizes = {"bart": {"encoder_layers": 2, "decoder_layers": 2, **heads}, "t5": t5, "switch_transformers": t5 | experts}
+    bart = {"d_model": 64, "encoder_layers": 2, "decoder_layers": 2, **heads}
+    t5 |= {"d_model": 64}
+    gemma = {"encoder": GROUPED | {"vocab_size": 50}, "decoder": GROUPED | {"vocab_size": 50}}
+    sizes = {"bart": bart, "t5": t5, "switch_transformers": t5 | experts, "t5gemma": gemma, "bigbird_pegasus": bart}
     tokens = {"vocab_size": 50, "pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
-    settings = AutoConfig.for_model(kind, d_model=64, **tokens, **sizes[kind])
+    settings = AutoConfig.for_model(kind, **tokens, **sizes[kind])
     llm = AutoModelForSeq2SeqLM.from_config(settings, attn_implementation="eager").eval()
     with counted() as counter, torch.no_grad():
         source, target = torch.randn(3, 40, 64), torch.randn(3, 8, 64)

@@ -63,7 +63,19 @@ LLAMA = ("hidden_size=256", "intermediate_size=688", "num_hidden_layers=4", "num
 SIZES = {
     "phi3": ("model_type=phi3", "pad_token_id=0", *LLAMA),  # which has one matrix for queries, keys and values
     "vicuna_7b": LLAMA,
+    # Whose GELU is a formula, and whose norms are called ln_1 and ln_2.
+    "gpt2": ("model_type=gpt2", "pad_token_id=0", *LLAMA),
+    "qwen2_moe": (
+        "model_type=qwen2_moe",
+        "num_key_value_heads=4",
+        "num_experts=4",
+        "moe_intermediate_size=344",
+        "shared_expert_intermediate_size=344",
+        *LLAMA,
+    ),
     "qwen3_8b": (*LLAMA, "num_key_value_heads=1", "head_dim=64"),
+    # Embeddings narrower than its layers, as OPT-350M has.
+    "opt_of_two_widths": ("hidden_size=256", "word_embed_proj_dim=128", "ffn_dim=1024", "num_hidden_layers=4"),
     "opt_2_7b": ("hidden_size=256", "word_embed_proj_dim=256", "ffn_dim=1024", "num_hidden_layers=4"),
     "flan_t5_xl": ("d_model=256", "d_ff=640", "num_layers=4", "num_heads=4"),
 }
@@ -106,7 +118,7 @@ def printed(*overrides: str) -> tuple[int, str]:
 
 
 def small(name: str, *overrides: str) -> TrainConfig:
-    llm = "vicuna_7b" if name == "phi3" else name
+    llm = {"opt_of_two_widths": "opt_2_7b", **dict.fromkeys(("phi3", "gpt2", "qwen2_moe"), "vicuna_7b")}.get(name, name)
     return compose("train", TrainConfig, [f"llm={llm}", *SMALL, *(f"llm.sizes.{s}" for s in SIZES[name]), *overrides])
 
 
@@ -133,7 +145,8 @@ def test_activations_of_the_llm_are_those_that_autograd_keeps(name: str) -> None
     planned = make_plan(config)
     llm = language_model_of_sizes(config.llm).requires_grad_(False).eval()
     length = 32 + 35 + (1 if name.startswith("flan") else 15)
-    embedded = torch.randn(4, length, 256, dtype=torch.bfloat16, requires_grad=True)
+    width = llm.get_input_embeddings().weight.shape[1]
+    embedded = torch.randn(4, length, width, dtype=torch.bfloat16, requires_grad=True)
 
     def forward() -> Any:
         if not llm.config.is_encoder_decoder:
@@ -145,6 +158,19 @@ def test_activations_of_the_llm_are_those_that_autograd_keeps(name: str) -> None
     expected = saved_bytes(forward, llm)
     found = {row.part: row.usual for row in planned.memory()}["activations, language model"]
     assert found == pytest.approx(expected, rel=0.2)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("encoders_once")
+def test_all_matrices_of_a_language_model_that_trains_have_copies() -> None:
+    """GPT-2's are no linear layers; its head is the table of its embeddings."""
+    copies = [
+        {row.part: row.usual for row in make_plan(config).memory()}["bfloat16 copies"]
+        for config in (small("gpt2"), small("gpt2", "train.llm=full"))
+    ]
+    llm = language_model_of_sizes(small("gpt2").llm)
+    matrices = sum(p.numel() for name, p in llm.named_parameters() if p.ndim == 2 and "wpe" not in name)
+    assert copies[1] - copies[0] == 2 * matrices
 
 
 @pytest.mark.slow

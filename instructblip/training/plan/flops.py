@@ -29,8 +29,9 @@ from instructblip.models.vision import VisionEncoder
 from instructblip.weights.outlines import OutlinedEncoder
 
 # Names of layers that make queries alone, or queries, keys and values together.
-QUERIES, FUSED = ("q", "q_proj", "q_b_proj"), ("qkv_proj", "query_key_value", "Wqkv", "c_attn")
-_CROSS_ATTENTION = ("EncDecAttention", "encoder_attn")  # T5's and BART's
+QUERIES, FUSED = ("q", "q_proj", "q_b_proj", "query"), ("qkv_proj", "query_key_value", "Wqkv", "c_attn")
+# T5's, BART's, T5Gemma's and NLLB-MoE's
+_CROSS_ATTENTION = ("EncDecAttention", "encoder_attn", "cross_attn", "cross_attention")
 _EXPERTS_A_POSITION = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_top_k")  # as configurations call them
 _ONE_OF_EXPERTS = re.compile(r"(.*\bexperts)\.([^.]+)\.")
 
@@ -423,7 +424,7 @@ def language_matrices(layers: nn.Module, config: Any) -> list[Matrix]:
     transformers has them as linear layers, as GPT-2's `Conv1D`, which is the transpose of one, and as one parameter for a
     layer's experts, of which a position meets those that it is sent to.
     """
-    chosen = next((number for name in _EXPERTS_A_POSITION if (number := getattr(config, name, None))), 1)
+    chosen = _experts_a_position(config)
     found = [
         Matrix(name, layer.in_features, layer.out_features, adapter_size(layer))
         for name, layer in _layers_of_chosen_experts(layers, chosen)
@@ -436,6 +437,12 @@ def language_matrices(layers: nn.Module, config: Any) -> list[Matrix]:
             if parameter.ndim == 3 and len(parameter) == experts:
                 found.append(_of_chosen_experts(own, parameter, config.hidden_size, chosen))
     return found
+
+
+def _experts_a_position(config: Any) -> int:
+    """Hunyuan has a number for each layer, mostly the same."""
+    found = next((number for name in _EXPERTS_A_POSITION if (number := getattr(config, name, None))), 1)
+    return found if isinstance(found, int) else round(sum(found) / len(found))
 
 
 def _of_chosen_experts(name: str, parameter: nn.Parameter, width: int, chosen: int) -> Matrix:
@@ -472,6 +479,12 @@ def _crosses(matrix: Matrix) -> bool:
     return any(name in matrix.name for name in _CROSS_ATTENTION)
 
 
+def beside_attention(found: Sequence[Matrix]) -> list[Matrix]:
+    """The matrices that stand in no attention."""
+    attentions = {each.name.rpartition(".")[0] for each in found if each.own_name in (*QUERIES, *FUSED)}
+    return [each for each in found if each.name.rpartition(".")[0] not in attentions]
+
+
 def query_widths(found: Sequence[Matrix]) -> Iterator[tuple[Matrix, int]]:
     """Of each attention its queries' width: where one matrix makes keys and values too, that of what the other one reads."""
     for each in found:
@@ -497,10 +510,15 @@ def adapter_shares(parts: Mapping[str, Sequence[nn.Module]]) -> dict[str, float]
     """By part, the share of adapters in the parameters of its matrices; parts without any are left out."""
     shares = {}
     for part, modules in parts.items():
-        layers = [layer for module in modules for _, layer in linear_layers(module)]
-        if adapters := sum(map(adapter_size, layers)):
-            shares[part] = adapters / sum(map(size_of, layers))
+        found = [each for module in modules for each in language_matrices(module, _config_in(module))]
+        if adapters := sum(each.adapter for each in found):
+            shares[part] = adapters / sum(each.size for each in found)
     return shares
+
+
+def _config_in(module: nn.Module) -> Any:
+    """The configuration of a transformers model, or of the one that it holds; None where it holds none."""
+    return next((config for inner in module.modules() if (config := getattr(inner, "config", None))), None)
 
 
 # --- devices ---------------------------------------------------------------------------------------------------------

@@ -30,8 +30,6 @@ from instructblip.objectives import make_objectives
 from instructblip.objectives.distillation import COPIES
 from instructblip.training.layout import is_sharded
 from instructblip.training.plan.flops import (
-    FUSED,
-    QUERIES,
     Gpu,
     ModelShape,
     PartFlops,
@@ -40,6 +38,7 @@ from instructblip.training.plan.flops import (
     SampleLengths,
     StepWorkload,
     adapter_shares,
+    beside_attention,
     language_matrices,
     model_shape,
     query_widths,
@@ -47,6 +46,7 @@ from instructblip.training.plan.flops import (
 from instructblip.weights.modules import Parts
 
 GIB = 2**30
+_GELU_STEPS = 4  # of GPT-2's GELU, which is written as a formula: what autograd keeps of it, its input among that
 USABLE = 0.9  # of a GPU's memory
 # Bytes a value: of rounded weights with their scales, without those of rows, which are few. float8 is held in two orders.
 _QUANTIZED = {"int8": 1.0, "nf4": 0.5 + 4 / 64, "fp8": 2.0}
@@ -231,8 +231,10 @@ class Plan(ABC):
         if self.layout.average:
             yield "moving average", 4.0 * trained
         if self.layout.autocast:
-            linear = [layer for module in layers for layer in module.modules() if isinstance(layer, nn.Linear)]
-            yield "bfloat16 copies", 2.0 * sum(layer.weight.numel() for layer in linear)
+            inner: list[Any] = [layer for module in layers for layer in module.modules()]
+            # GPT-2's `Conv1D` among them.
+            weights = [layer.weight for layer in inner if isinstance(layer, nn.Linear) or hasattr(layer, "nf")]
+            yield "bfloat16 copies", 2.0 * sum(weight.numel() for weight in weights)
 
     @property
     def _full(self) -> frozenset[str]:
@@ -315,17 +317,20 @@ class LanguagePlan(Plan):
     def _stack_kept(self, stack: nn.Module, tokens: float) -> float:
         """Of layers over so many tokens: float32 copies before norms, attention's inputs and outputs, the FFN's factors."""
         llm, blocks = self.llm, blocks_of(stack) or [stack]  # one layer is no list
-        value, width = torch.finfo(llm.dtype).bits // 8, llm.get_input_embeddings().weight.shape[1]
+        embedded = llm.get_input_embeddings().weight.shape[1]
+        value, width = torch.finfo(llm.dtype).bits // 8, getattr(llm.config, "hidden_size", embedded)
         found = language_matrices(blocks[0], llm.config)
         attention = sum(queries for _, queries in query_widths(found))
-        attended = {*QUERIES, *FUSED, "k", "v", "o", "k_proj", "v_proj", "o_proj", "out_proj"}
-        ffn = [each for each in found if each.own_name not in attended]
-        hidden = [each.outputs for each in ffn if each.outputs != width]
-        read = max((each.inputs for each in ffn if each.outputs == width), default=0)
+        ffn = beside_attention(found)
+        hidden = sum(each.outputs for each in ffn if each.outputs != width)
+        read = sum(each.inputs for each in ffn if each.outputs == width)
+        leaves = [(name, layer) for name, layer in blocks[0].named_modules() if not list(layer.children())]
         # The activation's input, and where it is gated its output and the other factor.
-        inner = read * 3 if sum(hidden) > read else read
-        norms = sum("norm" in name.lower() for name, layer in blocks[0].named_modules() if not list(layer.children()))
-        kept = norms * 4 * width + value * (4 * attention + inner) + _adapters_kept(blocks[0])
+        steps = _GELU_STEPS if any(type(layer).__name__ == "NewGELUActivation" for _, layer in leaves) else 1
+        inner = read * (steps + 2 if hidden > 1.5 * read else steps)
+        plain = sum(isinstance(layer, nn.LayerNorm) for _, layer in leaves)  # which keeps its input as it is
+        norms = sum("norm" in f"{name} {type(layer).__name__}".lower() for name, layer in leaves) - plain
+        kept = (norms * 4 + plain * value) * width + value * (4 * attention + inner) + _adapters_kept(blocks[0])
         if llm.config.is_encoder_decoder:
             kept += value * norms * width  # T5's norm multiplies what it was given, not the copy
         if self.layout.activation_checkpointing:
