@@ -11,7 +11,6 @@ import copy
 import functools
 import gc
 import hashlib
-import itertools
 import os
 import re
 import shlex
@@ -24,7 +23,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import hydra
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, Override
@@ -37,6 +35,7 @@ from rich.console import Console
 from yaml import YAMLError
 
 from instructblip.config.checks import check, check_read, check_search
+from instructblip.config.folders import compose, further_folder, holds_choices, stamp
 from instructblip.config.help import FLAGS, command_help, own_settings
 from instructblip.config.schema import CONFIGS, Schema
 from instructblip.config.validate import known_choices, read_yaml, unknown_choice, validate
@@ -49,6 +48,9 @@ _SIGNAL = 128  # and its number is the exit status of what a signal has ended
 _SWEEP_FLAGS = ("-m", "--multirun")
 _FURTHER_FOLDER = ("--config-dir", "-cd")  # Hydra's option for files that stand beside those of `configs/`
 _OTHER_CONFIGURATION = ("--config", "-cp", "-cn")  # how those begin that name files in their place, shortened ones too
+_WITH_VALUE = re.compile(r"--config[a-z-]*|-c[dpn]?|--cfg|-p|--package|--experimental-rerun")  # Hydra's options
+_SETTING = re.compile(r"~|[^-].*=", re.DOTALL)
+_COMPLETION = ("-sc", "--shell-completion")  # Hydra's too: what stands beside it are no settings
 _LONGEST_NAME = 180  # characters; file systems end at 255 bytes
 _SWEPT_KEY = r"(?:(?<=^)|(?<=,))([\w./@]+)="
 _SHELL_SIGNS = ("$", "`", "!", "\\")  # that mean something within double quotes
@@ -103,13 +105,13 @@ def main(name: str, schema: type[Schema], task: Callable[[Schema, Console], int 
         if set(sys.argv[1:]) & set(FLAGS):
             print_help(name, schema, sys.argv[1:])
             return
-        with without_collection():
-            composed = check_overrides(name, schema, sys.argv[1:])
-        if composed is not None and _only_composed(composed):
-            _run_composed(composed, run)
-            return
-        sys.argv += _sweep_naming(sys.argv[1:])
-        sys.argv[1:] = _settable(sys.argv[1:])
+        if not set(sys.argv[1:]) & set(_COMPLETION):
+            with without_collection():
+                composed = check_overrides(name, schema, sys.argv[1:])
+            if composed is not None and _only_composed(composed):
+                _run_composed(composed, run)
+                return
+            sys.argv[1:] = _for_hydra(sys.argv[1:])
         hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=name)(run)()
         for results in searched:
             _print_best(results)
@@ -202,12 +204,6 @@ def launcher() -> dict[str, Any]:
     return found
 
 
-def further_folder() -> Path | None:
-    """The folder of this command's `-cd`; None without one, and outside of a command."""
-    sources = HydraConfig.get().runtime.config_sources if HydraConfig.initialized() else []
-    return next((Path(source.path) for source in sources if source.provider == "command-line"), None)
-
-
 def merged(overrides: Sequence[str]) -> list[str]:
     """Overrides of which later ones take the place of earlier ones of the same key; Hydra refuses a group's second choice.
 
@@ -231,11 +227,13 @@ def check_overrides(name: str, schema: Any, arguments: list[str]) -> DictConfig 
     files that stand beside ours. Where options name another configuration than ours it is left to Hydra.
 
     Returns:
-        What was composed, with Hydra's own settings; None where the command line has options, or changes those settings.
+        What was composed, with Hydra's own settings; None where the command line has other options, or changes those
+        settings.
 
     Raises:
         UserError: an unknown key or an unknown choice of a group, with the nearest valid one; as `validate` and `check`.
     """
+    arguments = _joined(arguments)
     options = [argument for argument in arguments if argument.startswith("-") and argument not in _SWEEP_FLAGS]
     others = [option for option in options if option.partition("=")[0] not in _FURTHER_FOLDER]
     if any(option.startswith(_OTHER_CONFIGURATION) for option in others):
@@ -243,11 +241,9 @@ def check_overrides(name: str, schema: Any, arguments: list[str]) -> DictConfig 
     further, shows = _further_folder(arguments), bool(others)
     overrides = [argument for argument in arguments if not argument.startswith("-")]
     if options:
-        overrides = [
-            argument for argument in overrides if "=" in argument or argument.startswith("~")
-        ]  # not their values
+        overrides = [argument for argument in overrides if _SETTING.match(argument)]  # not their values
     if set(arguments) & set(_SWEEP_FLAGS):
-        _check_swept(_parse(overrides))
+        _check_swept(_parse(overrides), further)
         for job in _jobs(overrides):  # what goes together is checked in each job, for the others may run
             validate(_compose(name, job, further), schema, missing_ok=shows)
         return None
@@ -257,22 +253,44 @@ def check_overrides(name: str, schema: Any, arguments: list[str]) -> DictConfig 
         check(config)
         check_read(config, _keys(overrides))
     of_hydra = any(item.key_or_group.startswith("hydra") for item in _parse(overrides))
-    return None if options or of_hydra else composed
+    return None if others or of_hydra else composed
+
+
+def _joined(arguments: Sequence[str]) -> list[str]:
+    """A command line of which each of Hydra's options is one word with its value: a folder `a=b` is no setting.
+
+    Raises:
+        UserError: an option lacks its value.
+    """
+    found, words = [], iter(arguments)
+    for word in words:
+        option, has_value, value = word.partition("=")
+        if _WITH_VALUE.fullmatch(option):
+            value = value if has_value else next(words, "")
+            if not value:
+                raise UserError(f"{option} lacks its value; give {option}=VALUE")
+            word = f"{option}={os.path.abspath(os.path.expanduser(value)) if option in _FURTHER_FOLDER else value}"
+        found.append(word)
+    return found
 
 
 def _further_folder(arguments: Sequence[str]) -> Path | None:
-    """The folder of `-cd`, of which Hydra takes the last.
+    """The folder of `-cd` in what `_joined` has made, of which Hydra takes the last.
 
     Raises:
-        UserError: there is none of that name.
+        UserError: there is none of that name, or it may not be read.
     """
     found = None
-    for argument, after in itertools.zip_longest(arguments, arguments[1:], fillvalue=""):
-        option, has_value, value = argument.partition("=")
+    for argument in arguments:
+        option, _, value = argument.partition("=")
         if option in _FURTHER_FOLDER:
-            found = Path(value if has_value else after).absolute()
-            if not found.is_dir():
+            found = Path(value)
+            if os.path.isfile(found):
+                raise UserError(f"{option}: {found} is a file; give FOLDER where it is FOLDER/GROUP/NAME.yaml")
+            if not os.path.isdir(found):
                 raise UserError(f"{option}: there is no folder {found}; correct its name")
+            if not os.access(found, os.R_OK | os.X_OK):
+                raise UserError(f"{option}: the folder {found} may not be read; change its permissions")
     return found
 
 
@@ -301,7 +319,8 @@ def print_help(name: str, schema: type[Schema], arguments: list[str]) -> None:
     Raises:
         UserError: as `check_overrides`.
     """
-    overrides = [argument for argument in arguments if re.match(r"~|[^-].*=", argument)]
+    arguments = _joined(arguments)
+    overrides = [argument for argument in arguments if _SETTING.match(argument)]
     settings, choices = own_settings(name), {}
     further = _further_folder(arguments)
     if overrides:
@@ -327,22 +346,29 @@ def _mandatory(name: str) -> bool:
     return any("???" in entry.values() for entry in entries if isinstance(entry, dict))
 
 
-def _settable(arguments: list[str]) -> list[str]:
+def _for_hydra(arguments: list[str]) -> list[str]:
+    """What Hydra is told in place of a command line: options first, for it takes no settings from two places."""
+    arguments = _joined(arguments)
+    arguments.sort(key=lambda argument: bool(_SETTING.match(argument)))
+    return _settable([*arguments, *_sweep_naming(arguments)], _folders(_further_folder(arguments)))
+
+
+def _settable(arguments: list[str], folders: Sequence[Path] = (CONFIGS,)) -> list[str]:
     """The command line with `++` before every key that is set or added, so that no file has to write it first.
 
     A group is left out by `GROUP=null`, as a key is.
     """
-    return [_forced(argument) for argument in arguments]
+    return [_forced(argument, folders) for argument in arguments]
 
 
-def _forced(argument: str) -> str:
+def _forced(argument: str, folders: Sequence[Path]) -> str:
     if argument.startswith(("-", "~", "++")) or "=" not in argument:
         return argument
     try:
         override = _parse_one(argument)
     except HydraException:
         return argument  # Hydra says what is wrong with it
-    group = _names_group(override)
+    group = _names_group(override, folders)
     if group and override.value() is None:
         return f"~{override.key_or_group}"  # Hydra's way to leave a group out
     if override.key_or_group.startswith("hydra") or (group and not isinstance(override.value(), dict)):
@@ -350,8 +376,13 @@ def _forced(argument: str) -> str:
     return f"++{argument.lstrip('+')}"
 
 
-def _names_group(override: Override) -> bool:
-    return override.package is not None or (CONFIGS / override.key_or_group).is_dir()
+def _names_group(override: Override, folders: Sequence[Path]) -> bool:
+    return override.package is not None or _is_group(override.key_or_group, folders)
+
+
+def _is_group(key: str, folders: Sequence[Path]) -> bool:
+    """Of a further folder only what has files: an `output` beside them is none."""
+    return (folders[0] / key).is_dir() or any(holds_choices(key, folder) for folder in folders[1:])
 
 
 def _jobs(overrides: list[str]) -> Iterator[list[str]]:
@@ -378,10 +409,11 @@ def _keys(overrides: list[str]) -> list[str]:
     return [item.key_or_group for item in _parse(overrides) if not item.is_delete() and item.value() is not None]
 
 
-def _check_swept(overrides: list[Override]) -> None:
+def _check_swept(overrides: list[Override], further: Path | None) -> None:
     """Refuse to set a section as a whole after a value in it that is swept, which would be the same in all jobs then.
 
-    A search gives the swept values first, whatever stands first on the command line.
+    A search gives the swept values first, whatever stands first on the command line. Refused is also a key that Hydra, which
+    composes each job, would take for a group, since the further folder has a folder of its name.
     """
     searching = any(override.key_or_group == "hydra/sweeper" for override in overrides)
     for place, swept in enumerate(overrides):
@@ -392,6 +424,16 @@ def _check_swept(overrides: list[Override]) -> None:
                     f"{swept.key_or_group} is swept, and {fixed.key_or_group}={{...}} would set it again in each job; "
                     f"give the other keys of {fixed.key_or_group} one by one"
                 )
+        place_of_key = None if further is None else further / swept.key_or_group
+        if (
+            place_of_key is not None
+            and os.path.isdir(place_of_key)
+            and not _is_group(swept.key_or_group, _folders(further))
+        ):
+            raise UserError(
+                f"a sweep takes {swept.key_or_group}= for a choice of the files in {place_of_key}, which has none; "
+                "rename that folder, or give -cd another one"
+            )
 
 
 def _parse(overrides: list[str]) -> list[Override]:
@@ -507,14 +549,19 @@ def _short_keys(swept: str) -> str:
 def _compose(name: str, overrides: list[str], further: Path | None = None, *, with_hydra: bool = False) -> DictConfig:
     """By files of `configs/` and of a further folder, whose own are those that it has alone."""
     _parse(overrides)
-    choices, values = _choices_and_values(_settable(overrides))
     folders = _folders(further)
+    choices, values = _choices_and_values(_settable(overrides, folders), folders)
     try:
-        config = copy.deepcopy(_compose_choices(name, choices, folders, _stamp(folders), with_hydra))
+        config = copy.deepcopy(_compose_choices(name, choices, folders, stamp(folders), with_hydra))
         for override in values:
             _set(config, override)
-    except (HydraException, OmegaConfBaseException, YAMLError, ValueError, TypeError) as error:
-        raise UserError(_explain(error, folders)) from None
+    except (HydraException, OmegaConfBaseException, YAMLError, OSError, ValueError, TypeError) as error:
+        raise UserError(_explain(error, folders, name, overrides)) from None
+    except RecursionError:
+        where = " or ".join(map(str, folders))
+        raise UserError(
+            f"a file in {where} chooses itself in its defaults, or over others; take that choice out"
+        ) from None
     return config
 
 
@@ -522,14 +569,16 @@ def _folders(further: Path | None) -> tuple[Path, ...]:
     return (CONFIGS,) if further is None else (CONFIGS, further)
 
 
-def _choices_and_values(overrides: list[str]) -> tuple[tuple[str, ...], list[Override]]:
+def _choices_and_values(
+    overrides: list[str], folders: Sequence[Path] = (CONFIGS,)
+) -> tuple[tuple[str, ...], list[Override]]:
     """What Hydra composes, and the settings `++key=value` after that, which change values of what it composed.
 
     The jobs of a sweep and the runs of a study differ in values, rarely in groups. A composition takes as long as a
     hundred values.
     """
     parsed = _parse(overrides)
-    groups = [_names_group(item) and not isinstance(item.value(), dict) for item in parsed]
+    groups = [_names_group(item, folders) and not isinstance(item.value(), dict) for item in parsed]
     last = -1  # of those that Hydra must apply in their order: deletions, sweeps, its own settings
     for place, item in enumerate(parsed):
         plain = item.is_force_add() and not item.is_sweep_override() and not item.key_or_group.startswith("hydra")
@@ -546,19 +595,8 @@ def _compose_choices(
     stamp: frozenset[tuple[str, int]],
     with_hydra: bool,
 ) -> DictConfig:
-    """Compose by Hydra; not to be changed by the caller. `stamp`: another one stands for files that have changed."""
-    GlobalHydra.instance().clear()
-    try:
-        with hydra.initialize_config_dir(str(folders[0]), version_base="1.3"):
-            beside = [f"hydra.searchpath={[f'file://{folder}' for folder in folders[1:]]}"] if folders[1:] else []
-            return hydra.compose(name, overrides=[*beside, *overrides], return_hydra_config=with_hydra)
-    finally:
-        GlobalHydra.instance().clear()
-
-
-def _stamp(folders: Sequence[Path]) -> frozenset[tuple[str, int]]:
-    """When each file was written."""
-    return frozenset((str(path), path.stat().st_mtime_ns) for folder in folders for path in folder.rglob("*.yaml"))
+    """Not to be changed by the caller. `stamp`: another one stands for files that have changed."""
+    return compose(name, overrides, folders, with_hydra=with_hydra)
 
 
 def _set(config: DictConfig, override: Override) -> None:
@@ -569,28 +607,49 @@ def _set(config: DictConfig, override: Override) -> None:
         raise HydraException(f"Error merging override {override.input_line}") from error
 
 
-def _explain(error: Exception, folders: Sequence[Path]) -> str:
+def _explain(error: Exception, folders: Sequence[Path], name: str, overrides: Sequence[str]) -> str:
     message = str(error)
     if "Could not load 'hydra/launcher/submitit_" in message:
         return _SLURM
     if "hydra/sweeper/optuna'" in message:
         return _SEARCH
-    choice = re.search(r"Could not (?:find|load) '([^']+)/([^/']+)'", message)
-    if choice:
-        return unknown_choice(choice[1], choice[2], *folders)
-    needed = re.search(r"You must specify '([^']+)'", message)
-    if needed:
+    if choice := re.search(r"Could not (?:find|load) '([^']+/[^']+)'", message):
+        return _no_choice(choice[1], folders)
+    if needed := re.search(r"You must specify '([^']+)'", message):
         return f"give {needed[1]}=NAME; {known_choices(needed[1], *folders)[1]}"
-    several = re.search(r"Ambiguous value for argument '([^']+)'", message)
-    if several:
+    if several := re.search(r"Ambiguous value for argument '([^']+)'", message):
         values = several[1].lstrip("+")
         key, _, value = values.partition("=")
-        one = "" if (CONFIGS / key).is_dir() else f", or {_quoted(key, value)} for one text"
+        one = "" if _is_group(key, folders) else f", or {_quoted(key, value)} for one text"
         return f"{values} are several values; give -m to run one job for each{one}"
-    if isinstance(error, YAMLError):
-        return f"a file in {' or '.join(map(str, folders))} is not valid YAML: {' '.join(message.split())}"
-    reason = ": ".join(str(part).splitlines()[0] for part in (error, error.__cause__) if part and str(part))
-    return f"the command line cannot be understood ({reason}); write each setting as key=value"
+    if again := re.search(r"Multiple values for (\S+)\. To override a value use 'override \S+: (\S+)'", message):
+        group = again[1].partition("@")[0]
+        return f"a file's defaults choose {group} a second time; write `override /{again[1]}: {again[2]}` there"
+    if unused := re.search(r"^Could not override '([^']+)'\. No match", message):
+        own = f", or give +{unused[1]}=NAME to add a file of {folders[-1]}" if folders[1:] else ""
+        return f"{name} makes no choice of {unused[1]}; leave {unused[1]}= out{own}"
+    if elsewhere := re.search(r"^Could not override '([^']+)'\.\nDid you mean to override (?:one of )?(.+)\?", message):
+        return f"{elsewhere[1]}= is chosen for a part each; write {' or '.join(elsewhere[2].split(', '))} in its place"
+    parts = [str(part) for part in (error, error.__cause__) if part and str(part)]
+    reason = ": ".join(part if isinstance(error, YAMLError) else part.splitlines()[0] for part in parts)
+    if any(override.lstrip("+") in message for override in overrides):
+        return f"the command line cannot be understood ({reason}); write each setting as key=value"
+    return f"the files in {' and '.join(map(str, folders))} cannot be composed together ({reason}); correct them"
+
+
+def _no_choice(wanted: str, folders: Sequence[Path]) -> str:
+    """The message for a file `GROUP/NAME` that is in none of these folders."""
+    steps = wanted.split("/")
+    depths = [depth for depth in range(1, len(steps)) if steps[depth - 1] not in ("", ".", "..")]
+    groups = [depth for depth in depths if any(os.path.isdir(Path(folder, *steps[:depth])) for folder in folders)]
+    depth = max(groups, default=1)
+    group, choice = "/".join(steps[:depth]), "/".join(steps[depth:])
+    line = unknown_choice(group, choice, *folders)
+    if others := [path for folder in folders if os.path.isfile(path := folder / group / f"{choice}.yml")]:
+        return f"{line}; {others[0]} must be called {choice}.yaml"
+    if "/" in choice or choice.endswith((".yaml", ".yml")):
+        return f"{line}; of a file elsewhere give folder and name: -cd FOLDER {group}=NAME is FOLDER/{group}/NAME.yaml"
+    return line
 
 
 def _fail(error: UserError, status: int = EXIT_USER_ERROR) -> NoReturn:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from instructblip.config.schema import CONFIGS
-from instructblip.config.validate import read_yaml
+from instructblip.config.validate import group_options, read_yaml
 
 FLAGS = ("--help", "-h")
 _COMMAND = re.compile(r"# (python|torchrun) ")
@@ -116,12 +116,11 @@ def command_help(
 
 
 def _lines(path: Path) -> list[str]:
-    return path.read_text(encoding="utf-8").splitlines()
-
-
-def _options(group: str, folders: Sequence[Path]) -> dict[str, Path]:
-    """A group's options by name; of the same name that of the first folder counts, as for Hydra."""
-    return {path.stem: path for folder in reversed(folders) for path in sorted((folder / group).glob("*.yaml"))}
+    """Of a file that anybody may have written, and nobody may read."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
 
 
 def _group_comments(lines: Sequence[str]) -> dict[str, str]:
@@ -135,8 +134,8 @@ def _group_comments(lines: Sequence[str]) -> dict[str, str]:
 
 def _group(group: str, folders: Sequence[Path], chosen: str | None, told: str, width: int) -> str:
     """A group's options, each with what it is for."""
-    options = _options(group, folders)
-    column = 4 + max(map(len, options)) + 2
+    options = group_options(group, *folders)
+    column = 4 + max(map(len, options), default=0) + 2
     rows = [f"{group}=" + (f"   {told}" if told else "")]
     for option, path in sorted(options.items()):
         label = f"  {'*' if option == chosen else ' '} {option}".ljust(column)
@@ -162,7 +161,7 @@ def _all_comments(
     found: dict[tuple[str, ...], str] = {}
     for key, option in choices.items():
         group, _, package = key.partition("@")
-        path = _options(group, folders).get(option or "")
+        path = group_options(group, *folders).get(option or "")
         if path is None:
             continue
         lines = _lines(path)

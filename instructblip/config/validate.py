@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import functools
 import json
+import os
 import re
 import types
 import typing
@@ -313,9 +314,18 @@ def unknown_choice(group: str, wanted: str, configs: Path = CONFIGS, *further: P
 
 def known_choices(group: str, configs: Path = CONFIGS, *further: Path) -> tuple[list[str], str]:
     """The choices of a group, and a clause that names them and where they stand."""
-    known = sorted({path.stem for folder in (configs, *further) for path in (folder / group).glob("*.yaml")})
-    beside = [f" and {folder}/{group}" for folder in further if (folder / group).is_dir()]
+    known = sorted(group_options(group, configs, *further))
+    places = [folder / group for folder in further if os.path.isdir(folder / group)]
+    beside = [
+        f" and {place}{'' if os.access(place, os.R_OK | os.X_OK) else ', which may not be read,'}" for place in places
+    ]
     return known, f"configs/{group}{''.join(beside)} {'have' if beside else 'has'}: {', '.join(known)}"
+
+
+def group_options(group: str, *folders: Path) -> dict[str, Path]:
+    """A group's choices by name, hidden files left out; of the same name that of the first folder counts, as for Hydra."""
+    found = [path for folder in reversed(folders) for path in sorted((folder / group).glob("*.yaml"))]
+    return {path.stem: path for path in found if os.path.isfile(path) and not path.name.startswith(".")}
 
 
 @functools.cache
@@ -436,8 +446,12 @@ def read_yaml(path: Path) -> Any:
         return yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror})") from None
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise UserError(f"{path} is not valid YAML: {error}") from None
+    except UnicodeDecodeError as error:
+        wrong = f"byte {error.object[error.start]:#04x} at {error.start}"
+        raise UserError(f"{path} is not valid YAML: it is not UTF-8 text ({wrong}); save it as UTF-8") from None
+    except (yaml.YAMLError, RecursionError) as error:
+        reason = str(error).replace('in "<unicode string>", ', "in ")
+        raise UserError(f"{path} is not valid YAML: {reason}") from None
 
 
 def read_sections(path: Path, what: str) -> dict[str, Any]:

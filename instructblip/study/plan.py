@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from instructblip.config.entry import compose_config, further_folder, merged
+from instructblip.config.entry import compose_config, merged
+from instructblip.config.folders import further_folder
 from instructblip.config.schema import (
     EvaluateConfig,
     StudyCommandConfig,
@@ -197,8 +198,8 @@ class _Planner:
     ) -> str:
         if identity not in self.runs:  # else another condition has the same
             further = further_folder()
-            beside = "" if further is None else f" -cd {shlex.quote(str(further))}"
-            line = f"python {command[0]}{beside} {' '.join(command[1:])}"
+            beside = [] if further is None else ["-cd", str(further)]
+            line = shlex.join(["python", command[0], *beside, *command[1:]])
             run = StudyRun(f"{name}, seed {seed}", identity, folder, config, after, line)
             self.runs[identity] = run
         return identity

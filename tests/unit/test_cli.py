@@ -161,6 +161,8 @@ def test_nothing_is_written_where_the_command_is_run(monkeypatch: pytest.MonkeyP
         ("recipe.phases.aligment.steps=1", "did you mean recipe.phases.alignment.steps?"),
         ("recipe.phases.9.steps=1", "key recipe.phases.9.batch_size is missing"),
         ("recipe=null", "key recipe is missing; give recipe=..."),
+        ("sources=x", "sources= is chosen for a part each; write sources@"),
+        ("study=x", "train makes no choice of study; leave study= out"),
     ],
 )
 def test_what_cannot_be_composed(override: str, expected: str) -> None:
@@ -193,8 +195,9 @@ def test_files_of_a_further_folder_stand_beside_ours(
         assert expected in _refused(*given, override)
         assert expected in _refused(*given, "--cfg", "job", override)
     (folder / "llm/mine.yaml").write_text("a: [1\nb: 2\n")
-    assert f"{folder} is not valid YAML: while parsing" in (said := _refused(*given, "llm=mine"))
-    assert "\n" not in said
+    assert f"{folder}/llm/mine.yaml is not valid YAML: while parsing a flow sequence in line 1" in _refused(
+        *given, "llm=mine"
+    )
     assert (
         _refused("-cd", str(tmp_path / "none"), "seed=1")
         == f"-cd: there is no folder {tmp_path}/none; correct its name"

@@ -2,6 +2,7 @@
 
 import copy
 import os
+import shlex
 import subprocess
 import sys
 from dataclasses import replace
@@ -221,7 +222,8 @@ def test_a_study_of_another_folder_knows_the_files_beside_it(tmp_path: Path) -> 
             "study",
             "mine",
             "name: mine\nquestion: Mine?\ntrain: [experiment=demo, llm=own]\nseeds: [1]\n"
-            "conditions: {a: {}, b: {train: [recipe.clip_norm=2]}}\ndatasets: [easy_vqa_shape]\n",
+            "conditions: {a: {}, b: {train: [recipe.clip_norm=2, \"llm.prompt_suffix=' a'\"]}}\n"
+            "datasets: [easy_vqa_shape]\n",
         ),
         ("llm", "own", (CONFIGS / "llm/smollm2_135m.yaml").read_text()),
     ):
@@ -233,7 +235,8 @@ def test_a_study_of_another_folder_knows_the_files_beside_it(tmp_path: Path) -> 
     )
     assert (done.returncode, done.stderr) == (0, "")
     lines = [line.strip() for line in done.stdout.splitlines() if "train.py" in line]
-    assert lines[1] == f"python train.py -cd '{folder}' experiment=demo llm=own recipe.clip_norm=2 seed=1"
+    given = ["experiment=demo", "llm=own", "recipe.clip_norm=2", "llm.prompt_suffix=' a'", "seed=1"]
+    assert shlex.split(lines[1]) == ["python", "train.py", "-cd", str(folder), *given]  # as a shell takes it
 
 
 def test_a_study_has_to_be_named() -> None:
