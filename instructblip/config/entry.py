@@ -50,6 +50,7 @@ _FURTHER_FOLDER = ("--config-dir", "-cd")  # Hydra's option for files that stand
 _OTHER_CONFIGURATION = ("--config", "-cp", "-cn")  # how those begin that name files in their place, shortened ones too
 _WITH_VALUE = re.compile(r"--config[a-z-]*|-c[dpn]?|--cfg|-p|--package|--experimental-rerun")  # Hydra's options
 _SETTING = re.compile(r"~|[^-].*=", re.DOTALL)
+_MODES = (*_SWEEP_FLAGS, "-r", "--run", "-c", "--cfg", "-i", "--info")  # what Hydra is to do
 _COMPLETION = ("-sc", "--shell-completion")  # Hydra's too: what stands beside it are no settings
 _LONGEST_NAME = 180  # characters; file systems end at 255 bytes
 _SWEPT_KEY = r"(?:(?<=^)|(?<=,))([\w./@]+)="
@@ -234,6 +235,7 @@ def check_overrides(name: str, schema: Any, arguments: list[str]) -> DictConfig 
         UserError: an unknown key or an unknown choice of a group, with the nearest valid one; as `validate` and `check`.
     """
     arguments = _joined(arguments)
+    _check_options(arguments)
     options = [argument for argument in arguments if argument.startswith("-") and argument not in _SWEEP_FLAGS]
     others = [option for option in options if option.partition("=")[0] not in _FURTHER_FOLDER]
     if any(option.startswith(_OTHER_CONFIGURATION) for option in others):
@@ -272,6 +274,16 @@ def _joined(arguments: Sequence[str]) -> list[str]:
             word = f"{option}={os.path.abspath(os.path.expanduser(value)) if option in _FURTHER_FOLDER else value}"
         found.append(word)
     return found
+
+
+def _check_options(arguments: Sequence[str]) -> None:
+    """Refuse options that Hydra would refuse with a traceback."""
+    given = {argument.partition("=")[0]: None for argument in arguments}
+    modes = [option for option in given if option in _MODES]
+    if len(modes) > 1:
+        raise UserError(f"{' and '.join(modes)} do not go together; give one of them")
+    if "--resolve" in given and not {"-c", "--cfg"} & given.keys():
+        raise UserError("--resolve is for --cfg; give --cfg job --resolve")
 
 
 def _further_folder(arguments: Sequence[str]) -> Path | None:

@@ -204,6 +204,11 @@ def test_files_of_a_further_folder_stand_beside_ours(
     )
 
 
+def test_options_that_do_not_go_together() -> None:
+    assert _refused("-m", "--cfg", "job", "seed=1,2") == "-m and --cfg do not go together; give one of them"
+    assert _refused("--resolve", "seed=1") == "--resolve is for --cfg; give --cfg job --resolve"
+
+
 @pytest.mark.slow
 def test_what_can_be_composed_passes() -> None:
     check_overrides("train", TrainConfig, ["seed=3", "experiment=demo", "mixture.datasets=[{name: a}]", "name='a b'"])
