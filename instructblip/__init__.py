@@ -35,10 +35,11 @@ def load(
         source: a run (`outputs/train/<name>`) or one of its checkpoints, a transformers folder or hub id (with
             `@REVISION` for another than the newest), a LAVIS `.pth`; of
             InstructBLIP, of either stage of BLIP-2, of BLIP for captions, questions or retrieval.
-        llm: a name in configs/llm; a `.pth` of a model with a language model needs it.
+        llm: a name in configs/llm, or the path of a YAML of your own; a `.pth` of a model with a language model needs it.
         llm_path, vision_path, qformer_path: files of frozen parts in place of the configured sources.
         adapter: a folder in peft's format with low-rank adapters for it: `adapters/llm` of a checkpoint, or what peft saved
-            around transformers' class of its language model, or of the whole model.
+            around transformers' class of its language model, or of the whole model. Those that a transformers folder was
+            written with, in `adapter`, are taken where nothing is given.
         device: `auto` takes a GPU where there is one.
 
     Raises:

@@ -42,7 +42,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("source", metavar="SOURCE")
     parser.add_argument("target", metavar="TARGET", help="folder, or .pth file with --to lavis")
     parser.add_argument("--to", required=True, choices=FORMATS)
-    parser.add_argument("--llm", metavar="NAME", help="language model, a name in configs/llm; a .pth file needs it")
+    parser.add_argument(
+        "--llm", metavar="NAME", help="name in configs/llm, or the path of a YAML; a .pth file needs it"
+    )
     parser.add_argument("--llm-path", metavar="PATH", help="folder with that language model")
     parser.add_argument("--vision-path", metavar="PATH", help="the frozen ViT: a folder, or LAVIS's eva_vit_g.pth")
     parser.add_argument("--qformer-path", metavar="PATH", help="folder with BERT's config.json and tokenizer")

@@ -26,6 +26,7 @@ from instructblip.weights.lavis import model_state, read_tensors
 from instructblip.weights.load import find_checkpoint, hub_folder, is_hub_id
 from instructblip.weights.names import LLM_PREFIX, native_names
 from instructblip.weights.partner import Partner
+from instructblip.weights.peft_format import ADAPTER_FOLDER, is_adapter_folder
 from instructblip.weights.start import PROJECTION, Start
 from instructblip.weights.transformers_blip import load_blip_folder
 from instructblip.weights.transformers_layout import layout_of
@@ -198,6 +199,11 @@ def _text_branch(folder: Path, sha256: str | None) -> dict[str, Tensor]:
 
 def _read_transformers(source: StartSource) -> StartWeights:
     check_settings(source.path)
+    if is_adapter_folder(adapters := source.path / ADAPTER_FOLDER):
+        raise UserError(
+            f"init_from={source.given} has adapters in {adapters}, which a start takes from runs alone; make one of it: "
+            f"python -m instructblip.weights {source.given} TARGET --to native"
+        )
     if layout_of(source.path).kind in BLIP_KINDS:
         return _blip_start(source, meeting_tensors(load_blip_folder(source.path).state_dict()))
     weights = read_weights(source.path)

@@ -52,6 +52,7 @@ from instructblip.weights.lavis import (
 )
 from instructblip.weights.names import check_tensors
 from instructblip.weights.parts import MODELS, build_model, load_llm, model_class
+from instructblip.weights.peft_format import ADAPTER_FOLDER, is_adapter_folder
 from instructblip.weights.start import PLAIN, PROJECTION, Standing, Start, not_aligned
 from instructblip.weights.transformers_blip import load_blip_folder
 from instructblip.weights.transformers_layout import is_llava_folder, layout_of
@@ -227,12 +228,14 @@ def load_model(
         source: folder of a run (its newest whole checkpoint is taken) or one of its checkpoints; a transformers folder or
             the hub id of one, `OWNER/NAME` or `OWNER/NAME@REVISION`; a `.pth` file of LAVIS, which needs `llm` but for
             BLIP-2's first stage and BLIP, whose own repository's files are read, too. Or what `find_source` found.
-        llm: a name in configs/llm, or such a configuration. Projection and Q-Former were aligned to one language model; with
-            another they work badly, or where its width differs not at all, until they are trained: a warning says so.
+        llm: a name in configs/llm, the path of such a YAML, or a configuration. Projection and Q-Former were aligned to one
+            language model; with another they work badly, or where its width differs not at all, until they are trained: a
+            warning says so.
         llm_path: folder with that language model's files, in place of the configured sources.
         vision_path: folder or file with the frozen ViT's weights, likewise; LAVIS's `eva_vit_g.pth` will do.
         qformer_path: folder with BERT's config.json and tokenizer, likewise; for BLIP's text model, too.
-        adapter: folder in peft's format, whose adapters come onto the model: see `weights.adapters.attach`.
+        adapter: folder in peft's format, whose adapters come onto the model: see `weights.adapters.attach`. None: those that
+            a transformers folder has beside its weights, in `adapter`, if any.
         device: `auto` takes a GPU where there is one.
 
     Raises:
@@ -247,6 +250,11 @@ def load_model(
     if adapter is not None:
         attach(loaded.model, adapter)
         loaded = loaded._replace(adapter=str(adapter))
+    elif found.format == "huggingface" and is_adapter_folder(own := found.path / ADAPTER_FOLDER):
+        if llm is None:
+            attach(loaded.model, own)
+        else:  # of which they cannot be
+            logger.warning("%s was trained with the model's own language model, and is left out", own)
     check_device(loaded.model, place)
     return loaded._replace(model=loaded.model.to(place).eval())
 
@@ -313,12 +321,21 @@ def part_config(group: str, name: str, schema: type[Section]) -> Section:
 
 
 def llm_config(llm: str | LLMConfig, path: str | None) -> LLMConfig:
-    """A language model by its name in configs/llm, or as configured, with its files from `path` where that is given.
+    """A language model by its name in configs/llm, the path of its YAML, or as configured; its files from `path`, if given.
 
     Raises:
-        UserError: there is none of that name.
+        UserError: there is none of that name, or no such file.
     """
-    return _with_path(part_config("llm", llm, LLMConfig) if isinstance(llm, str) else llm, path)
+    return _with_path(_named_llm(llm) if isinstance(llm, str) else llm, path)
+
+
+def _named_llm(name_or_path: str) -> LLMConfig:
+    if not name_or_path.endswith((".yaml", ".yml")):
+        return part_config("llm", name_or_path, LLMConfig)
+    file = Path(name_or_path).expanduser()
+    if not file.is_file():
+        raise UserError(f"llm={name_or_path} is not there; give the path of a YAML as in configs/llm, or a name there")
+    return read_config(file, LLMConfig)
 
 
 def _load_run(found: Source, replaced: Replacements) -> LoadedModel:

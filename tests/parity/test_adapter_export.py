@@ -1,14 +1,17 @@
 """Adapters out and in: merged into transformers' class or beside it for peft, in native runs, never in LAVIS's files."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from instructblip.config.schema import LLMConfig, SourcesConfig
 from instructblip.errors import UserError
 from instructblip.models.adapters import Adapter, is_adapter
 from instructblip.models.quantized import quantize_linears
+from instructblip.weights.init_sources import find_start, read_start
 from instructblip.weights.load import load_model
 from instructblip.weights.parity import stage_differences, traces_native
 from instructblip.weights.parity_transformers import traces_huggingface
@@ -17,7 +20,7 @@ from instructblip.weights.peft_format import whole_folder
 from instructblip.weights.transformers_write import save_huggingface
 from tests.kit.connectors import write_llava
 from tests.kit.parity import convert
-from tests.kit.tiny import tiny_huggingface, tiny_llm, tiny_released_model
+from tests.kit.tiny import EOS, tiny_huggingface, tiny_llama, tiny_llm, tiny_llm_tokenizer, tiny_released_model
 
 pytest.importorskip("peft", reason="adapters need requirements-lora.txt")
 
@@ -66,6 +69,25 @@ def test_each_way_out_computes_the_same(source: Path, tmp_path: Path, capsys: py
     plain = traces_native(load_model(base, device="cpu").model).float32  # type: ignore[arg-type]
     with_adapters = traces_native(models["native"]).float32  # type: ignore[arg-type]
     assert all(difference > 1e-3 for difference in stage_differences(plain, with_adapters).values())
+
+
+def test_a_folder_is_loaded_with_the_adapters_that_it_was_written_with(
+    source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = Path(shutil.copytree(source / "base", tmp_path / "separate"))
+    shutil.copytree(source / "adapter", folder / "adapter")
+    expected = load_model(source / "base", adapter=source / "adapter", device="cpu").model.state_dict()
+    found = load_model(folder, device="cpu")
+    assert found.model.adapters.keys() == ADAPTERS.keys() and found.adapter is None
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.model.state_dict().items())
+    tokenizer = tiny_llm_tokenizer()
+    tiny_llama(len(tokenizer), tokenizer.eos_token_id).save_pretrained(folder / "llm")
+    tokenizer.save_pretrained(folder / "llm")
+    other = LLMConfig(name="other", sources=SourcesConfig(path=str(folder / "llm")), eos_token=EOS, pad_token=EOS)
+    assert not load_model(folder, llm=other, device="cpu").model.adapters
+    assert f"{folder / 'adapter'} was trained with the model's own language model, and is left out" in caplog.text
+    with pytest.raises(UserError, match=r"has adapters in .*adapter, which a start takes from runs alone"):
+        read_start(find_start(str(folder)))
 
 
 @pytest.mark.slow

@@ -81,6 +81,12 @@ def test_load_returns_the_model_alone(formats: Formats) -> None:
     assert next(model.parameters()).device.type == "cpu"
 
 
+def test_a_language_model_of_ones_own_is_given_by_the_path_of_its_yaml(formats: Formats, tmp_path: Path) -> None:
+    file = Path(shutil.copy(formats.configs / "llm/own.yaml", tmp_path / "mine.yaml"))
+    file.write_text(file.read_text().replace("name: own", "name: mine"))
+    assert load(formats.lavis, llm=str(file)).parts["llm"].name == "mine"
+
+
 @pytest.mark.slow
 def test_the_language_model_it_was_aligned_to_is_no_reason_to_warn(
     formats: Formats, caplog: pytest.LogCaptureFixture
@@ -157,6 +163,7 @@ def test_what_cannot_be_loaded(formats: Formats, tmp_path: Path) -> None:
             "has no language model in it; say which one it was trained with: llm= one of other, own, wide",
         ),
         (formats.lavis, {"llm": "owm"}, "there is no llm=owm; did you mean own? configs/llm has: other, own, wide"),
+        (formats.lavis, {"llm": "./owm.yaml"}, "llm=./owm.yaml is not there; give the path of a YAML"),
         (formats.huggingface, {"vision_path": "x"}, "has its own ViT, Q-Former and LLM"),
         (formats.huggingface, {"llm_path": "x"}, "only llm= (with llm_path=)"),
         (tmp_path / "nothing", {}, "is no run, transformers folder, hub id or .pth file"),
