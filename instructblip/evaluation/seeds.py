@@ -17,15 +17,21 @@ _OUTER = frozenset(
 _CONFIG = "config.yaml"
 
 
+def run_config(checkpoint: str) -> Path | None:
+    """The config.yaml of the run that a checkpoint folder is of; None of anything else."""
+    folder = Path(checkpoint)
+    stored = folder.parents[1] / _CONFIG if len(folder.parents) > 1 else Path(_CONFIG)
+    return stored if folder.is_dir() and stored.is_file() else None
+
+
 def training_of(checkpoint: str) -> dict[str, Any]:
     """The `seed` of the training run that a checkpoint is of, and a hash of all else that decided it (`recipe_sha256`).
 
     Args:
         checkpoint: folder of a checkpoint, `RUN/checkpoints/STEP`; of anything else nothing is known: an empty dict.
     """
-    folder = Path(checkpoint)
-    stored = folder.parents[1] / _CONFIG if len(folder.parents) > 1 else Path(_CONFIG)
-    config = read_yaml(stored) if folder.is_dir() and stored.is_file() else None
+    stored = run_config(checkpoint)
+    config = None if stored is None else read_yaml(stored)
     if not isinstance(config, dict) or not isinstance(config.get("seed"), int):
         return {}
     decided = {key: value for key, value in config.items() if key not in _OUTER}

@@ -4,7 +4,7 @@ import hashlib
 import json
 import platform
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from instructblip.data.feature_cache import ReadImage, cached_images, feature_cache
+from instructblip.data.trained_on import is_trained_on, run_mixture
 from instructblip.distributed import ALONE, Ranks
 from instructblip.errors import LostRankError, UserError
 from instructblip.evaluation.metrics import ModelOutput
@@ -27,7 +28,7 @@ from instructblip.evaluation.report.page import Report, write_report
 from instructblip.evaluation.report.table import MADE_UP_DATA
 from instructblip.evaluation.results_file import FORMAT, PREDICTIONS, RESULTS, NotEvaluated
 from instructblip.evaluation.runner import answer_share, read_pixels, run_task
-from instructblip.evaluation.seeds import training_of
+from instructblip.evaluation.seeds import run_config, training_of
 from instructblip.evaluation.submissions import SUBMISSION, write_submission
 from instructblip.files import errors_for_users, exclusive, write_json
 from instructblip.models.arguments import Decoding
@@ -303,14 +304,23 @@ def finish_evaluation(
         started_from=standing.start.weights,
         not_evaluated=not_evaluated,
     )
-    written = write_results(folder, title, results, summary, examples)
-    console.print(console_table(title, results))
+    trained_on = seen_in_training(checkpoint, results)
+    written = write_results(folder, title, results, summary, examples, trained_on=trained_on)
+    console.print(console_table(title, results, trained_on=trained_on))
     for item in not_evaluated:
         console.print(
             f"no score of {item.name}, {item.why}: {item.reason}", markup=False, highlight=False, soft_wrap=True
         )
     for path in written:
         console.print(f"wrote {path}", highlight=False, soft_wrap=True)
+
+
+def seen_in_training(checkpoint: str, results: Sequence[DatasetResult]) -> frozenset[str]:
+    """The datasets scored that the checkpoint's own run trained on; none where it is not of a run."""
+    config = run_config(checkpoint)
+    mixture = {} if config is None else run_mixture(config)
+    names = (item.result.task.card.name for item in results)
+    return frozenset(name for name in names if is_trained_on(name, mixture))
 
 
 _VERSIONS = ("torch", "torchvision", "timm", "transformers")
@@ -379,12 +389,19 @@ def _checkpoint_line(checkpoint: Mapping[str, Any]) -> str:
 
 
 def write_results(
-    folder: Path, title: str, results: Sequence[DatasetResult], summary: Mapping[str, Any], examples: int
+    folder: Path,
+    title: str,
+    results: Sequence[DatasetResult],
+    summary: Mapping[str, Any],
+    examples: int,
+    *,
+    trained_on: Collection[str] = (),
 ) -> list[Path]:
     """Write results.json, report.html and what leaderboards take; return the paths of everything the evaluation left.
 
     Args:
         examples: samples shown for each dataset, half of them wrong ones.
+        trained_on: datasets that the model was trained on, whatever their cards say.
 
     Raises:
         UserError: a damaged image, a record that a leaderboard's file has no place for, or a disk that is full.
@@ -398,7 +415,10 @@ def write_results(
         checkpoint=_checkpoint_line(summary["checkpoint"]),
         model=_model_line(summary["model"]),
         created=summary["created"],
-        summary=[report_row(item.result, item.baselines) for item in results],
+        summary=[
+            report_row(item.result, item.baselines, trained_on=item.result.task.card.name in trained_on)
+            for item in results
+        ],
         sections=[report_section(item.result, examples) for item in results],
         not_evaluated=[f"{name}, {item['why']}: {item['reason']}" for name, item in summary["not_evaluated"].items()],
     )
@@ -430,10 +450,14 @@ def has_submission(result: TaskResult) -> bool:
     return result.task.card.name in result.task.metric.submissions and whole
 
 
-def console_table(title: str, results: Sequence[DatasetResult]) -> Table:
-    """Scores with their 95% intervals beside the baselines, for the terminal."""
+def console_table(title: str, results: Sequence[DatasetResult], *, trained_on: Collection[str] = ()) -> Table:
+    """Scores with their 95% intervals beside the baselines, for the terminal; `trained_on` as for `write_results`."""
     held_out = [item.result.task.card.name for item in results if item.result.task.card.role == "held-out"]
-    notes = [f"held out, never trained on: {', '.join(held_out)}"] if held_out else []
+    kinds = {
+        "held out, never trained on": [name for name in held_out if name not in trained_on],
+        "trained on here, so no zero-shot scores": [name for name in held_out if name in trained_on],
+    }
+    notes = [f"{kind}: {', '.join(names)}" for kind, names in kinds.items() if names]
     if any(item.result.task.made_up for item in results):
         notes.append(f"{MADE_UP_DATA.symbol} {MADE_UP_DATA.meaning}")
     caption = "\n".join(notes) or None

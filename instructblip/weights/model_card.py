@@ -5,10 +5,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
 from instructblip.config.schema import LLMConfig, ModelKind, SourcesConfig, VisionConfig
 from instructblip.data.cards import Card, OwnCard, load_card
+from instructblip.data.trained_on import is_trained_on, run_mixture
 from instructblip.errors import UserError
 from instructblip.fetch.parts import recorded_licence, sources
 from instructblip.files import read_json
@@ -74,10 +73,10 @@ def write_model_card(
     """
     run = found.path.parents[1] if found.format == "run" else None
     base = origin if is_hub_id(origin) and not Path(origin).exists() else None
-    trained_on = {} if run is None else _trained_on(run / "config.yaml")
-    scores = _scores(_results_file(run, results), loaded, trained_on)
+    mixture = {} if run is None else run_mixture(run / "config.yaml")
+    scores = _scores(_results_file(run, results), loaded, mixture)
     parts = _parts(loaded, base)
-    metadata = _metadata(loaded, PIPELINE_TAGS[found.kind], name, parts, _official(trained_on), scores, licence)
+    metadata = _metadata(loaded, PIPELINE_TAGS[found.kind], name, parts, _official(mixture), scores, licence)
     sections = [
         f"---\n{metadata}---",
         f"# {name.rsplit('/', 1)[-1]}",
@@ -85,7 +84,7 @@ def write_model_card(
         f"```python\nimport instructblip\n\nmodel = instructblip.load({json.dumps(name)})\n```",
         "## Parts",
         _table(("part", "name", "from", "licence"), [part[:4] for part in parts]),
-        *_data_section(trained_on),
+        *_data_section(mixture),
         *_score_section(scores),
         "## Licence",
         _terms(licence),
@@ -190,31 +189,17 @@ def _origin(name: str, config: SourcesConfig) -> tuple[str | None, str]:
     return None, recorded_licence(sources(name, config)) or _UNSTATED
 
 
-def _trained_on(file: Path) -> dict[str, Card | None]:
-    """The datasets of a run's mixture; None for cards that are not there any more, nothing for runs that were converted."""
-    stored = yaml.safe_load(file.read_text(encoding="utf-8"))
-    found: dict[str, Card | None] = {}
-    for item in (stored.get("mixture") or {}).get("datasets", []):
-        try:
-            card = load_card(item["name"])
-        except UserError:
-            found[Path(item["name"]).stem] = None
-        else:
-            found[card.name] = card
-    return found
-
-
-def _official(trained_on: Mapping[str, Card | None]) -> list[str]:
+def _official(mixture: Mapping[str, Card | None]) -> list[str]:
     """Those that others know by their names; the hub would take the name of one's own for a dataset of its own."""
-    return [name for name, card in trained_on.items() if card is not None and not isinstance(card, OwnCard)]
+    return [name for name, card in mixture.items() if card is not None and not isinstance(card, OwnCard)]
 
 
-def _data_section(trained_on: Mapping[str, Card | None]) -> list[str]:
-    if not trained_on:
+def _data_section(mixture: Mapping[str, Card | None]) -> list[str]:
+    if not mixture:
         return ["## Training data", "Not known here: the model was read from a format that does not name it."]
     rows = [
         (name, card.title, card.licence, card.homepage) if card is not None else (name, "", _UNSTATED, "")
-        for name, card in trained_on.items()
+        for name, card in mixture.items()
     ]
     return ["## Training data", _table(("dataset", "title", "licence", "from"), rows)]
 
@@ -232,7 +217,7 @@ def _results_file(run: Path | None, given: Path | None) -> Path | None:
     return own if own is not None and own.is_file() else None
 
 
-def _scores(file: Path | None, loaded: LoadedModel, trained_on: Mapping[str, Card | None]) -> list[ScoreRow]:
+def _scores(file: Path | None, loaded: LoadedModel, mixture: Mapping[str, Card | None]) -> list[ScoreRow]:
     """The scores of a results.json, which must be of these very weights."""
     if file is None:
         return []
@@ -240,7 +225,7 @@ def _scores(file: Path | None, loaded: LoadedModel, trained_on: Mapping[str, Car
         stored = read_json(file)
         evaluated = stored["checkpoint"]["trainable_sha256"]
         rows = [
-            ScoreRow(name, _title(name, entry), is_trained_on(name, trained_on), _checked(entry))
+            ScoreRow(name, _title(name, entry), is_trained_on(name, mixture), _checked(entry))
             for name, entry in stored["datasets"].items()
         ]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -250,18 +235,6 @@ def _scores(file: Path | None, loaded: LoadedModel, trained_on: Mapping[str, Car
     if evaluated != fingerprint_tensors(loaded.model.held_state()):
         raise UserError(f"{file} has the scores of other weights than {loaded.source}; {_AGAIN}")
     return rows
-
-
-def is_trained_on(name: str, trained_on: Mapping[str, Card | None]) -> bool:
-    """Whether the mixture has the dataset, or another view of the same images that asks for the same kinds of records."""
-    if name in trained_on:
-        return True
-    try:
-        card = load_card(name)
-    except UserError:  # a card of one's own, and no longer there
-        return False
-    alike = [other for other in trained_on.values() if other is not None and other.source == card.source]
-    return any(not card.kinds or not other.kinds or set(card.kinds) & set(other.kinds) for other in alike)
 
 
 def _checked(entry: Mapping[str, Any]) -> Mapping[str, Any]:

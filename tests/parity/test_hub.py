@@ -14,6 +14,7 @@ import yaml
 
 from instructblip.data.cards import Card, load_card
 from instructblip.data.records import Record
+from instructblip.data.trained_on import is_trained_on
 from instructblip.errors import UserError
 from instructblip.evaluation.suite import DatasetResult, results_json
 from instructblip.fetch.shard_cache import mirror_datasets
@@ -21,7 +22,6 @@ from instructblip.files import write_json
 from instructblip.models.fingerprint import fingerprint_tensors
 from instructblip.weights.__main__ import main
 from instructblip.weights.load import load_model
-from instructblip.weights.model_card import is_trained_on
 from tests.kit.hub import Hub, hub
 from tests.kit.mixtures import jpeg, mixture_of, write_split
 from tests.parity.conftest import Formats

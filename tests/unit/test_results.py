@@ -29,6 +29,7 @@ from instructblip.evaluation.suite import (
     has_submission,
     log_scores,
     results_json,
+    seen_in_training,
     write_results,
 )
 from instructblip.files import sha256_file, write_json
@@ -190,9 +191,22 @@ def test_the_table_shows_every_score_beside_its_baselines(card: Card, shards: Pa
     text = rendered(console_table("scores", items))
     assert "easy_vqa_color " in text  # whole, even on a narrow terminal
     assert "held out, never trained on: easy_vqa_color" in " ".join(text.split())
+    told = " ".join(rendered(console_table("scores", items, trained_on=["easy_vqa_color"])).split())
+    assert "trained on here, so no zero-shot scores: easy_vqa_color" in told and "never" not in told
     assert text.count("75.0") == 2
     assert BLIND.split()[0] in text
     assert "10.0-" in text
+
+
+def test_a_held_out_dataset_that_a_run_was_finetuned_on_is_told(card: Card, shards: Path, tmp_path: Path) -> None:
+    task = make_task(dataclasses.replace(card, role="held-out"), shards)
+    items = [DatasetResult(result_of(task, ["red"] * 4), {})]
+    checkpoint = tmp_path / "run/checkpoints/step_00000001"
+    checkpoint.mkdir(parents=True)
+    for trained, found in (("easy_vqa_color", {"easy_vqa_color"}), ("easy_vqa_shape", set()), ("gone.yaml", set())):
+        (tmp_path / "run/config.yaml").write_text(f"mixture: {{datasets: [{{name: {trained}}}]}}")
+        assert seen_in_training(str(checkpoint), items) == found
+    assert seen_in_training(str(tmp_path), items) == seen_in_training("Salesforce/some", items) == set()
 
 
 def test_a_leaderboards_file_is_written_for_a_whole_split_only(tmp_path: Path) -> None:

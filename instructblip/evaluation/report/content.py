@@ -28,13 +28,13 @@ _PICTURES_FOUND = 4
 _MODES = {"rank": "ranking", "generate": "open generation", "retrieve": "retrieval", "match": "matching"}
 
 
-def report_row(result: TaskResult, baselines: Mapping[str, float]) -> ReportRow:
-    """The dataset's line of the summary table."""
+def report_row(result: TaskResult, baselines: Mapping[str, float], *, trained_on: bool = False) -> ReportRow:
+    """The dataset's line of the summary table; `trained_on`: the model was, whatever the card says."""
     card, protocol = result.task.card, result.task.protocol
     return ReportRow(
         dataset=card.name,
         title=card.title,
-        task=card.task_group + (", held out" if card.role == "held-out" else ""),
+        task=card.task_group + (f", {'trained on' if trained_on else 'held out'}" if card.role == "held-out" else ""),
         mode=_MODES[protocol.mode],
         metric=result.task.metric.title,
         count=len(result.samples) if result.score is None else result.score.count,
