@@ -291,6 +291,7 @@ class Model(PartedModule, ABC):
             pixel_ids: equal where pixels are the same; such images are encoded once. Empty: not known.
         """
         images = as_frames(images, self.vision.image_size)
+        self._check_fit(images)
         if images.dtype != torch.uint8:
             return to_device(images, self.device)
         first: dict[int, int] = {}
@@ -300,6 +301,20 @@ class Model(PartedModule, ABC):
         images = to_device(images, self.device)
         tokens_NFPV = self.vision(images.flatten(0, 1)).unflatten(0, images.shape[:2])
         return tokens_NFPV if len(first) == len(rows) else tokens_NFPV[on_device(rows, self.device)]
+
+    def _check_fit(self, images: Tensor) -> None:
+        """Frames or image tokens of another vision encoder, or of none.
+
+        Raises:
+            ValueError: names `images`.
+        """
+        side, width = self.vision.image_size, self.vision.width
+        fits = images.shape[-2:] == (side, side) if images.dtype == torch.uint8 else images.shape[-1] == width
+        if not fits:
+            raise ValueError(
+                f"images is a tensor of {tuple(images.shape)}, {images.dtype}; this model takes uint8 frames "
+                f"(B, F, 3, {side}, {side}), or image tokens (B, F, P, {width})"
+            )
 
     def vision_structure(self) -> PartStructure:
         """That of the vision encoder, which may be sharded."""

@@ -14,10 +14,18 @@ def begin_run(model: Model, config: TrainConfig) -> Begun:
     """Put the weights of `init_from` into a new model; the run does not need their source again.
 
     Raises:
-        UserError: none are given where the Q-Former has none of its own, or they do not fit.
+        UserError: none are given where the Q-Former has none of its own, they do not fit, or the vision encoder stays drawn.
     """
-    if isinstance(model, BLIP):
-        return _begin_blip(model, config)
+    begun = _begin_blip(model, config) if isinstance(model, BLIP) else _begin(model, config)
+    if config.vision.init == "scratch" and "vision" not in model.full_parts | model.held_parts:
+        raise UserError(
+            "vision.init=scratch draws the vision encoder, and nothing trains it or gives its weights; set "
+            "train.vision=full, or vision.init=file"
+        )
+    return begun
+
+
+def _begin(model: Model, config: TrainConfig) -> Begun:
     qformer = config.q_former() if config.has_qformer() else None
     given = given_weights(config.init_from, qformer)
     if not given:

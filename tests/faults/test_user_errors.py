@@ -88,6 +88,10 @@ def test_a_mistake_on_the_command_line(
         ("mixture.datasets=[{name: easy_vqa_shap}]", ["no dataset card 'easy_vqa_shap'", "'easy_vqa_shape'"]),
         ("mixture.weights=squareroot", ["mixture.weights=squareroot", "sqrt, proportional, uniform"]),
         ("mixture.datasets=[]", ["mixture.datasets=[] has 0 entries; give at least 1"]),
+        (
+            "vision.init=scratch",
+            ["draws the vision encoder, and nothing trains it", "train.vision=full"],
+        ),
         ("vision.norm=batch", ["vision.norm=batch is none of layer, channel"]),
         ("vision.backbone=resnet5", ["vision=efficientnet_lite0", "no backbone 'resnet5'"]),
         ("vision.layers=[bn9]", ["vision=efficientnet_lite0", "no layer bn9"]),

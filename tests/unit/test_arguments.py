@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
 from instructblip.models.arguments import Decoding, DecodingOptions
 from instructblip.models.base import Inputs, Model
@@ -21,7 +21,7 @@ from instructblip.models.llava import LLaVA
 from tests.kit.blip import tiny_caption, tiny_pretrain, tiny_vqa
 from tests.kit.blip2 import tiny_stage1
 from tests.kit.losses import Samples
-from tests.kit.tiny import tiny_encoder_decoder_llm, tiny_images, tiny_llm, tiny_model
+from tests.kit.tiny import IMAGE_SIZE, tiny_encoder_decoder_llm, tiny_images, tiny_llm, tiny_model
 
 PROMPTS = ["what color is it?", "shape"]
 CANDIDATES = [["red", "blue"], ["circle"]]
@@ -93,6 +93,23 @@ def test_images(case: str, model: InstructBLIP) -> None:
     refused(lambda: model.rank(images, PROMPTS, CANDIDATES), name, words)
     refused(lambda: model(Inputs(images, PROMPTS, [[1], [2]]), ["answer_logits"]), name, words)
     refused(lambda: model.prepare(Samples(images, PROMPTS, ["a", "b"])), name, words)
+
+
+@pytest.mark.parametrize(
+    "images",
+    [tiny_images(2)[..., :-2, :-2], tiny_images(2)[:, 0].float()],
+    ids=["frames of another size", "float pixels, which have the form of image tokens"],
+)
+def test_a_tensor_that_the_vision_encoder_does_not_fit(images: Tensor, model: InstructBLIP) -> None:
+    for call in (
+        lambda: model.generate(images, PROMPTS),
+        lambda: model.rank(images, PROMPTS, CANDIDATES),
+        lambda: model.attention(images, PROMPTS),
+        lambda: model(Inputs(images, PROMPTS, [[1], [2]]), ["answer_logits"]),
+    ):
+        refused(
+            call, "images is a tensor of (2, ", f"this model takes uint8 frames (B, F, 3, {IMAGE_SIZE}, {IMAGE_SIZE})"
+        )
 
 
 @pytest.mark.parametrize("case", TEXTS)
