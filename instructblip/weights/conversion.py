@@ -97,7 +97,9 @@ def convert(options: argparse.Namespace) -> int:
         Console(stderr=True, soft_wrap=True, highlight=False).print(f"error: {error}", markup=False)
         return EXIT_USER_ERROR
     except _DiffersError:
-        console.print(f"above the bound: {options.target} was not written", markup=False)
+        console.print(
+            f"above the bound: {options.target} was not written; --bound allows larger differences", markup=False
+        )
         return EXIT_DIFFERS
     console.print(f"wrote {options.target}", markup=False, soft_wrap=True)
     return _push(options, console) if options.push else 0

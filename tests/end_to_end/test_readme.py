@@ -13,15 +13,15 @@ from PIL import Image
 from rich.console import Console
 
 from instructblip.config.entry import compose_config
-from instructblip.config.schema import DemoConfig
+from instructblip.config.schema import DemoConfig, TrainConfig
 from instructblip.data.cards import load_card
 from instructblip.data.prepare.convert import prepare_dataset
 from instructblip.data.synthetic import write_synthetic
 from instructblip.demo import command as demo_command
 from instructblip.models.adapters import Adapter
 from instructblip.weights.__main__ import main as convert
-from instructblip.weights.load import load_model
-from instructblip.weights.parts import train_parts
+from instructblip.weights.load import llm_config, load_model
+from instructblip.weights.parts import load_llm, train_parts
 from instructblip.weights.peft_format import peft_folders
 from tests.kit.blip import write_blip
 from tests.kit.blip2 import write_captioner, write_retrieval
@@ -320,6 +320,18 @@ def test_the_python_examples_run(
     monkeypatch.chdir(tmp_path)
     for example in examples:
         exec(compile(example, document.name, "exec"), {})
+
+
+def test_the_yaml_of_a_language_model_of_ones_own_is_a_whole_one(tmp_path: Path) -> None:
+    text = (REPOSITORY / "docs/models.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^```yaml\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+    write_llm("qwen3_8b", tmp_path / "files")  # which has these tokens
+    file = tmp_path / "llm/mine.yaml"
+    file.parent.mkdir()
+    file.write_text(block.replace("/models/mine", str(tmp_path / "files")), encoding="utf-8")
+    config = compose_config("train", TrainConfig, [f"hydra.searchpath=[file://{tmp_path}]", "llm=mine"])
+    assert config.llm == llm_config(str(file), None)
+    assert load_llm(config.llm).width == 32
 
 
 def test_the_reading_list_is_short_and_every_path_exists() -> None:
