@@ -303,13 +303,16 @@ class Model(PartedModule, ABC):
         return tokens_NFPV if len(first) == len(rows) else tokens_NFPV[on_device(rows, self.device)]
 
     def _check_fit(self, images: Tensor) -> None:
-        """Frames or image tokens of another vision encoder, or of none.
+        """Refuse frames of another size, and pixels as floats (B, 3, H, W), which have the form of image tokens.
 
         Raises:
             ValueError: names `images`.
         """
         side, width = self.vision.image_size, self.vision.width
-        fits = images.shape[-2:] == (side, side) if images.dtype == torch.uint8 else images.shape[-1] == width
+        if images.dtype == torch.uint8:
+            fits = images.shape[-2:] == (side, side)
+        else:
+            fits = images.shape[1] != 3 or images.shape[-1] == width
         if not fits:
             raise ValueError(
                 f"images is a tensor of {tuple(images.shape)}, {images.dtype}; this model takes uint8 frames "
