@@ -50,6 +50,10 @@ class LoadedCheckpoint(NamedTuple):
     state: dict[str, Any]
     average: dict[str, Tensor] | None = None  # moving average of `model`, where the run keeps one
 
+    def averaged(self) -> "LoadedCheckpoint":
+        """With the average in place of the weights, as the run evaluates itself. A run that is resumed goes on from both."""
+        return self if self.average is None else self._replace(model=self.average)
+
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> dict[str, Tensor]:
     """The optimiser's state as flat tensors named `<parameter>|<key>`."""
@@ -106,7 +110,7 @@ def save_checkpoint(
         state: JSON values stored beside them (fingerprints, versions, metrics).
         keep: checkpoints that are broken do not count; those older than the last that is kept go too.
         average: moving average of `model`.
-        adapters: of a model's parts; those in `model` are written in peft's format, too.
+        adapters: of a model's parts; their tensors, averaged ones where there are some, are written in peft's format, too.
         spare: steps whose checkpoints stay, however old.
 
     Raises:
@@ -125,7 +129,7 @@ def save_checkpoint(
             files[name] = _written(partial / name)
         if adapters:
             state = {**state, "adapters": {part: adapter.to_json() for part, adapter in adapters.items()}}
-            files |= _write_adapters(partial, adapters, model)
+            files |= _write_adapters(partial, adapters, model if average is None else average)
         content = with_checksum({"format": FORMAT, "step": step, "files": files, **state})
         text = json.dumps(content, indent=2, sort_keys=True, allow_nan=False)
         (partial / STATE_FILE).write_text(text + "\n", encoding="utf-8")

@@ -158,7 +158,7 @@ def save_text_branch(folder: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _read_run(source: StartSource) -> StartWeights:
-    loaded = load_checkpoint(source.path)
+    loaded = load_checkpoint(source.path).averaged()
     folder = source.path.parents[1]
     config = read_model_config(folder / "config.yaml")
     adapters = {part: Adapter.from_json(stored) for part, stored in loaded.state.get("adapters", {}).items()}

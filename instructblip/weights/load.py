@@ -487,7 +487,7 @@ def load_run(source: Path, *, device: str = "auto", config: ModelConfig | None =
         UserError: no whole checkpoint there, or other frozen weights than it was trained with.
     """
     checkpoint = find_checkpoint(source)
-    loaded = load_checkpoint(checkpoint)
+    loaded = load_checkpoint(checkpoint).averaged()
     own = read_model_config(checkpoint.parents[1] / "config.yaml")
     config = config or own
     # Every trainable tensor comes from the checkpoint: whatever the run started from need not be there any more.

@@ -1,5 +1,6 @@
 """Low-rank adapters over ranks: those of DDP and FSDP2 compute what one process computes, and a killed run goes on."""
 
+import json
 import shutil
 import signal
 from functools import partial
@@ -138,7 +139,7 @@ def test_a_checkpoint_holds_the_adapters_and_no_other_weight_of_the_language_mod
 def test_the_run_is_loaded_and_evaluated_with_its_adapters(world: World, finished: Path, tmp_path: Path) -> None:
     with world.here():
         loaded = load_model(finished, device="cpu").model
-    for name, tensor in tensors(finished)["model"].items():
+    for name, tensor in tensors(finished)["average"].items():
         assert torch.equal(loaded.state_dict()[name], tensor), name
     assert loaded.adapters["llm"].targets == ("down_proj", "q_proj", "v_proj")
     with world.here():  # the same from a base and the folder that peft would read
@@ -153,6 +154,11 @@ def test_the_run_is_loaded_and_evaluated_with_its_adapters(world: World, finishe
         world, finished, tmp_path, "suite=demo", "suite.held_in=[easy_vqa_shape]", "suite.held_out=[]"
     )
     assert scores(folder)
+    weights = [
+        json.loads((place / "results.json").read_text())["checkpoint"]["trainable_sha256"]
+        for place in (folder, finished / "evaluation")
+    ]
+    assert weights[0] == weights[1]
 
 
 def newest(folder: Path) -> Path:

@@ -82,11 +82,19 @@ def begin(config: TrainConfig, init_from: list[str] | str, **sections: Any) -> t
     return model, begin_run(model, config)
 
 
-def write_run(folder: Path, config: TrainConfig, model: Model, start: Start = PLAIN.start) -> Path:
+def write_run(
+    folder: Path,
+    config: TrainConfig,
+    model: Model,
+    start: Start = PLAIN.start,
+    average: dict[str, Tensor] | None = None,
+) -> Path:
     """The folder of a run that took nine steps."""
     state = {"frozen": frozen_fingerprints(model), "start": start.to_json(), "untrained": []}
     (folder / "checkpoints").mkdir(parents=True)
-    save_checkpoint(folder / "checkpoints", step=9, model=model.held_state(), optimizer={}, state=state, keep=1)
+    save_checkpoint(
+        folder / "checkpoints", step=9, model=model.held_state(), average=average, optimizer={}, state=state, keep=1
+    )
     (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
     return folder
 
@@ -376,6 +384,14 @@ def test_parts_that_a_run_trained_are_taken_too_and_held(stages: Stages, tmp_pat
 
 
 @pytest.mark.slow
+def test_a_run_that_kept_an_average_is_loaded_with_it_and_started_from_it(stages: Stages, tmp_path: Path) -> None:
+    """As it was validated and scored."""
+    averages = {name: tensor + 1 for name, tensor in stages.model.held_state().items()}
+    run = write_run(tmp_path / "run", stages.config, stages.model, average=averages)
+    assert same(load_run(run, device="cpu").model, averages) == []
+    assert same(begin(stages.config, str(run))[0], averages) == []
+
+
 def test_untrained_parts_stay_untrained_from_run_to_run(stages: Stages, tmp_path: Path) -> None:
     model, begun = begin(stages.config, stages.both[0])
     run = write_run(tmp_path / "run", stages.config, model, begun.start)
