@@ -29,6 +29,11 @@ from instructblip.config.schema import (
 from instructblip.config.validate import nearest
 from instructblip.errors import UserError
 
+# Of a start, which knows what `init_from` gives, and before one where it gives nothing.
+STAYS_DRAWN = (
+    "vision.init=scratch draws the vision encoder, and nothing trains it or gives its weights; set train.vision=full, or "
+    "vision.init=file"
+)
 _PAIRED = ("feature_width", "max_text_tokens", "temperature")
 # What each kind of model reads of the section `model`.
 ARCHITECTURE: dict[ModelKind, tuple[str, ...]] = {
@@ -308,6 +313,8 @@ def _check_trained(config: TrainConfig) -> None:
                 f"train.learning_rates.{part} is of what trains, and train.{part}=frozen does not; set train.{part}=full or "
                 "lora, or leave it out"
             )
+    if config.vision.init == "scratch" and config.train.vision != "full" and not config.init_from:
+        raise UserError(STAYS_DRAWN)
     if config.train.vision == "frozen" and config.train.layer_decay != 1.0:
         raise UserError(
             f"train.layer_decay={config.train.layer_decay:g} is of the vision encoder's layers, which are frozen; set "

@@ -120,3 +120,9 @@ def further_folder() -> Path | None:
     sources = OmegaConf.to_container(HydraConfig.get().runtime.config_sources)  # a folder `${a}` is no interpolation
     assert isinstance(sources, list)
     return next((Path(source["path"]) for source in sources if source["provider"] == _FURTHER), None)
+
+
+def further_option() -> list[str]:
+    """This command's `-cd`, for a line that starts another by hand; nothing without one."""
+    folder = further_folder()
+    return [] if folder is None else ["-cd", str(folder)]

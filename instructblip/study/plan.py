@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from instructblip.config.entry import compose_config, merged
-from instructblip.config.folders import further_folder
+from instructblip.config.folders import further_option
 from instructblip.config.schema import (
     EvaluateConfig,
     StudyCommandConfig,
@@ -197,9 +197,7 @@ class _Planner:
         command: Sequence[str],
     ) -> str:
         if identity not in self.runs:  # else another condition has the same
-            further = further_folder()
-            beside = [] if further is None else ["-cd", str(further)]
-            line = shlex.join(["python", command[0], *beside, *command[1:]])
+            line = shlex.join(["python", command[0], *further_option(), *command[1:]])
             run = StudyRun(f"{name}, seed {seed}", identity, folder, config, after, line)
             self.runs[identity] = run
         return identity

@@ -7,6 +7,7 @@ import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
+from instructblip.config.folders import further_option
 from instructblip.config.schema import StudyCommandConfig
 from instructblip.data.synthetic import NOTE
 from instructblip.evaluation.statistics import Paired, Spread
@@ -45,7 +46,7 @@ def markdown(config: StudyCommandConfig, findings: Findings, plot: str) -> str:
 
 def command(config: StudyCommandConfig) -> str:
     """What was run, without what changes no result."""
-    given = [f"study={config.study.name}"]
+    given = [*further_option(), f"study={config.study.name}"]
     given += [f"form={config.form}"] if config.form != "reduced" else []
     given += [f"seeds={config.seeds}".replace(" ", "")] if config.seeds is not None else []
     given += [f"{key}={values}" for key, values in _extra(config).items()]

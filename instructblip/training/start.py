@@ -1,5 +1,6 @@
 """The weights that a new run begins with."""
 
+from instructblip.config.checks import STAYS_DRAWN
 from instructblip.config.schema import TrainConfig
 from instructblip.errors import UserError
 from instructblip.models.base import Model
@@ -18,10 +19,7 @@ def begin_run(model: Model, config: TrainConfig) -> Begun:
     """
     begun = _begin_blip(model, config) if isinstance(model, BLIP) else _begin(model, config)
     if config.vision.init == "scratch" and "vision" not in model.full_parts | model.held_parts:
-        raise UserError(
-            "vision.init=scratch draws the vision encoder, and nothing trains it or gives its weights; set "
-            "train.vision=full, or vision.init=file"
-        )
+        raise UserError(STAYS_DRAWN)
     return begun
 
 

@@ -79,6 +79,7 @@ def test_what_may_be_chosen_is_what_the_code_can_do(choices: Any, known: Collect
 
 WRONG = [
     ("train", "vision.norm=foo", "vision.norm=foo is none of layer, channel, none"),
+    ("train", "vision.init=scratch", "vision.init=scratch draws the vision encoder, and nothing trains it"),
     ("train", "qformer.init=foo", "qformer.init=foo is none of bert, given, scratch"),
     ("train", "qformer.query_init=foo", "qformer.query_init=foo is none of normal, cls"),
     ("train", "model.kind=foo", "model.kind=foo is none of instructblip, blip2, blip2_stage1"),

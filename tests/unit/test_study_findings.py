@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from instructblip.config import folders
 from instructblip.config.entry import compose_config
 from instructblip.config.schema import StudyCommandConfig
 from instructblip.evaluation.statistics import spread
@@ -55,6 +56,13 @@ def test_the_command_of_a_report_can_be_given_again(world: World, tmp_path: Path
     assert words[:3] == ["python", "-m", "instructblip.study"]
     again = compose_config("study", StudyCommandConfig, [study, seeds, train])
     assert {"seeds": again.seeds, "train": again.train} == given
+
+
+def test_the_command_of_a_report_names_the_folder_that_its_study_is_in(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(folders, "further_folder", lambda: Path("/my studies"))
+    assert shlex.split(command(study_config(world, tmp_path)))[3:] == ["-cd", "/my studies", "study=tiny"]
 
 
 def test_where_data_lie_is_not_part_of_the_command(world: World, tmp_path: Path) -> None:

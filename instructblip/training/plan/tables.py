@@ -39,7 +39,7 @@ def plan_summary(plan: Plan) -> list[str]:
         f"{_texts(usual, 'a prompt', 'an answer', 'a caption')}; the largest pass is full of "
         f"{_texts(longest, 'prompts', 'answers', 'captions')}.",
         f"{rate:,.0f} samples/s at {100 * layout.mfu:.0f}% of {layout.gpu.flops / 1e12:,.0f} bf16 TFLOP/s a GPU: "
-        f"{steps:,} steps of {samples:,} samples in {plan.hours():,.1f} hours.",
+        f"{steps:,} steps, {samples:,} samples, {plan.hours():,.1f} hours.",
     ]
     lines.append(
         f"Before that, each process builds the model in main memory: {plan.loading() / GIB:.1f} GiB for every GPU of a node."
