@@ -118,10 +118,7 @@ def _pictures(rows: Iterable[Row], raw: Path, folders: list[Path], losses: Losse
         if repeated := len(same) - len(captions):
             losses.add("caption repeats for its picture", media[:200], records=repeated)
         file = same[0][3]
-        if is_url:
-            path = find_image(folders, [name for name in (file, file_of_url(media)) if name])
-        else:
-            path = find_image([raw, *folders], [media])
+        path = _of_url(media, file, folders) if is_url else find_image([raw, *folders], [media])
         if path is None:
             reason = "url has no file: its link is dead or was never fetched" if is_url else MISSING_IMAGE
             losses.add(reason, media[:200], records=len(captions))
@@ -129,6 +126,13 @@ def _pictures(rows: Iterable[Row], raw: Path, folders: list[Path], losses: Losse
         digest = hashlib.sha256(media.encode()).hexdigest()[:32]
         records = [Record(f"{digest}-{n}", "caption", answers=(caption,)) for n, caption in enumerate(captions)]
         yield MediaRecords(f"web_capfilt_{digest}", media, path, records)
+
+
+def _of_url(url: str, file: str | None, folders: list[Path]) -> Path | None:
+    """By its digest a file has that very name. Most links are dead: to list a folder for each would cost its size each time."""
+    given = None if file is None else find_image(folders, [file])
+    named = (folder / file_of_url(url) for folder in folders)
+    return given or next((path for path in named if path.is_file()), None)
 
 
 READERS = {"web_capfilt": Reader(read_web_capfilt, needs=("captions", "images"), may_name=("url_to_file",))}
