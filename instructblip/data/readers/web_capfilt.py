@@ -129,7 +129,7 @@ def _pictures(rows: Iterable[Row], raw: Path, folders: list[Path], losses: Losse
 
 
 def _of_url(url: str, file: str | None, folders: list[Path]) -> Path | None:
-    """By its digest a file has that very name. Most links are dead: to list a folder for each would cost its size each time."""
+    """By its digest a file has that very name: links are dead by the million, and to look for a like one lists a folder."""
     given = None if file is None else find_image(folders, [file])
     named = (folder / file_of_url(url) for folder in folders)
     return given or next((path for path in named if path.is_file()), None)
