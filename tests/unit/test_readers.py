@@ -193,7 +193,9 @@ def test_a_dead_link_lists_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyP
     write_raw("web_capfilt", tmp_path)
     (tmp_path / "images" / file_of_url("http://c.org/gone.jpg")).parent.mkdir()
     listed: list[Path] = []
-    monkeypatch.setattr("instructblip.data.readers.files._names_in", lambda folder, changed: listed.append(folder) or {})
+    monkeypatch.setattr(
+        "instructblip.data.readers.files._names_in", lambda folder, changed: listed.append(folder) or {}
+    )
     _, losses = read_raw("web_capfilt", tmp_path, "train")
     assert any("its link is dead" in reason for reason in losses) and not listed
 
