@@ -115,7 +115,7 @@ def test_a_run_is_loaded_with_what_it_learned(finished: Path, connector_world: W
     with connector_world.here():
         model = instructblip.load(finished, device="cpu")
     assert isinstance(model, LLaVA)
-    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in last(finished).items())
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in last(finished, "average").items())
     assert len(model.generate(tiny_images(2), ["what?", ""], max_new_tokens=3)) == 2
     with pytest.raises(UserError, match=f"a model of connector={kind_of(finished)} has no head to match"):
         model.match(tiny_images(1), ["a"])
@@ -128,7 +128,7 @@ def test_a_run_starts_from_another_of_its_connector(finished: Path, connector_wo
         model = build_model(config, trained=config.train.parts(config))
         begun = begin_run(model, config)
     assert (begun.start.new, begun.start.aligned_to) == ((), None)
-    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in last(finished).items())
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in last(finished, "average").items())
 
 
 @pytest.mark.parametrize("finished", ["mlp"], indirect=True)
@@ -166,7 +166,7 @@ def test_a_run_is_converted_to_another_run_and_says_why_not_to_a_llava(
     assert said[kind_of(finished)] in line
     assert line.count("\n") == 0
     assert not (tmp_path / "llava").exists()
-    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in last(finished).items())
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in last(finished, "average").items())
 
 
 def test_weights_of_a_qformer_are_no_start(untrained_run: Path, connector_world: World) -> None:
