@@ -130,9 +130,10 @@ def _pictures(rows: Iterable[Row], raw: Path, folders: list[Path], losses: Losse
 
 def _of_url(url: str, file: str | None, folders: list[Path]) -> Path | None:
     """By its digest a file has that very name: links are dead by the million, and to look for a like one lists a folder."""
-    given = None if file is None else find_image(folders, [file])
-    named = (folder / file_of_url(url) for folder in folders)
-    return given or next((path for path in named if path.is_file()), None)
+    if file is not None and (given := find_image(folders, [file])) is not None:
+        return given
+    name = file_of_url(url)
+    return next((path for folder in folders if (path := folder / name).is_file()), None)
 
 
 READERS = {"web_capfilt": Reader(read_web_capfilt, needs=("captions", "images"), may_name=("url_to_file",))}
