@@ -313,7 +313,7 @@ def _check_trained(config: TrainConfig) -> None:
                 f"train.learning_rates.{part} is of what trains, and train.{part}=frozen does not; set train.{part}=full or "
                 "lora, or leave it out"
             )
-    if config.vision.init == "scratch" and config.train.vision != "full" and not config.init_from:
+    if config.vision.init == "scratch" and config.train.vision != "full" and not (config.init_from or _stages(config)):
         raise UserError(STAYS_DRAWN)
     if config.train.vision == "frozen" and config.train.layer_decay != 1.0:
         raise UserError(
@@ -357,10 +357,15 @@ def _check_adapters(config: TrainConfig) -> None:
         )
 
 
-def _check_start(config: TrainConfig) -> None:
+def _stages(config: TrainConfig) -> list[str]:
+    """Another spelling of `init_from`."""
     if config.qformer is None or not config.has_qformer():
-        return
-    files = [path for path in (config.qformer.stage1, config.qformer.stage2) if path is not None]
+        return []
+    return [path for path in (config.qformer.stage1, config.qformer.stage2) if path is not None]
+
+
+def _check_start(config: TrainConfig) -> None:
+    files = _stages(config)
     if files and config.init_from:
         raise UserError(f"qformer.stage1 and stage2 mean init_from=[{', '.join(files)}]; give init_from= alone")
 

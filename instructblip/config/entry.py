@@ -242,7 +242,7 @@ def check_overrides(name: str, schema: Any, arguments: list[str]) -> DictConfig 
         return None
     further, shows = _further_folder(arguments), bool(others)
     overrides = [argument for argument in arguments if not argument.startswith("-")]
-    if options:
+    if others:
         overrides = [argument for argument in overrides if _SETTING.match(argument)]  # not their values
     if set(arguments) & set(_SWEEP_FLAGS):
         _check_swept(_parse(overrides), further)

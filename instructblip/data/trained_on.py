@@ -1,30 +1,58 @@
-"""Which datasets a run was trained on, as its configuration says."""
+"""Which datasets a run was trained on, as its configuration says, and those of the runs that it started from."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from instructblip.config.validate import read_yaml
 from instructblip.data.cards import Card, load_card
 from instructblip.errors import UserError
 
 
+def run_config(given: str) -> Path | None:
+    """The config.yaml of a run, or of the one that a checkpoint folder is of; None of anything else."""
+    folder = Path(given).expanduser().absolute()
+    run = folder if (folder / "checkpoints").is_dir() else next(iter(folder.parents[1:2]), folder)
+    return file if folder.is_dir() and (file := run / "config.yaml").is_file() else None
+
+
 def run_mixture(file: Path) -> dict[str, Card | None]:
-    """The datasets of a run's mixture; None for cards that are not there any more, nothing for runs that were converted.
+    """The datasets of a run's mixture, and of the runs in `init_from` that are still there, and so on.
 
     Args:
         file: config.yaml of the run.
+
+    Returns:
+        By name; None for cards that are not there any more. Nothing for runs that were converted: it is not known.
     """
-    stored = read_yaml(file)
-    mixture = stored.get("mixture") if isinstance(stored, dict) else None
     found: dict[str, Card | None] = {}
-    for item in (mixture or {}).get("datasets", []):
+    for name in _names(file, set()):
         try:
-            card = load_card(item["name"])
+            card = load_card(name)
         except UserError:
-            found[Path(item["name"]).stem] = None
+            found[Path(name).stem] = None
         else:
             found[card.name] = card
     return found
+
+
+def _names(file: Path, seen: set[Path]) -> Iterator[str]:
+    """Names and paths of cards, a run's own first."""
+    seen.add(file.resolve())
+    stored = read_yaml(file)
+    if not isinstance(stored, dict):
+        return
+    yield from (item["name"] for item in _section(stored, "mixture").get("datasets", []))
+    qformer = _section(stored, "qformer")
+    for given in (*(stored.get("init_from") or ()), qformer.get("stage1"), qformer.get("stage2")):
+        before = run_config(given) if given else None
+        if before is not None and before.resolve() not in seen:
+            yield from _names(before, seen)
+
+
+def _section(stored: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    found = stored.get(name)
+    return found if isinstance(found, dict) else {}
 
 
 def is_trained_on(name: str, mixture: Mapping[str, Card | None]) -> bool:

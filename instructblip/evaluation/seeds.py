@@ -3,10 +3,10 @@
 import hashlib
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from instructblip.config.validate import read_yaml
+from instructblip.data.trained_on import run_config
 from instructblip.evaluation.results_file import StoredRun
 
 # Settings of a run that leave its weights as they are, on the same machine: names, places, what is shown on the way.
@@ -14,14 +14,6 @@ _OUTER = frozenset(
     {"seed", "name", "output", "device", "resume", "resume_allow", "profile_step", "evaluation", "logger", "suite"}
     | {"plan", "plan_gpu", "plan_gpus", "plan_mfu"}
 )
-_CONFIG = "config.yaml"
-
-
-def run_config(checkpoint: str) -> Path | None:
-    """The config.yaml of the run that a checkpoint folder is of; None of anything else."""
-    folder = Path(checkpoint)
-    stored = folder.parents[1] / _CONFIG if len(folder.parents) > 1 else Path(_CONFIG)
-    return stored if folder.is_dir() and stored.is_file() else None
 
 
 def training_of(checkpoint: str) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from instructblip.data.feature_cache import ReadImage, cached_images, feature_cache
-from instructblip.data.trained_on import is_trained_on, run_mixture
+from instructblip.data.trained_on import is_trained_on, run_config, run_mixture
 from instructblip.distributed import ALONE, Ranks
 from instructblip.errors import LostRankError, UserError
 from instructblip.evaluation.metrics import ModelOutput
@@ -28,7 +28,7 @@ from instructblip.evaluation.report.page import Report, write_report
 from instructblip.evaluation.report.table import MADE_UP_DATA
 from instructblip.evaluation.results_file import FORMAT, PREDICTIONS, RESULTS, NotEvaluated
 from instructblip.evaluation.runner import answer_share, read_pixels, run_task
-from instructblip.evaluation.seeds import run_config, training_of
+from instructblip.evaluation.seeds import training_of
 from instructblip.evaluation.submissions import SUBMISSION, write_submission
 from instructblip.files import errors_for_users, exclusive, write_json
 from instructblip.models.arguments import Decoding
@@ -315,10 +315,12 @@ def finish_evaluation(
         console.print(f"wrote {path}", highlight=False, soft_wrap=True)
 
 
-def seen_in_training(checkpoint: str, results: Sequence[DatasetResult]) -> frozenset[str]:
-    """The datasets scored that the checkpoint's own run trained on; none where it is not of a run."""
+def seen_in_training(checkpoint: str, results: Sequence[DatasetResult]) -> frozenset[str] | None:
+    """The datasets scored that the checkpoint's run trained on, or one that it started from; None: that is not known."""
     config = run_config(checkpoint)
     mixture = {} if config is None else run_mixture(config)
+    if not mixture:  # converted weights, and those of others
+        return None
     names = (item.result.task.card.name for item in results)
     return frozenset(name for name in names if is_trained_on(name, mixture))
 
@@ -395,13 +397,13 @@ def write_results(
     summary: Mapping[str, Any],
     examples: int,
     *,
-    trained_on: Collection[str] = (),
+    trained_on: Collection[str] | None = None,
 ) -> list[Path]:
     """Write results.json, report.html and what leaderboards take; return the paths of everything the evaluation left.
 
     Args:
         examples: samples shown for each dataset, half of them wrong ones.
-        trained_on: datasets that the model was trained on, whatever their cards say.
+        trained_on: datasets that the model was trained on, whatever their cards say; None: that is not known.
 
     Raises:
         UserError: a damaged image, a record that a leaderboard's file has no place for, or a disk that is full.
@@ -416,7 +418,7 @@ def write_results(
         model=_model_line(summary["model"]),
         created=summary["created"],
         summary=[
-            report_row(item.result, item.baselines, trained_on=item.result.task.card.name in trained_on)
+            report_row(item.result, item.baselines, trained_on=item.result.task.card.name in (trained_on or ()))
             for item in results
         ],
         sections=[report_section(item.result, examples) for item in results],
@@ -450,12 +452,15 @@ def has_submission(result: TaskResult) -> bool:
     return result.task.card.name in result.task.metric.submissions and whole
 
 
-def console_table(title: str, results: Sequence[DatasetResult], *, trained_on: Collection[str] = ()) -> Table:
+def console_table(
+    title: str, results: Sequence[DatasetResult], *, trained_on: Collection[str] | None = None
+) -> Table:
     """Scores with their 95% intervals beside the baselines, for the terminal; `trained_on` as for `write_results`."""
     held_out = [item.result.task.card.name for item in results if item.result.task.card.role == "held-out"]
+    seen = trained_on or ()
     kinds = {
-        "held out, never trained on": [name for name in held_out if name not in trained_on],
-        "trained on here, so no zero-shot scores": [name for name in held_out if name in trained_on],
+        "held out" if trained_on is None else "held out, never trained on": [n for n in held_out if n not in seen],
+        "trained on here, so no zero-shot scores": [name for name in held_out if name in seen],
     }
     notes = [f"{kind}: {', '.join(names)}" for kind, names in kinds.items() if names]
     if any(item.result.task.made_up for item in results):

@@ -177,6 +177,10 @@ class WeightAverage:
 
     def __init__(self, model: Model, decay: float) -> None:
         self._own = {name: value for name, value in model.named_parameters() if value.requires_grad}
+        names = {value: name for name, value in self._own.items()}
+        # A tied table has several, and a checkpoint holds it under each.
+        every = model.named_parameters(remove_duplicate=False)
+        self._own_names = {name: names[value] for name, value in every if value in names}
         self._average = {name: value.detach().clone() for name, value in self._own.items()}
         self._follow = get_ema_multi_avg_fn(decay)
 
@@ -188,7 +192,8 @@ class WeightAverage:
 
     def state(self, trainable: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """`trainable`, a model's trainable state, with the averages in place of the weights."""
-        return {name: self._average.get(name, tensor) for name, tensor in trainable.items()}
+        own = self._own_names
+        return {name: self._average[own[name]] if name in own else tensor for name, tensor in trainable.items()}
 
     @torch.no_grad()
     def restore(self, state: Mapping[str, Tensor]) -> None:

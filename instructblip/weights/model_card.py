@@ -40,11 +40,11 @@ class Part(NamedTuple):
 
 
 class ScoreRow(NamedTuple):
-    """A dataset's score, as results.json has it."""
+    """A dataset's score, as results.json has it; `trained_on` None: that is not known."""
 
     dataset: str
     title: str
-    trained_on: bool
+    trained_on: bool | None
     entry: Mapping[str, Any]
 
 
@@ -225,7 +225,7 @@ def _scores(file: Path | None, loaded: LoadedModel, mixture: Mapping[str, Card |
         stored = read_json(file)
         evaluated = stored["checkpoint"]["trainable_sha256"]
         rows = [
-            ScoreRow(name, _title(name, entry), is_trained_on(name, mixture), _checked(entry))
+            ScoreRow(name, _title(name, entry), is_trained_on(name, mixture) if mixture else None, _checked(entry))
             for name, entry in stored["datasets"].items()
         ]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -257,7 +257,7 @@ def _title(name: str, entry: Mapping[str, Any]) -> str:
 
 
 def _held(row: ScoreRow) -> str:
-    return "held-in" if row.trained_on else "held-out"
+    return "not known" if row.trained_on is None else "held-in" if row.trained_on else "held-out"
 
 
 def _score_section(scores: Sequence[ScoreRow]) -> list[str]:

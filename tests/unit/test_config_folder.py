@@ -79,6 +79,13 @@ def test_what_is_no_folder() -> None:
     assert refused(*GIVEN, "-cd") == "-cd lacks its value; give -cd=VALUE"
 
 
+@pytest.mark.parametrize("options", [["-cd", "mine"], ["-cd=mine", "-m"]])
+def test_a_word_that_is_no_setting_is_refused_beside_a_folder_too(options: list[str]) -> None:
+    write("mine/llm/mine.yaml")
+    assert refused(*options, *GIVEN, "preset", "=lavis").startswith("preset cannot be understood")
+    assert refused(*GIVEN, "held_in", *options).startswith("held_in cannot be understood")
+
+
 def test_only_files_of_groups_are_looked_at() -> None:
     """A folder of one's work holds runs and data, too, and links of editors to nowhere."""
     for path in ("llm/mine.yaml", "hydra/launcher/mine.yaml", "outputs/train/demo/config.yaml"):

@@ -158,6 +158,8 @@ def test_stage_2_lies_over_stage_1_however_it_is_spelt(stages: Stages) -> None:
         assert begun.text_branch == {}
     assert begun.lines[0] == f"qformer.stage1 and stage2 are another spelling of init_from=[{','.join(stages.both)}]"
     assert [item["name"] for item in begun.start.weights] == ["stage1", "stage2"]
+    for given in ({"init_from": stages.both}, {"init_from": [], "qformer": old}):  # which may hold the encoder that is drawn
+        check(changed(stages.config, vision={"init": "scratch"}, **given))
     with pytest.raises(UserError, match=r"stage1 and stage2 mean init_from=\[.*give init_from= alone"):
         check(changed(stages.config, init_from=["elsewhere"], qformer=old))
 
@@ -392,6 +394,7 @@ def test_a_run_that_kept_an_average_is_loaded_with_it_and_started_from_it(stages
     assert same(begin(stages.config, str(run))[0], averages) == []
 
 
+@pytest.mark.slow
 def test_untrained_parts_stay_untrained_from_run_to_run(stages: Stages, tmp_path: Path) -> None:
     model, begun = begin(stages.config, stages.both[0])
     run = write_run(tmp_path / "run", stages.config, model, begun.start)

@@ -10,7 +10,14 @@ import torch
 from torch import nn
 
 from instructblip.models.vision import VisionEncoder
-from instructblip.training.optim import NEW_PARTS, layer_decay, learning_rate, make_adamw, set_learning_rate
+from instructblip.training.optim import (
+    NEW_PARTS,
+    WeightAverage,
+    layer_decay,
+    learning_rate,
+    make_adamw,
+    set_learning_rate,
+)
 from tests.kit.tiny import tiny_model
 
 
@@ -135,3 +142,20 @@ def test_layer_decay_acts_on_the_rates_of_a_vit() -> None:
         layer = 0 if block is None else int(block) + 1
         assert rates[id(parameter)] == 8.0 * 0.5 ** (12 + 1 - layer), name
     assert sorted(set(rates.values()))[-2:] == [4.0, 8.0]
+
+
+def test_what_is_saved_of_an_average_is_what_was_validated_with_tied_tables_too() -> None:
+    """transformers ties an output head to the table of tokens; who loads both names has what the last one holds."""
+    trained, other = tiny_model(), tiny_model(seed=1)
+    for model in (trained, other):
+        model.llm.model.lm_head.weight = model.llm.model.get_input_embeddings().weight
+        model.choose_trained({"qformer", "llm"})
+    average = WeightAverage(trained, 0.5)
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            parameter.add_(parameter.requires_grad)
+    average.update()
+    other.load_state_dict(average.state(trained.held_state()), strict=False)
+    with average.in_place():
+        for name, tensor in trained.held_state().items():
+            assert torch.equal(other.held_state()[name], tensor), name

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -190,7 +191,9 @@ def test_the_table_shows_every_score_beside_its_baselines(card: Card, shards: Pa
     ]
     text = rendered(console_table("scores", items))
     assert "easy_vqa_color " in text  # whole, even on a narrow terminal
-    assert "held out, never trained on: easy_vqa_color" in " ".join(text.split())
+    assert "held out: easy_vqa_color" in " ".join(text.split()) and "never" not in text
+    told = " ".join(rendered(console_table("scores", items, trained_on=[])).split())
+    assert "held out, never trained on: easy_vqa_color" in told
     told = " ".join(rendered(console_table("scores", items, trained_on=["easy_vqa_color"])).split())
     assert "trained on here, so no zero-shot scores: easy_vqa_color" in told and "never" not in told
     assert text.count("75.0") == 2
@@ -206,7 +209,23 @@ def test_a_held_out_dataset_that_a_run_was_finetuned_on_is_told(card: Card, shar
     for trained, found in (("easy_vqa_color", {"easy_vqa_color"}), ("easy_vqa_shape", set()), ("gone.yaml", set())):
         (tmp_path / "run/config.yaml").write_text(f"mixture: {{datasets: [{{name: {trained}}}]}}")
         assert seen_in_training(str(checkpoint), items) == found
-    assert seen_in_training(str(tmp_path), items) == seen_in_training("Salesforce/some", items) == set()
+    (tmp_path / "run/config.yaml").write_text("model: {kind: instructblip}")  # as of weights that were converted
+    assert [seen_in_training(place, items) for place in (str(checkpoint), str(tmp_path), "Salesforce/some")] == [None] * 3
+
+
+def test_what_the_runs_before_were_trained_on_counts(card: Card, shards: Path, tmp_path: Path) -> None:
+    """Not of one that is gone."""
+    task = make_task(dataclasses.replace(card, role="held-out"), shards)
+    items = [DatasetResult(result_of(task, ["red"] * 4), {})]
+    runs = [tmp_path / name / "checkpoints/step_00000001" for name in "abc"]
+    before = [f"init_from: [{runs[2]}]", f"qformer: {{stage1: {tmp_path / 'a'}}}", f"init_from: [x/y, {tmp_path / 'b'}]"]
+    for run, trained, start in zip(runs, ("color", "shape", "yes_no"), before, strict=True):
+        run.mkdir(parents=True)
+        mixture = f"mixture: {{datasets: [{{name: easy_vqa_{trained}}}]}}"
+        (run.parents[1] / "config.yaml").write_text(f"{mixture}\n{start}\n")
+    assert [seen_in_training(str(run), items) for run in runs] == [{"easy_vqa_color"}] * 3
+    shutil.rmtree(tmp_path / "a")
+    assert seen_in_training(str(runs[2]), items) == set()
 
 
 def test_a_leaderboards_file_is_written_for_a_whole_split_only(tmp_path: Path) -> None:
