@@ -222,7 +222,8 @@ class _Planner:
         unscored = ["suite=none"] if name in self.study.stages else []
         overrides = merged([*self.study.train, *form.train, *run.train, *own, *unscored, *self.config.train])
         _refuse_set(overrides, _SET_TRAIN)
-        composed = compose_config("train", TrainConfig, overrides)
+        started = [] if run.starts_from is None else ["init_from=''"]  # by the stage's run, which has no folder yet
+        composed = compose_config("train", TrainConfig, [*overrides, *started])
         check_objectives(composed.recipe, composed)
         return _Composed(composed, _texts(composed), overrides)
 

@@ -71,6 +71,15 @@ def test_a_run_starts_from_the_stage_of_its_seed(world: World, tmp_path: Path) -
 
 
 @pytest.mark.slow
+def test_a_run_may_keep_the_encoder_that_the_stage_before_it_has_trained(world: World, tmp_path: Path) -> None:
+    drawn = [*STUDY["conditions"]["staged"]["train"], "vision.init=scratch"]
+    staged = _run(_plan(world, tmp_path, _changed("conditions", "staged", "train", to=drawn)), "staged", 1).config
+    assert isinstance(staged, TrainConfig) and (staged.vision.init, staged.train.vision) == ("scratch", "frozen")
+    with pytest.raises(UserError, match=r"alone of study=tiny: vision.init=scratch draws the vision encoder"):
+        _plan(world, tmp_path, _changed("conditions", "alone", "train", to=drawn))
+
+
+@pytest.mark.slow
 def test_a_change_concerns_the_runs_that_read_it_and_those_after_them(world: World, tmp_path: Path) -> None:
     before = _plan(world, tmp_path).runs.keys()
     stage = [*STUDY["stages"]["aligned"]["train"], "recipe.phases.alignment.learning_rate=1e-4"]
