@@ -452,9 +452,7 @@ def has_submission(result: TaskResult) -> bool:
     return result.task.card.name in result.task.metric.submissions and whole
 
 
-def console_table(
-    title: str, results: Sequence[DatasetResult], *, trained_on: Collection[str] | None = None
-) -> Table:
+def console_table(title: str, results: Sequence[DatasetResult], *, trained_on: Collection[str] | None = None) -> Table:
     """Scores with their 95% intervals beside the baselines, for the terminal; `trained_on` as for `write_results`."""
     held_out = [item.result.task.card.name for item in results if item.result.task.card.role == "held-out"]
     seen = trained_on or ()

@@ -158,7 +158,10 @@ def test_stage_2_lies_over_stage_1_however_it_is_spelt(stages: Stages) -> None:
         assert begun.text_branch == {}
     assert begun.lines[0] == f"qformer.stage1 and stage2 are another spelling of init_from=[{','.join(stages.both)}]"
     assert [item["name"] for item in begun.start.weights] == ["stage1", "stage2"]
-    for given in ({"init_from": stages.both}, {"init_from": [], "qformer": old}):  # which may hold the encoder that is drawn
+    for given in (
+        {"init_from": stages.both},
+        {"init_from": [], "qformer": old},
+    ):  # which may hold the encoder that is drawn
         check(changed(stages.config, vision={"init": "scratch"}, **given))
     with pytest.raises(UserError, match=r"stage1 and stage2 mean init_from=\[.*give init_from= alone"):
         check(changed(stages.config, init_from=["elsewhere"], qformer=old))

@@ -210,7 +210,9 @@ def test_a_held_out_dataset_that_a_run_was_finetuned_on_is_told(card: Card, shar
         (tmp_path / "run/config.yaml").write_text(f"mixture: {{datasets: [{{name: {trained}}}]}}")
         assert seen_in_training(str(checkpoint), items) == found
     (tmp_path / "run/config.yaml").write_text("model: {kind: instructblip}")  # as of weights that were converted
-    assert [seen_in_training(place, items) for place in (str(checkpoint), str(tmp_path), "Salesforce/some")] == [None] * 3
+    assert [seen_in_training(place, items) for place in (str(checkpoint), str(tmp_path), "Salesforce/some")] == [
+        None
+    ] * 3
 
 
 def test_what_the_runs_before_were_trained_on_counts(card: Card, shards: Path, tmp_path: Path) -> None:
@@ -218,7 +220,11 @@ def test_what_the_runs_before_were_trained_on_counts(card: Card, shards: Path, t
     task = make_task(dataclasses.replace(card, role="held-out"), shards)
     items = [DatasetResult(result_of(task, ["red"] * 4), {})]
     runs = [tmp_path / name / "checkpoints/step_00000001" for name in "abc"]
-    before = [f"init_from: [{runs[2]}]", f"qformer: {{stage1: {tmp_path / 'a'}}}", f"init_from: [x/y, {tmp_path / 'b'}]"]
+    before = [
+        f"init_from: [{runs[2]}]",
+        f"qformer: {{stage1: {tmp_path / 'a'}}}",
+        f"init_from: [x/y, {tmp_path / 'b'}]",
+    ]
     for run, trained, start in zip(runs, ("color", "shape", "yes_no"), before, strict=True):
         run.mkdir(parents=True)
         mixture = f"mixture: {{datasets: [{{name: easy_vqa_{trained}}}]}}"
