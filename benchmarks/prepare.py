@@ -185,7 +185,7 @@ def memory_table(folder: Path, megabytes: int) -> Table:
     table = Table(title="Web CapFilt list, one process", title_justify="left")
     for heading in ("list, MB", "entries", "pictures kept", "records lost", "seconds", "peak memory, MB"):
         table.add_column(heading, justify="right")
-    for size in (max(1, megabytes // 4), megabytes):
+    for size in sorted({max(1, megabytes // 4), megabytes}):
         raw = folder / f"list{size}"
         raw.mkdir()
         entries = write_list(raw, size)
@@ -207,7 +207,7 @@ def rows_table(folder: Path, rows: int) -> Table:
     table = Table(title="CSV of one's own, one process", title_justify="left")
     for heading in ("rows", "MB", "pictures", "records", "seconds", "rows a second", "peak memory, MB"):
         table.add_column(heading, justify="right")
-    for count in (max(1, rows // 4), rows):
+    for count in sorted({max(1, rows // 4), rows}):
         raw = folder / f"table{count}"
         raw.mkdir()
         write_table(raw, count)
