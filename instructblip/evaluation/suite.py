@@ -457,7 +457,9 @@ def console_table(title: str, results: Sequence[DatasetResult], *, trained_on: C
     held_out = [item.result.task.card.name for item in results if item.result.task.card.role == "held-out"]
     seen = trained_on or ()
     kinds = {
-        "held out" if trained_on is None else "held out, not in this run's data": [n for n in held_out if n not in seen],
+        "held out" if trained_on is None else "held out, not in this run's data": [
+            n for n in held_out if n not in seen
+        ],
         "trained on here, so no zero-shot scores": [name for name in held_out if name in seen],
     }
     notes = [f"{kind}: {', '.join(names)}" for kind, names in kinds.items() if names]
