@@ -290,7 +290,7 @@ def _check_ahead(config: TrainConfig) -> None:
         return
     whys = {
         "parallel=fsdp gathers the encoder's blocks between those of the step": config.parallel.kind == "fsdp",
-        "train.vision=full changes the encoder with each step": config.train.vision == "full",
+        f"train.vision={config.train.vision} changes the encoder with each step": config.train.vision != "frozen",
         "data.cache_features=true has encoded all images": config.data.cache_features,
     }
     for why, applies in whys.items():

@@ -1,7 +1,7 @@
 """Frozen vision features kept on disk by content, so that an image is encoded once for all epochs and all runs.
 
-One file a shard, named by the shard's SHA-256, in a folder named by what decides the features: the encoder's weights, the
-transform and the image size. The features are stored in the encoder's own precision, so training with the cache and
+One file a shard, named by the shard's SHA-256, in a folder named by what decides the features: the encoder's weights and
+settings, the transform and the image size. The features are stored in the encoder's own precision, so training with the cache and
 without it see the same numbers. Each frame has a checksum, which is compared when it is read: to read all of them at the
 start would take as long as an epoch. Of use whenever training images are not augmented.
 """
@@ -27,7 +27,7 @@ from instructblip.errors import UserError
 from instructblip.files import atomic_path
 from instructblip.images import fit_frames
 from instructblip.models.base import Model
-from instructblip.models.fingerprint import fingerprint
+from instructblip.models.fingerprint import fingerprint, settings_sha256
 from instructblip.progress import progress_bar
 
 Encode = Callable[[Tensor], Tensor]  # uint8 (B, 3, H, W) -> tokens (B, P, V)
@@ -189,8 +189,10 @@ ReadImage = Callable[[ShardReader, int], Tensor]  # image tokens (F, P, V) or ui
 
 def feature_cache(model: Model, folder: Path) -> FeatureCache:
     """The cache of this model's frozen image tokens below `folder`."""
-    vision = model.vision
-    identity = f"{fingerprint(vision)} {vision.layers} {vision.grid} {vision.mean.tolist()} {vision.std.tolist()}"
+    vision, adapter = model.vision, model.adapters.get("vision")
+    identity = f"{fingerprint(vision)} {settings_sha256(vision)} {vision.mean.tolist()} {vision.std.tolist()}"
+    if adapter is not None:
+        identity += f" {adapter.alpha}"
     return FeatureCache(folder, encoder_fingerprint=identity, image_size=vision.image_size)
 
 

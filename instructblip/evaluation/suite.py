@@ -33,6 +33,7 @@ from instructblip.evaluation.submissions import SUBMISSION, write_submission
 from instructblip.files import errors_for_users, exclusive, write_json
 from instructblip.models.arguments import Decoding
 from instructblip.models.base import Model
+from instructblip.models.fingerprint import settings_sha256
 from instructblip.models.generation import check_write
 from instructblip.models.llm import LLM, LLM_KINDS
 from instructblip.models.quantized import QuantizedLinear
@@ -41,6 +42,10 @@ from instructblip.tracking import Logger
 from instructblip.weights.load import FrozenPart
 from instructblip.weights.start import PLAIN, Standing
 
+# Of a language model's configuration: where it came from, and what else says as well.
+_NOT_COMPUTED_BY = frozenset(
+    {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"}
+)
 _WITHHELD = "images_withheld"  # folder of a dataset's blind answers, below its others
 
 
@@ -62,7 +67,7 @@ def takes_cached_images(task: Task) -> bool:
 
 
 def model_identity(model: Model, frozen: Mapping[str, str], trained: str) -> str:
-    """SHA-256 of all that a model's answers depend on: every weight, adapters' factors, and how texts and images enter.
+    """SHA-256 of all that a model's answers depend on: weights, settings, adapters' factors, and how texts and images enter.
 
     Args:
         model: whose answers.
@@ -72,13 +77,24 @@ def model_identity(model: Model, frozen: Mapping[str, str], trained: str) -> str
     vision = model.vision
     conventions = [
         *model.conventions(),
-        [vision.image_size, vision.mean.tolist(), vision.std.tolist(), str(vision.layers), str(vision.grid)],
+        [vision.mean.tolist(), vision.std.tolist()],
+        _settings(model),
     ]
     scaled = {
         name: adapter.alpha for name, adapter in sorted(model.adapters.items())
     }  # by which adapters are multiplied
     parts = [trained, *frozen.values(), *([scaled] if scaled else [])]
     return hashlib.sha256(json.dumps([parts, conventions]).encode()).hexdigest()
+
+
+def _settings(model: Model) -> list[Any]:
+    """What each part computes by beside its weights; a language model's class reads that from its configuration."""
+    parts = sorted(model.PARTS.keys() - model.FOLLOWERS - {"llm"})
+    found: list[Any] = [settings_sha256(module) for part in parts for module in model.part_modules(part)]
+    if (language := model.language_settings()) is not None:
+        stated = {key: value for key, value in language.to_dict().items() if key not in _NOT_COMPUTED_BY}
+        found.append(json.dumps(stated, sort_keys=True, default=str))
+    return found
 
 
 def describe_model(

@@ -224,7 +224,7 @@ class _Planner:
         _refuse_set(overrides, _SET_TRAIN)
         started = [] if run.starts_from is None else ["init_from=''"]  # by the stage's run, which has no folder yet
         composed = compose_config("train", TrainConfig, [*overrides, *started])
-        check_objectives(composed.recipe, composed)
+        check_objectives(composed)
         return _Composed(composed, _texts(composed), overrides)
 
 

@@ -1,6 +1,6 @@
 """What a recipe's phases must keep of the objectives that exist; refused before anything is loaded."""
 
-from instructblip.config.schema import ArchitectureConfig, ModelConfig, PhaseConfig, RecipeConfig
+from instructblip.config.schema import ArchitectureConfig, ModelConfig, PhaseConfig, TrainConfig
 from instructblip.config.validate import nearest
 from instructblip.errors import UserError
 from instructblip.models.facts import outputs_of
@@ -10,13 +10,13 @@ from instructblip.objectives.distillation import COPIES, Distillation
 from instructblip.objectives.matching import Matching
 
 
-def check_objectives(recipe: RecipeConfig, model: ModelConfig) -> None:
-    """Refuse phases whose objectives are unknown, are none, or do not fit the model or their batches.
+def check_objectives(config: TrainConfig) -> None:
+    """Refuse phases whose objectives are unknown, are none, teach nothing, or do not fit the model or their batches.
 
     Raises:
         UserError: names the phase's key.
     """
-    for phase_name, phase in recipe.phases.items():
+    for phase_name, phase in config.recipe.phases.items():
         key = f"recipe.phases.{phase_name}"
         for name in phase.objectives:
             if name not in OBJECTIVES:
@@ -28,8 +28,9 @@ def check_objectives(recipe: RecipeConfig, model: ModelConfig) -> None:
             )
         if phase.batching == "packed" and not any("answer_logits" in objective.outputs for objective in objectives):
             raise UserError(f"{key}.batching=packed packs rows of the LLM, which the phase leaves out; set it to fixed")
-        _check_outputs(key, objectives, model)
-        _check_queue(key, objectives, model.model)
+        _check_outputs(key, objectives, config)
+        _check_reached(key, objectives, config)
+        _check_queue(key, objectives, config.model)
         _check_whole_batch(key, phase, objectives)
         _check_settings(key, phase, objectives)
 
@@ -44,6 +45,18 @@ def _check_outputs(key: str, objectives: tuple[Objective, ...], model: ModelConf
                 f"{key}.objectives.{objective.name} needs {missing[0]}, which {model.said()} does not give; "
                 f"choose from {', '.join(fitting)}"
             )
+
+
+def _check_reached(key: str, objectives: tuple[Objective, ...], config: TrainConfig) -> None:
+    """What is computed in front of the LLM's layers has no gradient where nothing trains but adapters on these."""
+    if config.train.parts(config) != ("llm",) or config.train.adapted(config) != ("llm",):
+        return
+    if not any("answer_logits" in objective.outputs for objective in objectives):
+        names = " and ".join(objective.name for objective in objectives)
+        raise UserError(
+            f"{key} would teach nothing: {names} leaves the LLM's layers out, and train.llm=lora trains adapters on them "
+            f"alone; leave the phase out (~{key}), or add {key}.objectives.language_modeling=1"
+        )
 
 
 def _check_queue(key: str, objectives: tuple[Objective, ...], model: ArchitectureConfig) -> None:

@@ -17,7 +17,7 @@ def print_plan(config: TrainConfig, console: Console) -> int:
     Raises:
         UserError: anything in the configuration that a run would refuse before it opens a file.
     """
-    check_objectives(config.recipe, config)
+    check_objectives(config)
     config, said = matched(config)
     plan = make_plan(config)
     if Ranks.from_environment().is_first:

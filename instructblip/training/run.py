@@ -56,7 +56,7 @@ def train(config: TrainConfig, console: Console) -> Outcome:
     Raises:
         UserError: anything the user can mend: configuration, missing parts or data, another run in the folder, disk full.
     """
-    check_objectives(config.recipe, config)
+    check_objectives(config)
     config, said = matched(with_absolute_cards(config))
     device, folder = choose_device(config.device), Path(config.output) / config.name
     with StopRequest() as stop, start_ranks(device, config.parallel.timeout) as ranks:

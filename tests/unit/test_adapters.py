@@ -19,6 +19,7 @@ from instructblip.models.fingerprint import fingerprint_tensors
 from instructblip.models.instructblip import InstructBLIP
 from instructblip.models.llm import LLM
 from instructblip.models.quantized import quantize_linears
+from instructblip.training.checks import check_objectives
 from instructblip.training.loop import train_step
 from instructblip.training.optim import WeightAverage, make_adamw
 from instructblip.training.parallel import parallelize
@@ -345,6 +346,16 @@ def test_wrong_settings_end_in_one_line(overrides: list[str], words: list[str]) 
         compose("train", TrainConfig, overrides)
     assert [word for word in words if word not in str(error.value)] == []
     assert "\n" not in str(error.value)
+
+
+def test_a_phase_that_reaches_no_adapter_is_refused() -> None:
+    """The demo's first phase leaves the language model's layers out."""
+    alone = ["train.llm=lora", "train.qformer=frozen"]
+    with pytest.raises(UserError, match=r"phases\.alignment would teach nothing: alignment leaves .* \(~recipe\.phases"):
+        check_objectives(compose("train", TrainConfig, alone))
+    check_objectives(compose("train", TrainConfig, [*alone, "~recipe.phases.alignment"]))
+    check_objectives(compose("train", TrainConfig, [*alone, "recipe.phases.alignment.objectives.language_modeling=1"]))
+    check_objectives(compose("train", TrainConfig, ["train.llm=lora"]))
 
 
 @pytest.mark.parametrize(

@@ -108,6 +108,11 @@ WRONG = [
         "parallel.ahead=vision train.vision=full data.cache_features=false",
         "parallel.ahead=vision encodes a step's images before it, and train.vision=full changes the encoder",
     ),
+    (
+        "train",
+        "parallel.ahead=vision train.vision=lora data.cache_features=false",
+        "parallel.ahead=vision encodes a step's images before it, and train.vision=lora changes the encoder",
+    ),
     ("train", "parallel.read_every=0", "parallel.read_every=0 is too small; give 1 or more"),
     ("train", "logger.mode=on", "logger.mode=on is none of offline, online"),
     ("train", "device=tpu", "device=tpu: use auto, cpu or cuda"),

@@ -5,6 +5,8 @@ import pickle
 import shutil
 from collections import namedtuple
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,10 +14,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from instructblip.data import feature_cache as features
-from instructblip.data.feature_cache import FeatureCache, shard_pixels
+from instructblip.data.feature_cache import FeatureCache, feature_cache, shard_pixels
 from instructblip.data.shards import ShardReader
 from instructblip.errors import UserError
 from instructblip.images import decode_image, resize_square
+from instructblip.models.adapters import Adapter
+from tests.kit.tiny import tiny_vision
 from tests.unit.test_shards import _write, _write_videos
 
 SIZE = 8
@@ -93,6 +97,33 @@ def test_another_encoder_or_size_is_another_folder(
     encoder = Encoder()
     other.fill(shards[:1], encoder, "encoding")
     assert encoder.images - 1 == 5
+
+
+def test_the_same_weights_computed_with_otherwise_are_another_folder(tmp_path: Path) -> None:
+    """As CLIP's in timm's models with its own GELU and with the exact one."""
+    images = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+    def encoder(**options: Any) -> Any:
+        return tiny_vision("test_vit", layers=(), grid=None, image_size=32, options=options)
+
+    def folder(vision: Any, alpha: float | None = None) -> Path:
+        adapters = {} if alpha is None else {"vision": Adapter(2, alpha, 0.0)}
+        model: Any = SimpleNamespace(vision=vision, adapters=adapters)
+        return feature_cache(model, tmp_path).folder
+
+    plain = encoder()
+    others = [encoder(num_heads=4), encoder(act_layer="quick_gelu"), encoder()]
+    for module in others[2].modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            module.eps = 0.1
+    for other in others:
+        other.load_state_dict(plain.state_dict())
+        assert not torch.equal(other(images), plain(images))
+    folders = [*map(folder, [plain, *others]), folder(plain, 4.0), folder(plain, 8.0)]
+    assert len(set(folders)) == 6
+    again = encoder()
+    again.load_state_dict(plain.state_dict())
+    assert folder(again.train().eval().requires_grad_(False)) == folders[0]
 
 
 def test_a_shard_with_other_bytes_is_another_file(tmp_path: Path, shards: list[ShardReader]) -> None:

@@ -48,6 +48,20 @@ def test_another_factor_of_the_same_adapters_is_another_model() -> None:
     assert len(found) == 2
 
 
+def test_the_same_weights_with_other_settings_are_another_model() -> None:
+    """Heads of the encoder, of the Q-Former, and what `llm.options` replaces: no answer of one is taken for another's."""
+    models = [tiny_model() for _ in range(5)]
+    for model in models[1:]:
+        model.load_state_dict(models[0].state_dict())
+    models[2].vision.backbone.bn1.eps = 0.1
+    layers = [module for module in models[3].qformer.modules() if hasattr(module, "heads")]
+    layers[0].heads //= 2
+    models[4].llm.model.config.rms_norm_eps = 0.1
+    found = [model_identity(model, frozen_fingerprints(model), "trained") for model in models]
+    assert found[0] == found[1]
+    assert len(set(found)) == 4
+
+
 def test_another_weight_is_another_model() -> None:
     models = [tiny_model() for _ in range(3)]
     with torch.no_grad():
