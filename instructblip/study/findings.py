@@ -49,7 +49,8 @@ class Difference:
         by_seed: of the seeds that both have.
         by_sample: of the samples' means over those seeds, images resampled: how far the difference of these very runs
             depends on the questions that were asked.
-        better, worse: seeds in which the samples of that seed alone say so, p below `SIGNIFICANT`.
+        better, worse: seeds in which the samples of that seed alone say so, p below `SIGNIFICANT`; of a metric that counts
+            mistakes a smaller score is the better one.
     """
 
     condition: str
@@ -118,8 +119,9 @@ def find(config: StudyCommandConfig, plan: StudyPlan) -> Findings:
     ended = {place: read_run(folder) for place, run in plan.scored.items() if (folder := _ended(plan.runs[run]))}
     if not ended:
         raise UserError(f"no run of study={config.study.name} has ended, so there is nothing to compare")
-    _check_same_data([plan.runs[identity] for identity in dict.fromkeys(plan.trained.values())])
+    _check_same_data([plan.runs[one] for one in dict.fromkeys([*plan.stages.values(), *plan.trained.values()])])
     datasets = _datasets(config.study.datasets, list(ended.values()))
+    _check_same_questions(datasets, list(ended.values()))
     conditions = list(config.study.conditions)
     scores = {(name, dataset): _scores(name, dataset, ended) for name in conditions for dataset in datasets}
     pairs = [(name, dataset) for name in conditions[1:] for dataset in datasets]
@@ -164,6 +166,21 @@ def _check_same_data(runs: Sequence[StudyRun]) -> None:
                 )
 
 
+def _check_same_questions(datasets: Sequence[str], runs: Sequence[StoredRun]) -> None:
+    """Refuse to compare runs that were asked about other samples, or about other versions of samples of one name."""
+    for dataset in datasets:
+        asked: dict[str, StoredRun] = {}
+        for run in runs:
+            if dataset in run.scores:
+                asked.setdefault(run.scores[dataset].protocol["samples_sha256"], run)
+        if len(asked) > 1:
+            one, other = list(asked.values())[:2]
+            raise UserError(
+                f"{dataset}: {one.folder} and {other.folder} were asked about other samples, or other versions of them; "
+                "delete those that are not to be compared, and run the same command again"
+            )
+
+
 def _splits(run: StudyRun, measured: Mapping[str, Any]) -> Mapping[str, str]:
     """What a run was trained on. Its checkpoints say so, too, and may be deleted once it has ended."""
     if "splits" in measured:
@@ -196,9 +213,7 @@ def _difference(
     seeds = [
         seed
         for name, seed in runs
-        if name == condition
-        and (reference, seed) in runs
-        and all(dataset in runs[side, seed].scores for side in (condition, reference))
+        if name == condition and all(_value(runs, side, seed, dataset) is not None for side in (condition, reference))
     ]
     if not seeds:
         return None
@@ -206,25 +221,31 @@ def _difference(
     (images, *others) = [pair.images for pair in pairs.values()]
     if any(other != images for other in others):
         raise UserError(
-            f"{dataset}: the runs of {condition} and {reference} were not asked the same questions with every seed; "
-            f"delete {runs[condition, seeds[0]].folder.parent} and its like, and run the same command again"
+            f"{dataset}: the runs of {condition} and {reference} do not have scores of the same samples with every seed; "
+            f"delete {runs[condition, seeds[0]].folder} and its like, and run the same command again"
         )
     sides = [[pair.first for pair in pairs.values()], [pair.second for pair in pairs.values()]]
     first, second = ([statistics.fmean(values) for values in zip(*side, strict=True)] for side in sides)
     alone = [compare_paired(pair.first, pair.second, pair.images) for pair in pairs.values()]
     by_seed = {
-        seed: (runs[condition, seed].scores[dataset].value or 0.0)
-        - (runs[reference, seed].scores[dataset].value or 0.0)
+        seed: (_value(runs, condition, seed, dataset) or 0.0) - (_value(runs, reference, seed, dataset) or 0.0)
         for seed in seeds
     }
+    sign = 1 if runs[reference, seeds[0]].scores[dataset].higher_is_better else -1
     return Difference(
         condition,
         dataset,
         by_seed,
         compare_paired(first, second, images),
-        better=sum(pair.p < SIGNIFICANT and pair.difference > 0 for pair in alone),
-        worse=sum(pair.p < SIGNIFICANT and pair.difference < 0 for pair in alone),
+        better=sum(pair.p < SIGNIFICANT and sign * pair.difference > 0 for pair in alone),
+        worse=sum(pair.p < SIGNIFICANT and sign * pair.difference < 0 for pair in alone),
     )
+
+
+def _value(runs: Mapping[tuple[str, int], StoredRun], condition: str, seed: int, dataset: str) -> float | None:
+    """The score of a run; None where there is no such run, or none in it."""
+    run = runs.get((condition, seed))
+    return run.scores[dataset].value if run is not None and dataset in run.scores else None
 
 
 def _costs(config: StudyCommandConfig, plan: StudyPlan) -> list[Cost]:

@@ -18,9 +18,9 @@ from rich.console import Console
 
 from instructblip.config.schema import CONFIGS, StudyCommandConfig
 from instructblip.errors import UserError
-from instructblip.evaluation.results_file import read_run
+from instructblip.evaluation.results_file import RESULTS, read_run
 from instructblip.evaluation.statistics import spread
-from instructblip.files import CHECKSUM, with_checksum, write_json
+from instructblip.files import CHECKSUM, sha256_file, with_checksum, write_json
 from instructblip.study.carrying import MEASURED, Job, carry_out, measured_of
 from instructblip.study.command import study
 from instructblip.study.places import Cluster, Processes, choose_place
@@ -237,15 +237,33 @@ def test_checkpoints_may_be_deleted_once_a_run_has_ended(world: World, whole: Pa
     _assert_same(tmp_path, whole)
 
 
-def test_runs_that_learned_from_other_data_are_not_compared(world: World, whole: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["alone, seed 2", "aligned, seed 2"])
+def test_runs_that_learned_from_other_data_are_not_compared(
+    name: str, world: World, whole: Path, tmp_path: Path
+) -> None:
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
     config = study_config(world, tmp_path)
-    path = _run(config, "alone, seed 2").folder / MEASURED
+    path = _run(config, name).folder / MEASURED
     values = json.loads(path.read_text())
     values["splits"]["easy_vqa/train"] = "another"
     del values[CHECKSUM]
     write_json(path, with_checksum(values))
     with pytest.raises(UserError, match="were trained on two versions of easy_vqa/train; delete those of"):
+        study_here(world, config)
+
+
+def test_runs_that_were_asked_other_versions_of_the_questions_are_not_compared(
+    world: World, whole: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    config = study_config(world, tmp_path)
+    folder = _run(config, "by mean, seed 2").folder
+    results, measured = (json.loads((folder / name).read_text()) for name in (RESULTS, MEASURED))
+    results["datasets"]["easy_vqa_shape"]["protocol"]["samples_sha256"] = "another"
+    write_json(folder / RESULTS, results)
+    del measured[CHECKSUM]
+    write_json(folder / MEASURED, with_checksum(measured | {"results_sha256": sha256_file(folder / RESULTS)}))
+    with pytest.raises(UserError, match=r"easy_vqa_shape: .* were asked about other samples, or other versions of them"):
         study_here(world, config)
 
 

@@ -1,7 +1,10 @@
 """Intervals and tests over seeds and over samples, against scipy and numbers worked out by hand."""
 
+import hashlib
+import json
 import math
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +14,11 @@ from scipy import stats
 from instructblip.config import folders
 from instructblip.config.entry import compose_config
 from instructblip.config.schema import StudyCommandConfig
+from instructblip.data.coverage import RecordCounts
+from instructblip.errors import UserError
+from instructblip.evaluation.results_file import StoredRun, StoredScore
 from instructblip.evaluation.statistics import spread
+from instructblip.study.findings import Difference, _check_same_questions, _difference
 from instructblip.study.report import _table, command
 from tests.kit.runs import World
 from tests.kit.studies import STUDY, study_config
@@ -72,3 +79,71 @@ def test_where_data_lie_is_not_part_of_the_command(world: World, tmp_path: Path)
 
 def test_a_condition_may_be_called_what_would_end_a_cell() -> None:
     assert _table(["condition"], [["a|b"]]).splitlines()[-1] == r"| a\|b |"
+
+
+# --- differences -----------------------------------------------------------------------------------------------------
+
+
+def stored(
+    folder: Path, scores: Mapping[str, float], *, value: float | None = None, samples: str = "x", better: bool = True
+) -> StoredRun:
+    """An evaluation of one dataset, one sample an image; the score is the mean unless `value` says otherwise."""
+    lines = [json.dumps({"id": name, "image": name, "answers": [], "score": one}) for name, one in scores.items()]
+    content = "\n".join(lines).encode()
+    (folder / "mine").mkdir(parents=True)
+    (folder / "mine/predictions.jsonl").write_bytes(content)
+    mean = sum(scores.values()) / len(scores) if value is None else value
+    score = StoredScore(
+        None if math.isnan(mean) else mean,
+        None,
+        None,
+        len(scores),
+        "mine",
+        {"samples_sha256": samples},
+        RecordCounts(None, len(scores), 0),
+        hashlib.sha256(content).hexdigest(),
+        None,
+        higher_is_better=better,
+    )
+    return StoredRun(folder, "a checkpoint", None, {"mine": score})
+
+
+def difference(runs: Mapping[tuple[str, int], StoredRun]) -> Difference:
+    found = _difference("other", "reference", "mine", runs)
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize("higher", [True, False])
+def test_fewer_mistakes_are_better(tmp_path: Path, higher: bool) -> None:
+    few, many = ({f"sample {number}": value for number in range(12)} for value in (0.0, 1.0))
+    runs = {
+        (name, seed): stored(tmp_path / f"{name} {seed}", scores, better=higher)
+        for name, scores in {"reference": many, "other": few}.items()
+        for seed in (1, 2)
+    }
+    found = difference(runs)
+    assert (found.by_seed, found.by_sample.difference) == ({1: -1.0, 2: -1.0}, -1.0)
+    assert (found.better, found.worse) == ((0, 2) if higher else (2, 0))
+
+
+def test_a_seed_without_a_score_on_one_side_is_no_difference(tmp_path: Path) -> None:
+    scores = {"a": 60.0, "b": 80.0}
+    runs = {
+        (name, seed): stored(tmp_path / f"{name} {seed}", scores, value=math.nan if (name, seed) == missing else None)
+        for missing in [("reference", 2)]
+        for name in ("reference", "other")
+        for seed in (1, 2)
+    }
+    del runs["other", 1]
+    assert _difference("other", "reference", "mine", runs) is None
+    runs["other", 1] = stored(tmp_path / "again", {"b": 81.0, "a": 60.0})  # in another order
+    assert difference(runs).by_seed == {1: 0.5}
+
+
+def test_runs_that_were_asked_about_other_versions_of_the_samples_are_not_compared(tmp_path: Path) -> None:
+    """Labels that were corrected between two seeds: the names of the samples are the same."""
+    runs = [stored(tmp_path / name, {"a": 1.0, "b": 0.0}, samples=name) for name in ("before", "after")]
+    _check_same_questions(["mine"], [runs[0], runs[0]])
+    with pytest.raises(UserError, match=r"mine: .*before and .*after were asked about other samples, or other versions"):
+        _check_same_questions(["mine"], [runs[0], *runs])
