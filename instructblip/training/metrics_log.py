@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -150,10 +150,11 @@ class BestStep:
 
     Args:
         of: whose scores are compared: a dataset's by name, or `mean`, over all that a validation has; None: nothing is.
+        smaller: datasets of which a smaller score is the better one, which counts as its negative.
     """
 
-    def __init__(self, of: str | None) -> None:
-        self._of = of
+    def __init__(self, of: str | None, smaller: Collection[str] = ()) -> None:
+        self._of, self._smaller = of, frozenset(smaller)
         self._value = -math.inf
         self._newest: float | None = None
         self.step: int | None = None
@@ -170,7 +171,8 @@ class BestStep:
         scores: Mapping[str, float | None] = entry.get("validation") or {}
         if not scores:
             return
-        values = list(scores.values()) if self._of in (None, "mean") else [scores.get(self._of)]
+        chosen = scores if self._of in (None, "mean") else {self._of: scores.get(self._of)}
+        values = [-value if value is not None and name in self._smaller else value for name, value in chosen.items()]
         known = [value for value in values if value is not None and math.isfinite(value)]
         self._newest = sum(known) / len(known) if len(known) == len(values) else None
         if self._of is not None and self._newest is not None and self._newest > self._value:

@@ -176,7 +176,7 @@ def set_up(
         shape=_shape(config, model),
         peak_flops=ranks.world_size * _peak_flops(config, model, ranks),
         metrics=MetricsLog(folder / "metrics.jsonl"),
-        best=BestStep(cards.best_by),
+        best=BestStep(cards.best_by, [task.card.name for task in validation if not task.metric.higher_is_better]),
         skipped=SkippedSteps(config.recipe.non_finite_limit),
         logger=_loggers(config, folder, checkpoint) if ranks.is_first else Loggers(),
         writer=CheckpointWriter(folder / "checkpoints", config.recipe.keep_checkpoints),

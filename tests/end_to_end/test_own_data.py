@@ -16,6 +16,7 @@ from instructblip.evaluation import journal, runner
 from instructblip.evaluation.protocol import make_task
 from instructblip.evaluation.report import compare, table
 from instructblip.training import inspection
+from instructblip.training import run as run_module
 from instructblip.training.run import train
 from tests.kit.own_data import write_card, write_own_data
 from tests.kit.runs import World, compose, evaluate_here, one_thread, read_lines, run, train_here
@@ -157,6 +158,26 @@ def test_a_card_is_trained_on_beside_an_official_one_watched_and_scored(
     assert (kept["name"], kept["task"], kept["templates"], kept["path"]) == ("mine", "vqa", "vqa", "mine.yaml")
     assert kept["evaluation"]["prompt"] == "Question: {question} Short answer:"
     assert "task" in kept["said"] and "templates" not in kept["said"]
+
+
+@pytest.mark.slow
+def test_the_step_with_the_fewest_mistakes_is_kept(
+    world: World, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted = "MISTAKES = Metric('x', 'mistakes', score, higher_is_better=False)\n"
+    (home / "mistakes.py").write_text(f"from instructblip.evaluation.metrics import Metric\n{EXACT}{counted}")
+    card = write_card(home, "counted.yaml", evaluation={"metric": "./mistakes.py:MISTAKES"})
+    monkeypatch.setattr(run_module, "run_validation", lambda run, step, stop: {"mine": {4: 10.0, 6: 30.0}[step]})
+    folder = own_run(
+        world,
+        home,
+        tmp_path,
+        f"mixture.datasets=[{{name: '{card}'}}]",
+        *suite(held_in=(card,)),
+        "recipe.checkpoint_every=100",
+        "recipe.keep_checkpoints=1",
+    )
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step_00000004", "step_00000006"]
 
 
 @pytest.mark.slow

@@ -146,6 +146,18 @@ def test_the_score_of_a_run_is_its_best_or_else_its_newest() -> None:
         assert best.score is None
 
 
+def test_of_a_metric_that_counts_mistakes_the_least_is_the_best() -> None:
+    validations = [{"errors": 40.0, "a": 50.0}, {"errors": 5.0, "a": 40.0}, {"errors": 20.0, "a": 60.0}]
+    for of, step, score in (("errors", 2, -5.0), ("mean", 3, 20.0), ("a", 3, 60.0), (None, None, 20.0)):
+        best, resumed = (BestStep(of, ["errors"]) for _ in range(2))
+        for number, validation in enumerate(validations, start=1):
+            best.see({"step": number, "validation": validation})
+        assert (best.step, best.score) == (step, score)
+        resumed.restore(json.loads(json.dumps(best.state())))
+        resumed.see({"step": 4, "validation": {"errors": 30.0, "a": 50.0}})
+        assert resumed.step == step
+
+
 def test_what_a_checkpoint_keeps_of_other_scores_is_no_best() -> None:
     best = BestStep("mean")
     best.see({"step": 3, "validation": {"a": 40.0}})
