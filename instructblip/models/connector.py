@@ -266,7 +266,7 @@ class Resampler(Connector):
     ) -> None:
         super().__init__()
         width = width or vision_width
-        self.patches, self.tokens = patches, tokens or LATENTS
+        self.patches, self.tokens, self.heads = patches, tokens or LATENTS, heads
         self.input = nn.Identity() if width == vision_width else nn.Linear(vision_width, width, bias=False)
         self.latents = nn.Parameter(torch.randn(self.tokens, width))
         self.blocks = nn.ModuleList(ResamplerLayer(width, heads, hidden_width or 4 * width) for _ in range(depth))
@@ -284,7 +284,7 @@ class Resampler(Connector):
 
     def settings(self) -> list[Any]:
         """With the heads."""
-        return [*super().settings(), next(iter(self.blocks)).heads]
+        return [*super().settings(), self.heads]
 
     def forward(self, tokens_NPV: Tensor) -> Tensor:
         """See the base."""

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from instructblip.config.checks import BLIP_KINDS
+from instructblip.config.schema import ConnectorConfig
 from instructblip.config.validate import read_model_config
 from instructblip.errors import UserError
 from instructblip.files import atomic_path
@@ -69,6 +70,7 @@ class StartWeights:
         frozen: fingerprints of the vision encoder and the LLM that they were trained with, where a run names them by that.
         untrained: parts among them that were drawn and never trained.
         adapters: of the parts that a run adapted; their tensors are among these.
+        connector: as a run describes it.
     """
 
     source: StartSource
@@ -78,6 +80,7 @@ class StartWeights:
     frozen: dict[str, str] = field(default_factory=dict)
     untrained: tuple[str, ...] = ()
     adapters: dict[str, Adapter] = field(default_factory=dict)
+    connector: ConnectorConfig | None = None
 
 
 def find_start(given: str) -> StartSource:
@@ -178,7 +181,8 @@ def _read_run(source: StartSource) -> StartWeights:
     if llm is not None and PROJECTION not in untrained:
         partner = Partner(llm.name, width=width, weights=own)
     frozen = {part: sha256 for part, sha256 in loaded.state["frozen"].items() if part in ("vision", "llm")}
-    return StartWeights(source, tensors, fingerprint_tensors(tensors), partner, frozen, untrained, adapters)
+    sha256, connector = fingerprint_tensors(tensors), config.connector
+    return StartWeights(source, tensors, sha256, partner, frozen, untrained, adapters, connector)
 
 
 def _text_branch(folder: Path, sha256: str | None) -> dict[str, Tensor]:

@@ -154,6 +154,16 @@ def test_weights_of_another_connector_are_no_start(
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("finished", ["resampler"], indirect=True)
+def test_weights_of_as_many_numbers_in_other_heads_are_no_start(finished: Path, connector_world: World) -> None:
+    heads = read_model_config(finished / "config.yaml").connector.heads
+    overrides = connector_overrides(connector_world, "resampler", f"init_from={finished}", f"connector.heads={2 * heads}")
+    with connector_world.here():
+        config = compose("train", TrainConfig, [*connector_world.train, *overrides])
+        with pytest.raises(UserError, match=f"was trained with connector.heads={heads}, and {2 * heads} would read"):
+            begin_run(build_model(config), config)
+
+
 def test_a_run_is_converted_to_another_run_and_says_why_not_to_a_llava(
     finished: Path, connector_world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
