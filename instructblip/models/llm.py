@@ -118,6 +118,7 @@ class LLM(ExactBuffers):
         scale = self.embeddings(row_1).detach().float().norm() / norms_V[row_1]
         self.register_buffer("frozen_norms", norms_V.mul(scale), persistent=False)
         self.register_buffer("embedding_scale", scale, persistent=False)
+        self.register_load_state_dict_post_hook(_measure_table)
 
     def exact_buffers(self) -> Iterator[tuple[nn.Module, str]]:
         """All that are in float32: norms of embeddings, rotary frequencies, scales of rounded weights. None is a matrix."""
@@ -162,7 +163,7 @@ class LLM(ExactBuffers):
 
     @property
     def embedding_norms(self) -> Tensor:
-        """Lengths (V,) of the token embeddings as the model receives them; measured once where the table is frozen."""
+        """Lengths (V,) of the token embeddings as the model receives them; measured as it is loaded where the table is frozen."""
         table = self.embeddings.weight
         norms_V = _row_norms(table) * self.embedding_scale if table.requires_grad else self.frozen_norms
         return norms_V * self.abilities.embedding_factor
@@ -654,6 +655,11 @@ def body_name(model: PreTrainedModel) -> str:
 
 def _row_norms(table_VL: Tensor) -> Tensor:
     return table_VL.detach().float().norm(dim=-1).clamp_min(1e-6)
+
+
+def _measure_table(llm: LLM, _: object) -> None:
+    """A hook behind `load_state_dict`: a run may start from a language model that another has trained."""
+    llm.frozen_norms = _row_norms(llm.embeddings.weight).mul(llm.embedding_scale)
 
 
 def _additive(visible: Tensor, dtype: torch.dtype) -> Tensor:

@@ -6,6 +6,7 @@ import signal
 import sys
 import threading
 from collections.abc import Mapping
+from dataclasses import replace
 from multiprocessing.connection import wait
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -115,8 +116,8 @@ class Cluster:
         )
 
     def start(self, job: Job) -> Started:
-        """Submit a run."""
-        return _StartedJob(self._executor.submit(carry_out, job))
+        """Submit a run, which takes the device that the cluster gives it: those of this machine are others."""
+        return _StartedJob(self._executor.submit(carry_out, replace(job, device=None)))
 
 
 class _StartedJob:

@@ -11,6 +11,7 @@ import time
 from dataclasses import replace
 from multiprocessing import forkserver
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -263,7 +264,9 @@ def test_runs_that_were_asked_other_versions_of_the_questions_are_not_compared(
     write_json(folder / RESULTS, results)
     del measured[CHECKSUM]
     write_json(folder / MEASURED, with_checksum(measured | {"results_sha256": sha256_file(folder / RESULTS)}))
-    with pytest.raises(UserError, match=r"easy_vqa_shape: .* were asked about other samples, or other versions of them"):
+    with pytest.raises(
+        UserError, match=r"easy_vqa_shape: .* were asked about other samples, or other versions of them"
+    ):
         study_here(world, config)
 
 
@@ -289,6 +292,15 @@ def test_jobs_of_a_cluster_give_the_same(world: World, whole: Path, tmp_path: Pa
     with world.here(), one_thread():
         assert study(config, Console(quiet=True), Cluster(settings, tmp_path / "submitit")) == 0
     _assert_same(tmp_path, whole)
+
+
+def test_a_job_of_a_cluster_is_given_no_device_of_this_machine(world: World, tmp_path: Path) -> None:
+    """The node that submits may have more GPUs than a job gets."""
+    cluster, submitted = Cluster.__new__(Cluster), list[Job]()
+    cluster._executor = SimpleNamespace(submit=lambda _, job: submitted.append(job))
+    job = Job(_run(study_config(world, tmp_path), "alone, seed 1"), 1, "cuda:3")
+    cluster.start(job)
+    assert submitted == [replace(job, device=None)]
 
 
 def test_a_launcher_that_is_no_clusters_is_refused(tmp_path: Path) -> None:

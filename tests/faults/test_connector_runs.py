@@ -157,7 +157,9 @@ def test_weights_of_another_connector_are_no_start(
 @pytest.mark.parametrize("finished", ["resampler"], indirect=True)
 def test_weights_of_as_many_numbers_in_other_heads_are_no_start(finished: Path, connector_world: World) -> None:
     heads = read_model_config(finished / "config.yaml").connector.heads
-    overrides = connector_overrides(connector_world, "resampler", f"init_from={finished}", f"connector.heads={2 * heads}")
+    overrides = connector_overrides(
+        connector_world, "resampler", f"init_from={finished}", f"connector.heads={2 * heads}"
+    )
     with connector_world.here():
         config = compose("train", TrainConfig, [*connector_world.train, *overrides])
         with pytest.raises(UserError, match=f"was trained with connector.heads={heads}, and {2 * heads} would read"):

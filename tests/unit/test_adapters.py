@@ -351,7 +351,9 @@ def test_wrong_settings_end_in_one_line(overrides: list[str], words: list[str]) 
 def test_a_phase_that_reaches_no_adapter_is_refused() -> None:
     """The demo's first phase leaves the language model's layers out."""
     alone = ["train.llm=lora", "train.qformer=frozen"]
-    with pytest.raises(UserError, match=r"phases\.alignment would teach nothing: alignment leaves .* \(~recipe\.phases"):
+    with pytest.raises(
+        UserError, match=r"phases\.alignment would teach nothing: alignment leaves .* \(~recipe\.phases"
+    ):
         check_objectives(compose("train", TrainConfig, alone))
     check_objectives(compose("train", TrainConfig, [*alone, "~recipe.phases.alignment"]))
     check_objectives(compose("train", TrainConfig, [*alone, "recipe.phases.alignment.objectives.language_modeling=1"]))

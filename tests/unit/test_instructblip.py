@@ -192,6 +192,17 @@ def test_alignment_loss_is_a_likelihood_over_the_vocabulary(
     torch.testing.assert_close(loss.per_sample.neg().exp().sum(), torch.tensor(1.0), rtol=1e-5, atol=0)
 
 
+def test_cosines_are_with_the_embeddings_that_were_loaded() -> None:
+    """As of a run that starts from one that trained its language model, and keeps that frozen."""
+    llm, directions = tiny_llm(), nn.functional.normalize(torch.randn(3, 32), dim=-1)
+    table = llm.embeddings.weight.detach() * torch.linspace(0.5, 3.0, len(llm.embeddings.weight))[:, None]
+    name = next(name for name, value in llm.named_parameters() if value is llm.embeddings.weight)
+    llm.requires_grad_(False).load_state_dict({name: table}, strict=False)
+    torch.testing.assert_close(llm.embedding_norms, table.norm(dim=-1))
+    expected = nn.functional.cosine_similarity(directions[:, None], table[None], dim=-1)
+    torch.testing.assert_close(llm.embedding_cosines(directions), expected, atol=1e-5, rtol=1e-5)
+
+
 def test_prompts_lose_their_beginning_and_targets_their_end() -> None:
     whole, short = tiny_llm(), tiny_llm(max_prompt_tokens=3, max_target_tokens=3)
     prompt, target = whole.prompt_format.prompt_ids(PROMPTS[1]), whole.prompt_format.target_ids(TARGETS[1])

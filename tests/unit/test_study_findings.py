@@ -143,5 +143,7 @@ def test_runs_that_were_asked_about_other_versions_of_the_samples_are_not_compar
     """Labels that were corrected between two seeds: the names of the samples are the same."""
     runs = [stored(tmp_path / name, {"a": 1.0, "b": 0.0}, samples=name) for name in ("before", "after")]
     _check_same_questions(["mine"], [runs[0], runs[0]])
-    with pytest.raises(UserError, match=r"mine: .*before and .*after were asked about other samples, or other versions"):
+    with pytest.raises(
+        UserError, match=r"mine: .*before and .*after were asked about other samples, or other versions"
+    ):
         _check_same_questions(["mine"], [runs[0], *runs])
