@@ -163,7 +163,7 @@ class LLM(ExactBuffers):
 
     @property
     def embedding_norms(self) -> Tensor:
-        """Lengths (V,) of the token embeddings as the model receives them; those of a frozen table are measured at loading."""
+        """Lengths (V,) of the token embeddings as the model receives them; a frozen table is measured when it is loaded."""
         table = self.embeddings.weight
         norms_V = _row_norms(table) * self.embedding_scale if table.requires_grad else self.frozen_norms
         return norms_V * self.abilities.embedding_factor
