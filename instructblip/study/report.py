@@ -76,9 +76,9 @@ def _scores_table(findings: Findings) -> str:
     baselines = list(dict.fromkeys(name for item in findings.scores.values() for name in item.baselines))
     rows = [
         [
-            dataset if condition == findings.conditions[0] else "",
+            dataset,
             condition,
-            _listed(item.by_seed, "{:.1f}"),
+            _listed(item.by_seed, findings.seeds, "{:.1f}"),
             _interval(item.over_seeds),
             *(f"{item.baselines[name]:.1f}" if name in item.baselines else "" for name in baselines),
         ]
@@ -86,16 +86,16 @@ def _scores_table(findings: Findings) -> str:
     ]
     seeds = ", ".join(map(str, findings.seeds))
     seeds = f"seed{'s' * (len(findings.seeds) > 1)} {seeds}"
-    return _table(["dataset", "condition", seeds, "mean ± SD [95%]", *baselines], rows)
+    return _table(["dataset", "condition", seeds, "mean ± SD [95%]", *baselines], _said_once(rows))
 
 
 def _differences_table(findings: Findings) -> str:
     others = findings.conditions[1:]
     rows = [
         [
-            dataset if condition == others[0] else "",
+            dataset,
             condition,
-            _listed(item.by_seed, "{:+.1f}"),
+            _listed(item.by_seed, findings.seeds, "{:+.1f}"),
             _interval(item.over_seeds, "{:+.1f}"),
             _p(item.over_seeds.p),
             _sample_interval(item.by_sample),
@@ -105,7 +105,13 @@ def _differences_table(findings: Findings) -> str:
         for dataset, condition, item in _in_order(findings, findings.differences, others)
     ]
     headings = ["dataset", "condition", "each seed", "mean ± SD [95%], by seed", "p", "[95%], by sample", "p"]
-    return _table([*headings, "seeds better / worse by sample"], rows)
+    return _table([*headings, "seeds better / worse by sample"], _said_once(rows))
+
+
+def _said_once(rows: Sequence[Sequence[str]]) -> list[list[str]]:
+    """Rows whose first cell is empty where it is that of the row above."""
+    above = [None, *(row[0] for row in rows)]
+    return [["" if row[0] == last else row[0], *row[1:]] for row, last in zip(rows, above, strict=False)]
 
 
 def _in_order(
@@ -163,8 +169,9 @@ def _seconds(cost: Cost) -> str:
 # --- numbers ---------------------------------------------------------------------------------------------------------
 
 
-def _listed(by_seed: Mapping[int, float], form: str) -> str:
-    return ", ".join(form.format(value) for value in by_seed.values())
+def _listed(by_seed: Mapping[int, float], seeds: Sequence[int], form: str) -> str:
+    """A value for each seed in its place; a dash for one that failed."""
+    return ", ".join(form.format(by_seed[seed]) if seed in by_seed else "-" for seed in seeds)
 
 
 def _interval(found: Spread, form: str = "{:.1f}") -> str:

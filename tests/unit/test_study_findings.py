@@ -18,8 +18,8 @@ from instructblip.data.coverage import RecordCounts
 from instructblip.errors import UserError
 from instructblip.evaluation.results_file import StoredRun, StoredScore
 from instructblip.evaluation.statistics import spread
-from instructblip.study.findings import Difference, _check_same_questions, _difference
-from instructblip.study.report import _table, command
+from instructblip.study.findings import Difference, Findings, Scores, _check_same_questions, _difference
+from instructblip.study.report import _scores_table, _table, command
 from tests.kit.runs import World
 from tests.kit.studies import STUDY, study_config
 
@@ -79,6 +79,23 @@ def test_where_data_lie_is_not_part_of_the_command(world: World, tmp_path: Path)
 
 def test_a_condition_may_be_called_what_would_end_a_cell() -> None:
     assert _table(["condition"], [["a|b"]]).splitlines()[-1] == r"| a\|b |"
+
+
+def test_what_failed_takes_no_name_and_no_place_from_the_rest() -> None:
+    """The reference has failed with every seed, another condition with the first."""
+    scores = {
+        (name, dataset): Scores(name, dataset, {seed: 10.0 * seed for seed in seeds}, {}, 50)
+        for name, seeds in {"b": [2, 3], "c": [1, 2, 3]}.items()
+        for dataset in ("shapes", "colours")
+    }
+    found = Findings(["shapes", "colours"], ["a", "b", "c"], [1, 2, 3], scores, {}, [], [], made_up=False)
+    cells = [[cell.strip() for cell in row.split("|")[1:4]] for row in _scores_table(found).splitlines()[2:]]
+    assert cells == [
+        ["shapes", "b", "-, 20.0, 30.0"],
+        ["", "c", "10.0, 20.0, 30.0"],
+        ["colours", "b", "-, 20.0, 30.0"],
+        ["", "c", "10.0, 20.0, 30.0"],
+    ]
 
 
 # --- differences -----------------------------------------------------------------------------------------------------
