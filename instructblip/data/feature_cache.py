@@ -1,9 +1,10 @@
 """Frozen vision features kept on disk by content, so that an image is encoded once for all epochs and all runs.
 
 One file a shard, named by the shard's SHA-256, in a folder named by what decides the features: the encoder's weights and
-settings, the transform and the image size. The features are stored in the encoder's own precision, so training with the
-cache and without it see the same numbers. Each frame has a checksum, which is compared when it is read: to read all of them
-at the start would take as long as an epoch. Of use whenever training images are not augmented.
+settings, the transform and the image size. The features are computed and stored in the encoder's own precision, so training
+with the cache and without it see the same numbers, unless a run's autocast (`recipe.precision=bf16`) rounds what a float32
+encoder computes. Each frame has a checksum, which is compared when it is read: to read all of them at the start would take
+as long as an epoch. Of use whenever training images are not augmented.
 """
 
 import hashlib

@@ -86,6 +86,11 @@ def start_from(
     if llm is not None and last.partner is not None and last.partner.name == llm.name:
         lines += _take_own(model, "llm", tensors, last)
     lines += _take_adapters(model, everything, last, llm)
+    lines += [
+        f"left out: the adapters of {found.source.given}, over which others lie"
+        for found in weights[:-1]
+        if found.adapters
+    ]
     aligned_to = None if llm is None else _aligned_to(model, last, said_partner(qformer), llm)
     if llm is not None and aligned_to is not None:
         fits = PROJECTION not in fitted.new

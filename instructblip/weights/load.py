@@ -505,7 +505,10 @@ def load_run(source: Path, *, device: str = "auto", config: ModelConfig | None =
     if own.llm is not None and config.language_model().name != own.llm.name:
         trained -= {"llm"}
         adapters.pop("llm", None)
-        state = {name: tensor for name, tensor in state.items() if not name.startswith("llm.")}
+        kept = {name: tensor for name, tensor in state.items() if not name.startswith("llm.")}
+        if len(kept) < len(state):
+            logger.warning("what %s trained of its language model, %s, is left out", checkpoint, own.llm.name)
+        state = kept
         model: Model = build_model(built, trained=trained, adapters=adapters)
         assert isinstance(model, VisionLanguageModel)
         frozen["llm"] = fingerprint(model.llm)

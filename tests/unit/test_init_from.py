@@ -18,6 +18,7 @@ from instructblip.config.schema import SourcesConfig, TrainConfig
 from instructblip.config.validate import to_yaml
 from instructblip.errors import UserError
 from instructblip.files import CHECKSUM, read_json, with_checksum, write_json
+from instructblip.models.adapters import Adapter
 from instructblip.models.base import Model
 from instructblip.models.instructblip import InstructBLIP
 from instructblip.training.plan.start import plan_alignment
@@ -386,6 +387,27 @@ def test_parts_that_a_run_trained_are_taken_too_and_held(stages: Stages, tmp_pat
     assert model.held_parts == {"qformer"}
     assert any(line.startswith("left out: the vision encoder") for line in begun.lines)
     assert begun.start.aligned_to == "another"
+
+
+@pytest.mark.slow
+def test_what_a_run_trained_of_a_language_model_is_said_to_be_left_out_of_another(
+    stages: Stages, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = changed(stages.config, train={"llm": "full"}, llm={"name": "another"})
+    source = build_model(config, trained=config.train.parts(config))
+    run = write_run(tmp_path / "run", config, shift(source, ("llm",)))
+    assert same(load_run(run, device="cpu").model, source.held_state()) == []
+    assert not caplog.records
+    load_run(run, device="cpu", config=stages.config)
+    assert [text for text in caplog.messages if "trained of its language model, another, is left out" in text] != []
+
+
+def test_adapters_below_another_start_are_said_to_be_left_out(stages: Stages) -> None:
+    model = build_model(stages.config, trained=stages.config.train.parts(stages.config))
+    lower, upper = (read_start(find_start(given)) for given in stages.both)
+    weights = [replace(lower, adapters={"llm": Adapter()}), upper]
+    found = start_from(model, weights, stages.config.qformer, stages.config.llm)
+    assert f"left out: the adapters of {stages.both[0]}, over which others lie" in found.lines
 
 
 @pytest.mark.slow
