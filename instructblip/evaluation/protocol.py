@@ -21,7 +21,7 @@ from instructblip.data.templates import MAX_OCR_TOKENS, render_prompt
 from instructblip.data.text_processors import TEXT_PROCESSORS
 from instructblip.errors import UserError
 from instructblip.evaluation.metrics import METRICS, Metric
-from instructblip.evaluation.metrics.metric import captions_of_record
+from instructblip.evaluation.metrics.metric import captions_of_record, one_of
 from instructblip.evaluation.metrics.own import find_metric
 from instructblip.evaluation.metrics.retrieval import chance_of_recall
 from instructblip.files import errors_for_users, read_json
@@ -426,7 +426,7 @@ def chance_level(task: Task) -> float | None:
     if task.protocol.candidates_from == "captions":
         return chance_of_recall([len(sample.record.captions) for sample in task.samples])
     chance = task.metric.chance
-    if chance is None:
+    if chance is None or (chance is one_of and not task.metric.higher_is_better):  # it counts right answers
         return None
     if task.protocol.candidates_from == "choices":
         return fmean(chance(len(sample.record.choices)) for sample in task.samples)

@@ -148,7 +148,7 @@ def read_predictions(run: StoredRun, dataset: str) -> dict[str, StoredPrediction
     file = run.folder / dataset / PREDICTIONS
     try:
         content = file.read_bytes()
-        lines = content.decode("utf-8").splitlines()
+        lines = content.decode("utf-8").removesuffix("\n").split("\n")  # not at what else ends a line in Unicode
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file} cannot be read ({error}); {_HINT}") from None
     found = {}

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import platform
 import shutil
 from collections.abc import Collection, Mapping, Sequence
@@ -42,6 +43,7 @@ from instructblip.tracking import Logger
 from instructblip.weights.load import FrozenPart
 from instructblip.weights.start import PLAIN, Standing
 
+logger = logging.getLogger(__name__)
 # Of a language model's configuration: where it came from, and what else says as well.
 _NOT_COMPUTED_BY = frozenset(
     {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"}
@@ -146,25 +148,34 @@ def baselines(task: Task, shards: Path, blind: TaskResult | None) -> dict[str, f
 
     * `images withheld`: the same model on the same questions with a grey picture for every image.
     * `majority per question`: always the commonest training answer to the question's very words; only for datasets that
-      may be trained on.
+      may be trained on, and metrics that score a text alone.
     * `chance`: a class drawn uniformly from the candidates.
     """
     found = {}
     if blind is not None and blind.value is not None:
         found[BLIND] = blind.value
-    asked = (
-        task.card.role == "held-in"
-        and task.protocol.candidates_from not in ("choices", "captions")
-        and task.answers_public
-    )
-    if majority := majority_answers(task.card, shards) if asked else {}:
-        records = [sample.record for sample in task.samples]
-        guesses = [ModelOutput(majority.get(record.question or "", majority[""])) for record in records]
-        found[MAJORITY] = task.metric(guesses, records).table_value
+    if (majority := _majority(task, shards)) is not None:
+        found[MAJORITY] = majority
     chance = chance_level(task)
     if chance is not None:
         found[CHANCE] = chance
     return found
+
+
+def _majority(task: Task, shards: Path) -> float | None:
+    """The score of the commonest training answers; None where there are none, or they have no score."""
+    trained_on = task.card.role == "held-in" and task.protocol.candidates_from not in ("choices", "captions")
+    if not trained_on or not task.answers_public or task.metric.needs_scores:
+        return None
+    if not (majority := majority_answers(task.card, shards)):
+        return None
+    records = [sample.record for sample in task.samples]
+    guesses = [ModelOutput(majority.get(record.question or "", majority[""])) for record in records]
+    try:
+        return task.metric(guesses, records).table_value
+    except UserError as error:  # a metric of one's own may read more of an output than its text
+        logger.warning("%s has no baseline %r: %s", task.card.name, MAJORITY, error)
+        return None
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import pytest
 
 from instructblip.errors import UserError
 from instructblip.evaluation.metrics import auroc
+from instructblip.evaluation.metrics.retrieval import retrieval_recall
 from instructblip.evaluation.report.compare import compare_runs, main
 from instructblip.evaluation.results_file import read_run
 from instructblip.evaluation.statistics import MCNEMAR, PERMUTATION, compare_paired
@@ -62,6 +63,37 @@ def test_auroc_is_compared_by_placement_values(tmp_path: Path) -> None:
     variance = sum(differences[labels == label].var(ddof=1) / (labels == label).sum() for label in (0, 1))
     assert found.paired.high - found.paired.low == pytest.approx(100 * 3.92 * variance**0.5, rel=0.1)
     assert found.paired.p < 0.01
+
+
+def test_recall_of_retrieval_is_compared_by_what_each_image_adds(tmp_path: Path) -> None:
+    generator = np.random.default_rng(5)
+    captions = generator.integers(1, 6, 150).tolist()
+    runs, scores = [], []
+    for number, spread in enumerate((9.0, 6.0)):
+        ranks = [generator.exponential(spread, 1 + count).astype(int).tolist() for count in captions]
+        score = retrieval_recall([row[0] for row in ranks], [row[1:] for row in ranks])
+        answers = [f"the caption of {image}" for image in range(len(captions))]  # each image has its own
+        runs.append(scored_run(tmp_path / str(number), "flickr30k_retrieval", score.per_sample, answers=answers))
+        scores.append(score)
+    (found,) = compared(*runs)
+    assert found.paired.difference == pytest.approx(scores[1].value - scores[0].value)
+    # The statistic itself on resampled images.
+    times = generator.multinomial(150, np.full(150, 1 / 150), size=2000)
+    low, high = np.percentile(scores[1].resampled(times) - scores[0].resampled(times), [2.5, 97.5])
+    assert found.paired.high - found.paired.low == pytest.approx(high - low, rel=0.1)
+    assert found.paired.p < 0.01
+
+
+def test_a_line_of_predictions_ends_where_json_lines_end(tmp_path: Path) -> None:
+    runs = []
+    for name in ("a", "b"):
+        folder = scored_run(tmp_path / name, "okvqa", [100.0, 0.0])
+        path = folder / "okvqa/predictions.jsonl"
+        rows = [json.loads(line) for line in path.read_text().split("\n") if line]
+        said = [row | {"prediction": "one\u2028two\u2029three\x85four"} for row in rows]
+        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in said), encoding="utf-8")
+        runs.append(write_run(folder, json.loads((folder / "results.json").read_text())["datasets"]))
+    assert [found.count for found in compared(*runs)] == [2]
 
 
 def test_a_run_in_another_precision_is_compared_and_marked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

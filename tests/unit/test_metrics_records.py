@@ -82,10 +82,29 @@ def test_the_rarer_answer_gets_its_share() -> None:
     assert METRICS["ivqa_accuracy"](text("dog"), [ivqa]).value == 0.5
 
 
+def test_texts_that_a_card_ranks_are_held_against_choices_by_what_they_say() -> None:
+    records = [
+        Record(str(number), "multiple_choice", "?", choices=choices, label=0)
+        for number, choices in enumerate([("yes", "no"), ("no", "yes"), ("never", "always")])
+    ]
+    outputs = ranked(("yes", "no"), (-1.0, -2.0), (-1.0, -2.0), (-1.0, -2.0))  # "yes", each time
+    for name in ("multiple_choice_accuracy", "aokvqa_multiple_choice"):
+        assert METRICS[name](outputs, records).per_sample == (100.0, 0.0, 0.0)
+    with pytest.raises(ValueError, match="rank its choices"):
+        METRICS["visdial"](outputs, records)
+
+
 def test_a_blank_answer_counts_as_an_annotator() -> None:
     record = Record("q", "question", answers=("cat",), answer_weights=(3.0,), annotators=10)
     for name in ("vqa_accuracy", "vqa_accuracy_lavis", "vizwiz_accuracy", "textvqa_accuracy"):
         assert METRICS[name](text("cat"), [record]).value == pytest.approx(90), name
+
+
+@pytest.mark.parametrize("name", ["accuracy", "ocr_vqa_accuracy"])
+def test_what_somebody_left_blank_is_no_answer_that_is_accepted(name: str) -> None:
+    record = Record("q", "question", answers=("cat", "dog"), answer_weights=(2.0, 1.0), annotators=10)
+    best = METRICS[name].best if name == "accuracy" else 1.0
+    assert METRICS[name](text("cat", "dog", "", "."), [record] * 4).per_sample == (best, best, 0.0, 0.0)
 
 
 def test_records_of_too_few_annotators_are_refused_and_of_few_are_marked() -> None:

@@ -11,6 +11,7 @@ from PIL import Image
 from instructblip.data.cards import load_card
 from instructblip.data.records import Record
 from instructblip.data.shards import MANIFEST_FORMAT, ShardWriter, shard_path
+from instructblip.evaluation.metrics import Metric, Score
 from instructblip.evaluation.outcomes import Failure, Prediction, TaskResult, score_task
 from instructblip.evaluation.protocol import make_task
 from instructblip.evaluation.report.content import (
@@ -86,6 +87,14 @@ def test_right_partly_right_and_wrong_by_vqa_accuracy(tmp_path: Path) -> None:
     assert [round(example.score or 0) for example in section.examples] == [100, 60, 0]
     assert section.examples[1].answers == [("red", 2), ("blue", 8)]
     assert [example.question for example in section.examples] == ["is it?"] * 3
+
+
+def test_the_fewer_mistakes_the_righter(tmp_path: Path) -> None:
+    result = result_of(tmp_path, "vqav2", [question(number) for number in range(3)], ["yes"] * 3)
+    mistakes = Metric("mistakes", "mistakes", result.task.metric.function, higher_is_better=False)
+    task, score = replace(result.task, own_metric=mistakes), Score(50.0, (0.0, 50.0, 100.0), 3)
+    counted = replace(result, task=task, score=score)
+    assert [outcome(counted, number) for number in range(3)] == ["right", "partial", "wrong"]
 
 
 def test_the_score_of_each_sample_is_looked_up_once(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from instructblip.data.records import Record
 from instructblip.data.shards import MANIFEST_FORMAT, ShardWriter, shard_path
 from instructblip.errors import UserError
 from instructblip.evaluation import suite as results
-from instructblip.evaluation.metrics import accuracy
+from instructblip.evaluation.metrics import METRICS, Metric, accuracy
 from instructblip.evaluation.outcomes import Failure, Prediction, TaskResult
 from instructblip.evaluation.protocol import Task, make_task
 from instructblip.evaluation.suite import (
@@ -116,6 +116,23 @@ def test_baselines_equal_those_counted_by_hand(card: Card, shards: Path) -> None
     blind = result_of(task, ["blue", "blue", "blue", "red"])
     # By majority: sky -> blue (right, wrong), rose -> red (right), never seen -> red, the commonest of all (right).
     assert baselines(task, shards, blind) == {BLIND: 50.0, MAJORITY: 75.0, CHANCE: pytest.approx(100 / 13)}
+
+
+def test_a_metric_that_reads_scores_has_no_majority(card: Card, shards: Path, caplog: pytest.LogCaptureFixture) -> None:
+    auroc = dataclasses.replace(make_task(card, shards), own_metric=METRICS["auroc"])
+    assert baselines(auroc, shards, None).keys() == {CHANCE}
+    (shards / "mine.py").write_text("def sure(outputs, records):\n    return [max(o.scores) for o in outputs]\n")
+    assert card.evaluation is not None
+    rules = dataclasses.replace(card.evaluation, metric=f"{shards}/mine.py:sure")
+    own = make_task(dataclasses.replace(card, evaluation=rules), shards)
+    assert baselines(own, shards, None) == {}
+    assert "easy_vqa_color has no baseline 'majority per question': metric mine.py:sure fails (" in caplog.text
+
+
+def test_an_error_rate_has_no_chance_of_right_answers(card: Card, shards: Path) -> None:
+    errors = Metric("errors", "errors", METRICS["accuracy"].function, higher_is_better=False)
+    task = dataclasses.replace(make_task(card, shards), own_metric=errors)
+    assert CHANCE not in baselines(task, shards, None)
 
 
 def test_a_held_out_dataset_has_no_majority_of_its_training_answers(card: Card, shards: Path) -> None:

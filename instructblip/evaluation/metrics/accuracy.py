@@ -9,6 +9,7 @@ from instructblip.evaluation.metrics.metric import (
     ModelOutput,
     Outputs,
     Records,
+    accepted_answers,
     all_answers,
     labels_of,
     only_answers,
@@ -256,7 +257,7 @@ def _matches(prediction: str, accepted: Sequence[str], normalize: bool) -> bool:
 
 def accuracy_of_records(outputs: Outputs, records: Records) -> Score:
     """Texts as they stand where the model chose, after `normalize_answer` where it wrote."""
-    return accuracy(texts_of(outputs), all_answers(records), normalize=not any(output.scores for output in outputs))
+    return accuracy(texts_of(outputs), accepted_answers(records), normalize=not any(output.scores for output in outputs))
 
 
 def multiple_choice_accuracy_of_records(outputs: Outputs, records: Records) -> Score:
@@ -301,13 +302,13 @@ def anls_of_letters(outputs: Outputs, records: Records) -> Score:
 
 
 def chosen_option(output: ModelOutput, record: Record) -> int:
-    """Number of the chosen option: the likeliest (the first of equals); of a written text, the option that it repeats or
-    whose letter it is.
+    """Number of the chosen option: the likeliest (the first of equals); of a text, written or ranked among others than the
+    record's own choices, the option that it repeats or whose letter it is.
 
     Raises:
         ValueError: the record has not as many choices as the output has scores.
     """
-    if output.scores:
+    if output.scores and output.classes in ((), record.choices):
         if len(output.scores) != len(record.choices):
             raise ValueError(f"record {record.id!r} has {len(record.choices)} choices but {len(output.scores)} scores")
         return output.scores.index(max(output.scores))

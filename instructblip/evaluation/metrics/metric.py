@@ -198,6 +198,18 @@ def all_answers(records: Records) -> list[list[str]]:
     return found
 
 
+def accepted_answers(records: Records) -> list[tuple[str, ...]]:
+    """The answers of each record, each once: what somebody left blank is none.
+
+    Raises:
+        ValueError: a record without answers.
+    """
+    for record in records:
+        if not record.answers:
+            raise ValueError(f"record {record.id!r} has no answers; they may not be public")
+    return [record.answers for record in records]
+
+
 def only_answers(records: Records) -> list[str]:
     """The answer of each record.
 

@@ -74,7 +74,7 @@ def visdial_of_records(outputs: Outputs, records: Records) -> Score:
         ValueError: a choice without a score; otherwise as `visdial`.
     """
     for output, record in zip(outputs, records, strict=True):
-        if len(output.scores) != len(record.choices):
+        if len(output.scores) != len(record.choices) or output.classes not in ((), record.choices):
             raise ValueError(
                 f"record {record.id!r} has {len(record.choices)} options but {len(output.scores)} scores; rank its choices"
             )

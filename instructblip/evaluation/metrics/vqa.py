@@ -9,7 +9,7 @@ import re
 import string
 from collections.abc import Callable, Sequence
 
-from instructblip.evaluation.metrics.metric import Outputs, Records, all_answers, only_answers, texts_of
+from instructblip.evaluation.metrics.metric import Outputs, Records, accepted_answers, all_answers, only_answers, texts_of
 from instructblip.evaluation.metrics.score import Score, check_references, mean_score, same_length
 
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
@@ -249,7 +249,7 @@ def gqa_accuracy_of_records(outputs: Outputs, records: Records, *, variant: str)
 
 def ocr_vqa_accuracy_of_records(outputs: Outputs, records: Records) -> Score:
     """Against all accepted answers."""
-    return ocr_vqa_accuracy(texts_of(outputs), all_answers(records))
+    return ocr_vqa_accuracy(texts_of(outputs), accepted_answers(records))
 
 
 # --- how sides are made comparable ------------------------------------------------------------------------------------

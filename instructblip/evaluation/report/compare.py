@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from instructblip.errors import UserError
-from instructblip.evaluation.metrics import METRICS, Interval
+from instructblip.evaluation.metrics import METRICS
 from instructblip.evaluation.protocol import UNSTATED
 from instructblip.evaluation.report.table import MADE_UP_DATA, OTHER_PRECISION, in_table_order
 from instructblip.evaluation.results_file import StoredPrediction, StoredRun, read_predictions, read_run
@@ -176,12 +176,12 @@ def _compare(dataset: str, first: StoredRun, second: StoredRun) -> Comparison:
 def _sample_values(predictions: Sequence[StoredPrediction], metric: str) -> list[float]:
     """A value a sample whose mean is the score and whose spread over samples is the score's.
 
-    For a metric of pairs (AUROC) a sample's placement value, weighed by how rare its class is: the linear form on which
-    DeLong, DeLong and Clarke-Pearson's test (Biometrics 44, 1988) of two correlated curves rests. All other scores are
-    means already.
+    For AUROC a sample's placement value, weighed by how rare its class is: the linear form on which DeLong, DeLong and
+    Clarke-Pearson's test (Biometrics 44, 1988) of two correlated curves rests. All other scores are means already, recall
+    of retrieval too: an image's value is what it adds.
     """
     values = [prediction.score or 0.0 for prediction in predictions]
-    if metric not in METRICS or METRICS[metric].interval is not Interval.PAIRS:
+    if metric not in METRICS or not METRICS[metric].needs_both_labels:
         return values
     classes = [prediction.answers for prediction in predictions]
     mean, count = sum(values) / len(values), len(values)

@@ -126,7 +126,7 @@ def breakdowns(result: TaskResult) -> dict[str, list[tuple[str, int, float]]]:
         for name in dict.fromkeys(name for record in records for name in record.tags)
     }
     if task.protocol.candidates_from == "card":
-        groups["answer"] = [record.answers[0] for record in records]
+        groups["answer"] = [next((text for text, _ in answers_of(record)), "not stated") for record in records]
     found = {}
     for name, labels in groups.items():
         if 2 <= len(set(labels)) <= len(labels) / 2:
@@ -144,7 +144,8 @@ def outcome(result: TaskResult, number: int) -> str:
     if decided_by is Outcome.CHOICE:
         answers = {text for text, _ in answers_of(result.samples[number].record)}
         return "right" if result.predictions[number].prediction in answers else "wrong"
-    return "right" if value >= _FULL else "partial" if value > 0 else "wrong"
+    marks = value if result.task.metric.higher_is_better else 100 - value
+    return "right" if marks >= _FULL else "partial" if marks > 0 else "wrong"
 
 
 def answers_of(record: Record) -> list[tuple[str, int]]:
