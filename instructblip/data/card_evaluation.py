@@ -26,7 +26,9 @@ from instructblip.config.schema import (
 )
 from instructblip.config.validate import build, nearest
 from instructblip.data.card_defaults import is_metric_file
-from instructblip.data.templates import FIELDS
+from instructblip.data.records import Record
+from instructblip.data.templates import FIELDS, render_prompt
+from instructblip.data.text_processors import TEXT_PROCESSORS
 from instructblip.errors import UserError
 from instructblip.files import sha256_file
 
@@ -37,6 +39,7 @@ _RUN = ("config.yaml", "metrics.jsonl", "checkpoints")
 _MODEL = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
 # What a prompt of a card may name in braces: what a template may, without what would give the answer away.
 PROMPT_FIELDS = tuple(name for name in FIELDS if name not in ("answer", "caption"))
+STATEMENT = "{question}"  # the prompt of `match` mode, whatever a card says
 _FIELD = re.compile(r"\{([^{}]*)\}")
 _PYTHON = re.compile(r"(?P<file>.+\.py):(?P<name>[^\W\d]\w*)", re.DOTALL)
 
@@ -121,6 +124,18 @@ def with_preset(evaluation: Evaluation, preset: str, llm_kind: str) -> Evaluatio
         UserError: a preset's key or value that is not valid.
     """
     return _with_preset(evaluation, preset, llm_kind, "the card")
+
+
+def finished_prompt(evaluation: Evaluation, record: Record) -> str:
+    """The prompt that a record is asked with.
+
+    Raises:
+        ValueError: as `render_prompt`.
+    """
+    if record.question:
+        question = TEXT_PROCESSORS[evaluation.text_processor](record.question)
+        record = dataclasses.replace(record, question=question)
+    return render_prompt(evaluation.prompt, record, may_be_empty=evaluation.may_be_empty)
 
 
 def own_metric(metric: str) -> tuple[Path, str] | None:

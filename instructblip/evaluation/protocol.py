@@ -11,13 +11,20 @@ from statistics import fmean
 from typing import Any
 
 from instructblip.config.schema import EvaluationPrecision, Mode
-from instructblip.data.card_evaluation import Evaluation, metric_name, metric_sha256, with_preset
+from instructblip.data.card_evaluation import (
+    STATEMENT,
+    Evaluation,
+    finished_prompt,
+    metric_name,
+    metric_sha256,
+    with_preset,
+)
 from instructblip.data.cards import Card, check_prepared_from
 from instructblip.data.coverage import RecordCounts, prepared_counts
 from instructblip.data.records import Record
 from instructblip.data.shards import MANIFEST_NAME, PreparedSplit, ShardReader, open_split
 from instructblip.data.synthetic import is_made_up
-from instructblip.data.templates import MAX_OCR_TOKENS, render_prompt
+from instructblip.data.templates import MAX_OCR_TOKENS
 from instructblip.data.text_processors import TEXT_PROCESSORS
 from instructblip.errors import UserError
 from instructblip.evaluation.metrics import METRICS, Metric
@@ -630,7 +637,7 @@ def _choose(card: Card, opened: PreparedSplit, rules: Evaluation, limit: int | N
         record = records_at[number, row][place]
         shard = opened.shards[number]
         try:
-            asked = _prompt(rules, record)
+            asked = finished_prompt(rules, record)
         except ValueError as error:
             raise UserError(f"{card.name}: {error}; change evaluation.prompt of its card") from None
         found.append(EvaluationSample(f"{card.name}/{record.id}", shard, row, record, asked))
@@ -643,17 +650,6 @@ def _choose(card: Card, opened: PreparedSplit, rules: Evaluation, limit: int | N
     return [sample for sample in found if sample.id in chosen]  # in stored order, as when all are taken
 
 
-def _prompt(rules: Evaluation, record: Record) -> str:
-    """The finished prompt of a record.
-
-    Raises:
-        ValueError: as `render_prompt`.
-    """
-    if record.question:
-        record = replace(record, question=TEXT_PROCESSORS[rules.text_processor](record.question))
-    return render_prompt(rules.prompt, record, may_be_empty=rules.may_be_empty)
-
-
 def _samples_sha256(opened: PreparedSplit, samples: Sequence[EvaluationSample]) -> str:
     digest = hashlib.sha256(opened.sha256.encode())
     for sample in samples:
@@ -664,7 +660,6 @@ def _samples_sha256(opened: PreparedSplit, samples: Sequence[EvaluationSample]) 
 # The classes of statements in the order of the matching head's logits: no match, match. Of equals the first is taken, so a
 # statement is true where the probability of a match is above 0.5.
 STATEMENT_CLASSES = ("false", "true")
-_STATEMENT = "{question}"  # a prompt that shows nothing else
 _OWN_OCR = "the dataset's own"
 _FROM_CARD = (
     *SEARCH,
@@ -685,7 +680,7 @@ _FROM_CARD = (
 def protocol_fields(rules: Evaluation, mode: str) -> dict[str, Any]:
     """The choices of a `Protocol`, by name, that follow from a card's evaluation in this mode."""
     if mode == "match":
-        rules = replace(rules, prompt=_STATEMENT, candidates=STATEMENT_CLASSES, verbalizers={}, candidates_from=None)
+        rules = replace(rules, prompt=STATEMENT, candidates=STATEMENT_CLASSES, verbalizers={}, candidates_from=None)
     source = {"rank": rules.candidates_from or "card", "retrieve": "captions", "match": "card"}.get(mode, "none")
     verbalizers = tuple((text, label) for label, synonyms in rules.verbalizers.items() for text in synonyms)
     ranked = source == "card"

@@ -24,18 +24,22 @@ SUBMISSIONS: Mapping[str, SubmissionRow] = {
 }
 
 
-def submission_rows(dataset: str, outputs: Sequence[ModelOutput], records: Sequence[Record]) -> list[Row]:
+def submission_rows(
+    dataset: str, outputs: Sequence[ModelOutput], records: Sequence[Record], row: SubmissionRow | None = None
+) -> list[Row]:
     """The objects of a dataset's leaderboard file, in the order of the records.
 
     Args:
-        dataset: a name in `SUBMISSIONS`.
+        dataset: its name, of those in `SUBMISSIONS` where no row is given.
         outputs, records: one a sample, of a whole split: servers refuse a part of one.
+        row: as the metric makes it; None: that of `SUBMISSIONS`.
 
     Raises:
         ValueError: a dataset without a leaderboard file, different lengths, no records, a record whose id is not of the
             dataset's form or comes twice, or a VisDial round without a score for each option.
     """
-    if dataset not in SUBMISSIONS:
+    row = row or SUBMISSIONS.get(dataset)
+    if row is None:
         raise ValueError(f"no leaderboard file is known for {dataset}; there is one for {', '.join(SUBMISSIONS)}")
     same_length("records", outputs, records)
     if not records:
@@ -45,11 +49,17 @@ def submission_rows(dataset: str, outputs: Sequence[ModelOutput], records: Seque
         if record.id in seen:
             raise ValueError(f"record {record.id!r} of {dataset} comes twice")
         seen.add(record.id)
-    return [SUBMISSIONS[dataset](output, record) for output, record in zip(outputs, records, strict=True)]
+    return [row(output, record) for output, record in zip(outputs, records, strict=True)]
 
 
-def write_submission(folder: Path, dataset: str, outputs: Sequence[ModelOutput], records: Sequence[Record]) -> Path:
+def write_submission(
+    folder: Path,
+    dataset: str,
+    outputs: Sequence[ModelOutput],
+    records: Sequence[Record],
+    row: SubmissionRow | None = None,
+) -> Path:
     """Write `submission.json` into the folder and return its path; errors as `submission_rows`."""
     path = folder / SUBMISSION
-    write_atomically(path, json.dumps(submission_rows(dataset, outputs, records), ensure_ascii=False) + "\n")
+    write_atomically(path, json.dumps(submission_rows(dataset, outputs, records, row), ensure_ascii=False) + "\n")
     return path

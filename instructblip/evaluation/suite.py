@@ -514,7 +514,7 @@ def console_table(title: str, results: Sequence[DatasetResult], *, trained_on: C
 def _write_submission(folder: Path, result: TaskResult) -> Path:
     name, records = result.task.card.name, [sample.record for sample in result.samples]
     try:
-        return write_submission(folder, name, result.outputs, records)
+        return write_submission(folder, name, result.outputs, records, result.task.metric.submissions[name])
     except ValueError as error:
         raise UserError(
             f"{name} has no form that its leaderboard takes ({error}); prepare the official files"

@@ -91,7 +91,7 @@ def read_lines(path: Path) -> list[str]:
         UserError: it cannot be read, is no UTF-8, or has none.
     """
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n")]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"texts={path} cannot be read as UTF-8 text ({error}); give a file with one text a line"

@@ -18,7 +18,7 @@ from instructblip.models.blip2 import BLIP2
 from tests.kit.blip import tiny_retrieval
 from tests.kit.stage1 import tiny_stage1
 
-TEXTS = ["a dog", "two small cats on the grass", "a bus"]
+TEXTS = ["a dog", "two small cats on the grass", "a\u2028bus"]
 
 
 @pytest.fixture(scope="module", params=[tiny_stage1, tiny_retrieval], ids=["blip2", "blip"])

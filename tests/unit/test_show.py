@@ -123,6 +123,20 @@ def test_evaluation_is_shown_as_asked_with_what_counts_as_right(tmp_path: Path, 
     assert re.findall(r"<h2>(.*?)</h2>", page) == ["tiny, test", "tiny_view, test"]
 
 
+def test_a_question_that_a_card_cleans_is_shown_cleaned(tmp_path: Path, cards: list[Card]) -> None:
+    rules, blip = cards[1].evaluation, load_card("vqav2_blip").evaluation
+    assert rules is not None and blip is not None
+    asked = dataclasses.replace(rules, prompt=blip.prompt, text_processor=blip.text_processor)
+    match = dataclasses.replace(rules, mode="match", verbalizers={})
+    for evaluation, shown in ((asked, "is this really red?"), (match, "Is THIS (really) red?")):
+        card = dataclasses.replace(cards[1], evaluation=evaluation)
+        show.all_cards = [card].copy  # the fixture puts it back
+        statement = Record("1", "statement", "Is THIS (really) red?", answers=("true",), label=1)
+        _write(tmp_path, rules.split, [statement], {"png": _png((40, 20), "red")})
+        page = write_samples(tmp_path, samples=5, seed=0, image_size=16).read_text()
+        assert _texts(page, "instruction") == [blip.prompt.format(question=shown) if evaluation is asked else shown]
+
+
 def test_what_is_only_trained_on_is_shown_of_the_train_split_only(tmp_path: Path, cards: list[Card]) -> None:
     cards[0] = dataclasses.replace(cards[0], evaluation=None)
     show.all_cards = lambda: cards[:1]  # the fixture puts it back

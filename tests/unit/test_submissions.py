@@ -1,13 +1,17 @@
 """Leaderboard files, as the servers take them."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from instructblip.data.records import Record
-from instructblip.evaluation.metrics import ModelOutput
+from instructblip.evaluation.metrics import METRICS, Metric, ModelOutput
 from instructblip.evaluation.submissions import SUBMISSIONS, submission_rows, write_submission
+from instructblip.evaluation.suite import DatasetResult, results_json, write_results
+from tests.unit.test_report_data import result_of
+from tests.unit.test_results import MODEL
 
 OPTIONS = ("yes", "no", "maybe")
 
@@ -34,6 +38,19 @@ def test_rows_of_every_leaderboard() -> None:
         "visdial": [{"image_id": 185565, "round_id": 10, "ranks": [2, 1, 3]}],
     }
     assert found.keys() == SUBMISSIONS.keys()
+
+
+def test_a_metric_of_one_s_own_may_serve_a_leaderboard(tmp_path: Path) -> None:
+    def row(output: ModelOutput, record: Record) -> dict[str, object]:
+        return {"key": record.id, "said": output.text}
+
+    metric = Metric("mine", "mine", METRICS["accuracy"].function, submissions={"vqav2": row})
+    question = Record("7", "question", "?", answers=("red",), answer_weights=(10.0,))
+    result = result_of(tmp_path, "vqav2", [question], ["red"])
+    item = DatasetResult(replace(result, task=replace(result.task, own_metric=metric)), {})
+    summary = results_json([item], checkpoint="x", fingerprint="abc", step=1, model=MODEL)
+    *_, written = write_results(tmp_path / "out", "t", [item], summary, examples=0)
+    assert json.loads(written.read_text()) == [{"key": "7", "said": "red"}]
 
 
 def test_the_file_is_one_json_list_in_the_order_of_the_records(tmp_path: Path) -> None:

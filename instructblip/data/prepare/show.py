@@ -5,20 +5,20 @@ import io
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from instructblip.data.card_evaluation import Evaluation
+from instructblip.data.card_evaluation import STATEMENT, Evaluation, finished_prompt
 from instructblip.data.cards import TRAIN_SPLIT, Card, OwnCard, all_cards, check_prepared_from, settled
 from instructblip.data.mixture import position_generator
 from instructblip.data.prepare.audit import GIVE_CARDS
 from instructblip.data.records import Record
 from instructblip.data.shards import MANIFEST_NAME, PreparedSplit, open_split
-from instructblip.data.templates import render_prompt, render_training
+from instructblip.data.templates import render_training
 from instructblip.errors import UserError
 from instructblip.files import write_atomically
 from instructblip.html import page_environment
@@ -179,7 +179,7 @@ def _as_trained(record: Record, card: Card, random: np.random.Generator) -> tupl
 def _as_evaluated(record: Record, rules: Evaluation) -> tuple[str, str | None, str]:
     """Instruction, target and note."""
     try:
-        instruction = render_prompt(rules.prompt, record)
+        instruction = finished_prompt(replace(rules, prompt=STATEMENT) if rules.mode == "match" else rules, record)
     except ValueError as error:
         return record.question or "", None, str(error)
     answers: Sequence[Any] = record.captions or record.answers

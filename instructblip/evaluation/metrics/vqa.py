@@ -9,7 +9,14 @@ import re
 import string
 from collections.abc import Callable, Sequence
 
-from instructblip.evaluation.metrics.metric import Outputs, Records, accepted_answers, all_answers, only_answers, texts_of
+from instructblip.evaluation.metrics.metric import (
+    Outputs,
+    Records,
+    accepted_answers,
+    all_answers,
+    only_answers,
+    texts_of,
+)
 from instructblip.evaluation.metrics.score import Score, check_references, mean_score, same_length
 
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
