@@ -193,8 +193,12 @@ def model_outputs(
             ranks = (prediction.rank, *(ranking.rank for ranking in prediction.captions))
             outputs.append(ModelOutput(prediction.prediction, ranks=ranks))
             continue
-        if not prediction.scores or prediction.ranked:
+        if not prediction.scores:
             outputs.append(ModelOutput(prediction.prediction))
+            continue
+        if prediction.ranked:  # the best scores alone were kept
+            classes = tuple(dict.fromkeys(task.protocol.classes)) or task.candidates(sample.record)
+            outputs.append(ModelOutput(prediction.prediction, classes))
             continue
         names, scores = class_scores(task.protocol, task.candidates(sample.record), prediction.scores)
         outputs.append(ModelOutput(prediction.prediction, names, scores))

@@ -18,7 +18,7 @@ from instructblip.data.shards import MANIFEST_FORMAT, ShardWriter, shard_path
 from instructblip.errors import UserError
 from instructblip.evaluation import suite as results
 from instructblip.evaluation.metrics import METRICS, Metric, accuracy
-from instructblip.evaluation.outcomes import Failure, Prediction, TaskResult
+from instructblip.evaluation.outcomes import Failure, Prediction, TaskResult, score_task
 from instructblip.evaluation.protocol import Task, make_task
 from instructblip.evaluation.suite import (
     BLIND,
@@ -127,6 +127,18 @@ def test_a_metric_that_reads_scores_has_no_majority(card: Card, shards: Path, ca
     own = make_task(dataclasses.replace(card, evaluation=rules), shards)
     assert baselines(own, shards, None) == {}
     assert "easy_vqa_color has no baseline 'majority per question': metric mine.py:sure fails (" in caplog.text
+
+
+@pytest.mark.parametrize("ranked", [(), (0, 1)])  # as of few candidates, and of more than are kept
+def test_what_was_chosen_counts_as_it_stands(card: Card, shards: Path, ranked: tuple[int, ...]) -> None:
+    task = make_task(card, shards)
+    scores = (-1.0, -2.0) if ranked else (-1.0,) * len(task.protocol.candidates)
+    texts = [sample.record.answers[0].title() for sample in task.samples]
+    pairs = zip(task.samples, texts, strict=True)
+    chosen = [Prediction(sample.id, sample.id, text, scores, ranked) for sample, text in pairs]
+    assert score_task(task, task.samples, chosen, seconds=1.0).value == 0.0
+    written = [dataclasses.replace(item, scores=(), ranked=()) for item in chosen]
+    assert score_task(task, task.samples, written, seconds=1.0).value == 100.0
 
 
 def test_an_error_rate_has_no_chance_of_right_answers(card: Card, shards: Path) -> None:

@@ -257,9 +257,8 @@ def _matches(prediction: str, accepted: Sequence[str], normalize: bool) -> bool:
 
 def accuracy_of_records(outputs: Outputs, records: Records) -> Score:
     """Texts as they stand where the model chose, after `normalize_answer` where it wrote."""
-    return accuracy(
-        texts_of(outputs), accepted_answers(records), normalize=not any(output.scores for output in outputs)
-    )
+    wrote = not any(output.classes or output.scores for output in outputs)
+    return accuracy(texts_of(outputs), accepted_answers(records), normalize=wrote)
 
 
 def multiple_choice_accuracy_of_records(outputs: Outputs, records: Records) -> Score:

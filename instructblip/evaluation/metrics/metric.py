@@ -26,7 +26,8 @@ class ModelOutput:
         text: what it wrote, or the class with the highest score.
         classes: what it chose from: the record's choices in their order, or the names of the classes; empty when it wrote
             freely.
-        scores: log-likelihood of each of `classes`, in nats (of a class with several texts: of any of them).
+        scores: log-likelihood of each of `classes`, in nats (of a class with several texts: of any of them); empty where it
+            chose from more than are kept.
         ranks: in retrieval, the place of the image's first right caption, then that of the image for each of its captions;
             0 is the best, None was not found.
     """
