@@ -78,7 +78,8 @@ def score_interval(
     if len(clusters) != len(score.per_sample):
         raise ValueError(f"{len(score.per_sample)} samples for {len(clusters)} cluster names")
     values = [value * score.table_factor for value in score.per_sample]
-    if interval is not Interval.MEAN and min(score.table_value, 100 - score.table_value) < _ROUNDING:
+    at_an_end = min(abs(score.table_value), abs(100 - score.table_value)) < _ROUNDING
+    if interval is not Interval.MEAN and at_an_end:
         images = len(set(clusters))
         count = images if score.units is None else min(images, score.units)
         low, high = wilson_interval(count if score.table_value > 50 else 0, count)

@@ -121,6 +121,11 @@ def test_a_cider_of_zero_has_no_interval_of_a_proportion() -> None:
     assert score_interval(best, range(4), Interval.MEAN) is None
 
 
+def test_a_mean_beyond_the_scale_of_shares_has_no_interval_of_a_proportion() -> None:
+    for values in ([140.0, 160.0] * 10, [-1.0, 0.0] * 10):
+        assert score_interval(accuracy_of(values), range(20)) == clustered_bootstrap_interval(values, range(20))
+
+
 def test_interval_of_a_mean_resamples_images_on_the_tables_scale() -> None:
     values, clusters = [100.0, 0.0, 30.0, 60.0] * 10, list(range(20)) * 2
     assert score_interval(accuracy_of(values), clusters) == clustered_bootstrap_interval(values, clusters)
