@@ -47,7 +47,12 @@ class CLIP(nn.Module):
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
         """Features (C, E) of texts, unit length; long ones lose their end, but for the end token."""
         rows = self.tokenizer(
-            list(texts), padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt"
+            list(texts),
+            padding=True,
+            padding_side="right",
+            truncation=True,
+            max_length=self.max_tokens,
+            return_tensors="pt",
         ).to(self.mean.device)
         pooled = self.model.text_model(input_ids=rows["input_ids"], attention_mask=rows["attention_mask"]).pooler_output
         return F.normalize(self.model.text_projection(pooled), dim=-1)

@@ -9,6 +9,7 @@ Shape legend: B batch, N beams, R = B x N rows, T tokens, W vocabulary.
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import repeat
@@ -25,6 +26,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from instructblip.errors import UserError
 from instructblip.models.arguments import Decoding
 from instructblip.models.streaming import OnIds
 
@@ -80,6 +82,32 @@ BEAM_LENGTHS = {
 }
 
 
+@contextmanager
+def finite_logits() -> Iterator[Callable[[Tensor], None]]:
+    """What logits are shown to; at the end of the block refuse what was generated from NaN or +infinity.
+
+    A model with such logits writes texts like any other. The check costs no wait for the device until the end.
+
+    Raises:
+        UserError: there were such logits.
+    """
+    found: list[Tensor] = []
+
+    def look(logits: Tensor) -> None:
+        wrong = ~(logits < torch.inf).all()
+        found[:] = [wrong | found[0]] if found else [wrong]
+
+    try:
+        yield look
+    except RuntimeError:  # transformers' sampling stumbles over such numbers itself
+        if not (found and bool(found[0])):
+            raise
+    if found and bool(found[0]):
+        raise UserError(
+            "the language model's logits are not finite numbers; weights are damaged, or overflow in their dtype"
+        )
+
+
 @torch.no_grad()
 def decode(
     step: Step,
@@ -104,15 +132,20 @@ def decode(
 
     Returns:
         Start and new tokens (B, T).
+
+    Raises:
+        UserError: logits that are not finite.
     """
     search = _search(start_BT, decoding, RELEASED_BLIP, on_ids, eos_id=eos_id, pad_id=pad_id, leaves=False)
     cache = replace(cache)  # type: ignore[type-var]
     if decoding.num_beams > 1:
         cache = cache.select(_beam_rows(start_BT, decoding.num_beams))
-    while not search.ended:
-        rows_R = search.take(step(search.new_RT, cache))
-        if rows_R is not None and not search.ended:
-            cache = cache.select(rows_R)
+    with finite_logits() as look:
+        while not search.ended:
+            look(logits_RW := step(search.new_RT, cache))
+            rows_R = search.take(logits_RW)
+            if rows_R is not None and not search.ended:
+                cache = cache.select(rows_R)
     return search.texts()
 
 
@@ -238,11 +271,18 @@ def _likeliest(scores_RW: Tensor, _rows_R: Tensor) -> Tensor:
 
 
 def _draw(scores_RW: Tensor, _rows_R: Tensor) -> Tensor:
-    return torch.multinomial(scores_RW.softmax(dim=1), 1)[:, 0]
+    return torch.multinomial(_shares(scores_RW), 1)[:, 0]
 
 
 def _draw_with(scores_RW: Tensor, rows_R: Tensor, *, noise_B: Tensor) -> Tensor:
     return drawn_with(scores_RW, noise_B[rows_R])
+
+
+def _shares(scores_BW: Tensor) -> Tensor:
+    """Probabilities; even ones of a row that is no row of numbers, which `finite_logits` refuses at the end: until then it
+    must name a token.
+    """
+    return scores_BW.softmax(dim=1).nan_to_num(nan=1.0)
 
 
 def _draws(noise_BT: Tensor | None, device: torch.device) -> Iterator[Choose]:
@@ -262,7 +302,7 @@ def drawn_with(scores_BW: Tensor, noise_B: Tensor) -> Tensor:
     probabilities; never one of score -inf.
     """
     # In float64 no order of summation, which a GPU does not promise, moves a border by what a draw would notice.
-    borders_BW = scores_BW.double().softmax(dim=1).cumsum(dim=1)
+    borders_BW = _shares(scores_BW.double()).cumsum(dim=1)
     total_B1 = borders_BW[:, -1:]
     # Rounding may bring the product to the total itself, which is behind every token.
     last_B1 = torch.nextafter(total_B1, torch.zeros_like(total_B1))

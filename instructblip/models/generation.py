@@ -8,8 +8,7 @@ by transformers' own generation.
 Shape legend: B prompts, N beams, R = B x N rows, T tokens, K nodes so far, L language-model width, V vocabulary.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from instructblip.errors import UserError
 from instructblip.models.arguments import Decoding
-from instructblip.models.decoding import BEAM_LENGTHS, BeamLengths, decode_in_turn, drawing
+from instructblip.models.decoding import BEAM_LENGTHS, BeamLengths, decode_in_turn, drawing, finite_logits
 from instructblip.models.facts import SEARCH
 from instructblip.models.llm import LLM
 from instructblip.models.prefill import Prefill
@@ -71,28 +70,6 @@ def write(
     if llm.abilities.tree:
         return _in_branches(llm, prefixes, decoding, BEAM_LENGTHS[beam_lengths], together)
     return _by_transformers(llm, prefixes, decoding, together)
-
-
-@contextmanager
-def _finite_logits() -> Iterator[Callable[[Tensor], None]]:
-    """What logits are shown to; at the end of the block refuse what was generated from NaN or +infinity.
-
-    A model with such logits writes texts like any other. The check costs no wait for the device until the end.
-
-    Raises:
-        UserError: there were such logits.
-    """
-    found: list[Tensor] = []
-
-    def look(logits: Tensor) -> None:
-        wrong = ~(logits < torch.inf).all()
-        found[:] = [wrong | found[0]] if found else [wrong]
-
-    yield look
-    if found and bool(found[0]):
-        raise UserError(
-            "the language model's logits are not finite numbers; weights are damaged, or overflow in their dtype"
-        )
 
 
 # --- branches of a tree ----------------------------------------------------------------------------------------------
@@ -172,7 +149,7 @@ def _in_branches(
         look(logits_RV := rows.next_logits(new_RT))
         return logits_RV
 
-    with _finite_logits() as look:
+    with finite_logits() as look:
         ids = decode_in_turn(
             step,
             lambda numbers: Branches.of(llm, [prefixes[number] for number in numbers]),
@@ -200,7 +177,7 @@ def _by_transformers(llm: LLM, prefixes: Sequence[Tensor], decoding: Decoding, a
         options["streamer"] = NewTokens(listener)
     together = at_once if llm.abilities.padded_prompts or len({len(prefix) for prefix in prefixes}) == 1 else 1
     texts = []
-    with _finite_logits() as look, llm.model.register_forward_hook(lambda *call: look(call[-1].logits[:, -1])):
+    with finite_logits() as look, llm.model.register_forward_hook(lambda *call: look(call[-1].logits[:, -1])):
         for first in range(0, len(prefixes), together):
             rows = range(len(prefixes))[first : first + together]
             processors = drawing(decoding.of_rows(rows), prefixes[0].device)

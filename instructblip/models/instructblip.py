@@ -159,11 +159,13 @@ class InstructBLIP(VisionLanguageModel):
         self.projection.bias.zero_()
 
     def _tokenize_instructions(self, instructions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        # [CLS] and [SEP] stay, as in the released model; what is too long loses its beginning.
+        # [CLS] and [SEP] stay, as in the released model; what is too long loses its beginning. Padding stands behind,
+        # whatever the tokenizer's folder says: positions count from the row's first place.
         assert self.qformer_tokenizer is not None
         encoded = self.qformer_tokenizer(
             list(instructions),
             padding="longest",
+            padding_side="right",
             truncation=True,
             max_length=self.max_instruction_tokens,
             return_tensors="pt",

@@ -58,7 +58,7 @@ def load_clip(folder: Path, device: str = "auto") -> CLIP:
     Raises:
         UserError: files that do not fit together.
     """
-    settings, tokenizer = open_config(folder), open_tokenizer(folder)
+    settings, tokenizer = open_config(folder), open_tokenizer(folder, truncation_side="right")
     check_vocabulary(tokenizer, settings.text_config.vocab_size, f"{folder}: ")
     try:
         with quiet_transformers():

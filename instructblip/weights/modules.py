@@ -34,6 +34,8 @@ from instructblip.models.qformer import QFormer
 from instructblip.models.vision import VisionEncoder
 from instructblip.weights.outlines import outlined_encoder, outlined_language_model
 
+_MARKS = 2  # [CLS] and [SEP]
+
 
 @dataclass(frozen=True)
 class Parts:
@@ -94,6 +96,7 @@ def parts_without_weights(config: ModelConfig, *, outlined: bool = False) -> Par
             heads = pair_heads(qformer.width, qformer.width, config.model.feature_width)
             return Parts(vision, norm, qformer, nn.ModuleDict(heads), None)
         qformer = qformer_of_sizes(config.q_former(), vision_width=vision.width)
+        check_instructions(config.q_former(), qformer.max_text_tokens)
         llm = _language_model(config.language_model(), outlined=outlined)
         projection = nn.Linear(qformer.width, llm.get_input_embeddings().weight.shape[1])
     return Parts(vision, norm, qformer, nn.ModuleDict({"projection": projection}), llm)
@@ -267,6 +270,21 @@ def check_length(model: ArchitectureConfig, places: int) -> None:
         raise UserError(
             f"model.max_text_tokens={model.max_text_tokens} is more than the text model's {places} places; lower it"
         )
+
+
+def check_instructions(config: QFormerConfig, places: int) -> None:
+    """Refuse instructions that may be longer than the Q-Former's places, as `check_length` does, or that are never read.
+
+    Raises:
+        UserError: names the setting.
+    """
+    if not config.instruction_aware:
+        return
+    said = f"qformer.max_instruction_tokens={config.max_instruction_tokens}"
+    if config.max_instruction_tokens > places:
+        raise UserError(f"{said} is more than the Q-Former's {places} places; lower it")
+    if config.max_instruction_tokens <= _MARKS:
+        raise UserError(f"{said} leaves nothing of a text beside its {_MARKS} marks; set it to {_MARKS + 1} or more")
 
 
 def check_temperature(temperature: float) -> None:

@@ -131,6 +131,8 @@ def _first_logits(model: Any, folder: Path, said: LLMSettings, *, pad_as_saved: 
     processor.tokenizer.init_kwargs.pop("padding_side", None)  # which it would hand on to the Q-Former's tokenizer
     if not pad_as_saved:
         processor.tokenizer.padding_side = "left" if config.use_decoder_only_language_model else "right"
+        if layout.kind == "instructblip":
+            processor.qformer_tokenizer.padding_side = "right"
     around = conventions.get("prompt_prefix", ""), conventions.get("prompt_suffix", "")
     texts = [around[0] + text + around[1] for text in UNEQUAL]
     images = list(pixels(config.vision_config.image_size))

@@ -71,6 +71,7 @@ from instructblip.weights.language_model import finished_llm, load_language_mode
 from instructblip.weights.lavis import read_pth
 from instructblip.weights.modules import (
     bert_settings,
+    check_instructions,
     check_length,
     check_temperature,
     make_connector,
@@ -120,6 +121,7 @@ def build_instructblip(config: ModelConfig) -> InstructBLIP:
     torch.manual_seed(config.seed)
     qformer = config.q_former()
     trainable, tokenizer = load_qformer(qformer, vision_width=encoder.width)
+    check_instructions(qformer, trainable.max_text_tokens)
     norm = VISION_NORMS[config.vision.norm](encoder.width, config.vision.norm_eps)
     return InstructBLIP(
         vision=encoder,

@@ -7,12 +7,14 @@ tensor. One without them is read with the released models' values.
 """
 
 import json
+import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from PIL.Image import Resampling
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -23,6 +25,8 @@ from instructblip.models.llm import LLM
 from instructblip.weights.gatekeeper import check_settings, open_config, open_tokenizer
 from instructblip.weights.names import LLM_TOKENIZER, QFORMER_TOKENIZER, SIDECAR, SIDECAR_FORMAT
 from instructblip.weights.transformers_layout import layout_of
+
+logger = logging.getLogger(__name__)
 
 BACKBONE = "eva_giant_patch14_clip_224"  # the architecture; sizes come from the folder
 _MAX_TEXT_TOKENS: dict[ModelKind, int] = {"instructblip": 128, "blip2": 128, "blip2_stage1": 32}  # as released
@@ -114,8 +118,16 @@ def load_qformer_tokenizer(folder: Path, settings: Settings) -> PreTrainedTokeni
     if settings.kind == "instructblip" and not inside.is_dir():
         raise UserError(f"{folder} has no {QFORMER_TOKENIZER}/; fetch the whole model, subfolders too")
     if settings.kind == "instructblip":
-        return open_tokenizer(inside, truncation_side="left")
-    return _of_rows(open_tokenizer(inside if inside.is_dir() else folder), settings.qformer["vocab_size"])
+        return _padding_behind(open_tokenizer(inside, truncation_side="left"))
+    own = open_tokenizer(inside if inside.is_dir() else folder)
+    return _padding_behind(_of_rows(own, settings.qformer["vocab_size"]))
+
+
+def _padding_behind(tokenizer: Any) -> PreTrainedTokenizerBase:
+    """A text's tokenizer as it is written again: a processor that pads prompts on the left may have marked it so."""
+    if tokenizer.padding_side != "right":
+        tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "right"
+    return tokenizer
 
 
 def _of_rows(tokenizer: Any, rows: int) -> PreTrainedTokenizerBase:
@@ -197,19 +209,25 @@ def image_statistics(folder: Path, config: Any) -> dict[str, list[float]]:
         found = read_json(folder / "preprocessor_config.json")
     else:
         found = read_json(folder / "processor_config.json").get("image_processor", {})
-    if not {"image_mean", "image_std"} <= found.keys():
+    normalises = found.get("do_normalize", True)
+    if normalises and not {"image_mean", "image_std"} <= found.keys():
         raise UserError(
             f"{folder} does not say how images are normalised (preprocessor_config.json); fetch the whole model"
         )
     size, wanted = found.get("size", {}), one_number(config.vision_config.image_size)
-    if {size.get("height", wanted), size.get("width", wanted)} != {wanted}:
+    sides = {size.get("height", wanted), size.get("width", wanted)} if isinstance(size, dict) else {one_number(size)}
+    if sides != {wanted}:
         raise UserError(f"{folder}: the image processor gives images of {size}, the vision part takes {wanted} pixels")
+    if (resample := found.get("resample", Resampling.BICUBIC)) != Resampling.BICUBIC:
+        logger.warning(
+            "%s: its image processor resizes by Pillow's filter %s, this code by the bicubic one: answers may differ",
+            folder,
+            resample,
+        )
+    mean, std = (found["image_mean"], found["image_std"]) if normalises else ([0.0] * 3, [1.0] * 3)
     # In float32, as transformers does it, to the last bit.
-    levels = 1 / found.get("rescale_factor", 1 / 255)
-    return {
-        "mean": (torch.tensor(found["image_mean"]) * levels).tolist(),
-        "std": (torch.tensor(found["image_std"]) * levels).tolist(),
-    }
+    levels = 1 / found.get("rescale_factor", 1 / 255) if found.get("do_rescale", True) else 1.0
+    return {"mean": (torch.tensor(mean) * levels).tolist(), "std": (torch.tensor(std) * levels).tolist()}
 
 
 def _qformer_arguments(config: Any, kind: ModelKind, folder: Path) -> dict[str, Any]:

@@ -1,15 +1,18 @@
 """BLIP in every format: read by one call, converted with a certificate, bit-equal out and in again."""
 
 import dataclasses
+import json
 import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import BlipImageProcessor
 
 import instructblip
 from instructblip.config.schema import ModelConfig
@@ -26,8 +29,10 @@ from instructblip.weights.names import foreign_names
 from instructblip.weights.native import blip_parts_config, save_blip_parts, save_native
 from instructblip.weights.parts import build_model
 from instructblip.weights.transformers_blip import load_blip_folder
+from instructblip.weights.transformers_settings import image_statistics
 from tests.kit.blip import (
     CLASSES,
+    SIDE,
     tiny_caption,
     tiny_pretrain,
     tiny_retrieval,
@@ -52,6 +57,34 @@ def assert_same(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> 
     for name, tensor in expected.items():
         assert found[name].dtype == tensor.dtype, name
         assert torch.equal(found[name], tensor), name
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4]},
+        {"do_normalize": False},
+        {"do_rescale": False, "image_mean": [120.0, 110.0, 100.0], "image_std": [60.0, 61.0, 62.0]},
+        {"do_rescale": False, "do_normalize": False},
+        {"rescale_factor": 1 / 127.5},
+        {"size": SIDE},  # as older folders have it
+    ],
+)
+def test_pixels_are_those_of_the_folders_own_image_processor(said: dict[str, Any], tmp_path: Path) -> None:
+    BlipImageProcessor(size={"height": SIDE, "width": SIDE}).save_pretrained(tmp_path)
+    file = tmp_path / "preprocessor_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | said))
+    picture = torch.randint(0, 256, (3, SIDE, SIDE), dtype=torch.uint8)
+    expected = BlipImageProcessor.from_pretrained(tmp_path)(picture, return_tensors="pt")["pixel_values"][0]
+    found = image_statistics(tmp_path, SimpleNamespace(vision_config=SimpleNamespace(image_size=SIDE)))
+    mean, std = (torch.tensor(found[name]).view(3, 1, 1) for name in ("mean", "std"))
+    torch.testing.assert_close((picture.float() - mean) / std, expected.float(), atol=1e-5, rtol=1e-5)
+
+
+def test_another_way_of_resizing_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    BlipImageProcessor(size={"height": SIDE, "width": SIDE}, resample=2).save_pretrained(tmp_path)
+    image_statistics(tmp_path, SimpleNamespace(vision_config=SimpleNamespace(image_size=SIDE)))
+    assert "its image processor resizes by Pillow's filter 2, this code by the bicubic one" in caplog.text
 
 
 def square_vqa() -> BLIPVQA:

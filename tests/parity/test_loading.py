@@ -10,6 +10,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 import instructblip
 from instructblip.config.schema import LLMConfig
@@ -17,7 +18,9 @@ from instructblip.config.validate import read_config
 from instructblip.errors import UserError
 from instructblip.weights.checkpoint import checkpoint_folders
 from instructblip.weights.load import LoadedModel, Source, find_source, load_model
-from instructblip.weights.parity import stage_differences, trace_native
+from instructblip.weights.names import QFORMER_TOKENIZER
+from instructblip.weights.parity import ANSWER, UNEQUAL, pixels, stage_differences, trace_native
+from instructblip.weights.parity_transformers import trace_huggingface
 from tests.parity.conftest import Formats
 
 pytestmark = pytest.mark.usefixtures("named_parts")
@@ -73,6 +76,25 @@ def test_a_source_is_found_without_its_weights(formats: Formats, tmp_path: Path)
     t5 = dataclasses.replace(read_config(file, LLMConfig), kind="encoder_decoder")
     for source in (formats.native, formats.huggingface, formats.lavis):
         assert find_source(source, llm=t5).llm_kind == "encoder_decoder"
+
+
+def test_instructions_are_padded_behind_whatever_the_folder_says(formats: Formats, tmp_path: Path) -> None:
+    """A processor that pads prompts on the left may have marked the Q-Former's tokenizer so."""
+    folder = Path(shutil.copytree(formats.huggingface, tmp_path / "left"))
+    file = folder / QFORMER_TOKENIZER / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"padding_side": "left"}))
+    assert AutoTokenizer.from_pretrained(file.parent).padding_side == "left"
+    model = load(folder).model
+    trace = trace_native(model)
+    expected = trace_native(load(formats.huggingface).model)
+    assert max(stage_differences(trace, expected).values()) == 0
+    assert stage_differences(trace_huggingface(folder), trace)["padded"] <= 1e-5  # what a conversion compares
+    images = pixels(model.vision.image_size)[:, None]
+    together = model.rank(images, UNEQUAL, [[ANSWER]] * 2)
+    alone = [model.rank(images[row : row + 1], [UNEQUAL[row]], [[ANSWER]])[0] for row in range(2)]
+    torch.testing.assert_close(together, alone, atol=1e-4, rtol=0)
+    model.save_huggingface(tmp_path / "again")
+    assert AutoTokenizer.from_pretrained(tmp_path / "again" / QFORMER_TOKENIZER).padding_side == "right"
 
 
 def test_load_returns_the_model_alone(formats: Formats) -> None:

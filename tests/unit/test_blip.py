@@ -90,6 +90,20 @@ def test_prompts_of_unequal_lengths_are_continued_as_alone() -> None:
         assert together[0] == model.generate(images, num_beams=beams)[0]  # its own prompt is the first
 
 
+@pytest.mark.parametrize("make", [tiny_caption, tiny_vqa, tiny_stage1])
+@pytest.mark.parametrize("damage", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_do_not_write(make: Callable[[], Any], damage: float) -> None:
+    model, side = make(), 28 if make is tiny_stage1 else SIDE
+    images = torch.zeros(2, 1, 3, side, side, dtype=torch.uint8)
+    asked = ["what?", "who?"] if make is tiny_vqa else None
+    writer = model.qformer if make is tiny_stage1 else model.text_decoder
+    writer.lm_head.bias.data[5] = damage
+    drawn: dict[str, Any] = {"do_sample": True, "num_beams": 1}
+    for options in ({"num_beams": 1}, {"num_beams": 3}, drawn, {**drawn, "noise": torch.rand(2, 3)}):
+        with pytest.raises(UserError, match="logits are not finite numbers"):
+            model.generate(images, asked, max_new_tokens=3, min_new_tokens=0, **options)
+
+
 def test_sampling_has_the_released_penalty(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Decoding] = []
     own = module.decode

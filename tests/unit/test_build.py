@@ -1,6 +1,7 @@
 """Parts built from their configuration: weights into every timm backbone, the Q-Former's three starts, restored runs."""
 
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from instructblip.models.qformer import QFormer
 from instructblip.weights.bert import qformer_state_from_bert
 from instructblip.weights.checkpoint import save_checkpoint
 from instructblip.weights.load import frozen_fingerprints, load_run
+from instructblip.weights.modules import parts_without_weights
 from instructblip.weights.parts import build_instructblip, load_qformer, load_vision
 from instructblip.weights.position import resize_position_embedding
 from tests.kit.runs import compose
@@ -303,6 +305,22 @@ def test_from_scratch_everything_is_drawn_as_bert_was(parts: dict[str, str], tmp
 
 
 # --- restored runs ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("tokens", "words"),
+    [(65, "more than the Q-Former's 64 places; lower it"), (2, "leaves nothing of a text beside its 2 marks")],
+)
+def test_instructions_that_the_qformer_has_no_places_for_are_refused_before_the_run(
+    tokens: int, words: str, parts: dict[str, str]
+) -> None:
+    limit = f"qformer.max_instruction_tokens={tokens}"
+    config = model_config(parts, limit)
+    makers: list[Callable[[ModelConfig], Any]] = [build_instructblip, parts_without_weights]
+    for make in makers:
+        with pytest.raises(UserError, match=f"{limit} .*{words}"):
+            make(config)
+    build_instructblip(model_config(parts, limit, "model=blip2", "qformer.instruction_aware=false"))  # which reads none
 
 
 @pytest.mark.slow

@@ -42,6 +42,17 @@ def test_features_are_those_of_transformers(folder: Path, tmp_path: Path, dtype:
     torch.testing.assert_close(clip.encode_texts(TEXTS), theirs.text_embeds, atol=1e-5, rtol=0)
 
 
+def test_texts_are_padded_and_cut_behind_whatever_the_folder_says(folder: Path, tmp_path: Path) -> None:
+    """A processor that was used with other sides writes them into its tokenizer's files."""
+    stored = Path(shutil.copytree(folder, tmp_path / "clip"))
+    file = stored / "tokenizer_config.json"
+    sides = {"padding_side": "left", "truncation_side": "left"}
+    file.write_text(json.dumps(json.loads(file.read_text()) | sides))
+    assert AutoTokenizer.from_pretrained(stored).padding_side == "left"
+    found, expected = (load_clip(find_clip(str(place)), "cpu").encode_texts(TEXTS) for place in (stored, folder))
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+
+
 def without_a_tensor(folder: Path) -> None:
     weights = load_file(folder / "model.safetensors")
     del weights["visual_projection.weight"]

@@ -32,9 +32,10 @@ def test_weights_that_are_nan_do_not_write(name: str) -> None:
     assert len(model.generate(images, ["a?", "b?"], max_new_tokens=3)) == 2
     with torch.no_grad():
         model.projection.weight[0, 0] = float("nan")
-    for beams in (1, 3):
+    drawn: dict[str, Any] = {"do_sample": True}
+    for options in ({"num_beams": 1}, {"num_beams": 3}, drawn, {**drawn, "noise": torch.rand(2, 3)}):
         with pytest.raises(UserError, match="the language model's logits are not finite"):
-            model.generate(images, ["a?", "b?"], max_new_tokens=3, num_beams=beams)
+            model.generate(images, ["a?", "b?"], max_new_tokens=3, **options)
     assert not model.llm.model._forward_hooks
 
 
