@@ -9,7 +9,6 @@ from transformers import CLIPModel
 from instructblip._transformers import quiet_transformers
 from instructblip.distributed import choose_device
 from instructblip.errors import UserError
-from instructblip.files import read_json
 from instructblip.models.clip import CLIP
 from instructblip.weights.gatekeeper import (
     check_settings,
@@ -23,9 +22,8 @@ from instructblip.weights.gatekeeper import (
 )
 from instructblip.weights.language_model import check_loaded
 from instructblip.weights.load import hub_folder, is_hub_id
+from instructblip.weights.transformers_settings import image_processor_settings
 
-_PREPROCESSING = "preprocessor_config.json"
-_PROCESSING = "processor_config.json"  # where newer folders have it, under `image_processor`
 _MEAN, _STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of the released ones
 
 
@@ -80,9 +78,5 @@ def load_clip(folder: Path, device: str = "auto") -> CLIP:
 
 def _normalisation(folder: Path) -> dict[str, Any]:
     """Mean and deviation of each channel: the released ones, where the folder says no others."""
-    said: dict[str, Any] = {}
-    for name, key in ((_PREPROCESSING, None), (_PROCESSING, "image_processor")):
-        if not said and (folder / name).is_file():
-            content = read_json(folder / name)
-            said = content if key is None else content.get(key, {})
+    said = image_processor_settings(folder)
     return {"mean": said.get("image_mean", _MEAN), "std": said.get("image_std", _STD)}

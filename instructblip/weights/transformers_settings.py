@@ -199,16 +199,25 @@ def one_number(size: Any) -> int | None:
     return sides.pop() if len(sides) == 1 else None
 
 
+def image_processor_settings(folder: Path) -> dict[str, Any]:
+    """What a folder says of its image processor, of two files in that which transformers takes: the newer one first.
+
+    Empty where there is none.
+    """
+    for name, key in (("processor_config.json", "image_processor"), ("preprocessor_config.json", None)):
+        said = read_json(folder / name) if (folder / name).is_file() else {}
+        if found := said if key is None else said.get(key):
+            return dict(found)
+    return {}
+
+
 def image_statistics(folder: Path, config: Any) -> dict[str, list[float]]:
     """Mean and deviation on the 0..255 scale, from the image processor's file.
 
     Raises:
         UserError: it says none, or prepares images of another size.
     """
-    if (folder / "preprocessor_config.json").is_file():
-        found = read_json(folder / "preprocessor_config.json")
-    else:
-        found = read_json(folder / "processor_config.json").get("image_processor", {})
+    found = image_processor_settings(folder)
     normalises = found.get("do_normalize", True)
     if normalises and not {"image_mean", "image_std"} <= found.keys():
         raise UserError(

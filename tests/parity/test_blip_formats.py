@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import BlipImageProcessor
+from transformers import AutoImageProcessor, BlipImageProcessor, BlipProcessor
 
 import instructblip
 from instructblip.config.schema import ModelConfig
@@ -79,6 +79,17 @@ def test_pixels_are_those_of_the_folders_own_image_processor(said: dict[str, Any
     found = image_statistics(tmp_path, SimpleNamespace(vision_config=SimpleNamespace(image_size=SIDE)))
     mean, std = (torch.tensor(found[name]).view(3, 1, 1) for name in ("mean", "std"))
     torch.testing.assert_close((picture.float() - mean) / std, expected.float(), atol=1e-5, rtol=1e-5)
+
+
+def test_of_two_image_processors_the_one_counts_that_transformers_takes(tmp_path: Path) -> None:
+    """An older folder has its own file for it, and a processor that was saved there again another."""
+    size = {"height": SIDE, "width": SIDE}
+    BlipProcessor(BlipImageProcessor(size=size, image_mean=[0.1, 0.2, 0.3]), blip_tokenizer()).save_pretrained(tmp_path)
+    BlipImageProcessor(size=size, image_mean=[0.7, 0.8, 0.9]).save_pretrained(tmp_path)
+    assert {"preprocessor_config.json", "processor_config.json"} <= {file.name for file in tmp_path.iterdir()}
+    found = image_statistics(tmp_path, SimpleNamespace(vision_config=SimpleNamespace(image_size=SIDE)))
+    expected = AutoImageProcessor.from_pretrained(tmp_path).image_mean
+    torch.testing.assert_close(torch.tensor(found["mean"]), 255 * torch.tensor(expected))
 
 
 def test_another_way_of_resizing_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
