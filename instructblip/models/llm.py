@@ -237,8 +237,10 @@ class LLM(ExactBuffers):
             raise UserError(f"{name} does not search with several beams; set num_beams=1")
 
     def texts(self, ids_BT: Tensor) -> list[str]:
-        """What rows of token ids say, stripped."""
-        return [text.strip() for text in self.prompt_format.tokenizer.batch_decode(ids_BT, skip_special_tokens=True)]
+        """What rows of token ids say up to their end, stripped."""
+        end = self.prompt_format.eos_id  # which need not be marked as special: OPT's newline, a chat's own marks
+        rows = [ids[: ids.index(end)] if end in ids else ids for ids in ids_BT.tolist()]
+        return [text.strip() for text in self.prompt_format.tokenizer.batch_decode(rows, skip_special_tokens=True)]
 
     def embed(self, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
         """Embeddings (T_i, L) of sequences of token ids, which go to the device together."""

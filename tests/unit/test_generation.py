@@ -39,6 +39,33 @@ def test_weights_that_are_nan_do_not_write(name: str) -> None:
     assert not model.llm.model._forward_hooks
 
 
+@pytest.mark.parametrize("name", MAKERS)
+def test_the_end_of_a_text_is_no_part_of_it(name: str) -> None:
+    """Tokenizers leave out what they hold as special, which a language model's end need not be."""
+    torch.manual_seed(0)
+    model, images = tiny_model(llm=MAKERS[name]()), tiny_images(1)
+    form, written = model.llm.prompt_format, list[list[int]]()
+    read = form.tokenizer.batch_decode
+
+    def watched(ids: Any, **options: Any) -> Any:
+        written.extend(torch.as_tensor(ids).tolist())
+        return read(ids, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(form.tokenizer, "batch_decode", watched)
+        # Of no token twice.
+        model.generate(images, ["a?"], max_new_tokens=6, min_new_tokens=6, repetition_penalty=3.0)
+    (*before, last), expected = written[0], read([written[0][:-1]])[0].strip()
+    assert last not in before
+    form.eos_id = model.llm.model.generation_config.eos_token_id = last  # a word
+    found = model.generate(images, ["a?"], max_new_tokens=9, min_new_tokens=0, repetition_penalty=3.0)
+    assert found == [expected]
+    assert model.llm.texts(torch.tensor([[*before, last, form.pad_id], [*before, before[0], before[1]]])) == [
+        expected,
+        read([[*before, *before[:2]]])[0].strip(),
+    ]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MAKERS)
 def test_sampling_draws_from_all_tokens(name: str) -> None:
