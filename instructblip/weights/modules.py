@@ -333,6 +333,22 @@ def bert_settings(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
     return {"layer_norm_eps": 1e-12, **settings}
 
 
+_COMPUTED = {"hidden_act": "gelu", "position_embedding_type": "absolute"}
+
+
+def check_computes_as_bert(settings: Mapping[str, Any], where: str) -> None:
+    """Refuse to start from weights that were trained to compute otherwise: their shapes do not show it.
+
+    Raises:
+        UserError: names the setting.
+    """
+    for name, own in _COMPUTED.items():
+        if (said := settings.get(name, own)) != own:
+            raise UserError(
+                f"{where} has {name}={said}, where BERT's weights are run with {own} here; give another BERT's"
+            )
+
+
 def _bert_sizes(part: str, config: QFormerConfig | TextConfig, bert: Mapping[str, Any], where: str) -> dict[str, Any]:
     """What both take of BERT, and dropout."""
     layers = bert["num_hidden_layers"] if config.layers is None else config.layers

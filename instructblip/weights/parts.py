@@ -71,6 +71,7 @@ from instructblip.weights.language_model import finished_llm, load_language_mode
 from instructblip.weights.lavis import read_pth
 from instructblip.weights.modules import (
     bert_settings,
+    check_computes_as_bert,
     check_instructions,
     check_length,
     check_temperature,
@@ -408,6 +409,7 @@ def load_qformer(
         reads_and_writes=reads_and_writes,
     )
     if config.init == "bert":
+        check_computes_as_bert(bert, f"{folder}/config.json")
         check_weight_file(folder / "model.safetensors")
         weights = load_file(folder / "model.safetensors")
         if qformer.lm_head is not None and not has_language_model_head(weights):
@@ -444,6 +446,7 @@ def load_text_model(
     model = make_text_model(config, bert, rows=rows, source_width=source_width, where=str(folder), **options)
     initialize_like_bert(model)
     if config.init == "bert":
+        check_computes_as_bert(bert, f"{folder}/config.json")
         check_weight_file(folder / "model.safetensors")
         weights = load_file(folder / "model.safetensors")
         new = names_unknown_to_bert(weights, model)

@@ -1,5 +1,6 @@
 """Parts built from their configuration: weights into every timm backbone, the Q-Former's three starts, restored runs."""
 
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,7 +14,15 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from instructblip.config.schema import CONFIGS, ModelConfig, QFormerConfig, SourcesConfig, TrainConfig, VisionConfig
+from instructblip.config.schema import (
+    CONFIGS,
+    ModelConfig,
+    QFormerConfig,
+    SourcesConfig,
+    TextConfig,
+    TrainConfig,
+    VisionConfig,
+)
 from instructblip.config.validate import read_config, to_yaml
 from instructblip.errors import UserError
 from instructblip.models.instructblip import InstructBLIP
@@ -22,7 +31,7 @@ from instructblip.weights.bert import qformer_state_from_bert
 from instructblip.weights.checkpoint import save_checkpoint
 from instructblip.weights.load import frozen_fingerprints, load_run
 from instructblip.weights.modules import parts_without_weights
-from instructblip.weights.parts import build_instructblip, load_qformer, load_vision
+from instructblip.weights.parts import build_instructblip, load_qformer, load_text_model, load_vision
 from instructblip.weights.position import resize_position_embedding
 from tests.kit.runs import compose
 from tests.kit.tiny import tiny_bert_tokenizer, tiny_parts, tiny_qformer
@@ -282,6 +291,24 @@ def test_bert_weights_that_do_not_fit(change: str, words: str, parts: dict[str, 
     with pytest.raises(UserError) as error:
         load_qformer(qformer_config(parts, f"qformer.sources.path={folder}"), vision_width=8)
     assert words in str(error.value)
+
+
+@pytest.mark.parametrize(("name", "other"), [("hidden_act", "relu"), ("position_embedding_type", "relative_key")])
+def test_a_bert_that_computes_otherwise_is_no_start(
+    name: str, other: str, parts: dict[str, str], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(parts["qformer.sources.path"], tmp_path / "bert"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {name: other}))
+    words = f"config.json has {name}={other}, where BERT's weights"
+    place = f"qformer.sources.path={folder}"
+    with pytest.raises(UserError, match=words):
+        load_qformer(qformer_config(parts, place), vision_width=8)
+    text = TextConfig(name="other", sources=SourcesConfig(path=str(folder)), init="bert")
+    with pytest.raises(UserError, match=words):
+        load_text_model(text, source_width=8)
+    # Nothing of it but sizes and tokenizer is taken.
+    load_qformer(qformer_config(parts, place, "qformer.init=scratch", "qformer.query_init=normal"), vision_width=8)
 
 
 def test_from_scratch_everything_is_drawn_as_bert_was(parts: dict[str, str], tmp_path: Path) -> None:
