@@ -30,7 +30,7 @@ class PromptFormat(ABC):
         max_target_tokens: longer targets lose their end; BOS counts, which the released code cuts with and then drops.
 
     Raises:
-        ValueError: a token that the tokenizer does not know, no BOS to supervise.
+        ValueError: a token that the tokenizer does not know, no BOS to supervise, limits that leave no text.
     """
 
     answer_continues_prompt: ClassVar[bool]
@@ -65,6 +65,17 @@ class PromptFormat(ABC):
             raise ValueError("supervise_bos needs a decoder-only language model with a bos_token behind the image")
         self.max_prompt_tokens = max_prompt_tokens
         self.max_target_tokens = max_target_tokens
+        self._check_limits()
+
+    def _check_limits(self) -> None:
+        """Refuse limits that special tokens fill: no text would be left, and no answer without any token can be learnt."""
+        bos, end = len(self.bos_ids), 0 if self.answer_continues_prompt else 1
+        marks = {"max_prompt_tokens": bos + end, "max_target_tokens": end or bos}
+        for name, count in marks.items():
+            if getattr(self, name) <= count:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} leaves nothing of a text beside special tokens; raise it"
+                )
 
     @property
     def image_prefix_ids(self) -> list[int]:

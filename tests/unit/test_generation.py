@@ -57,7 +57,8 @@ def test_the_end_of_a_text_is_no_part_of_it(name: str) -> None:
         model.generate(images, ["a?"], max_new_tokens=6, min_new_tokens=6, repetition_penalty=3.0)
     (*before, last), expected = written[0], read([written[0][:-1]])[0].strip()
     assert last not in before
-    form.eos_id = model.llm.model.generation_config.eos_token_id = last  # a word
+    generation: Any = model.llm.model.generation_config
+    form.eos_id = generation.eos_token_id = last  # a word
     found = model.generate(images, ["a?"], max_new_tokens=9, min_new_tokens=0, repetition_penalty=3.0)
     assert found == [expected]
     assert model.llm.texts(torch.tensor([[*before, last, form.pad_id], [*before, before[0], before[1]]])) == [

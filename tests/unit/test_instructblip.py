@@ -1,5 +1,8 @@
 """The assembled model: its loss is the LLM's own, additive over samples, and trains what is to be trained."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from PIL import Image
@@ -62,6 +65,19 @@ def test_loss_of_an_encoder_decoder_equals_the_one_of_transformers() -> None:
     assert loss.counts.tolist() == [
         len(model.llm.prompt_format.tokenizer(" " + target)["input_ids"]) + 1 for target in targets
     ]
+
+
+def test_limits_that_leave_no_text_are_refused() -> None:
+    makers: list[Callable[[], Any]] = [
+        lambda: tiny_llm(bos_token=BOS, max_target_tokens=1),  # an answer without a token, which would end the run
+        lambda: tiny_llm(bos_token=BOS, max_prompt_tokens=1),
+        lambda: tiny_encoder_decoder_llm(max_target_tokens=1),
+        lambda: tiny_encoder_decoder_llm(max_prompt_tokens=1),
+    ]
+    for make in makers:
+        with pytest.raises(ValueError, match=r"max_(prompt|target)_tokens=1 leaves nothing of a text"):
+            make()
+    assert tiny_llm(max_target_tokens=1).prompt_format.target_ids("red")  # its first token
 
 
 @torch.no_grad()
