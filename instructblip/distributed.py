@@ -5,6 +5,7 @@ of a training run tell each other beside gradients is small JSON over gloo, ever
 """
 
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -17,10 +18,12 @@ from typing import Any, Self, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from instructblip.errors import UserError
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")  # that torchrun sets for each process
+_groups = itertools.count()  # numbers those that this process joins, one after the other
 
 
 def _on() -> None:
@@ -241,11 +244,16 @@ def start_ranks(device: torch.device, timeout: float) -> Iterator[Ranks]:
         yield ranks
         return
     if device.type == "cuda":
+        if device.index is not None:
+            raise UserError(
+                f"device={device} is one GPU, and there are {ranks.world_size} processes; use device=cuda, of which each "
+                "takes its own"
+            )
         torch.cuda.set_device(ranks.device("cuda"))
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    signal.alarm(0)  # that of a sweep's job before, which failed
     with ranks.watched():
         try:
-            dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+            _meet("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timedelta(seconds=timeout))
         except ValueError as error:  # MASTER_ADDR or MASTER_PORT is missing, or no number
             raise UserError(f"the ranks cannot meet: {error}; start them with torchrun") from None
     try:
@@ -259,8 +267,24 @@ def start_ranks(device: torch.device, timeout: float) -> Iterator[Ranks]:
         dist.destroy_process_group()
 
 
+def _meet(backend: str, timeout: timedelta) -> None:
+    """Join the other ranks, under names of this group alone.
+
+    A job of a sweep is a group, and torchrun's store outlives them all: a rank that comes first would find there the
+    addresses that the others had in the group before.
+    """
+    store, rank, world_size = next(rendezvous("env://", timeout=timeout))
+    store.set_timeout(timeout)
+    own = dist.PrefixStore(f"group_{next(_groups)}", store)
+    dist.init_process_group(backend, store=own, rank=rank, world_size=world_size, timeout=timeout)
+
+
 def choose_device(name: str) -> torch.device:
-    """`auto` is a GPU where there is one."""
+    """`auto` is a GPU where there is one.
+
+    Raises:
+        UserError: there is no such device.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -269,6 +293,13 @@ def choose_device(name: str) -> torch.device:
         raise UserError(f"device={name} is none; use auto, cpu or cuda") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"device={name}, but there is no GPU that this torch can use; use device=cpu or device=auto")
+    if device.type == "cuda" and device.index is not None and device.index >= torch.cuda.device_count():
+        raise UserError(
+            f"device={name}, but the last GPU here is cuda:{torch.cuda.device_count() - 1}; give its number or a lower one, "
+            "or device=auto"
+        )
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError(f"device={name}, but this torch finds no such device; use device=cpu or device=auto")
     return device
 
 

@@ -1,9 +1,17 @@
 """Who a process is, by the variables that torchrun sets: all of them, none, or one line that says what is wrong."""
 
+import multiprocessing
+import os
+import signal
+import time
+from multiprocessing.connection import Connection
+from typing import Any
+
 import pytest
 import torch
+import torch.distributed as dist
 
-from instructblip.distributed import ALONE, Ranks, start_ranks
+from instructblip.distributed import ALONE, Ranks, choose_device, start_ranks
 from instructblip.errors import UserError
 
 TORCHRUN = {"RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "1"}
@@ -66,3 +74,62 @@ def test_every_piece_of_work_is_somebodys_and_nobody_elses() -> None:
     for count in (1, 2, 3, 7):
         shares = [Ranks(rank, count).share(range(10)) for rank in range(count)]
         assert sorted(piece for share in shares for piece in share) == list(range(10))
+
+
+# --- a sweep under torchrun: one group after the other, over one store -------------------------------------------------
+
+
+def _jobs(rank: int, port: int, end: Connection) -> None:
+    set_variables = {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": "2",
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }
+    os.environ.update(set_variables | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
+    found: list[Any] = []
+    for job in range(3):
+        time.sleep(0.5 * rank)  # the first rank comes where the other's last address still stands
+        try:
+            with start_ranks(torch.device("cpu"), timeout=20.0) as ranks:
+                found.append([ranks.gather(10 * job + rank), signal.getitimer(signal.ITIMER_REAL)[0] > 0])
+                if job == 1:
+                    raise UserError("a job's mistake")
+        except UserError as error:
+            found.append(str(error))
+    end.send(found)
+
+
+def test_ranks_meet_anew_for_each_job_of_a_sweep_and_none_is_ended_by_the_alarm_of_a_job_that_failed() -> None:
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True)  # torchrun's own process has it
+    context = multiprocessing.get_context("forkserver")
+    pipes = [context.Pipe(duplex=False) for _ in range(2)]
+    processes = [context.Process(target=_jobs, args=(rank, store.port, end)) for rank, (_, end) in enumerate(pipes)]
+    for process in processes:
+        process.start()
+    try:
+        for start, _ in pipes:
+            assert start.poll(60)
+            assert start.recv() == [[[0, 1], False], [[10, 11], False], "a job's mistake", [[20, 21], False]]
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def test_one_gpu_is_no_device_of_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_environment(monkeypatch, TORCHRUN)
+    with pytest.raises(UserError, match=r"^device=cuda:0 is one GPU, and there are 16 processes; use device=cuda"):  # noqa: SIM117
+        with start_ranks(torch.device("cuda:0"), timeout=1.0):
+            pass
+
+
+def test_a_gpu_that_is_not_there_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert choose_device("cuda:1") == torch.device("cuda:1")
+    with pytest.raises(UserError, match=r"^device=cuda:2, but the last GPU here is cuda:1; give its number or a lower"):
+        choose_device("cuda:2")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(UserError, match=r"^device=mps, but this torch finds no such device; use device=cpu or"):
+        choose_device("mps")
