@@ -54,6 +54,8 @@ CONNECTOR: dict[ConnectorKind, tuple[str, ...]] = {
 }
 # What an equal budget chooses.
 CHOSEN_BY = {"parameters": "hidden_width", "tokens": "tokens", "flops": "tokens"}
+# Of the section `data`, which evaluations have too.
+_OF_TRAINING = ("data.workers", "data.transform", "data.text_processor", "data.prompt_processor", "data.tolerance")
 _MARKS = 2  # [CLS] and [SEP], or [DEC] and [SEP]
 BLIP_KINDS = tuple(kind for kind in ARCHITECTURE if kind.startswith("blip_"))
 
@@ -210,11 +212,19 @@ def check_sizes(connector: ConnectorConfig) -> None:
 
 
 def check_read(config: Any, keys: Iterable[str]) -> None:
-    """Refuse keys of the command line that set a Q-Former beside a connector which neither is one nor is matched with one.
+    """Refuse keys of the command line that the command has and would not read.
+
+    They set a Q-Former beside a connector which neither is one nor is matched with one; or, of an evaluation, how training
+    reads its samples.
 
     Raises:
         UserError: names the key.
     """
+    if isinstance(config, EvaluateConfig):
+        for key in keys:
+            if ".".join(key.split(".")[:2]) in _OF_TRAINING:
+                instead = "give tolerance=NUMBER" if key.startswith("data.tolerance") else "leave it out"
+                raise UserError(f"{key}= is of training, and an evaluation does not read it; {instead}")
     if not isinstance(config, TrainConfig) or config.connector.kind == "qformer" or config.connector.match:
         return
     if unread := [key for key in keys if key == "qformer" or key.startswith("qformer.")]:

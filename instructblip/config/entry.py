@@ -11,6 +11,7 @@ import copy
 import functools
 import gc
 import hashlib
+import io
 import os
 import re
 import shlex
@@ -38,7 +39,7 @@ from instructblip.config.checks import check, check_read, check_search
 from instructblip.config.folders import compose, further_folder, holds_choices, stamp
 from instructblip.config.help import FLAGS, command_help, own_settings
 from instructblip.config.schema import CONFIGS, Schema
-from instructblip.config.validate import known_choices, read_yaml, unknown_choice, validate
+from instructblip.config.validate import known_choices, read_yaml, unknown_choice, valid_keys, validate
 from instructblip.errors import UserError
 from instructblip.interrupts import raise_once
 from instructblip.startup import without_collection
@@ -52,7 +53,7 @@ _WITH_VALUE = re.compile(r"--config[a-z-]*|-c[dpn]?|--cfg|-p|--package|--experim
 _SETTING = re.compile(r"~|[^-].*=", re.DOTALL)
 _MODES = (*_SWEEP_FLAGS, "-r", "--run", "-c", "--cfg", "-i", "--info")  # what Hydra is to do
 _COMPLETION = ("-sc", "--shell-completion")  # Hydra's too: what stands beside it are no settings
-_LONGEST_NAME = 180  # characters; file systems end at 255 bytes
+_LONGEST_NAME = 180  # bytes; file systems end at 255 bytes
 _SWEPT_KEY = r"(?:(?<=^)|(?<=,))([\w./@]+)="
 _SHELL_SIGNS = ("$", "`", "!", "\\")  # that mean something within double quotes
 _SEARCH = "hydra/sweeper=search needs Hydra's sweeper for it; pip install -r requirements-search.txt"
@@ -80,6 +81,7 @@ def main(name: str, schema: type[Schema], task: Callable[[Schema, Console], int 
     the end, or the highest that one returned.
     """
     raise_once()
+    _print_all_signs()
     failed: list[str] = []
     statuses = [0]
     searched: set[Path] = set()
@@ -122,6 +124,15 @@ def main(name: str, schema: type[Schema], task: Callable[[Schema, Console], int 
         _fail(UserError("interrupted; nothing half-written is left, run the same command again to go on"), status=130)
     if failed or any(statuses):
         raise SystemExit(EXIT_USER_ERROR if failed else max(statuses))
+
+
+def _print_all_signs() -> None:
+    """What the terminal's encoding lacks is printed as `\\u2800`, and ends nothing; standard error is so from the start.
+
+    No encoding has the bytes of a file's name that is no text.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _only_composed(composed: DictConfig) -> bool:
@@ -246,6 +257,8 @@ def check_overrides(name: str, schema: Any, arguments: list[str]) -> DictConfig 
         overrides = [argument for argument in overrides if _SETTING.match(argument)]  # not their values
     if set(arguments) & set(_SWEEP_FLAGS):
         _check_swept(_parse(overrides), further)
+        if "name" in valid_keys(schema):
+            _check_job_names(_parse(overrides))
         for job in _jobs(overrides):  # what goes together is checked in each job, for the others may run
             validate(_compose(name, job, further), schema, missing_ok=shows)
         return None
@@ -448,6 +461,21 @@ def _check_swept(overrides: list[Override], further: Path | None) -> None:
             )
 
 
+def _check_job_names(overrides: list[Override]) -> None:
+    """Refuse values of which two would name one folder: the second job would find the first one's results there."""
+    for override in overrides:
+        if not override.is_discrete_sweep() or isinstance(override.value(), Glob):
+            continue
+        named: dict[str, str] = {}
+        for value in override.sweep_string_iterator():
+            other = named.setdefault(_as_name(value), value)
+            if other != value:
+                raise UserError(
+                    f"{override.get_key_element()}={other} and {value} would be jobs of one name and folder; start one of "
+                    "them by itself, with another name="
+                )
+
+
 def _parse(overrides: list[str]) -> list[Override]:
     parsed = []
     for override in overrides:
@@ -536,12 +564,17 @@ def _named_after(config: Schema, swept: str) -> Schema:
     """The configuration with a `name`, if it has one, that no other job of the sweep has: its output folder's."""
     if not hasattr(config, "name"):
         return config
-    job = re.sub(r"[^\w.+-]+", "_", _short_keys(swept).replace(",", "-"))
+    job = _as_name(_short_keys(swept))
     name = f"{config.name}-{job}" if job else str(config.name)
-    if len(name) > _LONGEST_NAME:
-        name = f"{name[: _LONGEST_NAME - 17]}-{hashlib.sha256(swept.encode()).hexdigest()[:16]}"
+    if len(encoded := name.encode(errors="surrogateescape")) > _LONGEST_NAME:
+        digits = hashlib.sha256(swept.encode(errors="surrogateescape")).hexdigest()[:16]
+        name = f"{encoded[: _LONGEST_NAME - 17].decode(errors='ignore')}-{digits}"
     config.name = name
     return config
+
+
+def _as_name(swept: str) -> str:
+    return re.sub(r"[^\w.+-]+", "_", swept.replace(",", "-"))
 
 
 def _short_keys(swept: str) -> str:

@@ -123,6 +123,16 @@ WRONG = [
     ("evaluate", "preset=papers", "preset=papers is none of paper, lavis, lmms_eval; did you mean paper?"),
     ("evaluate", "mode=guess", "mode=guess is none of rank, generate, retrieve, match, null"),
     ("evaluate", "data.transform=crop", "data.transform=crop is none of resize_square, center_crop"),
+    (
+        "evaluate",
+        "data.tolerance.samples=5",
+        "data.tolerance.samples= is of training, and an evaluation does not read it; give tolerance=NUMBER",
+    ),
+    (
+        "evaluate",
+        "data.transform=center_crop",
+        "data.transform= is of training, and an evaluation does not read it; leave it out",
+    ),
     ("evaluate", "suite.held_in=[] suite.held_out=[]", "there is nothing to evaluate; name a dataset"),
     ("prepare", "ocr=tesseract", "ocr=tesseract is none of rapidocr, null"),
     ("prepare", "workers=0", "workers=0 is too small; give 1 or more"),

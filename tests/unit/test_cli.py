@@ -1,8 +1,10 @@
 """The command line: what cannot be understood is said in one line, status 2; what can be is handed over as it is meant."""
 
 import os
+import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from rich.console import Console
 
 from instructblip.config import entry
-from instructblip.config.entry import check_overrides, main, print_help
+from instructblip.config.entry import _named_after, check_overrides, compose_config, main, print_help
 from instructblip.config.schema import CONFIGS, EvaluateConfig, PrepareConfig, TrainConfig
 from instructblip.errors import UserError
 from instructblip.files import is_disk_full, write_atomically
@@ -105,6 +107,36 @@ def test_a_users_mistake_is_one_line_however_long(
 
     assert _main(monkeypatch, task) == 2
     assert capfd.readouterr().err == f"error: {long} and more\n"
+
+
+def test_signs_that_the_terminal_has_not_are_printed_otherwise(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The line of a damaged picture whose name is Latin-1, in a terminal that knows ASCII."""
+    name = os.fsdecode(b"caf\xe9.png")
+    with open(tmp_path / "printed", "w", encoding="ascii") as terminal:
+        monkeypatch.setattr(sys, "stdout", terminal)
+        assert _main(monkeypatch, lambda config, console: console.print(f"left out: {name}, Müller")) == 0
+    assert (tmp_path / "printed").read_text() == "left out: caf\\udce9.png, M\\xfcller\n"
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ("checkpoint=a/b,a_b", "checkpoint=a/b and a_b would be jobs of one name and folder; start one of"),
+        ("answers='what is it?','what is it!'", "answers='what is it?' and 'what is it!' would be jobs of one name"),
+    ],
+)
+def test_jobs_of_a_sweep_that_would_share_a_folder_are_refused(values: str, words: str) -> None:
+    with pytest.raises(UserError, match=re.escape(words)):
+        check_overrides("evaluate", EvaluateConfig, ["-m", "checkpoint=a", values])
+    check_overrides("evaluate", EvaluateConfig, ["-m", "checkpoint=a/b,a/c", "samples=1,1"])
+
+
+def test_the_name_of_a_job_fits_a_file_system_in_any_writing() -> None:
+    config = compose_config("evaluate", EvaluateConfig, ["checkpoint=a", "name=x"])
+    named = [_named_after(replace(config), f"answers={end * 150}").name for end in "aäß京都"]
+    assert named[0] == f"x-answers_{'a' * 150}"
+    assert all(len(name.encode()) <= 180 for name in named)
+    assert len(set(named)) == 5
 
 
 def test_a_defect_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
