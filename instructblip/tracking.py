@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_EVENTS = "events.out.tfevents."  # begins the name of an event file
 _CONFIG = "config"  # name of the text that TensorBoard has of a run's settings
 _MLFLOW_TAG = "instructblip_folder"  # of a run there: by it a run that goes on is found
 _MLFLOW_METRICS, _MLFLOW_PARAMS, _MLFLOW_TEXT = (
@@ -82,7 +83,7 @@ class Loggers:
             try:
                 call(one)
             except Exception as error:  # each tracker raises errors of its own, with no class in common
-                reason = " ".join(f"{type(error).__name__}: {error}".split())
+                reason = _reason(error)
                 logger.warning("logger=%s failed (%s); the run goes on without it, metrics.jsonl has all", kind, reason)
                 del self._loggers[kind]
                 with contextlib.suppress(Exception):  # what it may still hold open
@@ -243,13 +244,17 @@ class _EventFile:
         if self._writer is not None:
             self._writer.close()
 
+    def _number(self) -> int:
+        """Of a file behind all that are there, wherever the clock was put: readers take them in the order of their names."""
+        numbers = [path.name.removeprefix(_EVENTS) for path in self._folder.glob(f"{_EVENTS}*")]
+        return max([time.time_ns(), *(int(number) + 1 for number in numbers if number.isdecimal())])
+
     def _add(self, step: int, summaries: Sequence[Any]) -> None:
         now = time.time()
         events = [self._event(step=step, wall_time=now, summary=summary) for summary in summaries]
         if self._writer is None and events:
             self._folder.mkdir(parents=True, exist_ok=True)
-            # Readers take a folder's files in the order of their names.
-            self._writer = self._records(open(self._folder / f"events.out.tfevents.{time.time_ns()}", "xb"))
+            self._writer = self._records(open(self._folder / f"{_EVENTS}{self._number():019d}", "xb"))
             for event in self._begin:
                 event.wall_time = now
             events = [*self._begin, *events]
@@ -381,10 +386,25 @@ def make_loggers(
     """Start the loggers of these kinds, keys of `LOGGERS`; the rest is told to each of them as a `TrackedRun`.
 
     Raises:
-        UserError: a package is not installed, or wandb refuses to start.
+        UserError: a package is not installed, or a tracker cannot start.
     """
     run = TrackedRun(mode, project, name, folder, config, run_id, first_step)
-    return Loggers({kind: start(run) for kind in dict.fromkeys(kinds) if (start := LOGGERS[kind])})
+    return Loggers({kind: _started(kind, start, run) for kind in dict.fromkeys(kinds) if (start := LOGGERS[kind])})
+
+
+def _started(kind: str, start: Callable[[TrackedRun], Logger], run: TrackedRun) -> Logger:
+    try:
+        return start(run)
+    except UserError:
+        raise
+    except Exception as error:  # each tracker raises errors of its own, with no class in common
+        raise UserError(
+            f"logger={kind} could not start ({_reason(error)}); mend that, or choose another logger"
+        ) from None
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def flatten(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -7,7 +7,9 @@ import math
 import os
 import re
 import sys
+import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -15,8 +17,9 @@ from typing import Any, cast
 import pytest
 from PIL import Image
 
+from instructblip import tracking
 from instructblip.errors import UserError
-from instructblip.tracking import Logger, Loggers, TrackedSample, flatten, make_loggers
+from instructblip.tracking import Logger, Loggers, TrackedRun, TrackedSample, flatten, make_loggers
 from instructblip.training import setup
 from instructblip.training.setup import _tracked_as
 
@@ -109,6 +112,33 @@ def test_a_tracker_that_fails_is_named_once_and_the_others_go_on(caplog: pytest.
     assert line.startswith("logger=wandb failed (ConnectionError: the server is gone); the run goes on without it")
 
 
+def test_a_tracker_that_cannot_start_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(run: TrackedRun) -> Logger:
+        raise ConnectionError("no server\nanswers")
+
+    monkeypatch.setitem(tracking.LOGGERS, "mlflow", unreachable)
+    with pytest.raises(UserError) as error:
+        make("mlflow", tmp_path)
+    line = "logger=mlflow could not start (ConnectionError: no server answers); mend that, or choose another logger"
+    assert str(error.value) == line
+
+
+def test_a_folder_that_is_none_stops_tensorboard_in_one_line(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    (tmp_path / "tensorboard").write_text("no folder")
+    with pytest.raises(UserError, match=r"^logger=tensorboard could not start \((FileExists|NotADirectory)Error: "):
+        make("tensorboard", tmp_path)
+
+
+@pytest.mark.slow
+def test_a_server_that_mlflow_cannot_use_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("sqlalchemy")
+    pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "nonsense://nowhere")
+    with pytest.raises(UserError, match=r"^logger=mlflow could not start \(\w+: .*nonsense"):
+        make("mlflow", tmp_path, mode="online")
+
+
 def tensorboard(folder: Path) -> Any:
     """A folder of event files, as TensorBoard's own reader has it."""
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
@@ -171,6 +201,21 @@ def test_a_resumed_run_has_each_step_once_in_tensorboard(tmp_path: Path) -> None
     begun_anew = make("tensorboard", tmp_path)
     begun_anew.log({"loss": 0.5}, 1)
     assert scalars(tmp_path / "tensorboard")["loss"] == [(1, 0.5)]
+
+
+def test_a_clock_that_was_put_back_leaves_a_resumed_run_in_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("tensorboard")
+    for year, (first, last) in {2030: (1, 5), 1970: (4, 6), 2029: (7, 8)}.items():
+        now = (year - 1970) * 31_536_000_000_000_000 + 1
+        monkeypatch.setattr(time, "time_ns", partial(int, now))
+        logger = make("tensorboard", tmp_path, first_step=first)
+        for step in range(first, last + 1):
+            logger.log({"loss": year + step}, step)
+        logger.finish()
+    found = scalars(tmp_path / "tensorboard")["loss"]
+    assert found == [(1, 2031), (2, 2032), (3, 2033), (4, 1974), (5, 1975), (6, 1976), (7, 2036), (8, 2037)]
 
 
 @pytest.mark.slow
