@@ -83,6 +83,6 @@ def read_number(name: str, value: object, most: int) -> int:
     Raises:
         UserError: another value.
     """
-    if not isinstance(value, int | float) or value != int(value) or not 1 <= value <= most:
+    if not isinstance(value, int | float) or not 1 <= value <= most or value != int(value):  # NaN lies within no bounds
         raise UserError(f"{name} is {value}; give a whole number from 1 to {most}")
     return int(value)

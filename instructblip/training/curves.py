@@ -10,6 +10,7 @@ from instructblip.training.metrics_log import Entry, MetricsLog
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 # Of an entry, what its curves show; the rest, most of it sample ids, would fill the memory.
 _DRAWN = ("step", "phase", "loss", "loss_by_dataset", "validation", "lr", "samples_per_second")
 _LETTER = 0.014  # of a panel's width, of a phase's name
@@ -25,10 +26,16 @@ def draw_curves(metrics_path: Path, out_path: Path, title: str) -> None:
     Raises:
         UserError: the picture cannot be written.
     """
-    from matplotlib.figure import Figure  # slow to import and needed once a run
+    from matplotlib import rc_context  # slow to import and needed once a run
+    from matplotlib.figure import Figure
 
     entries = [{key: entry[key] for key in _DRAWN if key in entry} for entry in MetricsLog(metrics_path).read()]
-    figure = Figure(figsize=(13, 7), dpi=110)
+    with rc_context({"text.parse_math": False}), atomic_path(out_path) as partial:  # names with $ are no formulas
+        figure = _drawn(Figure(figsize=(13, 7), dpi=110), entries, title)
+        figure.savefig(partial, format="png", metadata={"Software": None})  # the same numbers give the same bytes
+
+
+def _drawn(figure: "Figure", entries: list[Entry], title: str) -> "Figure":
     figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold")
     # Margins by hand: measuring every label for a constrained layout costs as much as drawing.
     grid = figure.add_gridspec(
@@ -42,8 +49,7 @@ def draw_curves(metrics_path: Path, out_path: Path, title: str) -> None:
     _draw_single(panels[4], entries, "samples_per_second", "Samples per second")
     for panel in panels:
         _draw_phases(panel, phases_of(entries), named=panel in panels[:3], names_unvalidated=panel is panels[2])
-    with atomic_path(out_path) as partial:
-        figure.savefig(partial, format="png", metadata={"Software": None})  # the same numbers give the same bytes
+    return figure
 
 
 def smoothed(values: Sequence[float], span: float) -> list[float]:

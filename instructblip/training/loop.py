@@ -18,6 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from instructblip.data.batching import Batch, split_further
 from instructblip.errors import UserError
+from instructblip.files import errors_for_users
 from instructblip.models.arguments import of_samples
 from instructblip.models.base import Inputs, Model
 from instructblip.objectives import Objective
@@ -237,23 +238,30 @@ TRACED_STEPS = 5
 
 
 @contextlib.contextmanager
-def traced_steps(first: int | None, folder: Path, say: Callable[[str], None]) -> Iterator[Callable[[int], None]]:
+def traced_steps(
+    first: int | None, folder: Path, say: Callable[[str], None], *, done: int = 0
+) -> Iterator[Callable[[int], None]]:
     """Give a function to call after each step with the number of steps done; it begins and ends the trace.
 
     Args:
         first: the `TRACED_STEPS` steps after this one are traced; None traces nothing.
         folder: gets trace.json.gz.
         say: prints a line.
+        done: steps taken before.
+
+    Raises:
+        UserError: the trace cannot be written.
     """
     recorder: profile | None = None
 
     def end() -> None:
         nonlocal recorder
         if recorder is not None:
-            recorder.stop()
-            recorder.export_chrome_trace(str(folder / "trace.json.gz"))
+            ended, recorder = recorder, None
+            ended.stop()
+            with errors_for_users(folder / "trace.json.gz"):
+                ended.export_chrome_trace(str(folder / "trace.json.gz"))
             say(f"wrote {folder / 'trace.json.gz'}")
-            recorder = None
 
     def after(done: int) -> None:
         nonlocal recorder
@@ -265,6 +273,7 @@ def traced_steps(first: int | None, folder: Path, say: Callable[[str], None]) ->
             recorder.start()
 
     try:
+        after(done)
         yield after
     finally:
         end()

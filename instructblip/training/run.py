@@ -150,7 +150,9 @@ def _train_steps(run: TrainingRun, start: int, stop: StopRequest, unvalidated: d
     timer = StepTimer()
     with (
         training_progress(f"training {run.config.name}", steps, first_step=start, console=run.console) as progress,
-        traced_steps(run.config.profile_step if run.ranks.is_first else None, run.folder, progress.say) as trace,
+        traced_steps(
+            run.config.profile_step if run.ranks.is_first else None, run.folder, progress.say, done=start
+        ) as trace,
     ):
 
         def after_step(step: int, place: StepPosition, rate: float, result: StepResult) -> bool:

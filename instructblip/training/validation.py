@@ -88,7 +88,8 @@ def _validation_scores(run: TrainingRun, step: int, ranks: Ranks) -> dict[str, f
         shown = tracked_samples(result, run.config.logger.samples)
         run.logger.log_samples(f"validation_samples/{task.card.name}", shown, step)
     if together and ranks.is_first:
-        shutil.rmtree(home.parent)
+        # A network file system keeps what another rank has not closed yet, and there may be no task.
+        shutil.rmtree(home.parent, ignore_errors=True)
     return scores
 
 

@@ -154,6 +154,8 @@ def test_two_checkpoints_answer_side_by_side_and_one_says_what_it_lacks(picture:
         ({"prompt": "a" * 41}, "the prompt has 41 characters, and the page takes 40; shorten it"),
         ({"num_beams": 4}, "the number of beams is 4; give a whole number from 1 to 3"),
         ({"max_new_tokens": 2.5}, "the number of tokens is 2.5; give a whole number from 1 to 8"),
+        ({"max_new_tokens": float("nan")}, "the number of tokens is nan; give a whole number from 1 to 8"),
+        ({"num_beams": float("-inf")}, "the number of beams is -inf; give a whole number from 1 to 3"),
         ({"prompt": "\ud800"}, "run: prompts[0] is no text"),
     ],
 )

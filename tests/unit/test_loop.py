@@ -1,8 +1,11 @@
 """Where a step lies, which positions it holds, and that any split of a batch gives the same gradient."""
 
+import gzip
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +18,7 @@ from instructblip.errors import UserError
 from instructblip.models.arguments import of_samples
 from instructblip.models.instructblip import InstructBLIP
 from instructblip.objectives import Objective
-from instructblip.training.loop import StepResult, log_entry, run_steps, train_step
+from instructblip.training.loop import TRACED_STEPS, StepResult, log_entry, run_steps, traced_steps, train_step
 from instructblip.training.optim import learning_rate, make_adamw
 from instructblip.training.parallel import StepContext
 from instructblip.training.schedule import Phase, StepPosition, locate, rank_positions, total_steps
@@ -354,6 +357,27 @@ def test_dropout_draws_from_seed_and_step_alone() -> None:
     torch.rand(17)
     assert _run(start=2, dropout=0.3)[1][0] == first
     assert _run(start=2, dropout=0.0)[1][0][3] != first[3]
+
+
+@pytest.mark.parametrize(("first", "start"), [(0, 0), (7, 7), (8, 7), (6, 7), (None, 0)])
+def test_the_steps_after_the_one_that_is_said_are_traced(first: int | None, start: int, tmp_path: Path) -> None:
+    said: list[str] = []
+    with traced_steps(first, tmp_path, said.append, done=start) as trace:
+        for done in range(start + 1, start + TRACED_STEPS + 2):
+            torch.ones(done) + 1
+            trace(done)
+    wanted = first is not None and first >= start
+    assert (tmp_path / "trace.json.gz").exists() == wanted
+    assert said == [f"wrote {tmp_path / 'trace.json.gz'}"] * wanted
+    if wanted:
+        events = json.loads(gzip.decompress((tmp_path / "trace.json.gz").read_bytes()))["traceEvents"]
+        assert sum(event["name"] == "aten::ones" for event in events) == TRACED_STEPS
+
+
+def test_a_trace_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"trace.json.gz cannot be written"):  # noqa: SIM117
+        with traced_steps(0, tmp_path / "gone", print):
+            pass
 
 
 def test_log_entry_counts_finished_steps() -> None:

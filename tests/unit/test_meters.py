@@ -333,6 +333,14 @@ def test_curves_are_one_picture_and_the_same_each_time(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_names_with_dollars_are_no_formulas(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    for step, phase in enumerate(["a $_$", "b $\\x$"], start=1):
+        log.append({"step": step, "phase": phase, "loss": 1.0, "loss_by_dataset": {"c$_$": 1.0}})
+    draw_curves(log.path, tmp_path / "curves.png", "run $_$")
+    assert (tmp_path / "curves.png").stat().st_size > 1000
+
+
 def test_curves_of_a_run_without_steps_are_empty_panels(tmp_path: Path) -> None:
     draw_curves(tmp_path / "missing.jsonl", tmp_path / "curves.png", "run")
     assert (tmp_path / "curves.png").stat().st_size > 1000
