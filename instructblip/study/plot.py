@@ -8,6 +8,7 @@ from instructblip.study.findings import Findings
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 _WITHHELD = "images withheld"
 _WIDTH, _ROW, _EDGES = 3.2, 0.42, 1.5  # inches: of a panel, of a row, above and below the rows
 _ROW_OF_PANELS = 4
@@ -22,11 +23,16 @@ def draw(findings: Findings, question: str, path: Path) -> None:
     """
     from matplotlib.figure import Figure  # slow to import and needed once a study
 
+    figure = _drawn(Figure(dpi=110, layout="constrained"), findings, question)
+    with atomic_path(path) as partial:
+        figure.savefig(partial, format="png", metadata={"Software": None})  # the same numbers give the same bytes
+
+
+def _drawn(figure: "Figure", findings: Findings, question: str) -> "Figure":
     columns = min(_ROW_OF_PANELS, len(findings.datasets))
     lines = -(-len(findings.datasets) // columns)
-    height = lines * (_ROW * len(findings.conditions) + _EDGES)
-    figure = Figure(figsize=(_WIDTH * columns + 1.5, height), dpi=110, layout="constrained")
-    figure.suptitle(question, x=0.01, ha="left", fontsize=10, wrap=True)
+    figure.set_size_inches(_WIDTH * columns + 1.5, lines * (_ROW * len(findings.conditions) + _EDGES))
+    figure.suptitle(_plain(question), x=0.01, ha="left", fontsize=10, wrap=True)
     panels = figure.subplots(lines, columns, squeeze=False, sharey=True)
     for number, axes in enumerate(panels.flat):
         if number < len(findings.datasets):
@@ -35,8 +41,7 @@ def draw(findings: Findings, question: str, path: Path) -> None:
             axes.set_axis_off()
     handles, labels = panels.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower left", ncols=len(labels), fontsize=8, frameon=False)
-    with atomic_path(path) as partial:
-        figure.savefig(partial, format="png", metadata={"Software": None})  # the same numbers give the same bytes
+    return figure
 
 
 def _draw_panel(axes: "Axes", findings: Findings, dataset: str) -> None:
@@ -58,8 +63,13 @@ def _draw_panel(axes: "Axes", findings: Findings, dataset: str) -> None:
             axes.plot(
                 [item.baselines[_WITHHELD]], [row], "x", color=grey, markersize=6, label=_WITHHELD if first else None
             )
-    axes.set_title(dataset, fontsize=9)
-    axes.set_yticks(range(len(findings.conditions)), list(findings.conditions), fontsize=8)
+    axes.set_title(_plain(dataset), fontsize=9)
+    axes.set_yticks(range(len(findings.conditions)), [_plain(name) for name in findings.conditions], fontsize=8)
     axes.set_ylim(len(findings.conditions) - 0.5, -0.5)
     axes.tick_params(axis="x", labelsize=8)
     axes.grid(axis="x", color="#dddddd", linewidth=0.6)
+
+
+def _plain(text: str) -> str:
+    """Dollars begin no formula."""
+    return text.replace("$", r"\$")

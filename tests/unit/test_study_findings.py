@@ -19,6 +19,7 @@ from instructblip.errors import UserError
 from instructblip.evaluation.results_file import StoredRun, StoredScore
 from instructblip.evaluation.statistics import spread
 from instructblip.study.findings import Difference, Findings, Scores, _check_same_questions, _difference
+from instructblip.study.plot import draw
 from instructblip.study.report import _scores_table, _table, command
 from tests.kit.runs import World
 from tests.kit.studies import STUDY, study_config
@@ -96,6 +97,13 @@ def test_what_failed_takes_no_name_and_no_place_from_the_rest() -> None:
         ["colours", "b", "-, 20.0, 30.0"],
         ["", "c", "10.0, 20.0, 30.0"],
     ]
+
+
+def test_a_name_with_dollars_is_drawn_as_it_stands(tmp_path: Path) -> None:
+    name = "costs $_$"  # no formula that could be set
+    scores = {(name, "mine"): Scores(name, "mine", {1: 10.0, 2: 30.0}, {}, 50)}
+    draw(Findings(["mine"], [name], [1, 2], scores, {}, [], [], made_up=False), f"What {name}?", tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
 # --- differences -----------------------------------------------------------------------------------------------------
