@@ -139,8 +139,8 @@ def generated_ids(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     for kind in KINDS:
         tokenizer = model_of(kind).llm.prompt_format.tokenizer
 
-        def decode(ids: Tensor, _own: Any = tokenizer.batch_decode, **options: Any) -> Any:
-            rows.extend(ids.tolist())
+        def decode(ids: Any, _own: Any = tokenizer.batch_decode, **options: Any) -> Any:
+            rows.extend(ids)
             return _own(ids, **options)
 
         monkeypatch.setattr(tokenizer, "batch_decode", decode)

@@ -322,8 +322,8 @@ def generated_ids(model: InstructBLIP, monkeypatch: pytest.MonkeyPatch, **option
     seen: list[Tensor] = []
     original = type(model.llm.prompt_format.tokenizer).batch_decode
 
-    def decode(tokenizer: Any, ids: Tensor, **keywords: Any) -> list[str]:
-        seen.append(ids)
+    def decode(tokenizer: Any, ids: list[list[int]], **keywords: Any) -> list[str]:
+        seen.append(torch.tensor(ids))
         return original(tokenizer, ids, **keywords)
 
     monkeypatch.setattr(type(model.llm.prompt_format.tokenizer), "batch_decode", decode)
