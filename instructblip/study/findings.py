@@ -210,13 +210,14 @@ def _scores(condition: str, dataset: str, runs: Mapping[tuple[str, int], StoredR
 def _difference(
     condition: str, reference: str, dataset: str, runs: Mapping[tuple[str, int], StoredRun]
 ) -> Difference | None:
-    seeds = [
-        seed
-        for name, seed in runs
-        if name == condition and all(_value(runs, side, seed, dataset) is not None for side in (condition, reference))
-    ]
-    if not seeds:
+    by_seed = {}
+    for seed in (seed for name, seed in runs if name == condition):
+        own, other = (_value(runs, side, seed, dataset) for side in (condition, reference))
+        if own is not None and other is not None:
+            by_seed[seed] = own - other
+    if not by_seed:
         return None
+    seeds = list(by_seed)
     pairs = {seed: paired_scores(dataset, runs[reference, seed], runs[condition, seed]) for seed in seeds}
     (images, *others) = [pair.images for pair in pairs.values()]
     if any(other != images for other in others):
@@ -227,10 +228,6 @@ def _difference(
     sides = [[pair.first for pair in pairs.values()], [pair.second for pair in pairs.values()]]
     first, second = ([statistics.fmean(values) for values in zip(*side, strict=True)] for side in sides)
     alone = [compare_paired(pair.first, pair.second, pair.images) for pair in pairs.values()]
-    by_seed = {
-        seed: (_value(runs, condition, seed, dataset) or 0.0) - (_value(runs, reference, seed, dataset) or 0.0)
-        for seed in seeds
-    }
     sign = 1 if runs[reference, seeds[0]].scores[dataset].higher_is_better else -1
     return Difference(
         condition,

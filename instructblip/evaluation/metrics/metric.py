@@ -189,12 +189,11 @@ def all_answers(records: Records) -> list[list[str]]:
     """
     found = []
     for record in records:
-        if not record.answers:
-            raise ValueError(f"record {record.id!r} has no answers; they may not be public")
-        weights = record.answer_weights or (1.0,) * len(record.answers)
-        if len(weights) != len(record.answers) or any(weight < 1 or weight != int(weight) for weight in weights):
+        answers = _public_answers(record)
+        weights = record.answer_weights or (1.0,) * len(answers)
+        if len(weights) != len(answers) or any(weight < 1 or weight != int(weight) for weight in weights):
             raise ValueError(f"record {record.id!r}: answer weights must count annotators, got {weights}")
-        given = [answer for answer, n in zip(record.answers, weights, strict=True) for _ in range(int(n))]
+        given = [answer for answer, n in zip(answers, weights, strict=True) for _ in range(int(n))]
         found.append(given + [""] * ((record.annotators or len(given)) - len(given)))
     return found
 
@@ -205,10 +204,13 @@ def accepted_answers(records: Records) -> list[tuple[str, ...]]:
     Raises:
         ValueError: a record without answers.
     """
-    for record in records:
-        if not record.answers:
-            raise ValueError(f"record {record.id!r} has no answers; they may not be public")
-    return [record.answers for record in records]
+    return [_public_answers(record) for record in records]
+
+
+def _public_answers(record: Record) -> tuple[str, ...]:
+    if not record.answers:
+        raise ValueError(f"record {record.id!r} has no answers; they may not be public")
+    return record.answers
 
 
 def only_answers(records: Records) -> list[str]:
