@@ -56,7 +56,7 @@ CONNECTOR: dict[ConnectorKind, tuple[str, ...]] = {
 CHOSEN_BY = {"parameters": "hidden_width", "tokens": "tokens", "flops": "tokens"}
 # Of the section `data`, which evaluations have too.
 _OF_TRAINING = ("data.workers", "data.transform", "data.text_processor", "data.prompt_processor", "data.tolerance")
-_MARKS = 2  # [CLS] and [SEP], or [DEC] and [SEP]
+MARKS = 2  # [CLS] and [SEP], or [DEC] and [SEP]
 BLIP_KINDS = tuple(kind for kind in ARCHITECTURE if kind.startswith("blip_"))
 
 
@@ -124,10 +124,10 @@ def check_model(config: ModelConfig) -> None:
     ]:
         owners = " or ".join(owner for owner, names in ARCHITECTURE.items() if other[0] in names)
         raise UserError(f"model.{other[0]} is none of model={kind}; leave it out, or set model={owners}")
-    if "max_text_tokens" in ARCHITECTURE[kind] and architecture.max_text_tokens <= _MARKS:
+    if "max_text_tokens" in ARCHITECTURE[kind] and architecture.max_text_tokens <= MARKS:
         raise UserError(
-            f"model.max_text_tokens={architecture.max_text_tokens} leaves nothing of a text beside its {_MARKS} marks; set "
-            f"it to {_MARKS + 1} or more"
+            f"model.max_text_tokens={architecture.max_text_tokens} leaves nothing of a text beside its {MARKS} marks; set "
+            f"it to {MARKS + 1} or more"
         )
     if architecture.prompt and not architecture.prompt.endswith(" "):
         raise UserError(

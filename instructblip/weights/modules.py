@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from instructblip.config.checks import MARKS
 from instructblip.config.schema import (
     ArchitectureConfig,
     ConnectorConfig,
@@ -33,8 +34,6 @@ from instructblip.models.pairs import pair_heads
 from instructblip.models.qformer import QFormer
 from instructblip.models.vision import VisionEncoder
 from instructblip.weights.outlines import outlined_encoder, outlined_language_model
-
-_MARKS = 2  # [CLS] and [SEP]
 
 
 @dataclass(frozen=True)
@@ -283,8 +282,8 @@ def check_instructions(config: QFormerConfig, places: int) -> None:
     said = f"qformer.max_instruction_tokens={config.max_instruction_tokens}"
     if config.max_instruction_tokens > places:
         raise UserError(f"{said} is more than the Q-Former's {places} places; lower it")
-    if config.max_instruction_tokens <= _MARKS:
-        raise UserError(f"{said} leaves nothing of a text beside its {_MARKS} marks; set it to {_MARKS + 1} or more")
+    if config.max_instruction_tokens <= MARKS:
+        raise UserError(f"{said} leaves nothing of a text beside its {MARKS} marks; set it to {MARKS + 1} or more")
 
 
 def check_temperature(temperature: float) -> None:
