@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from instructblip.data.cards import OwnCard, load_card, source_facts
+from instructblip.data.prepare.convert import without_repeats
 from instructblip.data.prepare.media import MediaError, MediaOptions, read_media, stored_frames
 from instructblip.data.readers import Losses, MediaRecords, RawSplit
-from instructblip.data.readers.foreign_tars import read_foreign_tars
+from instructblip.data.readers.foreign_tars import look_at_tars, read_foreign_tar
 from instructblip.data.readers.records import own_files
 from instructblip.data.records import Record
 from instructblip.data.shards import KeptOpen, image_json
@@ -24,19 +25,22 @@ _TARS_KEPT = 4
 class ForeignTar:
     """One tar of others, its samples looked up once; read by number as a `ShardReader` is.
 
+    Args:
+        path: of the tar.
+        source: the split that it is of.
+
     Attributes:
         path: of the tar.
         keys: of its images, as preparing would name them.
         losses: what of it cannot be used.
     """
 
-    def __init__(self, path: Path, card: OwnCard, split: str) -> None:
+    def __init__(self, path: Path, source: RawSplit) -> None:
         self.path = path
         self.losses = Losses()
-        self._raw = Path(card.path).expanduser().parent
-        place = path.relative_to(self._raw).as_posix()
-        source = RawSplit(self._raw, split, {"shards": (place,)}, card.told)
-        self._images: list[MediaRecords] = list(read_foreign_tars(source, self.losses))
+        self._raw = source.raw
+        found = without_repeats(read_foreign_tar(source, path, self.losses), self.losses)
+        self._images: list[MediaRecords] = [image for image in found if self._can_be_written(image)]
         self.keys = [image.key for image in self._images]
 
     def __len__(self) -> int:
@@ -64,6 +68,15 @@ class ForeignTar:
         """Of a picture, as preparing would store it."""
         return next(iter(self._frames(row)))
 
+    def _can_be_written(self, image: MediaRecords) -> bool:
+        """Whether UTF-8 can hold what its records say; it is lost otherwise, as where it is prepared."""
+        try:
+            image_json(image.media_id, image.records)
+        except UnicodeEncodeError:
+            self.losses.add("record holds half a Unicode pair", image.media_id, records=len(image.records))
+            return False
+        return True
+
     def _frames(self, row: int) -> dict[str, bytes]:
         image = self._images[row]
         try:
@@ -89,16 +102,21 @@ class ForeignSplit:
         """That the tars lie below."""
         return Path(self.card.path).expanduser().parent
 
+    @property
+    def source(self) -> RawSplit:
+        """As a reader is told of it."""
+        return RawSplit(self.folder, self.split, self.card.splits[self.split].files, self.card.told)
+
     @cached_property
     def paths(self) -> list[Path]:
-        """Of the tars, in order."""
-        return own_files(RawSplit(self.folder, self.split, self.card.splits[self.split].files), "shards")
+        """Of the tars, in order; each once, where several places name it."""
+        return list(dict.fromkeys(own_files(self.source, "shards")))
 
     @cached_property
     def shards(self) -> Sequence[ForeignTar]:
         """The tars, looked into when they are asked for."""
         paths = self.paths
-        return KeptOpen(len(paths), lambda number: ForeignTar(paths[number], self.card, self.split), _TARS_KEPT)
+        return KeptOpen(len(paths), lambda number: ForeignTar(paths[number], self.source), _TARS_KEPT)
 
     @property
     def manifest(self) -> dict[str, Any]:
@@ -118,7 +136,7 @@ def foreign_split(path: str, split: str) -> ForeignSplit:
     """The tars that a card of one's own names.
 
     Raises:
-        UserError: no such card, one of another reader or without that split; a tar is missing.
+        UserError: no such card, one of another reader or without that split; a tar is missing, or a column that is needed.
     """
     card = load_card(path)
     if not isinstance(card, OwnCard) or card.reader != _READER or card.view_of is not None:
@@ -130,4 +148,5 @@ def foreign_split(path: str, split: str) -> ForeignSplit:
     found = ForeignSplit(card, split)
     if not found.paths:
         raise UserError(f"shards={path} names no tars of split {split}")
+    look_at_tars(found.source)
     return found

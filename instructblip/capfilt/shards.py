@@ -43,27 +43,22 @@ def make_captions(job: Job, parts: Sequence[Part], captioning: Captioning, ranks
             if job.done(part).is_file() or job.is_finished():
                 continue
             journal = Journal(job.journal(part), keys := job.keys(part), ranks)
-            for answered in _answer_share(part, keys, captioning, journal):
+            for answered in _answer_left(part, keys, captioning, journal):
                 _check_damage(journal, job.tolerance)
                 progress.advance(bar, answered * ranks.world_size)
-            if ranks.rank == part.number % ranks.world_size:
+            if _puts_together(ranks, part):
                 journal.wait_for_others(f"pictures of {part.reader.path.name}")
                 _check_damage(journal, job.tolerance)
                 _put_together(job, part, keys, journal)
         progress.update(bar, completed=total)
 
 
-def _answer_share(part: Part, keys: Sequence[str], captioning: Captioning, journal: Journal) -> Iterator[int]:
-    """Answer this rank's share of a shard's pictures into the journal; give the number of each chunk.
-
-    A chunk that was interrupted, or that damaged pictures are left out of, is answered anew, so that each picture stands
-    beside the same others.
-    """
+def _answer_left(part: Part, keys: Sequence[str], captioning: Captioning, journal: Journal) -> Iterator[int]:
+    """Answer what is left of a shard's pictures to this rank into the journal; give the number of each chunk."""
     ranks, size = journal.ranks, captioning.pictures
     chunks = [range(start, min(start + size, len(keys))) for start in range(0, len(keys), size)]
-    # Shards of few pictures would all begin with the first rank.
-    own = chunks[(ranks.rank - part.number) % ranks.world_size :: ranks.world_size]
-    left = [chunk for chunk in own if any(keys[row] not in journal.predictions for row in chunk)]
+    numbers = _left_to(ranks, part, [[keys[row] for row in chunk] for chunk in chunks], journal)
+    left = [chunks[number] for number in numbers]
     rows = [{row: row for row in chunk} for chunk in left]
     see = partial(look, part, captioning.models.fits)
     for chunk, looks in zip(left, read_chunks(rows, see), strict=True):
@@ -79,6 +74,27 @@ def _answer_share(part: Part, keys: Sequence[str], captioning: Captioning, journ
             [item for item in failures if item.key not in journal],
         )
         yield len(chunk)
+
+
+def _left_to(ranks: Ranks, part: Part, chunks: Sequence[Sequence[str]], journal: Journal) -> list[int]:
+    """The numbers of those chunks, of keys, that a rank answers.
+
+    A chunk that was interrupted, or that damaged pictures are left out of, is answered anew, so that each picture stands
+    beside the same others. The latter by the rank that puts the shard together: it waits for no answer of theirs.
+    """
+    left = []
+    for number, own in enumerate(chunks):
+        if not all(key in journal for key in own):
+            # Shards of few pictures would all begin with the first rank.
+            answers = (number + part.number) % ranks.world_size == ranks.rank
+        else:
+            answers = _puts_together(ranks, part) and any(key in journal.failures for key in own)
+        left += [number] if answers else []
+    return left
+
+
+def _puts_together(ranks: Ranks, part: Part) -> bool:
+    return ranks.rank == part.number % ranks.world_size
 
 
 def _check_damage(journal: Journal, tolerance: int) -> None:

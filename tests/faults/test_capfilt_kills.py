@@ -1,5 +1,6 @@
 """`python -m instructblip.capfilt`, killed whenever, goes on and ends with the same bytes."""
 
+import io
 import json
 import multiprocessing
 import os
@@ -109,6 +110,26 @@ def test_tars_that_nobody_prepared_give_the_bytes_of_those_that_somebody_did(tmp
     assert (lost["reason"], lost["count"], lost["examples"]) == ("image is missing", 1, ["00001.tar: c"])
     with pytest.raises(UserError, match=r"mine\.yaml has no split val, but train; set split="):
         caption_web(card, tmp_path / "c", split="val")
+
+
+def test_tars_lose_what_preparing_loses_and_empty_ones_stop_nothing(tmp_path: Path) -> None:
+    """A sample that stands in its tar twice, half a Unicode pair, and tars of which no download came through."""
+    card = write_web_tars(tmp_path / "raw", tars=4, samples=2, shards=["*.tar", "00000.tar"])
+    plain, again = web_members(0, 2), web_members(9, 1)
+    with tarfile.open(tmp_path / "raw/00000.tar", "w") as tar:
+        for name, content in (*plain.items(), *list(plain.items())[:3]):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    write_tar(tmp_path / "raw/00001.tar", {})
+    write_tar(tmp_path / "raw/00002.tar", {"a.txt": b"no picture at all"})
+    half = {"b.jpg": again["000090000.jpg"], "b.txt": b"a text", "b.json": b'{"url": "http://a.org/\\ud800"}'}
+    write_tar(tmp_path / "raw/00003.tar", {**web_members(3, 1), **half})
+    prepare_dataset(load_card(card), tmp_path / "raw", tmp_path / "shards", images_per_shard=2, progress=False)
+    prepared, foreign = caption_web(tmp_path / "shards", tmp_path / "a"), caption_web(card, tmp_path / "b")
+    assert (foreign / "captions.json").read_bytes() == (prepared / "captions.json").read_bytes()
+    lost = {loss["reason"]: loss["count"] for loss in json.loads((foreign / "report.json").read_text())["lost"]}
+    assert lost == {"image id occurs twice": 1, "image is missing": 1, "record holds half a Unicode pair": 1}
 
 
 @pytest.mark.slow

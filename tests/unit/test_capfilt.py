@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from html import unescape
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -22,8 +22,9 @@ from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
 from instructblip.capfilt.captioning import Captioning
 from instructblip.capfilt.job import Job
 from instructblip.capfilt.models import ClipJudge, find_models
-from instructblip.capfilt.pictures import Seen
+from instructblip.capfilt.pictures import Part, Seen
 from instructblip.capfilt.settings import settle
+from instructblip.capfilt.shards import _left_to
 from instructblip.capfilt.texts import Scored, choose_texts, texts_to_judge
 from instructblip.config.schema import CapFiltConfig
 from instructblip.data.cards import load_card
@@ -38,6 +39,8 @@ from instructblip.data.templates import load_templates
 from instructblip.data.text_processors import blip_caption
 from instructblip.distributed import Ranks
 from instructblip.errors import UserError
+from instructblip.evaluation.journal import Journal
+from instructblip.evaluation.outcomes import Failure, Prediction
 from instructblip.images import center_crop, decode_image
 from instructblip.weights.clip import find_clip, load_clip
 from tests.kit.blip import tiny_caption, tiny_retrieval
@@ -472,6 +475,17 @@ def test_nothing_is_made_before_the_first_rank_has_said_what(tmp_path: Path) -> 
     assert not other.is_alive()
     with pytest.raises(UserError, match="holds captions of another seed"):
         dataclasses.replace(job, plan={"seed": 1}).claim(Ranks(1, 2))
+
+
+def test_who_waits_for_no_other_looks_again_at_what_was_damaged(tmp_path: Path) -> None:
+    """Another rank would still write to the journal of a shard that is put together, and removed."""
+    chunks = [["a", "b"], ["c", "d"], ["e", "f"], ["g", "h"]]
+    keys, part = [key for chunk in chunks for key in chunk], cast(Part, SimpleNamespace(number=1))
+    answered = [Prediction(key, key, "a text") for key in "abcefg"]
+    Journal(tmp_path, keys).append(answered, [Failure("d", "d", "damaged")])
+    left = [_left_to(ranks, part, chunks, Journal(tmp_path, keys, ranks)) for ranks in (Ranks(0, 2), Ranks(1, 2))]
+    assert left == [[3], [1]]
+    assert _left_to(Ranks(), part, chunks, Journal(tmp_path, keys)) == [1, 3]
 
 
 def other_model(folder: Path) -> Path:

@@ -210,7 +210,7 @@ def _plans(job: _Job, split: str, scratch: Path, losses: Losses) -> Iterator[Sha
     if job.options.ocr is not None:
         files = {role: places for role, places in files.items() if role != OCR_ROLE}
     source = RawSplit(job.raw, split, files, job.card.told, scratch)
-    images = _without_repeats(READERS[job.card.reader](source, losses), losses)
+    images = without_repeats(READERS[job.card.reader](source, losses), losses)
     folder = job.out / job.card.source / split
     number = 0
     while group := tuple(islice(images, job.images_per_shard)):
@@ -218,7 +218,7 @@ def _plans(job: _Job, split: str, scratch: Path, losses: Losses) -> Iterator[Sha
         number += 1
 
 
-def _without_repeats(images: Iterable[MediaRecords], losses: Losses) -> Iterator[MediaRecords]:
+def without_repeats(images: Iterable[MediaRecords], losses: Losses) -> Iterator[MediaRecords]:
     """Count and leave out images and records whose id has occurred before in the split, or makes no member's name."""
     keys, record_ids = _Seen(), _Seen()
     for image in images:

@@ -35,15 +35,16 @@ def read_foreign_tars(source: RawSplit, losses: Losses) -> Iterator[MediaRecords
     Raises:
         UserError: a tar is missing, packed or cut short; a column that the task needs is nowhere.
     """
-    columns, rows = _opened(source, losses)
-    for row in rows:
-        example = columns.example(row, losses)
-        if example is not None:
-            media = tuple(part for part in example.media if isinstance(part, FileSlice))
-            key = media_key(source.options["dataset"], row.name)
-            yield MediaRecords(
-                key, row.name, media if len(media) > 1 else media[0], list(example.records), example.video
-            )
+    yield from _samples(source, *_opened(source, losses), losses)
+
+
+def read_foreign_tar(source: RawSplit, path: Path, losses: Losses) -> Iterator[MediaRecords]:
+    """Yield the samples of one of the tars, which may be empty, or lack what others have: `look_at_tars` sees to those.
+
+    Raises:
+        UserError: it is missing, packed or cut short.
+    """
+    yield from _samples(source, _columns(source), _rows(path, source.raw, losses), losses)
 
 
 def look_at_tars(source: RawSplit) -> None:
@@ -55,9 +56,23 @@ def look_at_tars(source: RawSplit) -> None:
     _opened(source, Losses())
 
 
+def _samples(source: RawSplit, columns: Columns, rows: Iterator[Row], losses: Losses) -> Iterator[MediaRecords]:
+    for row in rows:
+        example = columns.example(row, losses)
+        if example is not None:
+            media = tuple(part for part in example.media if isinstance(part, FileSlice))
+            key = media_key(source.options["dataset"], row.name)
+            yield MediaRecords(
+                key, row.name, media if len(media) > 1 else media[0], list(example.records), example.video
+            )
+
+
+def _columns(source: RawSplit) -> Columns:
+    return Columns(source.options["task"], source.split, source.options["columns"])
+
+
 def _opened(source: RawSplit, losses: Losses) -> tuple[Columns, Iterator[Row]]:
-    tars = own_files(source, "shards")
-    columns = Columns(source.options["task"], source.split, source.options["columns"])
+    tars, columns = own_files(source, "shards"), _columns(source)
     rows = (row for path in tars for row in _rows(path, source.raw, losses))
     first = list(itertools.islice(rows, _LOOKED_AT))
     columns.check({name for row in first for name in row.values}, tars[0], losses)
