@@ -9,6 +9,7 @@
 """
 
 import logging
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -55,6 +56,8 @@ _TITLE = "LlavaForConditionalGeneration"
 _AS_RUN = "keep it as a run (--to native)"
 # What LLaVA-1.5 was trained with, and by which a chat template is known to be its.
 _USER, _LINE_END, _ASSISTANT = "USER: ", "\n", " ASSISTANT:"
+# Written out, or as in the released folders, whose template makes it of the role: `message['role'].upper() + ': '`.
+_USER_IN_TEMPLATE = re.compile(rf"{_USER}|role\W+upper\b\W*: ")
 
 
 class LlavaSettings(NamedTuple):
@@ -160,7 +163,7 @@ def _conventions(folder: Path) -> dict[str, Any]:
     if tokenizer.eos_token is None or len(whole) > len(plain) + 1 or whole[-len(plain) :] != plain:
         raise UserError(f"{folder}: the tokenizer must have an EOS token and put at most one token before a text")
     templates = [file.read_text(encoding="utf-8") for file in sorted(folder.glob("*.j*")) if file.name in _TEMPLATES]
-    known = any(_USER in text and _ASSISTANT.strip() in text for text in templates)
+    known = any(_USER_IN_TEMPLATE.search(text) and _ASSISTANT.strip() in text for text in templates)
     if not known:
         logger.warning(
             "%s has no chat template of LLaVA-1.5: prompts stand behind the image as they are; write what the model was "

@@ -33,7 +33,12 @@ KINDS: tuple[ConnectorKind, ...] = ("mlp", "linear", "resampler")
 SIZES: dict[str, dict[str, Any]] = {"mlp": {}, "linear": {}, "resampler": {"tokens": 4, "width": 32, "depth": 2}}
 LLAVA_LLMS = ("llama", "qwen2", "spaced")
 _TOWER = {"embed_dim": WIDTH, "depth": 2, "num_heads": 4, "mlp_ratio": 1.5, "patch_size": 14}
-_LLAVA_1_5 = "{% for m in messages %}USER: <image>\n{{ m }} ASSISTANT:{% endfor %}"
+# In the form of the released folders: `USER` is made of the role.
+_LLAVA_1_5 = (
+    "{% for message in messages %}{{ message['role'].upper() + ': ' }}{% for part in message['content'] %}"
+    "{{ '<image>\n' if part['type'] == 'image' else part['text'] + ' ' }}{% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
 
 
 def tiny_connector_model(kind: ConnectorKind, seed: int = 0, *, llm: LLM | None = None, **sizes: Any) -> LLaVA:

@@ -18,7 +18,7 @@ from instructblip.models.base import Inputs
 from instructblip.models.llava import LLaVA
 from instructblip.weights.__main__ import main
 from instructblip.weights.load import load_model
-from instructblip.weights.transformers_llava import load_llava_folder
+from instructblip.weights.transformers_llava import load_llava_folder, read_llava_settings
 from tests.kit.connectors import LLAVA_LLMS, tiny_connector_model, tiny_llava, write_llava
 from tests.kit.tiny import EOS, tiny_encoder_decoder_llm, tiny_images, tiny_llm
 
@@ -214,6 +214,32 @@ def test_a_folder_without_a_known_chat_template_takes_prompts_as_they_are(
     model = load_llava_folder(tmp_path)
     assert "no chat template of LLaVA-1.5" in caplog.text
     assert_equal(model, *opened(tmp_path), ("", "", ""))
+
+
+@pytest.mark.parametrize(
+    ("template", "known"),
+    [
+        ("{% for m in messages %}USER: <image>\n{{ m }} ASSISTANT:{% endfor %}", True),
+        ('{{ message["role"].upper() + ": " }}{{ "ASSISTANT:" }}', True),
+        ("{{ message.role | upper }}: {{ content }} ASSISTANT:", True),
+        ("{{ '<|im_start|>' + message['role'] + '\n' }}{{ '<|im_start|>assistant' }}", False),
+        ("{{ '###Human: ' }}{{ '###Assistant:' }}", False),
+    ],
+)
+def test_a_chat_template_is_known_however_it_writes_the_role(template: str, known: bool, tmp_path: Path) -> None:
+    write_llava(tmp_path)
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTIONS[0]}]}]
+    shown = LlavaProcessor.from_pretrained(tmp_path).apply_chat_template(messages, add_generation_prompt=True)
+    assert shown == f"USER: <image>\n{QUESTIONS[0]} ASSISTANT:"  # as the released folders' does
+    for name, text in (
+        ("chat_template.json", json.dumps({"chat_template": template})),
+        ("chat_template.jinja", template),
+    ):
+        for other in tmp_path.glob("chat_template.*"):
+            other.unlink()
+        (tmp_path / name).write_text(text)
+        prefix = read_llava_settings(tmp_path).llm.conventions["image_prefix"]
+        assert prefix == ("USER: " if known else "")
 
 
 @pytest.mark.parametrize(
