@@ -88,8 +88,8 @@ class _Sizes:
 
     @cached_property
     def shape(self) -> ConnectorShape:
-        trained = _full(self.config)
-        return connector_shape(self.parts.vision, self.parts.connector, self.parts.llm, trained)
+        parts = self.parts
+        return connector_shape(parts.vision, parts.connector, parts.llm, *_trained_of(self.config))
 
     def budget(self, connector: ConnectorConfig) -> Budget:
         vision = self.parts.vision
@@ -139,8 +139,7 @@ def _plain(connector: ConnectorConfig) -> ConnectorConfig:
 
 
 def _qformer_budget(config: TrainConfig, parts: Parts) -> Budget:
-    trained = _full(config)
-    shape = model_shape(parts.vision, parts.qformer, parts.heads, parts.llm, trained)
+    shape = model_shape(parts.vision, parts.qformer, parts.heads, parts.llm, *_trained_of(config))
     parameters = _trained(parts.norm, parts.qformer, parts.heads)
     return Budget(parameters, shape.queries, _step_flops(config, shape))
 
@@ -180,6 +179,9 @@ def _line(config: TrainConfig, chosen: ConnectorConfig, found: Budget, wanted: B
     return f"connector={chosen.kind} has the {what} of the Q-Former {config.q_former().name} with {said}: {costs}"
 
 
-def _full(config: TrainConfig) -> set[str]:
-    """The parts of which all weights train: adapters on others cost the same beside any connector."""
-    return set(config.train.parts(config)) - set(config.train.adapted(config))
+def _trained_of(config: TrainConfig) -> tuple[tuple[str, ...], dict[str, float]]:
+    """The parts that train, and the share of adapters in them: none, since they cost the same beside any connector.
+
+    Gradients pass through an adapted part nevertheless.
+    """
+    return config.train.parts(config), dict.fromkeys(config.train.adapted(config), 0.0)

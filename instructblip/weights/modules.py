@@ -113,7 +113,8 @@ def adapt_without_weights(parts: Parts | ConnectorParts | BLIPParts, adapters: M
     if isinstance(parts, Parts):
         roots["qformer"] = {"qformer": parts.qformer}
     if isinstance(parts, BLIPParts):
-        texts = {"text_encoder": parts.encoder, "text_decoder": parts.decoder}
+        own = None if parts.decoder is parts.encoder else parts.decoder  # in pre-training one model is both
+        texts = {"text_encoder": parts.encoder, "text_decoder": own}
         roots["text"] = {name: model for name, model in texts.items() if model is not None}
     for part, adapter in adapters.items():
         require_peft()

@@ -20,10 +20,12 @@ from instructblip.config.schema import (
 from instructblip.config.validate import read_model_config, to_yaml
 from instructblip.errors import UserError
 from instructblip.models.llava import LLaVA
-from instructblip.training.budget import matched
+from instructblip.training.budget import _qformer_budget, matched
 from instructblip.training.plan.connector import connector_shape, frame_flops, kept_bytes
+from instructblip.training.plan.flops import image_flops
 from instructblip.training.plan.memory import Plan
 from instructblip.training.plan.parts import make_plan
+from instructblip.weights.modules import parts_without_weights
 from instructblip.weights.parts import build_model
 from tests.kit.connectors import tiny_connector_model, tiny_llava
 from tests.kit.runs import compose
@@ -176,6 +178,15 @@ def test_a_model_and_what_trains_must_have_the_connector(reference: TrainConfig)
         with pytest.raises(UserError, match=words) as error:
             refused()
         assert "\n" not in str(error.value)
+
+
+def test_gradients_pass_through_an_encoder_with_adapters(reference: TrainConfig) -> None:
+    parts = parts_without_weights(reference)
+    modes: dict[str, Any] = {mode: replace(reference.train, vision=mode) for mode in ("frozen", "lora", "full")}
+    flops = {mode: _qformer_budget(replace(reference, train=train), parts).flops for mode, train in modes.items()}
+    image = image_flops(parts.vision)
+    assert flops["lora"] - flops["frozen"] == pytest.approx(image)
+    assert flops["full"] - flops["frozen"] == pytest.approx(2 * image)
 
 
 # --- the plan --------------------------------------------------------------------------------------------------------

@@ -22,12 +22,13 @@ from instructblip.models.blip2 import BLIP2
 from instructblip.models.facts import skills_of
 from instructblip.training.plan import flops
 from instructblip.training.plan.memory import Plan, PlanLayout, what_fits
-from instructblip.training.plan.parts import make_plan
+from instructblip.training.plan.parts import adapters_of, make_plan
 from instructblip.training.plan.start import plan_start
 from instructblip.training.plan.tables import plan_summary
 from instructblip.training.planned import print_plan
 from instructblip.weights import modules as architecture
 from instructblip.weights.modules import (
+    adapt_without_weights,
     blip_without_weights,
     connector_without_weights,
     language_model_of_sizes,
@@ -320,6 +321,19 @@ def test_time_follows_from_work_and_peak() -> None:
     assert recomputing.hours() == pytest.approx(1.4 * once.hours(), rel=0.03)
 
 
+def test_blocks_of_an_encoder_that_trains_are_computed_twice_too() -> None:
+    planned = plan("experiment=blip_caption_coco")
+    assert planned.layout.activation_checkpointing
+    parts = {part.part: part for part in planned.sample_flops()}
+    again = parts["vision encoder"].forward + parts["text models and heads"].forward
+    work = sum(part.forward + part.backward for part in parts.values()) + again
+    layout = planned.layout
+    rate = layout.gpus * layout.mfu * layout.gpu.flops / work
+    assert planned.samples_per_second(planned.phases[0]) == pytest.approx(rate)
+    frozen = replace(planned, shape=replace(planned.shape, trained=frozenset({"text"})))
+    assert [part.part for part in frozen.sample_flops() if part.recompute] == ["text models and heads"]
+
+
 @pytest.mark.slow
 def test_phases_of_unlike_work_are_added_up() -> None:
     demo = plan("experiment=demo", "parallel=single")
@@ -542,6 +556,18 @@ def test_main_memory_for_building_the_model_is_named() -> None:
     planned = plan("experiment=paper_vicuna_13b", "plan_gpus=8")
     assert planned.loading() / 2**30 == pytest.approx(26.8, abs=0.1)  # 13.0 B and 1.0 B in bfloat16, 0.2 B in float32
     assert "26.8 GiB for every GPU of a node" in " ".join(plan_summary(planned))
+    full = plan("experiment=paper_vicuna_13b", "plan_gpus=8", "train.llm=full")
+    assert full.loading() - planned.loading() == 2 * 13_015_874_560  # which trains in float32
+
+
+def test_adapters_on_a_model_that_reads_and_writes_are_counted_once() -> None:
+    pytest.importorskip("peft", reason="adapters need requirements-lora.txt")
+    config = compose("train", TrainConfig, ["experiment=blip_pretrain", "train.text=lora", "model.queue_size=null"])
+    parts = blip_without_weights(config)
+    adapt_without_weights(parts, adapters_of(config))
+    assert parts.encoder is parts.decoder and parts.encoder is not None
+    names = [name for name, _ in parts.encoder.named_parameters() if ".lora_A." in name]
+    assert {name.split(".")[-4] for name in names} == {"query", "value"}
 
 
 @pytest.mark.slow

@@ -194,8 +194,8 @@ class ModelShape(ABC):
 
     def _vision_flops(self, work: StepWorkload) -> PartFlops:
         image = self.image_flops * work.encoded / (1 - self.shares.get("vision", 0.0))
-        backward = image * (1 + self._gradients("vision")) if "vision" in self.trained else 0.0
-        return PartFlops("vision encoder", image, backward, recompute=False)
+        trains = "vision" in self.trained
+        return PartFlops("vision encoder", image, image * (1 + self._gradients("vision")) if trains else 0.0, trains)
 
     def _gradients(self, part: str) -> float:
         """The share of a part's weights that have gradients."""
@@ -207,8 +207,8 @@ class ModelShape(ABC):
 
     def _behind_vision(self, title: str, part: str, forward: float) -> PartFlops:
         """A part that reads the vision encoder's tokens."""
-        gradients = 1 + self._gradients(part) if self.passes_gradients(part) else 0
-        return PartFlops(title, forward, forward * gradients)
+        passes = self.passes_gradients(part)
+        return PartFlops(title, forward, forward * (1 + self._gradients(part)) if passes else 0.0, recompute=passes)
 
 
 @dataclass(frozen=True)

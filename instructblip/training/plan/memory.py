@@ -148,8 +148,12 @@ class Plan(ABC):
 
     def loading(self) -> float:
         """Bytes of main memory that each process needs to build the model before it goes to its GPU."""
-        parts = (self.vision.backbone, self.llm, self._text_part()[2])
-        return sum(sum(_parameter_bytes(part, None).values()) for part in parts if part is not None) + self._copies()
+        total = self._copies()
+        for part, module in (("vision", self.vision.backbone), ("llm", self.llm), ("", self._text_part()[2])):
+            if module is not None:  # what trains in full is in float32
+                sizes = _parameter_bytes(module, None)
+                total += sum(4.0 * p.numel() if part in self._full else size for p, size in sizes.items())
+        return total
 
     def sample_flops(self) -> list[PartFlops]:
         """FLOPs of a usual sample, by part, for the outputs of all phases together."""
