@@ -236,6 +236,8 @@ def _unholdable_llm(llm: LLM) -> str | None:
     name = type(llm.model).__name__
     if isinstance(llm, EncoderDecoderLLM):
         return f"its language model is decoder-only, {name} is not; {_AS_RUN}"
+    if not hasattr(llm.model.base_model, "embed_tokens"):  # which the class ties its head to by that name
+        return f"it looks tokens up in its language model's embed_tokens, and {name} has none there; {_AS_RUN}"
     if llm.model.base_model_prefix != "model" or not _has_plain_head(llm):
         return f"it puts one matrix behind its language model's layers, and {name} does more; {_AS_RUN}"
     return None

@@ -293,8 +293,14 @@ def _check_llm(model: LLaVA) -> None:
 def _unholdable_llm(llm: LLM, *, adapted: bool) -> str | None:
     if not adapted and any(isinstance(module, QuantizedLinear) for module in llm.modules()):
         return "the language model is quantised; load it with llm.quantization=null"
-    if not hasattr(llm.model.config, "hidden_size") or not hasattr(llm.model.config, "vocab_size"):
-        return f"{type(llm.model).__name__} is no plain language model for its configuration"
+    name, config = type(llm.model).__name__, llm.model.config
+    if not hasattr(config, "hidden_size") or not hasattr(config, "vocab_size"):
+        return f"{name} is no plain language model for its configuration"
+    if config.hidden_size != llm.width:
+        return (
+            f"its visual tokens are as wide as the language model's layers ({config.hidden_size}), and this {name}'s "
+            f"embeddings are not ({llm.width}); keep it as a run (--to native)"
+        )
     return None
 
 

@@ -1,5 +1,6 @@
 """LLaVA equals transformers' LlavaForConditionalGeneration on the same weights, in and out: logits, loss, written tokens."""
 
+import contextlib
 import itertools
 import json
 from pathlib import Path
@@ -11,16 +12,24 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import LlavaForConditionalGeneration, LlavaProcessor
+from transformers import LlavaForConditionalGeneration, LlavaProcessor, OPTConfig, OPTForCausalLM
 
 from instructblip.errors import UserError
 from instructblip.models.base import Inputs
 from instructblip.models.llava import LLaVA
+from instructblip.models.llm import DecoderLLM
 from instructblip.weights.__main__ import main
 from instructblip.weights.load import load_model
 from instructblip.weights.transformers_llava import load_llava_folder, read_llava_settings
 from tests.kit.connectors import LLAVA_LLMS, tiny_connector_model, tiny_llava, write_llava
-from tests.kit.tiny import EOS, tiny_encoder_decoder_llm, tiny_images, tiny_llm
+from tests.kit.tiny import (
+    EOS,
+    tiny_encoder_decoder_llm,
+    tiny_images,
+    tiny_llm,
+    tiny_llm_tokenizer,
+    tiny_released_model,
+)
 
 QUESTIONS = ("what color is the shape?", "is there a circle?")
 ANSWERS = ("red", "no rectangle")
@@ -284,6 +293,20 @@ def test_what_transformers_cannot_hold_is_refused(tmp_path: Path) -> None:
             model.save_huggingface(tmp_path / "out")
         assert "\n" not in str(error.value)
         assert list(itertools.islice(tmp_path.iterdir(), 1)) == []
+
+
+@pytest.mark.parametrize("width", [32, 16])
+def test_language_models_of_opts_form_are_refused_where_they_have_no_place(width: int, tmp_path: Path) -> None:
+    """OPT's token table stands elsewhere; OPT-350M's is narrower than its layers."""
+    tokenizer = tiny_llm_tokenizer()
+    sizes = {"hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = OPTConfig(vocab_size=len(tokenizer), word_embed_proj_dim=width, do_layer_norm_before=width == 32, **sizes)
+    llm = DecoderLLM(OPTForCausalLM(config).eval(), tokenizer, eos_token=EOS, pad_token=EOS)
+    with pytest.raises(UserError, match=r"embed_tokens, and OPTForCausalLM has none there; keep it as a run"):
+        tiny_llava(llm=llm).save_huggingface(tmp_path / "llava")
+    refusal = pytest.raises(UserError, match=r"as wide as the language model's layers \(32\), .* not \(16\)")
+    with refusal if width == 16 else contextlib.nullcontext():
+        tiny_released_model(llm=llm).save_huggingface(tmp_path / "instructblip")
 
 
 def test_a_llava_says_what_it_can() -> None:
