@@ -23,7 +23,7 @@ from torch.distributed.rendezvous import rendezvous
 from instructblip.errors import UserError
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")  # that torchrun sets for each process
-_groups = itertools.count()  # numbers those that this process joins, one after the other
+_groups = itertools.count()  # numbers those that this process joins, one after the other, where nothing else does
 
 
 def _on() -> None:
@@ -229,12 +229,13 @@ def _is_lost_rank(error: RuntimeError) -> bool:
 
 
 @contextlib.contextmanager
-def start_ranks(device: torch.device, timeout: float) -> Iterator[Ranks]:
+def start_ranks(device: torch.device, timeout: float, *, job: int | None = None) -> Iterator[Ranks]:
     """Join the processes that torchrun started, or be alone without it.
 
     Args:
         device: type of the devices that train; a GPU's number is the local rank.
         timeout: seconds that a rank may be silent before the others end.
+        job: its number in a sweep, of which a rank may have passed over others: they failed there before it met anybody.
 
     Raises:
         UserError: half an environment, more processes than GPUs on this node, or the processes do not find each other.
@@ -253,7 +254,11 @@ def start_ranks(device: torch.device, timeout: float) -> Iterator[Ranks]:
     signal.alarm(0)  # that of a sweep's job before, which failed
     with ranks.watched():
         try:
-            _meet("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timedelta(seconds=timeout))
+            _meet(
+                f"group_{next(_groups)}" if job is None else f"job_{job}",
+                "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+                timedelta(seconds=timeout),
+            )
         except ValueError as error:  # MASTER_ADDR or MASTER_PORT is missing, or no number
             raise UserError(f"the ranks cannot meet: {error}; start them with torchrun") from None
     try:
@@ -267,7 +272,7 @@ def start_ranks(device: torch.device, timeout: float) -> Iterator[Ranks]:
         dist.destroy_process_group()
 
 
-def _meet(backend: str, timeout: timedelta) -> None:
+def _meet(group: str, backend: str, timeout: timedelta) -> None:
     """Join the other ranks, under names of this group alone.
 
     A job of a sweep is a group, and torchrun's store outlives them all: a rank that comes first would find there the
@@ -275,7 +280,10 @@ def _meet(backend: str, timeout: timedelta) -> None:
     """
     store, rank, world_size = next(rendezvous("env://", timeout=timeout))
     store.set_timeout(timeout)
-    own = dist.PrefixStore(f"group_{next(_groups)}", store)
+    own = dist.PrefixStore(group, store)
+    # All are here before torch begins the group: one that it gave up would put the names in its next group out of step.
+    own.set(f"rank_{rank}", "")
+    own.wait([f"rank_{other}" for other in range(world_size)], timeout)
     dist.init_process_group(backend, store=own, rank=rank, world_size=world_size, timeout=timeout)
 
 
@@ -298,9 +306,17 @@ def choose_device(name: str) -> torch.device:
             f"device={name}, but the last GPU here is cuda:{torch.cuda.device_count() - 1}; give its number or a lower one, "
             "or device=auto"
         )
-    if device.type == "mps" and not torch.backends.mps.is_available():
+    if device.type not in ("cpu", "cuda") and not _holds_numbers(device):
         raise UserError(f"device={name}, but this torch finds no such device; use device=cpu or device=auto")
     return device
+
+
+def _holds_numbers(device: torch.device) -> bool:
+    """Whether there is such a device: torch knows the names of many, and `meta`, which holds nothing."""
+    try:
+        return bool(torch.ones(1, device=device).cpu() == 1)
+    except Exception:  # each kind's own: an assertion, a module or a kernel that is missing
+        return False
 
 
 # How long the first process waits without any new answer from the others before it gives them up, seconds. Longer than any

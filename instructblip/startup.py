@@ -1,6 +1,8 @@
-"""What makes commands start faster."""
+"""What commands do at their start: they start faster, and print whatever there is to print."""
 
 import gc
+import io
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -19,3 +21,12 @@ def without_collection() -> Iterator[None]:
     finally:
         if before:
             gc.enable()
+
+
+def print_all_signs() -> None:
+    """What the terminal's encoding lacks is printed as `\\u2800`, and ends nothing; standard error is so from the start.
+
+    No encoding has the bytes of a file's name that is no text.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")

@@ -11,14 +11,13 @@ import copy
 import functools
 import gc
 import hashlib
-import io
 import os
 import re
 import shlex
 import shutil
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -42,7 +41,7 @@ from instructblip.config.schema import CONFIGS, Schema
 from instructblip.config.validate import known_choices, read_yaml, unknown_choice, valid_keys, validate
 from instructblip.errors import UserError
 from instructblip.interrupts import raise_once
-from instructblip.startup import without_collection
+from instructblip.startup import print_all_signs, without_collection
 
 EXIT_USER_ERROR = 2
 _SIGNAL = 128  # and its number is the exit status of what a signal has ended
@@ -81,7 +80,7 @@ def main(name: str, schema: type[Schema], task: Callable[[Schema, Console], int 
     the end, or the highest that one returned.
     """
     raise_once()
-    _print_all_signs()
+    print_all_signs()
     failed: list[str] = []
     statuses = [0]
     searched: set[Path] = set()
@@ -124,15 +123,6 @@ def main(name: str, schema: type[Schema], task: Callable[[Schema, Console], int 
         _fail(UserError("interrupted; nothing half-written is left, run the same command again to go on"), status=130)
     if failed or any(statuses):
         raise SystemExit(EXIT_USER_ERROR if failed else max(statuses))
-
-
-def _print_all_signs() -> None:
-    """What the terminal's encoding lacks is printed as `\\u2800`, and ends nothing; standard error is so from the start.
-
-    No encoding has the bytes of a file's name that is no text.
-    """
-    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
-        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _only_composed(composed: DictConfig) -> bool:
@@ -208,6 +198,13 @@ def _run_job(
     return outcome
 
 
+def job_number() -> int | None:
+    """The number of this process's job in a sweep, the same on all ranks; None outside of one."""
+    if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
+        return None
+    return int(HydraConfig.get().job.num)
+
+
 def launcher() -> dict[str, Any]:
     """The settings of the chosen `hydra/launcher`, for a command that starts jobs of its own; empty outside of one."""
     if not HydraConfig.initialized():
@@ -259,8 +256,11 @@ def check_overrides(name: str, schema: Any, arguments: list[str]) -> DictConfig 
         _check_swept(_parse(overrides), further)
         if "name" in valid_keys(schema):
             _check_job_names(_parse(overrides))
-        for job in _jobs(overrides):  # what goes together is checked in each job, for the others may run
-            validate(_compose(name, job, further), schema, missing_ok=shows)
+        # What goes together is checked in each job, for the others may run.
+        jobs = {
+            tuple(job): validate(_compose(name, job, further), schema, missing_ok=shows) for job in _jobs(overrides)
+        }
+        _check_read_by_some(jobs)
         return None
     composed = _compose(name, overrides, further, with_hydra=True)
     config = validate(_leave_out_hydra(copy.deepcopy(composed)), schema, missing_ok=shows)
@@ -269,6 +269,19 @@ def check_overrides(name: str, schema: Any, arguments: list[str]) -> DictConfig 
         check_read(config, _keys(overrides))
     of_hydra = any(item.key_or_group.startswith("hydra") for item in _parse(overrides))
     return None if others or of_hydra else composed
+
+
+def _check_read_by_some(jobs: Mapping[tuple[str, ...], Any]) -> None:
+    """Refuse keys that no job of a sweep would read; by overrides, the configuration that they compose."""
+    refused: list[UserError] = []
+    for overrides, config in jobs.items():
+        try:
+            if config is not None:
+                check_read(config, _keys(list(overrides)))
+        except UserError as error:
+            refused.append(error)
+    if len(refused) == len(jobs):
+        raise refused[0]
 
 
 def _joined(arguments: Sequence[str]) -> list[str]:
@@ -541,14 +554,15 @@ class _Job(NamedTuple):
 
 
 def _job() -> _Job:
-    settings = HydraConfig.get()
-    if settings.mode != RunMode.MULTIRUN:
+    number = job_number()
+    if number is None:
         return _Job()
+    settings = HydraConfig.get()
     swept = re.sub(r"(^|,)\++", r"\1", str(settings.job.override_dirname))  # without what `_settable` has added
     sweeper = settings.sweeper
     direction = str(sweeper.get("direction", "")).rpartition(".")[2]  # of an enum
     results = Path(settings.sweep.dir) / "optimization_results.yaml"
-    return _Job(True, swept, int(settings.job.num), int(sweeper.get("n_trials", 0)), direction, results)
+    return _Job(True, swept, number, int(sweeper.get("n_trials", 0)), direction, results)
 
 
 def _print_best(path: Path) -> None:

@@ -834,5 +834,5 @@ class StudyCommandConfig(Section):
     train: list[str] = field(default_factory=list)  # further overrides of train.py, of all runs
     evaluate: list[str] = field(default_factory=list)
     jobs: AtLeastOne = 1  # runs at a time
-    threads: AtLeastOne | None = None  # of each; None: as many cores as there are a job
+    threads: AtLeastOne | None = None  # of each; None: as many cores as there are a job; on a cluster, its own
     plan: bool = False  # print the runs and what would start each, and end

@@ -45,10 +45,13 @@ _WIDTH = 120  # of a log's lines
 
 @dataclass(frozen=True)
 class Job:
-    """A run, and how it is carried out: threads of the processor, and the device where another than its own is meant."""
+    """A run, and how it is carried out: threads of the processor, and the device where another than its own is meant.
+
+    Without a number of threads it takes a thread for each core that its process may use.
+    """
 
     run: StudyRun
-    threads: int
+    threads: int | None
     device: str | None = None
 
 
@@ -112,7 +115,7 @@ def _status(job: Job) -> int:
 def _carry_out(job: Job) -> int:
     run, config = job.run, job.run.config
     attempts = _attempt(run.folder / _ATTEMPTS)
-    torch.set_num_threads(job.threads)
+    torch.set_num_threads(threads := job.threads or len(os.sched_getaffinity(0)))
     began, spent = time.monotonic(), _cpu_seconds()
     console = Console(width=_WIDTH)
     if job.device is not None:
@@ -133,7 +136,7 @@ def _carry_out(job: Job) -> int:
         "attempts": attempts,
         "cpu_seconds": round(_cpu_seconds() - spent, 1),
         "gpu_seconds": round(time.monotonic() - began, 1) if device.type == "cuda" else None,
-        "threads": job.threads,
+        "threads": threads,
         "machine": machine(device),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
     }
@@ -197,7 +200,7 @@ def _logged(path: Path) -> Iterator[None]:
     sys.stdout.flush()
     sys.stderr.flush()
     before = [os.dup(number) for number in (1, 2)]
-    with open(path, "a", encoding="utf-8") as file:
+    with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:  # a file's name may be no text
         for number in (1, 2):
             os.dup2(file.fileno(), number)
         try:

@@ -40,7 +40,8 @@ def study(config: StudyCommandConfig, console: Console, place: Place | None = No
         return 0
     threads = config.threads or max(1, (os.cpu_count() or 1) // config.jobs)
     with claimed_folder(folder, "study"):
-        where = place or choose_place(launcher(), Path(config.output).expanduser() / RUNS / ".submitit", threads)
+        logs = Path(config.output).expanduser() / RUNS / ".submitit"
+        where = place or choose_place(launcher(), logs, threads, wanted=config.threads)
         make_job = partial(_job, threads=threads)
         failed = run_all(plan.runs, where, jobs=config.jobs, make_job=make_job, console=console)
         _write(config, plan, folder, console)

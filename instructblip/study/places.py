@@ -94,12 +94,13 @@ class Cluster:
     Args:
         settings: of `hydra/launcher`.
         folder: of submitit's logs.
+        threads: of each run; None: on another machine as many as the job is given there, here as the job says.
 
     Raises:
         UserError: submitit is not installed, or the launcher is none of it.
     """
 
-    def __init__(self, settings: Mapping[str, Any], folder: Path) -> None:
+    def __init__(self, settings: Mapping[str, Any], folder: Path, threads: int | None = None) -> None:
         name = str(settings["_target_"]).rpartition(".")[2]
         if name not in _EXECUTORS:
             raise UserError(f"runs of a study are started by hydra/launcher=slurm, or here without one, not by {name}")
@@ -108,6 +109,7 @@ class Cluster:
         except ImportError:
             raise UserError("hydra/launcher=slurm needs submitit; pip install -r requirements-slurm.txt") from None
         cluster = _EXECUTORS[name]
+        self._threads, self._elsewhere = threads, cluster != "local"
         given = {key: value for key, value in settings.items() if key not in ("_target_", "submitit_folder")}
         once = {f"{cluster}_{key}": given.pop(key) for key in ("max_num_timeout",) if key in given}
         self._executor = submitit.AutoExecutor(folder=str(folder / "%j"), cluster=cluster, **once)
@@ -116,8 +118,9 @@ class Cluster:
         )
 
     def start(self, job: Job) -> Started:
-        """Submit a run, which takes the device that the cluster gives it: those of this machine are others."""
-        return _StartedJob(self._executor.submit(carry_out, replace(job, device=None)))
+        """Submit a run, which takes the device and cores that the cluster gives it: those of this machine are others."""
+        threads = self._threads if self._elsewhere else job.threads
+        return _StartedJob(self._executor.submit(carry_out, replace(job, device=None, threads=threads)))
 
 
 class _StartedJob:
@@ -135,7 +138,13 @@ class _StartedJob:
         self._job.cancel()
 
 
-def choose_place(launcher: Mapping[str, Any], folder: Path, threads: int) -> Place:
-    """Processes of this machine, or the cluster of a chosen `hydra/launcher`."""
+def choose_place(launcher: Mapping[str, Any], folder: Path, threads: int, *, wanted: int | None = None) -> Place:
+    """Processes of this machine, or the cluster of a chosen `hydra/launcher`.
+
+    Args:
+        launcher, folder: as of `Cluster`.
+        threads: of each run here.
+        wanted: what was asked for; None: nothing.
+    """
     own = str(launcher.get("_target_", "BasicLauncher")).rpartition(".")[2] == "BasicLauncher"
-    return Processes(threads) if own else Cluster(launcher, folder)
+    return Processes(threads) if own else Cluster(launcher, folder, wanted)

@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from instructblip.config.checks import check_batches
-from instructblip.config.entry import Outcome
+from instructblip.config.entry import Outcome, job_number
 from instructblip.config.schema import TrainConfig
 from instructblip.config.validate import to_yaml
 from instructblip.data.batching import Batch
@@ -59,7 +59,7 @@ def train(config: TrainConfig, console: Console) -> Outcome:
     check_objectives(config)
     config, said = matched(with_absolute_cards(config))
     device, folder = choose_device(config.device), Path(config.output) / config.name
-    with StopRequest() as stop, start_ranks(device, config.parallel.timeout) as ranks:
+    with StopRequest() as stop, start_ranks(device, config.parallel.timeout, job=job_number()) as ranks:
         check_batches(config.recipe.phases, ranks.world_size)
         with claimed_folder(folder, "run", locked=ranks.is_first), _silent(ranks):
             speaker = console if ranks.is_first else Console(quiet=True)
@@ -74,7 +74,7 @@ def _silent(ranks: Ranks) -> Iterator[None]:
     if ranks.is_first:
         yield
         return
-    with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stdout(nowhere):
+    with open(os.devnull, "w", encoding="utf-8", errors="replace") as nowhere, contextlib.redirect_stdout(nowhere):
         yield
 
 

@@ -19,6 +19,7 @@ from instructblip.models.blip import BLIP
 from instructblip.models.blip2 import BLIP2
 from instructblip.models.instructblip import InstructBLIP
 from instructblip.models.llava import LLaVA
+from instructblip.startup import print_all_signs
 from instructblip.weights.blip import blip_checkpoint, load_blip, save_blip
 from instructblip.weights.lavis import LN_VISION_EPS, load_lavis, model_state, read_lavis, refuse_adapters, save_lavis
 from instructblip.weights.load import LoadedModel, find_source, huggingface_source, llm_config, load_model, load_run
@@ -84,6 +85,7 @@ class Certificate(NamedTuple):
 
 def convert(options: argparse.Namespace) -> int:
     """Convert, show the certificate, write and send as the command's options say; return its exit status."""
+    print_all_signs()
     console = Console()
     try:
         _check_publishing(options)

@@ -202,12 +202,12 @@ def one_number(size: Any) -> int | None:
 def image_processor_settings(folder: Path) -> dict[str, Any]:
     """What a folder says of its image processor, of two files in that which transformers takes: the newer one first.
 
-    Empty where there is none.
+    Empty where there is none. A null is nothing said, but of what is done: there it is a no, as for transformers.
     """
     for name, key in (("processor_config.json", "image_processor"), ("preprocessor_config.json", None)):
         said = read_json(folder / name) if (folder / name).is_file() else {}
         if found := said if key is None else said.get(key):
-            return dict(found)
+            return {name: value for name, value in found.items() if value is not None or name.startswith("do_")}
     return {}
 
 

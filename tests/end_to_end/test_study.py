@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import sys
 import time
 from dataclasses import replace
 from multiprocessing import forkserver
@@ -22,6 +23,7 @@ from instructblip.errors import UserError
 from instructblip.evaluation.results_file import RESULTS, read_run
 from instructblip.evaluation.statistics import spread
 from instructblip.files import CHECKSUM, sha256_file, with_checksum, write_json
+from instructblip.study import carrying
 from instructblip.study.carrying import MEASURED, Job, carry_out, measured_of
 from instructblip.study.command import study
 from instructblip.study.places import Cluster, Processes, choose_place
@@ -216,6 +218,13 @@ def test_runs_side_by_side_in_processes_give_the_same(world: World, whole: Path,
     _assert_same(tmp_path, whole)
 
 
+def test_a_name_that_is_no_text_ends_no_run(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = _run(study_config(world, tmp_path), "alone, seed 1")
+    monkeypatch.setattr(carrying, "_carry_out", lambda job: print("left out:", os.fsdecode(b"caf\xe9.png")) or 0)
+    assert carry_out(Job(run, 1)) == 0
+    assert (run.folder / "log.txt").read_text() == "left out: caf\\udce9.png\n"
+
+
 def test_a_log_that_cannot_be_written_is_said_on_the_terminal(
     world: World, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -294,13 +303,19 @@ def test_jobs_of_a_cluster_give_the_same(world: World, whole: Path, tmp_path: Pa
     _assert_same(tmp_path, whole)
 
 
-def test_a_job_of_a_cluster_is_given_no_device_of_this_machine(world: World, tmp_path: Path) -> None:
-    """The node that submits may have more GPUs than a job gets."""
-    cluster, submitted = Cluster.__new__(Cluster), list[Job]()
-    cluster._executor = SimpleNamespace(submit=lambda _, job: submitted.append(job))
-    job = Job(_run(study_config(world, tmp_path), "alone, seed 1"), 1, "cuda:3")
-    cluster.start(job)
-    assert submitted == [replace(job, device=None)]
+@pytest.mark.parametrize(("name", "wanted", "threads"), [("Slurm", None, None), ("Slurm", 4, 4), ("Local", None, 32)])
+def test_a_job_of_a_cluster_is_given_neither_device_nor_cores_of_this_machine(
+    name: str, wanted: int | None, threads: int | None, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The node that submits may have more of them than a job gets."""
+    submitted = list[Job]()
+    executor = SimpleNamespace(
+        submit=lambda _, job: submitted.append(job), update_parameters=lambda **parameters: parameters
+    )
+    monkeypatch.setitem(sys.modules, "submitit", SimpleNamespace(AutoExecutor=lambda **_: executor))
+    job = Job(_run(study_config(world, tmp_path), "alone, seed 1"), 32, "cuda:3")
+    choose_place({"_target_": f"a.{name}Launcher"}, tmp_path, 32, wanted=wanted).start(job)
+    assert submitted == [replace(job, device=None, threads=threads)]
 
 
 def test_a_launcher_that_is_no_clusters_is_refused(tmp_path: Path) -> None:

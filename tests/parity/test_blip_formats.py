@@ -68,6 +68,7 @@ def assert_same(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> 
         {"do_rescale": False, "do_normalize": False},
         {"rescale_factor": 1 / 127.5},
         {"size": SIDE},  # as older folders have it
+        {"do_rescale": None, "do_normalize": None},
     ],
 )
 def test_pixels_are_those_of_the_folders_own_image_processor(said: dict[str, Any], tmp_path: Path) -> None:
@@ -79,6 +80,16 @@ def test_pixels_are_those_of_the_folders_own_image_processor(said: dict[str, Any
     found = image_statistics(tmp_path, SimpleNamespace(vision_config=SimpleNamespace(image_size=SIDE)))
     mean, std = (torch.tensor(found[name]).view(3, 1, 1) for name in ("mean", "std"))
     torch.testing.assert_close((picture.float() - mean) / std, expected.float(), atol=1e-5, rtol=1e-5)
+
+
+def test_an_image_processor_that_says_nothing_of_its_statistics_is_refused(tmp_path: Path) -> None:
+    settings = {"image_mean": None, "image_std": [0.2, 0.3, 0.4], "size": None, "rescale_factor": None}
+    config = SimpleNamespace(vision_config=SimpleNamespace(image_size=SIDE))
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match="does not say how images are normalised"):
+        image_statistics(tmp_path, config)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings | {"image_mean": [0.1, 0.2, 0.3]}))
+    assert image_statistics(tmp_path, config)["mean"] == pytest.approx([25.5, 51.0, 76.5])
 
 
 def test_of_two_image_processors_the_one_counts_that_transformers_takes(tmp_path: Path) -> None:

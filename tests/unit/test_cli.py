@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
@@ -129,6 +130,23 @@ def test_jobs_of_a_sweep_that_would_share_a_folder_are_refused(values: str, word
     with pytest.raises(UserError, match=re.escape(words)):
         check_overrides("evaluate", EvaluateConfig, ["-m", "checkpoint=a", values])
     check_overrides("evaluate", EvaluateConfig, ["-m", "checkpoint=a/b,a/c", "samples=1,1"])
+
+
+@pytest.mark.parametrize(
+    ("name", "schema", "given", "words"),
+    [
+        ("evaluate", EvaluateConfig, ["checkpoint=a", "suite=demo,held_out", "data.workers=4"], "data.workers= is of"),
+        ("evaluate", EvaluateConfig, ["checkpoint=a", "data.workers=4,8"], "data.workers= is of training"),
+        ("train", TrainConfig, ["connector=mlp,linear", "qformer.queries=16"], "qformer.queries= is of a Q-Former"),
+    ],
+)
+def test_keys_that_no_job_of_a_sweep_reads_are_refused(name: str, schema: Any, given: list[str], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        check_overrides(name, schema, ["-m", *given])
+
+
+def test_a_key_that_one_job_of_a_sweep_reads_is_not_refused() -> None:
+    check_overrides("train", TrainConfig, ["-m", "connector=qformer,mlp", "qformer.queries=16"])
 
 
 def test_the_name_of_a_job_fits_a_file_system_in_any_writing() -> None:

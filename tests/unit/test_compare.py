@@ -1,6 +1,7 @@
 """Comparing two runs: right numbers, and refusal of what must not be compared."""
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from instructblip.errors import UserError
 from instructblip.evaluation.metrics import auroc
 from instructblip.evaluation.metrics.retrieval import retrieval_recall
 from instructblip.evaluation.report.compare import compare_runs, main
+from instructblip.evaluation.report.table import main as table_main
 from instructblip.evaluation.results_file import read_run
 from instructblip.evaluation.statistics import MCNEMAR, PERMUTATION, compare_paired
 from tests.kit.stored import JAVA, PYTHON, entry, scored_run, write_run
@@ -94,6 +96,15 @@ def test_a_line_of_predictions_ends_where_json_lines_end(tmp_path: Path) -> None
         path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in said), encoding="utf-8")
         runs.append(write_run(folder, json.loads((folder / "results.json").read_text())["datasets"]))
     assert [found.count for found in compared(*runs)] == [2]
+
+
+def test_signs_that_the_terminal_has_not_are_printed_otherwise(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    runs = [str(scored_run(tmp_path / name, "okvqa", [100.0, 0.0])) for name in ("Müller", "rün")]
+    for number, command in enumerate((main, table_main)):
+        with open(tmp_path / str(number), "w", encoding="ascii") as terminal:
+            monkeypatch.setattr(sys, "stdout", terminal)
+            assert command(runs) == 0
+        assert "r\\xfcn" in (tmp_path / str(number)).read_text()
 
 
 def test_a_run_in_another_precision_is_compared_and_marked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

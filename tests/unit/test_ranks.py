@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import signal
 import time
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -79,7 +80,7 @@ def test_every_piece_of_work_is_somebodys_and_nobody_elses() -> None:
 # --- a sweep under torchrun: one group after the other, over one store -------------------------------------------------
 
 
-def _jobs(rank: int, port: int, end: Connection) -> None:
+def _as_torchrun(rank: int, port: int) -> None:
     set_variables = {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -87,6 +88,10 @@ def _jobs(rank: int, port: int, end: Connection) -> None:
         "TORCHELASTIC_USE_AGENT_STORE": "True",
     }
     os.environ.update(set_variables | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
+
+
+def _jobs(rank: int, port: int, end: Connection) -> None:
+    _as_torchrun(rank, port)
     found: list[Any] = []
     for job in range(3):
         time.sleep(0.5 * rank)  # the first rank comes where the other's last address still stands
@@ -100,21 +105,45 @@ def _jobs(rank: int, port: int, end: Connection) -> None:
     end.send(found)
 
 
-def test_ranks_meet_anew_for_each_job_of_a_sweep_and_none_is_ended_by_the_alarm_of_a_job_that_failed() -> None:
+def _by_two_ranks(work: Callable[[int, int, Connection], None]) -> list[list[Any]]:
+    """What each has sent."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True)  # torchrun's own process has it
     context = multiprocessing.get_context("forkserver")
     pipes = [context.Pipe(duplex=False) for _ in range(2)]
-    processes = [context.Process(target=_jobs, args=(rank, store.port, end)) for rank, (_, end) in enumerate(pipes)]
+    processes = [context.Process(target=work, args=(rank, store.port, end)) for rank, (_, end) in enumerate(pipes)]
     for process in processes:
         process.start()
     try:
-        for start, _ in pipes:
-            assert start.poll(60)
-            assert start.recv() == [[[0, 1], False], [[10, 11], False], "a job's mistake", [[20, 21], False]]
+        assert all(start.poll(60) for start, _ in pipes)
+        return [start.recv() for start, _ in pipes]
     finally:
         for process in processes:
             process.kill()
             process.join()
+
+
+def test_ranks_meet_anew_for_each_job_of_a_sweep_and_none_is_ended_by_the_alarm_of_a_job_that_failed() -> None:
+    for found in _by_two_ranks(_jobs):
+        assert found == [[[0, 1], False], [[10, 11], False], "a job's mistake", [[20, 21], False]]
+
+
+def _after_one_alone(rank: int, port: int, end: Connection) -> None:
+    """The second rank fails in job 0 before it meets anybody: a file of its node is missing, say."""
+    _as_torchrun(rank, port)
+    found: list[Any] = []
+    for job in range(rank, 2):
+        try:
+            with start_ranks(torch.device("cpu"), timeout=1.0 + 20 * job, job=job) as ranks:
+                found.append(ranks.gather(10 * job + rank))
+        except UserError as error:
+            found.append(str(error))
+    end.send(found)
+
+
+def test_ranks_meet_after_a_job_that_one_of_them_did_not_come_to() -> None:
+    first, second = _by_two_ranks(_after_one_alone)
+    assert "rank 0 lost the others" in first[0]
+    assert [first[1:], second] == [[[10, 11]], [[10, 11]]]
 
 
 def test_one_gpu_is_no_device_of_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,6 +159,6 @@ def test_a_gpu_that_is_not_there_is_one_line(monkeypatch: pytest.MonkeyPatch) ->
     assert choose_device("cuda:1") == torch.device("cuda:1")
     with pytest.raises(UserError, match=r"^device=cuda:2, but the last GPU here is cuda:1; give its number or a lower"):
         choose_device("cuda:2")
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    with pytest.raises(UserError, match=r"^device=mps, but this torch finds no such device; use device=cpu or"):
-        choose_device("mps")
+    for name in ("mps", "xpu", "meta"):
+        with pytest.raises(UserError, match=rf"^device={name}, but this torch finds no such device; use device=cpu or"):
+            choose_device(name)

@@ -21,6 +21,7 @@ from instructblip.evaluation.protocol import UNSTATED
 from instructblip.evaluation.report.table import MADE_UP_DATA, OTHER_PRECISION, in_table_order
 from instructblip.evaluation.results_file import StoredPrediction, StoredRun, read_predictions, read_run
 from instructblip.evaluation.statistics import Paired, compare_paired
+from instructblip.startup import print_all_signs
 
 _SHOWN = 60  # characters of a value in a message
 
@@ -88,6 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("run_a", metavar="RUN_A", help="folder of an evaluation, or its results.json")
     parser.add_argument("run_b", metavar="RUN_B", help="another on the same suite")
     options = parser.parse_args(arguments)
+    print_all_signs()
     console = Console(soft_wrap=True, highlight=False)
     try:
         first, second = read_run(options.run_a), read_run(options.run_b)

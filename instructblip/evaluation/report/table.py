@@ -28,6 +28,7 @@ from instructblip.evaluation.seeds import groups_of_seeds
 from instructblip.evaluation.statistics import spread
 from instructblip.files import write_atomically
 from instructblip.html import page_environment
+from instructblip.startup import print_all_signs
 
 _TEMPLATE = "table.html.jinja"
 _HIDDEN, _ABSENT = "not public", "-"
@@ -202,6 +203,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--csv", type=Path, help="also write it to this file, values separated by commas")
     parser.add_argument("--html", type=Path, help="also write it to this file, as a page")
     options = parser.parse_args(arguments)
+    print_all_signs()
     console = Console(soft_wrap=True, highlight=False)
     try:
         table = score_table([read_run(place) for place in options.runs])
