@@ -1,5 +1,6 @@
 """Which datasets a run was trained on, as its configuration says, and those of the runs that it started from."""
 
+import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -8,12 +9,18 @@ from instructblip.config.validate import read_yaml
 from instructblip.data.cards import Card, load_card
 from instructblip.errors import UserError
 
+logger = logging.getLogger(__name__)
+
 
 def run_config(given: str) -> Path | None:
-    """The config.yaml of a run, or of the one that a checkpoint folder is of; None of anything else."""
+    """The config.yaml of a run, or of the one that a checkpoint folder is of; None of anything else.
+
+    Above the folder of a model that others made lies whatever they have there.
+    """
     folder = Path(given).expanduser().absolute()
     run = folder if (folder / "checkpoints").is_dir() else next(iter(folder.parents[1:2]), folder)
-    return file if folder.is_dir() and (file := run / "config.yaml").is_file() else None
+    is_of_run = run == folder or folder.parent.name == "checkpoints" or (folder / "state.json").is_file()
+    return file if is_of_run and folder.is_dir() and (file := run / "config.yaml").is_file() else None
 
 
 def run_mixture(file: Path) -> dict[str, Card | None]:
@@ -37,9 +44,15 @@ def run_mixture(file: Path) -> dict[str, Card | None]:
 
 
 def _names(file: Path, seen: set[Path]) -> Iterator[str]:
-    """Names and paths of cards, a run's own first."""
+    """Names and paths of cards, a run's own first; an earlier run whose file is damaged is told."""
     seen.add(file.resolve())
-    stored = read_yaml(file)
+    try:
+        stored = read_yaml(file)
+    except UserError as error:
+        if len(seen) == 1:
+            raise
+        logger.warning("what that run was trained on is not told: %s", error)
+        return
     if not isinstance(stored, dict):
         return
     yield from (item["name"] for item in _section(stored, "mixture").get("datasets", []))

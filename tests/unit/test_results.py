@@ -244,8 +244,10 @@ def test_a_held_out_dataset_that_a_run_was_finetuned_on_is_told(card: Card, shar
     ] * 3
 
 
-def test_what_the_runs_before_were_trained_on_counts(card: Card, shards: Path, tmp_path: Path) -> None:
-    """Not of one that is gone."""
+def test_what_the_runs_before_were_trained_on_counts(
+    card: Card, shards: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Not of one that is damaged, or gone."""
     task = make_task(dataclasses.replace(card, role="held-out"), shards)
     items = [DatasetResult(result_of(task, ["red"] * 4), {})]
     runs = [tmp_path / name / "checkpoints/step_00000001" for name in "abc"]
@@ -259,8 +261,20 @@ def test_what_the_runs_before_were_trained_on_counts(card: Card, shards: Path, t
         mixture = f"mixture: {{datasets: [{{name: easy_vqa_{trained}}}]}}"
         (run.parents[1] / "config.yaml").write_text(f"{mixture}\n{start}\n")
     assert [seen_in_training(str(run), items) for run in runs] == [{"easy_vqa_color"}] * 3
+    (tmp_path / "a/config.yaml").write_text("no: [yaml")
+    assert seen_in_training(str(runs[2]), items) == set()
+    assert "what that run was trained on is not told: " in caplog.text
     shutil.rmtree(tmp_path / "a")
     assert seen_in_training(str(runs[2]), items) == set()
+
+
+def test_a_file_above_the_folder_of_a_model_that_others_made_is_not_read(
+    card: Card, shards: Path, tmp_path: Path
+) -> None:
+    items = [DatasetResult(result_of(make_task(card, shards), ["red"] * 4), {})]
+    (tmp_path / "config.yaml").write_text("nav: !!python/name:some.function")
+    (model := tmp_path / "models/blip2").mkdir(parents=True)
+    assert seen_in_training(str(model), items) is None
 
 
 def test_a_leaderboards_file_is_written_for_a_whole_split_only(tmp_path: Path) -> None:
