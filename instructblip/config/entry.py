@@ -53,6 +53,7 @@ _SETTING = re.compile(r"~|[^-].*=", re.DOTALL)
 _MODES = (*_SWEEP_FLAGS, "-r", "--run", "-c", "--cfg", "-i", "--info")  # what Hydra is to do
 _COMPLETION = ("-sc", "--shell-completion")  # Hydra's too: what stands beside it are no settings
 _LONGEST_NAME = 180  # bytes; file systems end at 255 bytes
+_PLACES = ("name", "output")  # settings that say a job's folder themselves
 _SWEPT_KEY = r"(?:(?<=^)|(?<=,))([\w./@]+)="
 _SHELL_SIGNS = ("$", "`", "!", "\\")  # that mean something within double quotes
 _SEARCH = "hydra/sweeper=search needs Hydra's sweeper for it; pip install -r requirements-search.txt"
@@ -479,6 +480,8 @@ def _check_job_names(overrides: list[Override]) -> None:
     for override in overrides:
         if not override.is_discrete_sweep() or isinstance(override.value(), Glob):
             continue
+        if override.key_or_group in _PLACES:  # each value is a folder as it stands
+            continue
         named: dict[str, str] = {}
         for value in override.sweep_string_iterator():
             other = named.setdefault(_as_name(value), value)
@@ -531,7 +534,7 @@ def _sweep_naming(arguments: list[str]) -> list[str]:
     if not set(arguments) & set(_SWEEP_FLAGS):
         return []
     same = [item.key_or_group for item in _parse(overrides) if not item.is_sweep_override()]
-    quoted = ", ".join(f"'{key}'" for key in (*same, "name", "output"))
+    quoted = ", ".join(f"'{key}'" for key in (*same, *_PLACES))
     return [f"hydra.job.config.override_dirname.exclude_keys=[{quoted}]"]
 
 

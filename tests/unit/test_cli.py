@@ -129,7 +129,7 @@ def test_signs_that_the_terminal_has_not_are_printed_otherwise(monkeypatch: pyte
 def test_jobs_of_a_sweep_that_would_share_a_folder_are_refused(values: str, words: str) -> None:
     with pytest.raises(UserError, match=re.escape(words)):
         check_overrides("evaluate", EvaluateConfig, ["-m", "checkpoint=a", values])
-    check_overrides("evaluate", EvaluateConfig, ["-m", "checkpoint=a/b,a/c", "samples=1,1"])
+    check_overrides("evaluate", EvaluateConfig, ["-m", "checkpoint=a/b,a/c", "samples=1,1", "output=a/b,a_b"])
 
 
 @pytest.mark.parametrize(
