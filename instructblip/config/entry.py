@@ -183,6 +183,7 @@ def _tell_failure(error: Exception, job: "_Job", failed: list[str], *, alone: bo
 def _run_job(
     composed: DictConfig, schema: type[Schema], task: Callable[[Schema, Console], int | Outcome | None], job: "_Job"
 ) -> Outcome:
+    print_all_signs()  # a launcher has given the job another process, perhaps
     config = validate(composed, schema)
     check(config)
     if job.trials:

@@ -119,6 +119,16 @@ def test_signs_that_the_terminal_has_not_are_printed_otherwise(monkeypatch: pyte
     assert (tmp_path / "printed").read_text() == "left out: caf\\udce9.png, M\\xfcller\n"
 
 
+def test_a_job_in_a_process_of_its_own_prints_them_so_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def task(config: PrepareConfig, console: Console) -> None:
+        console.print("left out: Müller")
+
+    with open(tmp_path / "printed", "w", encoding="ascii") as terminal:
+        monkeypatch.setattr(sys, "stdout", terminal)
+        entry._run_job(entry._compose("prepare", []), PrepareConfig, task, entry._Job())
+    assert (tmp_path / "printed").read_text() == "left out: M\\xfcller\n"
+
+
 @pytest.mark.parametrize(
     ("values", "words"),
     [
