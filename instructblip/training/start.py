@@ -5,6 +5,7 @@ from instructblip.config.schema import TrainConfig
 from instructblip.errors import UserError
 from instructblip.models.base import Model
 from instructblip.models.blip import BLIP
+from instructblip.weights.heads import check_heads
 from instructblip.weights.init_blip import start_blip_from, start_blip_new
 from instructblip.weights.init_from import Begun, start_from, start_new
 from instructblip.weights.init_sources import check_pinned, find_start, read_start
@@ -33,6 +34,7 @@ def _begin(model: Model, config: TrainConfig) -> Begun:
     weights = [read_start(find_start(source)) for source in given]
     check_pinned(weights, config.init_sha256)
     begun = start_from(model, weights, qformer, config.llm)
+    begun.lines.extend(check_heads(model, weights, config))
     if not config.init_from:
         begun.lines.insert(0, f"qformer.stage1 and stage2 are another spelling of init_from=[{','.join(given)}]")
     return begun
@@ -43,4 +45,6 @@ def _begin_blip(model: BLIP, config: TrainConfig) -> Begun:
         return Begun(start_blip_new(model))
     weights = [read_start(find_start(source)) for source in config.init_from]
     check_pinned(weights, config.init_sha256)
-    return start_blip_from(model, weights)
+    begun = start_blip_from(model, weights)
+    begun.lines.extend(check_heads(model, weights, config))
+    return begun

@@ -17,7 +17,6 @@ from instructblip.config.schema import LLMConfig, QFormerConfig
 from instructblip.errors import UserError
 from instructblip.models.adapters import is_adapter, without_adapters
 from instructblip.models.base import Model
-from instructblip.models.connector import Resampler
 from instructblip.models.fingerprint import fingerprint_tensors
 from instructblip.models.vision_language import VisionLanguageModel
 from instructblip.weights.init_sources import CONNECTOR_OUTPUT, StartWeights
@@ -208,12 +207,6 @@ def _fit_connector(model: Model, tensors: Mapping[str, Tensor], last: StartWeigh
     if other := [name for name in left if _place(name) != VISION_NORM]:
         raise UserError(
             f"{where} has {other[0]} and this connector has not; choose the connector= that it was trained with"
-        )
-    connector = model.get_submodule("connector")
-    if isinstance(connector, Resampler) and last.connector and last.connector.heads != connector.heads:
-        raise UserError(
-            f"{where} was trained with connector.heads={last.connector.heads}, and {connector.heads} would read its weights "
-            f"otherwise; set connector.heads={last.connector.heads}"
         )
     return _Fitted({name: tensor for name, tensor in taken.items() if _place(name) not in new}, left, new)
 

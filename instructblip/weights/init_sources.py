@@ -5,7 +5,7 @@ that they were trained beside.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from instructblip.config.checks import BLIP_KINDS
-from instructblip.config.schema import ConnectorConfig
+from instructblip.config.schema import ModelConfig
 from instructblip.config.validate import read_model_config
 from instructblip.errors import UserError
 from instructblip.files import atomic_path
@@ -70,7 +70,8 @@ class StartWeights:
         frozen: fingerprints of the vision encoder and the LLM that they were trained with, where a run names them by that.
         untrained: parts among them that were drawn and never trained.
         adapters: of the parts that a run adapted; their tensors are among these.
-        connector: as a run describes it.
+        config: of the model, where the source is a run.
+        heads: of each part, where a transformers folder says them.
     """
 
     source: StartSource
@@ -80,7 +81,8 @@ class StartWeights:
     frozen: dict[str, str] = field(default_factory=dict)
     untrained: tuple[str, ...] = ()
     adapters: dict[str, Adapter] = field(default_factory=dict)
-    connector: ConnectorConfig | None = None
+    config: ModelConfig | None = None
+    heads: dict[str, list[int]] = field(default_factory=dict)
 
 
 def find_start(given: str) -> StartSource:
@@ -171,7 +173,7 @@ def _read_run(source: StartSource) -> StartWeights:
                 f"init_from={source.given} has adapters on its {' and '.join(adapters)}, which no other BLIP takes over; "
                 f"write them into the weights first: python -m instructblip.weights {source.given} FOLDER --to huggingface"
             )
-        return _blip_start(source, meeting_tensors(loaded.model), loaded.state)
+        return replace(_blip_start(source, meeting_tensors(loaded.model), loaded.state), config=config)
     llm = config.llm
     tensors = loaded.model | _text_branch(folder, Start.from_json(loaded.state.get("start")).text_branch)
     width = next((tensors[name].shape[0] for name in _LAST_LAYERS if name in tensors), None)
@@ -181,8 +183,9 @@ def _read_run(source: StartSource) -> StartWeights:
     if llm is not None and PROJECTION not in untrained:
         partner = Partner(llm.name, width=width, weights=own)
     frozen = {part: sha256 for part, sha256 in loaded.state["frozen"].items() if part in ("vision", "llm")}
-    sha256, connector = fingerprint_tensors(tensors), config.connector
-    return StartWeights(source, tensors, sha256, partner, frozen, untrained, adapters, connector)
+    return StartWeights(
+        source, tensors, fingerprint_tensors(tensors), partner, frozen, untrained, adapters, config=config
+    )
 
 
 def _text_branch(folder: Path, sha256: str | None) -> dict[str, Tensor]:
@@ -209,14 +212,26 @@ def _read_transformers(source: StartSource) -> StartWeights:
             f"python -m instructblip.weights {source.given} TARGET --to native"
         )
     if layout_of(source.path).kind in BLIP_KINDS:
-        return _blip_start(source, meeting_tensors(load_blip_folder(source.path).state_dict()))
+        tensors = meeting_tensors(load_blip_folder(source.path).state_dict())
+        return replace(_blip_start(source, tensors), heads=_heads_of_folder(source.path, {"text": "text_config"}))
     weights = read_weights(source.path)
     names = native_names(weights, layout_of(source.path).names, str(source.path))
     tensors = {native: weights[name] for name, native in names.items()} | read_side_tensors(source.path)
     llm = {name: tensors.pop(name) for name in list(tensors) if name.startswith(LLM_PREFIX)}
     width = next((tensors[name].shape[0] for name in _LAST_LAYERS if name in tensors), None)
     partner = Partner(width=width, weights=llm) if llm else None
-    return StartWeights(source, tensors, fingerprint_tensors(tensors), partner)
+    heads = _heads_of_folder(source.path, {"qformer": "qformer_config"})
+    return StartWeights(source, tensors, fingerprint_tensors(tensors), partner, heads=heads)
+
+
+def _heads_of_folder(folder: Path, parts: Mapping[str, str]) -> dict[str, list[int]]:
+    """By part, the heads that a section of a transformers configuration says; `parts` besides the vision encoder."""
+    config, sections = open_config(folder), {"vision": "vision_config", **parts}
+    return {
+        part: [section.num_attention_heads]
+        for part, name in sections.items()
+        if (section := getattr(config, name, None)) is not None
+    }
 
 
 def _blip_start(

@@ -444,6 +444,56 @@ def test_a_frozen_part_from_other_files_is_said(stages: Stages, tmp_path: Path) 
     assert line.startswith("the vision encoder is not the one that these weights were trained with")
 
 
+@pytest.mark.parametrize("source", ["run", "transformers"])
+def test_a_qformer_of_other_heads_is_no_start(source: str, stages: Stages, tmp_path: Path) -> None:
+    assert stages.config.qformer is not None
+    bert = Path(str(stages.config.qformer.sources.path))
+    shutil.copytree(bert, tmp_path / "bert")
+    write_json(tmp_path / "bert/config.json", read_json(bert / "config.json") | {"num_attention_heads": 2})
+    other = changed(stages.config, qformer={"sources": SourcesConfig(path=str(tmp_path / "bert"))})
+    if source == "run":
+        write_run(tmp_path / "given", other, build_model(other))
+    else:
+        other = changed(other, vision=_VIT, qformer={"instruction_aware": True})
+        save_huggingface(build_model(other), tmp_path / "given")
+    with pytest.raises(
+        UserError, match=r"trained with a Q-Former of 2 heads, and 4 heads would read .* choose the qformer="
+    ):
+        begin(stages.config, str(tmp_path / "given"))
+    if source == "run":
+        begin(other, str(tmp_path / "given"))
+        shutil.rmtree(tmp_path / "bert")  # a start needs the source's own files no more, and knows less without them
+        begin(stages.config, str(tmp_path / "given"))
+
+
+_VIT = {
+    "init": "scratch",
+    "backbone": "eva_giant_patch14_clip_224",
+    "image_size": 28,
+    "layers": [],
+    "grid": None,
+    "final_norm": False,
+    "options": {"embed_dim": 32, "depth": 2, "num_heads": 4, "mlp_ratio": 1.5},
+}
+
+
+def test_a_vision_encoder_of_other_heads_is_no_start_and_beside_ones_own_it_is_said(
+    stages: Stages, tmp_path: Path
+) -> None:
+    config = changed(stages.config, vision=_VIT, train={"vision": "full"})
+    run = write_run(tmp_path / "run", config, build_model(config, trained=config.train.parts(config)))
+    assert not [line for line in begin(config, str(run))[1].lines if "heads" in line]
+    other = {"options": {**_VIT["options"], "num_heads": 2}}
+    with pytest.raises(UserError, match=r"vision encoder of 4 heads, and 2 heads would .* vision\.options\.num_heads"):
+        begin(config, str(run), vision=other)
+    frozen = changed(config, train={"vision": "frozen"})
+    run = write_run(tmp_path / "frozen", frozen, build_model(frozen, trained=frozen.train.parts(frozen)))
+    found = begin(config, str(run), vision=other)[1].lines
+    assert found[-1] == (
+        "the vision encoder is not the one that these weights were trained with: 4 heads, here 2 heads"
+    )
+
+
 # --- plans -----------------------------------------------------------------------------------------------------------
 
 
