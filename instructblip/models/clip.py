@@ -17,7 +17,7 @@ class CLIP(nn.Module):
     Args:
         model: transformers' model.
         tokenizer: its own.
-        mean, std: per-channel normalisation on the 0..1 scale.
+        mean, std: per-channel normalisation on the 0..255 scale.
     """
 
     mean: Tensor
@@ -39,7 +39,7 @@ class CLIP(nn.Module):
     @torch.inference_mode()
     def encode_images(self, pixels_B3HW: Tensor) -> Tensor:
         """Features (B, E) of uint8 pictures whose shorter side was resized and whose middle was kept; unit length."""
-        pixels_B3HW = (pixels_B3HW.to(self.mean.device) / 255 - self.mean) / self.std
+        pixels_B3HW = (pixels_B3HW.to(self.mean.device) - self.mean) / self.std
         pooled = self.model.vision_model(pixel_values=pixels_B3HW).pooler_output
         return F.normalize(self.model.visual_projection(pooled), dim=-1)
 

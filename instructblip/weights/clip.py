@@ -22,9 +22,12 @@ from instructblip.weights.gatekeeper import (
 )
 from instructblip.weights.language_model import check_loaded
 from instructblip.weights.load import hub_folder, is_hub_id
-from instructblip.weights.transformers_settings import image_processor_settings
+from instructblip.weights.transformers_settings import image_statistics
 
-_MEAN, _STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of the released ones
+_RELEASED = {
+    "image_mean": (0.48145466, 0.4578275, 0.40821073),
+    "image_std": (0.26862954, 0.26130258, 0.27577711),
+}
 
 
 def find_clip(source: str) -> Path:
@@ -73,10 +76,5 @@ def load_clip(folder: Path, device: str = "auto") -> CLIP:
     model, found = loaded
     check_loaded(found, str(folder), "")
     with foreign_settings(folder):
-        return CLIP(model, tokenizer, **_normalisation(folder)).to(choose_device(device))
-
-
-def _normalisation(folder: Path) -> dict[str, Any]:
-    """Mean and deviation of each channel: the released ones, where the folder says no others."""
-    said = image_processor_settings(folder)
-    return {"mean": said.get("image_mean", _MEAN), "std": said.get("image_std", _STD)}
+        statistics = image_statistics(folder, settings, crops=True, usual=_RELEASED)
+        return CLIP(model, tokenizer, **statistics).to(choose_device(device))

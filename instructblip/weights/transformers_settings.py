@@ -9,8 +9,9 @@ tensor. One without them is read with the released models' values.
 import json
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -211,22 +212,26 @@ def image_processor_settings(folder: Path) -> dict[str, Any]:
     return {}
 
 
-def image_statistics(folder: Path, config: Any) -> dict[str, list[float]]:
+def image_statistics(
+    folder: Path, config: Any, *, crops: bool = False, usual: Mapping[str, Sequence[float]] = MappingProxyType({})
+) -> dict[str, list[float]]:
     """Mean and deviation on the 0..255 scale, from the image processor's file.
 
+    Args:
+        folder, config: a folder, and its config.json.
+        crops: the middle is cut out of pictures here; else they are squashed.
+        usual: `image_mean` and `image_std` where the file says none.
+
     Raises:
-        UserError: it says none, or prepares images of another size.
+        UserError: neither says any, or images of another size are prepared.
     """
-    found = image_processor_settings(folder)
+    found = {**usual, **image_processor_settings(folder)}
     normalises = found.get("do_normalize", True)
     if normalises and not {"image_mean", "image_std"} <= found.keys():
         raise UserError(
             f"{folder} does not say how images are normalised (preprocessor_config.json); fetch the whole model"
         )
-    size, wanted = found.get("size", {}), one_number(config.vision_config.image_size)
-    sides = {size.get("height", wanted), size.get("width", wanted)} if isinstance(size, dict) else {one_number(size)}
-    if sides != {wanted}:
-        raise UserError(f"{folder}: the image processor gives images of {size}, the vision part takes {wanted} pixels")
+    _check_fit(folder, found, one_number(config.vision_config.image_size), crops=crops)
     if (resample := found.get("resample", Resampling.BICUBIC)) != Resampling.BICUBIC:
         logger.warning(
             "%s: its image processor resizes by Pillow's filter %s, this code by the bicubic one: answers may differ",
@@ -237,6 +242,32 @@ def image_statistics(folder: Path, config: Any) -> dict[str, list[float]]:
     # In float32, as transformers does it, to the last bit.
     levels = 1 / found.get("rescale_factor", 1 / 255) if found.get("do_rescale", True) else 1.0
     return {"mean": (torch.tensor(mean) * levels).tolist(), "std": (torch.tensor(std) * levels).tolist()}
+
+
+def _check_fit(folder: Path, found: Mapping[str, Any], wanted: int | None, *, crops: bool) -> None:
+    """Refuse images of another size than the vision part's, and say how else a processor comes to such ones."""
+    size = found.get("size", {})
+    cuts = found.get("do_center_crop", crops)
+    given = found.get("crop_size", {}) if cuts else size
+    if _sides(given, wanted) != {wanted}:
+        raise UserError(f"{folder}: the image processor gives images of {given}, the vision part takes {wanted} pixels")
+    here = "cuts the middle out of a picture" if crops else "squashes a picture to a square"
+    others = {
+        f"resizes to {size} before it cuts the middle out": cuts and _sides(size, wanted) != {wanted},
+        "does not cut the middle out": crops and not cuts,
+        "pads a picture": found.get("do_pad", False),
+    }
+    for other, applies in others.items():
+        if applies:
+            logger.warning("%s: its image processor %s, this code %s: answers may differ", folder, other, here)
+
+
+def _sides(size: Any, wanted: int | None) -> set[int | None]:
+    """Those that a processor's size names, or its one edge; `wanted` where it names none."""
+    if not isinstance(size, dict):
+        return {one_number(size)}
+    edge = size.get("shortest_edge", wanted)
+    return {size.get("height", edge), size.get("width", edge)}
 
 
 def _qformer_arguments(config: Any, kind: ModelKind, folder: Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import json
 import logging
 import re
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -101,6 +102,25 @@ def test_of_two_image_processors_the_one_counts_that_transformers_takes(tmp_path
     found = image_statistics(tmp_path, SimpleNamespace(vision_config=SimpleNamespace(image_size=SIDE)))
     expected = AutoImageProcessor.from_pretrained(tmp_path).image_mean
     torch.testing.assert_close(torch.tensor(found["mean"]), 255 * torch.tensor(expected))
+
+
+@pytest.mark.parametrize(
+    ("said", "refused"),
+    [
+        ({"size": {"shortest_edge": 2 * SIDE}, "do_center_crop": False}, True),
+        ({"size": {"shortest_edge": SIDE}, "do_center_crop": True, "crop_size": 2 * SIDE}, True),
+        ({"size": {"shortest_edge": SIDE}, "do_center_crop": True, "crop_size": SIDE}, False),
+    ],
+)
+def test_a_shorter_side_is_compared_with_the_towers_size(said: dict[str, Any], refused: bool, tmp_path: Path) -> None:
+    file = tmp_path / "preprocessor_config.json"
+    config = SimpleNamespace(vision_config=SimpleNamespace(image_size=SIDE))
+    file.write_text(json.dumps({"image_mean": [0.1, 0.2, 0.3], "image_std": [0.2] * 3, **said}))
+    expected = (
+        pytest.raises(UserError, match=r"gives images of .*, the vision part takes") if refused else nullcontext()
+    )
+    with expected:
+        image_statistics(tmp_path, config)
 
 
 def test_another_way_of_resizing_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

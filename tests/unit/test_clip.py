@@ -1,14 +1,16 @@
 """CLIP: transformers' numbers, and folders that are none."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, CLIPModel
+from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
 
 from instructblip.errors import UserError
 from instructblip.weights.clip import find_clip, load_clip
@@ -40,6 +42,53 @@ def test_features_are_those_of_transformers(folder: Path, tmp_path: Path, dtype:
         theirs = CLIPModel.from_pretrained(stored, dtype=torch.float32).eval()(**rows, pixel_values=normalised)
     torch.testing.assert_close(clip.encode_images(pixels), theirs.image_embeds, atol=1e-5, rtol=0)
     torch.testing.assert_close(clip.encode_texts(TEXTS), theirs.text_embeds, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {},
+        {"do_normalize": False},
+        {"do_rescale": False, "image_mean": [120.0, 110.0, 100.0], "image_std": [60.0, 61.0, 62.0]},
+        {"rescale_factor": 1 / 127.5},
+    ],
+)
+def test_pixels_are_those_of_the_folders_own_image_processor(
+    folder: Path, tmp_path: Path, said: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    stored = Path(shutil.copytree(folder, tmp_path / "clip"))
+    CLIPImageProcessor(size={"shortest_edge": 28}, crop_size=28).save_pretrained(stored)
+    file = stored / "preprocessor_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | said))
+    picture = torch.randint(0, 256, (3, 28, 28), dtype=torch.uint8)
+    pixels = CLIPImageProcessor.from_pretrained(stored)(picture, return_tensors="pt")["pixel_values"].float()
+    clip = load_clip(find_clip(str(stored)), "cpu")
+    torch.testing.assert_close((picture - clip.mean) / clip.std, pixels[0], atol=1e-5, rtol=1e-5)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("said", "line"),
+    [
+        ({"size": {"shortest_edge": 32}}, r"resizes to \{'shortest_edge': 32\} before it cuts the middle out"),
+        ({"do_center_crop": False}, "does not cut the middle out, this code cuts the middle out of a picture"),
+        ({"resample": 2}, "resizes by Pillow's filter 2"),
+    ],
+)
+def test_another_way_of_fitting_is_said(
+    folder: Path, tmp_path: Path, said: dict[str, Any], line: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    stored = Path(shutil.copytree(folder, tmp_path / "clip"))
+    CLIPImageProcessor(**({"size": {"shortest_edge": 28}, "crop_size": 28} | said)).save_pretrained(stored)
+    load_clip(find_clip(str(stored)), "cpu")
+    assert re.search(line, caplog.text)
+
+
+def test_an_image_processor_of_another_size_is_refused(folder: Path, tmp_path: Path) -> None:
+    stored = Path(shutil.copytree(folder, tmp_path / "clip"))
+    CLIPImageProcessor(size={"shortest_edge": 28}, crop_size=32).save_pretrained(stored)
+    with pytest.raises(UserError, match=r"gives images of .*32.*, the vision part takes 28 pixels"):
+        load_clip(find_clip(str(stored)), "cpu")
 
 
 def test_texts_are_padded_and_cut_behind_whatever_the_folder_says(folder: Path, tmp_path: Path) -> None:
