@@ -124,11 +124,8 @@ def check_model(config: ModelConfig) -> None:
     ]:
         owners = " or ".join(owner for owner, names in ARCHITECTURE.items() if other[0] in names)
         raise UserError(f"model.{other[0]} is none of model={kind}; leave it out, or set model={owners}")
-    if "max_text_tokens" in ARCHITECTURE[kind] and architecture.max_text_tokens <= MARKS:
-        raise UserError(
-            f"model.max_text_tokens={architecture.max_text_tokens} leaves nothing of a text beside its {MARKS} marks; set "
-            f"it to {MARKS + 1} or more"
-        )
+    if "max_text_tokens" in ARCHITECTURE[kind]:
+        _check_longest("model.max_text_tokens", architecture.max_text_tokens)
     if architecture.prompt and not architecture.prompt.endswith(" "):
         raise UserError(
             f"model.prompt={architecture.prompt!r} does not end in a space: its last word and a caption's first would be "
@@ -150,11 +147,21 @@ def check_model(config: ModelConfig) -> None:
         config.language_model()
         if kind == "blip2" and qformer.instruction_aware:
             raise UserError("model=blip2 has a Q-Former that reads no text; set qformer.instruction_aware=false")
+        if qformer.instruction_aware:
+            _check_longest("qformer.max_instruction_tokens", qformer.max_instruction_tokens)
         return
     if config.llm is not None:
         raise UserError(f"model=blip2_stage1 has no language model, and llm={config.llm.name} is one; set llm=null")
     if not qformer.instruction_aware:
         raise UserError("model=blip2_stage1 reads texts with the Q-Former; set qformer.instruction_aware=true")
+
+
+def _check_longest(key: str, tokens: int) -> None:
+    """Of a text, cut to so many tokens."""
+    if tokens <= MARKS:
+        raise UserError(
+            f"{key}={tokens} leaves nothing of a text beside its {MARKS} marks; set it to {MARKS + 1} or more"
+        )
 
 
 def check_rounding(llm: LLMConfig) -> None:
@@ -215,7 +222,7 @@ def check_read(config: Any, keys: Iterable[str]) -> None:
     """Refuse keys of the command line that the command has and would not read.
 
     They set a Q-Former beside a connector which neither is one nor is matched with one; or, of an evaluation, how training
-    reads its samples.
+    reads its samples; or, of a look at a mixture, what a run may lose.
 
     Raises:
         UserError: names the key.
@@ -225,6 +232,8 @@ def check_read(config: Any, keys: Iterable[str]) -> None:
             if ".".join(key.split(".")[:2]) in _OF_TRAINING:
                 instead = "give tolerance=NUMBER" if key.startswith("data.tolerance") else "leave it out"
                 raise UserError(f"{key}= is of training, and an evaluation does not read it; {instead}")
+    if isinstance(config, InspectConfig) and (unread := [key for key in keys if key.startswith("data.tolerance")]):
+        raise UserError(f"{unread[0]}= is of a run, which stops past it; a look at a mixture does not: leave it out")
     if not isinstance(config, TrainConfig) or config.connector.kind == "qformer" or config.connector.match:
         return
     if unread := [key for key in keys if key == "qformer" or key.startswith("qformer.")]:

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from instructblip.config.checks import MARKS
 from instructblip.config.schema import (
     ArchitectureConfig,
     ConnectorConfig,
@@ -273,18 +272,16 @@ def check_length(model: ArchitectureConfig, places: int) -> None:
 
 
 def check_instructions(config: QFormerConfig, places: int) -> None:
-    """Refuse instructions that may be longer than the Q-Former's places, as `check_length` does, or that are never read.
+    """Refuse instructions that may be longer than the Q-Former's places, as `check_length` does.
 
     Raises:
         UserError: names the setting.
     """
-    if not config.instruction_aware:
-        return
-    said = f"qformer.max_instruction_tokens={config.max_instruction_tokens}"
-    if config.max_instruction_tokens > places:
-        raise UserError(f"{said} is more than the Q-Former's {places} places; lower it")
-    if config.max_instruction_tokens <= MARKS:
-        raise UserError(f"{said} leaves nothing of a text beside its {MARKS} marks; set it to {MARKS + 1} or more")
+    if config.instruction_aware and config.max_instruction_tokens > places:
+        raise UserError(
+            f"qformer.max_instruction_tokens={config.max_instruction_tokens} is more than the Q-Former's {places} places; "
+            "lower it"
+        )
 
 
 def check_temperature(temperature: float) -> None:

@@ -334,18 +334,12 @@ def test_from_scratch_everything_is_drawn_as_bert_was(parts: dict[str, str], tmp
 # --- restored runs ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("tokens", "words"),
-    [(65, "more than the Q-Former's 64 places; lower it"), (2, "leaves nothing of a text beside its 2 marks")],
-)
-def test_instructions_that_the_qformer_has_no_places_for_are_refused_before_the_run(
-    tokens: int, words: str, parts: dict[str, str]
-) -> None:
-    limit = f"qformer.max_instruction_tokens={tokens}"
+def test_instructions_that_the_qformer_has_no_places_for_are_refused_before_the_run(parts: dict[str, str]) -> None:
+    limit = "qformer.max_instruction_tokens=65"
     config = model_config(parts, limit)
     makers: list[Callable[[ModelConfig], Any]] = [build_instructblip, parts_without_weights]
     for make in makers:
-        with pytest.raises(UserError, match=f"{limit} .*{words}"):
+        with pytest.raises(UserError, match=f"{limit} is more than the Q-Former's 64 places; lower it"):
             make(config)
     build_instructblip(model_config(parts, limit, "model=blip2", "qformer.instruction_aware=false"))  # which reads none
 
