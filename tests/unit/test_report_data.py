@@ -4,6 +4,7 @@ import io
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -11,7 +12,7 @@ from PIL import Image
 from instructblip.data.cards import load_card
 from instructblip.data.records import Record
 from instructblip.data.shards import MANIFEST_FORMAT, ShardWriter, shard_path
-from instructblip.evaluation.metrics import Metric, Score
+from instructblip.evaluation.metrics import Interval, Metric, Outcome, Score
 from instructblip.evaluation.outcomes import Failure, Prediction, TaskResult, score_task
 from instructblip.evaluation.protocol import make_task
 from instructblip.evaluation.report.content import (
@@ -91,10 +92,20 @@ def test_right_partly_right_and_wrong_by_vqa_accuracy(tmp_path: Path) -> None:
 
 def test_the_fewer_mistakes_the_righter(tmp_path: Path) -> None:
     result = result_of(tmp_path, "vqav2", [question(number) for number in range(3)], ["yes"] * 3)
-    mistakes = Metric("mistakes", "mistakes", result.task.metric.function, higher_is_better=False)
+    function = result.task.metric.function
+    mistakes = Metric("mistakes", "mistakes", function, higher_is_better=False, outcome=Outcome.SCORE)
     task, score = replace(result.task, own_metric=mistakes), Score(50.0, (0.0, 50.0, 100.0), 3)
     counted = replace(result, task=task, score=score)
     assert [outcome(counted, number) for number in range(3)] == ["right", "partial", "wrong"]
+
+
+@pytest.mark.parametrize("facts", [{"higher_is_better": False}, {"interval": Interval.MEAN}])
+def test_on_a_scale_without_an_end_nothing_is_partly_right(facts: dict[str, Any], tmp_path: Path) -> None:
+    result = result_of(tmp_path, "vqav2", [question(number) for number in range(3)], ["yes"] * 3)
+    counting = Metric("counted", "counted", result.task.metric.function, **facts)
+    task, score = replace(result.task, own_metric=counting), Score(53.0, (0.0, 3.0, 156.0), 3)
+    counted = replace(result, task=task, score=score)
+    assert {outcome(counted, number) for number in range(3)} == {""}
 
 
 def test_the_score_of_each_sample_is_looked_up_once(tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ class Interval(StrEnum):
 class Outcome(StrEnum):
     """What makes a sample right or wrong in a report.
 
-    SCORE: its own score: full marks are right, none are wrong, the rest is partly right.
+    SCORE: its own score, between 0 and 100: full marks are right, none are wrong, the rest is partly right.
     CHOICE: whether the answer that was chosen is the right one; the score says how well it was ranked.
     NONE: the metric knows no right and wrong.
     """
@@ -119,7 +119,8 @@ class Metric:
         needs_both_labels: it is not defined over samples of one label.
         annotators: how many people's answers to a question its official scorer counts on; None: it does not count people.
         fewest_annotators: a record with fewer of them is refused, for a right answer could not get full marks.
-        outcome: see `Outcome`.
+        outcome: see `Outcome`. Where a metric does not say it, its own score decides if that is a share of right answers: of
+            mistakes, and of means, nobody knows from which value on a sample is wrong.
         groups: name of what `Score.parts` are split by, where the score of a group of samples is no mean over them
             (CIDEr's domains); None: means of groups are scores of groups.
         submissions: dataset -> the row of its leaderboard's file, for those whose answers this metric would score.
@@ -138,9 +139,14 @@ class Metric:
     needs_both_labels: bool = False
     annotators: int | None = None
     fewest_annotators: int = 1
-    outcome: Outcome = Outcome.SCORE
+    outcome: Outcome | None = None
     groups: str | None = None
     submissions: Mapping[str, SubmissionRow] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.outcome is None:
+            share = self.interval is Interval.SHARE and self.higher_is_better
+            object.__setattr__(self, "outcome", Outcome.SCORE if share else Outcome.NONE)
 
     def __call__(self, outputs: Outputs, records: Records) -> Score:
         """The score of the outputs, one a record.
