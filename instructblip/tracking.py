@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from instructblip.errors import UserError
 
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 logger = logging.getLogger(__name__)
+
+Started = TypeVar("Started")
 
 _EVENTS = "events.out.tfevents."  # begins the name of an event file
 _CONFIG = "config"  # name of the text that TensorBoard has of a run's settings
@@ -117,11 +119,7 @@ class WandbLogger:
 
     def __init__(self, run: TrackedRun) -> None:
         folder, online = run.folder, run.mode == "online"
-        _keep_below(folder)
-        try:
-            import wandb
-        except ImportError:
-            raise UserError("logger=wandb needs the package wandb; pip install wandb, or choose logger=none") from None
+        wandb = _wandb(folder)
         self._teardown, self._table, self._image = wandb.teardown, wandb.Table, wandb.Image
         folder.mkdir(parents=True, exist_ok=True)
         try:
@@ -137,7 +135,22 @@ class WandbLogger:
                 settings=wandb.Settings(silent=True, console="off", x_disable_meta=True),
             )
         except wandb.errors.Error as error:
-            raise UserError(f"wandb could not start ({error}); run `wandb login`, or choose mode=offline") from None
+            raise _no_wandb(error) from None
+
+    @staticmethod
+    def check(run: TrackedRun) -> None:
+        """Refuse what start would: without the package, or online without a login.
+
+        Raises:
+            UserError: says what to do.
+        """
+        wandb = _wandb(run.folder)
+        _check_place(run.folder / "wandb")
+        if run.mode == "online":
+            try:
+                wandb.login(verify=True)
+            except wandb.errors.Error as error:
+                raise _no_wandb(error) from None
 
     def log(self, metrics: Mapping[str, Any], step: int | None) -> None:
         """Record numbers; what comes at an earlier step than one that wandb has, after a restart, it drops."""
@@ -175,6 +188,12 @@ class TensorBoardLogger:
         self._last = max(0, run.first_step - 1)
         settings = json.dumps(run.config, indent=2, ensure_ascii=False, default=str)
         self._steps.add_text(_CONFIG, "\n".join(f"    {line}" for line in settings.splitlines()), run.first_step)
+
+    @staticmethod
+    def check(run: TrackedRun) -> None:
+        """Refuse what start would: without the package."""
+        _EventFile(run.folder / "tensorboard", 0)
+        _check_place(run.folder / "tensorboard")
 
     def log(self, metrics: Mapping[str, Any], step: int | None) -> None:
         """Record numbers; texts and what is not known are left to metrics.jsonl."""
@@ -272,30 +291,24 @@ class MLflowLogger:
     """
 
     def __init__(self, run: TrackedRun) -> None:
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read when mlflow is imported
-        logging.getLogger("mlflow").setLevel(logging.WARNING)
-        logging.getLogger("alembic").setLevel(logging.WARNING)
-        try:
-            import sqlalchemy  # noqa: F401  of the offline store, which mlflow-skinny imports late
-            from mlflow import MlflowClient
-            from mlflow.entities import Metric, Param
-        except ImportError:
-            raise UserError(
-                "logger=mlflow needs the package mlflow-skinny; pip install -r requirements-trackers.txt, or choose another "
-                "logger"
-            ) from None
-        self._metric, self._param = Metric, Param
+        mlflow = _mlflow(run.mode)
+        self._metric, self._param = mlflow.entities.Metric, mlflow.entities.Param
         home = run.folder.resolve() / "mlflow"
         online = run.mode == "online"
-        if online and not os.environ.get("MLFLOW_TRACKING_URI"):
-            raise UserError(
-                "logger=mlflow with mode=online needs a server; set MLFLOW_TRACKING_URI, or choose mode=offline"
-            )
         if not online:
             home.mkdir(parents=True, exist_ok=True)
-        self._client = MlflowClient(None if online else f"sqlite:///{home / 'mlflow.db'}")
+        self._client = mlflow.MlflowClient(None if online else f"sqlite:///{home / 'mlflow.db'}")
         self._id, self._had = self._begin(run, None if online else (home / "files").as_uri())
         self._last = run.first_step - 1
+
+    @staticmethod
+    def check(run: TrackedRun) -> None:
+        """Refuse what start would: without the package, or online without a server that answers."""
+        mlflow = _mlflow(run.mode)
+        if run.mode == "online":
+            mlflow.MlflowClient().get_experiment_by_name(run.project)
+        else:
+            _check_place(run.folder / "mlflow")
 
     def log(self, metrics: Mapping[str, Any], step: int | None) -> None:
         """Record numbers; texts and what is not known are left to metrics.jsonl."""
@@ -388,11 +401,30 @@ def make_loggers(
     Raises:
         UserError: a package is not installed, or a tracker cannot start.
     """
-    run = TrackedRun(mode, project, name, folder, config, run_id, first_step)
-    return Loggers({kind: _started(kind, start, run) for kind in dict.fromkeys(kinds) if (start := LOGGERS[kind])})
+    run, started = TrackedRun(mode, project, name, folder, config, run_id, first_step), dict[str, Logger]()
+    try:
+        for kind in dict.fromkeys(kinds):
+            if (start := LOGGERS[kind]) is not None:
+                started[kind] = _started(kind, start, run)
+    except BaseException:
+        Loggers(started).finish()
+        raise
+    return Loggers(started)
 
 
-def _started(kind: str, start: Callable[[TrackedRun], Logger], run: TrackedRun) -> Logger:
+def check_loggers(kinds: Sequence[str], *, mode: str, project: str, folder: Path) -> None:
+    """Refuse at once what would only fail when the loggers start, for a command that starts them at its end.
+
+    Raises:
+        UserError: as `make_loggers`.
+    """
+    run = TrackedRun(mode, project, "", folder, {}, None, 0)
+    for kind in dict.fromkeys(kinds):
+        if (check := getattr(LOGGERS[kind], "check", None)) is not None:
+            _started(kind, check, run)
+
+
+def _started(kind: str, start: Callable[[TrackedRun], Started], run: TrackedRun) -> Started:
     try:
         return start(run)
     except UserError:
@@ -416,6 +448,47 @@ def flatten(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
+
+
+def _wandb(folder: Path) -> Any:
+    _keep_below(folder)
+    try:
+        import wandb
+    except ImportError:
+        raise UserError("logger=wandb needs the package wandb; pip install wandb, or choose logger=none") from None
+    return wandb
+
+
+def _no_wandb(error: Exception) -> UserError:
+    return UserError(f"wandb could not start ({error}); run `wandb login`, or choose mode=offline")
+
+
+def _mlflow(mode: str) -> Any:
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read when mlflow is imported
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    try:
+        import mlflow.entities
+        import sqlalchemy  # noqa: F401  of the offline store, which mlflow-skinny imports late
+    except ImportError:
+        raise UserError(
+            "logger=mlflow needs the package mlflow-skinny; pip install -r requirements-trackers.txt, or choose another "
+            "logger"
+        ) from None
+    if mode == "online" and not os.environ.get("MLFLOW_TRACKING_URI"):
+        raise UserError(
+            "logger=mlflow with mode=online needs a server; set MLFLOW_TRACKING_URI, or choose mode=offline"
+        )
+    return mlflow
+
+
+def _check_place(folder: Path) -> None:
+    """Raise what making a folder would, and make none."""
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(f"{there} is a file")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise PermissionError(f"{there} may not be written to")
 
 
 def _keep_below(folder: Path) -> None:

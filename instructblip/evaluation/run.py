@@ -21,7 +21,7 @@ from instructblip.evaluation.suite import evaluate_tasks, finish_evaluation, ima
 from instructblip.evaluation.suite_tasks import check_answers, check_suite, fitting_modes, make_tasks, split_missing
 from instructblip.fetch.parts import cache_folder
 from instructblip.models.fingerprint import fingerprint_tensors
-from instructblip.tracking import make_loggers
+from instructblip.tracking import check_loggers, make_loggers
 from instructblip.weights.load import LoadedModel, find_source, frozen_fingerprints, load_model
 
 
@@ -37,12 +37,14 @@ def evaluate(config: EvaluateConfig, console: Console) -> None:
         console = Console(quiet=True)
     cards = load_cards([*config.suite.held_in, *config.suite.held_out])
     check_suite(config.suite, cards)
+    folder, tracker = Path(config.output) / config.name, config.logger
+    if ranks.is_first:
+        check_loggers(tracker.kind, mode=tracker.mode, project=tracker.project, folder=folder)
     source = find_source(config.checkpoint, config.llm)
     device = choose_device(ranks.device(config.device))
     check_precision(config.precision, device)
     tasks, absent, shards = _plan(cards, config, source.llm_kind or "decoder", console)
     refuse_unable(tasks, source.skills, str(source.path))
-    folder = Path(config.output) / config.name
     with claimed(folder, ranks) as ranks:
         refuse_others_results(folder, str(source.path), tasks, adapter=config.adapter)
         for line in replaced_results(folder, tasks):

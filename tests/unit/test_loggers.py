@@ -16,9 +16,13 @@ from typing import Any, cast
 
 import pytest
 from PIL import Image
+from rich.console import Console
 
 from instructblip import tracking
+from instructblip.config.entry import compose_config
+from instructblip.config.schema import EvaluateConfig
 from instructblip.errors import UserError
+from instructblip.evaluation.run import evaluate
 from instructblip.tracking import Logger, Loggers, TrackedRun, TrackedSample, flatten, make_loggers
 from instructblip.training import setup
 from instructblip.training.setup import _tracked_as
@@ -78,9 +82,10 @@ def test_a_missing_package_says_how_to_mend(
 
     monkeypatch.delitem(sys.modules, kind, raising=False)
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(UserError, match=remedy) as error:
-        make(kind, tmp_path)
-    assert "\n" not in str(error.value)
+    for starts in (make, check):
+        with pytest.raises(UserError, match=remedy) as error:
+            starts(kind, tmp_path)
+        assert "\n" not in str(error.value)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -123,11 +128,47 @@ def test_a_tracker_that_cannot_start_is_one_line(tmp_path: Path, monkeypatch: py
     assert str(error.value) == line
 
 
+def test_one_that_cannot_start_closes_those_that_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun = Failing(0)
+
+    def unreachable(run: TrackedRun) -> Logger:
+        raise UserError("no server answers")
+
+    monkeypatch.setitem(tracking.LOGGERS, "tensorboard", lambda run: cast(Logger, begun))
+    monkeypatch.setitem(tracking.LOGGERS, "mlflow", unreachable)
+    with pytest.raises(UserError, match="no server answers"):
+        make("tensorboard mlflow", tmp_path)
+    assert begun.finished
+
+
 def test_a_folder_that_is_none_stops_tensorboard_in_one_line(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     (tmp_path / "tensorboard").write_text("no folder")
-    with pytest.raises(UserError, match=r"^logger=tensorboard could not start \((FileExists|NotADirectory)Error: "):
-        make("tensorboard", tmp_path)
+    for starts in (make, check):
+        with pytest.raises(UserError, match=r"^logger=tensorboard could not start \((FileExists|NotADirectory)Error: "):
+            starts("tensorboard", tmp_path)
+
+
+def check(kind: str, folder: Path, mode: str = "offline") -> None:
+    tracking.check_loggers(kind.split(), mode=mode, project="tests", folder=folder)
+
+
+def test_what_stops_a_start_is_known_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = pytest.importorskip("wandb")
+    pytest.importorskip("sqlalchemy")
+    pytest.importorskip("mlflow")
+    check("none wandb tensorboard mlflow", tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with pytest.raises(UserError, match="needs a server; set MLFLOW_TRACKING_URI"):
+        check("mlflow", tmp_path, "online")
+
+    def login(*, verify: bool) -> None:
+        raise wandb.errors.UsageError("No API key configured.")
+
+    monkeypatch.setattr(wandb, "login", login)
+    with pytest.raises(UserError, match=r"wandb could not start \(No API key configured\.\); run `wandb login`"):
+        check("wandb", tmp_path, "online")
 
 
 @pytest.mark.slow
@@ -137,6 +178,15 @@ def test_a_server_that_mlflow_cannot_use_is_one_line(tmp_path: Path, monkeypatch
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "nonsense://nowhere")
     with pytest.raises(UserError, match=r"^logger=mlflow could not start \(\w+: .*nonsense"):
         make("mlflow", tmp_path, mode="online")
+
+
+def test_an_evaluation_says_so_before_it_opens_anything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("sqlalchemy")
+    pytest.importorskip("mlflow")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    settings = ["checkpoint=nowhere", "suite=demo", f"output={tmp_path}", "logger=mlflow", "logger.mode=online"]
+    with pytest.raises(UserError, match="needs a server; set MLFLOW_TRACKING_URI"):
+        evaluate(compose_config("evaluate", EvaluateConfig, settings), Console(quiet=True))
 
 
 def tensorboard(folder: Path) -> Any:
