@@ -48,7 +48,9 @@ def capfilt(config: CapFiltConfig, console: Console) -> None:
         job = Job(out, settings, {**plan, **models.identities}, models.names, config.tolerance)
         job.claim(ranks)
         parts = parts_of(splits)
-        if not job.is_finished():
+        if job.is_finished():
+            job.check_whole()
+        else:
             make_captions(job, parts, Captioning(models, settings, config.batch_size), ranks)
         if ranks.is_first:
             if not job.is_finished():

@@ -11,6 +11,7 @@ from typing import Any
 from instructblip.capfilt.pictures import Part
 from instructblip.capfilt.settings import Settings
 from instructblip.data.cards import TRAIN_SPLIT
+from instructblip.data.shards import MANIFEST_NAME
 from instructblip.distributed import Ranks
 from instructblip.errors import UserError
 from instructblip.evaluation.journal import Journal
@@ -66,6 +67,22 @@ class Job:
     def is_finished(self) -> bool:
         """Whether all is written."""
         return (self.out / REPORT).is_file()
+
+    def check_whole(self) -> None:
+        """Refuse a finished folder of which something is gone: nothing would be written.
+
+        Raises:
+            UserError: names the first missing file.
+        """
+        manifest = self.split / MANIFEST_NAME
+        for file in (manifest, self.out / CAPTIONS):
+            self._check_there(file)
+        for shard in read_json(manifest)["shards"]:
+            self._check_there(self.split / shard["name"])
+
+    def _check_there(self, file: Path) -> None:
+        if not file.is_file():
+            raise UserError(f"{self.out} is finished, and {file} is gone; put it back, or delete {self.out}")
 
     def clear_up(self) -> None:
         """Remove what is not needed once all is written, and what a killed run left."""

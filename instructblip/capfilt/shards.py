@@ -2,7 +2,7 @@
 
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
@@ -43,9 +43,11 @@ def make_captions(job: Job, parts: Sequence[Part], captioning: Captioning, ranks
             if job.done(part).is_file() or job.is_finished():
                 continue
             journal = Journal(job.journal(part), keys := job.keys(part), ranks)
+            again = set(journal.failures)  # each is looked at again, here or by the rank that puts the shard together
             for answered in _answer_left(part, keys, captioning, journal):
-                _check_damage(journal, job.tolerance)
-                progress.advance(bar, answered * ranks.world_size)
+                again.difference_update(answered)
+                _check_damage(journal, job.tolerance, again)
+                progress.advance(bar, len(answered) * ranks.world_size)
             if _puts_together(ranks, part):
                 journal.wait_for_others(f"pictures of {part.reader.path.name}")
                 _check_damage(journal, job.tolerance)
@@ -53,8 +55,8 @@ def make_captions(job: Job, parts: Sequence[Part], captioning: Captioning, ranks
         progress.update(bar, completed=total)
 
 
-def _answer_left(part: Part, keys: Sequence[str], captioning: Captioning, journal: Journal) -> Iterator[int]:
-    """Answer what is left of a shard's pictures to this rank into the journal; give the number of each chunk."""
+def _answer_left(part: Part, keys: Sequence[str], captioning: Captioning, journal: Journal) -> Iterator[list[str]]:
+    """Answer what is left of a shard's pictures to this rank into the journal; give the keys of each chunk."""
     ranks, size = journal.ranks, captioning.pictures
     chunks = [range(start, min(start + size, len(keys))) for start in range(0, len(keys), size)]
     numbers = _left_to(ranks, part, [[keys[row] for row in chunk] for chunk in chunks], journal)
@@ -73,7 +75,7 @@ def _answer_left(part: Part, keys: Sequence[str], captioning: Captioning, journa
             [item for item in predictions if item.key not in journal.predictions],
             [item for item in failures if item.key not in journal],
         )
-        yield len(chunk)
+        yield [keys[row] for row in chunk]
 
 
 def _left_to(ranks: Ranks, part: Part, chunks: Sequence[Sequence[str]], journal: Journal) -> list[int]:
@@ -97,17 +99,16 @@ def _puts_together(ranks: Ranks, part: Part) -> bool:
     return ranks.rank == part.number % ranks.world_size
 
 
-def _check_damage(journal: Journal, tolerance: int) -> None:
-    """Refuse a shard with more damaged pictures than are tolerated.
+def _check_damage(journal: Journal, tolerance: int, again: Collection[str] = ()) -> None:
+    """Refuse a shard with more damaged pictures than are tolerated, but for those that are to be looked at `again`.
 
     Raises:
         UserError: names the first of them.
     """
-    if len(journal.failures) > tolerance:
-        first = min(journal.failures.values(), key=lambda failure: failure.id)
-        raise UserError(
-            f"{first.reason}; or give tolerance={len(journal.failures)}, to leave so many pictures of a shard out"
-        )
+    damaged = [failure for key, failure in journal.failures.items() if key not in again]
+    if len(damaged) > tolerance:
+        first = min(damaged, key=lambda failure: failure.id)
+        raise UserError(f"{first.reason}; or give tolerance={len(damaged)}, to leave so many pictures of a shard out")
 
 
 def _seen(part: Part, keys: Sequence[str], looks: Mapping[int, Future[Seen]]) -> tuple[dict[int, Seen], list[Failure]]:

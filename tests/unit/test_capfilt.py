@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 import threading
 from collections import Counter
@@ -334,6 +335,19 @@ def test_pictures_that_cannot_be_read_stop_it_or_are_counted_and_named(tmp_path:
     assert files_of(out) == files_of(caption_web(shards, tmp_path / "never damaged"))
 
 
+def test_what_was_damaged_counts_when_it_is_looked_at_again(tmp_path: Path) -> None:
+    shards, out = write_web(tmp_path, web_pictures(4)), tmp_path / "out"
+    shard = open_split(shards / "cc3m/train").shards[0]
+    offsets = [int(offset) for offset in shard.arrays["frame_offset"]]
+    damage(shard.path, offsets[0], b"no picture")
+    partly = shard.path.read_bytes()
+    damage(shard.path, offsets[3], b"no picture")
+    with pytest.raises(UserError, match="or give tolerance=2"):
+        caption_web(shards, out, batch_size=1, tolerance=1)
+    shard.path.write_bytes(partly)  # the last one is mended
+    assert report_of(caption_web(shards, out, batch_size=1, tolerance=1))["pictures"]["cannot be read"] == 1
+
+
 def damage(tar: Path, offset: int, content: bytes) -> None:
     with open(tar, "r+b") as file:
         file.seek(offset)
@@ -460,6 +474,14 @@ def test_two_splits_whose_pictures_would_have_the_same_names_are_refused(web: Pa
     ):
         caption_web(tmp_path / "shards", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_finished_folder_of_which_something_is_gone_is_said_to_lack_it(web: Path, blip: Path, tmp_path: Path) -> None:
+    for gone in (f"{SPLIT}/shard-000000.tar", f"{SPLIT}/manifest.json", "captions.json"):
+        out = shutil.copytree(blip, tmp_path / gone.replace("/", "_"))
+        (out / gone).unlink()
+        with pytest.raises(UserError, match=rf"is finished, and {re.escape(str(out / gone))} is gone; put it back, or"):
+            caption_web(web, out)
 
 
 def test_nothing_is_made_before_the_first_rank_has_said_what(tmp_path: Path) -> None:
