@@ -106,6 +106,11 @@ class Connector(nn.Module, ABC):
     tokens: int
     output: nn.Linear
 
+    @property
+    @abstractmethod
+    def first(self) -> nn.Module:
+        """The layer that alone reads image tokens."""
+
     @abstractmethod
     def forward(self, tokens_NPV: Tensor) -> Tensor:
         """Visual tokens (N, Q, L) of normalised image tokens (N, P, V)."""
@@ -151,6 +156,11 @@ class LinearConnector(Connector):
         self.output = nn.Linear(vision_width, llm_width)
 
     @property
+    def first(self) -> nn.Module:
+        """The only one."""
+        return self.output
+
+    @property
     def output_power(self) -> float:
         """Image tokens as they are."""
         return 1.0
@@ -185,6 +195,11 @@ class MLPConnector(Connector):
         with torch.no_grad():
             self.hidden.weight.normal_(std=vision_width**-0.5)
             self.hidden.bias.zero_()
+
+    @property
+    def first(self) -> nn.Module:
+        """In front of GELU."""
+        return self.hidden
 
     @property
     def output_power(self) -> float:
@@ -272,6 +287,11 @@ class Resampler(Connector):
         self.blocks = nn.ModuleList(ResamplerLayer(width, heads, hidden_width or 4 * width) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
         self.output = nn.Linear(width, llm_width)
+
+    @property
+    def first(self) -> nn.Module:
+        """Into its width, if that is another; else each layer reads them behind a norm of its own."""
+        return self.input
 
     @property
     def output_power(self) -> float:

@@ -16,7 +16,7 @@ from instructblip.config.schema import ConnectorConfig, TrainConfig
 from instructblip.errors import UserError
 from instructblip.models.connector import rectangles
 from instructblip.models.empty import empty_modules
-from instructblip.training.plan.connector import ConnectorShape, connector_shape, frame_flops
+from instructblip.training.plan.connector import ConnectorShape, connector_shape, frame_flops, unneeded_flops
 from instructblip.training.plan.flops import ModelShape, model_shape
 from instructblip.weights.modules import (
     ConnectorParts,
@@ -89,7 +89,7 @@ class _Sizes:
     @cached_property
     def shape(self) -> ConnectorShape:
         parts = self.parts
-        return connector_shape(parts.vision, parts.connector, parts.llm, *_trained_of(self.config))
+        return connector_shape(parts.vision, parts.norm, parts.connector, parts.llm, *_trained_of(self.config))
 
     def budget(self, connector: ConnectorConfig) -> Budget:
         vision = self.parts.vision
@@ -99,6 +99,7 @@ class _Sizes:
         shape = dataclasses.replace(
             self.shape,
             connector_flops=frame_flops(module, vision.tokens, vision.width),
+            unneeded_flops=unneeded_flops(self.parts.norm, module, self.shape.trained),
             frame_tokens=module.tokens,
         )
         return Budget(_trained(self.parts.norm, module), module.tokens, _step_flops(self.config, shape))

@@ -377,7 +377,7 @@ def _shape(config: TrainConfig, model: Model) -> ModelShape:
     if isinstance(model, BLIP):
         return blip_shape(vision, text_parts(model), model.trained_parts, shares)
     if isinstance(model, LLaVA):
-        return connector_shape(vision, model.connector, model.llm.model, model.trained_parts, shares)
+        return connector_shape(vision, model.vision_norm, model.connector, model.llm.model, model.trained_parts, shares)
     assert isinstance(model, InstructBLIP | BLIP2)
     llm = model.llm.model if isinstance(model, InstructBLIP) else None
     heads = [part for part in model.part_modules("qformer") if part not in (model.qformer, model.vision_norm)]

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from instructblip.config.checks import check
 from instructblip.config.schema import (
@@ -208,14 +210,37 @@ def test_a_pass_keeps_the_inputs_of_its_layers() -> None:
     assert kept_bytes(model.connector, tokens) == 4 * (patches + 2 * hidden) + 4 * 32  # [CLS] lies in the same memory
 
 
+@pytest.mark.parametrize("kind", ["linear", "mlp"])
+@pytest.mark.parametrize(("norm", "encoder"), [("layer", ()), ("none", ()), ("none", ("vision",))])
+def test_a_backward_pass_is_counted_as_torch_counts_it(
+    kind: ConnectorKind, norm: str, encoder: tuple[str, ...]
+) -> None:
+    model = tiny_connector_model(kind)
+    shape = connector_shape(
+        model.vision,
+        nn.LayerNorm(model.vision.width) if norm == "layer" else nn.Identity(),
+        model.connector,
+        model.llm.model,
+        {"connector", *encoder},
+    )
+    (found,) = (part for part in shape.by_part(shape.sample_work(shape.usual), set()) if part.part == "connector")
+    assert not found.recompute  # a run has nothing to recompute in it
+    tokens = torch.randn(1, 16, model.vision.width, requires_grad=norm == "layer" or bool(encoder))
+    output = model.connector.requires_grad_(True)(tokens).sum()
+    with FlopCounterMode(display=False) as counter:
+        output.backward()
+    assert found.backward == counter.get_total_flops()
+
+
 def test_a_plan_counts_what_the_model_has() -> None:
     model = tiny_llava()
-    shape = connector_shape(model.vision, model.connector, model.llm.model)
+    shape = connector_shape(model.vision, model.vision_norm, model.connector, model.llm.model)
     work: Any = shape.sample_work(shape.usual)
     assert (shape.visual_tokens, work.positions) == (4, 4 + 35 + 16 - 1)
     parts = {part.part: part for part in shape.by_part(work, {"answer_logits"})}
     assert parts["connector"].forward == 2 * 4 * (32 * 32 + 32 * 32)
-    assert parts["connector"].backward == 2 * parts["connector"].forward
+    assert parts["connector"].backward == 3 * 2 * 4 * 32 * 32  # no gradient for image tokens, which nothing trains
     assert {"vision encoder", "language model", "logits of the answers"} < parts.keys()
+    assert not parts["connector"].recompute
     none = {part.part: part for part in shape.by_part(work, {"visual_prompt"})}
     assert none["language model"].forward == 0

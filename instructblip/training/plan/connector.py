@@ -38,12 +38,16 @@ class ConnectorShape(ModelShape):
 
     Attributes:
         connector_flops: of a frame through it.
+        unneeded_flops: of a frame's backward pass, of image tokens' gradient that nothing needs.
+        recomputes: activation checkpointing repeats its layers; without any there is nothing to repeat.
         frame_tokens: it gives.
         language: of the LLM.
     """
 
     usual = SampleLengths(35, 16)  # as with a Q-Former
     connector_flops: float
+    unneeded_flops: float
+    recomputes: bool
     frame_tokens: int
     language: LanguageShape
 
@@ -54,9 +58,12 @@ class ConnectorShape(ModelShape):
 
     def by_part(self, work: StepWorkload, outputs: Collection[str]) -> list[PartFlops]:
         """The LLM's layers take part in `answer_logits` alone."""
+        connector = self._behind_vision("connector", "connector", self.connector_flops * work.frames)
+        backward = connector.backward - self.unneeded_flops * work.frames
+        recompute = connector.recompute and self.recomputes
         return [
             self._vision_flops(work),
-            self._behind_vision("connector", "connector", self.connector_flops * work.frames),
+            connector._replace(backward=backward, recompute=recompute),
             *self.language.by_part(work, runs="answer_logits" in outputs, gradients=self._gradients("llm")),
         ]
 
@@ -68,6 +75,7 @@ class ConnectorShape(ModelShape):
 
 def connector_shape(
     vision: VisionEncoder,
+    norm: nn.Module,
     connector: Connector,
     llm: Any,
     trained: Collection[str] = ("connector",),
@@ -80,6 +88,8 @@ def connector_shape(
         trained=frozenset(trained),
         shares=shares,
         connector_flops=frame_flops(connector, vision.tokens, vision.width),
+        unneeded_flops=unneeded_flops(norm, connector, trained),
+        recomputes=bool(connector.layers()),
         frame_tokens=connector.tokens,
         language=language_shape(llm),
     )
@@ -91,6 +101,14 @@ def frame_flops(connector: Connector, image_tokens: int, vision_width: int) -> f
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         empty(torch.zeros(1, image_tokens, vision_width, device="meta"))
     return float(counter.get_total_flops())
+
+
+def unneeded_flops(norm: nn.Module, connector: Connector, trained: Collection[str]) -> float:
+    """FLOPs of a frame's gradient for what the first layer reads, where neither encoder nor norm in front of it trains."""
+    if "connector" not in trained or "vision" in trained or any(True for _ in norm.parameters()):
+        return 0.0
+    first = connector.first
+    return 2.0 * connector.patches.tokens * first.weight.numel() if isinstance(first, nn.Linear) else 0.0
 
 
 @dataclass(frozen=True)
@@ -151,5 +169,5 @@ def kept_bytes(module: nn.Module, *inputs: Tensor) -> float:
 def plan_connector(parts: ConnectorParts, phases: Sequence[PlannedPhase], layout: PlanLayout) -> ConnectorPlan:
     """The plan of a run of these parts, which may be on the meta device."""
     shares = adapter_shares({"vision": [parts.vision.backbone], "llm": [parts.llm]})
-    shape = connector_shape(parts.vision, parts.connector, parts.llm, layout.trained, shares)
+    shape = connector_shape(parts.vision, parts.norm, parts.connector, parts.llm, layout.trained, shares)
     return ConnectorPlan(vision=parts.vision, shape=shape, phases=tuple(phases), layout=layout, parts=parts)
