@@ -1,9 +1,10 @@
 """A study's scores as one picture: a panel for each dataset, a row for each condition."""
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from instructblip.files import atomic_path
+from instructblip.figures import as_written, write_figure
 from instructblip.study.findings import Findings
 
 if TYPE_CHECKING:
@@ -21,18 +22,14 @@ def draw(findings: Findings, question: str, path: Path) -> None:
     Raises:
         UserError: the picture cannot be written.
     """
-    from matplotlib.figure import Figure  # slow to import and needed once a study
-
-    figure = _drawn(Figure(dpi=110, layout="constrained"), findings, question)
-    with atomic_path(path) as partial:
-        figure.savefig(partial, format="png", metadata={"Software": None})  # the same numbers give the same bytes
+    write_figure(path, partial(_draw, findings=findings, question=question), dpi=110, layout="constrained")
 
 
-def _drawn(figure: "Figure", findings: Findings, question: str) -> "Figure":
+def _draw(figure: "Figure", findings: Findings, question: str) -> None:
     columns = min(_ROW_OF_PANELS, len(findings.datasets))
     lines = -(-len(findings.datasets) // columns)
     figure.set_size_inches(_WIDTH * columns + 1.5, lines * (_ROW * len(findings.conditions) + _EDGES))
-    figure.suptitle(_plain(question), x=0.01, ha="left", fontsize=10, wrap=True)
+    figure.suptitle(as_written(question), x=0.01, ha="left", fontsize=10, wrap=True)
     panels = figure.subplots(lines, columns, squeeze=False, sharey=True)
     for number, axes in enumerate(panels.flat):
         if number < len(findings.datasets):
@@ -41,7 +38,6 @@ def _drawn(figure: "Figure", findings: Findings, question: str) -> "Figure":
             axes.set_axis_off()
     handles, labels = panels.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower left", ncols=len(labels), fontsize=8, frameon=False)
-    return figure
 
 
 def _draw_panel(axes: "Axes", findings: Findings, dataset: str) -> None:
@@ -63,13 +59,8 @@ def _draw_panel(axes: "Axes", findings: Findings, dataset: str) -> None:
             axes.plot(
                 [item.baselines[_WITHHELD]], [row], "x", color=grey, markersize=6, label=_WITHHELD if first else None
             )
-    axes.set_title(_plain(dataset), fontsize=9)
-    axes.set_yticks(range(len(findings.conditions)), [_plain(name) for name in findings.conditions], fontsize=8)
+    axes.set_title(as_written(dataset), fontsize=9)
+    axes.set_yticks(range(len(findings.conditions)), [as_written(name) for name in findings.conditions], fontsize=8)
     axes.set_ylim(len(findings.conditions) - 0.5, -0.5)
     axes.tick_params(axis="x", labelsize=8)
     axes.grid(axis="x", color="#dddddd", linewidth=0.6)
-
-
-def _plain(text: str) -> str:
-    """Dollars begin no formula."""
-    return text.replace("$", r"\$")

@@ -1,11 +1,12 @@
 """The curves of a run as one picture."""
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from instructblip.files import atomic_path
+from instructblip.figures import as_written, write_figure
 from instructblip.training.metrics_log import Entry, MetricsLog
 
 if TYPE_CHECKING:
@@ -26,17 +27,12 @@ def draw_curves(metrics_path: Path, out_path: Path, title: str) -> None:
     Raises:
         UserError: the picture cannot be written.
     """
-    from matplotlib import rc_context  # slow to import and needed once a run
-    from matplotlib.figure import Figure
-
     entries = [{key: entry[key] for key in _DRAWN if key in entry} for entry in MetricsLog(metrics_path).read()]
-    with rc_context({"text.parse_math": False}), atomic_path(out_path) as partial:  # names with $ are no formulas
-        figure = _drawn(Figure(figsize=(13, 7), dpi=110), entries, title)
-        figure.savefig(partial, format="png", metadata={"Software": None})  # the same numbers give the same bytes
+    write_figure(out_path, partial(_draw, entries=entries, title=title), figsize=(13, 7), dpi=110)
 
 
-def _drawn(figure: "Figure", entries: list[Entry], title: str) -> "Figure":
-    figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold")
+def _draw(figure: "Figure", entries: list[Entry], title: str) -> None:
+    figure.suptitle(as_written(title), x=0.01, ha="left", fontsize=13, fontweight="bold")
     # Margins by hand: measuring every label for a constrained layout costs as much as drawing.
     grid = figure.add_gridspec(
         2, 6, height_ratios=(3, 2), left=0.05, right=0.99, top=0.89, bottom=0.07, wspace=0.65, hspace=0.32
@@ -49,7 +45,6 @@ def _drawn(figure: "Figure", entries: list[Entry], title: str) -> "Figure":
     _draw_single(panels[4], entries, "samples_per_second", "Samples per second")
     for panel in panels:
         _draw_phases(panel, phases_of(entries), named=panel in panels[:3], names_unvalidated=panel is panels[2])
-    return figure
 
 
 def smoothed(values: Sequence[float], span: float) -> list[float]:
@@ -100,7 +95,7 @@ def _draw_phases(axes: "Axes", phases: Sequence[DrawnPhase], *, named: bool, nam
         axes.text(
             (phase.first + phase.last) / 2,
             1.01 if fits else 0.98,  # above the panel no curve runs through it
-            text,
+            as_written(text),
             transform=axes.get_xaxis_transform(),
             ha="center",
             va="bottom" if fits else "top",
@@ -140,7 +135,7 @@ def _draw_by_dataset(axes: "Axes", entries: list[Entry], key: str, title: str, s
         steps, values = _series([{"step": row["step"], name: row[key].get(name)} for row in rows], name)
         values = smoothed(values, _span(len(values))) if smooth else values
         color = colors(number % colors.N)
-        axes.plot(steps, values, color=color, linewidth=1.5, marker=marker, markersize=4, label=name)
+        axes.plot(steps, values, color=color, linewidth=1.5, marker=marker, markersize=4, label=as_written(name))
     _finish(axes, title, bool(names))
     scores = [value for row in rows for value in row[key].values() if value is not None]
     axes.set_ylim(0, None if smooth or max(scores, default=0.0) > 100 else 102)  # CIDEr goes beyond 100
