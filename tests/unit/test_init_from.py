@@ -477,6 +477,7 @@ _VIT = {
 }
 
 
+@pytest.mark.slow
 def test_a_vision_encoder_of_other_heads_is_no_start_and_beside_ones_own_it_is_said(
     stages: Stages, tmp_path: Path
 ) -> None:
