@@ -262,7 +262,7 @@ def check_overrides(name: str, schema: Any, arguments: list[str]) -> DictConfig 
         jobs = {
             tuple(job): validate(_compose(name, job, further), schema, missing_ok=shows) for job in _jobs(overrides)
         }
-        _check_read_by_some(jobs)
+        _check_read_by_some(jobs, _parse(overrides))
         return None
     composed = _compose(name, overrides, further, with_hydra=True)
     config = validate(_leave_out_hydra(copy.deepcopy(composed)), schema, missing_ok=shows)
@@ -273,13 +273,21 @@ def check_overrides(name: str, schema: Any, arguments: list[str]) -> DictConfig 
     return None if others or of_hydra else composed
 
 
-def _check_read_by_some(jobs: Mapping[tuple[str, ...], Any]) -> None:
-    """Refuse keys that no job of a sweep would read; by overrides, the configuration that they compose."""
+def _check_read_by_some(jobs: Mapping[tuple[str, ...], Any], given: Sequence[Override]) -> None:
+    """Refuse keys that no job of a sweep would read.
+
+    Args:
+        jobs: by overrides, the configuration that they compose.
+        given: on the command line. Intervals are in no job of these; what a pattern would choose is not known.
+    """
+    others = [item for item in given if item.is_sweep_override() and not item.is_discrete_sweep()]
+    if any(item.is_discrete_sweep() and isinstance(item.value(), Glob) for item in given):
+        return
     refused: list[UserError] = []
     for overrides, config in jobs.items():
         try:
             if config is not None:
-                check_read(config, _keys(list(overrides)))
+                check_read(config, [*_keys(list(overrides)), *(item.key_or_group for item in others)])
         except UserError as error:
             refused.append(error)
     if len(refused) == len(jobs):

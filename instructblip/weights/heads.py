@@ -90,8 +90,11 @@ def _said(found: StartWeights, part: str, config: ModelConfig) -> Heads:
 
 
 def _of_vision(config: ModelConfig) -> Heads:
-    with empty_modules():
-        return _heads([vision_encoder(config.vision)])
+    try:
+        with empty_modules():
+            return _heads([vision_encoder(config.vision)])
+    except UserError:  # of another timm, which a start needs no more
+        return []
 
 
 def _of_connector(config: ModelConfig) -> Heads:

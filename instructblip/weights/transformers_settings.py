@@ -255,11 +255,22 @@ def _check_fit(folder: Path, found: Mapping[str, Any], wanted: int | None, *, cr
     others = {
         f"resizes to {size} before it cuts the middle out": cuts and _sides(size, wanted) != {wanted},
         "does not cut the middle out": crops and not cuts,
-        "pads a picture": found.get("do_pad", False),
+        "squashes a picture to a square": crops and cuts and _squashes(size),
+        "pads a picture": found.get("do_pad", False) and _pads(found),
     }
     for other, applies in others.items():
         if applies:
             logger.warning("%s: its image processor %s, this code %s: answers may differ", folder, other, here)
+
+
+def _squashes(size: Any) -> bool:
+    """Whether both sides are named: a number is the shorter one of a processor that cuts."""
+    return not isinstance(size, int) and (not isinstance(size, dict) or {"height", "width"} <= size.keys())
+
+
+def _pads(found: Mapping[str, Any]) -> bool:
+    """Whether padding would show: LLaVA's makes a square; others' makes those of a batch alike, as resizing has."""
+    return "pad_size" in found or str(found.get("image_processor_type")).startswith("LlavaImageProcessor")
 
 
 def _sides(size: Any, wanted: int | None) -> set[int | None]:

@@ -129,6 +129,37 @@ def test_another_way_of_resizing_is_said(tmp_path: Path, caplog: pytest.LogCaptu
     assert "its image processor resizes by Pillow's filter 2, this code by the bicubic one" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("kind", "said", "shows"),
+    [
+        ("BlipImageProcessor", {"size_divisor": 32}, False),  # as released models for questions have it
+        ("CLIPImageProcessor", {"do_center_crop": True, "crop_size": SIDE}, False),
+        ("LlavaImageProcessor", {}, True),
+        ("BlipImageProcessor", {"pad_size": {"height": 2 * SIDE, "width": 2 * SIDE}}, True),
+    ],
+)
+def test_padding_is_said_where_it_shows(
+    kind: str, said: dict[str, Any], shows: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    size = {"height": SIDE, "width": SIDE}
+    settings = {
+        "image_processor_type": kind,
+        "size": size,
+        "do_pad": True,
+        "image_mean": [0.1] * 3,
+        "image_std": [0.2] * 3,
+    }
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings | said))
+    image_statistics(tmp_path, SimpleNamespace(vision_config=SimpleNamespace(image_size=SIDE)))
+    assert ("its image processor pads a picture" in caplog.text) == shows
+    picture = torch.full((3, SIDE, 2 * SIDE), 255, dtype=torch.uint8)
+    padded, plain = (
+        AutoImageProcessor.from_pretrained(tmp_path)(picture, return_tensors="pt", do_pad=pads)["pixel_values"]
+        for pads in (True, False)
+    )
+    assert (padded.shape != plain.shape or not torch.equal(padded, plain)) == shows
+
+
 def square_vqa() -> BLIPVQA:
     """One width throughout, as transformers' class for questions wants it."""
     torch.manual_seed(0)

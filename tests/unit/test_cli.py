@@ -148,6 +148,7 @@ def test_jobs_of_a_sweep_that_would_share_a_folder_are_refused(values: str, word
         ("evaluate", EvaluateConfig, ["checkpoint=a", "suite=demo,held_out", "data.workers=4"], "data.workers= is of"),
         ("evaluate", EvaluateConfig, ["checkpoint=a", "data.workers=4,8"], "data.workers= is of training"),
         ("train", TrainConfig, ["connector=mlp,linear", "qformer.queries=16"], "qformer.queries= is of a Q-Former"),
+        ("train", TrainConfig, ["connector=mlp", "qformer.dropout=interval(0,0.2)"], "qformer.dropout= is of a Q-"),
     ],
 )
 def test_keys_that_no_job_of_a_sweep_reads_are_refused(name: str, schema: Any, given: list[str], words: str) -> None:
@@ -156,7 +157,11 @@ def test_keys_that_no_job_of_a_sweep_reads_are_refused(name: str, schema: Any, g
 
 
 def test_a_key_that_one_job_of_a_sweep_reads_is_not_refused() -> None:
-    check_overrides("train", TrainConfig, ["-m", "connector=qformer,mlp", "qformer.queries=16"])
+    for given in (
+        ["connector=qformer,mlp", "qformer.queries=16"],
+        ["connector=mlp,qformer", "qformer.dropout=interval(0,1)"],
+    ):
+        check_overrides("train", TrainConfig, ["-m", *given])
 
 
 def test_the_name_of_a_job_fits_a_file_system_in_any_writing() -> None:

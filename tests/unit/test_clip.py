@@ -51,6 +51,7 @@ def test_features_are_those_of_transformers(folder: Path, tmp_path: Path, dtype:
         {"do_normalize": False},
         {"do_rescale": False, "image_mean": [120.0, 110.0, 100.0], "image_std": [60.0, 61.0, 62.0]},
         {"rescale_factor": 1 / 127.5},
+        {"size": 28, "do_pad": True},
     ],
 )
 def test_pixels_are_those_of_the_folders_own_image_processor(
@@ -72,6 +73,7 @@ def test_pixels_are_those_of_the_folders_own_image_processor(
     [
         ({"size": {"shortest_edge": 32}}, r"resizes to \{'shortest_edge': 32\} before it cuts the middle out"),
         ({"do_center_crop": False}, "does not cut the middle out, this code cuts the middle out of a picture"),
+        ({"size": {"height": 28, "width": 28}}, "squashes a picture to a square, this code cuts the middle out"),
         ({"resample": 2}, "resizes by Pillow's filter 2"),
     ],
 )

@@ -493,6 +493,11 @@ def test_a_vision_encoder_of_other_heads_is_no_start_and_beside_ones_own_it_is_s
     assert found[-1] == (
         "the vision encoder is not the one that these weights were trained with: 4 heads, here 2 heads"
     )
+    file = run / "config.yaml"  # of another timm
+    file.write_text(
+        file.read_text(encoding="utf-8").replace("eva_giant_patch14_clip_224", "eva_gone"), encoding="utf-8"
+    )
+    assert not [line for line in begin(config, str(run), vision=other)[1].lines if "heads" in line]
 
 
 # --- plans -----------------------------------------------------------------------------------------------------------
