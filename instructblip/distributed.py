@@ -10,6 +10,7 @@ import json
 import math
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -24,6 +25,9 @@ from instructblip.errors import UserError
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")  # that torchrun sets for each process
 _groups = itertools.count()  # numbers those that this process joins, one after the other, where nothing else does
+
+# Of a sweep's jobs: without torchrun the first rank's process serves the others, between them too.
+_stores: list[dist.Store] = []
 
 
 def _on() -> None:
@@ -254,11 +258,7 @@ def start_ranks(device: torch.device, timeout: float, *, job: int | None = None)
     signal.alarm(0)  # that of a sweep's job before, which failed
     with ranks.watched():
         try:
-            _meet(
-                f"group_{next(_groups)}" if job is None else f"job_{job}",
-                "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-                timedelta(seconds=timeout),
-            )
+            _meet(job, "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timedelta(seconds=timeout))
         except ValueError as error:  # MASTER_ADDR or MASTER_PORT is missing, or no number
             raise UserError(f"the ranks cannot meet: {error}; start them with torchrun") from None
     try:
@@ -272,7 +272,7 @@ def start_ranks(device: torch.device, timeout: float, *, job: int | None = None)
         dist.destroy_process_group()
 
 
-def _meet(group: str, backend: str, timeout: timedelta) -> None:
+def _meet(job: int | None, backend: str, timeout: timedelta) -> None:
     """Join the other ranks, under names of this group alone.
 
     A job of a sweep is a group, and torchrun's store outlives them all: a rank that comes first would find there the
@@ -280,11 +280,34 @@ def _meet(group: str, backend: str, timeout: timedelta) -> None:
     """
     store, rank, world_size = next(rendezvous("env://", timeout=timeout))
     store.set_timeout(timeout)
-    own = dist.PrefixStore(group, store)
+    if job is not None:
+        _await_job(job, store, rank, world_size, timeout)
+    own = dist.PrefixStore(f"group_{next(_groups)}" if job is None else f"job_{job}", store)
     # All are here before torch begins the group: one that it gave up would put the names in its next group out of step.
     own.set(f"rank_{rank}", "")
     own.wait([f"rank_{other}" for other in range(world_size)], timeout)
     dist.init_process_group(backend, store=own, rank=rank, world_size=world_size, timeout=timeout)
+
+
+def _await_job(job: int, store: dist.Store, rank: int, world_size: int, timeout: timedelta) -> None:
+    """Wait until all ranks are at a sweep's job; those that are behind may first have to give an earlier one up.
+
+    Raises:
+        UserError: a rank is at a later one, and comes to this one no more: to wait for it would keep both apart for good.
+    """
+    _stores[:] = [store]
+    store.set(f"job_of_{rank}", str(job))
+    pause, end = 0.01, time.monotonic() + 2 * timeout.total_seconds()
+    while True:
+        at = [int(number) for number in store.multi_get([f"job_of_{other}" for other in range(world_size)])]
+        if max(at) > job:
+            raise UserError(f"rank {at.index(max(at))} has failed in this job, and said why; the others leave it too")
+        if min(at) == job:
+            return
+        if time.monotonic() > end:
+            raise dist.DistStoreError(f"wait timeout, rank {at.index(min(at))} is still at job {min(at)}")
+        time.sleep(pause)
+        pause = min(1.0, 2 * pause)
 
 
 def choose_device(name: str) -> torch.device:
