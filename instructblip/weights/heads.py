@@ -37,7 +37,7 @@ def check_heads(model: Model, weights: Sequence[StartWeights], config: ModelConf
         UserError: names the part and both numbers.
     """
     lines = []
-    for part in [name for name in model.PARTS if name != "llm"]:
+    for part in [name for name in model.PARTS if name not in {"llm", *model.FOLLOWERS}]:
         own = _heads(model.part_modules(part))
         for found in weights:
             theirs = _said(found, part, config)

@@ -22,6 +22,7 @@ from instructblip.models.blip import BLIP, BLIPVQA, BLIPRetrieval, Momentum
 from instructblip.weights import load as loading
 from instructblip.weights.__main__ import main
 from instructblip.weights.blip import blip_checkpoint, save_blip
+from instructblip.weights.heads import check_heads
 from instructblip.weights.init_blip import start_blip_from
 from instructblip.weights.init_sources import find_start, read_start
 from instructblip.weights.lavis import model_state
@@ -435,6 +436,19 @@ def test_a_retriever_starts_from_pre_training_with_its_momentum(tmp_path: Path) 
     smaller = tiny_retrieval(seed=2, queue_size=8)
     begun = started(smaller, tmp_path / "pretrained.pth")
     assert "queue" in begun.start.new and "momentum copies" not in begun.start.new
+
+
+def test_a_retriever_with_momentum_starts_from_a_run_of_the_same_heads(tmp_path: Path) -> None:
+    theirs, model = tiny_retrieval(seed=1, queue_size=8), tiny_retrieval(seed=2, queue_size=8)
+    (tmp_path / "run").mkdir()
+    config = _config_of(theirs, tmp_path / "parts")
+    save_native(theirs, config, tmp_path / "run")
+    weights = [read_start(find_start(str(tmp_path / "run")))]
+    start_blip_from(model, weights)
+    assert check_heads(model, weights, config) == []
+    assert config.text is not None
+    other = dataclasses.replace(config, text=dataclasses.replace(config.text, dropout=0.3))
+    assert check_heads(model, weights, other) == []
 
 
 def test_momentum_copies_start_as_what_they_follow(tmp_path: Path) -> None:
