@@ -56,6 +56,7 @@ _LONGEST_NAME = 180  # bytes; file systems end at 255 bytes
 _PLACES = ("name", "output")  # settings that say a job's folder themselves
 _SWEPT_KEY = r"(?:(?<=^)|(?<=,))([\w./@]+)="
 _SHELL_SIGNS = ("$", "`", "!", "\\")  # that mean something within double quotes
+_OF_SLURM = ("slurm", "submitit_slurm")  # launchers
 _SEARCH = "hydra/sweeper=search needs Hydra's sweeper for it; pip install -r requirements-search.txt"
 _SLURM = "hydra/launcher=slurm needs Hydra's launcher for it; pip install -r requirements-slurm.txt"
 
@@ -215,6 +216,19 @@ def launcher() -> dict[str, Any]:
     return found
 
 
+def require_slurm() -> None:
+    """Refuse to submit jobs where nothing takes them, before submitit does, in a traceback.
+
+    Raises:
+        UserError: says where to start the command.
+    """
+    if shutil.which("srun") is None:  # which submitit looks for, too
+        raise UserError(
+            "hydra/launcher=slurm submits jobs to SLURM, whose srun is not on this machine's PATH; start the command where "
+            "it is, or leave hydra/launcher=slurm out to run the jobs here"
+        )
+
+
 def merged(overrides: Sequence[str]) -> list[str]:
     """Overrides of which later ones take the place of earlier ones of the same key; Hydra refuses a group's second choice.
 
@@ -263,6 +277,10 @@ def check_overrides(name: str, schema: Any, arguments: list[str]) -> DictConfig 
             tuple(job): validate(_compose(name, job, further), schema, missing_ok=shows) for job in _jobs(overrides)
         }
         _check_read_by_some(jobs, _parse(overrides))
+        if not shows and any(
+            item.key_or_group == "hydra/launcher" and item.value() in _OF_SLURM for item in _parse(overrides)
+        ):
+            require_slurm()
         return None
     composed = _compose(name, overrides, further, with_hydra=True)
     config = validate(_leave_out_hydra(copy.deepcopy(composed)), schema, missing_ok=shows)

@@ -12,6 +12,7 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any, Protocol
 
+from instructblip.config.entry import require_slurm
 from instructblip.errors import UserError
 from instructblip.study.carrying import Job, carry_out
 
@@ -97,7 +98,7 @@ class Cluster:
         threads: of each run; None: on another machine as many as the job is given there, here as the job says.
 
     Raises:
-        UserError: submitit is not installed, or the launcher is none of it.
+        UserError: submitit is not installed, the launcher is none of it, or no SLURM takes jobs here.
     """
 
     def __init__(self, settings: Mapping[str, Any], folder: Path, threads: int | None = None) -> None:
@@ -109,6 +110,8 @@ class Cluster:
         except ImportError:
             raise UserError("hydra/launcher=slurm needs submitit; pip install -r requirements-slurm.txt") from None
         cluster = _EXECUTORS[name]
+        if cluster == "slurm":
+            require_slurm()
         self._threads, self._elsewhere = threads, cluster != "local"
         given = {key: value for key, value in settings.items() if key not in ("_target_", "submitit_folder")}
         once = {f"{cluster}_{key}": given.pop(key) for key in ("max_num_timeout",) if key in given}

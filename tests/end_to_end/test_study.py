@@ -313,9 +313,17 @@ def test_a_job_of_a_cluster_is_given_neither_device_nor_cores_of_this_machine(
         submit=lambda _, job: submitted.append(job), update_parameters=lambda **parameters: parameters
     )
     monkeypatch.setitem(sys.modules, "submitit", SimpleNamespace(AutoExecutor=lambda **_: executor))
+    monkeypatch.setattr(shutil, "which", lambda command: f"/usr/bin/{command}")
     job = Job(_run(study_config(world, tmp_path), "alone, seed 1"), 32, "cuda:3")
     choose_place({"_target_": f"a.{name}Launcher"}, tmp_path, 32, wanted=wanted).start(job)
     assert submitted == [replace(job, device=None, threads=threads)]
+
+
+def test_slurms_absence_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "submitit", SimpleNamespace())
+    monkeypatch.setattr(shutil, "which", lambda command: None)
+    with pytest.raises(UserError, match=r"^hydra/launcher=slurm submits jobs to SLURM, whose srun is not on this"):
+        choose_place({"_target_": "a.SlurmLauncher"}, tmp_path, threads=1)
 
 
 def test_a_launcher_that_is_no_clusters_is_refused(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -92,6 +93,11 @@ def test_a_failing_job_is_one_line_and_the_others_run(world: World, arguments: l
             ["hydra/launcher=slurm", "samples=1,2"],
             "hydra/launcher=slurm needs Hydra's launcher for it; pip install -r requirements-slurm.txt",
             marks=pytest.mark.skipif(HAS_LAUNCHER, reason="the launcher is installed"),
+        ),
+        pytest.param(
+            ["hydra/launcher=slurm", "samples=1,2"],
+            "hydra/launcher=slurm submits jobs to SLURM, whose srun is not on this machine's PATH; ",
+            marks=pytest.mark.skipif(not HAS_LAUNCHER or bool(shutil.which("srun")), reason="no launcher, or a SLURM"),
         ),
     ],
 )
