@@ -8,6 +8,7 @@ import functools
 import importlib.metadata
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from PIL import Image
 
@@ -75,7 +76,7 @@ def _recogniser(options: OcrOptions) -> Recogniser:
 def _rapidocr(options: OcrOptions) -> Recogniser:
     from rapidocr import RapidOCR
 
-    engine = RapidOCR(
+    engine: Any = RapidOCR(  # typed, its result is one of four kinds, and here always the one with texts
         params={
             "Global.text_score": options.threshold,
             "Global.log_level": "critical",  # it would report every image without text
