@@ -9,7 +9,7 @@ import pytest
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[2]
-INSTALLED = ["requirements.txt", "requirements-search.txt"]
+INSTALLED = [f"requirements{part}.txt" for part in ("", "-search", "-quantization", "-slurm")]
 
 
 def requirements(file: Path) -> Iterator[tuple[str, Requirement]]:
