@@ -56,7 +56,7 @@ CONNECTOR: dict[ConnectorKind, tuple[str, ...]] = {
 CHOSEN_BY = {"parameters": "hidden_width", "tokens": "tokens", "flops": "tokens"}
 # Of the section `data`, which evaluations have too.
 _OF_TRAINING = ("data.workers", "data.transform", "data.text_processor", "data.prompt_processor", "data.tolerance")
-MARKS = 2  # [CLS] and [SEP], or [DEC] and [SEP]
+_MARKS = 2  # [CLS] and [SEP], or [DEC] and [SEP]
 BLIP_KINDS = tuple(kind for kind in ARCHITECTURE if kind.startswith("blip_"))
 
 
@@ -158,9 +158,9 @@ def check_model(config: ModelConfig) -> None:
 
 def _check_longest(key: str, tokens: int) -> None:
     """Of a text, cut to so many tokens."""
-    if tokens <= MARKS:
+    if tokens <= _MARKS:
         raise UserError(
-            f"{key}={tokens} leaves nothing of a text beside its {MARKS} marks; set it to {MARKS + 1} or more"
+            f"{key}={tokens} leaves nothing of a text beside its {_MARKS} marks; set it to {_MARKS + 1} or more"
         )
 
 

@@ -269,17 +269,16 @@ def check_overrides(name: str, schema: Any, arguments: list[str]) -> DictConfig 
     if others:
         overrides = [argument for argument in overrides if _SETTING.match(argument)]  # not their values
     if set(arguments) & set(_SWEEP_FLAGS):
-        _check_swept(_parse(overrides), further)
+        parsed = _parse(overrides)
+        _check_swept(parsed, further)
         if "name" in valid_keys(schema):
-            _check_job_names(_parse(overrides))
+            _check_job_names(parsed)
         # What goes together is checked in each job, for the others may run.
         jobs = {
             tuple(job): validate(_compose(name, job, further), schema, missing_ok=shows) for job in _jobs(overrides)
         }
-        _check_read_by_some(jobs, _parse(overrides))
-        if not shows and any(
-            item.key_or_group == "hydra/launcher" and item.value() in _OF_SLURM for item in _parse(overrides)
-        ):
+        _check_read_by_some(jobs, parsed)
+        if not shows and any(item.key_or_group == "hydra/launcher" and item.value() in _OF_SLURM for item in parsed):
             require_slurm()
         return None
     composed = _compose(name, overrides, further, with_hydra=True)
